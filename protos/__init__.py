@@ -1,0 +1,1 @@
+"""The service's contract: the .proto files and the code generated from them."""
