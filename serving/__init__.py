@@ -1,0 +1,1 @@
+"""Inference service for Capsule Networks."""

@@ -1,0 +1,1 @@
+"""Training of capsule networks with PyTorch: model, losses, data, and the trainer."""

@@ -1,0 +1,25 @@
+"""The two losses of the capsule network, equation 4 and section 4.1 of the paper."""
+
+import torch
+from torch import Tensor, nn
+
+PRESENT = 0.9  # m+
+ABSENT = 0.1  # m-
+DOWN_WEIGHT = 0.5  # lambda, for absent classes
+PIXEL_WEIGHT = 0.0005  # of the sum of squared pixel errors, against the margin loss
+
+
+def margin_loss(probabilities: Tensor, classes: Tensor) -> Tensor:
+    """``L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2`` (equation 4).
+
+    probabilities: (B, J), the poses' lengths; classes: (B,) int64. Summed over classes, averaged over images.
+    """
+    present = nn.functional.one_hot(classes, probabilities.shape[1]).to(probabilities.dtype)  # (B, J)
+    short = torch.relu(PRESENT - probabilities).square()
+    long = torch.relu(probabilities - ABSENT).square()
+    return (present * short + DOWN_WEIGHT * (1 - present) * long).sum(1).mean()
+
+
+def reconstruction_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """0.0005 times the sum of squared pixel errors (section 4.1), averaged over images; both (B, C, H, W), 0 to 1."""
+    return PIXEL_WEIGHT * (reconstructions - images).square().flatten(1).sum(1).mean()

@@ -1,0 +1,178 @@
+"""The capsule network of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules" (NIPS 2017), whole.
+
+Axes, as they are named at the ends of lines:
+B images, C image channels, H W image height and width, T primary capsule types, h w the primary grid,
+I = T*h*w primary capsules, D their dimension, J classes (one digit capsule each), E digit capsule dimension.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+KERNEL = 9  # both convolutions of the paper are 9x9 without padding
+PRIMARY_STRIDE = 2
+
+
+@dataclass(frozen=True)
+class CapsNetConfig:
+    """The shape of a network. The defaults are the paper's MNIST network (section 4)."""
+
+    image_channels: int = 1
+    image_size: int = 28
+    classes: int = 10
+    conv_channels: int = 256
+    primary_types: int = 32
+    primary_dim: int = 8
+    digit_dim: int = 16
+    routing_iterations: int = 3
+    decoder_widths: tuple[int, ...] = (512, 1024)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "image_channels", "classes", "conv_channels", "primary_types", "primary_dim", "digit_dim",
+            "routing_iterations",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
+        smallest = 2 * KERNEL - 1
+        if self.image_size < smallest:
+            raise ValueError(
+                f"image_size: {self.image_size}; two 9x9 convolutions without padding need {smallest} or more"
+            )
+
+    @property
+    def primary_grid(self) -> int:
+        """Height and width of the primary capsules' grid, in positions."""
+        return (self.image_size - 2 * KERNEL + 1) // PRIMARY_STRIDE + 1
+
+    @property
+    def primary_capsules(self) -> int:
+        """I, the number of primary capsules."""
+        return self.primary_types * self.primary_grid**2
+
+
+CONFIGS = {
+    "paper": CapsNetConfig(),
+    "compact": CapsNetConfig(conv_channels=64, primary_types=8),
+}
+
+
+def squash(s: Tensor) -> Tensor:
+    """Shrink vectors along the last axis to a length below 1, keeping their direction (equation 1).
+
+    ``|s|^2 / (1 + |s|^2) * s / |s|``, written as ``s * |s| / (1 + |s|^2)``: no division by a length that can be 0,
+    so no epsilon, which ONNX export would fold away below 5e-8 and which is 0 in half precision. The gradient at a
+    zero vector is zero (``vector_norm`` defines it so; the root of a sum of squares would give NaN). Shape in,
+    shape out.
+    """
+    length = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    squashed: Tensor = s * (length / (1 + length.square()))
+    return squashed
+
+
+def votes(u: Tensor, weight: Tensor) -> Tensor:
+    """Each primary capsule's prediction of each digit capsule, ``u_hat_{j|i} = W_ij u_i`` (equation 2).
+
+    u: (B, I, D); weight: (I, D, J, E). Returns (B, J, I, E).
+
+    One matrix product a primary capsule, over all images at once: the small ``u`` is transposed, and the weights
+    are never copied for each image as a broadcast product over five axes would.
+    """
+    i, d, j, e = weight.shape
+    u_hat = torch.bmm(u.transpose(0, 1), weight.reshape(i, d, j * e))  # (I, B, J*E)
+    return u_hat.reshape(i, -1, j, e).permute(1, 2, 0, 3).contiguous()  # (B, J, I, E)
+
+
+def route(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
+    """Routing by agreement (procedure 1), unrolled for a fixed number of iterations; gradients flow through all.
+
+    u: (B, I, D); weight: (I, D, J, E). Returns the digit capsules' poses v, (B, J, E).
+
+    Two identities save work and change no result. Before the first update every coupling is 1/J, so the first
+    iteration is one matrix product that needs no votes. The logits after t updates are ``b_ij = u_hat_ij . (v_1 +
+    ... + v_t)``, so the sum of the poses is kept in place of the logits.
+    """
+    i, d, j, e = weight.shape
+    s = u.reshape(-1, i * d) @ weight.reshape(i * d, j * e) / j  # (B, J*E)
+    v = squash(s.reshape(-1, j, e))  # (B, J, E)
+    if iterations == 1:
+        return v
+    u_hat = votes(u, weight)  # (B, J, I, E)
+    total = v
+    for iteration in range(1, iterations):
+        b = u_hat @ total.unsqueeze(-1)  # (B, J, I, 1)
+        c = b.softmax(dim=1)  # over the J parents of each primary capsule
+        s = (c.transpose(2, 3) @ u_hat).squeeze(2)  # (B, J, E)
+        v = squash(s)
+        if iteration < iterations - 1:
+            total = total + v
+    return v
+
+
+class Decoder(nn.Module):
+    """Reconstructs an image from one digit capsule's pose (section 4.1).
+
+    Takes poses (B, J, E) and the class (B,) whose pose is kept, the others masked with zeros; returns pixels from
+    0 to 1, (B, C, H, W).
+    """
+
+    def __init__(self, config: CapsNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        pixels = config.image_channels * config.image_size**2
+        widths = (config.classes * config.digit_dim, *config.decoder_widths)
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], pixels), nn.Sigmoid())
+
+    def forward(self, poses: Tensor, classes: Tensor) -> Tensor:
+        mask = nn.functional.one_hot(classes, self.config.classes).unsqueeze(-1)  # (B, J, 1)
+        pixels: Tensor = self.layers((poses * mask).flatten(1))
+        size = self.config.image_size
+        return pixels.reshape(-1, self.config.image_channels, size, size)
+
+
+class CapsNet(nn.Module):
+    """Conv1 and ReLU, primary capsules, digit capsules by routing; and the decoder, for training.
+
+    ``forward`` takes images (B, C, H, W), float pixels from 0 to 1, and returns the poses (B, J, E). A class's
+    probability is its pose's length (``lengths``). The decoder is called apart; ``decoder_widths=()`` leaves it out.
+    """
+
+    def __init__(self, config: CapsNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conv1 = nn.Conv2d(config.image_channels, config.conv_channels, KERNEL)
+        self.primary = nn.Conv2d(
+            config.conv_channels, config.primary_types * config.primary_dim, KERNEL, stride=PRIMARY_STRIDE
+        )
+        shape = (config.primary_capsules, config.primary_dim, config.classes, config.digit_dim)
+        self.weight = nn.Parameter(torch.empty(shape))  # (I, D, J, E)
+        nn.init.trunc_normal_(self.weight, std=0.1, a=-0.2, b=0.2)  # as the paper's authors' code
+        self.decoder = Decoder(config) if config.decoder_widths else None
+
+    def primary_capsules(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to primary capsules (B, I, D), each the D channels of one type at one position."""
+        maps = self.primary(torch.relu(self.conv1(images)))  # (B, T*D, h, w)
+        grouped = maps.unflatten(1, (self.config.primary_types, self.config.primary_dim))  # (B, T, D, h, w)
+        return squash(grouped.permute(0, 1, 3, 4, 2).flatten(1, 3))  # (B, I, D)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return route(self.primary_capsules(images), self.weight, self.config.routing_iterations)
+
+
+def lengths(poses: Tensor) -> Tensor:
+    """The probability of each class, the length of its pose (section 2): (B, J, E) to (B, J).
+
+    No softmax: several classes may be present at once, and none.
+    """
+    result: Tensor = torch.linalg.vector_norm(poses, dim=-1)
+    return result
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 images, 0 to 255, to the float pixels from 0 to 1 that the network takes; shape in, shape out."""
+    return images.to(torch.float32) / 255

@@ -1,0 +1,253 @@
+"""The training run: batches, the Lightning module, interruption and resumption, and the final test."""
+
+import logging
+import math
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from training.augment import AUGMENTATIONS
+from training.checkpoint import Checkpoint, save
+from training.datasets import Dataset, split
+from training.evaluate import mistakes
+from training.loss import margin_loss, reconstruction_loss
+from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+
+RESUME_FILE = "last.ckpt"
+BEST_FILE = "best.ckpt"
+CHECKPOINT_FILE = "capsnet.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. Every field is a flag of ``python -m training``."""
+
+    epochs: int = 40
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    warmup_epochs: float = 1.0
+    ema_decay: float = 0.999
+    augment: str = "affine"
+    held_out: int = 5000
+    seed: int = 1
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the text says why and what is kept."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run; a checkpoint to resume from was written.
+
+    Not a KeyboardInterrupt, which Lightning turns into SystemExit.
+    """
+
+
+class Batches:
+    """Shuffled batches of one epoch after another.
+
+    The order is a function of seed and epoch alone and the position is part of the state, so a run resumed in
+    mid-epoch sees the batches that an undisturbed one would have seen.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
+        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        batches = torch.split(torch.randperm(len(self.images), generator=generator), self.batch_size)
+        for chosen in batches[self.position :]:
+            # Before the yield: whoever saves the state while a batch is out must not see it twice.
+            self.position += 1
+            if self.position == len(batches):
+                self.epoch, self.position = self.epoch + 1, 0
+            yield self.images[chosen], self.labels[chosen]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class Training(lightning.LightningModule):
+    """The network with its losses, optimizer and schedule, as Lightning drives it."""
+
+    def __init__(self, config: CapsNetConfig, recipe: Recipe, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.steps_per_epoch = steps_per_epoch
+        self.model = CapsNet(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.augment = AUGMENTATIONS[recipe.augment]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        images, labels = batch
+        # Seeded by the step, not by what was drawn before, so that a resumed run draws the same.
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
+        images = self.augment(to_pixels(images), generator)
+        poses = self.model(images)
+        loss = margin_loss(lengths(poses), labels)
+        self.log("margin_loss", loss, prog_bar=True, on_epoch=True)
+        if self.model.decoder is not None:
+            reconstruction = reconstruction_loss(self.model.decoder(poses, labels), images)
+            self.log("reconstruction_loss", reconstruction, on_epoch=True)
+            loss = loss + reconstruction
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {loss.item()} at step {self.global_step}; try a lower learning rate")
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        images, labels = batch
+        probabilities = lengths(self.model(to_pixels(images)))
+        self.log("held_out_loss", margin_loss(probabilities, labels), batch_size=len(labels))
+        wrong = (probabilities.argmax(1) != labels).float().mean()
+        self.log("held_out_error_percent", 100 * wrong, prog_bar=True, batch_size=len(labels))
+
+    def configure_optimizers(self) -> Any:
+        warmup = max(1, round(self.recipe.warmup_epochs * self.steps_per_epoch))
+        total = self.recipe.epochs * self.steps_per_epoch
+
+        def factor(step: int) -> float:
+            """Linear from 0, then half a cosine down to 0."""
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))
+
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.recipe.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class StopBetweenSteps(Callback):
+    """On SIGINT or SIGTERM, finish the step, write the resume file, and raise Interrupted.
+
+    Stopping only between steps keeps weights, averages, optimizer and position in the data consistent. A second
+    signal stops at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.requested = False
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for name, handler in self.previous.items():
+            signal.signal(name, handler)
+        self.previous = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.previous = {name: signal.signal(name, self._request) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if self.requested:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+
+def run(
+    config: CapsNetConfig,
+    dataset: Dataset,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Checkpoint:
+    """Train, select on the held-out images, test once, and write ``folder/capsnet.pt``.
+
+    The averaged weights of the epoch with the lowest held-out margin loss are kept; with ``held_out=0``, those of
+    the last epoch. Raises TrainingError on a loss that is no number, Interrupted when stopped by a signal.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
+    lightning.seed_everything(recipe.seed, verbose=False)
+    train, held_out = split(len(dataset.train_images), recipe.held_out, recipe.seed)
+    batches = Batches(dataset.train_images[train], dataset.train_labels[train], recipe.batch_size, recipe.seed)
+    held_out_set = TensorDataset(dataset.train_images[held_out], dataset.train_labels[held_out])
+    module = Training(config, recipe, len(batches))
+    best = ModelCheckpoint(folder, "best", monitor="held_out_loss", enable_version_counter=False)
+    every_epoch = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    callbacks: list[Callback] = [
+        EMAWeightAveraging(decay=recipe.ema_decay),
+        StopBetweenSteps(folder / RESUME_FILE),
+        every_epoch,
+    ]
+    if recipe.held_out:
+        callbacks.append(best)
+    if progress:
+        callbacks.append(TQDMProgressBar(leave=True))
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=recipe.epochs,
+        callbacks=callbacks,
+        logger=CSVLogger(folder, name="logs"),
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=50,
+    )
+    started = time.monotonic()
+    with warnings.catch_warnings():
+        # Advice on worker processes and logging intervals, which data held in memory has no use for.
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer.fit(
+            module,
+            batches,
+            DataLoader(held_out_set, batch_size=500) if recipe.held_out else None,
+            ckpt_path=folder / RESUME_FILE if resume else None,
+            weights_only=True,
+        )
+    seconds = time.monotonic() - started
+
+    figures: dict[str, Any] = {"parameters": sum(p.numel() for p in module.model.parameters())}
+    if recipe.held_out:
+        kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        module.load_state_dict(kept["state_dict"])
+        figures |= {
+            "selected_epoch": kept["epoch"] + 1,
+            "held_out_errors": len(mistakes(module.model.eval(), *held_out_set.tensors)),
+            "held_out_images": recipe.held_out,
+        }
+    wrong = mistakes(module.model.eval(), dataset.test_images, dataset.test_labels)
+    figures |= {
+        "test_errors": len(wrong),
+        "test_mistakes": wrong,
+        "test_images": len(dataset.test_images),
+        "seconds": round(seconds, 1),
+        "torch": torch.__version__,
+    }
+    state = {name: value.contiguous().cpu() for name, value in module.model.state_dict().items()}
+    checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
+    save(checkpoint, folder / CHECKPOINT_FILE)
+    return checkpoint
