@@ -1,0 +1,70 @@
+"""From what a client sends, raw pixels or an encoded file, to the pixels that the model takes."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from serving.errors import InvalidRequest
+
+_FORMATS = {b"\x89PNG\r\n\x1a\n": ("PNG", PngImageFile), b"\xff\xd8\xff": ("JPEG", JpegImageFile)}
+_MODES = {1: "L", 3: "RGB"}
+
+Shape = tuple[int, int, int]
+
+
+def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
+    """Raw pixels, one byte each, channel by channel and row by row, to (C, H, W) uint8.
+
+    Raises InvalidRequest naming ``field`` where the number of bytes is not C x H x W.
+    """
+    channels, height, width = shape
+    if len(pixels) != channels * height * width:
+        raise InvalidRequest(
+            f"{field}: {len(pixels)} bytes; expected {channels * height * width} "
+            f"({channels} x {height} x {width}, one byte a pixel)"
+        )
+    return np.frombuffer(pixels, np.uint8).reshape(shape)
+
+
+def from_encoded(data: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
+    """A PNG or JPEG file of the model's size to (C, H, W) uint8.
+
+    Colours become grey where the model takes one channel; 16-bit grey keeps its upper byte; transparency is laid on
+    black; a JPEG's orientation tag is obeyed. The size in the file's header is checked before any pixel is
+    decompressed. Raises InvalidRequest naming ``field``.
+    """
+    name, opener = next((found for magic, found in _FORMATS.items() if data.startswith(magic)), (None, None))
+    if opener is None:
+        raise InvalidRequest(f"{field}: {len(data)} bytes that are neither a PNG nor a JPEG file")
+    channels, height, width = shape
+    try:
+        # The format's own class, since Image.open warns of large images on the server's terminal.
+        with opener(io.BytesIO(data)) as image:
+            if sorted(image.size) != sorted((width, height)):  # either way round: the orientation is not read yet
+                raise InvalidRequest(
+                    f"{field}: a {name} image of {image.width} x {image.height} pixels; expected {width} x {height}"
+                )
+            pixels = np.asarray(_with_mode(ImageOps.exif_transpose(image), _MODES[channels]))
+    except InvalidRequest:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InvalidRequest(f"{field}: a {name} file of {len(data)} bytes that is damaged or cut off") from error
+    if pixels.shape[:2] != (height, width):
+        raise InvalidRequest(
+            f"{field}: a {name} image of {pixels.shape[1]} x {pixels.shape[0]} pixels; expected {width} x {height}"
+        )
+    return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1))
+
+
+def _with_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(mode)
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
+    return image.convert(mode)

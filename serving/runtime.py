@@ -1,0 +1,85 @@
+"""The model in ONNX Runtime: the one place where a batch is computed."""
+
+import importlib
+import os
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.artifact import Artifact
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class RuntimeSetupError(RuntimeError):
+    """ONNX Runtime is missing, installed twice, cannot load the model, or lacks the device that was asked for."""
+
+
+class Prediction(NamedTuple):
+    """probabilities: (B, J) float32, the poses' lengths; poses: (B, J, E) float32."""
+
+    probabilities: NDArray[np.float32]
+    poses: NDArray[np.float32]
+
+
+def _onnxruntime() -> Any:
+    """Import ONNX Runtime with its telemetry off, which Linux builds since 1.29 have on by default."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    installed = [
+        name for name in ("onnxruntime", "onnxruntime-gpu") if next(iter(metadata.distributions(name=name)), None)
+    ]
+    if len(installed) > 1:
+        raise RuntimeSetupError("onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep one")
+    if not installed:
+        raise RuntimeSetupError("ONNX Runtime is not installed; install the extra cpu or the extra gpu")
+    return importlib.import_module("onnxruntime")
+
+
+class Runtime:
+    """An ONNX Runtime session for one artifact.
+
+    device: ``auto`` takes CUDA where it works and else the CPU; ``cuda`` fails where CUDA does not work, since ONNX
+    Runtime by itself would fall back to the CPU without a word. threads: for one call, 0 for ONNX Runtime's choice.
+    Raises RuntimeSetupError.
+    """
+
+    def __init__(self, artifact: Artifact, device: str = "auto", threads: int = 0) -> None:
+        onnxruntime = _onnxruntime()
+        self.description = f"ONNX Runtime {onnxruntime.__version__}"
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Threads that spin between calls take the cores from the event loop and from other processes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        wanted = [CPU]
+        if device != "cpu" and CUDA in onnxruntime.get_available_providers():
+            onnxruntime.preload_dlls()
+            wanted = [CUDA, CPU]
+        try:
+            self._session = onnxruntime.InferenceSession(str(artifact.model_file), options, providers=wanted)
+        except Exception as error:  # ONNX Runtime's errors have no common base class
+            raise RuntimeSetupError(f"{artifact.model_file}: ONNX Runtime cannot load it: {error}") from error
+        #: The provider that ONNX Runtime really uses first, by its own name.
+        self.provider: str = self._session.get_providers()[0]
+        #: CUDA could have been had by this installation but did not start.
+        self.fell_back = len(wanted) > 1 and self.provider != CUDA
+        if device == "cuda" and self.provider != CUDA:
+            raise RuntimeSetupError(f"device cuda was asked for, but ONNX Runtime here runs on {self.provider}")
+        # A first call allocates and, on a GPU, compiles: not in a client's time. It also shows a graph that does
+        # not answer as its manifest says.
+        answer = self.predict(np.zeros((1, *artifact.image_shape), np.uint8))
+        expected = (1, len(artifact.labels), artifact.pose_size)
+        if answer.poses.shape != expected or answer.probabilities.shape != expected[:2]:
+            raise RuntimeSetupError(
+                f"{artifact.model_file}: answers poses {answer.poses.shape} and probabilities "
+                f"{answer.probabilities.shape}; its manifest says {expected} and {expected[:2]}"
+            )
+
+    def predict(self, images: NDArray[np.uint8]) -> Prediction:
+        """uint8 images (B, C, H, W) to probabilities and poses. Blocks; releases Python's lock while it computes."""
+        probabilities, poses = self._session.run(["probabilities", "poses"], {"images": images})
+        return Prediction(probabilities, poses)

@@ -1,0 +1,117 @@
+"""The server's settings: each is said once, as a field, and set by flag, environment variable or default."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from serving.runtime import DEVICES
+
+ENVIRONMENT_PREFIX = "CAPSNET_"
+
+
+def embedded_models() -> Path:
+    """The model repository that comes with the package: beside the code in a checkout, inside it when installed."""
+    package = Path(__file__).parent
+    inside = package / "models"
+    return inside if inside.is_dir() else package.parent / "models"
+
+
+def _setting(default: Any, text: str, **options: Any) -> Any:
+    return field(default=default, metadata={"help": text, **options})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set. Raises ValueError where settings do not fit together."""
+
+    host: str = _setting("127.0.0.1", "address to listen on, for gRPC and metrics; 0.0.0.0 for every interface")
+    port: int = _setting(8001, "port of gRPC; 0 for any free one", least=0)
+    metrics_port: int = _setting(8002, "port of the Prometheus metrics (HTTP); 0 for any free one", least=0)
+    models: str = _setting(
+        "", "model repository, a folder of NAME/VERSION/ folders; default: the one that comes with the server"
+    )
+    model: str = _setting("", "name of the model to serve; default: the repository's only one")
+    model_version: str = _setting("", "version to serve; default: the highest")
+    device: str = _setting(
+        "auto", "auto takes CUDA where it works and else the CPU; cuda fails where CUDA does not work", choices=DEVICES
+    )
+    threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0)
+    max_batch: int = _setting(32, "most images in one batch", least=1)
+    max_queue: int = _setting(4096, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
+    max_images_per_request: int = _setting(1024, "most images in one request", least=1)
+    max_request_bytes: int = _setting(4 * 2**20, "largest request", least=1024)
+    stream_window: int = _setting(512, "most images of one stream under way; reading waits beyond", least=1)
+    drain_delay: float = _setting(
+        0.0, "seconds between reporting NOT_SERVING and refusing new requests, for balancers to notice", least=0
+    )
+    drain_seconds: float = _setting(30.0, "most seconds that requests under way get to finish at a stop", least=0)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value, least = getattr(self, setting.name), setting.metadata.get("least")
+            if least is not None and not value >= least:
+                raise ValueError(f"{setting.name}: {value}; expected {least} or more")
+            choices = setting.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{setting.name}: {value!r}; expected one of {', '.join(choices)}")
+        for name in ("port", "metrics_port"):
+            if getattr(self, name) > 65535:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected 65535 or less")
+        if self.max_images_per_request > self.max_queue:
+            raise ValueError(
+                f"max_images_per_request: {self.max_images_per_request}; the queue holds only {self.max_queue} "
+                "(max_queue), so such a request could never be taken"
+            )
+
+    @property
+    def repository(self) -> Path:
+        return Path(self.models) if self.models else embedded_models()
+
+
+def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings from command line and environment; a flag wins over its variable.
+
+    Ends the process with a message, as argparse does, on a wrong one.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m serving",
+        description="Serve a capsule network over gRPC, with Prometheus metrics.",
+        epilog=f"Every setting is also an environment variable: --max-batch is {ENVIRONMENT_PREFIX}MAX_BATCH. "
+        "A flag wins over its variable.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+    )
+    values: dict[str, Any] = {}
+    for setting in fields(Settings):
+        kind: type[int] | type[float] | type[str] = type(setting.default)  # type: ignore[assignment]
+        default = f" (default: {setting.default})" if setting.default != "" else ""
+        parser.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            type=kind,
+            metavar={int: "N", float: "SECONDS", str: "TEXT"}[kind],
+            help=setting.metadata["help"] + default,
+            default=argparse.SUPPRESS,
+        )
+        variable = ENVIRONMENT_PREFIX + setting.name.upper()
+        if variable in environment:
+            try:
+                values[setting.name] = kind(environment[variable])
+            except ValueError:
+                parser.error(f"environment variable {variable}: {environment[variable]!r} is not a {kind.__name__}")
+    values |= vars(parser.parse_args(arguments))
+    try:
+        return Settings(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def usable_cores() -> int:
+    """How many cores this process may use, by its affinity and by its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or no quota ("max")
+        return cores

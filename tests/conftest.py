@@ -1,0 +1,108 @@
+"""Fixtures: the repository's real digits, and a real server on free ports with the embedded model."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving.idx import read_idx
+from serving.server import Server
+from serving.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data"
+
+
+class Digits(NamedTuple):
+    """MNIST's 10,000 test images, (10000, 28, 28) uint8, and their labels, (10000,) uint8."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    return Digits(*(read_idx((DATA / f"t10k-{name}-ubyte.gz").read_bytes()) for name in ("images-idx3", "labels-idx1")))
+
+
+@dataclass
+class Running:
+    """A server that runs in a thread, and a client's stub."""
+
+    server: Server
+    stub: CapsNetServiceStub
+    channel: grpc.Channel
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
+
+    def classify(self, *images: pb.Image) -> pb.ClassifyResponse:
+        response: pb.ClassifyResponse = self.stub.Classify(pb.ClassifyRequest(images=images), timeout=20)
+        return response
+
+
+class InThread:
+    """Runs a server's event loop in a thread, from ``start`` to ``stop``."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+
+    async def _main(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        await self._server.start()
+        self._ready.set()
+        await self._stopping.wait()
+        await self._server.stop()
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        assert self._ready.wait(20), "the server did not start"
+        return self._server
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    """Starts servers with settings of one's own; they stop when the test ends."""
+    running: list[tuple[InThread, grpc.Channel]] = []
+
+    def begin(patch: Callable[[Server], None] = lambda server: None, **settings: object) -> Running:
+        server = Server(Settings(port=0, metrics_port=0, **settings))  # type: ignore[arg-type]
+        patch(server)
+        thread = InThread(server)
+        thread.__enter__()
+        channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
+        running.append((thread, channel))
+        return Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+
+    yield begin
+    for thread, channel in running:
+        channel.close()
+        thread.__exit__()
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Running]:
+    """One server with the default settings for all tests that do not disturb it."""
+    server = Server(Settings(port=0, metrics_port=0))
+    with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]

@@ -1,0 +1,167 @@
+"""The server as a process: its first lines, its end, and what it says when it cannot start."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving import artifact
+from tests.conftest import DATA, ROOT
+
+DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
+
+
+@contextmanager
+def _process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports."""
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stderr
+        lines: list[str] = []
+        while not (lines and "gRPC on" in lines[-1]):
+            line = process.stderr.readline()
+            assert line, f"the server ended: {lines}"
+            lines.append(line)
+        port = re.search(r"gRPC on 127\.0\.0\.1:(\d+)", lines[-1])
+        assert port
+        yield process, f"127.0.0.1:{port[1]}", lines
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=60, check=False
+    )
+    return result.returncode, result.stderr
+
+
+def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
+    with _process() as (_, _, lines):
+        text = "".join(lines)
+    assert re.search(r"capsnet-mnist version 1: 28 x 28 images .* test error 0\.\d\d %", text)
+    assert re.search(r"ONNX Runtime [\d.]+ on CPUExecutionProvider", text)
+    assert re.search(r"gRPC on 127\.0\.0\.1:\d+, metrics on http://127\.0\.0\.1:\d+/metrics", text)
+
+
+def test_sigterm_under_load_answers_every_accepted_request_and_exits_0() -> None:
+    with _process("--drain-delay", "1") as (process, address, _):
+        asyncio.run(_load_until_stopped(process, address))
+        assert process.wait(20) == 0
+
+
+async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> None:
+    answered = 0
+    other_failures: list[str] = []
+    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+        async def client() -> None:
+            nonlocal answered
+            while True:
+                try:
+                    response = await stub.Classify(pb.ClassifyRequest(images=[DIGIT] * 8), timeout=20)
+                except grpc.aio.AioRpcError as error:
+                    # Refused before it was accepted: the port is closed or the connection said goodbye.
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        other_failures.append(f"{error.code()} {error.details()}")
+                    return
+                assert [result.label for result in response.results] == ["7"] * 8
+                answered += 1
+
+        clients = [asyncio.create_task(client()) for _ in range(16)]
+        await asyncio.sleep(1)
+        before = answered
+        process.send_signal(signal.SIGTERM)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        during = answered
+        await asyncio.sleep(0.5)
+        assert answered > during >= before > 0, "requests are still served during the drain delay"
+        await asyncio.gather(*clients)
+    assert other_failures == []
+
+
+def test_a_request_under_way_at_sigterm_is_answered() -> None:
+    with _process("--max-batch", "1") as (process, address, _), grpc.insecure_channel(address) as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        call = stub.Classify.future(pb.ClassifyRequest(images=[DIGIT] * 1000), timeout=60)
+        threading.Event().wait(0.3)
+        assert not call.done(), "too fast to test: send more images"
+        process.send_signal(signal.SIGTERM)
+        assert len(call.result().results) == 1000
+        assert process.wait(20) == 0
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = str(taken.getsockname()[1])
+        for flag in ("--port", "--metrics-port"):
+            code, text = _failed_start(flag, number)
+            assert code == 1
+            assert f"cannot start: port {number}" in text
+            assert "Traceback" not in text
+
+
+def test_two_servers_do_not_share_a_port() -> None:
+    with _process() as (_, address, _):
+        code, text = _failed_start("--port", address.split(":")[1])
+    assert code == 1
+    assert "is it taken?" in text
+
+
+def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
+    assert _failed_start("--models", str(tmp_path)) == (
+        1,
+        f"cannot start: {tmp_path}: no model there (expected NAME/VERSION/manifest.json)\n",
+    )
+    code, text = _failed_start("--model", "capsnet-norb")
+    assert code == 1
+    assert "no model 'capsnet-norb'; there is: capsnet-mnist" in text
+    code, text = _failed_start("--model-version", "77")
+    assert code == 1
+    assert "no version 77; there is: 1" in text
+
+
+def test_cuda_that_is_not_there_is_an_error_and_no_silent_fallback() -> None:
+    code, text = _failed_start("--device", "cuda")
+    assert code == 1
+    assert "device cuda was asked for, but ONNX Runtime here runs on CPUExecutionProvider" in text
+
+
+def test_a_wrong_setting_in_the_environment_is_named() -> None:
+    code, text = _failed_start(CAPSNET_MAX_BATCH="many")
+    assert code == 2
+    assert "CAPSNET_MAX_BATCH: 'many' is not a int" in text
+
+
+def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> None:
+    source = artifact.find(ROOT / "models")
+    copy = tmp_path / "capsnet-mnist" / "1"
+    copy.mkdir(parents=True)
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    model = bytearray((copy / artifact.MODEL).read_bytes())
+    model[1000] ^= 1
+    (copy / artifact.MODEL).write_bytes(model)
+    code, text = _failed_start("--models", str(tmp_path))
+    assert code == 1
+    assert f"{copy / artifact.MODEL}: SHA-256 is {artifact.digest(copy / artifact.MODEL)}, the manifest says" in text
+    assert artifact.load(source).sha256 in text

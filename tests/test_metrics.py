@@ -1,0 +1,90 @@
+"""The metrics page, scraped from a running server."""
+
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Callable
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from tests.conftest import DATA, Running
+
+DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
+
+
+def _scrape(running: Running) -> str:
+    with urllib.request.urlopen(running.metrics_url, timeout=10) as response:
+        text: str = response.read().decode()
+    return text
+
+
+def _value(page: str, metric: str, /, **labels: str) -> float:
+    values = [
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == metric and labels.items() <= sample.labels.items()
+    ]
+    assert len(values) == 1, f"{metric} {labels}: {values}"
+    return values[0]
+
+
+@pytest.fixture
+def used(start: Callable[..., Running]) -> Running:
+    """A server that answered three requests of four images and refused one."""
+    running = start(max_batch=2)
+    for _ in range(3):
+        running.classify(*[DIGIT] * 4)
+    with pytest.raises(grpc.RpcError):
+        running.classify()
+    return running
+
+
+def test_requests_are_counted_by_method_and_code(used: Running) -> None:
+    page = _scrape(used)
+    handled = "grpc_server_handled_total"
+    assert _value(page, handled, grpc_method="Classify", grpc_code="OK") == 3
+    assert _value(page, handled, grpc_method="Classify", grpc_code="INVALID_ARGUMENT") == 1
+    assert _value(page, "grpc_server_started_total", grpc_method="Classify") == 4
+    assert _value(page, "grpc_server_handling_seconds_count", grpc_method="Classify") == 4
+
+
+def test_batches_are_measured(used: Running) -> None:
+    page = _scrape(used)
+    assert _value(page, "capsnet_batch_size_images_sum") == 12
+    assert _value(page, "capsnet_batch_size_images_count") == 6
+    assert _value(page, "capsnet_inference_seconds_count") == 6
+    assert _value(page, "capsnet_inference_seconds_sum") > 0
+    assert _value(page, "capsnet_queue_seconds_count") == 6
+    assert _value(page, "capsnet_queue_images") == 0
+
+
+def test_model_and_provider_are_told(used: Running) -> None:
+    page = _scrape(used)
+    assert _value(page, "capsnet_model_info", name="capsnet-mnist", version="1", dataset="mnist") == 1
+    assert _value(page, "capsnet_execution_provider_info", provider="CPUExecutionProvider") == 1
+    assert _value(page, "capsnet_execution_provider_fallback") == 0
+    assert _value(page, "capsnet_ready") == 1
+
+
+def test_a_deadline_that_passes_is_counted_as_such(start: Callable[..., Running]) -> None:
+    running = start(max_batch=1)
+    with pytest.raises(grpc.RpcError) as caught:
+        running.stub.Classify(pb.ClassifyRequest(images=[DIGIT] * 1000), timeout=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    running.classify(DIGIT)
+    assert (
+        _value(_scrape(running), "grpc_server_handled_total", grpc_method="Classify", grpc_code="DEADLINE_EXCEEDED")
+        == 1
+    )
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (it comes with Prometheus)")
+def test_promtool_finds_nothing_to_complain_about(used: Running) -> None:
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], input=_scrape(used), capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")

@@ -1,0 +1,29 @@
+"""The generated code is that of the .proto files, and these are well kept."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+BUF = Path(sys.executable).parent / "buf"
+
+
+def test_the_generated_code_is_up_to_date(tmp_path: Path) -> None:
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("protos/**/*.proto"))
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python", "pyi")]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, *files], cwd=ROOT, check=True)
+    made = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*_pb2*")}
+    kept = {
+        path.relative_to(ROOT): path.read_text() for path in ROOT.glob("protos/**/*_pb2*.py*") if path.suffix != ".pyc"
+    }
+    assert made == kept, "run: make protos"
+
+
+@pytest.mark.parametrize("command", [["lint"], ["format", "--diff", "--exit-code"]], ids=["lint", "format"])
+def test_buf_finds_nothing(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BUF_CACHE_DIR", str(tmp_path))
+    result = subprocess.run([BUF, *command], cwd=ROOT / "protos", capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

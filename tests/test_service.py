@@ -1,0 +1,240 @@
+"""The gRPC surface, as a client meets it: answers, and what wrong requests are told."""
+
+import io
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from PIL import Image
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.runtime import Prediction
+from serving.server import Server
+from tests.conftest import DATA, Digits, Running
+
+SEVEN = (DATA / "seven.png").read_bytes()
+DIGIT = pb.Image(encoded=SEVEN)
+
+
+def _png(size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _huge_png() -> bytes:
+    """A valid PNG of 10,000 x 10,000 grey pixels in about 100 KB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(10_001) * 10_000, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def _refusal(running: Running, *images: pb.Image) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        running.classify(*images)
+    return caught.value.code(), caught.value.details() or ""
+
+
+def test_an_answer_has_label_probability_and_pose_of_every_capsule(running: Running) -> None:
+    response = running.classify(DIGIT)
+    assert (response.model_name, response.model_version) == ("capsnet-mnist", "1")
+    (result,) = response.results
+    assert (result.label, result.class_index) == ("7", 7)
+    assert [capsule.label for capsule in result.capsules] == list("0123456789")
+    for capsule in result.capsules:
+        assert len(capsule.pose) == 16
+        assert capsule.probability == pytest.approx(float(np.linalg.norm(list(capsule.pose))), abs=1e-5)
+    assert result.capsules[7].probability == max(capsule.probability for capsule in result.capsules) > 0.8
+
+
+def test_pixels_and_an_encoded_file_of_the_same_digit_get_the_same_answer(running: Running, digits: Digits) -> None:
+    answers = running.classify(DIGIT, pb.Image(pixels=digits.images[0].tobytes())).results
+    assert answers[0] == answers[1]
+
+
+def test_a_digit_gets_the_same_answer_alone_and_among_others(running: Running, digits: Digits) -> None:
+    images = [pb.Image(pixels=image.tobytes()) for image in digits.images[:40]]
+    together = running.classify(*images).results
+    for image, answer in zip(images, together, strict=True):
+        alone = running.classify(image).results[0]
+        assert alone.label == answer.label
+        for one, other in zip(alone.capsules, answer.capsules, strict=True):
+            assert list(one.pose) == pytest.approx(list(other.pose), abs=1e-5)
+
+
+def test_the_model_describes_itself(running: Running) -> None:
+    model = running.stub.GetModel(pb.GetModelRequest())
+    assert list(model.labels) == list("0123456789")
+    assert (model.image_channels, model.image_height, model.image_width, model.pose_size) == (1, 28, 28, 16)
+    assert model.execution_provider == "CPUExecutionProvider"
+    assert (model.dataset, model.test_images) == ("mnist", 10_000)
+    assert 0 < model.test_errors <= 60
+
+
+def test_the_model_and_version_may_be_named_and_others_are_not_found(running: Running) -> None:
+    request = pb.ClassifyRequest(model_name="capsnet-mnist", model_version="1", images=[DIGIT])
+    assert running.stub.Classify(request).results[0].label == "7"
+    for name, version in (("capsnet-norb", ""), ("", "9")):
+        with pytest.raises(grpc.RpcError) as caught:
+            running.stub.Classify(pb.ClassifyRequest(model_name=name, model_version=version, images=[DIGIT]))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "capsnet-mnist version 1 is" in str(caught.value.details())
+
+
+WRONG_IMAGES: dict[str, tuple[pb.Image, str]] = {
+    "too few pixels": (pb.Image(pixels=bytes(783)), "images[1].pixels: 783 bytes; expected 784 (1 x 28 x 28"),
+    "a wrong size": (pb.Image(encoded=_png((64, 32))), "images[1].encoded: a PNG image of 64 x 32 pixels; expected 28"),
+    "a cut-off PNG": (pb.Image(encoded=SEVEN[:120]), "images[1].encoded: a PNG file of 120 bytes that is damaged or"),
+    "a cut-off header": (pb.Image(encoded=SEVEN[:20]), "images[1].encoded: a PNG file of 20 bytes that is damaged or"),
+    "100 megapixels": (pb.Image(encoded=_huge_png()), "a PNG image of 10000 x 10000 pixels; expected 28 x 28"),
+    "text": (pb.Image(encoded=b"no image, in seven.png"), "images[1].encoded: 22 bytes that are neither a PNG nor a"),
+    "an empty file": (pb.Image(encoded=b""), "images[1].encoded: 0 bytes that are neither"),
+    "nothing": (pb.Image(), "images[1]: has no content; expected pixels or encoded"),
+}
+
+
+@pytest.mark.parametrize(("image", "message"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
+def test_a_wrong_image_is_refused_by_name(running: Running, image: pb.Image, message: str) -> None:
+    code, details = _refusal(running, DIGIT, image)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in details
+
+
+def test_a_request_without_images_is_refused(running: Running) -> None:
+    assert _refusal(running) == (grpc.StatusCode.INVALID_ARGUMENT, "images: none; expected 1 to 1024")
+
+
+def test_too_many_images_in_a_request_are_refused_with_the_limit(start: Callable[..., Running]) -> None:
+    limited = start(max_images_per_request=4)
+    assert len(limited.classify(*[DIGIT] * 4).results) == 4
+    code, details = _refusal(limited, *[DIGIT] * 5)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details == "images: 5; the limit is 4 a request (max_images_per_request)"
+
+
+def test_a_request_above_the_size_limit_is_refused_with_the_limit(start: Callable[..., Running]) -> None:
+    limited = start(max_request_bytes=10_000)
+    code, details = _refusal(limited, pb.Image(encoded=bytes(10_000)))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details == "request: 10006 bytes; the limit is 10000 bytes (max_request_bytes)"
+    code, details = _refusal(limited, pb.Image(encoded=bytes(50_000)))  # more than gRPC itself lets in
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in details
+
+
+def test_bytes_that_are_no_message_are_refused(running: Running) -> None:
+    call = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", bytes, bytes)
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"\xff\xff\xff")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "request: 3 bytes that are not a capsnet.v1.ClassifyRequest"
+
+
+def test_valid_requests_succeed_while_wrong_ones_are_refused(running: Running) -> None:
+    stop = threading.Event()
+    refused: list[grpc.StatusCode] = []
+
+    def send_wrong_ones() -> None:
+        wrong = [image for image, _ in WRONG_IMAGES.values()]
+        while not stop.is_set():
+            for image in wrong:
+                refused.append(_refusal(running, image)[0])
+
+    thread = threading.Thread(target=send_wrong_ones)
+    thread.start()
+    try:
+        answers = [running.classify(DIGIT).results[0].label for _ in range(150)]
+    finally:
+        stop.set()
+        thread.join()
+    assert answers == ["7"] * 150
+    assert len(refused) > len(WRONG_IMAGES)
+    assert set(refused) == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
+def test_a_stream_answers_a_wrong_request_in_its_place_and_goes_on(running: Running) -> None:
+    wrong = pb.Image(pixels=bytes(3))
+    requests = [
+        pb.ClassifyStreamRequest(id=str(index), request=pb.ClassifyRequest(images=[wrong if index == 5 else DIGIT]))
+        for index in range(12)
+    ]
+    answers = list(running.stub.ClassifyStream(iter(requests), timeout=20))
+    assert [answer.id for answer in answers] == [str(index) for index in range(12)]
+    for index, answer in enumerate(answers):
+        if index == 5:
+            assert answer.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert "images[0].pixels: 3 bytes" in answer.error.message
+        else:
+            assert answer.response.results[0].label == "7"
+
+
+def test_a_stream_larger_than_queue_and_window_is_answered_whole(start: Callable[..., Running]) -> None:
+    small = start(max_queue=64, max_images_per_request=64, stream_window=48, max_batch=8)
+    request = pb.ClassifyRequest(images=[DIGIT] * 20)
+    requests = (pb.ClassifyStreamRequest(id=str(index), request=request) for index in range(30))
+    answers = list(small.stub.ClassifyStream(requests, timeout=30))
+    assert [len(answer.response.results) for answer in answers] == [20] * 30
+
+
+def test_a_client_that_leaves_its_stream_harms_no_other(running: Running) -> None:
+    def endless() -> Iterator[pb.ClassifyStreamRequest]:
+        while True:
+            yield pb.ClassifyStreamRequest(request=pb.ClassifyRequest(images=[DIGIT]))
+
+    call = running.stub.ClassifyStream(endless(), timeout=20)
+    for _ in range(5):
+        next(call)
+    call.cancel()
+    assert running.classify(DIGIT).results[0].label == "7"
+
+
+def test_a_fault_of_the_model_is_internal_and_tells_no_inner_text(start: Callable[..., Running]) -> None:
+    def patch(server: Server) -> None:
+        real = server.runtime.predict
+
+        def predict(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Prediction:
+            if (images == 255).all(axis=(1, 2, 3)).any():
+                raise RuntimeError("secret /inner/path")
+            return real(images)
+
+        server.runtime.predict = predict  # type: ignore[method-assign]
+
+    faulty = start(patch)
+    code, details = _refusal(faulty, pb.Image(pixels=b"\xff" * 784))
+    assert (code, details) == (grpc.StatusCode.INTERNAL, "the model could not compute this request")
+    assert faulty.classify(DIGIT).results[0].label == "7"
+
+
+def test_health_says_serving_for_the_server_and_the_service(running: Running) -> None:
+    stub = health_pb2_grpc.HealthStub(running.channel)
+    for service in ("", "capsnet.v1.CapsNetService"):
+        request = health_pb2.HealthCheckRequest(service=service)
+        assert stub.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        watch = stub.Watch(request, timeout=10)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Check(health_pb2.HealthCheckRequest(service="another"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_lists_the_services_and_their_messages(running: Running) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="capsnet.v1.ClassifyRequest"),
+    ]
+    services, file = stub.ServerReflectionInfo(iter(requests), timeout=10)
+    names = {service.name for service in services.list_services_response.service}
+    assert {"capsnet.v1.CapsNetService", "grpc.health.v1.Health"} <= names
+    assert file.file_descriptor_response.file_descriptor_proto
