@@ -67,8 +67,8 @@ def squash(s: Tensor) -> Tensor:
     zero vector is zero (``vector_norm`` defines it so; the root of a sum of squares would give NaN). Shape in,
     shape out.
     """
-    length = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    squashed: Tensor = s * (length / (1 + length.square()))
+    length = torch.linalg.vector_norm(s, dim=-1)
+    squashed: Tensor = s * (length / (1 + length.square())).unsqueeze(-1)
     return squashed
 
 
@@ -102,9 +102,9 @@ def route(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
     u_hat = votes(u, weight)  # (B, J, I, E)
     total = v
     for iteration in range(1, iterations):
-        b = u_hat @ total.unsqueeze(-1)  # (B, J, I, 1)
+        b = (u_hat @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
         c = b.softmax(dim=1)  # over the J parents of each primary capsule
-        s = (c.transpose(2, 3) @ u_hat).squeeze(2)  # (B, J, E)
+        s = (c.unsqueeze(2) @ u_hat).squeeze(2)  # (B, J, E)
         v = squash(s)
         if iteration < iterations - 1:
             total = total + v

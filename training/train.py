@@ -245,7 +245,7 @@ def run(
         "test_mistakes": wrong,
         "test_images": len(dataset.test_images),
         "seconds": round(seconds, 1),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     state = {name: value.contiguous().cpu() for name, value in module.model.state_dict().items()}
     checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)

@@ -1,0 +1,75 @@
+"""``python -m export``: turn a checkpoint into a verified ONNX artifact for the service."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from export.graph import GraphError
+from export.to_onnx import OPSET, OPSETS, export_checkpoint
+from export.verify import ParityError
+from serving.runtime import RuntimeSetupError
+from training import checkpoint, datasets
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch("[a-z0-9][a-z0-9-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected lower-case letters, digits and hyphens")
+    return text
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive integer")
+    return text
+
+
+def _next_version(folder: Path) -> str:
+    """One more than the highest version in a model's folder, finished or not."""
+    versions = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    return str(max(versions, default=0) + 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    result.add_argument("checkpoint", type=Path, help="the checkpoint that training wrote, capsnet.pt")
+    result.add_argument("out", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION")
+    result.add_argument("--name", type=_name, help="the model's name (default: capsnet-DATASET)")
+    result.add_argument("--version", type=_version, help="the version (default: one more than the highest there)")
+    result.add_argument("--data-dir", type=Path, help="a folder with the dataset's files, or to store them in")
+    result.add_argument(
+        "--opset", type=int, choices=OPSETS, default=OPSET, help=f"version of the ONNX operators (default: {OPSET})"
+    )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        trained = checkpoint.load(options.checkpoint)
+        if trained.dataset not in datasets.DATASETS:
+            raise checkpoint.CheckpointError(f"{options.checkpoint}: unknown data set {trained.dataset!r}")
+        dataset = datasets.load(trained.dataset, options.data_dir)
+        name = options.name or f"capsnet-{trained.dataset}"
+        version = options.version or _next_version(options.out / name)
+        artifact = export_checkpoint(
+            trained, dataset.test_images, dataset.test_labels, options.out, name, version, options.opset
+        )
+    except (
+        checkpoint.CheckpointError, datasets.DatasetError, GraphError, ParityError, RuntimeSetupError, OSError,
+    ) as error:  # fmt: skip
+        print(error, file=sys.stderr)
+        return 1
+    parity = artifact.parity
+    print(f"wrote {artifact.model_file}, {artifact.model_file.stat().st_size} bytes")
+    print(
+        f"compared with {parity['reference']} on {parity['images']} images: probabilities differ by up to "
+        f"{parity['max_probability_difference']:.2g}, poses by up to {parity['max_pose_difference']:.2g}, "
+        f"{parity['labels_changed']} labels changed"
+    )
+    print(f"test error {artifact.test_error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
