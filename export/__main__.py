@@ -31,7 +31,9 @@ def _next_version(folder: Path) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    result = argparse.ArgumentParser(
+        prog="python -m export", description="Turn a checkpoint into a verified ONNX artifact for the server."
+    )
     result.add_argument("checkpoint", type=Path, help="the checkpoint that training wrote, capsnet.pt")
     result.add_argument("out", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION")
     result.add_argument("--name", type=_name, help="the model's name (default: capsnet-DATASET)")

@@ -27,22 +27,29 @@ def _setting(default: Any, text: str, **options: Any) -> Any:
 class Settings:
     """Everything that can be set. Raises ValueError where settings do not fit together."""
 
-    host: str = _setting("127.0.0.1", "address to listen on, for gRPC and metrics; 0.0.0.0 for every interface")
+    host: str = _setting(
+        "127.0.0.1", "address to listen on, for gRPC and metrics; 0.0.0.0 for every interface", metavar="ADDRESS"
+    )
     port: int = _setting(8001, "port of gRPC; 0 for any free one", least=0)
     metrics_port: int = _setting(8002, "port of the Prometheus metrics (HTTP); 0 for any free one", least=0)
     models: str = _setting(
-        "", "model repository, a folder of NAME/VERSION/ folders; default: the one that comes with the server"
+        "",
+        "model repository, a folder of NAME/VERSION/ folders (default: the one that comes with the server)",
+        metavar="FOLDER",
     )
-    model: str = _setting("", "name of the model to serve; default: the repository's only one")
-    model_version: str = _setting("", "version to serve; default: the highest")
+    model: str = _setting("", "name of the model to serve (default: the repository's only one)", metavar="NAME")
+    model_version: str = _setting("", "version to serve (default: the highest)", metavar="N")
     device: str = _setting(
-        "auto", "auto takes CUDA where it works and else the CPU; cuda fails where CUDA does not work", choices=DEVICES
+        "auto",
+        "auto takes CUDA where it works and else the CPU; cuda fails where CUDA does not work",
+        choices=DEVICES,
+        metavar="DEVICE",
     )
     threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0)
     max_batch: int = _setting(32, "most images in one batch", least=1)
     max_queue: int = _setting(4096, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
     max_images_per_request: int = _setting(1024, "most images in one request", least=1)
-    max_request_bytes: int = _setting(4 * 2**20, "largest request", least=1024)
+    max_request_bytes: int = _setting(4 * 2**20, "largest request, in bytes", least=1024)
     stream_window: int = _setting(512, "most images of one stream under way; reading waits beyond", least=1)
     drain_delay: float = _setting(
         0.0, "seconds between reporting NOT_SERVING and refusing new requests, for balancers to notice", least=0
@@ -90,7 +97,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         parser.add_argument(
             "--" + setting.name.replace("_", "-"),
             type=kind,
-            metavar={int: "N", float: "SECONDS", str: "TEXT"}[kind],
+            metavar=setting.metadata.get("metavar", "SECONDS" if kind is float else "N"),
             help=setting.metadata["help"] + default,
             default=argparse.SUPPRESS,
         )
@@ -99,7 +106,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
             try:
                 values[setting.name] = kind(environment[variable])
             except ValueError:
-                parser.error(f"environment variable {variable}: {environment[variable]!r} is not a {kind.__name__}")
+                parser.error(f"environment variable {variable}: {environment[variable]!r} is not a number")
     values |= vars(parser.parse_args(arguments))
     try:
         return Settings(**values)

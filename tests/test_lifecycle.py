@@ -149,7 +149,7 @@ def test_cuda_that_is_not_there_is_an_error_and_no_silent_fallback() -> None:
 def test_a_wrong_setting_in_the_environment_is_named() -> None:
     code, text = _failed_start(CAPSNET_MAX_BATCH="many")
     assert code == 2
-    assert "CAPSNET_MAX_BATCH: 'many' is not a int" in text
+    assert "CAPSNET_MAX_BATCH: 'many' is not a number" in text
 
 
 def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> None:

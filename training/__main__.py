@@ -25,27 +25,37 @@ HELP = {
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="python -m training", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m training",
+        description="Train a capsule network, test it once, and write its checkpoint.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
-    result.add_argument("--config", choices=CONFIGS, default="compact", help="the network")
-    result.add_argument("--dataset", choices=DATASETS, default="mnist", help="what it learns")
-    result.add_argument("--data-dir", type=Path, help="a folder with the dataset's files, or to store them in")
-    result.add_argument("--out", type=Path, help="the run's folder (default: runs/DATASET-CONFIG-SEED)")
+    result.add_argument("--config", choices=CONFIGS, default="compact", help="the network (default: compact)")
+    result.add_argument("--dataset", choices=DATASETS, default="mnist", help="what it learns (default: mnist)")
+    result.add_argument(
+        "--data-dir", type=Path, metavar="FOLDER", help="a folder with the dataset's files, or to store them in"
+    )
+    result.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="the run's folder (default: runs/DATASET-CONFIG-SEED)"
+    )
     result.add_argument("--resume", action="store_true", help="continue the interrupted run in the run's folder")
     for field in fields(Recipe):
         result.add_argument(
             "--" + field.name.replace("_", "-"),
             type=type(field.default),
             default=field.default,
-            choices=AUGMENTATIONS if field.name == "augment" else None,
-            help=HELP[field.name],
+            metavar="{" + ",".join(AUGMENTATIONS) + "}" if field.name == "augment" else "N",
+            help=f"{HELP[field.name]} (default: {field.default})",
         )
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    command = parser()
+    options = command.parse_args(arguments)
+    try:
+        recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+    except ValueError as error:
+        command.error(str(error))
     folder: Path = options.out or Path("runs") / f"{options.dataset}-{options.config}-{recipe.seed}"
     settings = json.dumps({"config": options.config, "dataset": options.dataset, "recipe": asdict(recipe)}, indent=2)
     settings_file = folder / "settings.json"

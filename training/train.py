@@ -3,7 +3,6 @@
 import logging
 import math
 import signal
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,7 +31,7 @@ CHECKPOINT_FILE = "capsnet.pt"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Every field is a flag of ``python -m training``."""
+    """How a network is trained. Every field is a flag of ``python -m training``. Raises ValueError on a wrong one."""
 
     epochs: int = 40
     batch_size: int = 128
@@ -42,6 +41,17 @@ class Recipe:
     augment: str = "affine"
     held_out: int = 5000
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("held_out", 0), ("seed", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected {least} or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: {self.learning_rate}; expected a number above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: {self.ema_decay}; expected 0 or more, and below 1")
+        if self.augment not in AUGMENTATIONS:
+            raise ValueError(f"augment: {self.augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
 
 
 class TrainingError(RuntimeError):
@@ -191,13 +201,17 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
+    if recipe.held_out >= len(dataset.train_images):
+        raise TrainingError(f"held_out: {recipe.held_out}; {dataset.name} has {len(dataset.train_images)} to train on")
     train, held_out = split(len(dataset.train_images), recipe.held_out, recipe.seed)
     batches = Batches(dataset.train_images[train], dataset.train_labels[train], recipe.batch_size, recipe.seed)
     held_out_set = TensorDataset(dataset.train_images[held_out], dataset.train_labels[held_out])
     module = Training(config, recipe, len(batches))
     best = ModelCheckpoint(folder, "best", monitor="held_out_loss", enable_version_counter=False)
     every_epoch = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    timer = Timer()  # goes on counting after an interruption
     callbacks: list[Callback] = [
+        timer,
         EMAWeightAveraging(decay=recipe.ema_decay),
         StopBetweenSteps(folder / RESUME_FILE),
         every_epoch,
@@ -217,7 +231,6 @@ def run(
         num_sanity_val_steps=0,
         log_every_n_steps=50,
     )
-    started = time.monotonic()
     with warnings.catch_warnings():
         # Advice on worker processes and logging intervals, which data held in memory has no use for.
         warnings.filterwarnings("ignore", module="lightning")
@@ -228,7 +241,6 @@ def run(
             ckpt_path=folder / RESUME_FILE if resume else None,
             weights_only=True,
         )
-    seconds = time.monotonic() - started
 
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in module.model.parameters())}
     if recipe.held_out:
@@ -244,7 +256,7 @@ def run(
         "test_errors": len(wrong),
         "test_mistakes": wrong,
         "test_images": len(dataset.test_images),
-        "seconds": round(seconds, 1),
+        "seconds": round(timer.time_elapsed("train"), 1),
         "torch": str(torch.__version__),
     }
     state = {name: value.contiguous().cpu() for name, value in module.model.state_dict().items()}
