@@ -135,11 +135,11 @@ class Server:
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return."""
-    server = Server(settings)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT):  # first: as process 1 of a container Python would ignore SIGTERM
         loop.add_signal_handler(number, stopping.set)
+    server = Server(settings)
     await server.start()
     server.announce()
     signalled = asyncio.create_task(stopping.wait())
