@@ -1,0 +1,118 @@
+"""The README's commands and code, run as they stand, in a copy of the repository."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SHELL = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git knows, with the environment that runs this test in the place of ``.venv-dev``."""
+    folder = tmp_path_factory.mktemp("clone")
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listing.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv-dev").symlink_to(Path(sys.executable).parent.parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A new user's: an empty home, and nothing of this test run's Python."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "VIRTUAL_ENV", "MAKE"))}
+    return kept | {"HOME": str(tmp_path_factory.mktemp("home"))}
+
+
+@pytest.fixture(scope="module")
+def served(clone: Path, environment: dict[str, str]) -> Iterator[Path]:
+    """The clone, while the README's first command runs in it."""
+    for port in (8001, 8002):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                pytest.fail(f"port {port} is taken; the README's server needs it")
+    log = clone / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            SHELL[0], shell=True, cwd=clone, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while "gRPC on" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, f"not serving after two minutes: {log.read_text()}"
+                time.sleep(0.2)
+            yield clone
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def _run(command: str, clone: Path, environment: dict[str, str]) -> str:
+    result = subprocess.run(
+        command, shell=True, cwd=clone, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def _assert_alike(shown: str, real: str) -> None:
+    """The same words, and numbers that differ by no more than another machine's rounding."""
+    for one, other in zip(shown.split(), real.split(), strict=True):
+        try:
+            assert float(one) == pytest.approx(float(other), abs=0.011)
+        except ValueError:
+            assert one == other
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert SHELL[:2] == ["make serve", "make test"]
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_make_serve_answers_as_the_readme_shows(served: Path, environment: dict[str, str]) -> None:
+    shown = next(text for language, text in BLOCKS if language == "text")
+    _assert_alike(shown, _run(SHELL[2], served, environment))
+
+
+def test_the_serving_environment_has_no_torch(served: Path, environment: dict[str, str]) -> None:
+    installed = _run(".venv/bin/python -m pip list --format=freeze", served, environment).lower()
+    assert "onnxruntime==" in installed
+    assert not re.search(r"^(torch|lightning|onnx)==", installed, re.MULTILINE)
+
+
+def test_the_python_blocks_run(served: Path, environment: dict[str, str]) -> None:
+    for number, text in enumerate(text for language, text in BLOCKS if language == "python"):
+        script = served / f"block{number}.py"
+        script.write_text(text)
+        _run(f"PYTHONPATH=. .venv/bin/python {script.name}", served, environment)
+
+
+def test_the_other_commands_run_in_order(served: Path, environment: dict[str, str]) -> None:
+    for command in SHELL[3:]:
+        _run(command, served, environment)
+    assert list((served / "runs" / "models").glob("*/1/manifest.json"))
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
