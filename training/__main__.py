@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not (folder / RESUME_FILE).exists():
             print(f"{folder}: nothing to resume, there is no {RESUME_FILE}", file=sys.stderr)
             return 2
-        if settings_file.read_text() != settings:
+        if not settings_file.exists() or settings_file.read_text() != settings:
             print(f"--resume: the settings differ from those in {settings_file}; give the same ones", file=sys.stderr)
             return 2
     elif (folder / RESUME_FILE).exists() or (folder / CHECKPOINT_FILE).exists():

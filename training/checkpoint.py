@@ -37,7 +37,7 @@ class Checkpoint:
         model = CapsNet(self.config)
         try:
             model.load_state_dict(self.state_dict)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the weights do not fit the checkpoint's config: {error}") from error
         return model.eval()
 
@@ -62,7 +62,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: not a checkpoint of plain tensors and values; nothing in it was run") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes of another kind make torch.load raise almost anything
         raise CheckpointError(f"{path}: not a readable PyTorch file, or cut off") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: not a {FORMAT} file (export takes capsnet.pt, not a trainer's last.ckpt)")

@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -68,32 +68,26 @@ class Interrupted(Exception):
 class Batches:
     """Shuffled batches of one epoch after another.
 
-    The order is a function of seed and epoch alone and the position is part of the state, so a run resumed in
-    mid-epoch sees the batches that an undisturbed one would have seen.
+    What comes next is a function of the seed and of how many steps are done, and of nothing else: a run resumed
+    anywhere sees the batches that an undisturbed one would have seen.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, seed: int, steps_done: Callable[[], int]
+    ) -> None:
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
-        self.epoch = self.position = 0
+        self.steps_done = steps_done
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        """The rest of the epoch that the steps done lead into."""
+        epoch, position = divmod(self.steps_done(), len(self))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         batches = torch.split(torch.randperm(len(self.images), generator=generator), self.batch_size)
-        for chosen in batches[self.position :]:
-            # Before the yield: whoever saves the state while a batch is out must not see it twice.
-            self.position += 1
-            if self.position == len(batches):
-                self.epoch, self.position = self.epoch + 1, 0
+        for chosen in batches[position:]:
             yield self.images[chosen], self.labels[chosen]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
 
 
 class Training(lightning.LightningModule):
@@ -147,8 +141,8 @@ class Training(lightning.LightningModule):
 class StopBetweenSteps(Callback):
     """On SIGINT or SIGTERM, finish the step, write the resume file, and raise Interrupted.
 
-    Stopping only between steps keeps weights, averages, optimizer and position in the data consistent. A second
-    signal stops at once.
+    Stopping only between steps keeps weights, averages, optimizer and position in the data consistent; stopping in
+    mid-epoch only lets every epoch have its evaluation. A second signal stops at once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -171,7 +165,7 @@ class StopBetweenSteps(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        if self.requested:
+        if self.requested and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
             raise Interrupted
 
@@ -182,6 +176,29 @@ class StopBetweenSteps(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._restore()
+
+
+class KeepBest(Callback):
+    """Keep the averaged weights of the epoch with the lowest held-out loss.
+
+    Its state has no path in it, so a run's folder may be moved between interruption and resumption.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.loss = math.inf
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["held_out_loss"])
+        if loss < self.loss:
+            self.loss = loss
+            trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss = state_dict["loss"]
 
 
 def run(
@@ -204,20 +221,24 @@ def run(
     if recipe.held_out >= len(dataset.train_images):
         raise TrainingError(f"held_out: {recipe.held_out}; {dataset.name} has {len(dataset.train_images)} to train on")
     train, held_out = split(len(dataset.train_images), recipe.held_out, recipe.seed)
-    batches = Batches(dataset.train_images[train], dataset.train_labels[train], recipe.batch_size, recipe.seed)
     held_out_set = TensorDataset(dataset.train_images[held_out], dataset.train_labels[held_out])
-    module = Training(config, recipe, len(batches))
-    best = ModelCheckpoint(folder, "best", monitor="held_out_loss", enable_version_counter=False)
-    every_epoch = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    module = Training(config, recipe, math.ceil(len(train) / recipe.batch_size))
+    batches = Batches(
+        dataset.train_images[train],
+        dataset.train_labels[train],
+        recipe.batch_size,
+        recipe.seed,
+        lambda: module.global_step,
+    )
     timer = Timer()  # goes on counting after an interruption
     callbacks: list[Callback] = [
         timer,
         EMAWeightAveraging(decay=recipe.ema_decay),
         StopBetweenSteps(folder / RESUME_FILE),
-        every_epoch,
+        ModelCheckpoint(folder, Path(RESUME_FILE).stem, enable_version_counter=False, save_on_train_epoch_end=True),
     ]
     if recipe.held_out:
-        callbacks.append(best)
+        callbacks.append(KeepBest(folder / BEST_FILE))
     if progress:
         callbacks.append(TQDMProgressBar(leave=True))
     trainer = lightning.Trainer(
@@ -242,10 +263,11 @@ def run(
             weights_only=True,
         )
 
+    # From the file, since in memory the averaged weights are in place only when training has just ended.
+    kept = torch.load(folder / (BEST_FILE if recipe.held_out else RESUME_FILE), map_location="cpu", weights_only=True)
+    module.load_state_dict(kept["state_dict"])
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in module.model.parameters())}
     if recipe.held_out:
-        kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-        module.load_state_dict(kept["state_dict"])
         figures |= {
             "selected_epoch": kept["epoch"] + 1,
             "held_out_errors": len(mistakes(module.model.eval(), *held_out_set.tensors)),

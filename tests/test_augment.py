@@ -1,0 +1,164 @@
+"""Tests of the random changes to training images."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from training.augment import AUGMENTATIONS, affine, none, shift
+from training.train import Recipe
+
+HEIGHT, WIDTH = 20, 30  # different, so that the axes cannot be mixed up
+SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
+RANDOM = pytest.mark.parametrize("name", ["shift", "affine"])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(count: int, channels: int = 1, seed: int = 0) -> Tensor:
+    return torch.rand(count, channels, HEIGHT, WIDTH, generator=generator(seed))
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """The image moved by whole pixels, zeros moving in: a window cut from a wide black frame around it."""
+    top, left = 2 - down, 2 - right
+    return pad(image, (2, 2, 2, 2))[..., top : top + HEIGHT, left : left + WIDTH]
+
+
+def applied_shifts(image: Tensor, results: Tensor) -> list[tuple[int, int]]:
+    """The shift by up to two pixels that made each of the results (B, C, H, W) of the image (C, H, W)."""
+    candidates = torch.stack([shifted(image, *by) for by in SHIFTS])
+    errors = (results[:, None] - candidates).abs().flatten(2).amax(2)
+    assert errors.amin(1).max() < 1e-5
+    return [SHIFTS[best] for best in errors.argmin(1).tolist()]
+
+
+def centres(images: Tensor) -> Tensor:
+    """The centre of mass of each image's first channel, (B, 2), in pixels down and right."""
+    weights = images[:, 0] / images[:, 0].sum((1, 2), keepdim=True)
+    down = (weights * torch.arange(images.shape[2])[:, None]).sum((1, 2))
+    right = (weights * torch.arange(images.shape[3])).sum((1, 2))
+    return torch.stack([down, right], 1)
+
+
+def test_a_shift_moves_an_image_by_whole_pixels_and_loses_only_what_leaves_the_frame() -> None:
+    images = random_images(30, channels=3) + 0.1  # nothing black, so what is black in the results has moved in
+
+    results = shift(images, generator(1))
+
+    assert results.shape == images.shape
+    for image, result in zip(images, results, strict=True):
+        ((down, right),) = applied_shifts(image, result[None])
+        assert (result < 0.05).sum() == 3 * (HEIGHT * WIDTH - (HEIGHT - abs(down)) * (WIDTH - abs(right)))
+
+
+def test_every_shift_of_up_to_two_pixels_is_as_likely_as_another() -> None:
+    image = random_images(1)
+    counts = Counter(applied_shifts(image[0], shift(image.repeat(1000, 1, 1, 1), generator(2))))
+    assert set(counts) == set(SHIFTS)
+    assert min(counts.values()) > 20
+    assert max(counts.values()) < 60
+
+
+def test_an_affine_change_keeps_shape_and_range_and_lets_black_in() -> None:
+    images = torch.ones(200, 1, HEIGHT, WIDTH)
+
+    results = affine(images, generator())
+
+    assert results.shape == images.shape
+    assert results.dtype == images.dtype
+    assert results.min() == 0
+    assert 0.999 < results.max() <= 1 + 1e-5
+    assert results.mean() > 0.8
+
+
+def test_an_affine_change_moves_the_centre_by_little_and_on_average_not_at_all() -> None:
+    size = 29
+    images = torch.zeros(1000, 1, size, size)
+    images[:, 0, 13:16, 13:16] = 1
+
+    moves = centres(affine(images, generator())) - 14
+
+    assert moves.abs().max() < 3.2  # two pixels, stretched by scale and shear
+    assert moves.abs().amax(0).min() > 1.5
+    assert moves.mean(0).abs().max() < 0.15
+
+
+def test_an_affine_change_turns_and_stretches_by_no_more_than_it_says() -> None:
+    size = 41
+    images = torch.zeros(1000, 1, size, size)
+    images[:, 0, 19:22, 5:36] = 1  # a horizontal bar
+
+    results = affine(images, generator())
+
+    down = torch.arange(size)[:, None] - centres(results)[:, 0, None, None]
+    right = torch.arange(size) - centres(results)[:, 1, None, None]
+    weights = results[:, 0] / results[:, 0].sum((1, 2), keepdim=True)
+    across, spread = (weights * down * right).sum((1, 2)), (weights * right * right).sum((1, 2))
+    tilts = torch.rad2deg(torch.atan(across / spread))
+    stretches = (spread / images[0, 0, 20].nonzero().double().var()).sqrt()
+    assert 10 < tilts.max() < 25
+    assert -25 < tilts.min() < -10
+    assert 1.05 < stretches.max() < 1.25
+    assert 0.75 < stretches.min() < 0.95
+
+
+@RANDOM
+def test_images_of_one_batch_are_changed_differently_and_seldom_left_alone(name: str) -> None:
+    images = random_images(1).repeat(50, 1, 1, 1)
+
+    results = AUGMENTATIONS[name](images, generator())
+
+    assert len({result.numpy().tobytes() for result in results}) > 15
+    unchanged = sum(torch.allclose(image, result, atol=1e-3) for image, result in zip(images, results, strict=True))
+    assert unchanged < 10
+
+
+@RANDOM
+def test_the_channels_of_an_image_move_together(name: str) -> None:
+    images = random_images(10).repeat(1, 3, 1, 1)
+    results = AUGMENTATIONS[name](images, generator())
+    torch.testing.assert_close(results, results[:, :1].expand(-1, 3, -1, -1))
+
+
+@RANDOM
+def test_the_generator_alone_decides_what_is_changed(name: str) -> None:
+    images = random_images(10)
+    augment = AUGMENTATIONS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = augment(images, generator(5))
+        torch.manual_seed(2)
+        before = torch.get_rng_state()
+        again = augment(images, generator(5))
+        assert torch.get_rng_state().equal(before)
+
+    assert first.equal(again)
+    assert not first.equal(augment(images, generator(6)))
+
+
+@RANDOM
+def test_successive_draws_from_one_generator_differ(name: str) -> None:
+    images, source = random_images(10), generator()
+    assert not AUGMENTATIONS[name](images, source).equal(AUGMENTATIONS[name](images, source))
+
+
+@pytest.mark.parametrize("name", list(AUGMENTATIONS))
+def test_the_images_given_are_left_as_they_were(name: str) -> None:
+    images = random_images(5)
+    AUGMENTATIONS[name](images, generator())
+    assert images.equal(random_images(5))
+
+
+def test_none_changes_nothing() -> None:
+    images = random_images(3)
+    assert none(images, generator()).equal(images)
+
+
+def test_the_augmentations_go_by_their_names_and_the_recipes_default_is_one_of_them() -> None:
+    assert {"affine": affine, "shift": shift, "none": none} == AUGMENTATIONS
+    assert Recipe().augment in AUGMENTATIONS

@@ -1,0 +1,425 @@
+"""Tests of the capsule network against the paper's equations, written out here a second time without shortcuts."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, route, squash, to_pixels
+
+Array = NDArray[np.float64]
+
+TINY = CapsNetConfig(
+    image_size=20, classes=3, conv_channels=4, primary_types=2, primary_dim=3, digit_dim=5, decoder_widths=(7,)
+)
+ITERATIONS = pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, and lose much where other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[False, True], ids=["subnormals kept", "subnormals flushed"])
+def subnormals(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways that the processor can treat subnormal numbers; training switches to the second, for good."""
+    torch.set_flush_denormal(request.param)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def network(config: CapsNetConfig, seed: int = 0) -> CapsNet:
+    """A network with random weights in double precision, large enough to make its routing uneven."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CapsNet(config).double()
+    with torch.no_grad():
+        model.weight.mul_(10)
+    return model
+
+
+def images(config: CapsNetConfig, count: int, seed: int = 0) -> Tensor:
+    shape = (count, config.image_channels, config.image_size, config.image_size)
+    return torch.rand(shape, generator=generator(seed), dtype=torch.float64)
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def paper_squash(s: Array) -> Array:
+    """Equation 1 as it is printed."""
+    squared = (s**2).sum(-1, keepdims=True)
+    scaled: Array = squared / (1 + squared) * s / np.sqrt(squared)
+    return scaled
+
+
+def paper_routing(u: Array, weight: Array, iterations: int) -> Array:
+    """Procedure 1 as it is printed, for one image: u (I, D), weight (I, D, J, E); returns v, (J, E)."""
+    primaries, parents = weight.shape[0], weight.shape[2]
+    u_hat = np.stack([np.stack([u[i] @ weight[i, :, j] for j in range(parents)]) for i in range(primaries)])
+    b = np.zeros((primaries, parents))
+    v = np.zeros((parents, weight.shape[3]))
+    for _ in range(iterations):
+        c = np.stack([np.exp(b[i]) / np.exp(b[i]).sum() for i in range(primaries)])
+        for j in range(parents):
+            v[j] = paper_squash(sum((c[i, j] * u_hat[i, j] for i in range(primaries)), start=np.zeros(weight.shape[3])))
+        for i in range(primaries):
+            for j in range(parents):
+                b[i, j] += u_hat[i, j] @ v[j]
+    return v
+
+
+def unsquashed(v: Tensor) -> Tensor:
+    """The s that squash turned into v: ``|v| = |s|^2 / (1 + |s|^2)`` solved for s."""
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    s: Tensor = v / length * (length / (1 - length)).sqrt()
+    return s
+
+
+# One axis of the poses for each primary capsule: then s_j has the couplings, times the votes' sizes, as its elements.
+VOTE_SIZES = torch.tensor([[4.0, 1.0, 0.5], [2.0, 2.5, 0.1], [0.3, 3.0, 1.5], [1.0, 1.0, 5.0]], dtype=torch.float64)
+
+
+def couplings(iterations: int) -> Tensor:
+    """The couplings c of the last iteration, (I, J), read off the poses that routing returns."""
+    primaries, parents = VOTE_SIZES.shape
+    weight = torch.zeros(primaries, 1, parents, primaries, dtype=torch.float64)
+    for i in range(primaries):
+        weight[i, 0, :, i] = VOTE_SIZES[i]
+    u = torch.ones(1, primaries, 1, dtype=torch.float64)
+    return unsquashed(route(u, weight, iterations))[0].T / VOTE_SIZES
+
+
+def test_the_papers_network_has_the_papers_parameters() -> None:
+    with torch.device("meta"):
+        assert parameter_count(CapsNet(replace(CONFIGS["paper"], decoder_widths=()))) == 6_804_224
+        assert parameter_count(CapsNet(CONFIGS["paper"])) == 8_215_568
+
+
+def test_the_parameters_of_the_papers_layers_include_their_biases() -> None:
+    with torch.device("meta"):
+        model = CapsNet(CONFIGS["paper"])
+    assert parameter_count(model.conv1) == 20_992
+    assert parameter_count(model.primary) == 5_308_672
+    assert model.weight.shape == (1152, 8, 10, 16)
+    assert parameter_count(model.decoder or nn.Identity()) == 1_411_344
+
+
+def test_the_compact_network_has_less_than_a_million_parameters_without_its_decoder() -> None:
+    with torch.device("meta"):
+        assert parameter_count(CapsNet(replace(CONFIGS["compact"], decoder_widths=()))) < 1_000_000
+
+
+def test_the_decoder_is_left_out_when_it_has_no_widths() -> None:
+    model = network(replace(TINY, decoder_widths=()))
+    assert model.decoder is None
+    assert model(images(TINY, 2)).shape == (2, TINY.classes, TINY.digit_dim)
+
+
+def test_routing_weights_start_small_so_that_no_pose_starts_saturated() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CapsNet(CONFIGS["compact"]).double()
+    with torch.no_grad():
+        assert model.weight.abs().max() <= 0.2
+        assert 0.07 < model.weight.std() < 0.1
+        assert lengths(model(images(model.config, 2))).max() < 0.5
+
+
+@pytest.mark.parametrize("length", [1e-12, 1e-3, 1.0, 3.0, 1e3])
+def test_squash_keeps_the_direction_and_shrinks_the_length_to_its_square_over_one_plus_its_square(
+    length: float,
+) -> None:
+    direction = normal(6, 4)
+    direction /= direction.norm(dim=-1, keepdim=True)
+
+    squashed = squash(length * direction)
+
+    torch.testing.assert_close(squashed, length**2 / (1 + length**2) * direction, rtol=1e-12, atol=0)
+
+
+def test_squash_is_equation_1_along_the_last_axis() -> None:
+    s = normal(2, 3, 4, 5)
+    np.testing.assert_allclose(squash(s).numpy(), paper_squash(s.numpy()), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("subnormals")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_squash_of_a_zero_vector_is_zero_and_so_is_its_gradient(dtype: torch.dtype) -> None:
+    s = torch.zeros(2, 3, dtype=dtype, requires_grad=True)
+
+    squashed = squash(s)
+    (gradient,) = torch.autograd.grad(squashed.sum(), s)
+
+    assert squashed.eq(0).all()
+    assert gradient.eq(0).all()
+
+
+@pytest.mark.usefixtures("subnormals")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1e-45, 6e-8, 1e-7, 1e-5, 1e-4, 1e-3])
+def test_squash_of_a_tiny_vector_is_finite_and_tiny_in_low_precision_and_so_is_its_gradient(
+    dtype: torch.dtype, size: float
+) -> None:
+    s = torch.tensor([[size, 0, -size], [0, size, 0]], dtype=dtype, requires_grad=True)
+
+    squashed = squash(s)
+    (gradient,) = torch.autograd.grad(squashed.sum(), s)
+
+    assert squashed.isfinite().all()
+    assert squashed.abs().max() <= 2 * size
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() <= 1e-2
+
+
+def test_squash_has_the_gradient_of_its_formula() -> None:
+    s = normal(3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(squash, s)
+
+
+@ITERATIONS
+def test_routing_is_procedure_1_of_the_paper(iterations: int) -> None:
+    u, weight = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2)
+
+    v = route(u, weight, iterations)
+
+    expected = np.stack([paper_routing(image, weight.numpy(), iterations) for image in u.numpy()])
+    np.testing.assert_allclose(v.numpy(), expected, rtol=0, atol=1e-6)
+
+
+@ITERATIONS
+def test_the_gradients_of_routing_flow_through_every_iteration(iterations: int) -> None:
+    u, weight = normal(1, 3, 2, seed=1).requires_grad_(), normal(3, 2, 2, 2, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda u, weight: route(u, weight, iterations), (u, weight))
+
+
+def test_one_iteration_is_the_squashed_mean_of_the_votes_over_the_parents() -> None:
+    u, weight = normal(2, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2)
+    closed_form = squash((u[:, :, :, None, None] * weight).sum(2).sum(1) / 5)
+    torch.testing.assert_close(route(u, weight, 1), closed_form)
+
+
+@ITERATIONS
+def test_the_couplings_of_a_primary_capsule_sum_to_one_over_its_parents(iterations: int) -> None:
+    c = couplings(iterations)
+
+    torch.testing.assert_close(c.sum(1), torch.ones(4, dtype=torch.float64))
+    if iterations == 1:
+        torch.testing.assert_close(c, torch.full_like(c, 1 / 3))
+    else:
+        assert (c.sum(0) - 4 / 3).abs().max() > 0.05
+        assert c.argmax(1).equal(VOTE_SIZES.argmax(1))
+
+
+@pytest.mark.parametrize("iterations", [2, 3, 5])
+def test_the_last_couplings_come_from_agreement_with_the_poses_of_all_iterations_but_the_last(iterations: int) -> None:
+    poses = [squash((couplings(t) * VOTE_SIZES).T) for t in range(1, iterations)]
+    b = VOTE_SIZES * torch.stack(poses).sum(0).T  # vote i lies along axis i, so it agrees with that element alone
+    torch.testing.assert_close(couplings(iterations), b.softmax(dim=1))
+
+
+@ITERATIONS
+def test_a_single_parent_gets_every_vote_whole(iterations: int) -> None:
+    u, weight = normal(2, 7, 4, seed=1), normal(7, 4, 1, 6, seed=2)
+    every_vote = torch.einsum("bid,idje->bje", u, weight)
+    torch.testing.assert_close(route(u, weight, iterations), squash(every_vote))
+
+
+@ITERATIONS
+def test_silent_primary_capsules_change_nothing(iterations: int) -> None:
+    u, weight = normal(2, 7, 4, seed=1), normal(9, 4, 5, 6, seed=2)
+    silent = torch.zeros(2, 2, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        route(torch.cat([u, silent], 1), weight, iterations), route(u, weight[:7], iterations), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_each_primary_capsule_is_the_squashed_channels_of_one_type_at_one_position() -> None:
+    config = replace(TINY, image_size=22)
+    model = network(config)
+    batch = images(config, 2)
+    with torch.no_grad():
+        maps = model.primary(model.conv1(batch).clamp(min=0)).numpy()
+        capsules = model.primary_capsules(batch).numpy()
+
+    size, dim = config.primary_grid, config.primary_dim
+    assert capsules.shape == (2, config.primary_types * size**2, dim)
+    for kind in range(config.primary_types):
+        for y in range(size):
+            for x in range(size):
+                channels = maps[:, kind * dim : (kind + 1) * dim, y, x]
+                capsule = capsules[:, (kind * size + y) * size + x]
+                np.testing.assert_allclose(capsule, paper_squash(channels), rtol=1e-12)
+
+
+def test_a_pixel_in_the_corner_reaches_only_the_capsules_of_the_corner() -> None:
+    config = replace(TINY, image_size=22)
+    model = network(config)
+    batch = images(config, 1).repeat(2, 1, 1, 1)
+    batch[1, :, 0, 0] += 1
+    with torch.no_grad():
+        assert model.conv1.bias is not None
+        model.conv1.bias += 10  # so that no ReLU hides the pixel
+        before, after = model.primary_capsules(batch)
+
+    changed = (before != after).any(1).reshape(config.primary_types, config.primary_grid, config.primary_grid)
+
+    assert changed[:, 0, 0].all()
+    assert changed.sum() == config.primary_types
+
+
+def test_primary_capsules_are_shorter_than_one() -> None:
+    model = network(TINY)
+    with torch.no_grad():
+        model.primary.weight.mul_(1e3)
+        capsule_lengths = model.primary_capsules(images(TINY, 3)).norm(dim=-1)
+    assert 0.99 < capsule_lengths.max() < 1
+
+
+@ITERATIONS
+def test_an_image_gets_the_same_poses_alone_as_in_a_batch(iterations: int) -> None:
+    model = network(replace(TINY, routing_iterations=iterations))
+    batch = images(TINY, 5)
+    with torch.no_grad():
+        together = model(batch)
+        alone = torch.cat([model(image[None]) for image in batch])
+        reversed_ = model(batch.flip(0)).flip(0)
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-12)
+    torch.testing.assert_close(reversed_, together, rtol=0, atol=1e-12)
+    assert (together[0] - together[1]).abs().max() > 1e-6
+
+
+@pytest.mark.usefixtures("subnormals")
+@pytest.mark.parametrize("pixel", [0.0, 1.0], ids=["blank", "saturated"])
+def test_a_blank_and_a_saturated_image_have_finite_poses_and_gradients(pixel: float) -> None:
+    model = network(TINY).float()
+    with torch.no_grad():
+        for bias in (model.conv1.bias, model.primary.bias):
+            assert bias is not None
+            bias.zero_()  # a blank image now makes every capsule exactly zero
+
+    poses = model(torch.full((2, 1, 20, 20), pixel))
+    trained = [model.weight, *model.conv1.parameters(), *model.primary.parameters()]
+    gradients = torch.autograd.grad(lengths(poses).sum(), trained)
+
+    assert poses.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_probabilities_are_the_lengths_of_the_poses_and_stay_below_one(scale: float) -> None:
+    model = network(TINY)
+    with torch.no_grad():
+        model.weight.mul_(scale)
+        poses = model(images(TINY, 4))
+    probabilities = lengths(poses)
+
+    np.testing.assert_allclose(probabilities.numpy(), np.sqrt((poses.numpy() ** 2).sum(-1)), rtol=1e-12)
+    assert (probabilities >= 0).all()
+    assert (probabilities <= 1).all() if scale > 1 else (probabilities < 1).all()
+
+
+def test_probabilities_are_no_softmax_several_classes_and_none_can_be_present() -> None:
+    poses = torch.zeros(2, 3, 4)
+    poses[0, :2, 0] = 0.95
+    torch.testing.assert_close(lengths(poses), torch.tensor([[0.95, 0.95, 0.0], [0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        replace(TINY, image_size=36, image_channels=3, classes=3),
+        replace(TINY, image_size=17, primary_types=1, primary_dim=1, digit_dim=1, classes=1),
+        replace(TINY, routing_iterations=1),
+    ],
+    ids=["tiny", "36x36 in colour", "smallest", "one iteration"],
+)
+def test_networks_of_any_shape_take_batches_of_any_size(config: CapsNetConfig, count: int) -> None:
+    model = network(config)
+    batch = images(config, count)
+    with torch.no_grad():
+        capsules, poses = model.primary_capsules(batch), model(batch)
+
+    assert capsules.shape == (count, config.primary_capsules, config.primary_dim)
+    assert poses.shape == (count, config.classes, config.digit_dim)
+    assert lengths(poses).shape == (count, config.classes)
+    expected = paper_routing(capsules[0].numpy(), model.weight.detach().numpy(), config.routing_iterations)
+    np.testing.assert_allclose(poses[0].numpy(), expected, rtol=0, atol=1e-9)
+    assert model.decoder is not None
+    classes = torch.zeros(count, dtype=torch.int64)
+    assert model.decoder(poses, classes).shape == batch.shape
+
+
+@pytest.mark.parametrize(("image_size", "grid"), [(17, 1), (18, 1), (19, 2), (28, 6), (36, 10), (40, 12)])
+def test_the_primary_grid_is_what_the_convolutions_leave(image_size: int, grid: int) -> None:
+    config = replace(TINY, image_size=image_size)
+    model = network(config)
+    with torch.no_grad():
+        maps = model.primary(model.conv1(images(config, 1)))
+    assert maps.shape[2:] == (grid, grid)
+    assert config.primary_grid == grid
+    assert config.primary_capsules == TINY.primary_types * grid**2
+
+
+def test_the_network_names_no_device_of_its_own() -> None:
+    model = CapsNet(TINY).to("meta")
+    poses = model(torch.empty(2, 1, 20, 20, device="meta"))
+    assert poses.device.type == "meta"
+    assert model.decoder is not None
+    assert model.decoder(poses, torch.zeros(2, dtype=torch.int64, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_channels",
+        "classes",
+        "conv_channels",
+        "primary_types",
+        "primary_dim",
+        "digit_dim",
+        "routing_iterations",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_config_with_nothing_of_something_is_refused(name: str, value: int) -> None:
+    settings: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=f"{name}: {value}; expected 1 or more"):
+        CapsNetConfig(**settings)
+
+
+def test_an_image_too_small_for_the_convolutions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"image_size: 16; .* need 17 or more"):
+        CapsNetConfig(image_size=16)
+
+
+def test_bytes_become_pixels_from_0_to_1() -> None:
+    stored = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+
+    pixels = to_pixels(stored)
+
+    assert pixels.dtype == torch.float32
+    assert pixels.shape == stored.shape
+    assert pixels.min() == 0
+    assert pixels.max() == 1
+    torch.testing.assert_close(pixels, torch.linspace(0, 1, 256).reshape(1, 1, 16, 16))

@@ -1,0 +1,676 @@
+"""Tests of training runs: what they learn, select, test and write, and that an interrupted one loses nothing."""
+
+import csv
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+import training.__main__
+import training.train
+from training import checkpoint as checkpoints
+from training.__main__ import HELP, main
+from training.checkpoint import Checkpoint, CheckpointError
+from training.datasets import Dataset, DatasetError, split
+from training.evaluate import mistakes, predict
+from training.loss import margin_loss
+from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, to_pixels
+from training.train import (
+    BEST_FILE,
+    CHECKPOINT_FILE,
+    RESUME_FILE,
+    Batches,
+    Interrupted,
+    Recipe,
+    StopBetweenSteps,
+    Training,
+    TrainingError,
+    run,
+)
+
+CONFIG = CapsNetConfig(image_size=20, classes=3, conv_channels=8, primary_types=2, decoder_widths=(16,))
+RECIPE = Recipe(
+    epochs=3, batch_size=16, learning_rate=5e-3, warmup_epochs=0.5, ema_decay=0.8, augment="affine", held_out=20, seed=3
+)
+STEPS_PER_EPOCH = 8  # of 140 - 20 images
+FLAGS = ["--config=tiny", *(f"--{name.replace('_', '-')}={value}" for name, value in asdict(RECIPE).items())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_state() -> Iterator[None]:
+    """Undo what a run changes for the whole process, and keep it to one thread: sums then come out alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with isolate_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("PL_SEED_WORKERS", "0")
+        yield
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(threads)
+
+
+def bars(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise with a bar at the top, a bar at the left or a square at the bottom right, by class."""
+    source = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (count,), generator=source)
+    images = torch.randint(0, 60, (count, 1, 20, 20), generator=source)
+    images[labels == 0, :, 3:9, 3:17] += 190
+    images[labels == 1, :, 3:17, 3:9] += 190
+    images[labels == 2, :, 10:17, 10:17] += 190
+    return images.to(torch.uint8), labels
+
+
+def make_dataset() -> Dataset:
+    test_images, test_labels = bars(60, seed=2)
+    test_labels[MISLABELLED] = (test_labels[MISLABELLED] + 1) % 3
+    return Dataset("tiny", ("lying", "standing", "square"), *bars(140, seed=1), test_images, test_labels)
+
+
+MISLABELLED = [4, 17, 50]
+DATASET = make_dataset()
+
+
+class RecordedDataset(Dataset):
+    """A data set that records the reading of its test images and labels."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("test_"):
+            object.__getattribute__(self, "__dict__")["events"].append(name)
+        return super().__getattribute__(name)
+
+
+def train(folder: Path, recipe: Recipe = RECIPE, *, resume: bool = False, dataset: Dataset = DATASET) -> Checkpoint:
+    return run(CONFIG, dataset, recipe, folder, resume=resume, progress=False)
+
+
+class PowerCut(Exception):
+    """Stops a run without its knowledge."""
+
+
+def cut_power() -> None:
+    raise PowerCut
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def act_at(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
+    """Have something happen during the given optimizer step, counted from 1."""
+    original = StopBetweenSteps.on_train_batch_end
+
+    def on_train_batch_end(
+        self: StopBetweenSteps,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        index: int,
+    ) -> None:
+        if trainer.global_step == step:
+            act()
+        original(self, trainer, module, outputs, batch, index)
+
+    patch.setattr(StopBetweenSteps, "on_train_batch_end", on_train_batch_end)
+
+
+def train_until(step: int, folder: Path, recipe: Recipe = RECIPE, act: Callable[[], None] = interrupt) -> None:
+    """Train until what is done in the given step stops the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(patch, step, act)
+        with pytest.raises((Interrupted, PowerCut)):
+            train(folder, recipe)
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    for name, value in other.state_dict.items():
+        assert one.state_dict[name].equal(value), name
+    for checkpoint in (one, other):
+        checkpoint.figures["seconds"] = 0
+    assert replace(one, state_dict={}) == replace(other, state_dict={})
+
+
+def log_held_out_losses(patch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    remaining = iter(losses)
+    patch.setattr(Training, "validation_step", lambda self, *_: self.log("held_out_loss", next(remaining)))
+
+
+def epoch_figures(folder: Path, name: str) -> list[float]:
+    """One of the figures that were logged, by epoch."""
+    found: dict[int, float] = {}
+    for log in sorted(folder.glob("logs/*/metrics.csv")):
+        with log.open() as lines:
+            found |= {int(row["epoch"]): float(row[name]) for row in csv.DictReader(lines) if row[name]}
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def held_out_examples() -> tuple[Tensor, Tensor]:
+    _, held_out = split(len(DATASET.train_images), RECIPE.held_out, RECIPE.seed)
+    return DATASET.train_images[held_out], DATASET.train_labels[held_out]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, process_state: None) -> tuple[Checkpoint, Path]:
+    """An undisturbed run: its checkpoint and its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    return train(folder), folder
+
+
+@pytest.fixture(scope="module")
+def finished_on_all(tmp_path_factory: pytest.TempPathFactory, process_state: None) -> tuple[Checkpoint, Path]:
+    """An undisturbed run that holds nothing out: its checkpoint and its folder."""
+    folder = tmp_path_factory.mktemp("finished-on-all")
+    return train(folder, replace(RECIPE, held_out=0)), folder
+
+
+def test_a_network_learns(finished: tuple[Checkpoint, Path]) -> None:
+    checkpoint, folder = finished
+    margin, reconstruction = (epoch_figures(folder, f"{name}_loss_epoch") for name in ("margin", "reconstruction"))
+    assert len(margin) == len(reconstruction) == RECIPE.epochs
+    assert margin[-1] < 0.5 * margin[0]
+    assert reconstruction[-1] < reconstruction[0]
+    assert checkpoint.figures["test_mistakes"] == MISLABELLED
+
+
+def test_a_run_writes_a_checkpoint_that_holds_what_it_returns(finished: tuple[Checkpoint, Path]) -> None:
+    checkpoint, folder = finished
+
+    loaded = checkpoints.load(folder / CHECKPOINT_FILE)
+
+    assert_same(loaded, checkpoint)
+    assert loaded.config == CONFIG
+    assert loaded.dataset == "tiny"
+    assert loaded.labels == DATASET.labels
+    assert loaded.recipe == asdict(RECIPE)
+
+
+def test_the_figures_of_a_run_are_those_of_the_network_that_is_kept(finished: tuple[Checkpoint, Path]) -> None:
+    checkpoint, folder = finished
+    model = checkpoints.load(folder / CHECKPOINT_FILE).model()
+    figures = checkpoint.figures
+
+    assert figures["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert figures["test_mistakes"] == mistakes(model, DATASET.test_images, DATASET.test_labels)
+    assert figures["test_errors"] == len(figures["test_mistakes"])
+    assert figures["test_images"] == 60
+    assert figures["held_out_errors"] == len(mistakes(model, *held_out_examples()))
+    assert figures["held_out_images"] == 20
+    assert figures["torch"] == torch.__version__
+    assert figures["seconds"] >= 0
+
+
+def test_the_averaged_weights_of_the_epoch_with_the_lowest_held_out_loss_are_kept(
+    finished: tuple[Checkpoint, Path],
+) -> None:
+    checkpoint, folder = finished
+    losses, error_percents = (epoch_figures(folder, f"held_out_{name}") for name in ("loss", "error_percent"))
+    best = losses.index(min(losses))
+    assert checkpoint.figures["selected_epoch"] == best + 1
+
+    images, labels = held_out_examples()
+    with torch.no_grad():
+        loss = margin_loss(lengths(checkpoint.model()(to_pixels(images))), labels)
+
+    assert loss.item() == pytest.approx(min(losses), rel=1e-5)
+    assert error_percents[best] == pytest.approx(100 * checkpoint.figures["held_out_errors"] / 20)
+    kept = torch.load(folder / BEST_FILE, weights_only=True)
+    assert checkpoint.state_dict["weight"].equal(kept["state_dict"]["model.weight"])
+    assert not checkpoint.state_dict["weight"].equal(kept["current_model_state"]["model.weight"])
+
+
+def test_an_early_epoch_is_kept_when_the_later_ones_are_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_held_out_losses(monkeypatch, [0.5, 0.1, 0.3])
+    assert train(tmp_path).figures["selected_epoch"] == 2
+
+
+def test_without_held_out_images_the_averaged_weights_of_the_last_epoch_are_kept(
+    finished_on_all: tuple[Checkpoint, Path],
+) -> None:
+    checkpoint, folder = finished_on_all
+    last = torch.load(folder / RESUME_FILE, weights_only=True)
+
+    assert last["epoch"] == RECIPE.epochs - 1
+    assert checkpoint.state_dict["weight"].equal(last["state_dict"]["model.weight"])
+    assert not checkpoint.state_dict["weight"].equal(last["current_model_state"]["model.weight"])
+    assert not (folder / BEST_FILE).exists()
+    assert not {"held_out_errors", "held_out_images", "selected_epoch"} & checkpoint.figures.keys()
+    assert checkpoint.figures["test_images"] == 60
+
+
+def test_the_test_images_are_read_once_and_only_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    dataset = RecordedDataset(**asdict(DATASET))
+    dataset.__dict__["events"] = events
+    fit = lightning.Trainer.fit
+
+    def recorded_fit(*arguments: Any, **options: Any) -> None:
+        events.append("fit begins")
+        fit(*arguments, **options)
+        events.append("fit ends")
+
+    def recorded_mistakes(model: CapsNet, images: Tensor, labels: Tensor) -> list[int]:
+        events.append(f"mistakes of {len(images)}")
+        return mistakes(model, images, labels)
+
+    monkeypatch.setattr(lightning.Trainer, "fit", recorded_fit)
+    monkeypatch.setattr(training.train, "mistakes", recorded_mistakes)
+
+    train(tmp_path, replace(RECIPE, epochs=1), dataset=dataset)
+
+    assert events[:3] == ["fit begins", "fit ends", "mistakes of 20"]
+    assert events.count("mistakes of 60") == 1
+    assert set(events[3:]) == {"test_images", "test_labels", "mistakes of 60"}
+
+
+def test_a_run_is_repeated_exactly_by_its_seed_and_changed_by_another(
+    tmp_path: Path, finished: tuple[Checkpoint, Path]
+) -> None:
+    torch.rand(5)  # what was drawn before must not matter
+    assert_same(train(tmp_path / "again"), finished[0])
+    other = train(tmp_path / "other", replace(RECIPE, epochs=1, seed=4))
+    assert not other.state_dict["weight"].equal(finished[0].state_dict["weight"])
+
+
+@pytest.mark.parametrize("step", [1, 3, STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH - 1, 3 * STEPS_PER_EPOCH - 1])
+def test_a_run_interrupted_in_mid_epoch_and_resumed_ends_as_an_undisturbed_one(
+    tmp_path: Path, finished: tuple[Checkpoint, Path], step: int
+) -> None:
+    train_until(step, tmp_path)
+    assert torch.load(tmp_path / RESUME_FILE, weights_only=True)["global_step"] == step
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+
+    assert_same(train(tmp_path, resume=True), finished[0])
+    assert epoch_figures(tmp_path, "held_out_loss") == epoch_figures(finished[1], "held_out_loss")
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_run_interrupted_in_the_last_step_of_an_epoch_and_resumed_evaluates_that_epoch_too(
+    tmp_path: Path, finished: tuple[Checkpoint, Path], epoch: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(patch, epoch * STEPS_PER_EPOCH, interrupt)
+        try:
+            checkpoint = train(tmp_path)
+        except Interrupted:
+            checkpoint = train(tmp_path, resume=True)
+        else:
+            assert epoch == 3  # nothing is left to interrupt
+
+    assert_same(checkpoint, finished[0])
+    assert epoch_figures(tmp_path, "held_out_loss") == epoch_figures(finished[1], "held_out_loss")
+
+
+def test_a_run_can_be_interrupted_and_resumed_again_and_again(
+    tmp_path: Path, finished: tuple[Checkpoint, Path]
+) -> None:
+    train_until(3, tmp_path)
+    for step in (4, STEPS_PER_EPOCH + 2):
+        with pytest.MonkeyPatch.context() as patch:
+            act_at(patch, step, interrupt)
+            with pytest.raises(Interrupted):
+                train(tmp_path, resume=True)
+
+    assert_same(train(tmp_path, resume=True), finished[0])
+
+
+@pytest.mark.parametrize("step", [4, STEPS_PER_EPOCH + 2])
+def test_a_run_that_holds_nothing_out_is_resumed_as_exactly(
+    tmp_path: Path, finished_on_all: tuple[Checkpoint, Path], step: int
+) -> None:
+    recipe = replace(RECIPE, held_out=0)
+    train_until(step, tmp_path, recipe)
+    assert_same(train(tmp_path, recipe, resume=True), finished_on_all[0])
+
+
+def test_a_termination_signal_interrupts_a_run_as_ctrl_c_does(
+    tmp_path: Path, finished: tuple[Checkpoint, Path]
+) -> None:
+    train_until(5, tmp_path, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert_same(train(tmp_path, resume=True), finished[0])
+
+
+@pytest.mark.parametrize("step", [STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH + 3])
+def test_a_run_that_a_power_cut_ended_is_resumed_from_its_last_whole_epoch_and_ends_as_an_undisturbed_one(
+    tmp_path: Path, finished: tuple[Checkpoint, Path], step: int
+) -> None:
+    train_until(step, tmp_path, act=cut_power)
+    assert_same(train(tmp_path, resume=True), finished[0])
+
+
+def test_a_run_resumed_after_a_power_cut_still_knows_its_best_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_held_out_losses(monkeypatch, [0.5, 0.1])
+    train_until(2 * STEPS_PER_EPOCH + 1, tmp_path, act=cut_power)
+
+    log_held_out_losses(monkeypatch, [0.3])
+    assert train(tmp_path, resume=True).figures["selected_epoch"] == 2
+
+
+def test_a_run_resumed_in_a_folder_that_was_moved_still_knows_its_best_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_held_out_losses(monkeypatch, [0.1, 0.5])
+    train_until(2 * STEPS_PER_EPOCH + 1, tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+
+    log_held_out_losses(monkeypatch, [0.3])
+    assert train(tmp_path / "new", resume=True).figures["selected_epoch"] == 1
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=1, held_out=0)
+    checkpoint = train(tmp_path, recipe)
+    assert_same(train(tmp_path, recipe, resume=True), checkpoint)
+
+
+def test_a_second_signal_reaches_the_handler_from_before_the_run(tmp_path: Path) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        callback = StopBetweenSteps(tmp_path / RESUME_FILE)
+        callback.on_train_start(Mock(), Mock())
+        interrupt()
+        assert callback.requested
+        assert not received
+        interrupt()
+        assert received == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_no_run_leaves_its_signal_handlers_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(name) for name in names]
+    one_epoch = replace(RECIPE, epochs=1)
+
+    train(tmp_path / "finished", one_epoch)
+    assert [signal.getsignal(name) for name in names] == before
+    train_until(2, tmp_path / "interrupted", one_epoch)
+    assert [signal.getsignal(name) for name in names] == before
+    train_until(2, tmp_path / "failed", one_epoch, act=cut_power)
+    assert [signal.getsignal(name) for name in names] == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act_at(
+        monkeypatch, 3, lambda: monkeypatch.setattr(training.train, "margin_loss", lambda *_: torch.tensor(torch.nan))
+    )
+    with pytest.raises(TrainingError, match="the loss is nan at step 3; try a lower learning rate"):
+        train(tmp_path)
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+
+
+def test_a_learning_rate_far_too_high_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="at step 1; try a lower learning rate"):
+        train(tmp_path, replace(RECIPE, learning_rate=1e30))
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine_to_zero() -> None:
+    module = Training(CONFIG, replace(RECIPE, epochs=3, warmup_epochs=1, learning_rate=0.1), steps_per_epoch=10)
+    optimizers = module.configure_optimizers()
+    optimizer, schedule = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
+    assert optimizers["lr_scheduler"]["interval"] == "step"
+    rates = []
+    for _ in range(31):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+    assert rates[:10] == pytest.approx([0.01 * step for step in range(1, 11)])
+    assert rates[10] == pytest.approx(0.1)
+    assert rates[20] == pytest.approx(0.05)
+    assert rates[30] == pytest.approx(0, abs=1e-12)
+    assert all(earlier > later for earlier, later in pairwise(rates[10:]))
+
+
+def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_true_class() -> None:
+    module = Training(CONFIG, replace(RECIPE, augment="none"), STEPS_PER_EPOCH)
+    logged: dict[str, Tensor] = {}
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    images, labels = DATASET.train_images[:8], DATASET.train_labels[:8]
+
+    loss = module.training_step((images, labels), 0)
+
+    pixels = images / 255
+    poses = module.model(pixels)
+    assert module.model.decoder is not None
+    errors = (module.model.decoder(poses, labels) - pixels).square().sum((1, 2, 3))
+    torch.testing.assert_close(logged["margin_loss"], margin_loss(poses.norm(dim=-1), labels))
+    torch.testing.assert_close(logged["reconstruction_loss"], 0.0005 * errors.mean())
+    torch.testing.assert_close(loss, logged["margin_loss"] + logged["reconstruction_loss"])
+
+
+def test_a_network_without_a_decoder_is_trained_on_the_margin_loss_alone(tmp_path: Path) -> None:
+    config = replace(CONFIG, decoder_widths=())
+    checkpoint = run(config, DATASET, replace(RECIPE, epochs=1), tmp_path, progress=False)
+    assert checkpoints.load(tmp_path / CHECKPOINT_FILE).model().decoder is None
+    assert not any(name.startswith("decoder") for name in checkpoint.state_dict)
+
+
+def numbered(count: int, batch_size: int, seed: int = 1, steps_done: int = 0) -> Batches:
+    return Batches(torch.arange(count), torch.arange(count) * 10, batch_size, seed, lambda: steps_done)
+
+
+def order(batches: Batches) -> list[int]:
+    """The images of the next epoch, or of what is left of it."""
+    return [image for images, _ in batches for image in images.tolist()]
+
+
+def test_every_epoch_has_every_image_once_with_its_label_in_another_order() -> None:
+    epochs = []
+    for epoch in range(3):
+        batches = numbered(23, 5, steps_done=5 * epoch)
+        assert len(batches) == 5
+        drawn = list(batches)
+        assert [len(images) for images, _ in drawn] == [5, 5, 5, 5, 3]
+        assert all(labels.equal(images * 10) for images, labels in drawn)
+        epochs.append([image for images, _ in drawn for image in images.tolist()])
+
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_order_is_decided_by_seed_and_epoch_alone() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = order(numbered(23, 5))
+        torch.manual_seed(2)
+        assert order(numbered(23, 5)) == first
+    assert order(numbered(23, 7)) == first
+    assert order(numbered(23, 5, seed=2)) != first
+
+
+@pytest.mark.parametrize("done", range(10))
+def test_batches_go_on_with_those_that_the_steps_done_have_not_had(done: int) -> None:
+    epoch = order(numbered(23, 5, steps_done=done // 5 * 5))
+    assert order(numbered(23, 5, steps_done=done)) == epoch[done % 5 * 5 :]
+
+
+def test_predictions_come_in_the_images_order_whatever_the_batch_size() -> None:
+    model = CapsNet(CONFIG).eval()
+    images = DATASET.test_images[:11]
+
+    probabilities, poses = predict(model, images)
+
+    assert probabilities.shape == (11, 3)
+    assert poses.shape == (11, 3, 16)
+    torch.testing.assert_close(probabilities, poses.norm(dim=-1))
+    for batch_size in (1, 4, 11):
+        torch.testing.assert_close(predict(model, images, batch_size)[1], poses)
+    with torch.no_grad():
+        torch.testing.assert_close(poses, model(images / 255))
+
+
+def test_mistakes_are_the_images_that_get_another_class_than_their_label() -> None:
+    model = CapsNet(CONFIG).eval()
+    images = DATASET.test_images[:11]
+    labels = predict(model, images)[0].argmax(1)
+    labels[[7, 2]] += 1
+    assert mistakes(model, images, labels % 3) == [2, 7]
+    assert mistakes(model, images[:2], labels[:2]) == []
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``python -m training`` with a tiny network and a tiny data set; returns the folder for its run."""
+    monkeypatch.setitem(CONFIGS, "tiny", CONFIG)
+    monkeypatch.setattr(training.__main__, "load", lambda name, folder: replace(DATASET, name=name))
+    return tmp_path / "runs" / "tiny"
+
+
+def test_the_command_trains_and_prints_the_test_error_and_where_the_network_is(
+    command: Path, finished: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*FLAGS, f"--out={command}"]) == 0
+
+    expected = replace(finished[0], dataset="mnist")
+    assert_same(checkpoints.load(command / CHECKPOINT_FILE), expected)
+    errors = expected.figures["test_errors"]
+    output = capsys.readouterr().out
+    assert f"test error {errors / 0.6:.2f} % ({errors} of 60 images)" in output
+    assert f"wrote {command / CHECKPOINT_FILE}" in output
+
+
+def test_the_command_trains_in_a_folder_named_after_dataset_network_and_seed(
+    command: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*FLAGS, "--epochs=1", "--dataset=fashion-mnist"]) == 0
+    checkpoint = checkpoints.load(tmp_path / "runs" / "fashion-mnist-tiny-3" / CHECKPOINT_FILE)
+    assert checkpoint.dataset == "fashion-mnist"
+
+
+def test_the_command_says_how_to_go_on_when_interrupted_and_goes_on_with_resume(
+    command: Path, finished: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(patch, STEPS_PER_EPOCH + 3, interrupt)
+        assert main([*FLAGS, f"--out={command}"]) == 130
+    error = capsys.readouterr().err
+    assert "--resume" in error
+    assert str(command / RESUME_FILE) in error
+
+    assert main([*FLAGS, f"--out={command}", "--resume"]) == 0
+    assert_same(checkpoints.load(command / CHECKPOINT_FILE), replace(finished[0], dataset="mnist"))
+
+
+@pytest.mark.parametrize("held", [RESUME_FILE, CHECKPOINT_FILE])
+def test_the_command_refuses_a_folder_that_holds_a_run(
+    command: Path, capsys: pytest.CaptureFixture[str], held: str
+) -> None:
+    command.mkdir(parents=True)
+    (command / held).write_text("a run")
+
+    assert main([*FLAGS, f"--out={command}"]) == 2
+
+    error = capsys.readouterr().err
+    assert str(command) in error
+    assert "--resume" in error
+    assert {path.name: path.read_text() for path in command.iterdir()} == {held: "a run"}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_the_command_refuses_to_resume_where_there_is_nothing_to_resume(
+    command: Path, capsys: pytest.CaptureFixture[str], exists: bool
+) -> None:
+    if exists:
+        command.mkdir(parents=True)
+    assert main([*FLAGS, f"--out={command}", "--resume"]) == 2
+    assert f"{command}: nothing to resume" in capsys.readouterr().err
+    assert command.exists() == exists
+
+
+@pytest.mark.parametrize("flag", ["--epochs=4", "--seed=4", "--augment=none", "--config=compact"])
+def test_the_command_refuses_to_resume_with_other_settings(
+    command: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(patch, 2, interrupt)
+        assert main([*FLAGS, f"--out={command}"]) == 130
+    before = (command / RESUME_FILE).read_bytes()
+    capsys.readouterr()
+
+    assert main([*FLAGS, f"--out={command}", "--resume", flag]) == 2
+
+    assert "the settings differ" in capsys.readouterr().err
+    assert (command / RESUME_FILE).read_bytes() == before
+
+
+def test_the_command_refuses_to_resume_a_run_without_its_settings(
+    command: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.mkdir(parents=True)
+    (command / RESUME_FILE).write_text("a run")
+    assert main([*FLAGS, f"--out={command}", "--resume"]) == 2
+    assert "settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [DatasetError("no source"), TrainingError("the loss is nan at step 7")])
+def test_the_command_prints_what_went_wrong_without_a_traceback(
+    command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    monkeypatch.setattr(training.__main__, "run", Mock(side_effect=error))
+    assert main([*FLAGS, f"--out={command}"]) == 1
+    assert capsys.readouterr().err == f"{error}\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "status"),
+    [
+        ("--epochs=0", 2),
+        ("--epochs=-1", 2),
+        ("--batch-size=0", 2),
+        ("--learning-rate=0", 2),
+        ("--learning-rate=nan", 2),
+        ("--learning-rate=inf", 2),
+        ("--warmup-epochs=-1", 2),
+        ("--warmup-epochs=nan", 2),
+        ("--ema-decay=1", 2),
+        ("--ema-decay=-0.1", 2),
+        ("--augment=flip", 2),
+        ("--held-out=-1", 2),
+        ("--held-out=140", 1),
+        ("--held-out=141", 1),
+        ("--seed=-1", 2),
+        ("--seed=1.5", 2),
+    ],
+)
+def test_the_command_names_a_setting_that_no_run_can_be_made_with(
+    command: Path, capsys: pytest.CaptureFixture[str], flag: str, status: int
+) -> None:
+    try:
+        result: Any = main([*FLAGS, f"--out={command}", flag])
+    except SystemExit as exit_:
+        result = exit_.code
+    assert result == status
+    name = flag[2:].split("=")[0].replace("-", "_")
+    assert f"{name}: " in capsys.readouterr().err.replace("-", "_")
+
+
+def test_the_help_names_every_setting_of_a_recipe_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    names = [field.name for field in fields(Recipe)]
+    assert list(HELP) == names
+    for name, default in asdict(Recipe()).items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert f"(default: {default})" in text
+
+
+def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: not a .* not a trainer's last\.ckpt"):
+        checkpoints.load(finished[1] / RESUME_FILE)
