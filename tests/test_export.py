@@ -211,6 +211,8 @@ def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, traine
         pytest.param(replace(TINY, image_size=17, classes=1, digit_dim=1, routing_iterations=1), 18, id="smallest"),
         pytest.param(replace(TINY, routing_iterations=2), 25, id="two-iterations"),
         pytest.param(replace(CONFIGS["paper"], decoder_widths=()), 20, id="paper"),
+        pytest.param(replace(CONFIGS["authors"], decoder_widths=(), conv_channels=8), 20, id="authors"),
+        pytest.param(replace(TINY, agreement="euclidean"), 20, id="euclidean"),
     ],
 )
 def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, route, squash, to_pixels
+from training.model import AGREEMENTS, CONFIGS, CapsNet, CapsNetConfig, lengths, route, squash, to_pixels
 
 Array = NDArray[np.float64]
 
@@ -71,8 +71,13 @@ def paper_squash(s: Array) -> Array:
     return scaled
 
 
-def paper_routing(u: Array, weight: Array, iterations: int) -> Array:
-    """Procedure 1 as it is printed, for one image: u (I, D), weight (I, D, J, E); returns v, (J, E)."""
+def paper_routing(
+    u: Array, weight: Array, iterations: int, bias: Array | None = None, agreement: str = "scalar-product"
+) -> Array:
+    """Procedure 1 as it is printed, for one image: u (I, D), weight (I, D, J, E); returns v, (J, E).
+
+    bias, (J, E), and the other agreement are what the text does not have.
+    """
     primaries, parents = weight.shape[0], weight.shape[2]
     u_hat = np.stack([np.stack([u[i] @ weight[i, :, j] for j in range(parents)]) for i in range(primaries)])
     b = np.zeros((primaries, parents))
@@ -80,10 +85,12 @@ def paper_routing(u: Array, weight: Array, iterations: int) -> Array:
     for _ in range(iterations):
         c = np.stack([np.exp(b[i]) / np.exp(b[i]).sum() for i in range(primaries)])
         for j in range(parents):
-            v[j] = paper_squash(sum((c[i, j] * u_hat[i, j] for i in range(primaries)), start=np.zeros(weight.shape[3])))
+            start = np.zeros(weight.shape[3]) if bias is None else bias[j]
+            v[j] = paper_squash(sum((c[i, j] * u_hat[i, j] for i in range(primaries)), start=start))
         for i in range(primaries):
             for j in range(parents):
-                b[i, j] += u_hat[i, j] @ v[j]
+                scalar = agreement == "scalar-product"
+                b[i, j] += u_hat[i, j] @ v[j] if scalar else -(np.linalg.norm(u_hat[i, j] - v[j]) ** 2)
     return v
 
 
@@ -206,9 +213,70 @@ def test_routing_is_procedure_1_of_the_paper(iterations: int) -> None:
 
 
 @ITERATIONS
-def test_the_gradients_of_routing_flow_through_every_iteration(iterations: int) -> None:
-    u, weight = normal(1, 3, 2, seed=1).requires_grad_(), normal(3, 2, 2, 2, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda u, weight: route(u, weight, iterations), (u, weight))
+@pytest.mark.parametrize("agreement", AGREEMENTS)
+def test_routing_with_a_bias_and_another_agreement_is_procedure_1_with_these(agreement: str, iterations: int) -> None:
+    u, weight, bias = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2), normal(5, 6, seed=3)
+
+    v = route(u, weight, iterations, bias, agreement)
+
+    expected = [paper_routing(image, weight.numpy(), iterations, bias.numpy(), agreement) for image in u.numpy()]
+    np.testing.assert_allclose(v.numpy(), np.stack(expected), rtol=0, atol=1e-6)
+
+
+@ITERATIONS
+@pytest.mark.parametrize("agreement", AGREEMENTS)
+def test_the_gradients_of_routing_flow_through_every_iteration(agreement: str, iterations: int) -> None:
+    inputs = [normal(*shape, seed=seed) for seed, shape in enumerate([(1, 3, 2), (3, 2, 2, 2), (2, 2)])]
+    assert torch.autograd.gradcheck(
+        lambda u, weight, bias: route(u, weight, iterations, bias, agreement),
+        [tensor.requires_grad_() for tensor in inputs],
+    )
+
+
+@ITERATIONS
+def test_without_the_routing_gradient_poses_are_the_same_and_the_couplings_are_constants(iterations: int) -> None:
+    u, weight = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2).requires_grad_()
+    whole = route(u, weight, iterations)
+    v = route(u, weight, iterations, gradient=False)
+    torch.testing.assert_close(v, whole)
+
+    # Poses of constant couplings are a function of s = sum_i c_ij W_ij u_i alone: found by scaling the weights.
+    (cut,) = torch.autograd.grad(v.sum(), weight)
+    (full,) = torch.autograd.grad(whole.sum(), weight)
+    s = unsquashed(v.detach()).requires_grad_()
+    (slope,) = torch.autograd.grad(squash(s).sum(), s)
+    torch.testing.assert_close((cut * weight).sum(), (slope * s).sum())
+    assert torch.allclose(cut, full) == (iterations == 1)
+
+
+def test_the_authors_network_has_a_bias_more_and_begins_as_theirs() -> None:
+    model = CapsNet(replace(CONFIGS["authors"], decoder_widths=()))
+    assert parameter_count(model) == 6_804_384
+    for layer, deviation in ((model.conv1, 0.05), (model.primary, 0.1)):
+        assert layer.bias is not None
+        assert (layer.bias == 0.1).all()
+        assert layer.weight.abs().max() <= 2 * deviation
+        # A normal distribution cut at two standard deviations keeps 0.88 of its deviation.
+        assert layer.weight.std().item() == pytest.approx(0.88 * deviation, rel=0.02)
+    assert model.digit_bias is not None
+    assert (model.digit_bias == 0.1).all()
+
+
+def test_the_primary_divisor_divides_what_the_convolution_adds_to_its_bias() -> None:
+    divided, plain = network(replace(TINY, primary_divisor=32.0)), network(TINY)
+    with torch.no_grad():
+        plain.primary.weight.div_(32)
+    image = images(TINY, 2)
+    torch.testing.assert_close(divided(image), plain(image))
+
+
+def test_a_choice_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="agreement: 'cosine'; expected one of scalar-product, euclidean"):
+        CapsNetConfig(agreement="cosine")
+    with pytest.raises(ValueError, match="initialization: 'zeros'; expected one of pytorch, authors"):
+        CapsNetConfig(initialization="zeros")
+    with pytest.raises(ValueError, match="primary_divisor: 0; expected a number above 0"):
+        CapsNetConfig(primary_divisor=0)
 
 
 def test_one_iteration_is_the_squashed_mean_of_the_votes_over_the_parents() -> None:

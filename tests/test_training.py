@@ -389,7 +389,23 @@ def test_a_second_signal_reaches_the_handler_from_before_the_run(tmp_path: Path)
         signal.signal(signal.SIGINT, before)
 
 
-def test_no_run_leaves_its_signal_handlers_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
+def test_signals_are_handled_only_while_training(tmp_path: Path, end: str) -> None:
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(name) for name in names]
+    callback = StopBetweenSteps(tmp_path / RESUME_FILE)
+
+    callback.on_train_start(Mock(), Mock())
+    assert all(signal.getsignal(name) not in before for name in names)
+    if end == "on_train_end":
+        callback.on_train_end(Mock(), Mock())
+    else:
+        callback.on_exception(Mock(), Mock(), PowerCut())
+
+    assert [signal.getsignal(name) for name in names] == before
+
+
+def test_no_run_leaves_its_signal_handlers_behind(tmp_path: Path) -> None:
     names = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(name) for name in names]
     one_epoch = replace(RECIPE, epochs=1)
@@ -438,6 +454,8 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine_to_zero() 
 
 def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_true_class() -> None:
     module = Training(CONFIG, replace(RECIPE, augment="none"), STEPS_PER_EPOCH)
+    with torch.no_grad():
+        module.model.weight.mul_(30)  # poses long enough for their reconstructions to differ
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     images, labels = DATASET.train_images[:8], DATASET.train_labels[:8]

@@ -18,6 +18,7 @@ HELP = {
     "warmup_epochs": "length of the warm-up",
     "ema_decay": "decay a step of the averaged weights, the ones that are evaluated and kept",
     "augment": "random changes to the training images: affine, or the paper's shift, or none",
+    "pixel_weight": "weight of the sum of squared pixel errors in the loss; the authors' code amounts to 0.01",
     "held_out": "training images held out to select the epoch; 0 trains on all and keeps the last epoch",
     "seed": "seed of initialisation, order, augmentation and split",
 }

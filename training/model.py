@@ -15,9 +15,25 @@ KERNEL = 9  # both convolutions of the paper are 9x9 without padding
 PRIMARY_STRIDE = 2
 
 
+BIAS = 0.1  # every bias of the authors' code begins with it
+AGREEMENTS = ("scalar-product", "euclidean")
+INITIALIZATIONS = ("pytorch", "authors")
+
+
 @dataclass(frozen=True)
 class CapsNetConfig:
-    """The shape of a network. The defaults are the paper's MNIST network (section 4)."""
+    """The shape of a network, and its choices. The defaults are the paper's MNIST network by its text (section 4).
+
+    The rest are choices in which the code of the paper's authors (Sarasra/models, research/capsules) or later work
+    differs from the text:
+
+    digit_bias: a bias (J, E) is added to s_j in every iteration (the authors' code).
+    primary_divisor: the primary convolution's output is divided by it before its bias is added (the authors' code:
+    32). initialization: of the convolutions, ``pytorch`` for its default, or ``authors`` for their truncated normal
+    (0.05 in the first, 0.1 in the second) and biases of 0.1. agreement: of a vote with a pose, their scalar product
+    (the paper), or less their squared Euclidean distance. routing_gradient: gradients flow through all iterations
+    (the authors' code); False stops them at the couplings, as many ports do.
+    """
 
     image_channels: int = 1
     image_size: int = 28
@@ -28,6 +44,11 @@ class CapsNetConfig:
     digit_dim: int = 16
     routing_iterations: int = 3
     decoder_widths: tuple[int, ...] = (512, 1024)
+    digit_bias: bool = False
+    primary_divisor: float = 1.0
+    initialization: str = "pytorch"
+    agreement: str = "scalar-product"
+    routing_gradient: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -36,6 +57,11 @@ class CapsNetConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
+        for name, known in (("initialization", INITIALIZATIONS), ("agreement", AGREEMENTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if not self.primary_divisor > 0:
+            raise ValueError(f"primary_divisor: {self.primary_divisor}; expected a number above 0")
         smallest = 2 * KERNEL - 1
         if self.image_size < smallest:
             raise ValueError(
@@ -55,6 +81,7 @@ class CapsNetConfig:
 
 CONFIGS = {
     "paper": CapsNetConfig(),
+    "authors": CapsNetConfig(digit_bias=True, primary_divisor=32.0, initialization="authors"),
     "compact": CapsNetConfig(conv_channels=64, primary_types=8),
 }
 
@@ -85,29 +112,43 @@ def votes(u: Tensor, weight: Tensor) -> Tensor:
     return u_hat.reshape(i, -1, j, e).permute(1, 2, 0, 3).contiguous()  # (B, J, I, E)
 
 
-def route(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
-    """Routing by agreement (procedure 1), unrolled for a fixed number of iterations; gradients flow through all.
+def route(
+    u: Tensor,
+    weight: Tensor,
+    iterations: int,
+    bias: Tensor | None = None,
+    agreement: str = "scalar-product",
+    gradient: bool = True,
+) -> Tensor:
+    """Routing by agreement (procedure 1), unrolled for a fixed number of iterations.
 
-    u: (B, I, D); weight: (I, D, J, E). Returns the digit capsules' poses v, (B, J, E).
+    u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s; agreement and gradient as in CapsNetConfig. Returns
+    the digit capsules' poses v, (B, J, E).
 
     Two identities save work and change no result. Before the first update every coupling is 1/J, so the first
     iteration is one matrix product that needs no votes. The logits after t updates are ``b_ij = u_hat_ij . (v_1 +
-    ... + v_t)``, so the sum of the poses is kept in place of the logits.
+    ... + v_t)``, so the sum of the poses is kept in place of the logits; with Euclidean agreement, ``-|u_hat_ij -
+    v_j|^2`` summed over t is twice that less t times ``|u_hat_ij|^2`` and the sum of the poses' squares.
     """
     i, d, j, e = weight.shape
-    s = u.reshape(-1, i * d) @ weight.reshape(i * d, j * e) / j  # (B, J*E)
-    v = squash(s.reshape(-1, j, e))  # (B, J, E)
+    s = (u.reshape(-1, i * d) @ weight.reshape(i * d, j * e) / j).reshape(-1, j, e)  # (B, J, E)
+    v = squash(s if bias is None else s + bias)
     if iterations == 1:
         return v
     u_hat = votes(u, weight)  # (B, J, I, E)
-    total = v
-    for iteration in range(1, iterations):
-        b = (u_hat @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
+    compared = u_hat if gradient else u_hat.detach()  # what the couplings are made from
+    pose = v if gradient else v.detach()
+    total, squares = pose, pose.square().sum(-1, keepdim=True)  # sums over the poses so far: (B, J, E), (B, J, 1)
+    for update in range(1, iterations):
+        b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
+        if agreement == "euclidean":
+            b = 2 * b - update * compared.square().sum(-1) - squares
         c = b.softmax(dim=1)  # over the J parents of each primary capsule
         s = (c.unsqueeze(2) @ u_hat).squeeze(2)  # (B, J, E)
-        v = squash(s)
-        if iteration < iterations - 1:
-            total = total + v
+        v = squash(s if bias is None else s + bias)
+        if update < iterations - 1:
+            pose = v if gradient else v.detach()
+            total, squares = total + pose, squares + pose.square().sum(-1, keepdim=True)
     return v
 
 
@@ -151,17 +192,39 @@ class CapsNet(nn.Module):
         )
         shape = (config.primary_capsules, config.primary_dim, config.classes, config.digit_dim)
         self.weight = nn.Parameter(torch.empty(shape))  # (I, D, J, E)
-        nn.init.trunc_normal_(self.weight, std=0.1, a=-0.2, b=0.2)  # as the paper's authors' code
+        _truncated_normal(self.weight, 0.1)  # as the authors' code; the paper's text does not say
+        self.digit_bias = nn.Parameter(torch.full(shape[2:], BIAS)) if config.digit_bias else None  # (J, E)
+        if config.initialization == "authors":
+            for layer, deviation in ((self.conv1, 0.05), (self.primary, 0.1)):
+                _truncated_normal(layer.weight, deviation)
+                assert layer.bias is not None
+                nn.init.constant_(layer.bias, BIAS)
         self.decoder = Decoder(config) if config.decoder_widths else None
 
     def primary_capsules(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to primary capsules (B, I, D), each the D channels of one type at one position."""
-        maps = self.primary(torch.relu(self.conv1(images)))  # (B, T*D, h, w)
+        divisor = self.config.primary_divisor
+        features = torch.relu(self.conv1(images))
+        # Dividing what goes into a convolution divides what comes out, and leaves the bias as it is.
+        maps = self.primary(features if divisor == 1 else features / divisor)  # (B, T*D, h, w)
         grouped = maps.unflatten(1, (self.config.primary_types, self.config.primary_dim))  # (B, T, D, h, w)
         return squash(grouped.permute(0, 1, 3, 4, 2).flatten(1, 3))  # (B, I, D)
 
     def forward(self, images: Tensor) -> Tensor:
-        return route(self.primary_capsules(images), self.weight, self.config.routing_iterations)
+        config = self.config
+        return route(
+            self.primary_capsules(images),
+            self.weight,
+            config.routing_iterations,
+            self.digit_bias,
+            config.agreement,
+            config.routing_gradient,
+        )
+
+
+def _truncated_normal(weight: Tensor, deviation: float) -> None:
+    """Fill with a normal distribution cut at two standard deviations."""
+    nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
 
 def lengths(poses: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from training.augment import AUGMENTATIONS
 from training.checkpoint import Checkpoint, save
 from training.datasets import Dataset, split
 from training.evaluate import mistakes
-from training.loss import margin_loss, reconstruction_loss
+from training.loss import PIXEL_WEIGHT, margin_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 
 RESUME_FILE = "last.ckpt"
@@ -39,11 +39,19 @@ class Recipe:
     warmup_epochs: float = 1.0
     ema_decay: float = 0.999
     augment: str = "affine"
+    pixel_weight: float = PIXEL_WEIGHT
     held_out: int = 5000
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("held_out", 0), ("seed", 0)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("warmup_epochs", 0),
+            ("held_out", 0),
+            ("seed", 0),
+            ("pixel_weight", 0),
+        ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected {least} or more")
         if not 0 < self.learning_rate < math.inf:
@@ -109,7 +117,7 @@ class Training(lightning.LightningModule):
         loss = margin_loss(lengths(poses), labels)
         self.log("margin_loss", loss, prog_bar=True, on_epoch=True)
         if self.model.decoder is not None:
-            reconstruction = reconstruction_loss(self.model.decoder(poses, labels), images)
+            reconstruction = reconstruction_loss(self.model.decoder(poses, labels), images, self.recipe.pixel_weight)
             self.log("reconstruction_loss", reconstruction, on_epoch=True)
             loss = loss + reconstruction
         if not torch.isfinite(loss):
