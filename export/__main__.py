@@ -10,6 +10,7 @@ from export.to_onnx import OPSET, OPSETS, export_checkpoint
 from export.verify import ParityError
 from serving.runtime import RuntimeSetupError
 from training import checkpoint, datasets
+from training.folder import load_folder
 
 
 def _name(text: str) -> str:
@@ -30,6 +31,22 @@ def _next_version(folder: Path) -> str:
     return str(max(versions, default=0) + 1)
 
 
+def _default_name(dataset: str) -> str:
+    plain = re.sub("[^a-z0-9]+", "-", dataset.removeprefix("folder:").lower()).strip("-")
+    return f"capsnet-{plain or 'folder'}"
+
+
+def _dataset(trained: checkpoint.Checkpoint, options: argparse.Namespace) -> datasets.Dataset:
+    """The data that the checkpoint was trained and tested on, in the size that its network takes."""
+    if options.data:
+        return load_folder(options.data, trained.config.image_size, trained.config.image_channels)
+    if trained.dataset in datasets.DATASETS:
+        return datasets.load(trained.dataset, options.data_dir)
+    if trained.dataset.startswith("folder:"):
+        raise datasets.DatasetError(f"{options.checkpoint}: trained on {trained.dataset}; give it with --data FOLDER")
+    raise checkpoint.CheckpointError(f"{options.checkpoint}: unknown data set {trained.dataset!r}")
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m export", description="Turn a checkpoint into a verified ONNX artifact for the server."
@@ -39,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--name", type=_name, help="the model's name (default: capsnet-DATASET)")
     result.add_argument("--version", type=_version, help="the version (default: one more than the highest there)")
     result.add_argument("--data-dir", type=Path, help="a folder with the dataset's files, or to store them in")
+    result.add_argument("--data", type=Path, metavar="FOLDER", help="the folder of images that it was trained on")
     result.add_argument(
         "--opset", type=int, choices=OPSETS, default=OPSET, help=f"version of the ONNX operators (default: {OPSET})"
     )
@@ -49,10 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         trained = checkpoint.load(options.checkpoint)
-        if trained.dataset not in datasets.DATASETS:
-            raise checkpoint.CheckpointError(f"{options.checkpoint}: unknown data set {trained.dataset!r}")
-        dataset = datasets.load(trained.dataset, options.data_dir)
-        name = options.name or f"capsnet-{trained.dataset}"
+        dataset = _dataset(trained, options)
+        if dataset.labels != trained.labels:
+            raise checkpoint.CheckpointError(
+                f"{options.checkpoint}: its labels are {', '.join(trained.labels)}; those of the data "
+                f"{', '.join(dataset.labels)}"
+            )
+        name = options.name or _default_name(trained.dataset)
         version = options.version or _next_version(options.out / name)
         artifact = export_checkpoint(
             trained, dataset.test_images, dataset.test_labels, options.out, name, version, options.opset

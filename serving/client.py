@@ -4,6 +4,7 @@ Takes PNG and JPEG files of the model's size, and IDX files of images (MNIST's f
 """
 
 import argparse
+import io
 import json
 import sys
 from collections import deque
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.idx import is_idx, read_idx
+from serving.images import to_pixels
 
 _CHUNK = 64  # images of an IDX file in one request
 _BAR = 30  # characters of a probability of 1
@@ -30,8 +33,11 @@ class _Batch:
     images: list[pb.Image]
 
 
-def _batches(paths: Sequence[Path], limit: int | None) -> Iterator[_Batch | str]:
-    """The files' images, up to ``limit`` in all; a text in place of a file that cannot be read."""
+def _batches(paths: Sequence[Path], limit: int | None, model: pb.GetModelResponse | None) -> Iterator[_Batch | str]:
+    """The files' images, up to ``limit`` in all; a text in place of a file that cannot be read.
+
+    PNG and JPEG files are sent as they are, or, where a model is given, scaled to its size.
+    """
     left = limit if limit is not None else sys.maxsize
     for path in paths:
         if left <= 0:
@@ -39,12 +45,12 @@ def _batches(paths: Sequence[Path], limit: int | None) -> Iterator[_Batch | str]
         try:
             data = path.read_bytes()
             if not (is_idx(data[:4]) or data.startswith(_GZIP)):
-                yield _Batch([str(path)], [pb.Image(encoded=data)])
+                yield _Batch([str(path)], [_scaled(data, model) if model else pb.Image(encoded=data)])
                 left -= 1
                 continue
             images = read_idx(data)
-        except (OSError, ValueError) as error:
-            yield f"{path}: {error.strerror if isinstance(error, OSError) else error}"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            yield f"{path}: {getattr(error, 'strerror', None) or error}"
             continue
         if images.ndim < 3:
             yield f"{path}: an IDX file of labels or single values; expected one of images"
@@ -55,6 +61,12 @@ def _batches(paths: Sequence[Path], limit: int | None) -> Iterator[_Batch | str]
             chunk = images[start : start + _CHUNK]
             names = [f"{path}[{start + offset}]" for offset in range(len(chunk))]
             yield _Batch(names, [pb.Image(pixels=image.tobytes()) for image in chunk])
+
+
+def _scaled(data: bytes, model: pb.GetModelResponse) -> pb.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        size = (model.image_width, model.image_height)
+        return pb.Image(pixels=to_pixels(image, model.image_channels, size).tobytes())
 
 
 def _answers(
@@ -118,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("files", nargs="+", type=Path, metavar="FILE", help="PNG, JPEG or IDX file")
     result.add_argument("--address", default="127.0.0.1:8001", help="HOST:PORT of the server (default: %(default)s)")
     result.add_argument("--json", action="store_true", help="one JSON object a line for each image")
+    result.add_argument("--resize", action="store_true", help="scale image files to the model's size first")
     result.add_argument("--limit", type=int, metavar="N", help="stop after N images")
     result.add_argument(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="most time for all (default: %(default)s)"
@@ -134,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with grpc.insecure_channel(options.address, options=[("grpc.max_receive_message_length", -1)]) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         try:
-            for name, response, index, error in _answers(stub, _batches(options.files, options.limit), options.timeout):
+            model = stub.GetModel(pb.GetModelRequest(), timeout=options.timeout) if options.resize else None
+            batches = _batches(options.files, options.limit, model)
+            for name, response, index, error in _answers(stub, batches, options.timeout):
                 if response is None:
                     failed = True
                     print(f"{name}: {error}" if name else error, file=sys.stderr)

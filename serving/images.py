@@ -1,4 +1,7 @@
-"""From what a client sends, raw pixels or an encoded file, to the pixels that the model takes."""
+"""From raw pixels or an encoded file to the pixels that a model takes.
+
+Training on a folder of images reads them by the same rules, so that a network is served what it was trained on.
+"""
 
 import io
 
@@ -48,16 +51,28 @@ def from_encoded(data: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
                 raise InvalidRequest(
                     f"{field}: a {name} image of {image.width} x {image.height} pixels; expected {width} x {height}"
                 )
-            pixels = np.asarray(_with_mode(ImageOps.exif_transpose(image), _MODES[channels]))
+            pixels = to_pixels(image, channels)
     except InvalidRequest:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InvalidRequest(f"{field}: a {name} file of {len(data)} bytes that is damaged or cut off") from error
-    if pixels.shape[:2] != (height, width):
+    if pixels.shape[1:] != (height, width):
         raise InvalidRequest(
-            f"{field}: a {name} image of {pixels.shape[1]} x {pixels.shape[0]} pixels; expected {width} x {height}"
+            f"{field}: a {name} image of {pixels.shape[2]} x {pixels.shape[1]} pixels; expected {width} x {height}"
         )
-    return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1))
+    return pixels
+
+
+def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """An opened image to (C, H, W) uint8, scaled to ``size`` (width, height) where it is given.
+
+    Raises what Pillow raises on damaged files.
+    """
+    upright = _with_mode(ImageOps.exif_transpose(image), _MODES[channels])
+    if size and upright.size != size:
+        upright = upright.resize(size, Image.Resampling.BILINEAR)
+    pixels = np.asarray(upright, np.uint8)
+    return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1))
 
 
 def _with_mode(image: Image.Image, mode: str) -> Image.Image:

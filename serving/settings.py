@@ -30,8 +30,8 @@ class Settings:
     host: str = _setting(
         "127.0.0.1", "address to listen on, for gRPC and metrics; 0.0.0.0 for every interface", metavar="ADDRESS"
     )
-    port: int = _setting(8001, "port of gRPC; 0 for any free one", least=0)
-    metrics_port: int = _setting(8002, "port of the Prometheus metrics (HTTP); 0 for any free one", least=0)
+    port: int = _setting(8001, "port of gRPC; 0 for any free one", least=0, most=65535)
+    metrics_port: int = _setting(8002, "port of the Prometheus metrics (HTTP); 0 for any free one", least=0, most=65535)
     models: str = _setting(
         "",
         "model repository, a folder of NAME/VERSION/ folders (default: the one that comes with the server)",
@@ -45,7 +45,7 @@ class Settings:
         choices=DEVICES,
         metavar="DEVICE",
     )
-    threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0)
+    threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0, most=256)
     max_batch: int = _setting(32, "most images in one batch", least=1)
     max_queue: int = _setting(4096, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
     max_images_per_request: int = _setting(1024, "most images in one request", least=1)
@@ -61,12 +61,12 @@ class Settings:
             value, least = getattr(self, setting.name), setting.metadata.get("least")
             if least is not None and not value >= least:
                 raise ValueError(f"{setting.name}: {value}; expected {least} or more")
+            most = setting.metadata.get("most")
+            if most is not None and value > most:
+                raise ValueError(f"{setting.name}: {value}; expected {most} or less")
             choices = setting.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{setting.name}: {value!r}; expected one of {', '.join(choices)}")
-        for name in ("port", "metrics_port"):
-            if getattr(self, name) > 65535:
-                raise ValueError(f"{name}: {getattr(self, name)}; expected 65535 or less")
         if self.max_images_per_request > self.max_queue:
             raise ValueError(
                 f"max_images_per_request: {self.max_images_per_request}; the queue holds only {self.max_queue} "

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.loss import margin_loss, reconstruction_loss
+from training.loss import margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNetConfig, Decoder
 
 CONFIG = CapsNetConfig(image_channels=2, image_size=17, classes=4, digit_dim=3, decoder_widths=(6, 5))
@@ -70,6 +70,19 @@ def test_the_margin_loss_keeps_the_precision_of_the_probabilities() -> None:
 def test_the_gradient_of_the_margin_loss_is_that_of_its_formula() -> None:
     probabilities, classes = random(3, 4).requires_grad_(), torch.tensor([0, 3, 1])
     assert torch.autograd.gradcheck(lambda probabilities: margin_loss(probabilities, classes), probabilities)
+
+
+def test_the_presence_loss_is_the_mean_of_the_negative_logarithms() -> None:
+    probabilities = random(5, 1)
+    assert presence_loss(probabilities).item() == pytest.approx(-np.log(probabilities.numpy()).mean(), rel=1e-12)
+
+
+def test_the_presence_loss_of_an_absence_is_large_and_finite() -> None:
+    probabilities = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    loss = presence_loss(probabilities)
+    (gradient,) = torch.autograd.grad(loss, probabilities)
+    assert 10 < loss.item() < 100
+    assert gradient.isfinite().all()
 
 
 def test_the_reconstruction_loss_is_0_0005_times_the_sum_of_squared_pixel_errors_averaged_over_images() -> None:

@@ -270,6 +270,23 @@ def test_the_primary_divisor_divides_what_the_convolution_adds_to_its_bias() -> 
     torch.testing.assert_close(divided(image), plain(image))
 
 
+def test_a_network_routes_with_the_choices_of_its_config() -> None:
+    config = replace(TINY, digit_bias=True, agreement="euclidean", routing_gradient=False)
+    model = network(config)
+    assert model.digit_bias is not None
+    with torch.no_grad():
+        model.digit_bias.copy_(normal(*model.digit_bias.shape, seed=3))
+    batch = images(config, 2)
+    u = model.primary_capsules(batch)
+    expected = route(u, model.weight, config.routing_iterations, model.digit_bias, "euclidean", gradient=False)
+
+    poses = model(batch)
+
+    assert poses.equal(expected)
+    (gradient,) = torch.autograd.grad(poses.sum(), model.weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), model.weight)[0])
+
+
 def test_a_choice_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="agreement: 'cosine'; expected one of scalar-product, euclidean"):
         CapsNetConfig(agreement="cosine")

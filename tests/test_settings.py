@@ -28,6 +28,7 @@ def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture[
     [
         (["--max-batch", "0"], "max_batch: 0; expected 1 or more"),
         (["--port", "70000"], "port: 70000; expected 65535 or less"),
+        (["--threads", "1000000"], "threads: 1000000; expected 256 or less"),
         (["--device", "tpu"], "device: 'tpu'; expected one of auto, cpu, cuda"),
         (["--max-queue", "10"], "max_images_per_request: 1024; the queue holds only 10"),
         (["--drain-delay", "nan"], "drain_delay: nan; expected 0 or more"),

@@ -19,7 +19,7 @@ from torch import Tensor
 import training.__main__
 import training.train
 from training import checkpoint as checkpoints
-from training.__main__ import HELP, main
+from training.__main__ import DEFAULTS, HELP, main
 from training.checkpoint import Checkpoint, CheckpointError
 from training.datasets import Dataset, DatasetError, split
 from training.evaluate import mistakes, predict
@@ -155,6 +155,7 @@ def epoch_figures(folder: Path, name: str) -> list[float]:
 
 
 def held_out_examples() -> tuple[Tensor, Tensor]:
+    assert RECIPE.held_out is not None
     _, held_out = split(len(DATASET.train_images), RECIPE.held_out, RECIPE.seed)
     return DATASET.train_images[held_out], DATASET.train_labels[held_out]
 
@@ -175,7 +176,8 @@ def finished_on_all(tmp_path_factory: pytest.TempPathFactory, process_state: Non
 
 def test_a_network_learns(finished: tuple[Checkpoint, Path]) -> None:
     checkpoint, folder = finished
-    margin, reconstruction = (epoch_figures(folder, f"{name}_loss_epoch") for name in ("margin", "reconstruction"))
+    margin = epoch_figures(folder, "classification_loss_epoch")
+    reconstruction = epoch_figures(folder, "reconstruction_loss_epoch")
     assert len(margin) == len(reconstruction) == RECIPE.epochs
     assert margin[-1] < 0.5 * margin[0]
     assert reconstruction[-1] < reconstruction[0]
@@ -245,6 +247,27 @@ def test_without_held_out_images_the_averaged_weights_of_the_last_epoch_are_kept
     assert not (folder / BEST_FILE).exists()
     assert not {"held_out_errors", "held_out_images", "selected_epoch"} & checkpoint.figures.keys()
     assert checkpoint.figures["test_images"] == 60
+
+
+def test_one_training_image_in_twelve_is_held_out_unless_told_otherwise(tmp_path: Path) -> None:
+    assert train(tmp_path, replace(RECIPE, epochs=1, held_out=None)).figures["held_out_images"] == 140 // 12
+
+
+def test_a_network_of_one_class_learns_that_it_is_there(tmp_path: Path) -> None:
+    config = replace(CONFIG, classes=1)
+    dataset = replace(
+        DATASET,
+        labels=("thing",),
+        train_labels=torch.zeros_like(DATASET.train_labels),
+        test_labels=torch.zeros_like(DATASET.test_labels),
+    )
+
+    checkpoint = run(config, dataset, RECIPE, tmp_path, progress=False)
+
+    losses = epoch_figures(tmp_path, "held_out_loss")
+    assert losses[-1] < 0.5 * losses[0]
+    probabilities, _ = predict(checkpoint.model(), dataset.test_images)
+    assert probabilities.min() > 0.5
 
 
 def test_the_test_images_are_read_once_and_only_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,9 +476,10 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine_to_zero() 
 
 
 def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_true_class() -> None:
-    module = Training(CONFIG, replace(RECIPE, augment="none"), STEPS_PER_EPOCH)
+    module = Training(CONFIG, replace(RECIPE, augment="none", pixel_weight=0.01), STEPS_PER_EPOCH)
     with torch.no_grad():
-        module.model.weight.mul_(30)  # poses long enough for their reconstructions to differ
+        for parameter in module.model.parameters():
+            parameter.mul_(4)  # so that one class's pose does not give nearly the reconstruction of another's
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     images, labels = DATASET.train_images[:8], DATASET.train_labels[:8]
@@ -466,9 +490,9 @@ def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_tru
     poses = module.model(pixels)
     assert module.model.decoder is not None
     errors = (module.model.decoder(poses, labels) - pixels).square().sum((1, 2, 3))
-    torch.testing.assert_close(logged["margin_loss"], margin_loss(poses.norm(dim=-1), labels))
-    torch.testing.assert_close(logged["reconstruction_loss"], 0.0005 * errors.mean())
-    torch.testing.assert_close(loss, logged["margin_loss"] + logged["reconstruction_loss"])
+    torch.testing.assert_close(logged["classification_loss"], margin_loss(poses.norm(dim=-1), labels))
+    torch.testing.assert_close(logged["reconstruction_loss"], 0.01 * errors.mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, logged["classification_loss"] + logged["reconstruction_loss"])
 
 
 def test_a_network_without_a_decoder_is_trained_on_the_margin_loss_alone(tmp_path: Path) -> None:
@@ -659,6 +683,7 @@ def test_the_command_prints_what_went_wrong_without_a_traceback(
         ("--ema-decay=1", 2),
         ("--ema-decay=-0.1", 2),
         ("--augment=flip", 2),
+        ("--pixel-weight=-1", 2),
         ("--held-out=-1", 2),
         ("--held-out=140", 1),
         ("--held-out=141", 1),
@@ -686,7 +711,7 @@ def test_the_help_names_every_setting_of_a_recipe_with_its_default(capsys: pytes
     assert list(HELP) == names
     for name, default in asdict(Recipe()).items():
         assert f"--{name.replace('_', '-')}" in text
-        assert f"(default: {default})" in text
+        assert f"(default: {DEFAULTS.get(name, default)})" in text
 
 
 def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, Path]) -> None:

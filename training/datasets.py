@@ -48,15 +48,15 @@ class DatasetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set of grey-scale images of one class each, in memory.
+    """A data set of images of one class each, in memory.
 
     Attributes:
         name: The name that it was loaded by.
         labels: The class names; label ``i`` is named ``labels[i]``.
-        train_images: ``(60000, 1, 28, 28)`` uint8, 0 for background to 255.
-        train_labels: ``(60000,)`` int64.
-        test_images: ``(10000, 1, 28, 28)`` uint8.
-        test_labels: ``(10000,)`` int64.
+        train_images: ``(N, C, H, W)`` uint8, 0 to 255; for MNIST ``(60000, 1, 28, 28)``, 0 for background.
+        train_labels: ``(N,)`` int64.
+        test_images: ``(M, C, H, W)`` uint8; for MNIST 10,000 images.
+        test_labels: ``(M,)`` int64.
     """
 
     name: str

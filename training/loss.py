@@ -22,6 +22,14 @@ def margin_loss(probabilities: Tensor, classes: Tensor) -> Tensor:
     return (present * short + DOWN_WEIGHT * (1 - present) * long).sum(1).mean()
 
 
+def presence_loss(probabilities: Tensor) -> Tensor:
+    """Cross-entropy of a network of one class, ``-log |v|``, which every image of its data has; (B, 1), averaged.
+
+    The margin loss is for telling classes apart: here it would have nothing but its upper margin.
+    """
+    return -torch.log(probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)).mean()
+
+
 def reconstruction_loss(reconstructions: Tensor, images: Tensor, pixel_weight: float = PIXEL_WEIGHT) -> Tensor:
     """The weighted sum of squared pixel errors (section 4.1), averaged over images; both (B, C, H, W), 0 to 1."""
     return pixel_weight * (reconstructions - images).square().flatten(1).sum(1).mean()

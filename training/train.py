@@ -21,12 +21,13 @@ from training.augment import AUGMENTATIONS
 from training.checkpoint import Checkpoint, save
 from training.datasets import Dataset, split
 from training.evaluate import mistakes
-from training.loss import PIXEL_WEIGHT, margin_loss, reconstruction_loss
+from training.loss import PIXEL_WEIGHT, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 
 RESUME_FILE = "last.ckpt"
 BEST_FILE = "best.ckpt"
 CHECKPOINT_FILE = "capsnet.pt"
+HELD_OUT_SHARE = 12  # MNIST's 60,000 training images hold out 5,000
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Recipe:
     ema_decay: float = 0.999
     augment: str = "affine"
     pixel_weight: float = PIXEL_WEIGHT
-    held_out: int = 5000
+    held_out: int | None = None  # None: one in HELD_OUT_SHARE
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -48,12 +49,13 @@ class Recipe:
             ("epochs", 1),
             ("batch_size", 1),
             ("warmup_epochs", 0),
-            ("held_out", 0),
             ("seed", 0),
             ("pixel_weight", 0),
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected {least} or more")
+        if self.held_out is not None and self.held_out < 0:
+            raise ValueError(f"held_out: {self.held_out}; expected 0 or more")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: {self.learning_rate}; expected a number above 0")
         if not 0 <= self.ema_decay < 1:
@@ -114,8 +116,8 @@ class Training(lightning.LightningModule):
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
         images = self.augment(to_pixels(images), generator)
         poses = self.model(images)
-        loss = margin_loss(lengths(poses), labels)
-        self.log("margin_loss", loss, prog_bar=True, on_epoch=True)
+        loss = self._classification_loss(lengths(poses), labels)
+        self.log("classification_loss", loss, prog_bar=True, on_epoch=True)
         if self.model.decoder is not None:
             reconstruction = reconstruction_loss(self.model.decoder(poses, labels), images, self.recipe.pixel_weight)
             self.log("reconstruction_loss", reconstruction, on_epoch=True)
@@ -127,9 +129,14 @@ class Training(lightning.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
         probabilities = lengths(self.model(to_pixels(images)))
-        self.log("held_out_loss", margin_loss(probabilities, labels), batch_size=len(labels))
+        self.log("held_out_loss", self._classification_loss(probabilities, labels), batch_size=len(labels))
         wrong = (probabilities.argmax(1) != labels).float().mean()
         self.log("held_out_error_percent", 100 * wrong, prog_bar=True, batch_size=len(labels))
+
+    def _classification_loss(self, probabilities: Tensor, labels: Tensor) -> Tensor:
+        if self.model.config.classes == 1:
+            return presence_loss(probabilities)
+        return margin_loss(probabilities, labels)
 
     def configure_optimizers(self) -> Any:
         warmup = max(1, round(self.recipe.warmup_epochs * self.steps_per_epoch))
@@ -226,9 +233,11 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
-    if recipe.held_out >= len(dataset.train_images):
-        raise TrainingError(f"held_out: {recipe.held_out}; {dataset.name} has {len(dataset.train_images)} to train on")
-    train, held_out = split(len(dataset.train_images), recipe.held_out, recipe.seed)
+    count = len(dataset.train_images)
+    held_out_count = count // HELD_OUT_SHARE if recipe.held_out is None else recipe.held_out
+    if held_out_count >= count:
+        raise TrainingError(f"held_out: {held_out_count}; {dataset.name} has {count} images to train on")
+    train, held_out = split(count, held_out_count, recipe.seed)
     held_out_set = TensorDataset(dataset.train_images[held_out], dataset.train_labels[held_out])
     module = Training(config, recipe, math.ceil(len(train) / recipe.batch_size))
     batches = Batches(
@@ -245,7 +254,7 @@ def run(
         StopBetweenSteps(folder / RESUME_FILE),
         ModelCheckpoint(folder, Path(RESUME_FILE).stem, enable_version_counter=False, save_on_train_epoch_end=True),
     ]
-    if recipe.held_out:
+    if held_out_count:
         callbacks.append(KeepBest(folder / BEST_FILE))
     if progress:
         callbacks.append(TQDMProgressBar(leave=True))
@@ -266,20 +275,20 @@ def run(
         trainer.fit(
             module,
             batches,
-            DataLoader(held_out_set, batch_size=500) if recipe.held_out else None,
+            DataLoader(held_out_set, batch_size=500) if held_out_count else None,
             ckpt_path=folder / RESUME_FILE if resume else None,
             weights_only=True,
         )
 
     # From the file, since in memory the averaged weights are in place only when training has just ended.
-    kept = torch.load(folder / (BEST_FILE if recipe.held_out else RESUME_FILE), map_location="cpu", weights_only=True)
+    kept = torch.load(folder / (BEST_FILE if held_out_count else RESUME_FILE), map_location="cpu", weights_only=True)
     module.load_state_dict(kept["state_dict"])
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in module.model.parameters())}
-    if recipe.held_out:
+    if held_out_count:
         figures |= {
             "selected_epoch": kept["epoch"] + 1,
             "held_out_errors": len(mistakes(module.model.eval(), *held_out_set.tensors)),
-            "held_out_images": recipe.held_out,
+            "held_out_images": held_out_count,
         }
     wrong = mistakes(module.model.eval(), dataset.test_images, dataset.test_labels)
     figures |= {
