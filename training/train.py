@@ -65,7 +65,7 @@ class Recipe:
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the text says why and what is kept."""
+    """Training cannot go on; the text says why. The resume file of the last whole epoch is kept."""
 
 
 class Interrupted(Exception):
