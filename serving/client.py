@@ -49,7 +49,7 @@ def _batches(paths: Sequence[Path], limit: int | None, model: pb.GetModelRespons
                 left -= 1
                 continue
             images = read_idx(data)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             yield f"{path}: {getattr(error, 'strerror', None) or error}"
             continue
         if images.ndim < 3:
@@ -64,9 +64,13 @@ def _batches(paths: Sequence[Path], limit: int | None, model: pb.GetModelRespons
 
 
 def _scaled(data: bytes, model: pb.GetModelResponse) -> pb.Image:
-    with Image.open(io.BytesIO(data)) as image:
-        size = (model.image_width, model.image_height)
-        return pb.Image(pixels=to_pixels(image, model.image_channels, size).tobytes())
+    """Raises ValueError where the data is no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            size = (model.image_width, model.image_height)
+            return pb.Image(pixels=to_pixels(image, model.image_channels, size).tobytes())
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise ValueError("not an image, or a damaged one") from error
 
 
 def _answers(

@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
@@ -15,6 +15,17 @@ from serving.errors import InvalidRequest
 
 _FORMATS = {b"\x89PNG\r\n\x1a\n": ("PNG", PngImageFile), b"\xff\xd8\xff": ("JPEG", JpegImageFile)}
 _MODES = {1: "L", 3: "RGB"}
+# EXIF's orientation tag. Pillow's own exif_transpose also writes the other tags anew, and fails on odd ones.
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Shape = tuple[int, int, int]
 
@@ -54,7 +65,7 @@ def from_encoded(data: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
             pixels = to_pixels(image, channels)
     except InvalidRequest:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files make Pillow raise almost anything
         raise InvalidRequest(f"{field}: a {name} file of {len(data)} bytes that is damaged or cut off") from error
     if pixels.shape[1:] != (height, width):
         raise InvalidRequest(
@@ -68,7 +79,8 @@ def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = 
 
     Raises what Pillow raises on damaged files.
     """
-    upright = _with_mode(ImageOps.exif_transpose(image), _MODES[channels])
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    upright = _with_mode(image.transpose(turn) if turn is not None else image, _MODES[channels])
     if size and upright.size != size:
         upright = upright.resize(size, Image.Resampling.BILINEAR)
     pixels = np.asarray(upright, np.uint8)

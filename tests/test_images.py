@@ -1,6 +1,7 @@
 """Decoding of what clients send."""
 
 import io
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -83,3 +84,14 @@ def test_any_cut_or_changed_byte_gives_an_image_or_a_refusal_and_never_another_e
             assert from_encoded(candidate, GREY, "images[0].encoded").shape == GREY
         except InvalidRequest as error:
             assert str(error).startswith("images[0].encoded: ")
+
+
+def test_an_orientation_beside_an_odd_tag_is_obeyed() -> None:
+    """A resolution written as text: Pillow reads it, and fails when it writes it again."""
+    entries = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x011A, 2, 1, b"a")
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
+    image = Image.new("L", (28, 28))
+    image.paste(255, (0, 0, 28, 14))
+    data = _encode(image, "JPEG", quality=95)
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+    assert from_encoded(data, GREY, "f")[0, :, 20:].min() > 200

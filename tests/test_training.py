@@ -717,3 +717,19 @@ def test_the_help_names_every_setting_of_a_recipe_with_its_default(capsys: pytes
 def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, Path]) -> None:
     with pytest.raises(CheckpointError, match=r"last\.ckpt: not a .* not a trainer's last\.ckpt"):
         checkpoints.load(finished[1] / RESUME_FILE)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"hello" * 100])
+def test_a_damaged_resume_file_is_told_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    train_until(3, tmp_path)
+    path = tmp_path / RESUME_FILE
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(TrainingError, match=r"last\.ckpt: damaged or cut off"):
+        train(tmp_path, resume=True)
+
+
+def test_another_file_in_the_place_of_the_resume_file_is_refused(tmp_path: Path) -> None:
+    train_until(3, tmp_path)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / RESUME_FILE)
+    with pytest.raises(TrainingError, match=r"last\.ckpt: not a file that training wrote"):
+        train(tmp_path, resume=True)

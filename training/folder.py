@@ -98,6 +98,6 @@ def _read(files: Labelled, size: int, channels: int, progress: bool) -> tuple[Te
         with _open(path) as image:
             try:
                 images[index] = to_pixels(image, channels, (size, size))
-            except (OSError, ValueError, SyntaxError, EOFError) as error:
+            except Exception as error:  # damaged files make Pillow raise almost anything
                 raise DatasetError(f"{path}: a damaged or cut-off image") from error
     return torch.from_numpy(images), torch.tensor([label for _, label in files])

@@ -216,6 +216,16 @@ class KeepBest(Callback):
         self.loss = state_dict["loss"]
 
 
+def _check_resumable(path: Path) -> None:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        whole = isinstance(content, dict) and {"pytorch-lightning_version", "averaging_state"} <= content.keys()
+    except Exception as error:  # bytes of another kind make torch.load raise almost anything
+        raise TrainingError(f"{path}: damaged or cut off; it cannot be resumed") from error
+    if not whole:
+        raise TrainingError(f"{path}: not a file that training wrote to resume from")
+
+
 def run(
     config: CapsNetConfig,
     dataset: Dataset,
@@ -230,6 +240,8 @@ def run(
     The averaged weights of the epoch with the lowest held-out margin loss are kept; with ``held_out=0``, those of
     the last epoch. Raises TrainingError on a loss that is no number, Interrupted when stopped by a signal.
     """
+    if resume:
+        _check_resumable(folder / RESUME_FILE)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
