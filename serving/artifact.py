@@ -94,7 +94,7 @@ def load(folder: Path) -> Artifact:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; not a model's version folder, or its export did not finish") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path}: format is not {FORMAT}")
@@ -111,9 +111,9 @@ def load(folder: Path) -> Artifact:
             training=content["training"],
             parity=content["parity"],
         )
-        _ = result.test_error
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ArtifactError(f"{path}: a field is missing or malformed ({error!r})") from error
+    _check(result, path)
     try:
         found = digest(result.model_file)
     except OSError as error:
@@ -121,6 +121,44 @@ def load(folder: Path) -> Artifact:
     if found != result.sha256:
         raise ArtifactError(f"{result.model_file}: SHA-256 is {found}, the manifest says {result.sha256}")
     return result
+
+
+def _check(artifact: Artifact, path: Path) -> None:
+    """Raises ArtifactError at the first field that is not what serving relies on."""
+    training = artifact.training if isinstance(artifact.training, dict) else {}
+    figures = training.get("figures")
+    figures = figures if isinstance(figures, dict) else {}
+    errors, images = figures.get("test_errors"), figures.get("test_images")
+    labels, channels = artifact.labels, artifact.image_shape[0]
+    rules = {
+        "name": (artifact.name, "the name of its folder", artifact.name == path.parent.parent.name),
+        "version": (artifact.version, "the name of its folder", artifact.version == path.parent.name),
+        "labels": (
+            labels,
+            "different texts, one at least",
+            labels and all(isinstance(label, str) and label for label in labels) and len(set(labels)) == len(labels),
+        ),
+        "inputs.images.shape": (
+            artifact.image_shape,
+            "1 or 3 channels, and a height and a width",
+            channels in (1, 3) and all(_is_count(size) for size in artifact.image_shape),
+        ),
+        "outputs.poses.shape[2]": (artifact.pose_size, "a whole number above 0", _is_count(artifact.pose_size)),
+        "training.dataset": (training.get("dataset"), "a text", isinstance(training.get("dataset"), str)),
+        "training.figures.test_images": (images, "a whole number above 0", _is_count(images)),
+        "training.figures.test_errors": (
+            errors,
+            "a whole number up to test_images",
+            isinstance(errors, int) and isinstance(images, int) and 0 <= errors <= images,
+        ),
+    }
+    for name, (value, expected, holds) in rules.items():
+        if not holds:
+            raise ArtifactError(f"{path}: {name} is {value!r}; expected {expected}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def find(repository: Path, name: str = "", version: str = "") -> Path:

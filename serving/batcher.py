@@ -46,14 +46,21 @@ class Batcher:
         self._queue: deque[_Item] = deque()
         self._queued_images = 0
         self._arrival = asyncio.Event()
+        self._room = asyncio.Event()
         self._closing = False
         self._worker = ThreadPoolExecutor(1, "inference")
 
-    async def submit(self, images: Images) -> Prediction:
+    async def submit(self, images: Images, patient: bool = False) -> Prediction:
         """Compute images (n, C, H, W), n at least 1, in one or several batches.
+
+        patient: wait until the queue is at most half full, where others are refused once it is full; for streams,
+        which can simply be read more slowly, and leave the other half to those that cannot.
 
         Raises QueueFull, Draining, or InferenceFailed.
         """
+        while patient and self._queued_images and self._queued_images + len(images) > self._max_queue // 2:
+            self._room.clear()
+            await self._room.wait()
         if self._closing:
             raise Draining("the server is stopping; send the request to another one")
         if self._queued_images + len(images) > self._max_queue:
@@ -116,6 +123,7 @@ class Batcher:
                 self._metrics.queue_time.observe(now - item.queued_at)
                 batch.append(item)
         self._metrics.queued.set(self._queued_images)
+        self._room.set()
         return batch
 
     def _compute(self, batch: list[_Item]) -> Prediction | Exception:

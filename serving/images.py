@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
@@ -28,6 +28,15 @@ _TURNS = {
 }
 
 Shape = tuple[int, int, int]
+
+
+def limit_metadata() -> None:
+    """Let Pillow, in this process, unpack no more than 1 MiB of a PNG file's texts, which nothing here reads.
+
+    By default it is 64 MiB, and a small file can make it unpack all of it.
+    """
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**18
+    PngImagePlugin.MAX_TEXT_MEMORY = 2**20
 
 
 def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:

@@ -46,6 +46,8 @@ class Edge:
         self._metrics = metrics
         self._max_bytes = max_request_bytes
         self._draining = False
+        #: RPCs that have begun and not ended.
+        self.under_way = 0
 
     def refuse_new(self) -> None:
         """Answer every RPC that begins from now on with UNAVAILABLE; those under way go on."""
@@ -63,6 +65,7 @@ class Edge:
 
         async def handle(data: bytes, context: Any) -> bytes:
             start = record.start()
+            self.under_way += 1
             try:
                 self._admit()
                 response = (await answer(parse(data, kind, self._max_bytes))).SerializeToString()
@@ -74,6 +77,8 @@ class Edge:
                 record.end(start, code)
                 await context.abort(code, text)
                 raise AssertionError("abort raises") from error
+            finally:
+                self.under_way -= 1
             record.end(start, grpc.StatusCode.OK)
             return response
 
@@ -87,6 +92,7 @@ class Edge:
 
         async def handle(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             start = record.start()
+            self.under_way += 1
             try:
                 self._admit()
                 async for response in answer(requests):
@@ -100,6 +106,8 @@ class Edge:
                 await context.abort(code, text)
             else:
                 record.end(start, grpc.StatusCode.OK)
+            finally:
+                self.under_way -= 1
 
         return grpc.stream_stream_rpc_method_handler(handle)
 

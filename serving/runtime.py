@@ -71,8 +71,13 @@ class Runtime:
             raise RuntimeSetupError(f"device cuda was asked for, but ONNX Runtime here runs on {self.provider}")
         # A first call allocates and, on a GPU, compiles: not in a client's time. It also shows a graph that does
         # not answer as its manifest says.
-        answer = self.predict(np.zeros((1, *artifact.image_shape), np.uint8))
-        expected = (1, len(artifact.labels), artifact.pose_size)
+        try:
+            answer = self.predict(np.zeros((2, *artifact.image_shape), np.uint8))
+        except Exception as error:
+            raise RuntimeSetupError(f"{artifact.model_file}: cannot compute two blank images: {error}") from error
+        expected = (2, len(artifact.labels), artifact.pose_size)
+        if not all(np.isfinite(array).all() for array in answer):
+            raise RuntimeSetupError(f"{artifact.model_file}: answers blank images with values that are not finite")
         if answer.poses.shape != expected or answer.probabilities.shape != expected[:2]:
             raise RuntimeSetupError(
                 f"{artifact.model_file}: answers poses {answer.poses.shape} and probabilities "

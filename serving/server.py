@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import time
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,8 +20,10 @@ from serving.settings import Settings, usable_cores
 
 # What gRPC itself reads before it refuses. It lies above max_request_bytes so that a request above that limit gets an
 # answer that names it.
-_TRANSPORT_LIMIT = 4
+_TRANSPORT_LIMIT = 2
 _REFUSAL_SECONDS = 0.2
+_CHECK_SECONDS = 0.1
+_LAST_ANSWERS_SECONDS = 0.5
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class Server:
         """Open the ports and take requests. Raises StartError where a port cannot be had."""
         settings = self.settings
         self._batcher = Batcher(self.runtime.predict, self.metrics, settings.max_batch, settings.max_queue)
-        service = CapsNetService(self.artifact, self.runtime.provider, self._batcher, self.metrics, settings)
+        self._service = CapsNetService(self.artifact, self.runtime.provider, self._batcher, self.metrics, settings)
         limit = _TRANSPORT_LIMIT * settings.max_request_bytes
         self._grpc = aio.server(
             options=[
@@ -63,15 +66,16 @@ class Server:
             ]
         )
         self._edge = Edge(SERVICE, self.metrics, settings.max_request_bytes)
-        self._grpc.add_generic_rpc_handlers((service.handler(self._edge),))
+        self._grpc.add_generic_rpc_handlers((self._service.handler(self._edge),))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack it
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         try:
-            self.port = self._grpc.add_insecure_port(f"{settings.host}:{settings.port}")
+            self.port = self._grpc.add_insecure_port(f"{self._host}:{settings.port}")
         except RuntimeError as error:
             raise StartError(
-                f"port {settings.port} (gRPC) cannot be opened on {settings.host}; is it taken?"
+                f"port {settings.port} (gRPC) cannot be opened on host {settings.host!r}: the port is taken (--port "
+                "chooses another) or the host is not an address of this machine (--host)"
             ) from error
         try:
             self._metrics_server, self._metrics_thread = start_http_server(
@@ -79,7 +83,8 @@ class Server:
             )
         except OSError as error:
             raise StartError(
-                f"port {settings.metrics_port} (metrics) cannot be opened on {settings.host}: {error.strerror}"
+                f"port {settings.metrics_port} (metrics) cannot be opened on host {settings.host!r}: {error.strerror} "
+                "(--metrics-port chooses another)"
             ) from error
         self.metrics_port = self._metrics_server.server_port
         #: Ends when the server has stopped; should it end before, something in it is broken.
@@ -98,12 +103,23 @@ class Server:
         # first, clients learn that they may retry elsewhere.
         self._edge.refuse_new()
         await asyncio.sleep(_REFUSAL_SECONDS)
-        await self._grpc.stop(self.settings.drain_seconds)
+        end = time.monotonic() + self.settings.drain_seconds
+        while self._edge.under_way and time.monotonic() < end:
+            self._service.end_idle_streams()
+            await asyncio.sleep(_CHECK_SECONDS)
+        # Not waiting for the watches of the health service, which would never end by themselves.
+        await self._grpc.stop(_LAST_ANSWERS_SECONDS if time.monotonic() < end else 0)
         self._batcher.close()
         await self.computing
         await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
         self._metrics_thread.join()
+
+    @property
+    def _host(self) -> str:
+        """The host as an address has it, an IPv6 one in brackets."""
+        host = self.settings.host
+        return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
     def announce(self) -> None:
         """Log what is served, where, and on what."""
@@ -129,7 +145,7 @@ class Server:
         )
         if self.runtime.fell_back:
             _logger.warning("CUDA is installed but did not start: the model runs on the CPU")
-        host = self.settings.host
+        host = self._host
         _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
 
 
@@ -137,8 +153,13 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stop_at(number: signal.Signals) -> None:
+        stopping.set()
+        loop.remove_signal_handler(number)  # a second one ends the process at once
+
     for number in (signal.SIGTERM, signal.SIGINT):  # first: as process 1 of a container Python would ignore SIGTERM
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stop_at, number)
     server = Server(settings)
     await server.start()
     server.announce()

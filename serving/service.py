@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import grpc
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.batcher import Batcher
-from serving.errors import InvalidRequest, TooLarge, UnknownModel
+from serving.errors import Draining, InvalidRequest, TooLarge, UnknownModel
 from serving.images import from_encoded, from_pixels
 from serving.metrics import Metrics
 from serving.rpc import Edge, parse, to_status
@@ -32,6 +33,7 @@ class CapsNetService:
         self._batcher = batcher
         self._metrics = metrics
         self._settings = settings
+        self._streams: set[_Stream] = set()
 
     def handler(self, edge: Edge) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
@@ -44,15 +46,15 @@ class CapsNetService:
             },
         )
 
-    async def classify(self, request: pb.ClassifyRequest) -> pb.ClassifyResponse:
-        """Raises InvalidRequest, TooLarge, UnknownModel, and what Batcher.submit raises."""
+    async def classify(self, request: pb.ClassifyRequest, patient: bool = False) -> pb.ClassifyResponse:
+        """Raises InvalidRequest, TooLarge, UnknownModel, and what Batcher.submit raises; patient as there."""
         self._check_model(request.model_name, request.model_version)
         limit = self._settings.max_images_per_request
         if not request.images:
             raise InvalidRequest(f"images: none; expected 1 to {limit}")
         if len(request.images) > limit:
             raise TooLarge(f"images: {len(request.images)}; the limit is {limit} a request (max_images_per_request)")
-        return self._encode(await self._batcher.submit(await self._decode(request)))
+        return self._encode(await self._batcher.submit(await self._decode(request), patient))
 
     async def classify_stream(self, messages: AsyncIterator[bytes]) -> AsyncIterator[pb.ClassifyStreamResponse]:
         """Answer in order while later requests are already read and computed, up to a window of images."""
@@ -75,18 +77,31 @@ class CapsNetService:
                 pending.put_nowait(None)
 
         reader = asyncio.create_task(read())
+        stream = _Stream(window, reader)
+        self._streams.add(stream)
         try:
             while (entry := await pending.get()) is not None:
                 task, images = entry
                 yield await task
                 window.leave(images)
+            if stream.ended:
+                raise Draining("the server is stopping; send further requests to another one")
             await reader  # raises what reading raised
         finally:
+            self._streams.discard(stream)
             reader.cancel()
             for task in tuple(tasks):
                 task.cancel()
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError, Exception):  # what reading ran into no longer matters
                 await reader
+
+    def end_idle_streams(self) -> None:
+        """End the streams that had nothing under way at this call and at the one before."""
+        for stream in self._streams:
+            if stream.window.inside == 0 and stream.was_idle:
+                stream.ended = True
+                stream.reader.cancel()
+            stream.was_idle = stream.window.inside == 0
 
     async def get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """Raises UnknownModel."""
@@ -114,7 +129,8 @@ class CapsNetService:
     def _check_model(self, name: str, version: str) -> None:
         served = self._artifact
         if (name and name != served.name) or (version and version != served.version):
-            wanted = f"{name or served.name} version {version or served.version}"
+            # Cut short, since the text of an error goes out as a header, whose size is limited.
+            wanted = f"{(name or served.name)[:64]!r} version {(version or served.version)[:64]!r}"
             raise UnknownModel(
                 f"model_name, model_version: {wanted} is not served; {served.name} version {served.version} is"
             )
@@ -163,7 +179,7 @@ class CapsNetService:
             if isinstance(item, Exception):
                 raise item
             identifier = item.id
-            return pb.ClassifyStreamResponse(id=identifier, response=await self.classify(item.request))
+            return pb.ClassifyStreamResponse(id=identifier, response=await self.classify(item.request, patient=True))
         except Exception as error:
             code, text = to_status(error)
             self._metrics.stream_errors.labels(code.name).inc()
@@ -175,15 +191,25 @@ class _Window:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._inside = 0
+        self.inside = 0
         self._left = asyncio.Event()
 
     async def enter(self, images: int) -> None:
-        while self._inside and self._inside + images > self._size:
+        while self.inside and self.inside + images > self._size:
             self._left.clear()
             await self._left.wait()
-        self._inside += images
+        self.inside += images
 
     def leave(self, images: int) -> None:
-        self._inside -= images
+        self.inside -= images
         self._left.set()
+
+
+@dataclass(eq=False)
+class _Stream:
+    """A stream under way, for the end of the server."""
+
+    window: _Window
+    reader: "asyncio.Task[None]"
+    was_idle: bool = False
+    ended: bool = False

@@ -47,9 +47,9 @@ class Settings:
     )
     threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0, most=256)
     max_batch: int = _setting(32, "most images in one batch", least=1)
-    max_queue: int = _setting(4096, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
+    max_queue: int = _setting(2048, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
     max_images_per_request: int = _setting(1024, "most images in one request", least=1)
-    max_request_bytes: int = _setting(4 * 2**20, "largest request, in bytes", least=1024)
+    max_request_bytes: int = _setting(4 * 2**20, "largest request, in bytes", least=1024, most=2**29)
     stream_window: int = _setting(512, "most images of one stream under way; reading waits beyond", least=1)
     drain_delay: float = _setting(
         0.0, "seconds between reporting NOT_SERVING and refusing new requests, for balancers to notice", least=0
@@ -85,6 +85,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
     """
     parser = argparse.ArgumentParser(
         prog="python -m serving",
+        allow_abbrev=False,
         description="Serve a capsule network over gRPC, with Prometheus metrics.",
         epilog=f"Every setting is also an environment variable: --max-batch is {ENVIRONMENT_PREFIX}MAX_BATCH. "
         "A flag wins over its variable.",
@@ -102,7 +103,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
             default=argparse.SUPPRESS,
         )
         variable = ENVIRONMENT_PREFIX + setting.name.upper()
-        if variable in environment:
+        if environment.get(variable):  # an empty one is as none, as compose files have it
             try:
                 values[setting.name] = kind(environment[variable])
             except ValueError:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
@@ -124,7 +125,7 @@ def test_two_servers_do_not_share_a_port() -> None:
     with _process() as (_, address, _):
         code, text = _failed_start("--port", address.split(":")[1])
     assert code == 1
-    assert "is it taken?" in text
+    assert "the port is taken (--port chooses another)" in text
 
 
 def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
@@ -165,3 +166,41 @@ def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> No
     assert code == 1
     assert f"{copy / artifact.MODEL}: SHA-256 is {artifact.digest(copy / artifact.MODEL)}, the manifest says" in text
     assert artifact.load(source).sha256 in text
+
+
+def test_idle_streams_and_health_watches_do_not_hold_up_a_stop() -> None:
+    with _process() as (process, address, _), grpc.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        next(watch)
+        leave = threading.Event()
+
+        def requests() -> Iterator[pb.ClassifyStreamRequest]:
+            yield pb.ClassifyStreamRequest(id="one", request=pb.ClassifyRequest(images=[DIGIT]))
+            leave.wait(60)
+
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        stream = stub.ClassifyStream(requests(), timeout=60)
+        assert next(stream).response.results[0].label == "7"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream)
+        leave.set()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "the server is stopping" in str(caught.value.details())
+        watch.cancel()
+
+
+def test_a_second_signal_ends_the_server_at_once() -> None:
+    with _process("--drain-delay", "30") as (process, _, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr
+        assert "stopping" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
+
+
+def test_a_wrong_host_is_named() -> None:
+    code, text = _failed_start("--host", "203.0.113.7")
+    assert code == 1
+    assert "on host '203.0.113.7'" in text

@@ -5,6 +5,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.images import limit_metadata
 from serving.runtime import Prediction
 from serving.server import Server
 from tests.conftest import DATA, Digits, Running
@@ -89,6 +91,9 @@ def test_the_model_and_version_may_be_named_and_others_are_not_found(running: Ru
             running.stub.Classify(pb.ClassifyRequest(model_name=name, model_version=version, images=[DIGIT]))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert "capsnet-mnist version 1 is" in str(caught.value.details())
+    with pytest.raises(grpc.RpcError) as caught:
+        running.stub.Classify(pb.ClassifyRequest(model_name="x" * 100_000, images=[DIGIT]))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 WRONG_IMAGES: dict[str, tuple[pb.Image, str]] = {
@@ -184,6 +189,31 @@ def test_a_stream_larger_than_queue_and_window_is_answered_whole(start: Callable
     requests = (pb.ClassifyStreamRequest(id=str(index), request=request) for index in range(30))
     answers = list(small.stub.ClassifyStream(requests, timeout=30))
     assert [len(answer.response.results) for answer in answers] == [20] * 30
+
+
+def test_many_streams_wait_for_room_in_the_queue_and_leave_some_to_others(start: Callable[..., Running]) -> None:
+    small = start(max_queue=64, max_images_per_request=32, stream_window=48, max_batch=8)
+    request = pb.ClassifyRequest(images=[DIGIT] * 16)
+
+    def stream(count: int) -> list[int]:
+        requests = (pb.ClassifyStreamRequest(request=request) for _ in range(count))
+        return [len(answer.response.results) for answer in small.stub.ClassifyStream(requests, timeout=60)]
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(stream, 20) for _ in range(8)]
+        while not all(future.done() for future in streams):
+            assert len(small.classify(*[DIGIT] * 16).results) == 16
+    assert [future.result() for future in streams] == [[16] * 20] * 8
+
+
+def test_a_small_file_that_unpacks_to_much_text_is_refused_quickly(running: Running) -> None:
+    limit_metadata()  # as the server's process does
+    text = b"\0".join([b"Comment", b"", zlib.compress(bytes(2**20), 9)])
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    bomb = SEVEN[:33] + chunk * 60 + SEVEN[33:]
+    code, details = _refusal(running, pb.Image(encoded=bomb))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "damaged or cut off" in details
 
 
 def test_a_client_that_leaves_its_stream_harms_no_other(running: Running) -> None:

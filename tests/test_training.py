@@ -719,6 +719,25 @@ def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, 
         checkpoints.load(finished[1] / RESUME_FILE)
 
 
+def test_a_disk_that_fills_up_leaves_the_last_whole_resume_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[Checkpoint, Path]
+) -> None:
+    real = torch.save
+
+    def save(content: dict[str, Any], path: Path) -> None:
+        real(content, path)
+        if content.get("global_step") == 2 * STEPS_PER_EPOCH and RESUME_FILE in str(path):
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match="No space left"):
+            train(tmp_path)
+    assert torch.load(tmp_path / RESUME_FILE, weights_only=True)["global_step"] == STEPS_PER_EPOCH
+    assert_same(train(tmp_path, resume=True), finished[0])
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"hello" * 100])
 def test_a_damaged_resume_file_is_told_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     train_until(3, tmp_path)

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         settings_file.write_text(settings)
         checkpoint = run(config, dataset, recipe, folder, resume=options.resume)
-    except (DatasetError, TrainingError, ValueError) as error:
+    except (DatasetError, TrainingError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except Interrupted:

@@ -14,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -56,6 +57,10 @@ class Recipe:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected {least} or more")
         if self.held_out is not None and self.held_out < 0:
             raise ValueError(f"held_out: {self.held_out}; expected 0 or more")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed: {self.seed}; expected less than 2147483648")
+        if not math.isfinite(self.warmup_epochs):
+            raise ValueError(f"warmup_epochs: {self.warmup_epochs}; expected a finite number")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: {self.learning_rate}; expected a number above 0")
         if not 0 <= self.ema_decay < 1:
@@ -216,6 +221,15 @@ class KeepBest(Callback):
         self.loss = state_dict["loss"]
 
 
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints under their names only once they are whole, so that a full disk leaves the last good one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        partial = Path(f"{path}.partial")
+        torch.save(checkpoint, partial)
+        partial.replace(path)
+
+
 def _check_resumable(path: Path) -> None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -279,6 +293,7 @@ def run(
         enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        plugins=[WholeFiles()],
         log_every_n_steps=50,
     )
     with warnings.catch_warnings():
