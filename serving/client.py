@@ -126,6 +126,12 @@ def _as_json(name: str, response: pb.ClassifyResponse, result: pb.Classification
     )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m serving.client",
@@ -135,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--address", default="127.0.0.1:8001", help="HOST:PORT of the server (default: %(default)s)")
     result.add_argument("--json", action="store_true", help="one JSON object a line for each image")
     result.add_argument("--resize", action="store_true", help="scale image files to the model's size first")
-    result.add_argument("--limit", type=int, metavar="N", help="stop after N images")
+    result.add_argument("--limit", type=_count, metavar="N", help="stop after N images")
     result.add_argument(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="most time for all (default: %(default)s)"
     )

@@ -50,6 +50,13 @@ def test_a_bad_file_is_told_and_the_others_are_answered_in_order(
     ]
 
 
+@pytest.mark.parametrize("limit", ["0", "-3", "many"])
+def test_a_limit_that_is_no_number_of_images_is_refused(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([SEVEN, f"--limit={limit}"])
+    assert "expected a whole number above 0" in capsys.readouterr().err
+
+
 def test_no_server_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([SEVEN, "--address", "127.0.0.1:1"]) == 1
     assert "127.0.0.1:1: no server answers there" in capsys.readouterr().err

@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = json.dumps(chosen | {"recipe": asdict(recipe)}, indent=2)
     settings_file = folder / "settings.json"
     if options.resume:
+        if (folder / CHECKPOINT_FILE).exists():
+            print(f"{folder}: this run is finished, {CHECKPOINT_FILE} is there; nothing to resume", file=sys.stderr)
+            return 2
         if not (folder / RESUME_FILE).exists():
             print(f"{folder}: nothing to resume, there is no {RESUME_FILE}", file=sys.stderr)
             return 2
