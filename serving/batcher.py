@@ -62,7 +62,7 @@ class Batcher:
             self._room.clear()
             await self._room.wait()
         if self._closing:
-            raise Draining("the server is stopping; send the request to another one")
+            raise Draining
         if self._queued_images + len(images) > self._max_queue:
             raise QueueFull(
                 f"the queue holds {self._queued_images} images, {len(images)} more would pass its limit of "

@@ -17,12 +17,11 @@ from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.idx import is_idx, read_idx
+from serving.idx import GZIP_MAGIC, is_idx, read_idx
 from serving.images import to_pixels
 
 _CHUNK = 64  # images of an IDX file in one request
 _BAR = 30  # characters of a probability of 1
-_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def _batches(paths: Sequence[Path], limit: int | None, model: pb.GetModelRespons
             return
         try:
             data = path.read_bytes()
-            if not (is_idx(data[:4]) or data.startswith(_GZIP)):
+            if not (is_idx(data[:4]) or data.startswith(GZIP_MAGIC)):
                 yield _Batch([str(path)], [_scaled(data, model) if model else pb.Image(encoded=data)])
                 left -= 1
                 continue

@@ -42,6 +42,9 @@ class Draining(ServingError):
 
     code = grpc.StatusCode.UNAVAILABLE
 
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; send the request to another one")
+
 
 class InferenceFailed(ServingError):
     """The model could not compute an answer; the cause is in the server's log."""

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -55,7 +55,7 @@ class Edge:
 
     def _admit(self) -> None:
         if self._draining:
-            raise Draining("the server is stopping; send the request to another one")
+            raise Draining
 
     def unary(
         self, method: str, kind: type[Request], answer: Callable[[Request], Awaitable[Message]]
@@ -73,10 +73,7 @@ class Edge:
                 record.end(start, _why_cancelled(context))
                 raise
             except Exception as error:
-                code, text = to_status(error)
-                record.end(start, code)
-                await context.abort(code, text)
-                raise AssertionError("abort raises") from error
+                await _abort(error, record, start, context)
             finally:
                 self.under_way -= 1
             record.end(start, grpc.StatusCode.OK)
@@ -101,15 +98,20 @@ class Edge:
                 record.end(start, _why_cancelled(context))
                 raise
             except Exception as error:
-                code, text = to_status(error)
-                record.end(start, code)
-                await context.abort(code, text)
+                await _abort(error, record, start, context)
             else:
                 record.end(start, grpc.StatusCode.OK)
             finally:
                 self.under_way -= 1
 
         return grpc.stream_stream_rpc_method_handler(handle)
+
+
+async def _abort(error: Exception, record: "_Recorder", start: float, context: Any) -> NoReturn:
+    code, text = to_status(error)
+    record.end(start, code)
+    await context.abort(code, text)
+    raise AssertionError("abort raises") from error
 
 
 def _why_cancelled(context: Any) -> grpc.StatusCode:

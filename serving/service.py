@@ -85,7 +85,7 @@ class CapsNetService:
                 yield await task
                 window.leave(images)
             if stream.ended:
-                raise Draining("the server is stopping; send further requests to another one")
+                raise Draining
             await reader  # raises what reading raised
         finally:
             self._streams.discard(stream)

@@ -43,9 +43,14 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the checkpoint; under its name only once it is whole."""
+    """Write the checkpoint, whole or not at all."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format": FORMAT, "config": asdict(checkpoint.config)}
+    write_whole(content, path)
+
+
+def write_whole(content: dict[str, Any], path: Path) -> None:
+    """Write a PyTorch file, under its name only once it is whole."""
     partial = path.with_name(path.name + ".partial")
     torch.save(content, partial)
     partial.replace(path)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 KERNEL = 9  # both convolutions of the paper are 9x9 without padding
 PRIMARY_STRIDE = 2
-
-
 BIAS = 0.1  # every bias of the authors' code begins with it
 AGREEMENTS = ("scalar-product", "euclidean")
 INITIALIZATIONS = ("pytorch", "authors")

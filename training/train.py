@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from training.augment import AUGMENTATIONS
-from training.checkpoint import Checkpoint, save
+from training.checkpoint import Checkpoint, save, write_whole
 from training.datasets import Dataset, split
 from training.evaluate import mistakes
 from training.loss import PIXEL_WEIGHT, margin_loss, presence_loss, reconstruction_loss
@@ -80,6 +80,11 @@ class Interrupted(Exception):
     """
 
 
+def _generator(seed: int, number: int) -> torch.Generator:
+    """One of a run's sequence of generators; neighbouring seeds share none within a million."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
 class Batches:
     """Shuffled batches of one epoch after another.
 
@@ -99,8 +104,8 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of the epoch that the steps done lead into."""
         epoch, position = divmod(self.steps_done(), len(self))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        batches = torch.split(torch.randperm(len(self.images), generator=generator), self.batch_size)
+        order = torch.randperm(len(self.images), generator=_generator(self.seed, epoch))
+        batches = torch.split(order, self.batch_size)
         for chosen in batches[position:]:
             yield self.images[chosen], self.labels[chosen]
 
@@ -118,8 +123,7 @@ class Training(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = batch
         # Seeded by the step, not by what was drawn before, so that a resumed run draws the same.
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.global_step)
-        images = self.augment(to_pixels(images), generator)
+        images = self.augment(to_pixels(images), _generator(self.recipe.seed, self.global_step))
         poses = self.model(images)
         loss = self._classification_loss(lengths(poses), labels)
         self.log("classification_loss", loss, prog_bar=True, on_epoch=True)
@@ -225,9 +229,7 @@ class WholeFiles(TorchCheckpointIO):
     """Writes checkpoints under their names only once they are whole, so that a full disk leaves the last good one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        partial = Path(f"{path}.partial")
-        torch.save(checkpoint, partial)
-        partial.replace(path)
+        write_whole(checkpoint, Path(path))
 
 
 def _check_resumable(path: Path) -> None:
@@ -265,7 +267,6 @@ def run(
         raise TrainingError(f"held_out: {held_out_count}; {dataset.name} has {count} images to train on")
     train, held_out = split(count, held_out_count, recipe.seed)
     held_out_set = TensorDataset(dataset.train_images[held_out], dataset.train_labels[held_out])
-    module = Training(config, recipe, math.ceil(len(train) / recipe.batch_size))
     batches = Batches(
         dataset.train_images[train],
         dataset.train_labels[train],
@@ -273,6 +274,7 @@ def run(
         recipe.seed,
         lambda: module.global_step,
     )
+    module = Training(config, recipe, len(batches))
     timer = Timer()  # goes on counting after an interruption
     callbacks: list[Callback] = [
         timer,
