@@ -24,6 +24,7 @@ from training.datasets import Dataset, split
 from training.evaluate import mistakes
 from training.loss import PIXEL_WEIGHT, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+from training.provenance import provenance
 
 RESUME_FILE = "last.ckpt"
 BEST_FILE = "best.ckpt"
@@ -325,7 +326,7 @@ def run(
         "test_mistakes": wrong,
         "test_images": len(dataset.test_images),
         "seconds": round(timer.time_elapsed("train"), 1),
-        "torch": str(torch.__version__),
+        **provenance(trainer.strategy.root_device),
     }
     state = {name: value.contiguous().cpu() for name, value in module.model.state_dict().items()}
     checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)

@@ -1,0 +1,44 @@
+"""Where a run's figures come from: the command, the commit and the device."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What one needs to repeat a run: ``command``, ``commit``, ``device`` and ``torch``, all texts.
+
+    commit: of the source as git knows it, with ``+changes`` where files differ from it; empty outside a checkout.
+    """
+    return {
+        "command": "python " + shlex.join(sys.orig_argv[1:]),
+        "commit": _commit(),
+        "device": _name(device),
+        "torch": str(torch.__version__),
+    }
+
+
+def _commit() -> str:
+    source = Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", "."))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + ("+changes" if changes else "")
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
