@@ -10,7 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.model import AGREEMENTS, CONFIGS, CapsNet, CapsNetConfig, lengths, route, squash, to_pixels
+from training.model import (
+    AGREEMENTS,
+    CONFIGS,
+    NORMALIZATIONS,
+    CapsNet,
+    CapsNetConfig,
+    lengths,
+    max_min,
+    route,
+    squash,
+    to_pixels,
+)
 
 Array = NDArray[np.float64]
 
@@ -18,6 +29,9 @@ TINY = CapsNetConfig(
     image_size=20, classes=3, conv_channels=4, primary_types=2, primary_dim=3, digit_dim=5, decoder_widths=(7,)
 )
 ITERATIONS = pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+CHOICES = pytest.mark.parametrize(
+    ("agreement", "normalization"), [(one, other) for one in AGREEMENTS for other in NORMALIZATIONS]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,18 +86,28 @@ def paper_squash(s: Array) -> Array:
 
 
 def paper_routing(
-    u: Array, weight: Array, iterations: int, bias: Array | None = None, agreement: str = "scalar-product"
+    u: Array,
+    weight: Array,
+    iterations: int,
+    bias: Array | None = None,
+    agreement: str = "scalar-product",
+    normalization: str = "softmax",
 ) -> Array:
     """Procedure 1 as it is printed, for one image: u (I, D), weight (I, D, J, E); returns v, (J, E).
 
-    bias, (J, E), and the other agreement are what the text does not have.
+    bias, (J, E), the other agreement and the other normalization are what the text does not have.
     """
     primaries, parents = weight.shape[0], weight.shape[2]
     u_hat = np.stack([np.stack([u[i] @ weight[i, :, j] for j in range(parents)]) for i in range(primaries)])
     b = np.zeros((primaries, parents))
     v = np.zeros((parents, weight.shape[3]))
-    for _ in range(iterations):
-        c = np.stack([np.exp(b[i]) / np.exp(b[i]).sum() for i in range(primaries)])
+    for iteration in range(iterations):
+        if normalization == "softmax":
+            c = np.stack([np.exp(b[i]) / np.exp(b[i]).sum() for i in range(primaries)])
+        elif iteration == 0:
+            c = np.ones_like(b)
+        else:
+            c = np.stack([(b[i] - min(b[i])) / (max(b[i]) - min(b[i])) for i in range(primaries)])
         for j in range(parents):
             start = np.zeros(weight.shape[3]) if bias is None else bias[j]
             v[j] = paper_squash(sum((c[i, j] * u_hat[i, j] for i in range(primaries)), start=start))
@@ -213,24 +237,92 @@ def test_routing_is_procedure_1_of_the_paper(iterations: int) -> None:
 
 
 @ITERATIONS
-@pytest.mark.parametrize("agreement", AGREEMENTS)
-def test_routing_with_a_bias_and_another_agreement_is_procedure_1_with_these(agreement: str, iterations: int) -> None:
+@CHOICES
+def test_routing_with_a_bias_and_other_choices_is_procedure_1_with_these(
+    agreement: str, normalization: str, iterations: int
+) -> None:
     u, weight, bias = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2), normal(5, 6, seed=3)
 
-    v = route(u, weight, iterations, bias, agreement)
+    v = route(u, weight, iterations, bias, agreement, normalization)
 
-    expected = [paper_routing(image, weight.numpy(), iterations, bias.numpy(), agreement) for image in u.numpy()]
+    choices = (iterations, bias.numpy(), agreement, normalization)
+    expected = [paper_routing(image, weight.numpy(), *choices) for image in u.numpy()]
     np.testing.assert_allclose(v.numpy(), np.stack(expected), rtol=0, atol=1e-6)
 
 
 @ITERATIONS
-@pytest.mark.parametrize("agreement", AGREEMENTS)
-def test_the_gradients_of_routing_flow_through_every_iteration(agreement: str, iterations: int) -> None:
-    inputs = [normal(*shape, seed=seed) for seed, shape in enumerate([(1, 3, 2), (3, 2, 2, 2), (2, 2)])]
+@CHOICES
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_gradients_of_routing_flow_through_every_iteration(
+    agreement: str, normalization: str, iterations: int, blocks: int
+) -> None:
+    # Three parents: of two, Max-Min couples one with 1 and the other with 0, which has no slope.
+    inputs = [normal(*shape, seed=seed) for seed, shape in enumerate([(1, 3, 2), (3, 2, 3, 2), (3, 2)])]
     assert torch.autograd.gradcheck(
-        lambda u, weight, bias: route(u, weight, iterations, bias, agreement),
+        lambda u, weight, bias: route(u, weight, iterations, bias, agreement, normalization, blocks=blocks),
         [tensor.requires_grad_() for tensor in inputs],
     )
+
+
+@ITERATIONS
+@CHOICES
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("blocks", [2, 3, 7])
+def test_routing_without_stored_votes_has_the_same_poses_and_gradients(
+    agreement: str, normalization: str, iterations: int, gradient: bool, blocks: int
+) -> None:
+    results = []
+    for count in (1, blocks):
+        u, weight = normal(3, 7, 4, seed=1).requires_grad_(), normal(7, 4, 5, 6, seed=2).requires_grad_()
+        v = route(u, weight, iterations, None, agreement, normalization, gradient, count)
+        results.append((v, *torch.autograd.grad(v.square().sum(), (u, weight))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_votes_are_kept_for_the_gradient_only_where_they_are_stored(blocks: int) -> None:
+    u, weight = normal(3, 8, 4, seed=1).requires_grad_(), normal(8, 4, 5, 6, seed=2).requires_grad_()
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        route(u, weight, 3, blocks=blocks)
+    votes = 3 * 8 * 5 * 6
+    assert (votes in kept) == (blocks == 1)
+
+
+@ITERATIONS
+@CHOICES
+def test_the_poses_in_single_precision_are_those_of_the_plain_loop(
+    agreement: str, normalization: str, iterations: int
+) -> None:
+    u = squash(normal(2, 64, 8, seed=1, dtype=torch.float32))
+    weight = 0.1 * normal(64, 8, 10, 16, seed=2, dtype=torch.float32)
+    plain = [
+        paper_routing(image, weight.double().numpy(), iterations, None, agreement, normalization)
+        for image in u.double().numpy()
+    ]
+    for blocks in (1, 5):
+        v = route(u, weight, iterations, None, agreement, normalization, blocks=blocks)
+        np.testing.assert_allclose(v.numpy(), np.stack(plain), rtol=0, atol=1e-5)
+
+
+def test_max_min_couples_the_best_parent_with_one_and_the_worst_with_none_whatever_the_scale() -> None:
+    b = torch.tensor([[3.0, -1.0], [5.0, 1.0], [4.0, 7.0]], dtype=torch.float64).unsqueeze(0)  # (B, J, I)
+    expected = torch.tensor([[0.0, 0.0], [1.0, 0.25], [0.5, 1.0]], dtype=torch.float64).unsqueeze(0)
+    torch.testing.assert_close(max_min(b), expected)
+    torch.testing.assert_close(max_min(1e-9 * b + 5), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_max_min_of_equal_logits_is_one_and_its_gradient_finite() -> None:
+    b = torch.full((2, 3, 4), 0.7, requires_grad=True)
+    c = max_min(b)
+    (gradient,) = torch.autograd.grad(c.sum(), b)
+    assert c.eq(1).all()
+    assert gradient.eq(0).all()
 
 
 @ITERATIONS
@@ -271,14 +363,16 @@ def test_the_primary_divisor_divides_what_the_convolution_adds_to_its_bias() -> 
 
 
 def test_a_network_routes_with_the_choices_of_its_config() -> None:
-    config = replace(TINY, digit_bias=True, agreement="euclidean", routing_gradient=False)
+    config = replace(TINY, digit_bias=True, agreement="euclidean", normalization="max-min", routing_gradient=False)
     model = network(config)
     assert model.digit_bias is not None
     with torch.no_grad():
         model.digit_bias.copy_(normal(*model.digit_bias.shape, seed=3))
     batch = images(config, 2)
     u = model.primary_capsules(batch)
-    expected = route(u, model.weight, config.routing_iterations, model.digit_bias, "euclidean", gradient=False)
+    expected = route(
+        u, model.weight, config.routing_iterations, model.digit_bias, "euclidean", "max-min", gradient=False
+    )
 
     poses = model(batch)
 
@@ -290,6 +384,8 @@ def test_a_network_routes_with_the_choices_of_its_config() -> None:
 def test_a_choice_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="agreement: 'cosine'; expected one of scalar-product, euclidean"):
         CapsNetConfig(agreement="cosine")
+    with pytest.raises(ValueError, match="normalization: 'sigmoid'; expected one of softmax, max-min"):
+        CapsNetConfig(normalization="sigmoid")
     with pytest.raises(ValueError, match="initialization: 'zeros'; expected one of pytorch, authors"):
         CapsNetConfig(initialization="zeros")
     with pytest.raises(ValueError, match="primary_divisor: 0; expected a number above 0"):

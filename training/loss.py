@@ -14,9 +14,11 @@ PIXEL_WEIGHT = 0.0005
 def margin_loss(probabilities: Tensor, classes: Tensor) -> Tensor:
     """``L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2`` (equation 4).
 
-    probabilities: (B, J), the poses' lengths; classes: (B,) int64. Summed over classes, averaged over images.
+    probabilities: (B, J), the poses' lengths; classes: int64 (B,), or (B, K) of images with K objects of different
+    classes. Summed over classes, averaged over images.
     """
-    present = nn.functional.one_hot(classes, probabilities.shape[1]).to(probabilities.dtype)  # (B, J)
+    one_hot = nn.functional.one_hot(classes.reshape(len(classes), -1), probabilities.shape[1])  # (B, K, J)
+    present = one_hot.sum(1).to(probabilities.dtype)  # (B, J)
     short = torch.relu(PRESENT - probabilities).square()
     long = torch.relu(probabilities - ABSENT).square()
     return (present * short + DOWN_WEIGHT * (1 - present) * long).sum(1).mean()

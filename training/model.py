@@ -7,14 +7,17 @@ I = T*h*w primary capsules, D their dimension, J classes (one digit capsule each
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 KERNEL = 9  # both convolutions of the paper are 9x9 without padding
 PRIMARY_STRIDE = 2
 BIAS = 0.1  # every bias of the authors' code begins with it
 AGREEMENTS = ("scalar-product", "euclidean")
+NORMALIZATIONS = ("softmax", "max-min")
 INITIALIZATIONS = ("pytorch", "authors")
 
 
@@ -29,8 +32,9 @@ class CapsNetConfig:
     primary_divisor: the primary convolution's output is divided by it before its bias is added (the authors' code:
     32). initialization: of the convolutions, ``pytorch`` for its default, or ``authors`` for their truncated normal
     (0.05 in the first, 0.1 in the second) and biases of 0.1. agreement: of a vote with a pose, their scalar product
-    (the paper), or less their squared Euclidean distance. routing_gradient: gradients flow through all iterations
-    (the authors' code); False stops them at the couplings, as many ports do.
+    (the paper), or less their squared Euclidean distance. normalization: of a primary capsule's logits over its
+    parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
+    through all iterations (the authors' code); False stops them at the couplings, as many ports do.
     """
 
     image_channels: int = 1
@@ -46,6 +50,7 @@ class CapsNetConfig:
     primary_divisor: float = 1.0
     initialization: str = "pytorch"
     agreement: str = "scalar-product"
+    normalization: str = "softmax"
     routing_gradient: bool = True
 
     def __post_init__(self) -> None:
@@ -55,7 +60,11 @@ class CapsNetConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
-        for name, known in (("initialization", INITIALIZATIONS), ("agreement", AGREEMENTS)):
+        for name, known in (
+            ("initialization", INITIALIZATIONS),
+            ("agreement", AGREEMENTS),
+            ("normalization", NORMALIZATIONS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if not self.primary_divisor > 0:
@@ -110,39 +119,81 @@ def votes(u: Tensor, weight: Tensor) -> Tensor:
     return u_hat.reshape(i, -1, j, e).permute(1, 2, 0, 3).contiguous()  # (B, J, I, E)
 
 
+def max_min(b: Tensor) -> Tensor:
+    """Logits b (B, J, I) to couplings ``(b - min b) / (max b - min b)``, least and greatest over the J parents.
+
+    Max-Min normalisation (Zhao et al., "Capsule Networks with Max-Min Normalization", arXiv 1903.09662) between the
+    bounds 0 and 1: of each primary capsule's parents one is coupled with 1 and one with 0, and they need not sum to
+    1. Where all logits are equal, as of an only parent, all couplings are 1, as they are before the first update;
+    bounds and beginning are our reading, the paper's abstract leaves them open.
+    """
+    low, high = b.amin(dim=1, keepdim=True), b.amax(dim=1, keepdim=True)
+    equal = high == low
+    span = torch.where(equal, torch.ones_like(high), high - low)
+    return torch.where(equal, torch.ones_like(b), (b - low) / span)
+
+
+def _weigh(
+    u_hat: Tensor, total: Tensor, squares: Tensor, updates: int, agreement: str, normalization: str, gradient: bool
+) -> Tensor:
+    """What votes (B, J, I, E) bring to s, (B, J, E), coupled as the poses of the iterations so far say; see route."""
+    compared = u_hat if gradient else u_hat.detach()  # what the couplings are made from
+    b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
+    if agreement == "euclidean":
+        b = 2 * b - updates * compared.square().sum(-1) - squares
+    c = max_min(b) if normalization == "max-min" else b.softmax(dim=1)  # over the J parents of each primary capsule
+    return (c.unsqueeze(2) @ u_hat).squeeze(2)
+
+
+def _vote_and_weigh(u: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _weigh(votes(u, weight), *rest)
+
+
 def route(
     u: Tensor,
     weight: Tensor,
     iterations: int,
     bias: Tensor | None = None,
     agreement: str = "scalar-product",
+    normalization: str = "softmax",
     gradient: bool = True,
+    blocks: int = 1,
 ) -> Tensor:
     """Routing by agreement (procedure 1), unrolled for a fixed number of iterations.
 
-    u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s; agreement and gradient as in CapsNetConfig. Returns
-    the digit capsules' poses v, (B, J, E).
+    u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s; agreement, normalization and gradient as in
+    CapsNetConfig. Returns the digit capsules' poses v, (B, J, E).
 
-    Two identities save work and change no result. Before the first update every coupling is 1/J, so the first
-    iteration is one matrix product that needs no votes. The logits after t updates are ``b_ij = u_hat_ij . (v_1 +
-    ... + v_t)``, so the sum of the poses is kept in place of the logits; with Euclidean agreement, ``-|u_hat_ij -
-    v_j|^2`` summed over t is twice that less t times ``|u_hat_ij|^2`` and the sum of the poses' squares.
+    Two identities save work and change no result. Before the first update all couplings are the same, 1/J, so the
+    first iteration is one matrix product that needs no votes. The logits after t updates are ``b_ij = u_hat_ij .
+    (v_1 + ... + v_t)``, so the sum of the poses is kept in place of the logits; with Euclidean agreement,
+    ``-|u_hat_ij - v_j|^2`` summed over t is twice that less t times ``|u_hat_ij|^2`` and the sum of the poses'
+    squares.
+
+    blocks: with more than 1, the votes are not stored: the couplings of a primary capsule depend on no other, so the
+    primary capsules are taken in so many blocks, and a block's votes are computed anew in each iteration and for the
+    gradient. Memory for the votes, (B, J, I, E), falls by that factor; the result is the same.
     """
     i, d, j, e = weight.shape
-    s = (u.reshape(-1, i * d) @ weight.reshape(i * d, j * e) / j).reshape(-1, j, e)  # (B, J, E)
+    s = (u.reshape(-1, i * d) @ weight.reshape(i * d, j * e)).reshape(-1, j, e)  # (B, J, E)
+    if normalization == "softmax":
+        s = s / j
     v = squash(s if bias is None else s + bias)
     if iterations == 1:
         return v
-    u_hat = votes(u, weight)  # (B, J, I, E)
-    compared = u_hat if gradient else u_hat.detach()  # what the couplings are made from
+    u_hat = votes(u, weight) if blocks == 1 else None  # (B, J, I, E)
     pose = v if gradient else v.detach()
     total, squares = pose, pose.square().sum(-1, keepdim=True)  # sums over the poses so far: (B, J, E), (B, J, 1)
     for update in range(1, iterations):
-        b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
-        if agreement == "euclidean":
-            b = 2 * b - update * compared.square().sum(-1) - squares
-        c = b.softmax(dim=1)  # over the J parents of each primary capsule
-        s = (c.unsqueeze(2) @ u_hat).squeeze(2)  # (B, J, E)
+        rest = (total, squares, update, agreement, normalization, gradient)
+        if u_hat is not None:
+            s = _weigh(u_hat, *rest)
+        else:
+            parts = zip(u.tensor_split(blocks, 1), weight.tensor_split(blocks), strict=True)
+            s = sum(  # (B, J, E)
+                (checkpoint(_vote_and_weigh, *part, *rest, use_reentrant=False) for part in parts),
+                start=torch.zeros_like(v),
+            )
         v = squash(s if bias is None else s + bias)
         if update < iterations - 1:
             pose = v if gradient else v.detach()
@@ -179,11 +230,13 @@ class CapsNet(nn.Module):
 
     ``forward`` takes images (B, C, H, W), float pixels from 0 to 1, and returns the poses (B, J, E). A class's
     probability is its pose's length (``lengths``). The decoder is called apart; ``decoder_widths=()`` leaves it out.
+    vote_blocks: into how many the primary capsules are split to save the memory of their votes, see ``route``.
     """
 
-    def __init__(self, config: CapsNetConfig) -> None:
+    def __init__(self, config: CapsNetConfig, vote_blocks: int = 1) -> None:
         super().__init__()
         self.config = config
+        self.vote_blocks = vote_blocks
         self.conv1 = nn.Conv2d(config.image_channels, config.conv_channels, KERNEL)
         self.primary = nn.Conv2d(
             config.conv_channels, config.primary_types * config.primary_dim, KERNEL, stride=PRIMARY_STRIDE
@@ -216,7 +269,9 @@ class CapsNet(nn.Module):
             config.routing_iterations,
             self.digit_bias,
             config.agreement,
+            config.normalization,
             config.routing_gradient,
+            self.vote_blocks,
         )
 
 
