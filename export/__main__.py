@@ -40,7 +40,7 @@ def _dataset(trained: checkpoint.Checkpoint, options: argparse.Namespace) -> dat
     """The data that the checkpoint was trained and tested on, in the size that its network takes."""
     if options.data:
         return load_folder(options.data, trained.config.image_size, trained.config.image_channels)
-    if trained.dataset in datasets.DATASETS:
+    if trained.dataset in datasets.NAMES:
         return datasets.load(trained.dataset, options.data_dir)
     if trained.dataset.startswith("folder:"):
         raise datasets.DatasetError(f"{options.checkpoint}: trained on {trained.dataset}; give it with --data FOLDER")

@@ -17,6 +17,7 @@ from export.verify import verify
 from serving.artifact import MODEL, Artifact, digest, write_manifest
 from serving.runtime import Runtime
 from training.checkpoint import Checkpoint, CheckpointError
+from training.evaluate import wrong
 from training.model import CapsNet
 
 OPSETS = range(18, 26)  # those that PyTorch's exporter converts to by itself
@@ -63,7 +64,7 @@ def export_checkpoint(
     """Export a checkpoint to ``out/name/version``, verify it as it will be served, and write its manifest last.
 
     images: the test set that the checkpoint's figures were measured on, uint8 (B, C, H, W), 0 to 255; labels: the
-    classes, int64 (B,). opset: see ``to_onnx``.
+    classes, int64 (B,), or (B, K) of images with K objects. opset: see ``to_onnx``.
 
     Where anything fails, the version's folder is removed again. Raises FileExistsError where that folder is there
     already; CheckpointError where weights, labels or test images do not fit the config, or the figures are not
@@ -100,8 +101,9 @@ def export_checkpoint(
             training=training,
             parity={},
         )
-        parity, classes = verify(network, Runtime(artifact, device="cpu"), images)
-        measured = {"test_errors": int((classes != labels.numpy()).sum()), "test_images": len(labels)}
+        objects = labels.shape[1] if labels.ndim == 2 else 1
+        parity, probabilities = verify(network, Runtime(artifact, device="cpu"), images, objects)
+        measured = {"test_errors": int(wrong(probabilities, labels).sum()), "test_images": len(labels)}
         recorded = {figure: checkpoint.figures.get(figure) for figure in measured}
         if measured != recorded:
             raise CheckpointError(

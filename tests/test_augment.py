@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training.augment import AUGMENTATIONS, affine, none, shift
-from training.train import Recipe
+from training.augment import AUGMENTATIONS, affine, all_shifts, none, shift
 
 HEIGHT, WIDTH = 20, 30  # different, so that the axes cannot be mixed up
 SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
+TURNS = torch.arange(5)  # of no account to augmentations that are drawn
 RANDOM = pytest.mark.parametrize("name", ["shift", "affine"])
 
 
@@ -48,7 +48,7 @@ def centres(images: Tensor) -> Tensor:
 def test_a_shift_moves_an_image_by_whole_pixels_and_loses_only_what_leaves_the_frame() -> None:
     images = random_images(30, channels=3) + 0.1  # nothing black, so what is black in the results has moved in
 
-    results = shift(images, generator(1))
+    results = shift(images, TURNS, generator(1))
 
     assert results.shape == images.shape
     for image, result in zip(images, results, strict=True):
@@ -58,16 +58,27 @@ def test_a_shift_moves_an_image_by_whole_pixels_and_loses_only_what_leaves_the_f
 
 def test_every_shift_of_up_to_two_pixels_is_as_likely_as_another() -> None:
     image = random_images(1)
-    counts = Counter(applied_shifts(image[0], shift(image.repeat(1000, 1, 1, 1), generator(2))))
+    counts = Counter(applied_shifts(image[0], shift(image.repeat(1000, 1, 1, 1), TURNS, generator(2))))
     assert set(counts) == set(SHIFTS)
     assert min(counts.values()) > 20
     assert max(counts.values()) < 60
 
 
+def test_all_shifts_shows_an_image_in_every_shift_once_in_25_turns_and_begins_differently_for_each() -> None:
+    image = random_images(1, channels=3)[0]
+    turns = torch.arange(7, 32)
+
+    found = applied_shifts(image, all_shifts(image.repeat(25, 1, 1, 1), turns, generator()))
+
+    assert sorted(found) == SHIFTS
+    again = applied_shifts(image, all_shifts(image.repeat(25, 1, 1, 1), turns + 25, generator(1)))
+    assert again == found
+
+
 def test_an_affine_change_keeps_shape_and_range_and_lets_black_in() -> None:
     images = torch.ones(200, 1, HEIGHT, WIDTH)
 
-    results = affine(images, generator())
+    results = affine(images, TURNS, generator())
 
     assert results.shape == images.shape
     assert results.dtype == images.dtype
@@ -81,7 +92,7 @@ def test_an_affine_change_moves_the_centre_by_little_and_on_average_not_at_all()
     images = torch.zeros(1000, 1, size, size)
     images[:, 0, 13:16, 13:16] = 1
 
-    moves = centres(affine(images, generator())) - 14
+    moves = centres(affine(images, TURNS, generator())) - 14
 
     assert moves.abs().max() < 3.2  # two pixels, stretched by scale and shear
     assert moves.abs().amax(0).min() > 1.5
@@ -93,7 +104,7 @@ def test_an_affine_change_turns_and_stretches_by_no_more_than_it_says() -> None:
     images = torch.zeros(1000, 1, size, size)
     images[:, 0, 19:22, 5:36] = 1  # a horizontal bar
 
-    results = affine(images, generator())
+    results = affine(images, TURNS, generator())
 
     down = torch.arange(size)[:, None] - centres(results)[:, 0, None, None]
     right = torch.arange(size) - centres(results)[:, 1, None, None]
@@ -111,7 +122,7 @@ def test_an_affine_change_turns_and_stretches_by_no_more_than_it_says() -> None:
 def test_images_of_one_batch_are_changed_differently_and_seldom_left_alone(name: str) -> None:
     images = random_images(1).repeat(50, 1, 1, 1)
 
-    results = AUGMENTATIONS[name](images, generator())
+    results = AUGMENTATIONS[name](images, TURNS, generator())
 
     assert len({result.numpy().tobytes() for result in results}) > 15
     unchanged = sum(torch.allclose(image, result, atol=1e-3) for image, result in zip(images, results, strict=True))
@@ -121,7 +132,7 @@ def test_images_of_one_batch_are_changed_differently_and_seldom_left_alone(name:
 @RANDOM
 def test_the_channels_of_an_image_move_together(name: str) -> None:
     images = random_images(10).repeat(1, 3, 1, 1)
-    results = AUGMENTATIONS[name](images, generator())
+    results = AUGMENTATIONS[name](images, TURNS, generator())
     torch.testing.assert_close(results, results[:, :1].expand(-1, 3, -1, -1))
 
 
@@ -131,34 +142,33 @@ def test_the_generator_alone_decides_what_is_changed(name: str) -> None:
     augment = AUGMENTATIONS[name]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        first = augment(images, generator(5))
+        first = augment(images, TURNS, generator(5))
         torch.manual_seed(2)
         before = torch.get_rng_state()
-        again = augment(images, generator(5))
+        again = augment(images, TURNS, generator(5))
         assert torch.get_rng_state().equal(before)
 
     assert first.equal(again)
-    assert not first.equal(augment(images, generator(6)))
+    assert not first.equal(augment(images, TURNS, generator(6)))
 
 
 @RANDOM
 def test_successive_draws_from_one_generator_differ(name: str) -> None:
     images, source = random_images(10), generator()
-    assert not AUGMENTATIONS[name](images, source).equal(AUGMENTATIONS[name](images, source))
+    assert not AUGMENTATIONS[name](images, TURNS, source).equal(AUGMENTATIONS[name](images, TURNS, source))
 
 
 @pytest.mark.parametrize("name", list(AUGMENTATIONS))
 def test_the_images_given_are_left_as_they_were(name: str) -> None:
     images = random_images(5)
-    AUGMENTATIONS[name](images, generator())
+    AUGMENTATIONS[name](images, TURNS, generator())
     assert images.equal(random_images(5))
 
 
 def test_none_changes_nothing() -> None:
     images = random_images(3)
-    assert none(images, generator()).equal(images)
+    assert none(images, TURNS, generator()).equal(images)
 
 
-def test_the_augmentations_go_by_their_names_and_the_recipes_default_is_one_of_them() -> None:
-    assert {"affine": affine, "shift": shift, "none": none} == AUGMENTATIONS
-    assert Recipe().augment in AUGMENTATIONS
+def test_the_augmentations_go_by_their_names() -> None:
+    assert {"affine": affine, "shift": shift, "all-shifts": all_shifts, "none": none} == AUGMENTATIONS

@@ -314,7 +314,9 @@ def test_the_error_when_all_sources_fail_gives_the_reason_of_each_and_a_way_out(
 
 
 def test_an_unknown_data_set_is_rejected_with_the_known_names() -> None:
-    with pytest.raises(ValueError, match="unknown data set 'cifar', expected one of fashion-mnist, mnist"):
+    with pytest.raises(
+        ValueError, match="unknown data set 'cifar', expected one of affnist-spec, fashion-mnist, mnist, multimnist"
+    ):
         load("cifar")
 
 

@@ -144,6 +144,19 @@ def test_the_manifest_is_written_after_the_model_was_verified(
     assert seen == [[MODEL]]
 
 
+def test_a_network_of_overlapping_digits_is_measured_by_pairs(trained: Checkpoint, tmp_path: Path) -> None:
+    probabilities, _ = predict(trained.model(), IMAGES)
+    pairs = probabilities.topk(2).indices  # most probable first, in whatever order the classes are
+    pairs[:3, 1] = probabilities.argmin(1)[:3]
+    figures = trained.figures | {"test_errors": 3, "test_images": len(IMAGES)}
+
+    exported = export_checkpoint(replace(trained, figures=figures), IMAGES, pairs, tmp_path, NAME, "1")
+
+    assert exported.parity["labels_changed"] == 0
+    with pytest.raises(CheckpointError, match="the checkpoint's figures are not those of its weights"):
+        export_checkpoint(trained, IMAGES, pairs, tmp_path, NAME, "2")
+
+
 def test_the_manifest_says_how_the_network_was_trained(exported: Artifact, trained: Checkpoint) -> None:
     assert exported.training["dataset"] == "mnist"
     assert exported.training["recipe"] == trained.recipe
@@ -213,6 +226,7 @@ def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, traine
         pytest.param(replace(CONFIGS["paper"], decoder_widths=()), 20, id="paper"),
         pytest.param(replace(CONFIGS["authors"], decoder_widths=(), conv_channels=8), 20, id="authors"),
         pytest.param(replace(TINY, agreement="euclidean"), 20, id="euclidean"),
+        pytest.param(replace(TINY, normalization="max-min"), 20, id="max-min"),
     ],
 )
 def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(
@@ -221,11 +235,11 @@ def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(
     network = random_network(config)
     model = to_onnx(network, opset)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
-    parity, classes = verify(
+    parity, probabilities = verify(
         network, Runtime(unverified(model, config, tmp_path), device="cpu"), random_images(config, 3)
     )
     assert parity["max_pose_difference"] < 1e-5
-    assert classes.shape == (3,)
+    assert probabilities.shape == (3, config.classes)
 
 
 def test_a_network_that_pytorch_cannot_export_is_a_graph_error(monkeypatch: pytest.MonkeyPatch) -> None:

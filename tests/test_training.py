@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 import training.__main__
+import training.evaluate
 import training.train
 from training import checkpoint as checkpoints
-from training.__main__ import DEFAULTS, HELP, main
+from training.__main__ import DEFAULTS, HELP, NETWORK_HELP, main
 from training.checkpoint import Checkpoint, CheckpointError
 from training.datasets import Dataset, DatasetError, split
 from training.evaluate import mistakes, predict
@@ -43,7 +44,14 @@ RECIPE = Recipe(
     epochs=3, batch_size=16, learning_rate=5e-3, warmup_epochs=0.5, ema_decay=0.8, augment="affine", held_out=20, seed=3
 )
 STEPS_PER_EPOCH = 8  # of 140 - 20 images
-FLAGS = ["--config=tiny", *(f"--{name.replace('_', '-')}={value}" for name, value in asdict(RECIPE).items())]
+FLAGS = [
+    "--config=tiny",
+    *(
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in asdict(RECIPE).items()
+        if value is not None and not isinstance(value, bool)
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,8 +97,17 @@ class RecordedDataset(Dataset):
         return super().__getattribute__(name)
 
 
-def train(folder: Path, recipe: Recipe = RECIPE, *, resume: bool = False, dataset: Dataset = DATASET) -> Checkpoint:
-    return run(CONFIG, dataset, recipe, folder, resume=resume, progress=False)
+def train(
+    folder: Path,
+    recipe: Recipe = RECIPE,
+    *,
+    resume: bool = False,
+    dataset: Dataset = DATASET,
+    config: CapsNetConfig = CONFIG,
+) -> Checkpoint:
+    checkpoint = run(config, dataset, recipe, folder, resume=resume, progress=False)
+    assert checkpoint is not None
+    return checkpoint
 
 
 class PowerCut(Exception):
@@ -262,7 +279,7 @@ def test_a_network_of_one_class_learns_that_it_is_there(tmp_path: Path) -> None:
         test_labels=torch.zeros_like(DATASET.test_labels),
     )
 
-    checkpoint = run(config, dataset, RECIPE, tmp_path, progress=False)
+    checkpoint = train(tmp_path, dataset=dataset, config=config)
 
     losses = epoch_figures(tmp_path, "held_out_loss")
     assert losses[-1] < 0.5 * losses[0]
@@ -281,18 +298,19 @@ def test_the_test_images_are_read_once_and_only_after_training(tmp_path: Path, m
         fit(*arguments, **options)
         events.append("fit ends")
 
-    def recorded_mistakes(model: CapsNet, images: Tensor, labels: Tensor) -> list[int]:
-        events.append(f"mistakes of {len(images)}")
-        return mistakes(model, images, labels)
+    def recorded_predict(model: CapsNet, images: Tensor) -> tuple[Tensor, Tensor]:
+        events.append(f"prediction of {len(images)}")
+        return predict(model, images)
 
     monkeypatch.setattr(lightning.Trainer, "fit", recorded_fit)
-    monkeypatch.setattr(training.train, "mistakes", recorded_mistakes)
+    for module in (training.train, training.evaluate):
+        monkeypatch.setattr(module, "predict", recorded_predict)
 
     train(tmp_path, replace(RECIPE, epochs=1), dataset=dataset)
 
-    assert events[:3] == ["fit begins", "fit ends", "mistakes of 20"]
-    assert events.count("mistakes of 60") == 1
-    assert set(events[3:]) == {"test_images", "test_labels", "mistakes of 60"}
+    assert events[:3] == ["fit begins", "fit ends", "prediction of 20"]
+    assert events.count("prediction of 60") == 1
+    assert set(events[3:]) == {"test_images", "test_labels", "prediction of 60"}
 
 
 def test_a_run_is_repeated_exactly_by_its_seed_and_changed_by_another(
@@ -482,9 +500,10 @@ def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_tru
             parameter.mul_(4)  # so that one class's pose does not give nearly the reconstruction of another's
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    module.trainer = Mock(global_rank=0, world_size=1, global_step=0)
     images, labels = DATASET.train_images[:8], DATASET.train_labels[:8]
 
-    loss = module.training_step((images, labels), 0)
+    loss = module.training_step((images[:, None], labels[:, None], torch.arange(8)), 0)
 
     pixels = images / 255
     poses = module.model(pixels)
@@ -497,7 +516,7 @@ def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_tru
 
 def test_a_network_without_a_decoder_is_trained_on_the_margin_loss_alone(tmp_path: Path) -> None:
     config = replace(CONFIG, decoder_widths=())
-    checkpoint = run(config, DATASET, replace(RECIPE, epochs=1), tmp_path, progress=False)
+    checkpoint = train(tmp_path, replace(RECIPE, epochs=1), config=config)
     assert checkpoints.load(tmp_path / CHECKPOINT_FILE).model().decoder is None
     assert not any(name.startswith("decoder") for name in checkpoint.state_dict)
 
@@ -508,7 +527,7 @@ def numbered(count: int, batch_size: int, seed: int = 1, steps_done: int = 0) ->
 
 def order(batches: Batches) -> list[int]:
     """The images of the next epoch, or of what is left of it."""
-    return [image for images, _ in batches for image in images.tolist()]
+    return [image for images, _, _ in batches for image in images.flatten().tolist()]
 
 
 def test_every_epoch_has_every_image_once_with_its_label_in_another_order() -> None:
@@ -517,9 +536,10 @@ def test_every_epoch_has_every_image_once_with_its_label_in_another_order() -> N
         batches = numbered(23, 5, steps_done=5 * epoch)
         assert len(batches) == 5
         drawn = list(batches)
-        assert [len(images) for images, _ in drawn] == [5, 5, 5, 5, 3]
-        assert all(labels.equal(images * 10) for images, labels in drawn)
-        epochs.append([image for images, _ in drawn for image in images.tolist()])
+        assert [len(images) for images, _, _ in drawn] == [5, 5, 5, 5, 3]
+        assert all(labels.equal(images * 10) for images, labels, _ in drawn)
+        assert all(turns.equal(images[:, 0] + epoch) for images, _, turns in drawn)
+        epochs.append([image for images, _, _ in drawn for image in images[:, 0].tolist()])
 
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -684,6 +704,16 @@ def test_the_command_prints_what_went_wrong_without_a_traceback(
         ("--ema-decay=-0.1", 2),
         ("--augment=flip", 2),
         ("--pixel-weight=-1", 2),
+        ("--gradient-clip=-1", 2),
+        ("--precision=16-mixed", 1),
+        ("--precision=8", 2),
+        ("--vote-blocks=0", 2),
+        ("--per-class=0", 2),
+        ("--per-class=100", 1),
+        ("--normalization=sigmoid", 2),
+        ("--routing-iterations=0", 2),
+        ("--decoder-widths=5,0", 2),
+        ("--decoder-widths=5,,6", 2),
         ("--held-out=-1", 2),
         ("--held-out=140", 1),
         ("--held-out=141", 1),
@@ -707,11 +737,14 @@ def test_the_help_names_every_setting_of_a_recipe_with_its_default(capsys: pytes
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    names = [field.name for field in fields(Recipe)]
-    assert list(HELP) == names
+    assert list(HELP) == [field.name for field in fields(Recipe)]
     for name, default in asdict(Recipe()).items():
         assert f"--{name.replace('_', '-')}" in text
         assert f"(default: {DEFAULTS.get(name, default)})" in text
+    from_data = {"image_channels", "image_size", "classes"}
+    assert list(NETWORK_HELP) == [field.name for field in fields(CapsNetConfig) if field.name not in from_data]
+    for name in NETWORK_HELP:
+        assert f"--{name.replace('_', '-')}" in text
 
 
 def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, Path]) -> None:

@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from serving.idx import decompress, read_idx
+from training.scenes import affnist_spec, scenes
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 TRAIN_LABELS = "train-labels-idx1-ubyte"
@@ -48,15 +49,18 @@ class DatasetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set of images of one class each, in memory.
+    """A data set in memory.
 
     Attributes:
         name: The name that it was loaded by.
         labels: The class names; label ``i`` is named ``labels[i]``.
         train_images: ``(N, C, H, W)`` uint8, 0 to 255; for MNIST ``(60000, 1, 28, 28)``, 0 for background.
         train_labels: ``(N,)`` int64.
-        test_images: ``(M, C, H, W)`` uint8; for MNIST 10,000 images.
-        test_labels: ``(M,)`` int64.
+        test_images: ``(M, C, S, S)`` uint8; for MNIST 10,000 images.
+        test_labels: ``(M,)`` int64, or ``(M, K)`` where each image has ``K`` objects.
+        objects: ``K``, how many of ``train_images``, of different classes, training puts into one image: 1 or 2.
+        canvas: Height and width of the images that training composes by putting each object anywhere; 0 where
+            ``train_images`` are taken as they are.
     """
 
     name: str
@@ -65,6 +69,14 @@ class Dataset:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    objects: int = 1
+    canvas: int = 0
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of the images that a network for this data set takes."""
+        channels, height, width = self.test_images.shape[1:]
+        return channels, height, width
 
 
 class Source(Protocol):
@@ -236,8 +248,43 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
+def _multi_mnist(mnist: Dataset) -> Dataset:
+    """Overlapping pairs of digits on 36x36, each shifted by up to four pixels (section 6 of the paper).
+
+    The paper generated 60 million pairs to train on and 10 million to test on; here training composes new pairs in
+    each epoch, and the test has one pair for each of MNIST's test digits.
+    """
+    canvas = 36
+    test = scenes(mnist.test_images, mnist.test_labels, 2, canvas, _test_generator())
+    return Dataset("multimnist", mnist.labels, mnist.train_images, mnist.train_labels, *test, objects=2, canvas=canvas)
+
+
+def _affnist_spec(mnist: Dataset) -> Dataset:
+    """Plain digits anywhere on 40x40 to train on, affinely distorted ones for the test (section 6.1 of the paper).
+
+    Generated from MNIST by affNIST's published ranges; not affNIST itself, whose files are others.
+    """
+    canvas = 40
+    test = affnist_spec(mnist.test_images, canvas, _test_generator())
+    labels = (mnist.train_labels, test, mnist.test_labels)
+    return Dataset("affnist-spec", mnist.labels, mnist.train_images, *labels, canvas=canvas)
+
+
+def _test_generator() -> torch.Generator:
+    """The same for everyone, so that all results are on one test set."""
+    return torch.Generator().manual_seed(0)
+
+
+#: Data sets that are generated from another one: its name, and how.
+GENERATED: dict[str, tuple[str, Callable[[Dataset], Dataset]]] = {
+    "multimnist": ("mnist", _multi_mnist),
+    "affnist-spec": ("mnist", _affnist_spec),
+}
+NAMES = (*DATASETS, *GENERATED)
+
+
 def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dataset:
-    """Load a data set from the first source that has all its files with the right digests.
+    """Load a data set from the first source that has all its files with the right digests, or generate it from one.
 
     The files are looked for in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
     ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists. They are kept, uncompressed, in
@@ -248,8 +295,11 @@ def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dat
         ValueError: There is no data set of that name.
         DatasetError: No source has the files; the message gives each one's reason.
     """
+    if name in GENERATED:
+        original, generate = GENERATED[name]
+        return generate(load(original, folder, progress=progress))
     if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(sorted(DATASETS))}")
+        raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(sorted(NAMES))}")
     spec = DATASETS[name]
     cache = Folder(_cache_folder() / name)
     own = cache if folder is None else Folder(folder)
@@ -295,6 +345,24 @@ def split(count: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"cannot hold out {held_out} of {count} examples, expected 0 to {count}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def per_class(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Choose ``count`` examples of each class at random: their indices, ascending, int64.
+
+    labels: (N,) int64. The same for the same arguments, and with a larger count the smaller choice is among them.
+
+    Raises:
+        ValueError: A class has fewer.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = []
+    for label in sorted(set(labels.tolist())):
+        of_class = order[labels[order] == label]
+        if len(of_class) < count:
+            raise ValueError(f"per_class: {count}; class {label} has {len(of_class)} images to train on")
+        chosen.append(of_class[:count])
+    return torch.cat(chosen).sort().values
 
 
 def _cache_folder() -> Path:

@@ -67,6 +67,8 @@ class CapsNetConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if any(width < 1 for width in self.decoder_widths):
+            raise ValueError(f"decoder_widths: {self.decoder_widths}; expected 1 or more each")
         if not self.primary_divisor > 0:
             raise ValueError(f"primary_divisor: {self.primary_divisor}; expected a number above 0")
         smallest = 2 * KERNEL - 1

@@ -18,7 +18,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "command": "python " + shlex.join(sys.orig_argv[1:]),
         "commit": _commit(),
-        "device": _name(device),
+        "device": _processes() + _name(device),
         "torch": str(torch.__version__),
     }
 
@@ -33,6 +33,12 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return commit + ("+changes" if changes else "")
+
+
+def _processes() -> str:
+    """``2 x`` and so on where torchrun has started several processes."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    return f"{count} x " if count > 1 else ""
 
 
 def _name(device: torch.device) -> str:

@@ -1,0 +1,136 @@
+"""Tests of training as real processes: two at once, killed without warning, and in mixed precision."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.conftest import ROOT
+from training import checkpoint as checkpoints
+
+STEPS_PER_EPOCH = 7
+FLAGS = [
+    "--epochs=3", "--batch-size=16", "--learning-rate=0.005", "--warmup-epochs=0.5", "--ema-decay=0.8", "--held-out=20",
+    "--conv-channels=8", "--primary-types=2", "--decoder-widths=16", "--deterministic",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 150 small images: noise with a bar at the top, at the left, or a square at the bottom right."""
+    folder = tmp_path_factory.mktemp("data") / "bars"
+    generator = torch.Generator().manual_seed(1)
+    bars = {
+        "lying": (slice(3, 9), slice(3, 17)),
+        "standing": (slice(3, 17), slice(3, 9)),
+        "square": (slice(10, 17),) * 2,
+    }
+    for label, place in bars.items():
+        (folder / label).mkdir(parents=True)
+        for number in range(50):
+            pixels = torch.randint(0, 60, (20, 20), generator=generator)
+            pixels[place] += 190
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / label / f"{number:02}.png")
+    return folder
+
+
+def command(data: Path, out: Path, *flags: str) -> list[str]:
+    return ["-m", "training", f"--data={data}", f"--out={out}", *FLAGS, *flags]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def run(*arguments: str, **more: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run by one process that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(*command(data, folder))
+    return folder
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    (log,) = folder.glob("logs/*/metrics.csv")
+    with log.open() as lines:
+        return [float(row[name]) for row in csv.DictReader(lines) if row[name]]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return checkpoints.load(folder / "capsnet.pt").state_dict
+
+
+def test_two_processes_have_the_losses_of_one_and_end_with_its_weights(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+    output = run(*launcher, *command(data, tmp_path))
+
+    assert output.count("test error") == 1
+    for name in ("classification_loss_epoch", "reconstruction_loss_epoch", "held_out_loss"):
+        assert logged(tmp_path, name) == pytest.approx(logged(undisturbed, name), rel=1e-5), name
+    for name, value in weights(undisturbed).items():
+        torch.testing.assert_close(weights(tmp_path)[name], value, rtol=1e-3, atol=1e-5)
+    together, alone = (checkpoints.load(folder / "capsnet.pt").figures for folder in (tmp_path, undisturbed))
+    assert together["device"].startswith("2 x ")
+    assert together["test_mistakes"] == alone["test_mistakes"]
+
+
+def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_weights_of_an_undisturbed_one(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command(data, tmp_path / "run")],
+            cwd=ROOT,
+            env=environment(),
+            stdout=output,
+            stderr=output,
+        )
+        deadline = time.monotonic() + 120
+        while "Epoch 1:" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "run" / "capsnet.pt").exists()
+
+    run(*command(data, tmp_path / "run", "--resume"))
+
+    for name, value in weights(undisturbed).items():
+        assert weights(tmp_path / "run")[name].equal(value), name
+
+
+def test_mixed_precision_trains_as_well_and_keeps_weights_in_single(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    # oneDNN's newest matrix instructions are announced by some virtual machines that do not carry them out.
+    run(*command(data, tmp_path, "--precision=bf16-mixed", "--gradient-clip=1"), ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+    assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
+    mixed, single = (logged(folder, "classification_loss_epoch") for folder in (tmp_path, undisturbed))
+    assert mixed[-1] < 0.6 * mixed[0]
+    assert mixed != single
+
+
+def test_every_run_logs_for_tensorboard_too(undisturbed: Path) -> None:
+    assert list(undisturbed.glob("logs/version_0/events.out.tfevents.*"))
