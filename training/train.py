@@ -343,6 +343,7 @@ def run(
     if progress:
         callbacks.append(TQDMProgressBar(leave=True))
     trainer = _trainer(recipe, folder, callbacks, progress)
+    origin = provenance(trainer.strategy.root_device)  # before training, while the source is what it runs
     with warnings.catch_warnings():
         # Advice on worker processes and logging intervals, which data held in memory has no use for.
         warnings.filterwarnings("ignore", module="lightning")
@@ -377,7 +378,7 @@ def run(
         "test_mistakes": test_mistakes,
         "test_images": len(dataset.test_images),
         "seconds": round(timer.time_elapsed("train"), 1),
-        **provenance(trainer.strategy.root_device),
+        **origin,
     }
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
