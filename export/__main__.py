@@ -10,7 +10,7 @@ from export.to_onnx import OPSET, OPSETS, export_checkpoint
 from export.verify import ParityError
 from serving.runtime import RuntimeSetupError
 from training import checkpoint, datasets
-from training.folder import load_folder
+from training.data import of_checkpoint
 
 
 def _name(text: str) -> str:
@@ -36,17 +36,6 @@ def _default_name(dataset: str) -> str:
     return f"capsnet-{plain or 'folder'}"
 
 
-def _dataset(trained: checkpoint.Checkpoint, options: argparse.Namespace) -> datasets.Dataset:
-    """The data that the checkpoint was trained and tested on, in the size that its network takes."""
-    if options.data:
-        return load_folder(options.data, trained.config.image_size, trained.config.image_channels)
-    if trained.dataset in datasets.NAMES:
-        return datasets.load(trained.dataset, options.data_dir)
-    if trained.dataset.startswith("folder:"):
-        raise datasets.DatasetError(f"{options.checkpoint}: trained on {trained.dataset}; give it with --data FOLDER")
-    raise checkpoint.CheckpointError(f"{options.checkpoint}: unknown data set {trained.dataset!r}")
-
-
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m export", description="Turn a checkpoint into a verified ONNX artifact for the server."
@@ -67,12 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         trained = checkpoint.load(options.checkpoint)
-        dataset = _dataset(trained, options)
-        if dataset.labels != trained.labels:
-            raise checkpoint.CheckpointError(
-                f"{options.checkpoint}: its labels are {', '.join(trained.labels)}; those of the data "
-                f"{', '.join(dataset.labels)}"
-            )
+        try:
+            dataset = of_checkpoint(trained, options.data, options.data_dir)
+        except (checkpoint.CheckpointError, datasets.DatasetError) as error:
+            raise type(error)(f"{options.checkpoint}: {error}") from error
         name = options.name or _default_name(trained.dataset)
         version = options.version or _next_version(options.out / name)
         artifact = export_checkpoint(

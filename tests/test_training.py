@@ -589,7 +589,7 @@ def test_mistakes_are_the_images_that_get_another_class_than_their_label() -> No
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``python -m training`` with a tiny network and a tiny data set; returns the folder for its run."""
     monkeypatch.setitem(CONFIGS, "tiny", CONFIG)
-    monkeypatch.setattr(training.__main__, "load", lambda name, folder: replace(DATASET, name=name))
+    monkeypatch.setattr(training.__main__, "load", lambda name, folder, **_: replace(DATASET, name=name))
     return tmp_path / "runs" / "tiny"
 
 

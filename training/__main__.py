@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import Field, asdict, fields, replace
@@ -12,6 +13,7 @@ from training.augment import AUGMENTATIONS
 from training.datasets import NAMES, DatasetError, load
 from training.folder import load_folder
 from training.model import AGREEMENTS, CONFIGS, INITIALIZATIONS, NORMALIZATIONS, CapsNetConfig
+from training.report import REPORT_FILE
 from training.train import (
     CHECKPOINT_FILE,
     HELD_OUT_SHARE,
@@ -155,11 +157,12 @@ def main(arguments: list[str] | None = None) -> int:
     elif (folder / RESUME_FILE).exists() or (folder / CHECKPOINT_FILE).exists():
         print(f"{folder}: holds a run; --resume continues it, --out chooses another folder", file=sys.stderr)
         return 2
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started; the others are silent
     try:
         if options.data:
-            dataset = load_folder(options.data, options.image_size)
+            dataset = load_folder(options.data, options.image_size, progress=first)
         else:
-            dataset = load(options.dataset, options.data_dir)
+            dataset = load(options.dataset, options.data_dir, progress=first)
         channels, size, _ = dataset.image_shape
         config = replace(config, image_channels=channels, image_size=size, classes=len(dataset.labels))
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,14 +172,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except Interrupted:
-        print(f"\ninterrupted; the same command with --resume continues from {folder / RESUME_FILE}", file=sys.stderr)
+        if first:
+            print(
+                f"\ninterrupted; the same command with --resume continues from {folder / RESUME_FILE}", file=sys.stderr
+            )
         return 130
-    if checkpoint is None:  # one of torchrun's other processes; the first reports
+    if checkpoint is None:
         return 0
     figures = checkpoint.figures
     percent = 100 * figures["test_errors"] / figures["test_images"]
     print(f"test error {percent:.2f} % ({figures['test_errors']} of {figures['test_images']} images)")
-    print(f"wrote {folder / CHECKPOINT_FILE}")
+    print(f"wrote {folder / CHECKPOINT_FILE} and {folder / REPORT_FILE}")
     return 0
 
 

@@ -26,6 +26,7 @@ from training.evaluate import mistakes, predict, wrong
 from training.loss import PIXEL_WEIGHT, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 from training.provenance import provenance
+from training.report import write_report
 from training.scenes import combine, members, place, scenes
 
 RESUME_FILE = "last.ckpt"
@@ -383,6 +384,7 @@ def run(
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
     save(checkpoint, folder / CHECKPOINT_FILE)
+    write_report(folder, checkpoint, dataset, probabilities)
     return checkpoint
 
 

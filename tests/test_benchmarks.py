@@ -1,0 +1,103 @@
+"""Tests of the benchmarks: that they measure all there is, count memory exactly, and refuse unequal variants."""
+
+import csv
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import routing
+from benchmarks.routing import PASSES, VARIANTS, Variant, main, peak_bytes
+from training.model import route
+
+QUICK = ["--configs", "compact", "--rounds", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_variant_is_measured_in_both_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "routing.csv"
+    assert main([*QUICK, "--batches", "1", "2", "--no-compile", "--out", str(out)]) == 0
+    rows = read(out)
+    names = [variant.name for variant in VARIANTS if not variant.compiled]
+    assert [(row["batch"], row["pass"], row["variant"]) for row in rows] == list(product("12", PASSES, names))
+    for row in rows:
+        assert 0 < float(row["ms_quartile_1"]) <= float(row["ms"]) <= float(row["ms_quartile_3"])
+        assert float(row["ratio_to_plain"]) > 0
+        assert float(row["peak_mib"]) > 0
+        assert (row["config"], row["rounds"], row["threads"], row["not_run"]) == ("compact", "1", "1", "")
+        assert row["torch"] == torch.__version__
+    assert {row["ratio_to_plain"] for row in rows if row["variant"] == "plain"} == {"1"}
+    assert "compact, batch 2" in capsys.readouterr().out
+
+
+def test_a_variant_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    other = Variant("other", partial(route, agreement="euclidean"))
+    monkeypatch.setattr(routing, "VARIANTS", (VARIANTS[0], other))
+    assert main([*QUICK, "--batches", "1", "--out", str(tmp_path / "routing.csv")]) == 1
+    assert "compact, batch 1: other: poses differ from the plain loop's by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_variant_with_other_gradients_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Variant("other", partial(route, gradient=False))
+    monkeypatch.setattr(routing, "VARIANTS", (VARIANTS[0], other))
+    assert main([*QUICK, "--batches", "1"]) == 1
+    assert "compact, batch 1: other: gradient of u differ from the plain loop's by" in capsys.readouterr().err
+
+
+def test_compiled_variants_are_left_out_with_the_reason_where_nothing_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(routing, "compiler_fault", lambda device: "no C++ compiler")
+    out = tmp_path / "routing.csv"
+    assert main([*QUICK, "--batches", "1", "--out", str(out)]) == 0
+    rows = [row for row in read(out) if row["variant"].endswith("-compiled")]
+    assert [(row["ms"], row["peak_mib"], row["not_run"]) for row in rows] == [("", "", "no C++ compiler")] * 4
+    assert "not run: no C++ compiler" in capsys.readouterr().out
+
+
+def test_peak_memory_is_counted_to_the_byte() -> None:
+    before = torch.ones(1000)
+
+    def step() -> None:
+        first = before + before
+        second = first + first
+        del first
+        third = second + second
+        del second, third
+        before.clone()
+
+    assert peak_bytes(step, torch.device("cpu")) == 2 * 4000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "0"], "numbers of 1 or more"),
+        (["--rounds", "0"], "numbers of 1 or more"),
+        (["--threads", "0"], "numbers of 1 or more"),
+    ],
+)
+def test_numbers_below_one_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
