@@ -5,7 +5,10 @@ B images, C image channels, H W image height and width, T primary capsule types,
 I = T*h*w primary capsules, D their dimension, J classes (one digit capsule each), E digit capsule dimension.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -151,6 +154,12 @@ def _vote_and_weigh(u: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return _weigh(votes(u, weight), *rest)
 
 
+def _weigh_by_blocks(blocks: list[tuple[Tensor, Tensor]], *rest: Any) -> Tensor:
+    """As _weigh, of blocks of u and weight one after the other, keeping no votes for the gradient."""
+    s: Tensor = sum(checkpoint(_vote_and_weigh, *block, *rest, use_reentrant=False) for block in blocks)
+    return s
+
+
 def route(
     u: Tensor,
     weight: Tensor,
@@ -183,19 +192,17 @@ def route(
     v = squash(s if bias is None else s + bias)
     if iterations == 1:
         return v
-    u_hat = votes(u, weight) if blocks == 1 else None  # (B, J, I, E)
+    weigh: Callable[..., Tensor]
+    if blocks == 1:
+        weigh = partial(_weigh, votes(u, weight))
+    else:
+        size = math.ceil(i / blocks)
+        # Split once and not in each iteration: what a split gives back to the gradient is as large as all weights.
+        weigh = partial(_weigh_by_blocks, list(zip(torch.split(u, size, 1), torch.split(weight, size), strict=True)))
     pose = v if gradient else v.detach()
     total, squares = pose, pose.square().sum(-1, keepdim=True)  # sums over the poses so far: (B, J, E), (B, J, 1)
     for update in range(1, iterations):
-        rest = (total, squares, update, agreement, normalization, gradient)
-        if u_hat is not None:
-            s = _weigh(u_hat, *rest)
-        else:
-            parts = zip(u.tensor_split(blocks, 1), weight.tensor_split(blocks), strict=True)
-            s = sum(  # (B, J, E)
-                (checkpoint(_vote_and_weigh, *part, *rest, use_reentrant=False) for part in parts),
-                start=torch.zeros_like(v),
-            )
+        s = weigh(total, squares, update, agreement, normalization, gradient)
         v = squash(s if bias is None else s + bias)
         if update < iterations - 1:
             pose = v if gradient else v.detach()
