@@ -175,7 +175,7 @@ def route(
     u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s; agreement, normalization and gradient as in
     CapsNetConfig. Returns the digit capsules' poses v, (B, J, E).
 
-    Two identities save work and change no result. Before the first update all couplings are the same, 1/J, so the
+    Two identities shorten it and change no result; what they save is memory, no time that could be measured. Before the first update all couplings are the same, 1/J, so the
     first iteration is one matrix product that needs no votes. The logits after t updates are ``b_ij = u_hat_ij .
     (v_1 + ... + v_t)``, so the sum of the poses is kept in place of the logits; with Euclidean agreement,
     ``-|u_hat_ij - v_j|^2`` summed over t is twice that less t times ``|u_hat_ij|^2`` and the sum of the poses'
