@@ -175,11 +175,11 @@ def route(
     u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s; agreement, normalization and gradient as in
     CapsNetConfig. Returns the digit capsules' poses v, (B, J, E).
 
-    Two identities shorten it and change no result; what they save is memory, no time that could be measured. Before the first update all couplings are the same, 1/J, so the
-    first iteration is one matrix product that needs no votes. The logits after t updates are ``b_ij = u_hat_ij .
-    (v_1 + ... + v_t)``, so the sum of the poses is kept in place of the logits; with Euclidean agreement,
-    ``-|u_hat_ij - v_j|^2`` summed over t is twice that less t times ``|u_hat_ij|^2`` and the sum of the poses'
-    squares.
+    Two identities shorten it and change no result; what they save is memory, no time that could be measured. Before
+    the first update all couplings are the same, 1/J, so the first iteration is one matrix product that needs no votes.
+    The logits after t updates are ``b_ij = u_hat_ij . (v_1 + ... + v_t)``, so the sum of the poses is kept in place of
+    the logits; with Euclidean agreement, ``-|u_hat_ij - v_j|^2`` summed over t is twice that less t times
+    ``|u_hat_ij|^2`` and the sum of the poses' squares.
 
     blocks: with more than 1, the votes are not stored: the couplings of a primary capsule depend on no other, so the
     primary capsules are taken in so many blocks, and a block's votes are computed anew in each iteration and for the
