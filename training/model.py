@@ -140,24 +140,26 @@ def max_min(b: Tensor) -> Tensor:
 
 def _weigh(
     u_hat: Tensor, total: Tensor, squares: Tensor, updates: int, agreement: str, normalization: str, gradient: bool
-) -> Tensor:
-    """What votes (B, J, I, E) bring to s, (B, J, E), coupled as the poses of the iterations so far say; see route."""
+) -> tuple[Tensor, Tensor]:
+    """What votes (B, J, I, E) bring to s, (B, J, E), coupled by c, (B, J, I), as the poses so far say; see route."""
     compared = u_hat if gradient else u_hat.detach()  # what the couplings are made from
     b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
     if agreement == "euclidean":
         b = 2 * b - updates * compared.square().sum(-1) - squares
     c = max_min(b) if normalization == "max-min" else b.softmax(dim=1)  # over the J parents of each primary capsule
-    return (c.unsqueeze(2) @ u_hat).squeeze(2)
+    return (c.unsqueeze(2) @ u_hat).squeeze(2), c
 
 
-def _vote_and_weigh(u: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _vote_and_weigh(u: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _weigh(votes(u, weight), *rest)
 
 
-def _weigh_by_blocks(blocks: list[tuple[Tensor, Tensor]], *rest: Any) -> Tensor:
+def _weigh_by_blocks(blocks: list[tuple[Tensor, Tensor]], *rest: Any) -> tuple[Tensor, Tensor]:
     """As _weigh, of blocks of u and weight one after the other, keeping no votes for the gradient."""
-    s: Tensor = sum(checkpoint(_vote_and_weigh, *block, *rest, use_reentrant=False) for block in blocks)
-    return s
+    results = [checkpoint(_vote_and_weigh, *block, *rest, use_reentrant=False) for block in blocks]
+    sums, couplings = zip(*results, strict=True)
+    s: Tensor = sum(sums)
+    return s, torch.cat(couplings, 2)
 
 
 def route(
@@ -169,11 +171,11 @@ def route(
     normalization: str = "softmax",
     gradient: bool = True,
     blocks: int = 1,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Routing by agreement (procedure 1), unrolled for a fixed number of iterations.
 
     u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s; agreement, normalization and gradient as in
-    CapsNetConfig. Returns the digit capsules' poses v, (B, J, E).
+    CapsNetConfig. Returns the digit capsules' poses v, (B, J, E), and the couplings c of the last iteration, (B, J, I).
 
     Two identities shorten it and change no result; what they save is memory, no time that could be measured. Before
     the first update all couplings are the same, 1/J, so the first iteration is one matrix product that needs no votes.
@@ -191,8 +193,8 @@ def route(
         s = s / j
     v = squash(s if bias is None else s + bias)
     if iterations == 1:
-        return v
-    weigh: Callable[..., Tensor]
+        return v, u.new_full((1, j, i), 1 / j if normalization == "softmax" else 1).expand(len(u), j, i)
+    weigh: Callable[..., tuple[Tensor, Tensor]]
     if blocks == 1:
         weigh = partial(_weigh, votes(u, weight))
     else:
@@ -202,12 +204,12 @@ def route(
     pose = v if gradient else v.detach()
     total, squares = pose, pose.square().sum(-1, keepdim=True)  # sums over the poses so far: (B, J, E), (B, J, 1)
     for update in range(1, iterations):
-        s = weigh(total, squares, update, agreement, normalization, gradient)
+        s, c = weigh(total, squares, update, agreement, normalization, gradient)
         v = squash(s if bias is None else s + bias)
         if update < iterations - 1:
             pose = v if gradient else v.detach()
             total, squares = total + pose, squares + pose.square().sum(-1, keepdim=True)
-    return v
+    return v, c
 
 
 class Decoder(nn.Module):
@@ -271,6 +273,10 @@ class CapsNet(nn.Module):
         return squash(grouped.permute(0, 1, 3, 4, 2).flatten(1, 3))  # (B, I, D)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.with_couplings(images)[0]
+
+    def with_couplings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The poses, (B, J, E), and the couplings of the last routing iteration, (B, J, I)."""
         config = self.config
         return route(
             self.primary_capsules(images),
