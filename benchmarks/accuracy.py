@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from training import checkpoint
-from training.checkpoint import CheckpointError
+from training.checkpoint import CHECKPOINT_FILE, CheckpointError
 from training.model import CapsNet
-from training.train import CHECKPOINT_FILE
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 COLUMNS = (

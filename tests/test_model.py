@@ -267,7 +267,7 @@ def test_the_gradients_of_routing_flow_through_every_iteration(
 @ITERATIONS
 @CHOICES
 @pytest.mark.parametrize("gradient", [True, False])
-@pytest.mark.parametrize("blocks", [2, 3, 7])
+@pytest.mark.parametrize("blocks", [2, 3, 4, 7, 8, 1000])
 def test_routing_without_stored_votes_has_the_same_poses_and_gradients(
     agreement: str, normalization: str, iterations: int, gradient: bool, blocks: int
 ) -> None:

@@ -91,6 +91,8 @@ def test_two_processes_have_the_losses_of_one_and_end_with_its_weights(
         torch.testing.assert_close(weights(tmp_path)[name], value, rtol=1e-3, atol=1e-5)
     together, alone = (checkpoints.load(folder / "capsnet.pt").figures for folder in (tmp_path, undisturbed))
     assert together["device"].startswith("2 x ")
+    assert together["command"].startswith("torchrun --nproc-per-node=2 -m training ")
+    assert alone["command"].startswith("python -m training ")
     assert together["test_mistakes"] == alone["test_mistakes"]
 
 

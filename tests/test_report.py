@@ -1,6 +1,7 @@
 """Tests of a run's report: its numbers, its pictures and its page."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.checkpoint import Checkpoint
+from training import report
+from training.checkpoint import Checkpoint, save
 from training.datasets import Dataset
-from training.evaluate import wrong
+from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.report import (
     MOST_CLASSES,
@@ -183,6 +185,8 @@ def test_mistakes_are_ordered_by_how_much_longer_the_wrong_capsule_is() -> None:
     assert by_confidence(torch.rand(3, 1), torch.zeros(3, dtype=torch.int64)) == []
     pairs = torch.tensor([[0.9, 0.2, 0.5], [0.9, 0.1, 0.8]])
     assert by_confidence(pairs, torch.tensor([[0, 1], [1, 0]])) == [1, 0]
+    pairs = torch.tensor([[0.9, 0.2, 0.5], [0.6, 0.4, 0.65]])  # by the shorter label's capsule, not by the longer one's
+    assert by_confidence(pairs, torch.tensor([[0, 1], [1, 0]])) == [0, 1]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
@@ -312,3 +316,20 @@ def test_probabilities_that_belong_to_other_images_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match="mistakes; the checkpoint has 3"):
         write_report(tmp_path, checkpoint, dataset, probabilities.roll(1, 0))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_of_a_finished_run_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, dataset, _ = make()
+    probabilities, _ = predict(checkpoint.model(), dataset.test_images)
+    errors = int(wrong(probabilities, dataset.test_labels).sum())
+    own = replace(checkpoint, figures=checkpoint.figures | {"test_errors": errors})
+    save(own, tmp_path / "capsnet.pt")
+    monkeypatch.setattr("training.report.of_checkpoint", lambda *_: dataset)
+    assert report.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'report.md'}\n"
+    assert f"({errors} of " in (tmp_path / "report.md").read_text()
+
+    assert report.main([str(tmp_path / "nowhere")]) == 1
+    assert "capsnet.pt: no such file" in capsys.readouterr().err

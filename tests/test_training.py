@@ -21,14 +21,15 @@ import training.evaluate
 import training.train
 from training import checkpoint as checkpoints
 from training.__main__ import DEFAULTS, HELP, NETWORK_HELP, main
-from training.checkpoint import Checkpoint, CheckpointError
+from training.checkpoint import CHECKPOINT_FILE, Checkpoint, CheckpointError
 from training.datasets import Dataset, DatasetError, split
 from training.evaluate import mistakes, predict
 from training.loss import margin_loss
 from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, to_pixels
+from training.report import REPORT_FILE
+from training.scenes import scenes
 from training.train import (
     BEST_FILE,
-    CHECKPOINT_FILE,
     RESUME_FILE,
     Batches,
     Interrupted,
@@ -521,6 +522,135 @@ def test_a_network_without_a_decoder_is_trained_on_the_margin_loss_alone(tmp_pat
     assert not any(name.startswith("decoder") for name in checkpoint.state_dict)
 
 
+def test_the_training_loss_of_pairs_has_a_reconstruction_of_each_digit_from_its_own_pose() -> None:
+    config = replace(CONFIG, image_size=24, decoder_widths=(5,))
+    module = Training(config, replace(RECIPE, augment="none", pixel_weight=0.01), STEPS_PER_EPOCH, canvas=24)
+    module.trainer = Mock(global_rank=0, world_size=1, global_step=0)
+    seen: list[Tensor] = []
+
+    class Painter(torch.nn.Module):
+        """Paints an image as bright as the class is high, whatever the poses."""
+
+        def forward(self, poses: Tensor, classes: Tensor) -> Tensor:
+            seen.append(poses)
+            return (classes / 10).reshape(-1, 1, 1, 1).expand(-1, 1, 24, 24)
+
+    module.model.decoder = Painter()
+    logged: dict[str, Tensor] = {}
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    digits = torch.stack([torch.full((4, 1, 20, 20), 100), torch.full((4, 1, 20, 20), 200)], 1).to(torch.uint8)
+    labels = torch.tensor([[0, 2], [1, 0], [2, 1], [1, 2]])
+
+    module.training_step((digits, labels, torch.arange(4)), 0)
+
+    pixels, around = 20 * 20, 24 * 24 - 20 * 20
+    expected = torch.zeros(4)
+    for column, brightness in ((0, 100 / 255), (1, 200 / 255)):
+        shown = labels[:, column] / 10
+        expected += pixels * (shown - brightness).square() + around * shown.square()
+    torch.testing.assert_close(logged["reconstruction_loss"], 0.01 * expected.mean(), rtol=1e-5, atol=0)
+    assert seen[0] is seen[1]
+    torch.testing.assert_close(logged["classification_loss"], margin_loss(lengths(seen[0]), labels))
+
+
+def test_pairs_are_put_to_other_places_in_each_step() -> None:
+    config = replace(CONFIG, image_size=40, decoder_widths=())
+    module = Training(config, replace(RECIPE, augment="none"), STEPS_PER_EPOCH, canvas=40)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    shown: list[Tensor] = []
+    module.model.register_forward_pre_hook(lambda model, inputs: shown.append(inputs[0]))
+    batch = DATASET.train_images[:8].reshape(4, 2, 1, 20, 20), DATASET.train_labels[:8].reshape(4, 2), torch.arange(4)
+    for step in (0, 1, 0):
+        module.trainer = Mock(global_rank=0, world_size=1, global_step=step)
+        module.training_step(batch, 0)
+    assert shown[0].shape == (4, 1, 40, 40)
+    assert not shown[0].equal(shown[1])
+    assert shown[0].equal(shown[2])
+
+
+def test_the_objects_of_an_image_share_its_turn() -> None:
+    module = Training(replace(CONFIG, image_size=24, decoder_widths=()), RECIPE, STEPS_PER_EPOCH, canvas=24)
+    module.trainer = Mock(global_rank=0, world_size=1, global_step=0)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    given: list[Tensor] = []
+
+    def augment(images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor:
+        given.append(turns)
+        return images
+
+    module.augment = augment
+    images = DATASET.train_images[:4].reshape(2, 2, 1, 20, 20)
+    module.training_step((images, DATASET.train_labels[:4].reshape(2, 2), torch.tensor([7, 9])), 0)
+    assert given[0].tolist() == [7, 7, 9, 9]
+
+
+def test_the_second_of_a_pair_is_another_in_each_epoch_and_never_of_the_same_class() -> None:
+    seconds = []
+    for epoch in range(2):
+        labels = torch.arange(23) % 3
+        batches = Batches(torch.arange(23), labels, 5, 1, Mock(return_value=5 * epoch), objects=2)
+        firsts: dict[int, int] = {}
+        for images, classes, _ in batches:
+            assert classes.equal(labels[images])
+            assert (classes[:, 0] != classes[:, 1]).all()
+            firsts |= dict(images.tolist())
+        assert sorted(firsts) == list(range(23))
+        seconds.append([firsts[image] for image in range(23)])
+    assert sum(one != other for one, other in zip(*seconds, strict=True)) > 10
+
+
+PAIRS = replace(DATASET, objects=2, canvas=24, test_images=torch.zeros(6, 1, 24, 24, dtype=torch.uint8),
+                test_labels=torch.tensor([[0, 1]] * 6))  # fmt: skip
+
+
+def test_held_out_pairs_are_made_of_held_out_images_alone_and_the_images_are_not_augmented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed: list[Tensor] = []
+
+    def recorded(images: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        composed.append(images)
+        return scenes(images, *rest)
+
+    monkeypatch.setattr(training.train, "scenes", recorded)
+    config, recipe = replace(CONFIG, image_size=24), replace(RECIPE, augment=None)
+
+    checkpoint = train(tmp_path / "whole", recipe, dataset=PAIRS, config=config)
+
+    assert len(composed) == 1
+    assert composed[0].equal(held_out_examples()[0])
+    assert checkpoint.recipe["augment"] == "none"
+    assert checkpoint.figures["held_out_images"] == 20
+    with monkeypatch.context() as patch:
+        act_at(patch, STEPS_PER_EPOCH + 3, interrupt)
+        with pytest.raises(Interrupted):
+            train(tmp_path / "halved", recipe, dataset=PAIRS, config=config)
+    assert_same(train(tmp_path / "halved", recipe, resume=True, dataset=PAIRS, config=config), checkpoint)
+
+
+def test_pairs_that_cannot_be_made_are_told_by_the_setting(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, held_out=1)
+    with pytest.raises(TrainingError, match="held_out: 1; the images held out are of one class, and pairs need two"):
+        train(tmp_path, recipe, dataset=PAIRS, config=replace(CONFIG, image_size=24))
+
+
+def test_a_run_on_few_images_learns_from_so_many_of_each_class_and_holds_out_others(tmp_path: Path) -> None:
+    checkpoint = train(tmp_path, replace(RECIPE, epochs=1, per_class=5))
+    assert checkpoint.figures["train_images"] == 15
+    assert checkpoint.figures["held_out_images"] == 20
+
+
+def test_a_report_that_cannot_be_written_leaves_the_network_and_its_error(
+    command: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (command / REPORT_FILE).mkdir(parents=True)
+    assert main([*FLAGS, "--epochs=1", f"--out={command}"]) == 0
+    assert f"{command / REPORT_FILE} could not be written: " in caplog.text
+    output = capsys.readouterr().out
+    assert "test error" in output
+    assert output.endswith(f"wrote {command / CHECKPOINT_FILE}\n")
+
+
 def numbered(count: int, batch_size: int, seed: int = 1, steps_done: int = 0) -> Batches:
     return Batches(torch.arange(count), torch.arange(count) * 10, batch_size, seed, lambda: steps_done)
 
@@ -704,6 +834,9 @@ def test_the_command_prints_what_went_wrong_without_a_traceback(
         ("--ema-decay=-0.1", 2),
         ("--augment=flip", 2),
         ("--pixel-weight=-1", 2),
+        ("--pixel-weight=inf", 2),
+        ("--gradient-clip=nan", 2),
+        ("--primary-divisor=inf", 2),
         ("--gradient-clip=-1", 2),
         ("--precision=16-mixed", 1),
         ("--precision=8", 2),

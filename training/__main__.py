@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from training.augment import AUGMENTATIONS
+from training.checkpoint import CHECKPOINT_FILE
 from training.datasets import NAMES, DatasetError, load
 from training.folder import load_folder
 from training.model import AGREEMENTS, CONFIGS, INITIALIZATIONS, NORMALIZATIONS, CapsNetConfig
 from training.report import REPORT_FILE
 from training.train import (
-    CHECKPOINT_FILE,
     HELD_OUT_SHARE,
     PRECISIONS,
     RESUME_FILE,
@@ -38,7 +38,7 @@ HELP = {
     "precision": "32-true, or mixed: bf16-mixed, or 16-mixed on a GPU",
     "vote_blocks": "blocks of primary capsules that are routed one after the other, without storing the votes: less "
     "memory, more time, the same result",
-    "per_class": "training images of each class, chosen at random, for learning from few",
+    "per_class": "images of each class to learn from, chosen at random; those held out are others",
     "held_out": "training images held out to select the epoch, 0 to train on all and keep the last epoch",
     "seed": "seed of initialisation, order, augmentation and split",
     "deterministic": "only operations that give the same result each time, or an error where PyTorch has none",
@@ -166,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         channels, size, _ = dataset.image_shape
         config = replace(config, image_channels=channels, image_size=size, classes=len(dataset.labels))
         folder.mkdir(parents=True, exist_ok=True)
-        settings_file.write_text(settings)
+        if first and not options.resume:
+            settings_file.write_text(settings)
         checkpoint = run(config, dataset, recipe, folder, resume=options.resume)
     except (DatasetError, TrainingError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -182,7 +183,8 @@ def main(arguments: list[str] | None = None) -> int:
     figures = checkpoint.figures
     percent = 100 * figures["test_errors"] / figures["test_images"]
     print(f"test error {percent:.2f} % ({figures['test_errors']} of {figures['test_images']} images)")
-    print(f"wrote {folder / CHECKPOINT_FILE} and {folder / REPORT_FILE}")
+    written = [path for path in (folder / CHECKPOINT_FILE, folder / REPORT_FILE) if path.is_file()]
+    print(f"wrote {' and '.join(map(str, written))}")
     return 0
 
 

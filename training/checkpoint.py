@@ -10,6 +10,7 @@ import torch
 from training.model import CapsNet, CapsNetConfig
 
 FORMAT = "capsnet-checkpoint-1"
+CHECKPOINT_FILE = "capsnet.pt"  # of a finished run's folder
 
 
 class CheckpointError(ValueError):

@@ -72,7 +72,7 @@ class CapsNetConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if any(width < 1 for width in self.decoder_widths):
             raise ValueError(f"decoder_widths: {self.decoder_widths}; expected 1 or more each")
-        if not self.primary_divisor > 0:
+        if not 0 < self.primary_divisor < math.inf:
             raise ValueError(f"primary_divisor: {self.primary_divisor}; expected a number above 0")
         smallest = 2 * KERNEL - 1
         if self.image_size < smallest:

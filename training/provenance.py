@@ -16,11 +16,25 @@ def provenance(device: torch.device) -> dict[str, Any]:
     commit: of the source as git knows it, with ``+changes`` where files differ from it; empty outside a checkout.
     """
     return {
-        "command": "python " + shlex.join(sys.orig_argv[1:]),
+        "command": _command(),
         "commit": _commit(),
         "device": _processes() + _name(device),
         "torch": str(torch.__version__),
     }
+
+
+def _command() -> str:
+    words = [word for word in sys.orig_argv[1:] if word != "-u"]  # which torchrun adds
+    nodes = _count("WORLD_SIZE") // _count("LOCAL_WORLD_SIZE")
+    if _count("WORLD_SIZE") == 1:
+        return shlex.join(["python", *words])
+    machines = [f"--nnodes={nodes}"] if nodes > 1 else []
+    return shlex.join(["torchrun", *machines, f"--nproc-per-node={_count('LOCAL_WORLD_SIZE')}", *words])
+
+
+def _count(variable: str) -> int:
+    """One of the numbers of processes that torchrun sets."""
+    return int(os.environ.get(variable, 1))
 
 
 def _commit() -> str:
@@ -37,7 +51,7 @@ def _commit() -> str:
 
 def _processes() -> str:
     """``2 x`` and so on where torchrun has started several processes."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = _count("WORLD_SIZE")
     return f"{count} x " if count > 1 else ""
 
 

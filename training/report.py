@@ -1,7 +1,12 @@
-"""What a finished run leaves to be read: one page, ``report.md``, and its pictures."""
+"""What a finished run leaves to be read: one page, ``report.md``, and its pictures.
 
+``python -m training.report RUN`` writes them again.
+"""
+
+import argparse
 import csv
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,9 +22,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
-from training.checkpoint import Checkpoint
-from training.datasets import Dataset
-from training.evaluate import most_probable, wrong
+from training.checkpoint import CHECKPOINT_FILE, Checkpoint, CheckpointError, load
+from training.data import of_checkpoint
+from training.datasets import Dataset, DatasetError
+from training.evaluate import most_probable, predict, wrong
 from training.model import CONFIGS
 from training.pictures import FAINT, WRONG, axes_at, decoder_picture, drawable, save, to_rgb
 
@@ -308,15 +314,19 @@ _PICTURES = {
         "Training losses are means over an epoch's steps, of augmented images and of the weights as they then were; "
         "held-out figures are of the averaged weights at the epoch's end.",
     ),
-    "confusion.png": ("What was taken for what", "Only mistakes are coloured, by the square root of their number."),
+    "confusion.png": (
+        "What was taken for what",
+        "Only mistakes are coloured, by the square root of their number. Where an image has several labels and more "
+        "than one was missed, nothing tells which was taken for which; they are counted in the order of the classes.",
+    ),
     "mistakes.png": (
         "The worst mistakes",
-        "Ordered by how much longer the longest wrong capsule is than the label's.",
+        "Ordered by how much longer the longest wrong capsule is than the label's, or the shortest of several labels'.",
     ),
     "decoder.png": (
         "What the decoder makes of poses",
-        "The first image of each class, reconstructed from its longest capsule; and one pose, whose dimensions are "
-        "changed one at a time.",
+        "The first image of each class, reconstructed from its longest capsule, or from as many as it has labels, in "
+        "the order of the classes; and one pose, whose dimensions are changed one at a time.",
     ),
 }
 
@@ -398,3 +408,27 @@ def _plain(text: str) -> str:
     return "".join(
         "\\" + character if character in "\\`*_[]<>|#$~" else character for character in " ".join(text.split())
     )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command = argparse.ArgumentParser(
+        prog="python -m training.report", description="Write the report of a finished run again, from its checkpoint."
+    )
+    command.add_argument("run", type=Path, help="the run's folder")
+    command.add_argument("--data", type=Path, metavar="FOLDER", help="the folder of images that it was trained on")
+    command.add_argument("--data-dir", type=Path, metavar="FOLDER", help="a folder with the dataset's files")
+    options = command.parse_args(arguments)
+    try:
+        trained = load(options.run / CHECKPOINT_FILE)
+        dataset = of_checkpoint(trained, options.data, options.data_dir)
+        probabilities, _ = predict(trained.model(), dataset.test_images)
+        write_report(options.run, trained, dataset, probabilities)
+    except (CheckpointError, DatasetError, ValueError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    print(f"wrote {options.run / REPORT_FILE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,20 +20,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from training.augment import AUGMENTATIONS
-from training.checkpoint import Checkpoint, save, write_whole
+from training.checkpoint import CHECKPOINT_FILE, Checkpoint, save, write_whole
 from training.datasets import Dataset, per_class, split
 from training.evaluate import mistakes, predict, wrong
 from training.loss import PIXEL_WEIGHT, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 from training.provenance import provenance
-from training.report import write_report
+from training.report import REPORT_FILE, write_report
 from training.scenes import combine, members, place, scenes
 
 RESUME_FILE = "last.ckpt"
 BEST_FILE = "best.ckpt"
-CHECKPOINT_FILE = "capsnet.pt"
 HELD_OUT_SHARE = 12  # MNIST's 60,000 training images hold out 5,000
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class Recipe:
             raise ValueError(f"per_class: {self.per_class}; expected 1 or more")
         if self.seed >= 2**31:
             raise ValueError(f"seed: {self.seed}; expected less than 2147483648")
-        if not math.isfinite(self.warmup_epochs):
-            raise ValueError(f"warmup_epochs: {self.warmup_epochs}; expected a finite number")
+        for name in ("warmup_epochs", "pixel_weight", "gradient_clip"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)}; expected a finite number")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: {self.learning_rate}; expected a number above 0")
         if not 0 <= self.ema_decay < 1:
@@ -98,6 +100,10 @@ class Interrupted(Exception):
 
     Not a KeyboardInterrupt, which Lightning turns into SystemExit.
     """
+
+
+# A run's generators are numbered: those of the epochs from 0 on, those of the steps from here on.
+_STEPS = 10_000
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
@@ -158,7 +164,7 @@ class Training(lightning.LightningModule):
         images, labels, turns = batch
         count, objects = labels.shape
         # Seeded by the step, not by what was drawn before, so that a resumed run draws the same.
-        generator = _generator(self.recipe.seed, self.global_step)
+        generator = _generator(self.recipe.seed, _STEPS + self.global_step)
         parts = self.augment(to_pixels(images.flatten(0, 1)), turns.repeat_interleave(objects), generator)
         if self.canvas:
             parts = place(parts, self.canvas, generator)
@@ -384,22 +390,27 @@ def run(
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
     save(checkpoint, folder / CHECKPOINT_FILE)
-    write_report(folder, checkpoint, dataset, probabilities)
+    try:
+        write_report(folder, checkpoint, dataset, probabilities)
+    except Exception as error:  # drawing can fail in many ways, and what counts is written
+        _logger.warning("%s could not be written: %s", folder / REPORT_FILE, error)
     return checkpoint
 
 
 def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The indices of the training images to learn from and of those held out."""
     labels = dataset.train_labels
-    chosen = torch.arange(len(labels))
-    if recipe.per_class is not None:
-        chosen = per_class(labels, recipe.per_class, recipe.seed)
-    count = len(chosen)
+    count = len(labels)
     held_out_count = count // HELD_OUT_SHARE if recipe.held_out is None else recipe.held_out
     if held_out_count >= count:
         raise TrainingError(f"held_out: {held_out_count}; {dataset.name} has {count} images to train on")
     train, held_out = split(count, held_out_count, recipe.seed)
-    return chosen[train], chosen[held_out]
+    if recipe.per_class is not None:
+        train = train[per_class(labels[train], recipe.per_class, recipe.seed)]
+    for part, name in ((train, "learned from"), (held_out, "held out")):
+        if dataset.objects > 1 and len(part) and len(set(labels[part].tolist())) == 1:
+            raise TrainingError(f"held_out: {held_out_count}; the images {name} are of one class, and pairs need two")
+    return train, held_out
 
 
 def _trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], progress: bool) -> lightning.Trainer:
