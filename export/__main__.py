@@ -5,8 +5,11 @@ import re
 import sys
 from pathlib import Path
 
+from export.build import export_checkpoint
 from export.graph import GraphError
-from export.to_onnx import OPSET, OPSETS, export_checkpoint
+from export.to_onnx import OPSET, OPSETS
+from export.to_tensorrt import BatchProfile, EngineError, TensorRTMissing
+from export.triton import TritonError
 from export.verify import ParityError
 from serving.runtime import RuntimeSetupError
 from training import checkpoint, datasets
@@ -47,13 +50,29 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--data-dir", type=Path, help="a folder with the dataset's files, or to store them in")
     result.add_argument("--data", type=Path, metavar="FOLDER", help="the folder of images that it was trained on")
     result.add_argument(
+        "--tensorrt", action="store_true", help="also build a TensorRT engine, for the GPU of this machine"
+    )
+    result.add_argument(
+        "--tensorrt-batches",
+        type=int,
+        nargs=3,
+        default=(1, 8, 32),
+        metavar=("MIN", "OPT", "MAX"),
+        help="the engine's batches: of MIN to MAX images, fastest at OPT (default: 1 8 32)",
+    )
+    result.add_argument(
         "--opset", type=int, choices=OPSETS, default=OPSET, help=f"version of the ONNX operators (default: {OPSET})"
     )
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
+    try:
+        engine = BatchProfile(*options.tensorrt_batches) if options.tensorrt else None
+    except ValueError as error:
+        command.error(f"--tensorrt-batches: {error}")
     try:
         trained = checkpoint.load(options.checkpoint)
         try:
@@ -62,23 +81,24 @@ def main(arguments: list[str] | None = None) -> int:
             raise type(error)(f"{options.checkpoint}: {error}") from error
         name = options.name or _default_name(trained.dataset)
         version = options.version or _next_version(options.out / name)
-        artifact = export_checkpoint(
-            trained, dataset.test_images, dataset.test_labels, options.out, name, version, options.opset
-        )
+        artifact, failures = export_checkpoint(trained, dataset, options.out, name, version, options.opset, engine)
     except (
-        checkpoint.CheckpointError, datasets.DatasetError, GraphError, ParityError, RuntimeSetupError, OSError,
+        checkpoint.CheckpointError, datasets.DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
+        TensorRTMissing, TritonError, OSError,
     ) as error:  # fmt: skip
         print(error, file=sys.stderr)
         return 1
-    parity = artifact.parity
-    print(f"wrote {artifact.model_file}, {artifact.model_file.stat().st_size} bytes")
-    print(
-        f"compared with {parity['reference']} on {parity['images']} images: probabilities differ by up to "
-        f"{parity['max_probability_difference']:.2g}, poses by up to {parity['max_pose_difference']:.2g}, "
-        f"{parity['labels_changed']} labels changed"
-    )
-    print(f"test error {artifact.test_error}")
-    return 0
+    print(f"wrote {artifact.folder}: {', '.join(artifact.files)}")
+    for precision, variant in artifact.variants.items():
+        errors, images, changed = (variant[name] for name in ("test_errors", "test_images", "labels_changed"))
+        print(
+            f"{precision}: test error {100 * errors / images:.2f} % ({errors} of {images}), {changed} labels changed, "
+            f"probabilities differ from PyTorch's by up to {variant['max_probability_difference']:.2g}, "
+            f"poses by up to {variant['max_pose_difference']:.2g}"
+        )
+    for text in failures.values():
+        print(f"not written: {text}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The graph that is served: what goes into it, and what must hold of the finished file."""
+"""The graphs of an artifact: what goes into each, and what must hold of the finished file.
 
-from collections.abc import Iterable
-from typing import Any
+Axes as in training/model.py: B images, C H W of an image, I primary capsules, J classes, E pose dimension.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import onnx
+import torch
 from torch import Tensor, nn
 
-from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+from training.model import KERNEL, PRIMARY_STRIDE, CapsNet, CapsNetConfig, lengths, to_pixels
 
-INPUT = "images"
-OUTPUTS = ("probabilities", "poses")
 BATCH = "batch"
 
 _LARGEST_MATMUL_RANK = 4
@@ -19,8 +21,55 @@ class GraphError(RuntimeError):
     """The network could not be turned into an ONNX graph, or the graph is not one to serve; the text says why."""
 
 
+class Value(NamedTuple):
+    """An input or output of a graph: its ONNX type, its shape after the batch axis, and what it is."""
+
+    type: str
+    shape: tuple[int, ...]
+    meaning: str
+
+
+class Signature(NamedTuple):
+    """What a graph takes and gives, by name and in order; every value has the open batch axis in front."""
+
+    inputs: Mapping[str, Value]
+    outputs: Mapping[str, Value]
+
+
+def served_signature(config: CapsNetConfig) -> Signature:
+    """Of the graphs that classify."""
+    image = (config.image_channels, config.image_size, config.image_size)
+    return Signature(
+        {"images": Value("UINT8", image, "Pixels from 0 to 255; the graph brings them to 0 to 1.")},
+        {
+            "probabilities": Value("FLOAT", (config.classes,), "The length of each class's pose; they add up to no 1."),
+            "poses": Value("FLOAT", (config.classes, config.digit_dim), "The digit capsules v."),
+        },
+    )
+
+
+def explain_signature(config: CapsNetConfig) -> Signature:
+    """Of the graph that classifies and tells its couplings."""
+    served = served_signature(config)
+    shape = (config.classes, config.primary_capsules)
+    meaning = "How much of each primary capsule's vote each class got in the last routing iteration, c."
+    return Signature(served.inputs, {**served.outputs, "couplings": Value("FLOAT", shape, meaning)})
+
+
+def decoder_signature(config: CapsNetConfig) -> Signature:
+    """Of the graph that reconstructs."""
+    image = (config.image_channels, config.image_size, config.image_size)
+    return Signature(
+        {
+            "pose": Value("FLOAT", (config.digit_dim,), "The pose of one class."),
+            "class": Value("INT64", (), "Which class it is, from 0."),
+        },
+        {"image": Value("FLOAT", image, "The reconstruction, pixels from 0 to 1.")},
+    )
+
+
 class ServedNetwork(nn.Module):
-    """What is exported: the network without its decoder, with the normalisation of pixels inside.
+    """What is served: the network without its decoder, with the normalisation of pixels inside.
 
     ``forward`` takes uint8 images (B, C, H, W), 0 to 255, and returns the probabilities (B, J) and the poses
     (B, J, E), both float32.
@@ -35,11 +84,62 @@ class ServedNetwork(nn.Module):
         return lengths(poses), poses
 
 
-def check(model: onnx.ModelProto, config: CapsNetConfig) -> None:
+class Explanation(nn.Module):
+    """As ServedNetwork, with the couplings of the last routing iteration, (B, J, I), as a third output."""
+
+    def __init__(self, network: CapsNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        poses, couplings = self.network.with_couplings(to_pixels(images))
+        return lengths(poses), poses, couplings
+
+
+class LiveDecoder(nn.Module):
+    """The decoder on the E inputs that are not masked, in place of all J*E.
+
+    ``forward`` takes poses (B, E) and their classes (B,), int64, and returns pixels from 0 to 1, (B, C, H, W).
+    """
+
+    def __init__(self, network: CapsNet) -> None:
+        super().__init__()
+        decoder, config = network.decoder, network.config
+        assert decoder is not None
+        first, *rest = decoder.layers
+        assert isinstance(first, nn.Linear)
+        by_class = first.weight.detach().reshape(-1, config.classes, config.digit_dim).permute(1, 2, 0)  # (J, E, width)
+        self.register_buffer("by_class", by_class.contiguous())
+        self.register_buffer("bias", first.bias.detach())
+        self.rest = nn.Sequential(*rest)
+        self.shape = (config.image_channels, config.image_size, config.image_size)
+
+    def forward(self, pose: Tensor, category: Tensor) -> Tensor:
+        hidden = torch.bmm(pose.unsqueeze(1), self.get_buffer("by_class")[category]).squeeze(1)
+        pixels: Tensor = self.rest(hidden + self.get_buffer("bias"))
+        return pixels.reshape(-1, *self.shape)
+
+
+def receptive_field(config: CapsNetConfig) -> dict[str, Any]:
+    """Which pixels each primary capsule sees, for reading couplings.
+
+    Capsule ``(type * grid + row) * grid + column`` sees the ``size`` x ``size`` pixels from row ``stride * row`` and
+    column ``stride * column`` on.
+    """
+    return {
+        "order": "type, row, column",
+        "types": config.primary_types,
+        "grid": config.primary_grid,
+        "stride": PRIMARY_STRIDE,
+        "size": 2 * KERNEL - 1,
+    }
+
+
+def check(model: onnx.ModelProto, signature: Signature) -> None:
     """Check a finished graph.
 
-    It must be valid ONNX with operators of the standard alone; its input and outputs must have the names, types and
-    shapes that are served, the batch axis left open; and it must hold no Einsum and no MatMul over five axes or
+    It must be valid ONNX with operators of the standard alone; its inputs and outputs must have the names, types and
+    shapes of the signature, the batch axis left open; and it must hold no Einsum and no MatMul over five axes or
     more, which ONNX Runtime computes by copying the weights for each image.
 
     Raises GraphError at the first thing that does not hold.
@@ -49,13 +149,8 @@ def check(model: onnx.ModelProto, config: CapsNetConfig) -> None:
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GraphError(f"the graph is not valid ONNX: {error}") from error
-    size, classes = config.image_size, config.classes
-    _check_values(inferred.input, {INPUT: ("UINT8", [BATCH, config.image_channels, size, size])})
-    probabilities, poses = OUTPUTS
-    _check_values(
-        inferred.output,
-        {probabilities: ("FLOAT", [BATCH, classes]), poses: ("FLOAT", [BATCH, classes, config.digit_dim])},
-    )
+    _check_values(inferred.input, signature.inputs)
+    _check_values(inferred.output, signature.outputs)
     ranks = {tensor.name: len(tensor.dims) for tensor in inferred.initializer}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
         ranks[value.name] = len(value.type.tensor_type.shape.dim)
@@ -70,11 +165,12 @@ def check(model: onnx.ModelProto, config: CapsNetConfig) -> None:
                 raise GraphError(f"the graph holds a MatMul over {rank} axes ({node.name})")
 
 
-def _check_values(values: Iterable[onnx.ValueInfoProto], expected: dict[str, tuple[str, list[Any]]]) -> None:
+def _check_values(values: Iterable[onnx.ValueInfoProto], wanted: Mapping[str, Value]) -> None:
     found = {}
     for value in values:
         tensor = value.type.tensor_type
         shape = [dimension.dim_param or dimension.dim_value for dimension in tensor.shape.dim]
         found[value.name] = (onnx.TensorProto.DataType.Name(tensor.elem_type), shape)
+    expected = {name: (value.type, [BATCH, *value.shape]) for name, value in wanted.items()}
     if list(found.items()) != list(expected.items()):
         raise GraphError(f"the graph's inputs or outputs are {found}; expected {expected}")

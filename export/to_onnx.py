@@ -1,48 +1,74 @@
-"""A checkpoint's network as an ONNX file, and as a verified artifact around it."""
+"""A checkpoint's network as ONNX graphs."""
 
-import json
 import logging
-import shutil
 import warnings
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from export.graph import BATCH, INPUT, OUTPUTS, GraphError, ServedNetwork, check
-from export.verify import verify
-from serving.artifact import MODEL, Artifact, digest, write_manifest
-from serving.runtime import Runtime
-from training.checkpoint import Checkpoint, CheckpointError
-from training.evaluate import wrong
+from export.graph import (
+    BATCH,
+    Explanation,
+    GraphError,
+    LiveDecoder,
+    ServedNetwork,
+    Signature,
+    check,
+    decoder_signature,
+    explain_signature,
+    served_signature,
+)
 from training.model import CapsNet
 
 OPSETS = range(18, 26)  # those that PyTorch's exporter converts to by itself
 OPSET = 20
+# The exporter takes an axis of length 1 for a fixed one.
+_EXAMPLES = 2
 
 
 def to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
-    """The network as a checked ONNX graph, its batch axis left open; the same bytes for the same network.
+    """The network as the graph that classifies, checked; the same bytes for the same network.
 
     opset: the version of the ONNX operators, one of OPSETS. Raises GraphError.
     """
+    return _export(ServedNetwork(network), _images(network), served_signature(network.config), opset)
+
+
+def explanation_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
+    """As ``to_onnx``, with the couplings of the last routing iteration as a third output."""
+    return _export(Explanation(network), _images(network), explain_signature(network.config), opset)
+
+
+def decoder_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
+    """The decoder, which the network must have, as a graph from a pose and its class to an image."""
     config = network.config
-    # The exporter takes an axis of length 1 for a fixed one.
-    example = torch.zeros((2, config.image_channels, config.image_size, config.image_size), dtype=torch.uint8)
+    example = {
+        "pose": torch.zeros(_EXAMPLES, config.digit_dim),
+        "class": torch.zeros(_EXAMPLES, dtype=torch.int64),
+    }
+    return _export(LiveDecoder(network), example, decoder_signature(config), opset)
+
+
+def _images(network: CapsNet) -> dict[str, Tensor]:
+    config = network.config
+    shape = (_EXAMPLES, config.image_channels, config.image_size, config.image_size)
+    return {"images": torch.zeros(shape, dtype=torch.uint8)}
+
+
+def _export(module: nn.Module, example: Mapping[str, Tensor], signature: Signature, opset: int) -> onnx.ModelProto:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
-                ServedNetwork(network).eval(),
-                (example,),
-                input_names=[INPUT],
-                output_names=list(OUTPUTS),
-                dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}},
+                module.eval(),
+                tuple(example.values()),
+                input_names=list(signature.inputs),
+                output_names=list(signature.outputs),
+                dynamic_shapes=tuple({0: torch.export.Dim(BATCH)} for _ in example),
                 opset_version=opset,
                 dynamo=True,
                 verbose=False,
@@ -54,82 +80,11 @@ def to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
     assert program is not None
     model = program.model_proto
     _strip(model)
-    check(model, config)
+    for values, meant in ((model.graph.input, signature.inputs), (model.graph.output, signature.outputs)):
+        for value in values:
+            value.doc_string = meant[value.name].meaning if value.name in meant else ""
+    check(model, signature)
     return model
-
-
-def export_checkpoint(
-    checkpoint: Checkpoint, images: Tensor, labels: Tensor, out: Path, name: str, version: str, opset: int = OPSET
-) -> Artifact:
-    """Export a checkpoint to ``out/name/version``, verify it as it will be served, and write its manifest last.
-
-    images: the test set that the checkpoint's figures were measured on, uint8 (B, C, H, W), 0 to 255; labels: the
-    classes, int64 (B,), or (B, K) of images with K objects. opset: see ``to_onnx``.
-
-    Where anything fails, the version's folder is removed again. Raises FileExistsError where that folder is there
-    already; CheckpointError where weights, labels or test images do not fit the config, or the figures are not
-    those of the weights; GraphError, RuntimeSetupError and ParityError as ``to_onnx``, ``Runtime`` and ``verify``
-    do; OSError where the files cannot be written.
-    """
-    network = checkpoint.model()
-    config = checkpoint.config
-    shape = (config.image_channels, config.image_size, config.image_size)
-    if tuple(images.shape[1:]) != shape:
-        raise CheckpointError(f"the network takes images {shape}, the test set's are {tuple(images.shape[1:])}")
-    if len(checkpoint.labels) != config.classes:
-        raise CheckpointError(f"the checkpoint has {config.classes} classes but {len(checkpoint.labels)} labels")
-    training = _training(checkpoint)
-    folder = out / name / version
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise FileExistsError(f"{folder}: exists already, and a version is never overwritten") from error
-    try:
-        model = to_onnx(network, opset)
-        model.doc_string = f"Capsule network {name}, version {version}, trained on {checkpoint.dataset}."
-        properties = {"name": name, "version": version, "dataset": checkpoint.dataset}
-        onnx.helper.set_model_props(model, properties | {"config": json.dumps(training["config"])})
-        onnx.save_model(model, folder / MODEL)
-        artifact = Artifact(
-            folder=folder,
-            name=name,
-            version=version,
-            labels=checkpoint.labels,
-            image_shape=shape,
-            pose_size=config.digit_dim,
-            sha256=digest(folder / MODEL),
-            training=training,
-            parity={},
-        )
-        objects = labels.shape[1] if labels.ndim == 2 else 1
-        parity, probabilities = verify(network, Runtime(artifact, device="cpu"), images, objects)
-        measured = {"test_errors": int(wrong(probabilities, labels).sum()), "test_images": len(labels)}
-        recorded = {figure: checkpoint.figures.get(figure) for figure in measured}
-        if measured != recorded:
-            raise CheckpointError(
-                f"the checkpoint's figures are not those of its weights: it says {recorded}, measured are {measured}"
-            )
-        artifact = replace(artifact, parity=parity)
-        write_manifest(artifact)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    return artifact
-
-
-def _training(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the manifest says of the training run, exactly as it will be read back."""
-    content = {
-        "dataset": checkpoint.dataset,
-        "config": asdict(checkpoint.config),
-        "recipe": checkpoint.recipe,
-        "figures": checkpoint.figures,
-    }
-    try:
-        result: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's recipe or figures cannot be written as JSON: {error}") from error
-    return result
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -1,7 +1,8 @@
 """The artifact: the folder that passes from export to serving, its manifest, and its verification.
 
-``<repository>/<name>/<version>/`` holds ``model.onnx`` and ``manifest.json``. The manifest is written last, so a
-folder without one is an export that did not finish.
+``<repository>/<name>/<version>/`` holds ``model.onnx``, the network in single precision; further graphs, which the
+manifest names; ``manifest.json`` with the digest of each file; and ``manifest.sha256`` with the manifest's own, as
+``sha256sum`` writes it. The manifest is written last, so a folder without one is an export that did not finish.
 """
 
 import hashlib
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = "capsnet-artifact-1"
+FORMAT = "capsnet-artifact-2"
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
 MODEL = "model.onnx"
+#: The precisions that a network may be there in; the first always is.
+PRECISIONS = ("fp32", "int8", "fp16")
 
 
 class ArtifactError(ValueError):
@@ -25,8 +29,10 @@ class Artifact:
 
     image_shape: (C, H, W) of the uint8 input ``images``, (B, C, H, W).
     pose_size: E, of the output ``poses``, (B, J, E); J is the number of labels, and ``probabilities`` is (B, J).
-    sha256: of the model file, hexadecimal.
-    training: dataset, config, recipe and figures of the training run; parity: the export's comparison with PyTorch.
+    files: the SHA-256 of each file but the manifest's two, hexadecimal, by name.
+    variants: by precision, what each graph that classifies is: its ``file``, and the figures of its certificate.
+    graphs: by name, what further graphs are, ``explain`` and ``decoder``.
+    training: dataset, config, recipe and figures of the training run.
     """
 
     folder: Path
@@ -35,13 +41,21 @@ class Artifact:
     labels: tuple[str, ...]
     image_shape: tuple[int, int, int]
     pose_size: int
-    sha256: str
+    files: dict[str, str]
+    variants: dict[str, dict[str, Any]]
+    graphs: dict[str, dict[str, Any]]
     training: dict[str, Any]
-    parity: dict[str, Any]
 
-    @property
-    def model_file(self) -> Path:
-        return self.folder / MODEL
+    def file(self, precision: str = PRECISIONS[0]) -> Path:
+        """The graph that classifies in this precision. Raises ArtifactError where there is none."""
+        if precision not in self.variants:
+            known = ", ".join(self.variants)
+            raise ArtifactError(f"{self.folder / MANIFEST}: has no graph in {precision}; there is: {known}")
+        return self.folder / str(self.variants[precision]["file"])
+
+    def sha256(self, precision: str = PRECISIONS[0]) -> str:
+        """Of the graph in this precision, hexadecimal."""
+        return self.files[self.file(precision).name]
 
     @property
     def test_error(self) -> str:
@@ -70,34 +84,33 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
             "probabilities": {"dtype": "float32", "shape": [None, classes]},
             "poses": {"dtype": "float32", "shape": [None, classes, pose]},
         },
-        "files": {MODEL: {"sha256": artifact.sha256, "bytes": artifact.model_file.stat().st_size}},
+        "files": {
+            name: {"sha256": sha256, "bytes": (artifact.folder / name).stat().st_size}
+            for name, sha256 in artifact.files.items()
+        },
+        "variants": artifact.variants,
+        "graphs": artifact.graphs,
         "training": artifact.training,
-        "parity": artifact.parity,
     }
 
 
 def write_manifest(artifact: Artifact) -> None:
-    """Write ``manifest.json``, under its name only once it is whole."""
+    """Write ``manifest.sha256`` and then ``manifest.json``, under its name only once it is whole."""
+    content = (json.dumps(manifest(artifact), indent=2) + "\n").encode()
+    (artifact.folder / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n")
     partial = artifact.folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest(artifact), indent=2) + "\n")
+    partial.write_bytes(content)
     partial.replace(artifact.folder / MANIFEST)
 
 
 def load(folder: Path) -> Artifact:
     """Read and verify one version's folder.
 
-    Raises ArtifactError naming the file: no manifest, not JSON, another format, a field missing, or a model file
-    whose SHA-256 is not the manifest's.
+    Raises ArtifactError naming the file: no manifest, not JSON, another format, a field missing, or a file whose
+    SHA-256 is not the one written down.
     """
     path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: missing; not a model's version folder, or its export did not finish") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: format is not {FORMAT}")
+    content = _read_manifest(path)
     try:
         _, channels, height, width = content["inputs"]["images"]["shape"]
         result = Artifact(
@@ -107,20 +120,47 @@ def load(folder: Path) -> Artifact:
             labels=tuple(content["labels"]),
             image_shape=(channels, height, width),
             pose_size=content["outputs"]["poses"]["shape"][2],
-            sha256=content["files"][MODEL]["sha256"],
+            files={name: file["sha256"] for name, file in content["files"].items()},
+            variants=content["variants"],
+            graphs=content["graphs"],
             training=content["training"],
-            parity=content["parity"],
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        named = [part["file"] for part in (*result.variants.values(), *result.graphs.values())]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(f"{path}: a field is missing or malformed ({error!r})") from error
     _check(result, path)
-    try:
-        found = digest(result.model_file)
-    except OSError as error:
-        raise ArtifactError(f"{result.model_file}: not readable: {error.strerror}") from error
-    if found != result.sha256:
-        raise ArtifactError(f"{result.model_file}: SHA-256 is {found}, the manifest says {result.sha256}")
+    if unknown := set(named) - result.files.keys():
+        raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(map(str, unknown)))}")
+    for name, sha256 in result.files.items():
+        _check_digest(folder / name, sha256, MANIFEST)
     return result
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises ArtifactError where the file is missing, another than was written, or not of our format."""
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing; not a model's version folder, or its export did not finish")
+    try:
+        written = path.with_name(MANIFEST_DIGEST).read_text(errors="replace")
+    except OSError as error:
+        raise ArtifactError(f"{path.with_name(MANIFEST_DIGEST)}: not readable; no {FORMAT} artifact") from error
+    _check_digest(path, written.removesuffix(f"  {MANIFEST}\n"), MANIFEST_DIGEST)
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: format is not {FORMAT}")
+    return content
+
+
+def _check_digest(path: Path, expected: str, source: str) -> None:
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: not readable: {error.strerror}") from error
+    if found != expected:
+        raise ArtifactError(f"{path}: SHA-256 is {found}, {source} says {expected}")
 
 
 def _check(artifact: Artifact, path: Path) -> None:
@@ -130,7 +170,14 @@ def _check(artifact: Artifact, path: Path) -> None:
     figures = figures if isinstance(figures, dict) else {}
     errors, images = figures.get("test_errors"), figures.get("test_images")
     labels, channels = artifact.labels, artifact.image_shape[0]
+    files = [name for name in artifact.files if Path(name).name != name or name in ("", ".", "..")]
     rules = {
+        "files": (files, "names without folders", not files),
+        "variants": (
+            list(artifact.variants),
+            f"{PRECISIONS[0]}, and of {', '.join(PRECISIONS)}",
+            PRECISIONS[0] in artifact.variants and set(artifact.variants) <= set(PRECISIONS),
+        ),
         "name": (artifact.name, "the name of its folder", artifact.name == path.parent.parent.name),
         "version": (artifact.version, "the name of its folder", artifact.version == path.parent.name),
         "labels": (

@@ -56,7 +56,7 @@ class Metrics:
         self.model = Gauge(
             "capsnet_model_info",
             "1 for the model that is served.",
-            ("name", "version", "dataset", "sha256"),
+            ("name", "version", "dataset", "precision", "sha256"),
             registry=self.registry,
         )
         self.provider = Gauge(

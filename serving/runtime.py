@@ -3,20 +3,35 @@
 import importlib
 import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.artifact import Artifact
+from serving.artifact import PRECISIONS, Artifact
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DEVICES = ("auto", "cpu", "cuda")
 
+_CPU_INFO = Path("/proc/cpuinfo")
+
 
 class RuntimeSetupError(RuntimeError):
     """ONNX Runtime is missing, installed twice, cannot load the model, or lacks the device that was asked for."""
+
+
+def saturates(cpu_info: Path) -> bool:
+    """Whether this x86 processor, as /proc/cpuinfo has it, adds products of 8-bit integers in saturating 16 bits.
+
+    Those without VNNI instructions do, and need ONNX Runtime's precise, slower way, which slows the others down too.
+    """
+    try:
+        flags = next(line for line in cpu_info.read_text().splitlines() if line.startswith("flags")).split()
+    except (OSError, StopIteration):  # no Linux, or no x86
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
 class Prediction(NamedTuple):
@@ -26,7 +41,7 @@ class Prediction(NamedTuple):
     poses: NDArray[np.float32]
 
 
-def _onnxruntime() -> Any:
+def onnxruntime() -> Any:
     """Import ONNX Runtime with its telemetry off, which Linux builds since 1.29 have on by default."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     installed = [
@@ -40,29 +55,34 @@ def _onnxruntime() -> Any:
 
 
 class Runtime:
-    """An ONNX Runtime session for one artifact.
+    """An ONNX Runtime session for one artifact's graph in one precision.
 
     device: ``auto`` takes CUDA where it works and else the CPU; ``cuda`` fails where CUDA does not work, since ONNX
     Runtime by itself would fall back to the CPU without a word. threads: for one call, 0 for ONNX Runtime's choice.
-    Raises RuntimeSetupError.
+    Raises RuntimeSetupError, and ArtifactError where the artifact has no graph in this precision.
     """
 
-    def __init__(self, artifact: Artifact, device: str = "auto", threads: int = 0) -> None:
-        onnxruntime = _onnxruntime()
-        self.description = f"ONNX Runtime {onnxruntime.__version__}"
-        options = onnxruntime.SessionOptions()
+    def __init__(
+        self, artifact: Artifact, device: str = "auto", threads: int = 0, precision: str = PRECISIONS[0]
+    ) -> None:
+        file = artifact.file(precision)
+        ort = onnxruntime()
+        self.description = f"ONNX Runtime {ort.__version__}"
+        options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         # Threads that spin between calls take the cores from the event loop and from other processes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if precision == "int8" and saturates(_CPU_INFO):
+            options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3
         wanted = [CPU]
-        if device != "cpu" and CUDA in onnxruntime.get_available_providers():
-            onnxruntime.preload_dlls()
+        if device != "cpu" and CUDA in ort.get_available_providers():
+            ort.preload_dlls()
             wanted = [CUDA, CPU]
         try:
-            self._session = onnxruntime.InferenceSession(str(artifact.model_file), options, providers=wanted)
+            self._session = ort.InferenceSession(str(file), options, providers=wanted)
         except Exception as error:  # ONNX Runtime's errors have no common base class
-            raise RuntimeSetupError(f"{artifact.model_file}: ONNX Runtime cannot load it: {error}") from error
+            raise RuntimeSetupError(f"{file}: ONNX Runtime cannot load it: {error}") from error
         #: The provider that ONNX Runtime really uses first, by its own name.
         self.provider: str = self._session.get_providers()[0]
         #: CUDA could have been had by this installation but did not start.
@@ -74,13 +94,13 @@ class Runtime:
         try:
             answer = self.predict(np.zeros((2, *artifact.image_shape), np.uint8))
         except Exception as error:
-            raise RuntimeSetupError(f"{artifact.model_file}: cannot compute two blank images: {error}") from error
+            raise RuntimeSetupError(f"{file}: cannot compute two blank images: {error}") from error
         expected = (2, len(artifact.labels), artifact.pose_size)
         if not all(np.isfinite(array).all() for array in answer):
-            raise RuntimeSetupError(f"{artifact.model_file}: answers blank images with values that are not finite")
+            raise RuntimeSetupError(f"{file}: answers blank images with values that are not finite")
         if answer.poses.shape != expected or answer.probabilities.shape != expected[:2]:
             raise RuntimeSetupError(
-                f"{artifact.model_file}: answers poses {answer.poses.shape} and probabilities "
+                f"{file}: answers poses {answer.poses.shape} and probabilities "
                 f"{answer.probabilities.shape}; its manifest says {expected} and {expected[:2]}"
             )
 

@@ -44,10 +44,14 @@ class Server:
         folder = artifacts.find(settings.repository, settings.model, settings.model_version)
         self.artifact = artifacts.load(folder)
         self.threads = settings.threads or usable_cores()
-        self.runtime = Runtime(self.artifact, settings.device, self.threads)
+        self.runtime = Runtime(self.artifact, settings.device, self.threads, settings.precision)
         self.port = self.metrics_port = 0
         self.metrics.model.labels(
-            self.artifact.name, self.artifact.version, self.artifact.training["dataset"], self.artifact.sha256
+            self.artifact.name,
+            self.artifact.version,
+            self.artifact.training["dataset"],
+            settings.precision,
+            self.artifact.sha256(settings.precision),
         ).set(1)
         self.metrics.provider.labels(self.runtime.provider, self.runtime.description).set(1)
         self.metrics.fallback.set(self.runtime.fell_back)

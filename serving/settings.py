@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from serving.artifact import PRECISIONS
 from serving.runtime import DEVICES
 
 ENVIRONMENT_PREFIX = "CAPSNET_"
@@ -44,6 +45,12 @@ class Settings:
         "auto takes CUDA where it works and else the CPU; cuda fails where CUDA does not work",
         choices=DEVICES,
         metavar="DEVICE",
+    )
+    precision: str = _setting(
+        "fp32",
+        "fp32; int8, faster on a CPU; or fp16, for a GPU; the model's CERTIFICATE.md says what each costs",
+        choices=PRECISIONS,
+        metavar="PRECISION",
     )
     threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0, most=256)
     max_batch: int = _setting(32, "most images in one batch", least=1)

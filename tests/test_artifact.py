@@ -1,19 +1,28 @@
 """The manifest: what serving refuses to start with."""
 
+import hashlib
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serving.artifact import MANIFEST, ArtifactError, find, load
+from serving.artifact import MANIFEST, MANIFEST_DIGEST, ArtifactError, find, load
 from tests.conftest import ROOT
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(find(ROOT / "models"), tmp_path / "capsnet-mnist" / "1"))
+
+
+def write(folder: Path, manifest: str) -> None:
+    """A manifest with the digest that belongs to it."""
+    (folder / MANIFEST).write_text(manifest)
+    (folder / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(manifest.encode()).hexdigest()}  {MANIFEST}\n")
 
 
 def test_the_embedded_model_is_sound(copy: Path) -> None:
@@ -25,7 +34,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (["format"], "other", "format is not capsnet-artifact-1"),
+        (["format"], "other", "format is not capsnet-artifact-2"),
         (["name"], 5, "name is 5; expected the name of its folder"),
         (["version"], "7", "version is '7'; expected the name of its folder"),
         (["labels"], ["a", "a"], "labels is ('a', 'a'); expected different texts"),
@@ -43,7 +52,16 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         (["training", "figures"], {}, "training.figures.test_images is None"),
         (["training", "figures", "test_images"], 0, "training.figures.test_images is 0"),
         (["training", "figures", "test_errors"], -1, "training.figures.test_errors is -1"),
-        (["files", "model.onnx", "sha256"], "0", "the manifest says 0"),
+        (["files"], {"../model.onnx": {"sha256": "0"}}, "files is ['../model.onnx']; expected names without folders"),
+        (["files"], {}, "files has no digest of explain.onnx, fp16.onnx, int8.onnx, model.onnx"),
+        (["files"], None, "a field is missing or malformed"),
+        (["variants"], {}, "variants is []; expected fp32"),
+        (
+            ["variants"],
+            {"fp32": {"file": "model.onnx"}, "fp8": {"file": "model.onnx"}},
+            "expected fp32, and of fp32, int8",
+        ),
+        (["variants", "int8"], 3, "a field is missing or malformed"),
     ],
 )
 def test_a_wrong_field_is_told_by_name(copy: Path, keys: list[str], value: Any, message: str) -> None:
@@ -52,7 +70,7 @@ def test_a_wrong_field_is_told_by_name(copy: Path, keys: list[str], value: Any, 
     for key in keys[:-1]:
         part = part[key]
     part[keys[-1]] = value
-    (copy / MANIFEST).write_text(json.dumps(content))
+    write(copy, json.dumps(content))
     with pytest.raises(ArtifactError) as caught:
         load(copy)
     assert str(caught.value).startswith(str(copy))
@@ -61,6 +79,53 @@ def test_a_wrong_field_is_told_by_name(copy: Path, keys: list[str], value: Any, 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])
 def test_a_manifest_that_is_none_is_refused(copy: Path, text: str) -> None:
-    (copy / MANIFEST).write_text(text)
+    write(copy, text)
     with pytest.raises(ArtifactError, match=r"manifest\.json: "):
         load(copy)
+
+
+def test_the_digests_are_those_that_sha256sum_reckons(copy: Path) -> None:
+    subprocess.run(["sha256sum", "--check", "--strict", MANIFEST_DIGEST], cwd=copy, check=True, capture_output=True)
+    for name, sha256 in load(copy).files.items():
+        assert hashlib.sha256((copy / name).read_bytes()).hexdigest() == sha256
+
+
+def files() -> list[str]:
+    return sorted(path.name for path in find(ROOT / "models").iterdir())
+
+
+@pytest.mark.parametrize("name", files())
+def test_one_changed_byte_in_any_file_is_found_when_the_model_is_loaded(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    before = hashlib.sha256(content).hexdigest()
+    for position in (0, len(content) // 2, len(content) - 1):
+        content[position] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(ArtifactError) as caught:
+            load(copy)
+        content[position] ^= 1
+        message = str(caught.value)
+        if name == MANIFEST_DIGEST:
+            assert str(copy / MANIFEST) in message
+            assert MANIFEST_DIGEST in message
+        else:
+            assert message.startswith(f"{copy / name}: SHA-256 is ")
+            assert before in message
+            assert len(re.findall(r"\b[0-9a-f]{64}\b", message)) == 2
+
+
+@pytest.mark.parametrize("name", files())
+def test_a_missing_file_is_told_by_name(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(ArtifactError, match=re.escape(str(copy / name))):
+        load(copy)
+
+
+def test_a_precision_that_is_not_there_is_told_with_those_that_are(copy: Path) -> None:
+    content = json.loads((copy / MANIFEST).read_text())
+    del content["variants"]["int8"]
+    write(copy, json.dumps(content))
+    artifact = load(copy)
+    assert artifact.file() == artifact.file("fp32") == copy / "model.onnx"
+    with pytest.raises(ArtifactError, match="has no graph in int8; there is: fp32, fp16"):
+        artifact.file("int8")

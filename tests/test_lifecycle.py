@@ -164,8 +164,8 @@ def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> No
     (copy / artifact.MODEL).write_bytes(model)
     code, text = _failed_start("--models", str(tmp_path))
     assert code == 1
-    assert f"{copy / artifact.MODEL}: SHA-256 is {artifact.digest(copy / artifact.MODEL)}, the manifest says" in text
-    assert artifact.load(source).sha256 in text
+    assert f"{copy / artifact.MODEL}: SHA-256 is {artifact.digest(copy / artifact.MODEL)}, manifest.json says" in text
+    assert artifact.load(source).sha256() in text
 
 
 def test_idle_streams_and_health_watches_do_not_hold_up_a_stop() -> None:

@@ -193,7 +193,7 @@ def route(
         s = s / j
     v = squash(s if bias is None else s + bias)
     if iterations == 1:
-        return v, u.new_full((1, j, i), 1 / j if normalization == "softmax" else 1).expand(len(u), j, i)
+        return v, u.new_full((1, j, i), 1 / j if normalization == "softmax" else 1).expand(u.shape[0], j, i)
     weigh: Callable[..., tuple[Tensor, Tensor]]
     if blocks == 1:
         weigh = partial(_weigh, votes(u, weight))

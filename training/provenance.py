@@ -58,7 +58,11 @@ def _processes() -> str:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """The name of this machine's processor, as Linux has it; ``CPU`` elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{model}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

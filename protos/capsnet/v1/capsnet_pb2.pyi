@@ -89,7 +89,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_name", "model_version", "labels", "image_channels", "image_height", "image_width", "pose_size", "max_images_per_request", "max_request_bytes", "execution_provider", "sha256", "dataset", "test_errors", "test_images")
+    __slots__ = ("model_name", "model_version", "labels", "image_channels", "image_height", "image_width", "pose_size", "max_images_per_request", "max_request_bytes", "execution_provider", "sha256", "dataset", "test_errors", "test_images", "precision")
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,7 @@ class GetModelResponse(_message.Message):
     DATASET_FIELD_NUMBER: _ClassVar[int]
     TEST_ERRORS_FIELD_NUMBER: _ClassVar[int]
     TEST_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     model_version: str
     labels: _containers.RepeatedScalarFieldContainer[str]
@@ -118,4 +119,5 @@ class GetModelResponse(_message.Message):
     dataset: str
     test_errors: int
     test_images: int
-    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., image_channels: _Optional[int] = ..., image_height: _Optional[int] = ..., image_width: _Optional[int] = ..., pose_size: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., execution_provider: _Optional[str] = ..., sha256: _Optional[str] = ..., dataset: _Optional[str] = ..., test_errors: _Optional[int] = ..., test_images: _Optional[int] = ...) -> None: ...
+    precision: str
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., image_channels: _Optional[int] = ..., image_height: _Optional[int] = ..., image_width: _Optional[int] = ..., pose_size: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., execution_provider: _Optional[str] = ..., sha256: _Optional[str] = ..., dataset: _Optional[str] = ..., test_errors: _Optional[int] = ..., test_images: _Optional[int] = ..., precision: _Optional[str] = ...) -> None: ...

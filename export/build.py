@@ -1,0 +1,221 @@
+"""A checkpoint as an artifact: every graph, each certified as it will be served, and the manifest that names them."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+import torch
+from torch import Tensor
+
+from export import triton
+from export.certificate import CERTIFICATE, certificate
+from export.graph import receptive_field
+from export.half import to_fp16
+from export.quantize import to_int8
+from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
+from export.to_tensorrt import BatchProfile, build_engine
+from export.verify import ParityError, certify, certify_decoder, certify_explanation, reference, speeds
+from serving.artifact import MODEL, PRECISIONS, Artifact, digest, write_manifest
+from serving.runtime import Runtime
+from serving.settings import usable_cores
+from training.checkpoint import Checkpoint, CheckpointError
+from training.datasets import Dataset
+from training.provenance import processor, provenance
+from training.scenes import scenes
+
+CALIBRATION_IMAGES = 256
+EXPLAIN, DECODER = "explain", "decoder"
+ENGINE = "model.plan"
+
+
+class Export(NamedTuple):
+    """A written artifact, and of each graph that is not in it, since it differs too much from PyTorch, why."""
+
+    artifact: Artifact
+    failures: dict[str, str]
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    out: Path,
+    name: str,
+    version: str,
+    opset: int = OPSET,
+    engine: BatchProfile | None = None,
+) -> Export:
+    """Export a checkpoint to ``out/name/version``, verify each graph as it will be served, write the manifest last.
+
+    dataset: what the checkpoint was trained and tested on: its test images are what the graphs are compared on, and
+    the checkpoint's figures are of; its training images are what int8 is calibrated on. opset: see ``to_onnx``. engine:
+    the batch sizes of a TensorRT engine to build beside the graphs, which is not compared with anything.
+
+    Where anything fails but the certificate of int8 or fp16, the version's folder is removed again. Raises
+    FileExistsError where that folder is there already; CheckpointError where weights, labels or test images do not
+    fit the config, or the figures are not those of the weights; GraphError, TritonError, TensorRTMissing,
+    EngineError, RuntimeSetupError and ParityError as the functions called do; OSError where files cannot be written.
+    """
+    network = checkpoint.model()
+    config = checkpoint.config
+    shape = (config.image_channels, config.image_size, config.image_size)
+    if dataset.image_shape != shape:
+        raise CheckpointError(f"the network takes images {shape}, the test set's are {dataset.image_shape}")
+    if len(checkpoint.labels) != config.classes:
+        raise CheckpointError(f"the checkpoint has {config.classes} classes but {len(checkpoint.labels)} labels")
+    training = _training(checkpoint, dataset)
+    folder = out / name / version
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise FileExistsError(f"{folder}: exists already, and a version is never overwritten") from error
+    artifact = Artifact(folder, name, version, checkpoint.labels, shape, config.digit_dim, {}, {}, {}, training)
+    try:
+        expected = reference(network, dataset.test_images, dataset.test_labels)
+        model = to_onnx(network, opset)
+        graphs: dict[str, Callable[[], onnx.ModelProto]] = {
+            "fp32": lambda: model,
+            "int8": lambda: to_int8(model, calibration_images(dataset)),
+            "fp16": lambda: to_fp16(model),
+        }
+        runtimes: dict[str, Runtime] = {}
+        failures: dict[str, str] = {}
+        for precision in PRECISIONS:
+            file = MODEL if precision == PRECISIONS[0] else f"{precision}.onnx"
+            candidate = _with_graph(artifact, precision, file, graphs[precision]())
+            try:
+                runtime = Runtime(candidate, "cpu", usable_cores(), precision)
+                figures = certify(expected, runtime, precision)
+            except ParityError as error:
+                if precision == PRECISIONS[0]:
+                    raise
+                (folder / file).unlink()
+                failures[precision] = str(error)
+                continue
+            if precision == PRECISIONS[0]:
+                _check_figures(checkpoint, figures)
+            runtimes[precision] = runtime
+            artifact = replace(candidate, variants=artifact.variants | {precision: {"file": file, **figures}})
+            if precision == PRECISIONS[0] and engine is not None:  # soon, since it is the most likely to fail
+                build_engine(folder / file, folder / ENGINE, engine)
+                artifact = replace(
+                    artifact,
+                    files=artifact.files | {ENGINE: digest(folder / ENGINE)},
+                    graphs={"tensorrt": {"file": ENGINE, "batches": asdict(engine)}},
+                )
+        artifact = _with_extras(artifact, checkpoint, expected, opset)
+        artifact = _with_speeds(artifact, runtimes, dataset.test_images)
+        (folder / CERTIFICATE).write_text(certificate(artifact, failures), encoding="utf-8")
+        artifact = replace(artifact, files=artifact.files | {CERTIFICATE: digest(folder / CERTIFICATE)})
+        triton.write(folder.parent, artifact.labels, artifact.image_shape, artifact.pose_size)
+        write_manifest(artifact)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return Export(artifact, failures)
+
+
+def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Tensor:
+    """Training images as the network takes them, uint8 (count or fewer, C, S, S), the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(dataset.train_images), generator=generator)[:count]
+    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    return scenes(images, labels, dataset.objects, dataset.canvas, generator)[0] if dataset.canvas else images
+
+
+def _with_graph(artifact: Artifact, precision: str, file: str, model: onnx.ModelProto) -> Artifact:
+    """The artifact with a further graph that classifies, written but not certified."""
+    _write_graph(artifact, file, model, f"in {precision}")
+    return replace(
+        artifact,
+        files=artifact.files | {file: digest(artifact.folder / file)},
+        variants=artifact.variants | {precision: {"file": file}},
+    )
+
+
+def _write_graph(artifact: Artifact, file: str, model: onnx.ModelProto, what: str) -> None:
+    training = artifact.training
+    model.doc_string = (
+        f"Capsule network {artifact.name}, version {artifact.version}, trained on {training['dataset']}, {what}."
+    )
+    properties = {
+        "name": artifact.name,
+        "version": artifact.version,
+        "dataset": training["dataset"],
+        "test_data_sha256": training["test_data_sha256"],
+        "training_commit": str(training["figures"].get("commit", "")),
+        "export_commit": training["export_commit"],
+        "config": json.dumps(training["config"]),
+    }
+    onnx.helper.set_model_props(model, properties)
+    # Of the graph's name, since TensorRT's engine cache tells models apart by it and not by their weights.
+    model.graph.name = f"{artifact.name}-{artifact.version}-{Path(file).stem}"
+    onnx.save_model(model, artifact.folder / file)
+
+
+def _with_extras(artifact: Artifact, checkpoint: Checkpoint, expected: Any, opset: int) -> Artifact:
+    """The artifact with the graphs that explain and reconstruct, certified."""
+    network, config = checkpoint.model(), checkpoint.config
+    files, graphs = dict(artifact.files), dict(artifact.graphs)
+    file = f"{EXPLAIN}.onnx"
+    _write_graph(artifact, file, explanation_to_onnx(network, opset), "with the couplings of its routing")
+    graphs[EXPLAIN] = {
+        "file": file,
+        **certify_explanation(network, artifact.folder / file, expected.images),
+        "receptive_field": receptive_field(config),
+    }
+    files[file] = digest(artifact.folder / file)
+    if network.decoder is not None:
+        file = f"{DECODER}.onnx"
+        _write_graph(artifact, file, decoder_to_onnx(network, opset), "its decoder, from a pose to an image")
+        graphs[DECODER] = {"file": file, **certify_decoder(network, artifact.folder / file, expected)}
+        files[file] = digest(artifact.folder / file)
+    return replace(artifact, files=files, graphs=graphs)
+
+
+def _with_speeds(artifact: Artifact, runtimes: dict[str, Runtime], images: Tensor) -> Artifact:
+    measured = speeds(runtimes, images)
+    device = f"{processor()}, {usable_cores()} threads"
+    return replace(
+        artifact,
+        variants={
+            precision: {
+                **variant,
+                "bytes": (artifact.folder / variant["file"]).stat().st_size,
+                "images_per_second": measured[precision],
+                "device": device,
+            }
+            for precision, variant in artifact.variants.items()
+        },
+    )
+
+
+def _check_figures(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
+    measured = {name: figures[name] for name in ("test_errors", "test_images")}
+    recorded = {name: checkpoint.figures.get(name) for name in measured}
+    if measured != recorded:
+        raise CheckpointError(
+            f"the checkpoint's figures are not those of its weights: it says {recorded}, measured are {measured}"
+        )
+
+
+def _training(checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
+    """What the manifest says of the training run and the data, exactly as it will be read back."""
+    data = hashlib.sha256(dataset.test_images.numpy().tobytes() + dataset.test_labels.numpy().tobytes())
+    content = {
+        "dataset": checkpoint.dataset,
+        "test_data_sha256": data.hexdigest(),
+        "config": asdict(checkpoint.config),
+        "recipe": checkpoint.recipe,
+        "figures": checkpoint.figures,
+        "export_commit": provenance(torch.device("cpu"))["commit"],
+    }
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's recipe or figures cannot be written as JSON: {error}") from error
+    return result

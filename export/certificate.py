@@ -1,0 +1,80 @@
+"""``CERTIFICATE.md``: what was compared of an artifact, with what result, and what was not run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serving.artifact import Artifact
+
+CERTIFICATE = "CERTIFICATE.md"
+
+
+def certificate(artifact: Artifact, failures: Mapping[str, str]) -> str:
+    """The page for an artifact whose variants and graphs have their figures; failures: why others are not in it."""
+    variants = artifact.variants
+    first = next(iter(variants.values()))
+    parts = [
+        f"# {artifact.name}, version {artifact.version}",
+        f"Each graph was run by {first['runtime']} ({first['provider']}) over all {first['test_images']:,} test images "
+        f"of {artifact.training['dataset']} and {first['images'] - first['test_images']} others (blank, saturated, "
+        f"single pixels, noise), and compared with {first['reference']} in single precision on the same network. "
+        "Every value was finite. A graph that differs by more than is tolerated is not written.",
+        _table(
+            ("precision", "file", "bytes", "test error", "labels changed",
+             "probabilities: largest, mean difference", "poses: largest, mean difference", "tolerated"),
+            [(precision, *_compared(variant)) for precision, variant in variants.items()],
+        ),
+        f"Images a second on {first['device']}, all graphs in turns:",
+        _speeds(variants),
+    ]  # fmt: skip
+    parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
+    graphs = [
+        (name, f"`{graph['file']}`", str(graph.get("images", "none")), _differences(graph) or "not compared")
+        for name, graph in artifact.graphs.items()
+    ]
+    parts += [
+        "Further graphs:",
+        _table(("graph", "file", "images compared", "largest differences"), graphs),
+        "**Not run:** CUDA and TensorRT. fp16 was compared, and timed, on the CPU, which has no arithmetic of its own "
+        "for it; its speed on a GPU is not known from this page.",
+        _table(("file", "SHA-256"), [(f"`{name}`", f"`{sha256}`") for name, sha256 in artifact.files.items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _compared(variant: Mapping[str, Any]) -> tuple[str, ...]:
+    errors, images = variant["test_errors"], variant["test_images"]
+    pairs = (
+        f"{variant[f'max_{what}_difference']:.2g}, {variant[f'mean_{what}_difference']:.2g}"
+        for what in ("probability", "pose")
+    )
+    tolerance = variant["tolerance"]
+    texts = {
+        "difference": "differences of {:g}",
+        "labels_changed": "labels changed: {:.2%}",
+        "more_errors": "errors more: {:.2%}",
+    }
+    tolerated = ", ".join(text.format(tolerance[name]) for name, text in texts.items() if tolerance[name] is not None)
+    return (
+        f"`{variant['file']}`", f"{variant['bytes']:,}", f"{100 * errors / images:.2f} % ({errors:,})",
+        f"{variant['labels_changed']:,}", *pairs, tolerated,
+    )  # fmt: skip
+
+
+def _speeds(variants: Mapping[str, Mapping[str, Any]]) -> str:
+    batches = list(next(iter(variants.values()))["images_per_second"])
+    first = next(iter(variants.values()))["images_per_second"]
+    rows = []
+    for precision, variant in variants.items():
+        speed = variant["images_per_second"]
+        rows.append((precision, *(f"{speed[batch]:,.0f} ({speed[batch] / first[batch]:.2f} x)" for batch in batches)))
+    return _table(("precision", *(f"batch {batch}" for batch in batches)), rows)
+
+
+def _differences(graph: Mapping[str, Any]) -> str:
+    found = {name[4:-11]: value for name, value in graph.items() if name.startswith("max_")}
+    return ", ".join(f"{name} {value:.2g}" for name, value in found.items())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

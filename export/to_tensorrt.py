@@ -1,0 +1,232 @@
+"""An ONNX file as a TensorRT engine, and the same choices for ONNX Runtime's TensorRT provider.
+
+An engine is bound to the model's weights, to TensorRT's version and to the kind of GPU that it was built on, so it is
+built where it is to run. That machine needs neither PyTorch nor ``onnx``, and this module imports neither.
+
+None of this has been run against a real TensorRT. The calls are those of its Python binding's source, releases 10.16
+and 11.1 (https://github.com/NVIDIA/TensorRT, ``python/src``), and the tests replace it with a stand-in.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# As the exported graph names it; export.graph, which says so, needs PyTorch.
+INPUT = "images"
+
+#: The file that ONNX Runtime leaves in the cache's folder: an ONNX graph of one node, which points to the engine.
+CONTEXT_MODEL = "model_ctx.onnx"
+
+_OLDEST = 10
+_INSTALL = (
+    "install tensorrt-cu13 (for a driver of CUDA 13; tensorrt-cu12 for one of CUDA 12) from NVIDIA's package index, as "
+    "its documentation says, or work in NVIDIA's TensorRT container"
+)
+
+_log = logging.getLogger(__name__)
+
+
+class TensorRTMissing(RuntimeError):
+    """TensorRT cannot be used on this machine; the text says what is missing and how to get it."""
+
+
+class EngineError(RuntimeError):
+    """TensorRT cannot build an engine of the model; the text has its reasons, with the names of the nodes."""
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """The batch sizes that an engine takes: from ``min`` to ``max`` images, its kernels chosen for ``opt`` images.
+
+    Raises ValueError where not 1 <= min <= opt <= max.
+    """
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(
+                f"batch sizes min {self.min}, opt {self.opt}, max {self.max}; expected 1 <= min <= opt <= max"
+            )
+
+    def shapes(self, image_shape: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The shapes (B, C, H, W) of the smallest, the usual and the largest batch of images (C, H, W)."""
+        image = tuple(image_shape)
+        return (self.min, *image), (self.opt, *image), (self.max, *image)
+
+
+def shape_options(profile: BatchProfile, image_shape: tuple[int, int, int]) -> dict[str, str]:
+    """The profile as ONNX Runtime's TensorRT provider takes it, for images (C, H, W): ``images:1x1x28x28``."""
+    names = ("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes")
+    shapes = profile.shapes(image_shape)
+    return {name: f"{INPUT}:{'x'.join(map(str, shape))}" for name, shape in zip(names, shapes, strict=True)}
+
+
+def execution_provider_options(
+    profile: BatchProfile, image_shape: tuple[int, int, int], cache_folder: Path, fp16: bool = False
+) -> dict[str, str]:
+    """Options for ONNX Runtime's ``TensorrtExecutionProvider``, for images (C, H, W).
+
+    cache_folder: a folder that is there, **of this one model file alone**. ONNX Runtime names a cached engine by file
+    name, names in the graph and versions, not by the weights: where two exports of one architecture share a folder,
+    the second is answered with the first one's weights. It leaves there the timing cache, ``engines/`` and the
+    context model ``model_ctx.onnx``, which loads without TensorRT's builder.
+    fp16: lets TensorRT 10 compute in half precision, where it chooses to in a float32 graph; a graph that is in
+    float16 needs it. TensorRT 11 has no such choice, the precision is the graph's.
+
+    TensorRT multiplies float32 matrices in TF32 by default (mantissas of 10 bits), and the provider has no option for
+    it; ``build_engine`` has.
+
+    The names are those of ONNX Runtime's ``tensorrt_execution_provider_info.cc`` and
+    https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html; they have not been run.
+    """
+    return shape_options(profile, image_shape) | {
+        "trt_fp16_enable": "1" if fp16 else "0",
+        "trt_engine_cache_enable": "1",
+        # Relative to the context model's folder: with a context model, ONNX Runtime takes no absolute path here.
+        "trt_engine_cache_path": "engines",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(cache_folder),
+        "trt_dump_ep_context_model": "1",
+        # A file, since a folder that is not there yet is told from a file by the dot in its name.
+        "trt_ep_context_file_path": str(cache_folder / CONTEXT_MODEL),
+        "trt_ep_context_embed_mode": "0",
+    }
+
+
+def build_engine(
+    model_file: Path, engine_file: Path, profile: BatchProfile, timing_cache: Path | None = None, tf32: bool = False
+) -> None:
+    """Build a TensorRT engine of an ONNX file on this machine's GPU.
+
+    model_file: with one input, (B, C, H, W), its batch axis open. Every tensor keeps the type that it has in this
+    graph (the network is strongly typed, as always in TensorRT 11), so half precision is a matter of the ONNX file.
+    engine_file: gets its name only once it is whole. timing_cache: a file with measured kernel times, which is read
+    where it is there and fits this GPU and TensorRT, and replaced afterwards; it makes the next build faster.
+    tf32: lets float32 matrices be multiplied with mantissas of 10 bits, as TensorRT does by default; how far the
+    answers then are from PyTorch's has not been measured.
+
+    Raises TensorRTMissing; EngineError where the file cannot be parsed, or no engine be built of it; OSError where
+    files cannot be read or written.
+
+    Not yet run against a real TensorRT.
+    """
+    tensorrt = _tensorrt()
+    logger = _logger(tensorrt)
+    builder = _builder(tensorrt, logger)
+    # TensorRT 11 ignores this flag and is always so; in TensorRT 10 it has to be asked for.
+    network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = tensorrt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(model_file)):
+        errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise EngineError(f"{model_file}: TensorRT {tensorrt.__version__} cannot parse it: {'; '.join(errors)}")
+
+    config = builder.create_builder_config()
+    if not tf32:
+        config.clear_flag(tensorrt.BuilderFlag.TF32)
+    _set_profile(builder, network, config, profile, model_file)
+    if timing_cache is not None:
+        _load_timing_cache(config, timing_cache)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise EngineError(
+            f"{model_file}: TensorRT {tensorrt.__version__} cannot build an engine: "
+            f"{logger.reasons or 'it gives no reason'}"
+        )
+    _write(engine_file, engine)
+    if timing_cache is not None:
+        _write(timing_cache, config.get_timing_cache().serialize())
+
+
+def _tensorrt() -> Any:
+    """Import TensorRT; raises TensorRTMissing where it is not there, does not load, or is too old."""
+    try:
+        tensorrt = importlib.import_module("tensorrt")
+    except ModuleNotFoundError as error:
+        if error.name != "tensorrt":
+            raise TensorRTMissing(f"the Python package tensorrt lacks {error.name}; {_INSTALL}") from error
+        raise TensorRTMissing(
+            f"the Python package tensorrt is not installed; it needs Linux or Windows with an NVIDIA GPU: {_INSTALL}"
+        ) from error
+    except (ImportError, OSError) as error:
+        raise TensorRTMissing(
+            "the Python package tensorrt is installed, but the libraries that it needs (libnvinfer, libnvonnxparser "
+            f"of the same version, NVIDIA's driver) do not load: {error}; {_INSTALL}"
+        ) from error
+    if int(tensorrt.__version__.partition(".")[0]) < _OLDEST:
+        raise TensorRTMissing(
+            f"TensorRT {tensorrt.__version__} is installed, and {_OLDEST} or newer is needed: {_INSTALL}"
+        )
+    return tensorrt
+
+
+def _logger(tensorrt: Any) -> Any:
+    """A logger for TensorRT that keeps what it says, since its functions answer None and give reasons only here."""
+
+    class Logger(tensorrt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            tensorrt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        @property
+        def reasons(self) -> str:
+            # A missing driver is among the warnings.
+            return "; ".join(self.errors or self.warnings)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (tensorrt.ILogger.Severity.INTERNAL_ERROR, tensorrt.ILogger.Severity.ERROR):
+                self.errors.append(message)
+            elif severity == tensorrt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
+                _log.warning(message)
+
+    return Logger()
+
+
+def _builder(tensorrt: Any, logger: Any) -> Any:
+    try:
+        return tensorrt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # the binding raises TypeError where the library answers null
+        raise TensorRTMissing(
+            f"TensorRT {tensorrt.__version__} is installed but does not start: {logger.reasons or error}. It needs an "
+            "NVIDIA GPU that this version supports and a driver for its CUDA; nvidia-smi shows both (in a container: "
+            "run it with --gpus all)"
+        ) from error
+
+
+def _parser_error(error: Any) -> str:
+    node = f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
+    return f"{node}{error.code()}: {error.desc()}"
+
+
+def _set_profile(builder: Any, network: Any, config: Any, profile: BatchProfile, model_file: Path) -> None:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    found = [(tensor.name, tuple(tensor.shape)) for tensor in inputs]
+    if len(found) != 1 or len(found[0][1]) != 4 or [size < 0 for size in found[0][1]] != [True, False, False, False]:
+        raise EngineError(f"{model_file}: its inputs are {found}; expected one, (-1, C, H, W)")
+    ((name, (_, *image_shape)),) = found
+    optimization = builder.create_optimization_profile()
+    optimization.set_shape(name, *profile.shapes(image_shape))
+    if config.add_optimization_profile(optimization) < 0:
+        raise EngineError(f"{model_file}: TensorRT does not take {profile} for {name}")
+
+
+def _load_timing_cache(config: Any, file: Path) -> None:
+    content = file.read_bytes() if file.exists() else b""
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        _log.warning("%s: of another GPU or TensorRT, or damaged; it is begun anew", file)
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def _write(file: Path, content: Any) -> None:
+    """Write TensorRT's memory (a buffer) to a file, under its name only once it is whole."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(file)

@@ -1,0 +1,189 @@
+"""``config.pbtxt`` and ``labels.txt``, with which the export's output is a Triton Inference Server model repository.
+
+The export writes ``<repository>/<name>/<version>/model.onnx``, as Triton wants it; ``write`` adds the two files of the
+model's own folder ``<repository>/<name>/``, and ``tritonserver --model-repository=<repository>`` finds the model.
+
+The fields are those of Triton's ``model_config.proto`` (https://github.com/triton-inference-server/common), and the
+accelerator's parameters those of its ONNX Runtime backend
+(https://github.com/triton-inference-server/onnxruntime_backend). The tests parse the text with Triton's own messages;
+no Triton server has loaded it yet.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.to_tensorrt import INPUT, BatchProfile, shape_options
+from serving.artifact import MODEL
+
+CONFIG = "config.pbtxt"
+LABELS = "labels.txt"
+PRECISIONS = ("FP32", "FP16", "BF16")
+
+# As the exported graph names them; export.graph, which says so, needs PyTorch.
+PROBABILITIES, POSES = "probabilities", "poses"
+
+
+class TritonError(ValueError):
+    """Something that a Triton model repository cannot express; the text says what."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How Triton serves the model.
+
+    model_file: the model's file in a version's folder.
+    max_batch_size: most images in one batch, and the one that TensorRT optimises for.
+    max_queue_delay_us: how long a request may wait for others to be computed with, in microseconds.
+    tensorrt: compute with TensorRT on a GPU. On a CPU this changes nothing. precision: of PRECISIONS, what TensorRT 10
+    may compute in beside float32; a graph that is in float16 needs FP16. TensorRT 11 has no such choice, the
+    precision is the graph's.
+    engine_cache: a folder on Triton's machine for TensorRT's engines, which otherwise are built anew at each start;
+    empty for none. ONNX Runtime names a cached engine by file name, names in the graph and
+    versions, not by the weights: only where the name of the ONNX graph differs from version to version is a folder
+    that outlives one version safe. Otherwise a new version is answered with the old one's weights.
+
+    Raises TritonError at the first value that is none of these.
+    """
+
+    model_file: str = MODEL
+    max_batch_size: int = 32
+    max_queue_delay_us: int = 0
+    tensorrt: bool = True
+    precision: str = "FP32"
+    engine_cache: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise TritonError(f"max_batch_size is {self.max_batch_size}; expected 1 or more")
+        if self.max_queue_delay_us < 0:
+            raise TritonError(f"max_queue_delay_us is {self.max_queue_delay_us}; expected 0 or more")
+        if self.precision not in PRECISIONS:
+            raise TritonError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+
+
+_DEFAULTS = Options()
+
+
+def config(
+    name: str,
+    labels: Sequence[str],
+    image_shape: tuple[int, int, int],
+    pose_size: int,
+    options: Options = _DEFAULTS,
+) -> str:
+    """The model's configuration, the text of ``config.pbtxt``.
+
+    name: that of the model's folder. labels: J of them. image_shape: (C, H, W) of the uint8 input ``images``;
+    pose_size: E of the output ``poses``, (J, E). Triton's shapes are without the batch axis.
+
+    Raises TritonError where the name is not that of a folder, or there is no label.
+    """
+    if not name or Path(name).name != name:
+        raise TritonError(f"{name!r} is not the name of a model's folder")
+    if not labels:
+        raise TritonError("there are no labels")
+    image, classes = _dims(image_shape), len(labels)
+    warmups = "\n".join(
+        f"""model_warmup {{
+  name: "random pixels, batch of {size}"
+  batch_size: {size}
+  inputs {{
+    key: {_quoted(INPUT)}
+    value {{ data_type: TYPE_UINT8 dims: {image} random_data: true }}
+  }}
+}}"""
+        for size in sorted({1, min(2, options.max_batch_size), options.max_batch_size})
+    )
+    text = f"""name: {_quoted(name)}
+backend: "onnxruntime"
+default_model_filename: {_quoted(options.model_file)}
+max_batch_size: {options.max_batch_size}
+input {{
+  name: {_quoted(INPUT)}
+  data_type: TYPE_UINT8
+  dims: {image}
+}}
+output {{
+  name: {_quoted(PROBABILITIES)}
+  data_type: TYPE_FP32
+  dims: {_dims((classes,))}
+  label_filename: {_quoted(LABELS)}
+}}
+output {{
+  name: {_quoted(POSES)}
+  data_type: TYPE_FP32
+  dims: {_dims((classes, pose_size))}
+}}
+# The labels and shapes above are those of the latest version.
+version_policy {{ latest {{ num_versions: 1 }} }}
+# What waits while the model computes is computed together next, up to max_batch_size. No size is preferred: Triton
+# advises it only where one is known to be much faster. A delay above 0 makes an idle model wait for company.
+dynamic_batching {{ max_queue_delay_microseconds: {options.max_queue_delay_us} }}
+# On each GPU, else on the CPU. One instance, since ONNX Runtime uses all cores by itself, and Triton would start two
+# on a CPU.
+instance_group {{ kind: KIND_AUTO count: 1 }}
+# The first call allocates and, on a GPU, chooses kernels: not in a client's time.
+{warmups}
+"""
+    return text + _accelerator(image_shape, options) if options.tensorrt else text
+
+
+def write(
+    folder: Path,
+    labels: Sequence[str],
+    image_shape: tuple[int, int, int],
+    pose_size: int,
+    options: Options = _DEFAULTS,
+) -> None:
+    """Write ``labels.txt`` and ``config.pbtxt`` to a model's folder, each under its name only once it is whole.
+
+    folder: ``<repository>/<name>``, there already; its versions share the two files, which are replaced where they
+    are there. The other parameters are those of ``config``.
+
+    Raises TritonError as ``config`` does, and where a label has a line break, since Triton reads one label a line;
+    OSError where the files cannot be written.
+    """
+    for label in labels:
+        if "\n" in label:
+            raise TritonError(f"the label {label!r} has a line break; Triton reads one label a line")
+    text = config(folder.name, labels, image_shape, pose_size, options)
+    for name, content in ((LABELS, "".join(f"{label}\n" for label in labels)), (CONFIG, text)):
+        partial = folder / (name + ".partial")
+        partial.write_bytes(content.encode())
+        partial.replace(folder / name)
+
+
+def _accelerator(image_shape: tuple[int, int, int], options: Options) -> str:
+    profile = BatchProfile(1, options.max_batch_size, options.max_batch_size)
+    parameters = {"precision_mode": options.precision, **shape_options(profile, image_shape)}
+    if options.engine_cache:
+        parameters |= {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": options.engine_cache,
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": options.engine_cache,
+        }
+    lines = "\n".join(
+        f"      parameters {{ key: {_quoted(key)} value: {_quoted(value)} }}" for key, value in parameters.items()
+    )
+    return f"""# Used on a GPU alone. One engine for all batch sizes; without a profile it is built anew as they grow.
+optimization {{
+  execution_accelerators {{
+    gpu_execution_accelerator {{
+      name: "tensorrt"
+{lines}
+    }}
+  }}
+}}
+"""
+
+
+def _dims(sizes: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format; what is not plain ASCII goes as octal escapes of its UTF-8 bytes."""
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in text.encode())
+    return f'"{"".join(plain)}"'
