@@ -3,15 +3,17 @@
 import argparse
 import re
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
-from export.build import export_checkpoint
+from export.build import BATCHES, export_checkpoint
 from export.graph import GraphError
 from export.to_onnx import OPSET, OPSETS
-from export.to_tensorrt import BatchProfile, EngineError, TensorRTMissing
+from export.to_tensorrt import EngineError, TensorRTMissing
 from export.triton import TritonError
 from export.verify import ParityError
 from serving.runtime import RuntimeSetupError
+from serving.tensorrt import BatchProfile
 from training import checkpoint, datasets
 from training.data import of_checkpoint
 
@@ -53,12 +55,12 @@ def parser() -> argparse.ArgumentParser:
         "--tensorrt", action="store_true", help="also build a TensorRT engine, for the GPU of this machine"
     )
     result.add_argument(
-        "--tensorrt-batches",
+        "--batches",
         type=int,
         nargs=3,
-        default=(1, 8, 32),
+        default=astuple(BATCHES),
         metavar=("MIN", "OPT", "MAX"),
-        help="the engine's batches: of MIN to MAX images, fastest at OPT (default: 1 8 32)",
+        help="what TensorRT and Triton are to expect: batches of MIN to MAX images, fastest at OPT (default: 1 8 32)",
     )
     result.add_argument(
         "--opset", type=int, choices=OPSETS, default=OPSET, help=f"version of the ONNX operators (default: {OPSET})"
@@ -70,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser()
     options = command.parse_args(arguments)
     try:
-        engine = BatchProfile(*options.tensorrt_batches) if options.tensorrt else None
+        batches = BatchProfile(*options.batches)
     except ValueError as error:
-        command.error(f"--tensorrt-batches: {error}")
+        command.error(f"--batches: {error}")
     try:
         trained = checkpoint.load(options.checkpoint)
         try:
@@ -81,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise type(error)(f"{options.checkpoint}: {error}") from error
         name = options.name or _default_name(trained.dataset)
         version = options.version or _next_version(options.out / name)
-        artifact, failures = export_checkpoint(trained, dataset, options.out, name, version, options.opset, engine)
+        artifact, failures = export_checkpoint(
+            trained, dataset, options.out, name, version, options.opset, batches, options.tensorrt
+        )
     except (
         checkpoint.CheckpointError, datasets.DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
         TensorRTMissing, TritonError, OSError,

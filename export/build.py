@@ -18,19 +18,21 @@ from export.graph import receptive_field
 from export.half import to_fp16
 from export.quantize import to_int8
 from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
-from export.to_tensorrt import BatchProfile, build_engine
+from export.to_tensorrt import build_engine
 from export.verify import ParityError, certify, certify_decoder, certify_explanation, reference, speeds
 from serving.artifact import MODEL, PRECISIONS, Artifact, digest, write_manifest
 from serving.runtime import Runtime
 from serving.settings import usable_cores
+from serving.tensorrt import BatchProfile
 from training.checkpoint import Checkpoint, CheckpointError
 from training.datasets import Dataset
 from training.provenance import processor, provenance
 from training.scenes import scenes
 
-CALIBRATION_IMAGES = 256
+CALIBRATION_IMAGES = 1024
 EXPLAIN, DECODER = "explain", "decoder"
 ENGINE = "model.plan"
+BATCHES = BatchProfile(1, 8, 32)
 
 
 class Export(NamedTuple):
@@ -47,13 +49,15 @@ def export_checkpoint(
     name: str,
     version: str,
     opset: int = OPSET,
-    engine: BatchProfile | None = None,
+    batches: BatchProfile = BATCHES,
+    engine: bool = False,
 ) -> Export:
     """Export a checkpoint to ``out/name/version``, verify each graph as it will be served, write the manifest last.
 
     dataset: what the checkpoint was trained and tested on: its test images are what the graphs are compared on, and
-    the checkpoint's figures are of; its training images are what int8 is calibrated on. opset: see ``to_onnx``. engine:
-    the batch sizes of a TensorRT engine to build beside the graphs, which is not compared with anything.
+    the checkpoint's figures are of; its training images are what int8 is calibrated on. opset: see ``to_onnx``.
+    batches: what TensorRT and Triton are to expect; engine: build a TensorRT engine beside the graphs, which is not
+    compared with anything.
 
     Where anything fails but the certificate of int8 or fp16, the version's folder is removed again. Raises
     FileExistsError where that folder is there already; CheckpointError where weights, labels or test images do not
@@ -73,7 +77,9 @@ def export_checkpoint(
         folder.mkdir(parents=True)
     except FileExistsError as error:
         raise FileExistsError(f"{folder}: exists already, and a version is never overwritten") from error
-    artifact = Artifact(folder, name, version, checkpoint.labels, shape, config.digit_dim, {}, {}, {}, training)
+    artifact = Artifact(
+        folder, name, version, checkpoint.labels, shape, config.digit_dim, {}, {}, {}, asdict(batches), training
+    )
     try:
         expected = reference(network, dataset.test_images, dataset.test_labels)
         model = to_onnx(network, opset)
@@ -100,18 +106,19 @@ def export_checkpoint(
                 _check_figures(checkpoint, figures)
             runtimes[precision] = runtime
             artifact = replace(candidate, variants=artifact.variants | {precision: {"file": file, **figures}})
-            if precision == PRECISIONS[0] and engine is not None:  # soon, since it is the most likely to fail
-                build_engine(folder / file, folder / ENGINE, engine)
+            if precision == PRECISIONS[0] and engine:  # soon, since it is the most likely to fail
+                build_engine(folder / file, folder / ENGINE, batches)
                 artifact = replace(
                     artifact,
                     files=artifact.files | {ENGINE: digest(folder / ENGINE)},
-                    graphs={"tensorrt": {"file": ENGINE, "batches": asdict(engine)}},
+                    graphs={"tensorrt": {"file": ENGINE}},
                 )
         artifact = _with_extras(artifact, checkpoint, expected, opset)
         artifact = _with_speeds(artifact, runtimes, dataset.test_images)
         (folder / CERTIFICATE).write_text(certificate(artifact, failures), encoding="utf-8")
         artifact = replace(artifact, files=artifact.files | {CERTIFICATE: digest(folder / CERTIFICATE)})
-        triton.write(folder.parent, artifact.labels, artifact.image_shape, artifact.pose_size)
+        options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
+        triton.write(folder.parent, artifact.labels, artifact.image_shape, artifact.pose_size, options)
         write_manifest(artifact)
     except BaseException:
         shutil.rmtree(folder)

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.to_tensorrt import INPUT, BatchProfile, shape_options
 from serving.artifact import MODEL
+from serving.tensorrt import BatchProfile, shape_options
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 PRECISIONS = ("FP32", "FP16", "BF16")
 
 # As the exported graph names them; export.graph, which says so, needs PyTorch.
-PROBABILITIES, POSES = "probabilities", "poses"
+INPUT, PROBABILITIES, POSES = "images", "probabilities", "poses"
 
 
 class TritonError(ValueError):
@@ -33,7 +33,7 @@ class Options:
     """How Triton serves the model.
 
     model_file: the model's file in a version's folder.
-    max_batch_size: most images in one batch, and the one that TensorRT optimises for.
+    max_batch_size: most images in one batch; usual_batch_size: what TensorRT is to be fastest at.
     max_queue_delay_us: how long a request may wait for others to be computed with, in microseconds.
     tensorrt: compute with TensorRT on a GPU. On a CPU this changes nothing. precision: of PRECISIONS, what TensorRT 10
     may compute in beside float32; a graph that is in float16 needs FP16. TensorRT 11 has no such choice, the
@@ -48,6 +48,7 @@ class Options:
 
     model_file: str = MODEL
     max_batch_size: int = 32
+    usual_batch_size: int = 8
     max_queue_delay_us: int = 0
     tensorrt: bool = True
     precision: str = "FP32"
@@ -56,6 +57,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:
             raise TritonError(f"max_batch_size is {self.max_batch_size}; expected 1 or more")
+        if self.usual_batch_size < 1:
+            raise TritonError(f"usual_batch_size is {self.usual_batch_size}; expected 1 or more")
         if self.max_queue_delay_us < 0:
             raise TritonError(f"max_queue_delay_us is {self.max_queue_delay_us}; expected 0 or more")
         if self.precision not in PRECISIONS:
@@ -155,7 +158,7 @@ def write(
 
 
 def _accelerator(image_shape: tuple[int, int, int], options: Options) -> str:
-    profile = BatchProfile(1, options.max_batch_size, options.max_batch_size)
+    profile = BatchProfile(1, min(options.usual_batch_size, options.max_batch_size), options.max_batch_size)
     parameters = {"precision_mode": options.precision, **shape_options(profile, image_shape)}
     if options.engine_cache:
         parameters |= {

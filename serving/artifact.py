@@ -32,6 +32,7 @@ class Artifact:
     files: the SHA-256 of each file but the manifest's two, hexadecimal, by name.
     variants: by precision, what each graph that classifies is: its ``file``, and the figures of its certificate.
     graphs: by name, what further graphs are, ``explain`` and ``decoder``.
+    batches: what TensorRT is to expect, ``min``, ``opt`` and ``max`` images.
     training: dataset, config, recipe and figures of the training run.
     """
 
@@ -44,6 +45,7 @@ class Artifact:
     files: dict[str, str]
     variants: dict[str, dict[str, Any]]
     graphs: dict[str, dict[str, Any]]
+    batches: dict[str, int]
     training: dict[str, Any]
 
     def file(self, precision: str = PRECISIONS[0]) -> Path:
@@ -90,6 +92,7 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
         },
         "variants": artifact.variants,
         "graphs": artifact.graphs,
+        "tensorrt": {"batches": artifact.batches},
         "training": artifact.training,
     }
 
@@ -123,6 +126,7 @@ def load(folder: Path) -> Artifact:
             files={name: file["sha256"] for name, file in content["files"].items()},
             variants=content["variants"],
             graphs=content["graphs"],
+            batches=content["tensorrt"]["batches"],
             training=content["training"],
         )
         named = [part["file"] for part in (*result.variants.values(), *result.graphs.values())]
@@ -189,6 +193,14 @@ def _check(artifact: Artifact, path: Path) -> None:
             artifact.image_shape,
             "1 or 3 channels, and a height and a width",
             channels in (1, 3) and all(_is_count(size) for size in artifact.image_shape),
+        ),
+        "tensorrt.batches": (
+            artifact.batches,
+            "min, opt and max, each a whole number above 0 and none less than the one before",
+            isinstance(artifact.batches, dict)
+            and list(artifact.batches) == ["min", "opt", "max"]
+            and all(_is_count(size) for size in artifact.batches.values())
+            and list(artifact.batches.values()) == sorted(artifact.batches.values()),
         ),
         "outputs.poses.shape[2]": (artifact.pose_size, "a whole number above 0", _is_count(artifact.pose_size)),
         "training.dataset": (training.get("dataset"), "a text", isinstance(training.get("dataset"), str)),

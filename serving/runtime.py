@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.artifact import PRECISIONS, Artifact
+from serving.tensorrt import TENSORRT, BatchProfile, execution_provider_options
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -57,13 +58,19 @@ def onnxruntime() -> Any:
 class Runtime:
     """An ONNX Runtime session for one artifact's graph in one precision.
 
-    device: ``auto`` takes CUDA where it works and else the CPU; ``cuda`` fails where CUDA does not work, since ONNX
-    Runtime by itself would fall back to the CPU without a word. threads: for one call, 0 for ONNX Runtime's choice.
+    device: ``auto`` takes CUDA where it works and else the CPU; ``cuda`` and ``tensorrt`` fail where these do not
+    work, since ONNX Runtime by itself would fall back to the CPU without a word. threads: for one call, 0 for ONNX
+    Runtime's choice. engine_cache: a folder for what TensorRT builds, in which each graph gets one of its own.
     Raises RuntimeSetupError, and ArtifactError where the artifact has no graph in this precision.
     """
 
     def __init__(
-        self, artifact: Artifact, device: str = "auto", threads: int = 0, precision: str = PRECISIONS[0]
+        self,
+        artifact: Artifact,
+        device: str = "auto",
+        threads: int = 0,
+        precision: str = PRECISIONS[0],
+        engine_cache: Path | None = None,
     ) -> None:
         file = artifact.file(precision)
         ort = onnxruntime()
@@ -75,10 +82,23 @@ class Runtime:
         if precision == "int8" and saturates(_CPU_INFO):
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3
-        wanted = [CPU]
-        if device != "cpu" and CUDA in ort.get_available_providers():
+        wanted: list[Any] = [CPU]
+        available = ort.get_available_providers()
+        if device != "cpu" and CUDA in available:
             ort.preload_dlls()
             wanted = [CUDA, CPU]
+        if device == "tensorrt":
+            if TENSORRT not in available:
+                raise RuntimeSetupError(
+                    f"device tensorrt was asked for, but this ONNX Runtime has only {', '.join(available)}; it needs "
+                    "the extra gpu and TensorRT's own libraries"
+                )
+            # By the graph's digest, since TensorRT's cache tells engines apart by names and not by weights.
+            cache = (engine_cache or _cache_folder()) / artifact.sha256(precision)
+            cache.mkdir(parents=True, exist_ok=True)
+            profile = BatchProfile(**artifact.batches)
+            options_of = execution_provider_options(profile, artifact.image_shape, cache, fp16=precision == "fp16")
+            wanted = [(TENSORRT, options_of), *wanted]
         try:
             self._session = ort.InferenceSession(str(file), options, providers=wanted)
         except Exception as error:  # ONNX Runtime's errors have no common base class
@@ -86,9 +106,10 @@ class Runtime:
         #: The provider that ONNX Runtime really uses first, by its own name.
         self.provider: str = self._session.get_providers()[0]
         #: CUDA could have been had by this installation but did not start.
-        self.fell_back = len(wanted) > 1 and self.provider != CUDA
-        if device == "cuda" and self.provider != CUDA:
-            raise RuntimeSetupError(f"device cuda was asked for, but ONNX Runtime here runs on {self.provider}")
+        self.fell_back = len(wanted) > 1 and self.provider == CPU
+        needed = {"cuda": CUDA, "tensorrt": TENSORRT}.get(device, self.provider)
+        if self.provider != needed:
+            raise RuntimeSetupError(f"device {device} was asked for, but ONNX Runtime here runs on {self.provider}")
         # A first call allocates and, on a GPU, compiles: not in a client's time. It also shows a graph that does
         # not answer as its manifest says.
         try:
@@ -108,3 +129,7 @@ class Runtime:
         """uint8 images (B, C, H, W) to probabilities and poses. Blocks; releases Python's lock while it computes."""
         probabilities, poses = self._session.run(["probabilities", "poses"], {"images": images})
         return Prediction(probabilities, poses)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsnet" / "tensorrt"

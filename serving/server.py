@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import time
+from pathlib import Path
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -44,7 +45,8 @@ class Server:
         folder = artifacts.find(settings.repository, settings.model, settings.model_version)
         self.artifact = artifacts.load(folder)
         self.threads = settings.threads or usable_cores()
-        self.runtime = Runtime(self.artifact, settings.device, self.threads, settings.precision)
+        engine_cache = Path(settings.engine_cache) if settings.engine_cache else None
+        self.runtime = Runtime(self.artifact, settings.device, self.threads, settings.precision, engine_cache)
         self.port = self.metrics_port = 0
         self.metrics.model.labels(
             self.artifact.name,

@@ -42,7 +42,7 @@ class Settings:
     model_version: str = _setting("", "version to serve (default: the highest)", metavar="N")
     device: str = _setting(
         "auto",
-        "auto takes CUDA where it works and else the CPU; cuda fails where CUDA does not work",
+        "auto takes CUDA where it works and else the CPU; cuda and tensorrt fail where these do not work",
         choices=DEVICES,
         metavar="DEVICE",
     )
@@ -51,6 +51,9 @@ class Settings:
         "fp32; int8, faster on a CPU; or fp16, for a GPU; the model's CERTIFICATE.md says what each costs",
         choices=PRECISIONS,
         metavar="PRECISION",
+    )
+    engine_cache: str = _setting(
+        "", "folder for the engines that TensorRT builds (default: ~/.cache/capsnet/tensorrt)", metavar="FOLDER"
     )
     threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0, most=256)
     max_batch: int = _setting(32, "most images in one batch", least=1)

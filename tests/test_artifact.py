@@ -61,6 +61,8 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
             {"fp32": {"file": "model.onnx"}, "fp8": {"file": "model.onnx"}},
             "expected fp32, and of fp32, int8",
         ),
+        (["tensorrt", "batches"], {"min": 1, "opt": 9, "max": 8}, "tensorrt.batches is {'min': 1, 'opt': 9, 'max': 8}"),
+        (["tensorrt", "batches"], {"min": 1, "max": 8}, "expected min, opt and max"),
         (["variants", "int8"], 3, "a field is missing or malformed"),
     ],
 )

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import routing
+from benchmarks import export, routing
 from benchmarks.routing import PASSES, VARIANTS, Variant, main, ours, peak_bytes
+from training.model import CONFIGS, CapsNetConfig
 
 QUICK = ["--configs", "compact", "--rounds", "1", "--threads", "1"]
 
@@ -100,3 +101,38 @@ def test_numbers_below_one_are_refused(arguments: list[str], message: str, capsy
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CapsNetConfig(image_size=20, classes=3, conv_channels=4, primary_types=2, decoder_widths=())
+    monkeypatch.setitem(CONFIGS, "tiny", config)
+    monkeypatch.setattr(export, "_SAMPLE_SECONDS", 0.0)
+
+
+TINY = ["--configs=tiny", "--threads=1", "--rounds=1", "--no-compile"]
+
+
+def test_the_exported_graphs_are_measured_beside_each_other(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "export.csv"
+    assert export.main([*TINY, "--batches", "1", "3", f"--out={out}"]) == 0
+    rows = read(out)
+    names = {"onnx fp32", "onnx int8", "onnx einsum", "convolutions alone", "pytorch"}
+    assert {row["variant"] for row in rows} - {"openvino"} == names
+    assert {row["batch"] for row in rows} == {"1", "3"}
+    for row in rows:
+        assert float(row["images_per_second"]) > 0
+        assert float(row["speed_of_onnx_fp32"]) > 0
+        assert (row["variant"] != "onnx fp32") or row["speed_of_onnx_fp32"] == "1"
+    assert "tiny, 1 thread" in capsys.readouterr().out
+
+
+def test_a_graph_that_computes_something_else_is_not_measured(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = export.in_pytorch
+    monkeypatch.setattr(export, "in_pytorch", lambda module: lambda images: honest(module)(images) + 1e-3)
+    assert export.main([*TINY, "--batches=1"]) == 1
+    assert "pytorch: poses differ by 0.001" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from export.build import calibration_images, export_checkpoint
 from export.certificate import CERTIFICATE
 from export.graph import BATCH, GraphError, check, receptive_field, served_signature
 from export.to_onnx import to_onnx
-from export.to_tensorrt import BatchProfile, TensorRTMissing
+from export.to_tensorrt import TensorRTMissing
 from export.verify import BATCHES, ParityError, Reference, certify, edge_images, reference
 from serving import artifact as artifacts
 from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact
@@ -66,6 +66,7 @@ def unverified(model: onnx.ModelProto, config: CapsNetConfig, folder: Path) -> A
         files={MODEL: artifacts.digest(folder / MODEL)},
         variants={"fp32": {"file": MODEL}},
         graphs={},
+        batches={},
         training={},
     )
 
@@ -576,7 +577,7 @@ def test_an_engine_is_asked_for_before_the_long_comparisons(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
     with pytest.raises(TensorRTMissing, match="tensorrt is not installed"):
-        export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=BatchProfile(1, 8, 32))
+        export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
     assert not (tmp_path / NAME / "1").exists()
 
 
@@ -584,8 +585,9 @@ def test_an_engine_that_was_built_is_in_the_manifest_and_not_said_to_be_compared
     trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build.build_engine", lambda model, engine, profile: engine.write_bytes(b"engine"))
-    artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=BatchProfile(1, 8, 32))
-    assert artifact.graphs["tensorrt"] == {"file": "model.plan", "batches": {"min": 1, "opt": 8, "max": 32}}
+    artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
+    assert artifact.graphs["tensorrt"] == {"file": "model.plan"}
+    assert artifact.batches == {"min": 1, "opt": 8, "max": 32}
     assert "| tensorrt | `model.plan` | none | not compared |" in (artifact.folder / CERTIFICATE).read_text()
     assert artifacts.load(artifact.folder).files["model.plan"] == hashlib.sha256(b"engine").hexdigest()
 
@@ -748,7 +750,7 @@ def test_the_command_fails_where_the_test_set_cannot_be_had(
         pytest.param(["capsnet.pt", "out", "--version", "-1"], id="negative-version"),
         pytest.param(["capsnet.pt", "out", "--version", "1.5"], id="fraction"),
         pytest.param(["capsnet.pt", "out", "--opset", "3"], id="old-opset"),
-        pytest.param(["capsnet.pt", "out", "--tensorrt", "--tensorrt-batches", "2", "1", "3"], id="unordered-batches"),
+        pytest.param(["capsnet.pt", "out", "--batches", "2", "1", "3"], id="unordered-batches"),
     ],
 )
 def test_bad_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

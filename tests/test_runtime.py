@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import PRECISIONS, find, load
-from serving.runtime import Runtime, saturates
+from serving.runtime import Runtime, RuntimeSetupError, saturates
+from serving.tensorrt import TENSORRT, BatchProfile, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
 
 
@@ -51,3 +54,50 @@ def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], p
     assert described.sha256 == running.server.artifact.sha256(precision)
     image = pb.Image(pixels=digits.images[0].tobytes())
     assert running.classify(image).results[0].label == str(digits.labels[0])
+
+
+class FakeSession:
+    """Answers blank images as a session of the provider listed first would, and remembers what it was made with."""
+
+    made: ClassVar[list[tuple[str, list[Any]]]] = []
+
+    def __init__(self, file: str, options: Any, providers: list[Any]) -> None:
+        self.made.append((file, providers))
+        self.providers = [one if isinstance(one, str) else one[0] for one in providers]
+
+    def get_providers(self) -> list[str]:
+        return self.providers
+
+    def run(self, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
+        count = len(inputs["images"])
+        return [np.zeros((count, 10), np.float32), np.zeros((count, 10, 16), np.float32)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    fake = Mock(__version__="1.31", InferenceSession=FakeSession)
+    fake.get_available_providers.return_value = [TENSORRT, "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
+    artifact = load(find(ROOT / "models"))
+
+    runtime = Runtime(artifact, "tensorrt", precision=precision, engine_cache=tmp_path)
+
+    assert runtime.provider == TENSORRT
+    assert not runtime.fell_back
+    file, (first, *others) = FakeSession.made[-1]
+    assert file == str(artifact.file(precision))
+    assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    folder = tmp_path / artifact.sha256(precision)
+    assert folder.is_dir()
+    profile = BatchProfile(**artifact.batches)
+    assert first == (
+        TENSORRT, execution_provider_options(profile, artifact.image_shape, folder, fp16=precision == "fp16"),
+    )  # fmt: skip
+
+
+def test_tensorrt_that_is_not_there_is_an_error_and_no_silent_fallback(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeSetupError, match=r"device tensorrt was asked for, but this ONNX Runtime has only .*CPU"):
+        Runtime(load(find(ROOT / "models")), "tensorrt", engine_cache=tmp_path)
+    assert not list(tmp_path.iterdir())

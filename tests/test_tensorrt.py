@@ -14,14 +14,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from export.to_tensorrt import (
-    CONTEXT_MODEL,
-    BatchProfile,
-    EngineError,
-    TensorRTMissing,
-    build_engine,
-    execution_provider_options,
-)
+from export.to_tensorrt import EngineError, TensorRTMissing, build_engine
+from serving.tensorrt import CONTEXT_MODEL, BatchProfile, execution_provider_options
 
 PROFILE = BatchProfile(1, 8, 32)
 IMAGE = (1, 28, 28)

@@ -91,7 +91,7 @@ def test_tensorrt_builds_one_engine_for_all_batch_sizes() -> None:
     assert accelerator(written(max_batch_size=16)) == {
         "precision_mode": "FP32",
         "trt_profile_min_shapes": "images:1x1x28x28",
-        "trt_profile_opt_shapes": "images:16x1x28x28",
+        "trt_profile_opt_shapes": "images:8x1x28x28",
         "trt_profile_max_shapes": "images:16x1x28x28",
     }
 
