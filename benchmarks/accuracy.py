@@ -86,9 +86,9 @@ def table(rows: Iterable[Row]) -> str:
     ]
     for command, runs in groups.items():
         percents = [100 * int(run["test_errors"]) / int(run["test_images"]) for run in runs]
-        mean = f"**{statistics.mean(percents):.2f} %**"
+        mean = f"**{percents[0]:.2f} %**"
         if len(runs) > 1:
-            mean += f" ± {statistics.stdev(percents):.2f}"
+            mean = f"**{statistics.mean(percents):.3f} %** ± {statistics.stdev(percents):.3f}"
         seeds = ", ".join(f"{run['seed']}: {percent:.2f}" for run, percent in zip(runs, percents, strict=True))
         parameters = f"{int(runs[0]['parameters']):,}"
         count = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"

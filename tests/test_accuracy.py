@@ -61,7 +61,7 @@ def test_runs_are_added_to_those_there_and_take_the_place_of_the_same(
         assert accuracy.main([str(folder), f"--results={results}"]) == 0
     assert [(row["seed"], row["test_errors"]) for row in accuracy.read(results)] == [("1", "40"), ("2", "20")]
     assert (
-        f"| **3.00 %** ± 1.41, 2 seeds | 1: 4.00, 2: 2.00 | 0.25 % with 6,804,224 parameters | `{COMMAND}` |"
+        f"| **3.000 %** ± 1.414, 2 seeds | 1: 4.00, 2: 2.00 | 0.25 % with 6,804,224 parameters | `{COMMAND}` |"
         in capsys.readouterr().out
     )
 
