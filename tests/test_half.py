@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto
 from export.graph import GraphError
 from export.half import to_fp16
 from export.verify import edge_images
-from tests.test_quantize import TINY, exported, random_images, run
+from tests.graphs import TINY, exported, random_images, run
 from training.model import CapsNetConfig
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16

@@ -1,9 +1,7 @@
 """Tests of the graph in 8-bit integers: what is quantised in it, what ONNX Runtime makes of it, and how near it is."""
 
-import os
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +15,11 @@ from torch import Tensor
 
 from export.graph import GraphError
 from export.quantize import to_int8
-from export.to_onnx import OPSET, to_onnx
 from export.verify import edge_images
-from training.model import CapsNet, CapsNetConfig
+from tests.graphs import TINY, exported, random_images, run
+from training.model import CapsNetConfig
 
-TINY = CapsNetConfig(conv_channels=8, primary_types=2, decoder_widths=())
 TOLERANCE = 0.03  # of probabilities and poses, which are from -1 to 1
-
-
-def random_network(config: CapsNetConfig) -> CapsNet:
-    """A network whose capsules are as long as a trained one's, so that a difference has something to show in."""
-    torch.manual_seed(0)
-    network = CapsNet(config).eval()
-    with torch.no_grad():
-        network.weight.mul_(3)
-        network.primary.weight.mul_(10)
-    return network
-
-
-@cache
-def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
-    """The graph of a random network; the exporter takes seconds."""
-    return to_onnx(random_network(config), opset)
-
-
-def random_images(config: CapsNetConfig, count: int) -> Tensor:
-    shape = (count, config.image_channels, config.image_size, config.image_size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
-def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> list[NDArray[np.float32]]:
-    """All outputs for images (B, C, H, W), and the graph as ONNX Runtime runs it, written to ``optimized``."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when it is imported
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    if optimized:
-        options.optimized_model_filepath = str(optimized)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    outputs: list[NDArray[np.float32]] = session.run(None, {"images": images.numpy()})
-    return outputs
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""Graphs of random networks, made once, and ONNX Runtime to run them, for the tests of int8 and fp16."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto
+from torch import Tensor
+
+from export.to_onnx import OPSET, to_onnx
+from serving.runtime import onnxruntime
+from training.model import CapsNet, CapsNetConfig
+
+TINY = CapsNetConfig(conv_channels=8, primary_types=2, decoder_widths=())
+
+
+def random_network(config: CapsNetConfig) -> CapsNet:
+    """A network whose capsules are as long as a trained one's, so that a difference has something to show in."""
+    torch.manual_seed(0)
+    network = CapsNet(config).eval()
+    with torch.no_grad():
+        network.weight.mul_(3)
+        network.primary.weight.mul_(10)
+    return network
+
+
+@cache
+def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
+    """The graph of a random network; the exporter takes seconds."""
+    return to_onnx(random_network(config), opset)
+
+
+def random_images(config: CapsNetConfig, count: int) -> Tensor:
+    shape = (count, config.image_channels, config.image_size, config.image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> list[NDArray[np.float32]]:
+    """All outputs for images (B, C, H, W), and the graph as ONNX Runtime runs it, written to ``optimized``."""
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    outputs: list[NDArray[np.float32]] = session.run(None, {"images": images.numpy()})
+    return outputs
