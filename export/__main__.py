@@ -3,7 +3,6 @@
 import argparse
 import re
 import sys
-from dataclasses import astuple
 from pathlib import Path
 
 from export.build import BATCHES, export_checkpoint
@@ -57,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--batches",
         type=int,
-        nargs=3,
-        default=astuple(BATCHES),
-        metavar=("MIN", "OPT", "MAX"),
-        help="what TensorRT and Triton are to expect: batches of MIN to MAX images, fastest at OPT (default: 1 8 32)",
+        nargs=2,
+        default=(BATCHES.opt, BATCHES.max),
+        metavar=("OPT", "MAX"),
+        help="what TensorRT and Triton are to expect: batches of up to MAX images, fastest at OPT (default: 8 32)",
     )
     result.add_argument(
         "--opset", type=int, choices=OPSETS, default=OPSET, help=f"version of the ONNX operators (default: {OPSET})"
@@ -72,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser()
     options = command.parse_args(arguments)
     try:
-        batches = BatchProfile(*options.batches)
+        batches = BatchProfile(1, *options.batches)
     except ValueError as error:
         command.error(f"--batches: {error}")
     try:

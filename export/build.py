@@ -14,14 +14,14 @@ from torch import Tensor
 
 from export import triton
 from export.certificate import CERTIFICATE, certificate
-from export.graph import receptive_field
+from export.graph import GraphError, receptive_field
 from export.half import to_fp16
 from export.quantize import to_int8
 from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
 from export.verify import ParityError, certify, certify_decoder, certify_explanation, reference, speeds
 from serving.artifact import MODEL, PRECISIONS, Artifact, digest, write_manifest
-from serving.runtime import Runtime
+from serving.runtime import Runtime, RuntimeSetupError
 from serving.settings import usable_cores
 from serving.tensorrt import BatchProfile
 from training.checkpoint import Checkpoint, CheckpointError
@@ -59,7 +59,8 @@ def export_checkpoint(
     batches: what TensorRT and Triton are to expect; engine: build a TensorRT engine beside the graphs, which is not
     compared with anything.
 
-    Where anything fails but the certificate of int8 or fp16, the version's folder is removed again. Raises
+    Where anything fails but int8 or fp16, nothing is left. ``config.pbtxt`` and ``labels.txt`` are written where this
+    is the highest version. Raises
     FileExistsError where that folder is there already; CheckpointError where weights, labels or test images do not
     fit the config, or the figures are not those of the weights; GraphError, TritonError, TensorRTMissing,
     EngineError, RuntimeSetupError and ParityError as the functions called do; OSError where files cannot be written.
@@ -71,14 +72,23 @@ def export_checkpoint(
         raise CheckpointError(f"the network takes images {shape}, the test set's are {dataset.image_shape}")
     if len(checkpoint.labels) != config.classes:
         raise CheckpointError(f"the checkpoint has {config.classes} classes but {len(checkpoint.labels)} labels")
+    options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
+    triton.check_labels(checkpoint.labels)
     training = _training(checkpoint, dataset)
     folder = out / name / version
+    # Under a name that neither our server nor Triton takes for a version, until it is whole.
+    work = out / name / f".{version}.partial"
     try:
-        folder.mkdir(parents=True)
+        if folder.exists():
+            raise FileExistsError
+        work.mkdir(parents=True)
     except FileExistsError as error:
-        raise FileExistsError(f"{folder}: exists already, and a version is never overwritten") from error
+        reason = "exists already, and a version is never overwritten"
+        if not folder.exists():
+            reason = f"another export of it is under way, or was killed; in the latter case remove {work}"
+        raise FileExistsError(f"{folder}: {reason}") from error
     artifact = Artifact(
-        folder, name, version, checkpoint.labels, shape, config.digit_dim, {}, {}, {}, asdict(batches), training
+        work, name, version, checkpoint.labels, shape, config.digit_dim, {}, {}, {}, asdict(batches), training
     )
     try:
         expected = reference(network, dataset.test_images, dataset.test_labels)
@@ -92,14 +102,20 @@ def export_checkpoint(
         failures: dict[str, str] = {}
         for precision in PRECISIONS:
             file = MODEL if precision == PRECISIONS[0] else f"{precision}.onnx"
-            candidate = _with_graph(artifact, precision, file, graphs[precision]())
+            try:
+                candidate = _with_graph(artifact, precision, file, graphs[precision]())
+            except GraphError as error:
+                if precision == PRECISIONS[0]:
+                    raise
+                failures[precision] = f"{precision}: {error}"
+                continue
             try:
                 runtime = Runtime(candidate, "cpu", usable_cores(), precision)
                 figures = certify(expected, runtime, precision)
-            except ParityError as error:
+            except (ParityError, RuntimeSetupError) as error:
                 if precision == PRECISIONS[0]:
                     raise
-                (folder / file).unlink()
+                (work / file).unlink()
                 failures[precision] = str(error)
                 continue
             if precision == PRECISIONS[0]:
@@ -107,23 +123,24 @@ def export_checkpoint(
             runtimes[precision] = runtime
             artifact = replace(candidate, variants=artifact.variants | {precision: {"file": file, **figures}})
             if precision == PRECISIONS[0] and engine:  # soon, since it is the most likely to fail
-                build_engine(folder / file, folder / ENGINE, batches)
+                build_engine(work / file, work / ENGINE, batches)
                 artifact = replace(
                     artifact,
-                    files=artifact.files | {ENGINE: digest(folder / ENGINE)},
+                    files=artifact.files | {ENGINE: digest(work / ENGINE)},
                     graphs={"tensorrt": {"file": ENGINE}},
                 )
         artifact = _with_extras(artifact, checkpoint, expected, opset)
         artifact = _with_speeds(artifact, runtimes, dataset.test_images)
-        (folder / CERTIFICATE).write_text(certificate(artifact, failures), encoding="utf-8")
-        artifact = replace(artifact, files=artifact.files | {CERTIFICATE: digest(folder / CERTIFICATE)})
-        options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
-        triton.write(folder.parent, artifact.labels, artifact.image_shape, artifact.pose_size, options)
+        (work / CERTIFICATE).write_text(certificate(artifact, failures), encoding="utf-8")
+        artifact = replace(artifact, files=artifact.files | {CERTIFICATE: digest(work / CERTIFICATE)})
         write_manifest(artifact)
+        work.rename(folder)
     except BaseException:
-        shutil.rmtree(folder)
+        shutil.rmtree(work, ignore_errors=True)
         raise
-    return Export(artifact, failures)
+    if not any(int(other.name) > int(version) for other in folder.parent.iterdir() if other.name.isdecimal()):
+        triton.write(folder.parent, artifact.labels, artifact.image_shape, artifact.pose_size, options)
+    return Export(replace(artifact, folder=folder), failures)
 
 
 def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Tensor:
@@ -172,7 +189,7 @@ def _with_extras(artifact: Artifact, checkpoint: Checkpoint, expected: Any, opse
     _write_graph(artifact, file, explanation_to_onnx(network, opset), "with the couplings of its routing")
     graphs[EXPLAIN] = {
         "file": file,
-        **certify_explanation(network, artifact.folder / file, expected.images),
+        **certify_explanation(network, artifact.folder / file, expected),
         "receptive_field": receptive_field(config),
     }
     files[file] = digest(artifact.folder / file)

@@ -14,9 +14,10 @@ def certificate(artifact: Artifact, failures: Mapping[str, str]) -> str:
     first = next(iter(variants.values()))
     parts = [
         f"# {artifact.name}, version {artifact.version}",
-        f"Each graph was run by {first['runtime']} ({first['provider']}) over all {first['test_images']:,} test images "
-        f"of {artifact.training['dataset']} and {first['images'] - first['test_images']} others (blank, saturated, "
-        f"single pixels, noise), and compared with {first['reference']} in single precision on the same network. "
+        f"Each graph that classifies was run by {first['runtime']} ({first['provider']}) over all "
+        f"{first['test_images']:,} test images of {artifact.training['dataset']} and "
+        f"{first['images'] - first['test_images']} others (blank, saturated, single pixels, noise), and compared with "
+        f"{first['reference']} in single precision on the same network. "
         "Every value was finite. A graph that differs by more than is tolerated is not written.",
         _table(
             ("precision", "file", "bytes", "test error", "labels changed",
@@ -34,8 +35,7 @@ def certificate(artifact: Artifact, failures: Mapping[str, str]) -> str:
     parts += [
         "Further graphs:",
         _table(("graph", "file", "images compared", "largest differences"), graphs),
-        "**Not run:** CUDA and TensorRT. fp16 was compared, and timed, on the CPU, which has no arithmetic of its own "
-        "for it; its speed on a GPU is not known from this page.",
+        "**Not run:** CUDA and TensorRT. All graphs were compared, and timed, on the CPU alone.",
         _table(("file", "SHA-256"), [(f"`{name}`", f"`{sha256}`") for name, sha256 in artifact.files.items()]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -50,6 +50,7 @@ def _compared(variant: Mapping[str, Any]) -> tuple[str, ...]:
     tolerance = variant["tolerance"]
     texts = {
         "difference": "differences of {:g}",
+        "mean_difference": "{:g} in the mean",
         "labels_changed": "labels changed: {:.2%}",
         "more_errors": "errors more: {:.2%}",
     }

@@ -147,14 +147,19 @@ def write(
     Raises TritonError as ``config`` does, and where a label has a line break, since Triton reads one label a line;
     OSError where the files cannot be written.
     """
-    for label in labels:
-        if "\n" in label:
-            raise TritonError(f"the label {label!r} has a line break; Triton reads one label a line")
+    check_labels(labels)
     text = config(folder.name, labels, image_shape, pose_size, options)
     for name, content in ((LABELS, "".join(f"{label}\n" for label in labels)), (CONFIG, text)):
         partial = folder / (name + ".partial")
         partial.write_bytes(content.encode())
         partial.replace(folder / name)
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raises TritonError where a label has a line break, since Triton reads one label a line."""
+    for label in labels:
+        if "\n" in label or "\r" in label:
+            raise TritonError(f"the label {label!r} has a line break; Triton reads one label a line")
 
 
 def _accelerator(image_shape: tuple[int, int, int], options: Options) -> str:

@@ -59,11 +59,9 @@ class Artifact:
         """Of the graph in this precision, hexadecimal."""
         return self.files[self.file(precision).name]
 
-    @property
-    def test_error(self) -> str:
-        """The measured test error, for people: ``0.42 % (42 of 10000)``."""
-        figures = self.training["figures"]
-        errors, images = figures["test_errors"], figures["test_images"]
+    def test_error(self, precision: str = PRECISIONS[0]) -> str:
+        """The measured test error in this precision, for people: ``0.42 % (42 of 10000)``."""
+        errors, images = (self.variants[precision][name] for name in ("test_errors", "test_images"))
         return f"{100 * errors / images:.2f} % ({errors} of {images})"
 
 
@@ -120,7 +118,7 @@ def load(folder: Path) -> Artifact:
             folder=folder,
             name=content["name"],
             version=content["version"],
-            labels=tuple(content["labels"]),
+            labels=tuple(content["labels"]) if isinstance(content["labels"], list) else (),
             image_shape=(channels, height, width),
             pose_size=content["outputs"]["poses"]["shape"][2],
             files={name: file["sha256"] for name, file in content["files"].items()},
@@ -129,12 +127,12 @@ def load(folder: Path) -> Artifact:
             batches=content["tensorrt"]["batches"],
             training=content["training"],
         )
-        named = [part["file"] for part in (*result.variants.values(), *result.graphs.values())]
+        named = {str(part["file"]) for part in (*result.variants.values(), *result.graphs.values())}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(f"{path}: a field is missing or malformed ({error!r})") from error
     _check(result, path)
-    if unknown := set(named) - result.files.keys():
-        raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(map(str, unknown)))}")
+    if unknown := named - result.files.keys():
+        raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(unknown))}")
     for name, sha256 in result.files.items():
         _check_digest(folder / name, sha256, MANIFEST)
     return result
@@ -170,12 +168,9 @@ def _check_digest(path: Path, expected: str, source: str) -> None:
 def _check(artifact: Artifact, path: Path) -> None:
     """Raises ArtifactError at the first field that is not what serving relies on."""
     training = artifact.training if isinstance(artifact.training, dict) else {}
-    figures = training.get("figures")
-    figures = figures if isinstance(figures, dict) else {}
-    errors, images = figures.get("test_errors"), figures.get("test_images")
     labels, channels = artifact.labels, artifact.image_shape[0]
-    files = [name for name in artifact.files if Path(name).name != name or name in ("", ".", "..")]
-    rules = {
+    files = [name for name in artifact.files if not _is_text(name) or Path(name).name != name or name in ("", "..")]
+    rules: dict[str, tuple[object, str, object]] = {
         "files": (files, "names without folders", not files),
         "variants": (
             list(artifact.variants),
@@ -187,7 +182,7 @@ def _check(artifact: Artifact, path: Path) -> None:
         "labels": (
             labels,
             "different texts, one at least",
-            labels and all(isinstance(label, str) and label for label in labels) and len(set(labels)) == len(labels),
+            labels and all(_is_text(label) and label for label in labels) and len(set(labels)) == len(labels),
         ),
         "inputs.images.shape": (
             artifact.image_shape,
@@ -198,26 +193,34 @@ def _check(artifact: Artifact, path: Path) -> None:
             artifact.batches,
             "min, opt and max, each a whole number above 0 and none less than the one before",
             isinstance(artifact.batches, dict)
-            and list(artifact.batches) == ["min", "opt", "max"]
+            and artifact.batches.keys() == {"min", "opt", "max"}
             and all(_is_count(size) for size in artifact.batches.values())
-            and list(artifact.batches.values()) == sorted(artifact.batches.values()),
+            and artifact.batches["min"] <= artifact.batches["opt"] <= artifact.batches["max"],
         ),
         "outputs.poses.shape[2]": (artifact.pose_size, "a whole number above 0", _is_count(artifact.pose_size)),
-        "training.dataset": (training.get("dataset"), "a text", isinstance(training.get("dataset"), str)),
-        "training.figures.test_images": (images, "a whole number above 0", _is_count(images)),
-        "training.figures.test_errors": (
+        "training.dataset": (training.get("dataset"), "a text", _is_text(training.get("dataset"))),
+    }
+    for precision, variant in artifact.variants.items():
+        errors: Any = variant.get("test_errors")
+        images: Any = variant.get("test_images")
+        rules[f"variants.{precision}.test_images"] = (images, "a whole number above 0", _is_count(images))
+        rules[f"variants.{precision}.test_errors"] = (
             errors,
             "a whole number up to test_images",
-            isinstance(errors, int) and isinstance(images, int) and 0 <= errors <= images,
-        ),
-    }
+            _is_count(images) and (_is_count(errors) or errors == 0) and errors <= images,
+        )
     for name, (value, expected, holds) in rules.items():
         if not holds:
             raise ArtifactError(f"{path}: {name} is {value!r}; expected {expected}")
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**32
+
+
+def _is_text(value: object) -> bool:
+    """A text that a file's name or a message can hold: no null character, and no half of a surrogate pair."""
+    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
 
 
 def find(repository: Path, name: str = "", version: str = "") -> Path:

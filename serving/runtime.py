@@ -95,12 +95,20 @@ class Runtime:
                 )
             # By the graph's digest, since TensorRT's cache tells engines apart by names and not by weights.
             cache = (engine_cache or _cache_folder()) / artifact.sha256(precision)
-            cache.mkdir(parents=True, exist_ok=True)
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RuntimeSetupError(
+                    f"{cache}: cannot be made: {error.strerror}; engine_cache names another"
+                ) from error
             profile = BatchProfile(**artifact.batches)
             options_of = execution_provider_options(profile, artifact.image_shape, cache, fp16=precision == "fp16")
             wanted = [(TENSORRT, options_of), *wanted]
+        # As bytes, what was verified is what runs: a graph in a file could have its weights in others. TensorRT's cache
+        # needs the file.
+        source = str(file) if device == "tensorrt" else file.read_bytes()
         try:
-            self._session = ort.InferenceSession(str(file), options, providers=wanted)
+            self._session = ort.InferenceSession(source, options, providers=wanted)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise RuntimeSetupError(f"{file}: ONNX Runtime cannot load it: {error}") from error
         #: The provider that ONNX Runtime really uses first, by its own name.

@@ -15,7 +15,7 @@ from serving import artifact as artifacts
 from serving.batcher import Batcher
 from serving.metrics import Metrics
 from serving.rpc import Edge
-from serving.runtime import Runtime
+from serving.runtime import Runtime, RuntimeSetupError
 from serving.service import SERVICE, CapsNetService
 from serving.settings import Settings, usable_cores
 
@@ -45,6 +45,11 @@ class Server:
         folder = artifacts.find(settings.repository, settings.model, settings.model_version)
         self.artifact = artifacts.load(folder)
         self.threads = settings.threads or usable_cores()
+        if settings.device == "tensorrt" and settings.max_batch > self.artifact.batches["max"]:
+            most = self.artifact.batches["max"]
+            raise RuntimeSetupError(
+                f"max_batch: {settings.max_batch}; this model was exported for batches of up to {most} in TensorRT"
+            )
         engine_cache = Path(settings.engine_cache) if settings.engine_cache else None
         self.runtime = Runtime(self.artifact, settings.device, self.threads, settings.precision, engine_cache)
         self.port = self.metrics_port = 0
@@ -131,16 +136,17 @@ class Server:
         """Log what is served, where, and on what."""
         channels, height, width = self.artifact.image_shape
         _logger.info(
-            "%s version %s: %d x %d images of %d channel(s), %d classes (%s), poses of %d; test error %s",
+            "%s version %s in %s: %d x %d images of %d channel(s), %d classes (%s), poses of %d; test error %s",
             self.artifact.name,
             self.artifact.version,
+            self.settings.precision,
             width,
             height,
             channels,
             len(self.artifact.labels),
             ", ".join(self.artifact.labels),
             self.artifact.pose_size,
-            self.artifact.test_error,
+            self.artifact.test_error(self.settings.precision),
         )
         _logger.info(
             "%s on %s, %d thread(s), batches of up to %d images",

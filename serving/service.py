@@ -108,7 +108,7 @@ class CapsNetService:
         self._check_model(request.model_name, request.model_version)
         artifact = self._artifact
         channels, height, width = artifact.image_shape
-        figures = artifact.training["figures"]
+        figures = artifact.variants[self._settings.precision]
         return pb.GetModelResponse(
             model_name=artifact.name,
             model_version=artifact.version,

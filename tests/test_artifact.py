@@ -29,6 +29,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
     artifact = load(copy)
     assert (artifact.name, artifact.version) == ("capsnet-mnist", "1")
     assert artifact.training["figures"]["test_errors"] == len(artifact.training["figures"]["test_mistakes"])
+    assert artifact.test_error() == "0.34 % (34 of 10000)"
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         (["version"], "7", "version is '7'; expected the name of its folder"),
         (["labels"], ["a", "a"], "labels is ('a', 'a'); expected different texts"),
         (["labels"], [], "labels is (); expected different texts"),
-        (["labels"], None, "a field is missing or malformed"),
+        (["labels"], None, "labels is (); expected different texts"),
         (
             ["inputs", "images", "shape"],
             [None, 2, 28, 28],
@@ -49,9 +50,18 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         (["inputs", "images", "shape"], [28, 28], "a field is missing or malformed"),
         (["outputs", "poses", "shape"], [None, 10, 0], "outputs.poses.shape[2] is 0; expected a whole number above 0"),
         (["training", "dataset"], 3, "training.dataset is 3; expected a text"),
-        (["training", "figures"], {}, "training.figures.test_images is None"),
-        (["training", "figures", "test_images"], 0, "training.figures.test_images is 0"),
-        (["training", "figures", "test_errors"], -1, "training.figures.test_errors is -1"),
+        (["variants", "fp16"], {"file": "fp16.onnx"}, "variants.fp16.test_images is None"),
+        (["variants", "fp32", "test_images"], 0, "variants.fp32.test_images is 0"),
+        (["variants", "fp32", "test_images"], 2**40, "variants.fp32.test_images is 1099511627776"),
+        (["variants", "int8", "test_errors"], -1, "variants.int8.test_errors is -1"),
+        (["variants", "int8", "test_errors"], True, "variants.int8.test_errors is True"),
+        (["variants", "int8", "file"], ["int8.onnx"], "files has no digest of ['int8.onnx']"),
+        (["variants", "int8", "file"], {}, "files has no digest of {}"),
+        (["files", "a\0b"], {"sha256": "0"}, "expected names without folders"),
+        (["files", "\ud800"], {"sha256": "0"}, "expected names without folders"),
+        (["labels"], "0123456789", "labels is (); expected different texts"),
+        (["labels"], ["\ud800"], "expected different texts"),
+        (["training", "dataset"], "\ud800", "expected a text"),
         (["files"], {"../model.onnx": {"sha256": "0"}}, "files is ['../model.onnx']; expected names without folders"),
         (["files"], {}, "files has no digest of explain.onnx, fp16.onnx, int8.onnx, model.onnx"),
         (["files"], None, "a field is missing or malformed"),

@@ -55,7 +55,7 @@ def _failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
 def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
     with _process() as (_, _, lines):
         text = "".join(lines)
-    assert re.search(r"capsnet-mnist version 1: 28 x 28 images .* test error 0\.\d\d %", text)
+    assert re.search(r"capsnet-mnist version 1 in fp32: 28 x 28 images .* test error 0\.\d\d %", text)
     assert re.search(r"ONNX Runtime [\d.]+ on CPUExecutionProvider", text)
     assert re.search(r"gRPC on 127\.0\.0\.1:\d+, metrics on http://127\.0\.0\.1:\d+/metrics", text)
 

@@ -1,16 +1,21 @@
 """Tests of the runtime: each precision of the embedded model, and what it asks of ONNX Runtime."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import numpy as np
+import onnx
 import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import PRECISIONS, find, load
 from serving.runtime import Runtime, RuntimeSetupError, saturates
+from serving.server import Server
+from serving.settings import Settings
 from serving.tensorrt import TENSORRT, BatchProfile, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
 
@@ -52,6 +57,7 @@ def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], p
     described = running.stub.GetModel(pb.GetModelRequest(), timeout=20)
     assert described.precision == precision
     assert described.sha256 == running.server.artifact.sha256(precision)
+    assert described.test_errors == running.server.artifact.variants[precision]["test_errors"]
     image = pb.Image(pixels=digits.images[0].tobytes())
     assert running.classify(image).results[0].label == str(digits.labels[0])
 
@@ -87,7 +93,7 @@ def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_ap
     assert runtime.provider == TENSORRT
     assert not runtime.fell_back
     file, (first, *others) = FakeSession.made[-1]
-    assert file == str(artifact.file(precision))
+    assert file == str(artifact.file(precision))  # and not its bytes: the cache goes by the file
     assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     folder = tmp_path / artifact.sha256(precision)
     assert folder.is_dir()
@@ -101,3 +107,27 @@ def test_tensorrt_that_is_not_there_is_an_error_and_no_silent_fallback(tmp_path:
     with pytest.raises(RuntimeSetupError, match=r"device tensorrt was asked for, but this ONNX Runtime has only .*CPU"):
         Runtime(load(find(ROOT / "models")), "tensorrt", engine_cache=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Mock(__version__="1.31", InferenceSession=FakeSession)
+    fake.get_available_providers.return_value = [TENSORRT, "CPUExecutionProvider"]
+    monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeSetupError, match="cannot be made: Not a directory; engine_cache names another"):
+        Runtime(load(find(ROOT / "models")), "tensorrt", engine_cache=tmp_path / "file")
+
+
+def test_a_batch_larger_than_tensorrt_was_told_of_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(RuntimeSetupError, match="max_batch: 33; this model was exported for batches of up to 32"):
+        Server(Settings(port=0, metrics_port=0, device="tensorrt", max_batch=33))
+
+
+def test_weights_outside_the_verified_file_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "capsnet-mnist" / "1"
+    shutil.copytree(find(ROOT / "models"), folder)
+    model = onnx.load_model(folder / "model.onnx")
+    onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    artifact = load(find(ROOT / "models"))
+    with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
+        Runtime(replace(artifact, folder=folder), "cpu")
