@@ -95,6 +95,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any], help_: str, def
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m training",
+        usage="%(prog)s [--config NAME] [--dataset NAME | --data FOLDER] [--out FOLDER] [--resume] [--help] ...",
         description="Train a capsule network, test it once, and write its checkpoint.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
