@@ -125,7 +125,7 @@ def in_openvino(file: Path, threads: int) -> Predict | None:
 
 def export_plainly(module: nn.Module, outputs: list[str], config: CapsNetConfig, file: Path) -> None:
     """A module that takes images as an ONNX file, by PyTorch's exporter alone."""
-    example = torch.zeros(2, config.image_channels, config.image_size, config.image_size, dtype=torch.uint8)
+    example = torch.zeros((2, *config.image_shape), dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
@@ -141,8 +141,9 @@ def variants(network: CapsNet, folder: Path, threads: int, compile_: bool) -> di
     torch.set_num_threads(threads)
     model = to_onnx(network)
     config = network.config
-    shape = (64, config.image_channels, config.image_size, config.image_size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (64, *config.image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     onnx.save_model(model, folder / "fp32.onnx")
     onnx.save_model(to_int8(model, images), folder / "int8.onnx")
     export_plainly(EinsumNetwork(network), ["probabilities", "poses"], config, folder / "einsum.onnx")

@@ -19,14 +19,15 @@ from export.half import to_fp16
 from export.quantize import to_int8
 from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
-from export.verify import ParityError, certify, certify_decoder, certify_explanation, reference, speeds
+from export.verify import ParityError, Reference, certify, certify_decoder, certify_explanation, reference, speeds
 from serving.artifact import MODEL, PRECISIONS, Artifact, digest, write_manifest
 from serving.runtime import Runtime, RuntimeSetupError
 from serving.settings import usable_cores
 from serving.tensorrt import BatchProfile
 from training.checkpoint import Checkpoint, CheckpointError
 from training.datasets import Dataset
-from training.provenance import processor, provenance
+from training.model import CapsNet
+from training.provenance import commit, processor
 from training.scenes import scenes
 
 CALIBRATION_IMAGES = 1024
@@ -60,16 +61,18 @@ def export_checkpoint(
     compared with anything.
 
     Where anything fails but int8 or fp16, nothing is left. ``config.pbtxt`` and ``labels.txt`` are written where this
-    is the highest version. Raises
-    FileExistsError where that folder is there already; CheckpointError where weights, labels or test images do not
-    fit the config, or the figures are not those of the weights; GraphError, TritonError, TensorRTMissing,
+    is the highest version.
+
+    Raises FileExistsError where that folder is there already; CheckpointError where weights, labels or test images do
+    not fit the config, or the figures are not those of the weights; GraphError, TritonError, TensorRTMissing,
     EngineError, RuntimeSetupError and ParityError as the functions called do; OSError where files cannot be written.
     """
     network = checkpoint.model()
     config = checkpoint.config
-    shape = (config.image_channels, config.image_size, config.image_size)
-    if dataset.image_shape != shape:
-        raise CheckpointError(f"the network takes images {shape}, the test set's are {dataset.image_shape}")
+    if dataset.image_shape != config.image_shape:
+        raise CheckpointError(
+            f"the network takes images {config.image_shape}, the test set's are {dataset.image_shape}"
+        )
     if len(checkpoint.labels) != config.classes:
         raise CheckpointError(f"the checkpoint has {config.classes} classes but {len(checkpoint.labels)} labels")
     options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
@@ -88,48 +91,45 @@ def export_checkpoint(
             reason = f"another export of it is under way, or was killed; in the latter case remove {work}"
         raise FileExistsError(f"{folder}: {reason}") from error
     artifact = Artifact(
-        work, name, version, checkpoint.labels, shape, config.digit_dim, {}, {}, {}, asdict(batches), training
+        work,
+        name,
+        version,
+        checkpoint.labels,
+        config.image_shape,
+        config.digit_dim,
+        {},
+        {},
+        {},
+        asdict(batches),
+        training,
     )
     try:
         expected = reference(network, dataset.test_images, dataset.test_labels)
         model = to_onnx(network, opset)
-        graphs: dict[str, Callable[[], onnx.ModelProto]] = {
-            "fp32": lambda: model,
+        artifact, runtime = _with_variant(artifact, PRECISIONS[0], model, expected)
+        _check_figures(checkpoint, artifact.variants[PRECISIONS[0]])
+        if engine:  # soon, since it is the most likely to fail
+            build_engine(artifact.file(), work / ENGINE, batches)
+            artifact = replace(
+                artifact,
+                files=artifact.files | {ENGINE: digest(work / ENGINE)},
+                graphs={"tensorrt": {"file": ENGINE}},
+            )
+        runtimes = {PRECISIONS[0]: runtime}
+        failures: dict[str, str] = {}
+        others: dict[str, Callable[[], onnx.ModelProto]] = {
             "int8": lambda: to_int8(model, calibration_images(dataset)),
             "fp16": lambda: to_fp16(model),
         }
-        runtimes: dict[str, Runtime] = {}
-        failures: dict[str, str] = {}
-        for precision in PRECISIONS:
-            file = MODEL if precision == PRECISIONS[0] else f"{precision}.onnx"
+        for precision, make in others.items():
             try:
-                candidate = _with_graph(artifact, precision, file, graphs[precision]())
+                artifact, runtimes[precision] = _with_variant(artifact, precision, make(), expected)
             except GraphError as error:
-                if precision == PRECISIONS[0]:
-                    raise
                 failures[precision] = f"{precision}: {error}"
-                continue
-            try:
-                runtime = Runtime(candidate, "cpu", usable_cores(), precision)
-                figures = certify(expected, runtime, precision)
             except (ParityError, RuntimeSetupError) as error:
-                if precision == PRECISIONS[0]:
-                    raise
-                (work / file).unlink()
+                (work / _file(precision)).unlink()
                 failures[precision] = str(error)
-                continue
-            if precision == PRECISIONS[0]:
-                _check_figures(checkpoint, figures)
-            runtimes[precision] = runtime
-            artifact = replace(candidate, variants=artifact.variants | {precision: {"file": file, **figures}})
-            if precision == PRECISIONS[0] and engine:  # soon, since it is the most likely to fail
-                build_engine(work / file, work / ENGINE, batches)
-                artifact = replace(
-                    artifact,
-                    files=artifact.files | {ENGINE: digest(work / ENGINE)},
-                    graphs={"tensorrt": {"file": ENGINE}},
-                )
-        artifact = _with_extras(artifact, checkpoint, expected, opset)
+        artifact = _with_extras(artifact, network, expected, opset)
         artifact = _with_speeds(artifact, runtimes, dataset.test_images)
         (work / CERTIFICATE).write_text(certificate(artifact, failures), encoding="utf-8")
         artifact = replace(artifact, files=artifact.files | {CERTIFICATE: digest(work / CERTIFICATE)})
@@ -151,14 +151,24 @@ def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Ten
     return scenes(images, labels, dataset.objects, dataset.canvas, generator)[0] if dataset.canvas else images
 
 
-def _with_graph(artifact: Artifact, precision: str, file: str, model: onnx.ModelProto) -> Artifact:
-    """The artifact with a further graph that classifies, written but not certified."""
+def _file(precision: str) -> str:
+    return MODEL if precision == PRECISIONS[0] else f"{precision}.onnx"
+
+
+def _with_variant(
+    artifact: Artifact, precision: str, model: onnx.ModelProto, expected: Reference
+) -> tuple[Artifact, Runtime]:
+    """The artifact with a further graph that classifies, written and certified, and the runtime that it ran in."""
+    file = _file(precision)
     _write_graph(artifact, file, model, f"in {precision}")
-    return replace(
+    written = replace(
         artifact,
         files=artifact.files | {file: digest(artifact.folder / file)},
         variants=artifact.variants | {precision: {"file": file}},
     )
+    runtime = Runtime(written, "cpu", usable_cores(), precision)
+    figures = certify(expected, runtime, precision)
+    return replace(written, variants=artifact.variants | {precision: {"file": file, **figures}}), runtime
 
 
 def _write_graph(artifact: Artifact, file: str, model: onnx.ModelProto, what: str) -> None:
@@ -181,16 +191,15 @@ def _write_graph(artifact: Artifact, file: str, model: onnx.ModelProto, what: st
     onnx.save_model(model, artifact.folder / file)
 
 
-def _with_extras(artifact: Artifact, checkpoint: Checkpoint, expected: Any, opset: int) -> Artifact:
+def _with_extras(artifact: Artifact, network: CapsNet, expected: Reference, opset: int) -> Artifact:
     """The artifact with the graphs that explain and reconstruct, certified."""
-    network, config = checkpoint.model(), checkpoint.config
     files, graphs = dict(artifact.files), dict(artifact.graphs)
     file = f"{EXPLAIN}.onnx"
     _write_graph(artifact, file, explanation_to_onnx(network, opset), "with the couplings of its routing")
     graphs[EXPLAIN] = {
         "file": file,
         **certify_explanation(network, artifact.folder / file, expected),
-        "receptive_field": receptive_field(config),
+        "receptive_field": receptive_field(network.config),
     }
     files[file] = digest(artifact.folder / file)
     if network.decoder is not None:
@@ -236,7 +245,7 @@ def _training(checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
         "config": asdict(checkpoint.config),
         "recipe": checkpoint.recipe,
         "figures": checkpoint.figures,
-        "export_commit": provenance(torch.device("cpu"))["commit"],
+        "export_commit": commit(),
     }
     try:
         result: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))

@@ -38,9 +38,8 @@ class Signature(NamedTuple):
 
 def served_signature(config: CapsNetConfig) -> Signature:
     """Of the graphs that classify."""
-    image = (config.image_channels, config.image_size, config.image_size)
     return Signature(
-        {"images": Value("UINT8", image, "Pixels from 0 to 255; the graph brings them to 0 to 1.")},
+        {"images": Value("UINT8", config.image_shape, "Pixels from 0 to 255; the graph brings them to 0 to 1.")},
         {
             "probabilities": Value("FLOAT", (config.classes,), "The length of each class's pose; they add up to no 1."),
             "poses": Value("FLOAT", (config.classes, config.digit_dim), "The digit capsules v."),
@@ -58,13 +57,12 @@ def explain_signature(config: CapsNetConfig) -> Signature:
 
 def decoder_signature(config: CapsNetConfig) -> Signature:
     """Of the graph that reconstructs."""
-    image = (config.image_channels, config.image_size, config.image_size)
     return Signature(
         {
             "pose": Value("FLOAT", (config.digit_dim,), "The pose of one class."),
             "class": Value("INT64", (), "Which class it is, from 0."),
         },
-        {"image": Value("FLOAT", image, "The reconstruction, pixels from 0 to 1.")},
+        {"image": Value("FLOAT", config.image_shape, "The reconstruction, pixels from 0 to 1.")},
     )
 
 
@@ -112,7 +110,7 @@ class LiveDecoder(nn.Module):
         self.register_buffer("by_class", by_class.contiguous())
         self.register_buffer("bias", first.bias.detach())
         self.rest = nn.Sequential(*rest)
-        self.shape = (config.image_channels, config.image_size, config.image_size)
+        self.shape = config.image_shape
 
     def forward(self, pose: Tensor, category: Tensor) -> Tensor:
         hidden = torch.bmm(pose.unsqueeze(1), self.get_buffer("by_class")[category]).squeeze(1)

@@ -52,9 +52,7 @@ def decoder_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
 
 
 def _images(network: CapsNet) -> dict[str, Tensor]:
-    config = network.config
-    shape = (_EXAMPLES, config.image_channels, config.image_size, config.image_size)
-    return {"images": torch.zeros(shape, dtype=torch.uint8)}
+    return {"images": torch.zeros((_EXAMPLES, *network.config.image_shape), dtype=torch.uint8)}
 
 
 def _export(module: nn.Module, example: Mapping[str, Tensor], signature: Signature, opset: int) -> onnx.ModelProto:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.artifact import PRECISIONS, Artifact
+from serving.cache import cache_folder
 from serving.tensorrt import TENSORRT, BatchProfile, execution_provider_options
 
 CPU = "CPUExecutionProvider"
@@ -94,7 +95,7 @@ class Runtime:
                     "the extra gpu and TensorRT's own libraries"
                 )
             # By the graph's digest, since TensorRT's cache tells engines apart by names and not by weights.
-            cache = (engine_cache or _cache_folder()) / artifact.sha256(precision)
+            cache = (engine_cache or cache_folder() / "tensorrt") / artifact.sha256(precision)
             try:
                 cache.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -137,7 +138,3 @@ class Runtime:
         """uint8 images (B, C, H, W) to probabilities and poses. Blocks; releases Python's lock while it computes."""
         probabilities, poses = self._session.run(["probabilities", "poses"], {"images": images})
         return Prediction(probabilities, poses)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsnet" / "tensorrt"

@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -33,8 +34,9 @@ def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
 
 
 def random_images(config: CapsNetConfig, count: int) -> Tensor:
-    shape = (count, config.image_channels, config.image_size, config.image_size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (count, *config.image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> list[NDArray[np.float32]]:
@@ -48,3 +50,15 @@ def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> lis
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     outputs: list[NDArray[np.float32]] = session.run(None, {"images": images.numpy()})
     return outputs
+
+
+def assert_kept(result: ModelProto, original: ModelProto) -> None:
+    """A converted graph is valid and has the original's names, properties, shapes and operator set."""
+    onnx.checker.check_model(result, full_check=True)
+    for field in ("doc_string", "metadata_props", "opset_import", "ir_version", "producer_name"):
+        assert getattr(result, field) == getattr(original, field)
+    assert list(result.graph.input) == list(original.graph.input)
+    assert list(result.graph.output) == list(original.graph.output)
+    assert {node.domain for node in result.graph.node} == {""}
+    for value in result.graph.value_info:
+        assert not any(axis.dim_param.startswith("unk") for axis in value.type.tensor_type.shape.dim)

@@ -31,9 +31,8 @@ def of_checkpoint(
         raise DatasetError(
             f"the network's labels are {', '.join(trained.labels)}; those of the data {', '.join(dataset.labels)}"
         )
-    shape = (config.image_channels, config.image_size, config.image_size)
     found = dataset.image_shape
-    if found != shape:
-        given, expected = (" x ".join(map(str, sizes)) for sizes in (found, shape))
+    if found != config.image_shape:
+        given, expected = (" x ".join(map(str, sizes)) for sizes in (found, config.image_shape))
         raise DatasetError(f"{dataset.name} has images of {given}; the network takes {expected}")
     return dataset

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from serving.cache import cache_folder
 from serving.idx import decompress, read_idx
 from training.scenes import affnist_spec, scenes
 
@@ -301,7 +302,7 @@ def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dat
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(sorted(NAMES))}")
     spec = DATASETS[name]
-    cache = Folder(_cache_folder() / name)
+    cache = Folder(cache_folder() / name)
     own = cache if folder is None else Folder(folder)
     failures = []
     for source in dict.fromkeys((own, cache, *spec.sources)):
@@ -363,10 +364,6 @@ def per_class(labels: Tensor, count: int, seed: int) -> Tensor:
             raise ValueError(f"per_class: {count}; class {label} has {len(of_class)} images to train on")
         chosen.append(of_class[:count])
     return torch.cat(chosen).sort().values
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsnet"
 
 
 def _read_verified(source: Source, digests: Mapping[str, str], progress: bool) -> dict[str, bytes]:

@@ -81,6 +81,11 @@ class CapsNetConfig:
             )
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.image_channels, self.image_size, self.image_size
+
+    @property
     def primary_grid(self) -> int:
         """Height and width of the primary capsules' grid, in positions."""
         return (self.image_size - 2 * KERNEL + 1) // PRIMARY_STRIDE + 1

@@ -17,7 +17,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """
     return {
         "command": _command(),
-        "commit": _commit(),
+        "commit": commit(),
         "device": _processes() + _name(device),
         "torch": str(torch.__version__),
     }
@@ -25,33 +25,34 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def _command() -> str:
     words = [word for word in sys.orig_argv[1:] if word != "-u"]  # which torchrun adds
-    nodes = _count("WORLD_SIZE") // _count("LOCAL_WORLD_SIZE")
-    if _count("WORLD_SIZE") == 1:
+    nodes = process_count() // process_count("LOCAL_WORLD_SIZE")
+    if process_count() == 1:
         return shlex.join(["python", *words])
     machines = [f"--nnodes={nodes}"] if nodes > 1 else []
-    return shlex.join(["torchrun", *machines, f"--nproc-per-node={_count('LOCAL_WORLD_SIZE')}", *words])
+    return shlex.join(["torchrun", *machines, f"--nproc-per-node={process_count('LOCAL_WORLD_SIZE')}", *words])
 
 
-def _count(variable: str) -> int:
-    """One of the numbers of processes that torchrun sets."""
+def process_count(variable: str = "WORLD_SIZE") -> int:
+    """How many processes torchrun has started, on all machines or, by ``LOCAL_WORLD_SIZE``, on this one; else 1."""
     return int(os.environ.get(variable, 1))
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the source, as ``provenance`` has it."""
     source = Path(__file__).parent
     try:
-        commit, changes = (
+        head, changes = (
             subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, check=True).stdout.strip()
             for arguments in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", "."))
         )
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return commit + ("+changes" if changes else "")
+    return head + ("+changes" if changes else "")
 
 
 def _processes() -> str:
     """``2 x`` and so on where torchrun has started several processes."""
-    count = _count("WORLD_SIZE")
+    count = process_count()
     return f"{count} x " if count > 1 else ""
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from training.datasets import Dataset, per_class, split
 from training.evaluate import mistakes, predict, wrong
 from training.loss import PIXEL_WEIGHT, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
-from training.provenance import provenance
+from training.provenance import process_count, provenance
 from training.report import REPORT_FILE, write_report
 from training.scenes import combine, members, place, scenes
 
@@ -415,7 +414,7 @@ def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 def _trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], progress: bool) -> lightning.Trainer:
     """Lightning's trainer, on as many processes as torchrun says it has started, else on one."""
-    processes, here = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    processes, here = process_count(), process_count("LOCAL_WORLD_SIZE")
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.precision == "16-mixed" and accelerator == "cpu":
         raise TrainingError("precision: 16-mixed needs a GPU; bf16-mixed runs on a CPU too")
