@@ -3,8 +3,10 @@ VENV := .venv
 DEV_VENV := .venv-dev
 DEV := $(DEV_VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
+LOCK := $(DEV)/uv pip compile --quiet pyproject.toml --upgrade --generate-hashes --python-version 3.12 \
+	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
-.PHONY: serve test lint format protos clean
+.PHONY: serve test lint format protos requirements clean
 
 ## Install what serving needs and serve the embedded model: gRPC on 8001, metrics on 8002. ARGS='--port 9001' adds flags.
 serve: $(VENV)/.installed
@@ -29,7 +31,14 @@ format: $(DEV_VENV)/.installed
 
 ## Generate the code from the .proto files.
 protos: $(DEV_VENV)/.installed
-	$(DEV)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. protos/capsnet/v1/*.proto
+	$(DEV)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. \
+		protos/capsnet/v1/*.proto protos/inference/*.proto
+
+## Write down the versions and digests of what the images install.
+requirements: $(DEV_VENV)/.installed
+	$(LOCK) --extra cpu --extra tracing --output-file deploy/requirements/cpu.txt
+	$(LOCK) --extra gpu --extra tracing --output-file deploy/requirements/gpu.txt
+	$(LOCK) --extra cpu --extra export --output-file deploy/requirements/training.txt
 
 clean:
 	rm -rf $(VENV) $(DEV_VENV)
@@ -44,5 +53,5 @@ $(VENV)/.installed: pyproject.toml
 $(DEV_VENV)/.installed: pyproject.toml
 	@echo "installing what the tests need into $(DEV_VENV) (once)"
 	$(PYTHON) -m venv $(DEV_VENV)
-	$(DEV_VENV)/bin/python $(PIP) --editable '.[cpu,export,dev]'
+	$(DEV_VENV)/bin/python $(PIP) --editable '.[cpu,export,tracing,dev]'
 	@touch $@

@@ -1,12 +1,15 @@
 """``python -m serving``: serve a model."""
 
 import asyncio
-import logging
 import sys
 import warnings
 
+import uvloop
+from prometheus_client import disable_created_metrics
+
 from serving.artifact import ArtifactError
 from serving.images import limit_metadata
+from serving.logs import set_up
 from serving.runtime import RuntimeSetupError
 from serving.server import StartError, serve
 from serving.settings import read
@@ -16,9 +19,11 @@ def main() -> int:
     settings = read(sys.argv[1:])
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, in words that clients choose
     limit_metadata()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    disable_created_metrics()  # a series more for each that nobody asks for
+    set_up(settings.log_format, settings.log_level)
     try:
-        asyncio.run(serve(settings))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(settings))
     except (ArtifactError, RuntimeSetupError, StartError) as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1

@@ -2,17 +2,20 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import Draining, InferenceFailed, QueueFull
-from serving.metrics import Metrics
+from serving.cost import BatchCost
+from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.metrics import ModelMetrics
 from serving.runtime import Prediction
 
 Images = NDArray[np.uint8]
@@ -21,149 +24,370 @@ Predict = Callable[[Images], Prediction]
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Item:
-    """A request, or a part of one, of at most a batch; its future travels with it."""
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request in the batcher: its images (n, C, H, W) and the future of its answer.
 
-    images: Images  # (n, C, H, W)
+    deadline: of the clock of ``time.monotonic``. waited: seconds until its first image was taken. input_time and
+    infer_time: seconds of the batches that it was in.
+    """
+
+    images: Images
     future: "asyncio.Future[Prediction]"
+    deadline: float | None
+    urgent: bool
     queued_at: float
+    waited: float = 0.0
+    input_time: float = 0.0
+    infer_time: float = 0.0
+    taken: int = 0  # how many of its images are in batches
+    answers: list[tuple[int, Prediction]] = field(default_factory=list)  # by where they begin
+
+
+class _Part(NamedTuple):
+    """The images of a request that are in one batch."""
+
+    ticket: Ticket
+    start: int
+    stop: int
+
+
+class _Outcome(NamedTuple):
+    """Of a batch: its answer or what went wrong, and the seconds it took."""
+
+    prediction: Prediction | Exception
+    finite: NDArray[np.bool_]  # of each image's answer, whether all of it is
+    input_time: float
+    infer_time: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_batch: images in a batch. max_queue: images that wait. timeout: seconds after which a batch is given up.
+
+    ageing: seconds by which an urgent request overtakes others; one that has waited longer is not overtaken.
+    """
+
+    max_batch: int
+    max_queue: int
+    timeout: float
+    ageing: float
 
 
 class Batcher:
-    """One queue, one worker thread.
+    """One queue, and as many threads that compute as ``slots``.
 
-    When the runtime is free it takes what waits, at once and up to ``max_batch`` images; there is no timer. While it
-    computes, requests gather for the next batch. The queue holds up to ``max_queue`` images; what does not fit is
-    refused at the door. A request whose client has gone is dropped before it is computed.
+    When a slot is free it takes what waits, at once and up to ``max_batch`` images; there is no timer. While all
+    compute, requests gather for the next batch; once there are enough for a whole one, it is handed to a slot ahead.
+    Lives on one event loop; only ``predict`` is called from the threads.
     """
 
-    def __init__(self, predict: Predict, metrics: Metrics, max_batch: int, max_queue: int) -> None:
+    def __init__(self, predict: Predict, metrics: ModelMetrics, limits: Limits, cost: BatchCost, slots: int) -> None:
         self._predict = predict
         self._metrics = metrics
-        self._max_batch = max_batch
-        self._max_queue = max_queue
-        self._queue: deque[_Item] = deque()
-        self._queued_images = 0
-        self._arrival = asyncio.Event()
+        self._limits = limits
+        self._cost = cost
+        self._waiting: tuple[deque[Ticket], deque[Ticket]] = (deque(), deque())  # others, urgent
+        self._again: deque[_Part] = deque()  # of batches that failed, each to be computed by itself
+        #: Images that wait.
+        self.queued = 0
+        self._turn = asyncio.Lock()
         self._room = asyncio.Event()
         self._closing = False
-        self._worker = ThreadPoolExecutor(1, "inference")
+        self._loop = asyncio.get_running_loop()
+        self._scheduled = False
+        self._slots = [_Slot(self._compute, self._loop, self._finish) for _ in range(slots)]
+        self._empty = asyncio.Event()
 
-    async def submit(self, images: Images, patient: bool = False) -> Prediction:
-        """Compute images (n, C, H, W), n at least 1, in one or several batches.
+    async def submit(self, images: Images, deadline: float | None = None, urgent: bool = False) -> Prediction:
+        """As ``enqueue``, and wait for the answer; a caller that is cancelled gives its request up."""
+        ticket = self.enqueue(images, deadline, urgent)
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            self.give_up(ticket)
+            raise
 
-        patient: wait until the queue is at most half full, where others are refused once it is full; for streams,
-        which can simply be read more slowly, and leave the other half to those that cannot.
+    def enqueue(self, images: Images, deadline: float | None = None, urgent: bool = False) -> Ticket:
+        """Queue images (n, C, H, W), n at least 1, to be computed in one or several batches.
 
-        Raises QueueFull, Draining, or InferenceFailed.
+        deadline: of the clock of ``time.monotonic``; a request that would be answered later is refused, or dropped
+        once that shows. Raises QueueFull, DeadlineUnmeetable or Draining; the future may also raise InferenceFailed.
         """
-        while patient and self._queued_images and self._queued_images + len(images) > self._max_queue // 2:
-            self._room.clear()
-            await self._room.wait()
         if self._closing:
             raise Draining
-        if self._queued_images + len(images) > self._max_queue:
+        now, count = time.monotonic(), len(images)
+        if self.queued + count > self._limits.max_queue:
             raise QueueFull(
-                f"the queue holds {self._queued_images} images, {len(images)} more would pass its limit of "
-                f"{self._max_queue}; try again later"
+                f"the queue holds {self.queued} images, {count} more would pass its limit of {self._limits.max_queue}; "
+                "try again later",
+                self._time_for(self.queued),
             )
-        loop = asyncio.get_running_loop()
-        now = time.perf_counter()
-        parts = [
-            _Item(images[start : start + self._max_batch], loop.create_future(), now)
-            for start in range(0, len(images), self._max_batch)
-        ]
-        self._queue.extend(parts)
-        self._queued_images += len(images)
-        self._metrics.queued.set(self._queued_images)
-        self._arrival.set()
-        if len(parts) == 1:
-            return await parts[0].future
-        predictions = await asyncio.gather(*(part.future for part in parts))
-        return Prediction(*(np.concatenate(arrays) for arrays in zip(*predictions, strict=True)))
+        if deadline is not None:
+            expected = self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(count)
+            if now + expected > deadline:
+                raise _unmeetable(expected, deadline - now)
+        ticket = Ticket(images, self._loop.create_future(), deadline, urgent, now)
+        self._waiting[urgent].append(ticket)
+        self._count(count)
+        # Not at once: what else has arrived in this turn of the event loop belongs in the same batch.
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._dispatch)
+        return ticket
 
-    async def run(self) -> None:
-        """Compute batches until ``close`` was called and the queue is empty."""
-        loop = asyncio.get_running_loop()
-        finished: tuple[list[_Item], Prediction | Exception] | None = None
-        while True:
-            batch = self._collect()
-            if not batch:
-                if finished:
-                    await self._deliver(*finished)
-                    finished = None
-                elif self._closing:
-                    self._worker.shutdown()
-                    return
-                else:
-                    self._arrival.clear()
-                    await self._arrival.wait()
-                continue
-            computation = loop.run_in_executor(self._worker, self._compute, batch)
-            if finished:  # handed out only now, while the next batch computes
-                await self._deliver(*finished)
-            finished = (batch, await computation)
+    def give_up(self, ticket: Ticket) -> None:
+        """Forget a request whose client has gone: what of it is not in a batch yet is never computed."""
+        if not ticket.future.done():
+            ticket.future.cancel()
+        if left := len(ticket.images) - ticket.taken:
+            ticket.taken = len(ticket.images)
+            self._metrics.cancelled.inc(left)
+            self._count(-left)
 
-    def close(self) -> None:
-        """Refuse new requests from now on; ``run`` returns once those in the queue are answered."""
+    async def enqueue_patiently(self, images: Images, deadline: float | None = None, urgent: bool = False) -> Ticket:
+        """As ``enqueue``, but wait, first come first served, until half of the queue stays free, or it is empty.
+
+        For streams, which can simply be read more slowly, and leave the other half to those that cannot.
+        """
+        async with self._turn:
+            while self.queued and self.queued + len(images) > self._limits.max_queue // 2:
+                self._room.clear()
+                await self._room.wait()
+            return self.enqueue(images, deadline, urgent)
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait."""
+        return sum(len(queue) for queue in self._waiting)
+
+    async def close(self) -> None:
+        """Refuse new requests from now on, and return once those in the queue are answered."""
         self._closing = True
-        self._arrival.set()
+        while self.queued or self._again or any(slot.batches for slot in self._slots):
+            self._empty.clear()
+            await self._empty.wait()
+        for slot in self._slots:
+            slot.end()
 
-    def _collect(self) -> list[_Item]:
-        """Take the next batch off the queue: whole items, in order, as many as fit, without those given up."""
-        batch: list[_Item] = []
-        room = self._max_batch
-        now = time.perf_counter()
-        while self._queue and len(self._queue[0].images) <= room:
-            item = self._queue.popleft()
-            self._queued_images -= len(item.images)
-            if not item.future.done():
-                room -= len(item.images)
-                self._metrics.queue_time.observe(now - item.queued_at)
-                batch.append(item)
-        self._metrics.queued.set(self._queued_images)
-        self._room.set()
+    def _count(self, images: int) -> None:
+        self.queued += images
+        self._metrics.queued.set(self.queued)
+        if images < 0:
+            self._room.set()
+            self._empty.set()
+
+    def _ahead(self, urgent: bool) -> int:
+        """Images that are computed before a request that comes now."""
+        if not urgent:
+            return self.queued
+        return sum(len(ticket.images) - ticket.taken for ticket in self._waiting[True])
+
+    def _time_for(self, images: int) -> float:
+        """Seconds that so many images take, all slots computing."""
+        batches = -(-images // self._limits.max_batch)
+        return self._cost(images, batches) / max(1, min(batches, len(self._slots)))
+
+    def _busy_for(self, now: float) -> float:
+        """Seconds until a slot is free."""
+        return max(0.0, min(slot.free_at for slot in self._slots) - now)
+
+    def _dispatch(self) -> None:
+        """Hand batches to slots: whatever waits, divided among those that are idle, and whole ones to the others."""
+        self._scheduled = False
+        whole = self._limits.max_batch
+        idle = [slot for slot in self._slots if not slot.batches]
+        while idle and (self._again or self.queued):
+            self._start(idle[-1], min(whole, -(-self.queued // len(idle))))
+            idle.pop()
+        for slot in self._slots:
+            if len(slot.batches) == 1 and (self._again or self.queued >= whole):
+                self._start(slot, whole)
+
+    def _start(self, slot: "_Slot", size: int) -> None:
+        now = time.monotonic()
+        begin = max(now, slot.free_at) if slot.batches else now
+        if batch := [self._again.popleft()] if self._again else self._collect(size, now, begin):
+            slot.start(batch, begin + self._cost(sum(part.stop - part.start for part in batch)))
+            if len(slot.batches) == 1:
+                self._watch(slot)
+
+    def _collect(self, size: int, now: float, begin: float) -> list[_Part]:
+        """The next batch: up to ``size`` images in order, without those of requests given up or too late.
+
+        begin: when it will be computed.
+        """
+        batch: list[_Part] = []
+        room = size
+        while room and (ticket := self._next()):
+            left = len(ticket.images) - ticket.taken
+            if ticket.deadline is not None:
+                expected = begin - now + self._time_for(left)
+                if now + expected > ticket.deadline:
+                    ticket.taken = len(ticket.images)
+                    ticket.future.set_exception(_unmeetable(expected, ticket.deadline - now))
+                    self._metrics.expired.inc(left)
+                    self._count(-left)
+                    continue
+            if not ticket.taken:
+                ticket.waited = now - ticket.queued_at
+                self._metrics.queue_time.observe(ticket.waited)
+            count = min(room, left)
+            batch.append(_Part(ticket, ticket.taken, ticket.taken + count))
+            ticket.taken += count
+            room -= count
+        if room < size:
+            self._count(room - size)
         return batch
 
-    def _compute(self, batch: list[_Item]) -> Prediction | Exception:
-        """On the worker thread: one call of the runtime. An exception is a result here: it must not end ``run``."""
-        images = batch[0].images if len(batch) == 1 else np.concatenate([item.images for item in batch])
+    def _next(self) -> Ticket | None:
+        """The first request with images to take: an urgent one, unless another has waited longer by ``ageing``."""
+        for queue in self._waiting:
+            while queue and queue[0].taken == len(queue[0].images):
+                queue.popleft()
+        others, urgent = self._waiting
+        if urgent and not (others and others[0].queued_at + self._limits.ageing < urgent[0].queued_at):
+            return urgent[0]
+        return others[0] if others else None
+
+    def _compute(self, batch: list[_Part]) -> _Outcome:
+        """On a slot's thread: one call of the runtime. An exception is a result here: it must not end the thread."""
         start = time.perf_counter()
+        parts = [part.ticket.images[part.start : part.stop] for part in batch]
+        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        stacked = time.perf_counter()
         try:
             prediction = self._predict(images)
         except Exception as error:
             _logger.exception("a batch of %d images failed", len(images))
-            self._metrics.failures.inc()
-            return error
-        self._metrics.inference_time.observe(time.perf_counter() - start)
-        self._metrics.batch_size.observe(len(images))
-        if not (np.isfinite(prediction.probabilities).all() and np.isfinite(prediction.poses).all()):
-            _logger.error("a batch of %d images gave values that are not finite", len(images))
-            self._metrics.failures.inc()
-            return FloatingPointError("values that are not finite")
-        return prediction
+            return _Outcome(error, np.empty(0, np.bool_), stacked - start, time.perf_counter() - stacked)
+        done = time.perf_counter()
+        finite = np.asarray(np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2)))
+        return _Outcome(prediction, finite, stacked - start, done - stacked)
 
-    async def _deliver(self, batch: list[_Item], outcome: Prediction | Exception) -> None:
-        """Answer each member. Members of a batch that failed are computed again one by one, so that one bad member
-        fails alone."""
-        if isinstance(outcome, Exception):
-            for item in batch:
-                if len(batch) > 1 and not item.future.done():
-                    loop = asyncio.get_running_loop()
-                    alone = await loop.run_in_executor(self._worker, self._compute, [item])
-                else:
-                    alone = outcome
-                if item.future.done():
-                    continue
-                if isinstance(alone, Exception):
-                    item.future.set_exception(InferenceFailed("the model could not compute this request"))
-                else:
-                    item.future.set_result(alone)
+    def _finish(self, slot: "_Slot", batch: list[_Part], outcome: _Outcome) -> None:
+        """Answer each member of a batch, once its slot has the next."""
+        if slot not in self._slots:  # given up before
             return
-        start = 0
-        for item in batch:
-            end = start + len(item.images)
-            if not item.future.done():
-                item.future.set_result(Prediction(outcome.probabilities[start:end], outcome.poses[start:end]))
-            start = end
+        slot.batches.popleft()
+        slot.timer.cancel()
+        if slot.batches:
+            self._watch(slot)
+        self._dispatch()
+        prediction, size = outcome.prediction, sum(part.stop - part.start for part in batch)
+        if isinstance(prediction, Exception):
+            self._fail(batch)
+        else:
+            self._cost.learn(size, outcome.input_time + outcome.infer_time)
+            self._answer(batch, outcome, prediction)
+            self._metrics.batch(prediction, outcome.input_time, outcome.infer_time)
+            if outcome.finite.all():
+                self._metrics.quality.add(prediction)
+        self._empty.set()
+
+    def _answer(self, batch: list[_Part], outcome: _Outcome, prediction: Prediction) -> None:
+        finite = outcome.finite
+        good = bool(finite.all())
+        end = 0
+        for ticket, start, stop in batch:
+            begin, end = end, end + stop - start
+            if ticket.future.done():
+                continue
+            if not good and not finite[begin:end].all():
+                _logger.error("an answer held values that are not finite")
+                self._metrics.non_finite.inc(end - begin - int(finite[begin:end].sum()))
+                self._refuse(ticket)
+                continue
+            ticket.input_time += outcome.input_time
+            ticket.infer_time += outcome.infer_time
+            part = Prediction(prediction.probabilities[begin:end], prediction.poses[begin:end])
+            if stop - start == len(ticket.images):
+                ticket.future.set_result(part)
+                continue
+            ticket.answers.append((start, part))
+            if sum(len(answer.probabilities) for _, answer in ticket.answers) == len(ticket.images):
+                answers = [answer for _, answer in sorted(ticket.answers, key=lambda answer: answer[0])]
+                joined = (np.concatenate(arrays) for arrays in zip(*answers, strict=True))
+                ticket.future.set_result(Prediction(*joined))
+
+    def _fail(self, batch: list[_Part]) -> None:
+        """Members of a batch that failed are computed again one by one, so that one bad member fails alone."""
+        self._metrics.failures.inc()
+        if len(batch) == 1:
+            self._refuse(batch[0].ticket)
+            return
+        self._metrics.retries.inc(len(batch))
+        self._again.extend(part for part in batch if not part.ticket.future.done())
+        self._dispatch()
+
+    def _refuse(self, ticket: Ticket) -> None:
+        if ticket.future.done():
+            return
+        ticket.future.set_exception(InferenceFailed())
+        if left := len(ticket.images) - ticket.taken:
+            ticket.taken = len(ticket.images)
+            self._count(-left)
+
+    def _watch(self, slot: "_Slot") -> None:
+        """Give the batch that a slot begins up, and its thread with it, when it is not computed in time."""
+        slot.timer = self._loop.call_later(self._limits.timeout, self._give_up_slot, slot)
+
+    def _give_up_slot(self, slot: "_Slot") -> None:
+        _logger.error("a batch was not computed within %g s; its thread is left behind", self._limits.timeout)
+        self._metrics.hangs.inc()
+        self._slots[self._slots.index(slot)] = _Slot(self._compute, self._loop, self._finish)
+        slot.end(at_once=True)
+        hanging, *ahead = slot.batches
+        for batch in ahead:
+            self._again.extend(batch)
+        for part in hanging:
+            self._refuse(part.ticket)
+        self._dispatch()
+        self._empty.set()
+
+
+class _Slot:
+    """A thread that computes one batch after the other; a daemon, so that one that hangs does not keep the process."""
+
+    def __init__(
+        self,
+        compute: Callable[[list[_Part]], _Outcome],
+        loop: asyncio.AbstractEventLoop,
+        finish: Callable[["_Slot", list[_Part], _Outcome], None],
+    ) -> None:
+        self._compute = compute
+        self._loop = loop
+        self._finish = finish
+        #: Those handed to it and not finished; the first is computed.
+        self.batches: deque[list[_Part]] = deque()
+        #: When it will have computed all, by the clock of ``time.monotonic``.
+        self.free_at = 0.0
+        #: Runs out when the first has taken too long.
+        self.timer: asyncio.TimerHandle
+        self._inbox: SimpleQueue[list[_Part] | None] = SimpleQueue()
+        self._ended = False
+        threading.Thread(target=self._work, name="inference", daemon=True).start()
+
+    def start(self, batch: list[_Part], free_at: float) -> None:
+        self.batches.append(batch)
+        self.free_at = free_at
+        self._inbox.put(batch)
+
+    def end(self, at_once: bool = False) -> None:
+        """End the thread after what was handed to it, or after what it computes."""
+        self._ended = at_once
+        self._inbox.put(None)
+
+    def _work(self) -> None:
+        while (batch := self._inbox.get()) is not None and not self._ended:
+            outcome = self._compute(batch)
+            try:
+                self._loop.call_soon_threadsafe(self._finish, self, batch, outcome)
+            except RuntimeError:  # the loop was closed while this hung
+                return
+
+
+def _unmeetable(expected: float, left: float) -> DeadlineUnmeetable:
+    return DeadlineUnmeetable(
+        f"deadline: {max(left, 0) * 1000:.0f} ms are left, the answer would take about {expected * 1000:.0f} ms"
+    )

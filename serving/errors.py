@@ -11,36 +11,55 @@ class ServingError(Exception):
     """Base of the errors that a client is told of."""
 
     code = grpc.StatusCode.INTERNAL
+    #: What the metrics call it.
+    reason = "internal"
 
 
 class InvalidRequest(ServingError):
-    """The request cannot be answered as it is; the text names the field, what came, and what was expected."""
+    """The request cannot be answered as it is: what is wrong with a field of it, or of it as a whole.
+
+    field: its path in the request, such as ``images[3].pixels``. description: what came, and what was expected.
+    """
 
     code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "invalid"
 
-
-class TooLarge(ServingError):
-    """The request is above a limit; the text names the field and the limit."""
-
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-class QueueFull(ServingError):
-    """The queue has no room for the request now."""
-
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    def __init__(self, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
+        self.field = field
+        self.description = description
 
 
 class UnknownModel(ServingError):
     """No such model or version is served."""
 
     code = grpc.StatusCode.NOT_FOUND
+    reason = "unknown_model"
+
+
+class QueueFull(ServingError):
+    """The queue has no room for the request now. retry_after: seconds until it may have."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "queue_full"
+
+    def __init__(self, description: str, retry_after: float) -> None:
+        super().__init__(description)
+        self.retry_after = retry_after
+
+
+class DeadlineUnmeetable(ServingError):
+    """The request would be answered only after its deadline, so it is not computed."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "deadline"
 
 
 class Draining(ServingError):
     """The server is stopping and takes no more requests."""
 
     code = grpc.StatusCode.UNAVAILABLE
+    reason = "draining"
 
     def __init__(self) -> None:
         super().__init__("the server is stopping; send the request to another one")
@@ -48,3 +67,8 @@ class Draining(ServingError):
 
 class InferenceFailed(ServingError):
     """The model could not compute an answer; the cause is in the server's log."""
+
+    reason = "failed"
+
+    def __init__(self) -> None:
+        super().__init__("the model could not compute this request")

@@ -47,8 +47,9 @@ def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
     channels, height, width = shape
     if len(pixels) != channels * height * width:
         raise InvalidRequest(
-            f"{field}: {len(pixels)} bytes; expected {channels * height * width} "
-            f"({channels} x {height} x {width}, one byte a pixel)"
+            field,
+            f"{len(pixels)} bytes; expected {channels * height * width} "
+            f"({channels} x {height} x {width}, one byte a pixel)",
         )
     return np.frombuffer(pixels, np.uint8).reshape(shape)
 
@@ -62,23 +63,23 @@ def from_encoded(data: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
     """
     name, opener = next((found for magic, found in _FORMATS.items() if data.startswith(magic)), (None, None))
     if opener is None:
-        raise InvalidRequest(f"{field}: {len(data)} bytes that are neither a PNG nor a JPEG file")
+        raise InvalidRequest(field, f"{len(data)} bytes that are neither a PNG nor a JPEG file")
     channels, height, width = shape
     try:
         # The format's own class, since Image.open warns of large images on the server's terminal.
         with opener(io.BytesIO(data)) as image:
             if sorted(image.size) != sorted((width, height)):  # either way round: the orientation is not read yet
                 raise InvalidRequest(
-                    f"{field}: a {name} image of {image.width} x {image.height} pixels; expected {width} x {height}"
+                    field, f"a {name} image of {image.width} x {image.height} pixels; expected {width} x {height}"
                 )
             pixels = to_pixels(image, channels)
     except InvalidRequest:
         raise
     except Exception as error:  # damaged files make Pillow raise almost anything
-        raise InvalidRequest(f"{field}: a {name} file of {len(data)} bytes that is damaged or cut off") from error
+        raise InvalidRequest(field, f"a {name} file of {len(data)} bytes that is damaged or cut off") from error
     if pixels.shape[1:] != (height, width):
         raise InvalidRequest(
-            f"{field}: a {name} image of {pixels.shape[2]} x {pixels.shape[1]} pixels; expected {width} x {height}"
+            field, f"a {name} image of {pixels.shape[2]} x {pixels.shape[1]} pixels; expected {width} x {height}"
         )
     return pixels
 

@@ -1,12 +1,28 @@
 """Every metric of the server, with its meaning beside it."""
 
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.quality import Quality
+from serving.runtime import Prediction
+from serving.statistics import BACKEND, CANCELED, OTHER, REJECTED, BatchStatistics, Statistics
+
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+STEP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1, 1)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_METHOD = ("grpc_type", "grpc_service", "grpc_method")
+_MODEL = ("model", "version")
+
+Metric = TypeVar("Metric", bound=MetricWrapperBase)
 
 
 class Metrics:
@@ -16,58 +32,182 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        method = ("grpc_type", "grpc_service", "grpc_method")
-        self.started = Counter("grpc_server_started_total", "RPCs begun.", method, registry=self.registry)
-        self.handled = Counter(
-            "grpc_server_handled_total", "RPCs ended, by status code.", (*method, "grpc_code"), registry=self.registry
+        self._of_models: list[MetricWrapperBase] = []
+        self.started = self._counter("grpc_server_started_total", "RPCs begun.", _METHOD)
+        self.handled = self._counter(
+            "grpc_server_handled_total", "RPCs ended, by status code.", (*_METHOD, "grpc_code")
         )
-        self.handling = Histogram(
-            "grpc_server_handling_seconds",
-            "Time from an RPC's first byte read to its end.",
-            method,
-            buckets=SECONDS,
-            registry=self.registry,
+        self.handling = self._histogram(
+            "grpc_server_handling_seconds", "Time from an RPC's first byte read to its end.", _METHOD, SECONDS
         )
-        self.queue_time = Histogram(
-            "capsnet_queue_seconds",
-            "Time that a request's images waited for a batch.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.batch_size = Histogram(
-            "capsnet_batch_size_images", "Images computed in one batch.", buckets=IMAGES, registry=self.registry
-        )
-        self.inference_time = Histogram(
-            "capsnet_inference_seconds",
-            "Time that ONNX Runtime took for one batch.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.queued = Gauge("capsnet_queue_images", "Images waiting for a batch.", registry=self.registry)
-        self.failures = Counter(
-            "capsnet_inference_failures_total", "Batches that ONNX Runtime could not compute.", registry=self.registry
-        )
-        self.stream_errors = Counter(
+        self.stream_errors = self._counter(
             "capsnet_stream_errors_total",
             "Requests in streams answered with an error, by status code.",
-            ("grpc_code",),
-            registry=self.registry,
+            (*_METHOD, "grpc_code"),
         )
-        self.model = Gauge(
+        self.refused = self._counter(
+            "capsnet_refused_total",
+            "Requests answered with an error, by reason (the names of serving/errors.py, and internal).",
+            ("reason",),
+        )
+        self.in_flight = self._gauge("capsnet_rpcs_in_flight", "RPCs that have begun and not ended.")
+        self.ready = self._gauge("capsnet_ready", "1 while the server takes requests.")
+        self.model_loads = self._counter(
+            "capsnet_model_loads_total",
+            "Attempts to load a version of a model, by result: ok, failed.",
+            ("model", "result"),
+        )
+        self.decode_time = self._of_model(
+            Histogram, "capsnet_decode_seconds", "Time to check a request and decode its images.", STEP_SECONDS
+        )
+        self.encode_time = self._of_model(
+            Histogram, "capsnet_encode_seconds", "Time to write a request's answer.", STEP_SECONDS
+        )
+        self.queue_time = self._of_model(
+            Histogram, "capsnet_queue_seconds", "Time that a request's images waited for a batch.", SECONDS
+        )
+        self.stack_time = self._of_model(
+            Histogram, "capsnet_stack_seconds", "Time to bring a batch's images together.", STEP_SECONDS
+        )
+        self.inference_time = self._of_model(
+            Histogram, "capsnet_inference_seconds", "Time that ONNX Runtime took for one batch.", SECONDS
+        )
+        self.batch_size = self._of_model(
+            Histogram, "capsnet_batch_size_images", "Images computed in one batch.", IMAGES
+        )
+        self.queued = self._of_model(Gauge, "capsnet_queue_images", "Images waiting for a batch.")
+        self.cancelled = self._of_model(
+            Counter, "capsnet_cancelled_images_total", "Images never computed, since their client had gone."
+        )
+        self.expired = self._of_model(
+            Counter,
+            "capsnet_expired_images_total",
+            "Images never computed, since their deadline would have passed before their answer.",
+        )
+        self.failures = self._of_model(
+            Counter, "capsnet_inference_failures_total", "Batches that ONNX Runtime could not compute."
+        )
+        self.retries = self._of_model(
+            Counter,
+            "capsnet_inference_retries_total",
+            "Members of a failed batch that were computed again, each by itself.",
+        )
+        self.hangs = self._of_model(
+            Counter,
+            "capsnet_inference_hangs_total",
+            "Batches given up after batch_timeout; each leaves a thread behind.",
+        )
+        self.non_finite = self._of_model(
+            Counter, "capsnet_non_finite_images_total", "Images whose answer held a value that is not finite."
+        )
+        self.max_batch = self._of_model(Gauge, "capsnet_max_batch_images", "Most images in one batch, as tuned or set.")
+        self.threads = self._of_model(Gauge, "capsnet_threads", "Threads of one ONNX Runtime call, as tuned or set.")
+        self.runtimes = self._of_model(Gauge, "capsnet_runtimes", "Batches computed in parallel, as tuned or set.")
+        self.cost_of_image = self._of_model(
+            Gauge,
+            "capsnet_batch_cost_per_image_seconds",
+            "a of the time a batch of n images takes, a * n + b, as last fitted.",
+        )
+        self.cost_of_batch = self._of_model(
+            Gauge, "capsnet_batch_cost_seconds", "b of the time a batch of n images takes, a * n + b, as last fitted."
+        )
+        self.model_ready = self._of_model(Gauge, "capsnet_model_ready", "1 for a version that takes requests.")
+        self.model_info = Gauge(
             "capsnet_model_info",
-            "1 for the model that is served.",
-            ("name", "version", "dataset", "precision", "sha256"),
+            "1 for each version that is served.",
+            (*_MODEL, "dataset", "precision", "sha256"),
             registry=self.registry,
         )
+        self._of_models.append(self.model_info)
         self.provider = Gauge(
             "capsnet_execution_provider_info",
             "1 for the ONNX Runtime execution provider really in use.",
-            ("provider", "runtime"),
+            (*_MODEL, "provider", "runtime"),
             registry=self.registry,
         )
-        self.fallback = Gauge(
-            "capsnet_execution_provider_fallback",
-            "1 if CUDA is installed but the model runs on the CPU.",
-            registry=self.registry,
+        self._of_models.append(self.provider)
+        self.fallback = self._of_model(
+            Gauge, "capsnet_execution_provider_fallback", "1 if CUDA is installed but the model runs on the CPU."
         )
-        self.ready = Gauge("capsnet_ready", "1 while the server takes requests.", registry=self.registry)
+
+    def forget(self, model: str, version: str) -> None:
+        """Remove the series of a version that is served no more."""
+        for metric in self._of_models:
+            metric.remove_by_labels({"model": model, "version": version})
+
+    def _counter(self, name: str, meaning: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(name, meaning, labels, registry=self.registry)
+
+    def _gauge(self, name: str, meaning: str, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(name, meaning, labels, registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, labels: Iterable[str], buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, meaning, labels, buckets=buckets, registry=self.registry)
+
+    def _of_model(self, kind: type[Metric], name: str, meaning: str, buckets: tuple[float, ...] = ()) -> Metric:
+        """A metric with a series for each version of each model that is served."""
+        options = {"buckets": buckets} if buckets else {}
+        metric = kind(name, meaning, _MODEL, registry=self.registry, **options)  # type: ignore[arg-type]
+        self._of_models.append(metric)
+        return metric
+
+
+class ModelMetrics:
+    """The metrics of one version of one model, their labels looked up once, and its statistics."""
+
+    def __init__(self, metrics: Metrics, model: str, version: str, labels_of_classes: Sequence[str]) -> None:
+        self.statistics = Statistics()
+        self.quality = Quality(labels_of_classes)
+        labels = (model, version)
+        self.queued = metrics.queued.labels(*labels)
+        self.queue_time = metrics.queue_time.labels(*labels)
+        self.cancelled = metrics.cancelled.labels(*labels)
+        self.expired = metrics.expired.labels(*labels)
+        self.failures = metrics.failures.labels(*labels)
+        self.retries = metrics.retries.labels(*labels)
+        self.hangs = metrics.hangs.labels(*labels)
+        self.non_finite = metrics.non_finite.labels(*labels)
+        self._decode_time = metrics.decode_time.labels(*labels)
+        self._encode_time = metrics.encode_time.labels(*labels)
+        self._batch_size = metrics.batch_size.labels(*labels)
+        self._stack_time = metrics.stack_time.labels(*labels)
+        self._inference_time = metrics.inference_time.labels(*labels)
+
+    def batch(self, prediction: Prediction, input_time: float, infer_time: float) -> None:
+        """A batch was computed, in so many seconds."""
+        images = len(prediction.probabilities)
+        self._batch_size.observe(images)
+        self._stack_time.observe(input_time)
+        self._inference_time.observe(infer_time)
+        statistics = self.statistics
+        statistics.last_inference = round(time.time() * 1000)
+        statistics.inference_count += images
+        statistics.execution_count += 1
+        batch = statistics.batches.setdefault(images, BatchStatistics())
+        batch.compute_input.add(input_time)
+        batch.compute_infer.add(infer_time)
+
+    def answered(self, decode: float, queue: float, compute_input: float, infer: float, encode: float) -> None:
+        """A request was answered; seconds of each part of its way."""
+        self._decode_time.observe(decode)
+        self._encode_time.observe(encode)
+        statistics = self.statistics
+        statistics.success.add(decode + queue + compute_input + infer + encode)
+        statistics.queue.add(queue)
+        statistics.compute_input.add(decode + compute_input)
+        statistics.compute_infer.add(infer)
+        statistics.compute_output.add(encode)
+
+    def failed(self, error: BaseException, seconds: float) -> None:
+        """A request was answered with an error, or given up, so many seconds after it came."""
+        match error:
+            case QueueFull() | DeadlineUnmeetable() | Draining():
+                reason = REJECTED
+            case asyncio.CancelledError():
+                reason = CANCELED
+            case InferenceFailed():
+                reason = BACKEND
+            case _:
+                reason = OTHER
+        self.statistics.fail.add(seconds)
+        self.statistics.failures[reason] += 1

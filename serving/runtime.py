@@ -17,6 +17,8 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
+#: Of a probability or a component of a pose, in any precision.
+_TOLERANCE = 0.01
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -119,20 +121,38 @@ class Runtime:
         needed = {"cuda": CUDA, "tensorrt": TENSORRT}.get(device, self.provider)
         if self.provider != needed:
             raise RuntimeSetupError(f"device {device} was asked for, but ONNX Runtime here runs on {self.provider}")
-        # A first call allocates and, on a GPU, compiles: not in a client's time. It also shows a graph that does
-        # not answer as its manifest says.
         try:
-            answer = self.predict(np.zeros((2, *artifact.image_shape), np.uint8))
+            self._test(artifact)
+        except RuntimeSetupError:
+            raise
         except Exception as error:
-            raise RuntimeSetupError(f"{file}: cannot compute two blank images: {error}") from error
+            raise RuntimeSetupError(f"{file}: cannot compute two images: {error}") from error
+
+    def _test(self, artifact: Artifact) -> None:
+        """Hold the graph to its manifest and to what serving relies on, before any client's image meets it.
+
+        Raises RuntimeSetupError, or whatever ONNX Runtime raises.
+        """
+        blank = np.zeros(artifact.image_shape, np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, artifact.image_shape, np.uint8)
+        answer = self.predict(np.stack([blank, noise]))
+        where = f"{artifact.folder}: in its self-test the graph"
         expected = (2, len(artifact.labels), artifact.pose_size)
         if not all(np.isfinite(array).all() for array in answer):
-            raise RuntimeSetupError(f"{file}: answers blank images with values that are not finite")
+            raise RuntimeSetupError(f"{where} answers with values that are not finite")
         if answer.poses.shape != expected or answer.probabilities.shape != expected[:2]:
             raise RuntimeSetupError(
-                f"{file}: answers poses {answer.poses.shape} and probabilities "
+                f"{where} answers poses {answer.poses.shape} and probabilities "
                 f"{answer.probabilities.shape}; its manifest says {expected} and {expected[:2]}"
             )
+        lengths = np.linalg.norm(answer.poses, axis=-1)
+        if (difference := float(np.abs(lengths - answer.probabilities).max())) > _TOLERANCE:
+            raise RuntimeSetupError(
+                f"{where} answers probabilities up to {difference:.2g} off the lengths of its poses"
+            )
+        alone = self.predict(noise[np.newaxis])
+        if (difference := float(np.abs(alone.poses[0] - answer.poses[1]).max())) > _TOLERANCE:
+            raise RuntimeSetupError(f"{where} answers an image alone and in a batch with poses {difference:.2g} apart")
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         """uint8 images (B, C, H, W) to probabilities and poses. Blocks; releases Python's lock while it computes."""

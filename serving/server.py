@@ -1,23 +1,35 @@
 """The server's life: start, serve, drain, stop."""
 
 import asyncio
+import gc
 import logging
 import signal
 import time
-from pathlib import Path
+from contextlib import suppress
+from importlib import metadata
+from typing import TYPE_CHECKING
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from serving import artifact as artifacts
-from serving.batcher import Batcher
+from serving.collectors import ModelCollector
+from serving.inference import SERVICE as INFERENCE_SERVICE
+from serving.inference import AdminService, InferenceService
 from serving.metrics import Metrics
+from serving.pipeline import Pipeline
+from serving.quality import Quality
+from serving.repository import Repository
 from serving.rpc import Edge
-from serving.runtime import Runtime, RuntimeSetupError
 from serving.service import SERVICE, CapsNetService
-from serving.settings import Settings, usable_cores
+from serving.settings import Settings
+from serving.statistics import Statistics
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from serving.tracing import Tracing
 
 # What gRPC itself reads before it refuses. It lies above max_request_bytes so that a request above that limit gets an
 # answer that names it.
@@ -34,60 +46,51 @@ class StartError(RuntimeError):
 
 
 class Server:
-    """One model behind gRPC, with metrics over HTTP.
+    """The models of a repository behind gRPC, with metrics over HTTP.
 
-    The constructor loads and warms the model (raises ArtifactError, RuntimeSetupError); ``start`` opens the ports.
+    spans: where traces go, in place of the collector that the settings name.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, spans: "SpanExporter | None" = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        folder = artifacts.find(settings.repository, settings.model, settings.model_version)
-        self.artifact = artifacts.load(folder)
-        self.threads = settings.threads or usable_cores()
-        if settings.device == "tensorrt" and settings.max_batch > self.artifact.batches["max"]:
-            most = self.artifact.batches["max"]
-            raise RuntimeSetupError(
-                f"max_batch: {settings.max_batch}; this model was exported for batches of up to {most} in TensorRT"
-            )
-        engine_cache = Path(settings.engine_cache) if settings.engine_cache else None
-        self.runtime = Runtime(self.artifact, settings.device, self.threads, settings.precision, engine_cache)
-        self.port = self.metrics_port = 0
-        self.metrics.model.labels(
-            self.artifact.name,
-            self.artifact.version,
-            self.artifact.training["dataset"],
-            settings.precision,
-            self.artifact.sha256(settings.precision),
-        ).set(1)
-        self.metrics.provider.labels(self.runtime.provider, self.runtime.description).set(1)
-        self.metrics.fallback.set(self.runtime.fell_back)
+        self.repository = Repository(settings, self.metrics)
+        self.port = self.metrics_port = self.admin_port = 0
+        self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
+        self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
+        self._pipeline = Pipeline(self.repository, settings.stream_window)
+        self.metrics.in_flight.set_function(lambda: self._edge.under_way)
+        self.metrics.registry.register(ModelCollector(self._figures))
 
     async def start(self) -> None:
-        """Open the ports and take requests. Raises StartError where a port cannot be had."""
+        """Load and warm the models, then open the ports and take requests.
+
+        Raises ArtifactError and RuntimeSetupError where no model can be served, StartError where a port cannot be had.
+        """
         settings = self.settings
-        self._batcher = Batcher(self.runtime.predict, self.metrics, settings.max_batch, settings.max_queue)
-        self._service = CapsNetService(self.artifact, self.runtime.provider, self._batcher, self.metrics, settings)
-        limit = _TRANSPORT_LIMIT * settings.max_request_bytes
-        self._grpc = aio.server(
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # else a second server would share the port unseen
-            ]
-        )
-        self._edge = Edge(SERVICE, self.metrics, settings.max_request_bytes)
-        self._grpc.add_generic_rpc_handlers((self._service.handler(self._edge),))
+        await self.repository.open()
+        self._grpc = self._server()
+        service = CapsNetService(self._pipeline, self._edge, self.metrics, settings)
+        inference = InferenceService(self._pipeline, self._edge, self.metrics, settings)
+        self._grpc.add_generic_rpc_handlers((service.handler(), inference.handler()))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack it
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
-        try:
-            self.port = self._grpc.add_insecure_port(f"{self._host}:{settings.port}")
-        except RuntimeError as error:
-            raise StartError(
-                f"port {settings.port} (gRPC) cannot be opened on host {settings.host!r}: the port is taken (--port "
-                "chooses another) or the host is not an address of this machine (--host)"
-            ) from error
+        names = (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._grpc)
+        self.port = self._bind(self._grpc, settings.port, "gRPC", "--port")
+        if settings.unix_socket:
+            try:
+                self._grpc.add_insecure_port(f"unix:{settings.unix_socket}")
+            except RuntimeError as error:
+                raise StartError(
+                    f"unix_socket: {settings.unix_socket!r} cannot be opened: another server has it, or its folder "
+                    "is missing or not writable"
+                ) from error
+        self._admin = None
+        if settings.admin_port >= 0:
+            self._admin = self._server()
+            self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
+            self.admin_port = self._bind(self._admin, settings.admin_port, "admin", "--admin-port")
         try:
             self._metrics_server, self._metrics_thread = start_http_server(
                 settings.metrics_port, settings.host, self.metrics.registry
@@ -98,33 +101,96 @@ class Server:
                 "(--metrics-port chooses another)"
             ) from error
         self.metrics_port = self._metrics_server.server_port
-        #: Ends when the server has stopped; should it end before, something in it is broken.
-        self.computing = asyncio.create_task(self._batcher.run())
+        # What is there now stays: collecting garbage need not look through it again and hold up requests.
+        gc.collect()
+        gc.freeze()
         await self._grpc.start()
-        for name in ("", SERVICE):
+        if self._admin:
+            await self._admin.start()
+        for name in ("", SERVICE, INFERENCE_SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._edge.ready = True
         self.metrics.ready.set(1)
+        self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let requests under way finish, then stop everything."""
+        self._edge.ready = False
         self.metrics.ready.set(0)
+        self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self.settings.drain_delay)
         # gRPC cancels what has arrived but not reached a handler when it stops. Refused in good order for a moment
         # first, clients learn that they may retry elsewhere.
         self._edge.refuse_new()
+        self._pipeline.end_streams()
         await asyncio.sleep(_REFUSAL_SECONDS)
         end = time.monotonic() + self.settings.drain_seconds
         while self._edge.under_way and time.monotonic() < end:
-            self._service.end_idle_streams()
             await asyncio.sleep(_CHECK_SECONDS)
         # Not waiting for the watches of the health service, which would never end by themselves.
         await self._grpc.stop(_LAST_ANSWERS_SECONDS if time.monotonic() < end else 0)
-        self._batcher.close()
-        await self.computing
+        if self._admin:
+            await self._admin.stop(0)
+        await self.repository.close()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
         self._metrics_thread.join()
+
+    async def rescan(self) -> None:
+        """Bring what is served in line with the repository folder, now."""
+        try:
+            await self.repository.scan()
+        except Exception:
+            _logger.exception("the model repository could not be read")
+
+    def _figures(self) -> list[tuple[str, str, Statistics, Quality, int]]:
+        """Of each version that is served, for the metrics page, whose thread asks."""
+        return [
+            (
+                model.artifact.name,
+                model.artifact.version,
+                model.metrics.statistics,
+                model.metrics.quality,
+                model.batcher.pending,
+            )
+            for model in self.repository.models()
+        ]
+
+    def announce(self) -> None:
+        """Log where it serves."""
+        host = self._host
+        if self.admin_port:
+            _logger.info("loading and unloading of models on %s:%d", host, self.admin_port)
+        if self.settings.unix_socket:
+            _logger.info("gRPC on unix:%s", self.settings.unix_socket)
+        _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
+
+    def _server(self) -> aio.Server:
+        return aio.server(
+            options=[
+                ("grpc.max_receive_message_length", _TRANSPORT_LIMIT * self.settings.max_request_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # else a second server would share the port unseen
+                ("grpc.optimization_target", "throughput"),
+            ]
+        )
+
+    def _bind(self, server: aio.Server, port: int, purpose: str, flag: str) -> int:
+        try:
+            return server.add_insecure_port(f"{self._host}:{port}")
+        except RuntimeError as error:
+            raise StartError(
+                f"port {port} ({purpose}) cannot be opened on host {self.settings.host!r}: the port is taken ({flag} "
+                "chooses another) or the host is not an address of this machine (--host)"
+            ) from error
+
+    async def _watch(self) -> None:
+        while self.settings.poll_seconds:
+            await asyncio.sleep(self.settings.poll_seconds)
+            await self.rescan()
 
     @property
     def _host(self) -> str:
@@ -132,37 +198,19 @@ class Server:
         host = self.settings.host
         return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
-    def announce(self) -> None:
-        """Log what is served, where, and on what."""
-        channels, height, width = self.artifact.image_shape
-        _logger.info(
-            "%s version %s in %s: %d x %d images of %d channel(s), %d classes (%s), poses of %d; test error %s",
-            self.artifact.name,
-            self.artifact.version,
-            self.settings.precision,
-            width,
-            height,
-            channels,
-            len(self.artifact.labels),
-            ", ".join(self.artifact.labels),
-            self.artifact.pose_size,
-            self.artifact.test_error(self.settings.precision),
-        )
-        _logger.info(
-            "%s on %s, %d thread(s), batches of up to %d images",
-            self.runtime.description,
-            self.runtime.provider,
-            self.threads,
-            self.settings.max_batch,
-        )
-        if self.runtime.fell_back:
-            _logger.warning("CUDA is installed but did not start: the model runs on the CPU")
-        host = self._host
-        _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
+
+def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
+    try:  # an extra: whoever wants no traces need not have it
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        from serving.tracing import Tracing
+    except ImportError as error:
+        raise StartError("trace_endpoint: OpenTelemetry is not installed; install the extra tracing") from error
+    return Tracing(spans or OTLPSpanExporter(endpoint), metadata.version("capsnet-serving"))
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return."""
+    """Serve until SIGTERM or SIGINT, then drain and return. A SIGHUP looks for new versions of the models."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -173,11 +221,26 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # first: as process 1 of a container Python would ignore SIGTERM
         loop.add_signal_handler(number, stop_at, number)
     server = Server(settings)
-    await server.start()
-    server.announce()
     signalled = asyncio.create_task(stopping.wait())
-    await asyncio.wait((signalled, server.computing), return_when=asyncio.FIRST_COMPLETED)
-    signalled.cancel()
+    starting = asyncio.create_task(server.start())
+    await asyncio.wait((signalled, starting), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        _logger.info("stopped before the models were loaded")
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            await starting
+        return
+    await starting
+    rescans: set[asyncio.Task[None]] = set()
+
+    def rescan() -> None:
+        task = asyncio.create_task(server.rescan())
+        rescans.add(task)
+        task.add_done_callback(rescans.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, rescan)
+    server.announce()
+    await signalled
     _logger.info("stopping: requests under way finish first")
     await server.stop()
     _logger.info("stopped")

@@ -1,115 +1,68 @@
-"""``capsnet.v1.CapsNetService``: decode and check a request, have it computed, encode the answer."""
+"""``capsnet.v1.CapsNetService``, as a translation onto the pipeline."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import numpy as np
-from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.artifact import Artifact
-from serving.batcher import Batcher
-from serving.errors import Draining, InvalidRequest, TooLarge, UnknownModel
+from serving.answers import delimited
+from serving.batcher import Images
+from serving.errors import InvalidRequest
 from serving.images import from_encoded, from_pixels
 from serving.metrics import Metrics
-from serving.rpc import Edge, parse, to_status
+from serving.models import ServedModel
+from serving.pipeline import Pipeline
+from serving.rpc import Call, Edge, parse
 from serving.runtime import Prediction
 from serving.settings import Settings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
+_RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
+_ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
 
 
 class CapsNetService:
-    """The service for one model."""
+    """The project's own service."""
 
-    def __init__(
-        self, artifact: Artifact, provider: str, batcher: Batcher, metrics: Metrics, settings: Settings
-    ) -> None:
-        self._artifact = artifact
-        self._provider = provider
-        self._batcher = batcher
-        self._metrics = metrics
-        self._settings = settings
-        self._streams: set[_Stream] = set()
+    def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics, settings: Settings) -> None:
+        self._pipeline = pipeline
+        self._edge = edge
+        self.settings = settings
+        self._stream_errors = {
+            code: metrics.stream_errors.labels("bidi_stream", SERVICE, "ClassifyStream", code.name)
+            for code in grpc.StatusCode
+        }
 
-    def handler(self, edge: Edge) -> "grpc.GenericRpcHandler[bytes, bytes]":
+    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        edge = self._edge
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Classify": edge.unary("Classify", pb.ClassifyRequest, self.classify),
-                "ClassifyStream": edge.stream("ClassifyStream", self.classify_stream),
-                "GetModel": edge.unary("GetModel", pb.GetModelRequest, self.get_model),
+                "Classify": edge.unary(SERVICE, "Classify", self.classify),
+                "ClassifyStream": edge.stream(SERVICE, "ClassifyStream", self.classify_stream),
+                "GetModel": edge.unary(SERVICE, "GetModel", self.get_model),
             },
         )
 
-    async def classify(self, request: pb.ClassifyRequest, patient: bool = False) -> pb.ClassifyResponse:
-        """Raises InvalidRequest, TooLarge, UnknownModel, and what Batcher.submit raises; patient as there."""
-        self._check_model(request.model_name, request.model_version)
-        limit = self._settings.max_images_per_request
-        if not request.images:
-            raise InvalidRequest(f"images: none; expected 1 to {limit}")
-        if len(request.images) > limit:
-            raise TooLarge(f"images: {len(request.images)}; the limit is {limit} a request (max_images_per_request)")
-        return self._encode(await self._batcher.submit(await self._decode(request), patient))
+    async def classify(self, data: bytes, call: Call) -> bytes:
+        """A ClassifyRequest's bytes to a ClassifyResponse's."""
+        request = parse(data, pb.ClassifyRequest, self.settings.max_request_bytes)
+        return await self._pipeline.answer(_Item(request, self.settings), call)
 
-    async def classify_stream(self, messages: AsyncIterator[bytes]) -> AsyncIterator[pb.ClassifyStreamResponse]:
-        """Answer in order while later requests are already read and computed, up to a window of images."""
-        pending: asyncio.Queue[tuple[asyncio.Task[pb.ClassifyStreamResponse], int] | None] = asyncio.Queue()
-        window = _Window(self._settings.stream_window)
-        tasks: set[asyncio.Task[pb.ClassifyStreamResponse]] = set()
+    def classify_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
+        """ClassifyStreamRequests' bytes to ClassifyStreamResponses'."""
+        return self._pipeline.answer_stream(messages, self._open, call)
 
-        async def read() -> None:
-            try:
-                async for data in messages:
-                    item = self._parse_item(data)
-                    # Counted as one at least, so that not even wrong requests can pile up without bound.
-                    images = max(1, len(item.request.images)) if isinstance(item, pb.ClassifyStreamRequest) else 1
-                    await window.enter(images)
-                    task = asyncio.create_task(self._answer_item(item))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                    pending.put_nowait((task, images))
-            finally:
-                pending.put_nowait(None)
-
-        reader = asyncio.create_task(read())
-        stream = _Stream(window, reader)
-        self._streams.add(stream)
-        try:
-            while (entry := await pending.get()) is not None:
-                task, images = entry
-                yield await task
-                window.leave(images)
-            if stream.ended:
-                raise Draining
-            await reader  # raises what reading raised
-        finally:
-            self._streams.discard(stream)
-            reader.cancel()
-            for task in tuple(tasks):
-                task.cancel()
-            with suppress(asyncio.CancelledError, Exception):  # what reading ran into no longer matters
-                await reader
-
-    def end_idle_streams(self) -> None:
-        """End the streams that had nothing under way at this call and at the one before."""
-        for stream in self._streams:
-            if stream.window.inside == 0 and stream.was_idle:
-                stream.ended = True
-                stream.reader.cancel()
-            stream.was_idle = stream.window.inside == 0
-
-    async def get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
-        """Raises UnknownModel."""
-        self._check_model(request.model_name, request.model_version)
-        artifact = self._artifact
+    async def get_model(self, data: bytes, call: Call) -> bytes:
+        """A GetModelRequest's bytes to a GetModelResponse's."""
+        request = parse(data, pb.GetModelRequest, self.settings.max_request_bytes)
+        model = self._pipeline.repository.get(request.model_name, request.model_version)
+        artifact, settings, plan = model.artifact, self.settings, model.plan
         channels, height, width = artifact.image_shape
-        figures = artifact.variants[self._settings.precision]
-        return pb.GetModelResponse(
+        figures = artifact.variants[settings.precision]
+        response = pb.GetModelResponse(
             model_name=artifact.name,
             model_version=artifact.version,
             labels=artifact.labels,
@@ -117,100 +70,88 @@ class CapsNetService:
             image_height=height,
             image_width=width,
             pose_size=artifact.pose_size,
-            max_images_per_request=self._settings.max_images_per_request,
-            max_request_bytes=self._settings.max_request_bytes,
-            execution_provider=self._provider,
-            sha256=artifact.sha256(self._settings.precision),
-            precision=self._settings.precision,
+            max_images_per_request=settings.max_images_per_request,
+            max_request_bytes=settings.max_request_bytes,
+            execution_provider=model.runtime.provider,
+            sha256=artifact.sha256(settings.precision),
+            precision=settings.precision,
             dataset=artifact.training["dataset"],
             test_errors=figures["test_errors"],
             test_images=figures["test_images"],
+            tuning=pb.Tuning(
+                threads=plan.threads,
+                runtimes=plan.runtimes,
+                max_batch=plan.max_batch,
+                image_seconds=model.cost.per_image,
+                batch_seconds=model.cost.per_batch,
+                compared=[pb.Timing(**timing._asdict()) for timing in model.tuned.compared],
+            ),
         )
+        return response.SerializeToString()
 
-    def _check_model(self, name: str, version: str) -> None:
-        served = self._artifact
-        if (name and name != served.name) or (version and version != served.version):
-            # Cut short, since the text of an error goes out as a header, whose size is limited.
-            wanted = f"{(name or served.name)[:64]!r} version {(version or served.version)[:64]!r}"
-            raise UnknownModel(
-                f"model_name, model_version: {wanted} is not served; {served.name} version {served.version} is"
-            )
+    def _open(self, data: bytes) -> "_StreamItem":
+        try:
+            message = parse(data, pb.ClassifyStreamRequest, self.settings.max_request_bytes)
+        except InvalidRequest as error:
+            return _StreamItem(pb.ClassifyStreamRequest(), self, error)
+        return _StreamItem(message, self)
 
-    async def _decode(self, request: pb.ClassifyRequest) -> NDArray[np.uint8]:
-        """The request's images as one array (n, C, H, W)."""
-        if any(image.WhichOneof("content") == "encoded" for image in request.images):
-            # Decompression takes long enough to hold up other requests.
-            return await asyncio.to_thread(self._stack, request)
-        return self._stack(request)
+    def refusal(self, error: Exception, call: Call, seconds: float) -> pb.Error:
+        """What a stream's client is told in place of an answer."""
+        code, text = self._edge.to_status(error)
+        call.refused(seconds, code, text)
+        self._stream_errors[code].inc()
+        return pb.Error(code=code.value[0], message=text)
 
-    def _stack(self, request: pb.ClassifyRequest) -> NDArray[np.uint8]:
-        shape = self._artifact.image_shape
+
+class _Item:
+    """A ClassifyRequest."""
+
+    timeout: float | None = None
+    urgent = False
+
+    def __init__(self, request: pb.ClassifyRequest, settings: Settings) -> None:
+        self.model_name = request.model_name
+        self.model_version = request.model_version
+        self._request = request
+        self._settings = settings
+        self.images = len(request.images)
+        self.slow = any(image.WhichOneof("content") == "encoded" for image in request.images)
+
+    def decode(self, model: ServedModel) -> Images:
+        limit, shape = self._settings.max_images_per_request, model.artifact.image_shape
+        if not 1 <= self.images <= limit:
+            raise InvalidRequest("images", f"{self.images}; expected 1 to {limit} (max_images_per_request)")
         images = []
-        for index, image in enumerate(request.images):
+        for index, image in enumerate(self._request.images):
             match image.WhichOneof("content"):
                 case "pixels":
                     images.append(from_pixels(image.pixels, shape, f"images[{index}].pixels"))
                 case "encoded":
                     images.append(from_encoded(image.encoded, shape, f"images[{index}].encoded"))
                 case _:
-                    raise InvalidRequest(f"images[{index}]: has no content; expected pixels or encoded")
-        return np.stack(images)
+                    raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
+        return images[0][np.newaxis] if len(images) == 1 else np.stack(images)
 
-    def _encode(self, prediction: Prediction) -> pb.ClassifyResponse:
-        labels = self._artifact.labels
-        response = pb.ClassifyResponse(model_name=self._artifact.name, model_version=self._artifact.version)
-        winners = prediction.probabilities.argmax(1).tolist()
-        rows = zip(winners, prediction.probabilities.tolist(), prediction.poses.tolist(), strict=True)
-        for winner, probabilities, poses in rows:
-            result = response.results.add(label=labels[winner], class_index=winner)
-            for label, probability, pose in zip(labels, probabilities, poses, strict=True):
-                result.capsules.add(label=label, probability=probability, pose=pose)
-        return response
-
-    def _parse_item(self, data: bytes) -> pb.ClassifyStreamRequest | Exception:
-        try:
-            return parse(data, pb.ClassifyStreamRequest, self._settings.max_request_bytes)
-        except Exception as error:
-            return error
-
-    async def _answer_item(self, item: pb.ClassifyStreamRequest | Exception) -> pb.ClassifyStreamResponse:
-        """One answer of a stream. An error is an answer here, so that the rest of the stream goes on."""
-        identifier = ""
-        try:
-            if isinstance(item, Exception):
-                raise item
-            identifier = item.id
-            return pb.ClassifyStreamResponse(id=identifier, response=await self.classify(item.request, patient=True))
-        except Exception as error:
-            code, text = to_status(error)
-            self._metrics.stream_errors.labels(code.name).inc()
-            return pb.ClassifyStreamResponse(id=identifier, error=pb.Error(code=code.value[0], message=text))
+    def encode(self, model: ServedModel, prediction: Prediction) -> bytes:
+        return model.write_answer(prediction)
 
 
-class _Window:
-    """How many images of one stream may be under way; a request larger than the window enters when it is empty."""
+class _StreamItem(_Item):
+    """A ClassifyStreamRequest; error: why it could not be parsed."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self.inside = 0
-        self._left = asyncio.Event()
+    def __init__(
+        self, message: pb.ClassifyStreamRequest, service: CapsNetService, error: InvalidRequest | None = None
+    ) -> None:
+        super().__init__(message.request, service.settings)
+        self._id = message.id
+        self._service = service
+        self.error: Exception | None = error
 
-    async def enter(self, images: int) -> None:
-        while self.inside and self.inside + images > self._size:
-            self._left.clear()
-            await self._left.wait()
-        self.inside += images
+    def encode(self, model: ServedModel, prediction: Prediction) -> bytes:
+        identifier = delimited(_ID, self._id.encode()) if self._id else b""
+        return identifier + delimited(_RESPONSE, super().encode(model, prediction))
 
-    def leave(self, images: int) -> None:
-        self.inside -= images
-        self._left.set()
-
-
-@dataclass(eq=False)
-class _Stream:
-    """A stream under way, for the end of the server."""
-
-    window: _Window
-    reader: "asyncio.Task[None]"
-    was_idle: bool = False
-    ended: bool = False
+    def encode_error(self, error: Exception, call: Call, seconds: float) -> bytes:
+        refusal = self._service.refusal(error, call, seconds)
+        return pb.ClassifyStreamResponse(id=self._id, error=refusal).SerializeToString()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.artifact import PRECISIONS
+from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
 
 ENVIRONMENT_PREFIX = "CAPSNET_"
@@ -38,8 +39,19 @@ class Settings:
         "model repository, a folder of NAME/VERSION/ folders (default: the one that comes with the server)",
         metavar="FOLDER",
     )
-    model: str = _setting("", "name of the model to serve (default: the repository's only one)", metavar="NAME")
-    model_version: str = _setting("", "version to serve (default: the highest)", metavar="N")
+    model: str = _setting("", "name of the only model to serve (default: all of the repository)", metavar="NAME")
+    model_version: str = _setting("", "only version to serve (default: the highest)", metavar="N")
+    versions: int = _setting(1, "how many of a model's versions to serve at once, from the highest down", least=1)
+    poll_seconds: float = _setting(
+        5.0, "seconds between looks at the repository for new versions; 0 for looks at a SIGHUP alone", least=0
+    )
+    admin_port: int = _setting(
+        -1,
+        "port of RepositoryModelLoad and RepositoryModelUnload; 0 for any free one, -1 for none",
+        least=-1,
+        most=65535,
+    )
+    unix_socket: str = _setting("", "path of a Unix socket to serve gRPC on, beside the port", metavar="PATH")
     device: str = _setting(
         "auto",
         "auto takes CUDA where it works and else the CPU; cuda and tensorrt fail where these do not work",
@@ -55,12 +67,22 @@ class Settings:
     engine_cache: str = _setting(
         "", "folder for the engines that TensorRT builds (default: ~/.cache/capsnet/tensorrt)", metavar="FOLDER"
     )
-    threads: int = _setting(0, "threads of one ONNX Runtime call; 0 for one a usable core", least=0, most=256)
-    max_batch: int = _setting(32, "most images in one batch", least=1)
+    threads: int = _setting(0, "threads of one batch; 0 to choose by measurement", least=0, most=256)
+    runtimes: int = _setting(0, "batches computed in parallel; 0 to choose by measurement", least=0, most=256)
+    max_batch: int = _setting(0, "most images in one batch; 0 to choose by measurement", least=0, most=4096)
+    batch_timeout: float = _setting(30.0, "seconds after which a batch that is not computed is given up", least=0.001)
+    priority_ageing: float = _setting(
+        0.25, "seconds of waiting after which a request is not overtaken by those of high priority", least=0
+    )
     max_queue: int = _setting(2048, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
     max_images_per_request: int = _setting(1024, "most images in one request", least=1)
     max_request_bytes: int = _setting(4 * 2**20, "largest request, in bytes", least=1024, most=2**29)
     stream_window: int = _setting(512, "most images of one stream under way; reading waits beyond", least=1)
+    log_format: str = _setting("text", "text, or json for programs", choices=FORMATS, metavar="FORMAT")
+    log_level: str = _setting("info", "debug, info, warning or error", choices=LEVELS, metavar="LEVEL")
+    trace_endpoint: str = _setting(
+        "", "OpenTelemetry collector to send traces to, by OTLP over gRPC; needs the extra tracing", metavar="URL"
+    )
     drain_delay: float = _setting(
         0.0, "seconds between reporting NOT_SERVING and refusing new requests, for balancers to notice", least=0
     )

@@ -11,10 +11,12 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from opentelemetry.sdk.trace.export import SpanExporter
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.idx import read_idx
+from serving.models import ServedModel
 from serving.server import Server
 from serving.settings import Settings
 
@@ -47,12 +49,22 @@ class Running:
         return f"127.0.0.1:{self.server.port}"
 
     @property
+    def model(self) -> ServedModel:
+        """The only one that is served."""
+        return self.server.repository.get("", "")
+
+    @property
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
 
     def classify(self, *images: pb.Image) -> pb.ClassifyResponse:
         response: pb.ClassifyResponse = self.stub.Classify(pb.ClassifyRequest(images=images), timeout=20)
         return response
+
+
+def settings(**chosen: object) -> Settings:
+    """On free ports, and with a plan of its own rather than one that is measured at each start."""
+    return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 32, **chosen})  # type: ignore[arg-type]
 
 
 class InThread:
@@ -85,11 +97,14 @@ def start() -> Iterator[Callable[..., Running]]:
     """Starts servers with settings of one's own; they stop when the test ends."""
     running: list[tuple[InThread, grpc.Channel]] = []
 
-    def begin(patch: Callable[[Server], None] = lambda server: None, **settings: object) -> Running:
-        server = Server(Settings(port=0, metrics_port=0, **settings))  # type: ignore[arg-type]
-        patch(server)
+    def begin(
+        patch: Callable[[ServedModel], None] = lambda model: None, spans: SpanExporter | None = None, **chosen: object
+    ) -> Running:
+        server = Server(settings(**chosen), spans)
         thread = InThread(server)
         thread.__enter__()
+        for model in server.repository.models():
+            patch(model)
         channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
         running.append((thread, channel))
         return Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
@@ -103,6 +118,6 @@ def start() -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="session")
 def running() -> Iterator[Running]:
     """One server with the default settings for all tests that do not disturb it."""
-    server = Server(Settings(port=0, metrics_port=0))
+    server = Server(settings())
     with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]

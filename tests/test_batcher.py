@@ -2,41 +2,75 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.batcher import Batcher
-from serving.errors import Draining, InferenceFailed, QueueFull
-from serving.metrics import Metrics
+from serving.batcher import Batcher, Limits
+from serving.cost import BatchCost
+from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.metrics import Metrics, ModelMetrics
 from serving.runtime import Prediction
 
 POISON = 255
+NOT_FINITE = 254
+QUICK = BatchCost([(1, 0.0001), (4, 0.0004)])
 
 
 class FakeModel:
     """Answers each image's first pixel. It can be held up, and fails where an image's first pixel is POISON."""
 
     def __init__(self) -> None:
-        self.batches: list[int] = []
+        self.batches: list[list[int]] = []
         self.go = threading.Event()
         self.go.set()
         self.begun = threading.Event()
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        self.batches.append(len(images))
+        values = images[:, 0, 0, 0].astype(np.float32)
+        self.batches.append([int(value) for value in values])
         self.begun.set()
         assert self.go.wait(10)
-        values = images[:, 0, 0, 0].astype(np.float32)
         if (values == POISON).any():
             raise RuntimeError("poisoned")
+        values[values == NOT_FINITE] = np.nan
         return Prediction(values[:, None], values[:, None, None])
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(batch) for batch in self.batches]
 
     def hold(self) -> None:
         self.go.clear()
         self.begun.clear()
+
+
+@dataclass
+class Setting:
+    """A batcher that computes, what it computes with, and its metrics."""
+
+    batcher: Batcher
+    model: FakeModel
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def value(self, name: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, {"model": "m", "version": "1"})
+
+    async def occupy(self) -> "asyncio.Task[Prediction]":
+        """Hold the model up in a batch of one image, 0."""
+        self.model.hold()
+        task = asyncio.create_task(self.batcher.submit(_images(0)))
+        assert await asyncio.to_thread(self.model.begun.wait, 10)
+        return task
+
+    async def queue(self, *values: int, urgent: bool = False) -> "asyncio.Task[Prediction]":
+        task = asyncio.create_task(self.batcher.submit(_images(*values), urgent=urgent))
+        await asyncio.sleep(0.001)
+        return task
 
 
 def _images(*values: int) -> NDArray[np.uint8]:
@@ -47,146 +81,280 @@ def _values(prediction: Prediction) -> list[int]:
     return [int(value) for value in prediction.probabilities[:, 0]]
 
 
-def _run(test: Callable[[Batcher, FakeModel], Awaitable[None]], max_batch: int = 4, max_queue: int = 100) -> FakeModel:
-    """Run a test's coroutine beside a batcher, and close the batcher after it."""
+def _run(
+    test: Callable[[Setting], Awaitable[None]],
+    max_batch: int = 4,
+    max_queue: int = 100,
+    timeout: float = 10,
+    ageing: float = 10,
+    slots: int = 1,
+    cost: BatchCost = QUICK,
+) -> FakeModel:
+    """Run a test's coroutine with a batcher, and close the batcher after it."""
     model = FakeModel()
 
     async def main() -> None:
-        batcher = Batcher(model.predict, Metrics(), max_batch, max_queue)
-        computing = asyncio.create_task(batcher.run())
+        metrics = Metrics()
+        limits = Limits(max_batch, max_queue, timeout, ageing)
+        batcher = Batcher(model.predict, ModelMetrics(metrics, "m", "1", ["only"]), limits, cost, slots)
         try:
-            await test(batcher, model)
+            await test(Setting(batcher, model, metrics))
         finally:
             model.go.set()
-            batcher.close()
-            await computing
+            await batcher.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
     return model
 
 
-async def _begun(model: FakeModel) -> None:
-    assert await asyncio.to_thread(model.begun.wait, 10)
-
-
 def test_an_idle_runtime_takes_a_single_request_at_once() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        assert _values(await batcher.submit(_images(7))) == [7]
+    async def test(setting: Setting) -> None:
+        assert _values(await setting.batcher.submit(_images(7))) == [7]
 
-    assert _run(test).batches == [1]
-
-
-def test_requests_that_wait_are_computed_together_up_to_the_limit() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        model.hold()
-        first = asyncio.create_task(batcher.submit(_images(0)))
-        await _begun(model)
-        others = [asyncio.create_task(batcher.submit(_images(value))) for value in range(1, 7)]
-        await asyncio.sleep(0)
-        model.go.set()
-        assert _values(await first) == [0]
-        assert [_values(answer) for answer in await asyncio.gather(*others)] == [[value] for value in range(1, 7)]
-
-    assert _run(test).batches == [1, 4, 2]
+    assert _run(test).sizes == [1]
 
 
-def test_the_limit_counts_images_and_not_requests() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        model.hold()
-        requests = [_images(0), _images(1, 2, 3), _images(4, 5), _images(6, 7)]
-        tasks = [asyncio.create_task(batcher.submit(request)) for request in requests[:1]]
-        await _begun(model)
-        tasks += [asyncio.create_task(batcher.submit(request)) for request in requests[1:]]
-        await asyncio.sleep(0)
-        model.go.set()
+def test_requests_that_come_together_are_computed_together_even_when_the_runtime_is_idle() -> None:
+    async def test(setting: Setting) -> None:
+        await asyncio.gather(*(setting.batcher.submit(_images(value)) for value in range(4)))
+
+    assert _run(test).sizes == [4]
+
+
+def test_what_waits_while_the_runtime_computes_is_computed_together_and_splits_to_fill_batches() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        tasks += [await setting.queue(*values) for values in ([1, 2, 3], [4, 5], [6, 7])]
+        setting.model.go.set()
         answers = await asyncio.gather(*tasks)
         assert [_values(answer) for answer in answers] == [[0], [1, 2, 3], [4, 5], [6, 7]]
 
-    assert _run(test).batches == [1, 3, 4]
+    assert _run(test).batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
 
 
 def test_a_request_larger_than_a_batch_is_split_and_joined_in_order() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        assert _values(await batcher.submit(_images(*range(10)))) == list(range(10))
+    async def test(setting: Setting) -> None:
+        assert _values(await setting.batcher.submit(_images(*range(10)))) == list(range(10))
 
-    assert _run(test).batches == [4, 4, 2]
+    assert _run(test).sizes == [4, 4, 2]
 
 
-def test_what_the_queue_cannot_hold_is_refused_at_once_and_nothing_else_is_harmed() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        model.hold()
-        first = asyncio.create_task(batcher.submit(_images(0)))
-        await _begun(model)
-        waiting = asyncio.create_task(batcher.submit(_images(1, 2, 3)))
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFull, match="holds 3 images, 3 more would pass its limit of 5"):
-            await batcher.submit(_images(4, 5, 6))
-        model.go.set()
+def test_two_slots_share_what_waits_and_answer_split_requests_in_order() -> None:
+    async def test(setting: Setting) -> None:
+        assert _values(await setting.batcher.submit(_images(*range(6)))) == list(range(6))
+        tasks = [await setting.queue(*range(start, start + 9)) for start in range(0, 90, 9)]
+        answers = [_values(answer) for answer in await asyncio.gather(*tasks)]
+        assert answers == [list(range(start, start + 9)) for start in range(0, 90, 9)]
+
+    model = _run(test, slots=2)
+    assert sorted(model.batches[:2]) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_whole_batch_is_handed_to_a_busy_slot_ahead_and_less_waits_for_company() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        tasks.append(await setting.queue(1, 2, 3, 4))
+        assert setting.batcher.queued == 0, "handed over while the slot computes"
+        tasks.append(await setting.queue(5))
+        assert setting.batcher.queued == 1
+        tasks.append(await setting.queue(6))
+        setting.model.go.set()
+        await asyncio.gather(*tasks)
+
+    assert _run(test).batches == [[0], [1, 2, 3, 4], [5, 6]]
+
+
+def test_what_the_queue_cannot_hold_is_refused_at_once_with_a_hint_and_nothing_else_is_harmed() -> None:
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        waiting = await setting.queue(1, 2, 3)
+        with pytest.raises(QueueFull, match="holds 3 images, 3 more would pass its limit of 5") as caught:
+            await setting.batcher.submit(_images(4, 5, 6))
+        assert caught.value.retry_after == pytest.approx(QUICK(3), rel=0.5)
+        setting.model.go.set()
         assert _values(await first) + _values(await waiting) == [0, 1, 2, 3]
-        assert _values(await batcher.submit(_images(4, 5, 6))) == [4, 5, 6]
+        assert _values(await setting.batcher.submit(_images(4, 5, 6))) == [4, 5, 6]
 
     _run(test, max_queue=5)
 
 
-def test_a_cancelled_request_is_never_computed() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        model.hold()
-        first = asyncio.create_task(batcher.submit(_images(0)))
-        await _begun(model)
-        cancelled = asyncio.create_task(batcher.submit(_images(1, 2)))
-        kept = asyncio.create_task(batcher.submit(_images(3)))
-        await asyncio.sleep(0)
+def test_streams_wait_for_half_the_queue_in_the_order_they_came() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        order: list[int] = []
+
+        async def patient(value: int) -> Prediction:
+            ticket = await setting.batcher.enqueue_patiently(_images(value, value, value))
+            order.append(value)
+            return await ticket.future
+
+        tasks += [asyncio.create_task(patient(value)) for value in range(1, 6)]
+        await asyncio.sleep(0.01)
+        assert order == [1], "the second would fill more than half of the queue"
+        tasks.append(await setting.queue(9, 9, 9))  # one that does not wait still has room
+        setting.model.go.set()
+        await asyncio.gather(*tasks)
+        assert order == [1, 2, 3, 4, 5]
+
+    _run(test, max_queue=8)
+
+
+def test_a_cancelled_request_is_never_computed_and_leaves_its_room_to_others() -> None:
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        cancelled = await setting.queue(1, 2)
+        kept = await setting.queue(3)
         cancelled.cancel()
         await asyncio.sleep(0)
-        model.go.set()
+        assert setting.batcher.queued == 1
+        setting.model.go.set()
         assert _values(await first) + _values(await kept) == [0, 3]
+        assert setting.value("capsnet_cancelled_images_total") == 2
 
-    assert _run(test).batches == [1, 1]
+    assert _run(test).batches == [[0], [3]]
+
+
+def test_half_of_a_thousand_cancelled_requests_are_not_computed() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        tasks += [asyncio.create_task(setting.batcher.submit(_images(1))) for _ in range(1000)]
+        await asyncio.sleep(0.01)
+        for task in tasks[1::2]:
+            task.cancel()
+        await asyncio.sleep(0)
+        setting.model.go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Those of the batch that was handed over ahead are computed.
+    assert 501 <= sum(_run(test, max_queue=2000).sizes) <= 505
+
+
+def test_a_request_that_cannot_make_its_deadline_is_refused_at_the_door() -> None:
+    async def test(setting: Setting) -> None:
+        with pytest.raises(DeadlineUnmeetable, match=r"deadline: (49|50) ms are left, the answer would take about 400"):
+            await setting.batcher.submit(_images(1, 2, 3, 4), deadline=time.monotonic() + 0.05)
+        assert _values(await setting.batcher.submit(_images(5), deadline=time.monotonic() + 0.15)) == [5]
+
+    assert _run(test, cost=BatchCost([(1, 0.1), (2, 0.2)])).batches == [[5]]
+
+
+def test_what_is_ahead_counts_towards_a_deadline_and_an_urgent_request_is_not_behind_it() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        tasks += [await setting.queue(1, 2, 3)]
+        with pytest.raises(DeadlineUnmeetable):
+            setting.batcher.enqueue(_images(4), deadline=time.monotonic() + 0.4)
+        ticket = setting.batcher.enqueue(_images(5), deadline=time.monotonic() + 0.4, urgent=True)
+        setting.model.go.set()
+        await asyncio.gather(*tasks, ticket.future)
+
+    _run(test, cost=BatchCost([(1, 0.1), (2, 0.2)]))
+
+
+def test_a_request_whose_time_ran_out_in_the_queue_is_dropped_and_told() -> None:
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        late = setting.batcher.enqueue(_images(1), deadline=time.monotonic() + 0.05)
+        kept = setting.batcher.enqueue(_images(2))
+        await asyncio.sleep(0.06)
+        setting.model.go.set()
+        await asyncio.gather(first, kept.future)
+        with pytest.raises(DeadlineUnmeetable):
+            await late.future
+        assert setting.value("capsnet_expired_images_total") == 1
+        assert setting.batcher.queued == 0
+
+    assert _run(test).batches == [[0], [2]]
+
+
+def test_urgent_requests_go_first_until_another_has_waited_long_enough() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy(), await setting.queue(9)]  # 9 is handed over ahead
+        tasks.append(await setting.queue(1))
+        tasks.append(await setting.queue(2, urgent=True))
+        setting.model.go.set()
+        await asyncio.gather(*tasks)
+        tasks = [await setting.occupy(), await setting.queue(9)]
+        tasks.append(await setting.queue(3))
+        await asyncio.sleep(0.06)
+        tasks.append(await setting.queue(4, urgent=True))
+        tasks.append(await setting.queue(5, urgent=True))
+        setting.model.go.set()
+        await asyncio.gather(*tasks)
+
+    assert _run(test, max_batch=1, ageing=0.05).batches == [[0], [9], [2], [1], [0], [9], [3], [4], [5]]
 
 
 def test_one_poisoned_member_fails_alone() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        model.hold()
-        first = asyncio.create_task(batcher.submit(_images(0)))
-        await _begun(model)
-        others = [asyncio.create_task(batcher.submit(_images(value))) for value in (1, POISON, 2)]
-        await asyncio.sleep(0)
-        model.go.set()
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        others = [await setting.queue(value if value != 5 else POISON) for value in range(32)]
+        setting.model.go.set()
         await first
         answers = await asyncio.gather(*others, return_exceptions=True)
-        assert isinstance(answers[1], InferenceFailed)
-        assert [_values(answer) for answer in (answers[0], answers[2]) if isinstance(answer, Prediction)] == [[1], [2]]
-        assert _values(await batcher.submit(_images(5))) == [5]
+        assert isinstance(answers[5], InferenceFailed)
+        values = [_values(answer) for answer in answers if isinstance(answer, Prediction)]
+        assert values == [[value] for value in range(32) if value != 5]
+        assert _values(await setting.batcher.submit(_images(50))) == [50]
+        assert setting.value("capsnet_inference_failures_total") == 2
+        assert setting.value("capsnet_inference_retries_total") == 32
 
-    _run(test)
+    _run(test, max_batch=32)
 
 
-def test_values_that_are_not_finite_are_a_failure_and_no_answer() -> None:
-    def predict(images: NDArray[np.uint8]) -> Prediction:
-        return Prediction(np.full((len(images), 1), np.nan, np.float32), np.zeros((len(images), 1, 1), np.float32))
+def test_an_answer_that_is_not_finite_fails_alone_and_nothing_is_computed_again() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        tasks += [await setting.queue(value) for value in (1, NOT_FINITE, 3)]
+        setting.model.go.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(answers[2], InferenceFailed)
+        assert [_values(answer) for answer in answers if isinstance(answer, Prediction)] == [[0], [1], [3]]
+        assert setting.value("capsnet_non_finite_images_total") == 1
 
-    async def main() -> None:
-        metrics = Metrics()
-        batcher = Batcher(predict, metrics, 4, 10)
-        computing = asyncio.create_task(batcher.run())
+    assert _run(test).batches == [[0], [1, NOT_FINITE, 3]]
+
+
+def test_a_runtime_that_hangs_is_given_up_and_others_are_computed() -> None:
+    async def test(setting: Setting) -> None:
+        hanging = await setting.occupy()
+        ahead = await setting.queue(1, 2, 3, 4)
+        behind = await setting.queue(5)
         with pytest.raises(InferenceFailed):
-            await batcher.submit(_images(1))
-        batcher.close()
-        await computing
-        assert metrics.registry.get_sample_value("capsnet_inference_failures_total") == 1
+            await hanging
+        setting.model.go.set()
+        assert _values(await ahead) + _values(await behind) == [1, 2, 3, 4, 5]
+        assert setting.value("capsnet_inference_hangs_total") == 1
+        await asyncio.sleep(0.05)  # the thread left behind returns, and its answer harms nobody
+        assert _values(await setting.batcher.submit(_images(6))) == [6]
 
-    asyncio.run(main())
+    _run(test, timeout=0.2)
 
 
 def test_closing_answers_what_waits_and_refuses_what_comes() -> None:
-    async def test(batcher: Batcher, model: FakeModel) -> None:
-        model.hold()
-        tasks = [asyncio.create_task(batcher.submit(_images(value))) for value in range(6)]
-        await _begun(model)
-        batcher.close()
+    async def test(setting: Setting) -> None:
+        setting.model.hold()
+        tasks = [asyncio.create_task(setting.batcher.submit(_images(value))) for value in range(6)]
+        assert await asyncio.to_thread(setting.model.begun.wait, 10)
+        closing = asyncio.create_task(setting.batcher.close())
+        await asyncio.sleep(0)
         with pytest.raises(Draining):
-            await batcher.submit(_images(9))
-        model.go.set()
+            await setting.batcher.submit(_images(9))
+        setting.model.go.set()
         assert [_values(answer) for answer in await asyncio.gather(*tasks)] == [[value] for value in range(6)]
+        await closing
 
     _run(test)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (3,), (8,)], ids=str)
+def test_the_cost_of_a_batch_is_learned_from_any_sizes(sizes: tuple[int, ...]) -> None:
+    cost = BatchCost((images, 0.001 * images + 0.002) for images in (1, 2, 4, 8, 16))
+    assert cost.per_image == pytest.approx(0.001)
+    assert cost.per_batch == pytest.approx(0.002)
+    for _ in range(500):  # the machine has become twice as slow
+        for images in sizes:
+            cost.learn(images, 0.002 * images + 0.004)
+    for images in sizes:
+        assert cost(images) == pytest.approx(0.002 * images + 0.004, rel=0.02)
+    assert cost(16) > 1.3 * (0.001 * 16 + 0.002), "sizes that do not come any more are known to be slower too"

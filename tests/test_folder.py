@@ -46,8 +46,8 @@ def test_a_folder_of_three_colours_trains_exports_and_serves(
     assert export([str(run / "capsnet.pt"), str(models), "--data", str(colours)]) == 0
 
     served = start(models=str(models))
-    assert served.server.artifact.name == "capsnet-colours"
-    assert served.server.artifact.image_shape == (3, 20, 20)
+    assert served.model.artifact.name == "capsnet-colours"
+    assert served.model.artifact.image_shape == (3, 20, 20)
     files = [str(_save(tmp_path / f"{name}.png", (31, 17), colour)) for name, colour in COLOURS.items()]
     assert client([*files, "--resize", "--address", served.address]) == 0
     answers = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(tmp_path))]

@@ -58,16 +58,40 @@ def test_batches_are_measured(used: Running) -> None:
     assert _value(page, "capsnet_batch_size_images_count") == 6
     assert _value(page, "capsnet_inference_seconds_count") == 6
     assert _value(page, "capsnet_inference_seconds_sum") > 0
-    assert _value(page, "capsnet_queue_seconds_count") == 6
+    assert _value(page, "capsnet_queue_seconds_count") == 3
     assert _value(page, "capsnet_queue_images") == 0
 
 
 def test_model_and_provider_are_told(used: Running) -> None:
     page = _scrape(used)
-    assert _value(page, "capsnet_model_info", name="capsnet-mnist", version="1", dataset="mnist") == 1
+    assert _value(page, "capsnet_model_info", model="capsnet-mnist", version="1", dataset="mnist") == 1
     assert _value(page, "capsnet_execution_provider_info", provider="CPUExecutionProvider") == 1
     assert _value(page, "capsnet_execution_provider_fallback") == 0
     assert _value(page, "capsnet_ready") == 1
+
+
+def test_tritons_names_tell_what_was_done(used: Running) -> None:
+    page = _scrape(used)
+    assert _value(page, "nv_inference_request_success") == 3
+    assert _value(page, "nv_inference_request_failure", reason="OTHER") == 1
+    assert _value(page, "nv_inference_count") == 12
+    assert _value(page, "nv_inference_exec_count") == 6
+    parts = ("queue", "compute_input", "compute_infer", "compute_output")
+    spent = [_value(page, f"nv_inference_{part}_duration_us") for part in parts]
+    assert min(spent) > 0
+    assert _value(page, "nv_inference_request_duration_us") == pytest.approx(sum(spent), abs=8)
+
+
+def test_the_answers_are_told_by_class_length_margin_and_active_capsules(used: Running) -> None:
+    page = _scrape(used)
+    assert _value(page, "capsnet_predicted_images_total", label="7") == 12
+    assert _value(page, "capsnet_predicted_images_total", label="3") == 0
+    assert _value(page, "capsnet_winner_length_count") == 12
+    assert 0.8 < _value(page, "capsnet_winner_length_sum") / 12 < 1
+    assert _value(page, "capsnet_winner_length_bucket", le="0.8") == 0
+    assert _value(page, "capsnet_winner_margin_sum") > 0.5 * 12
+    assert _value(page, "capsnet_active_capsules_bucket", le="0.0") == 0
+    assert _value(page, "capsnet_active_capsules_bucket", le="1.0") == 12
 
 
 def test_a_deadline_that_passes_is_counted_as_such(start: Callable[..., Running]) -> None:
@@ -83,8 +107,10 @@ def test_a_deadline_that_passes_is_counted_as_such(start: Callable[..., Running]
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (it comes with Prometheus)")
-def test_promtool_finds_nothing_to_complain_about(used: Running) -> None:
+def test_promtool_complains_of_nothing_but_the_names_that_are_those_of_triton(used: Running) -> None:
     result = subprocess.run(
         ["promtool", "check", "metrics"], input=_scrape(used), capture_output=True, text=True, check=False
     )
-    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+    complaints = (result.stdout + result.stderr).splitlines()
+    assert [line for line in complaints if not line.startswith("nv_inference_")] == []
+    assert all("abbreviated units" in line or '"_count" suffix' in line for line in complaints)

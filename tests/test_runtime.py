@@ -13,8 +13,9 @@ import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import PRECISIONS, find, load
+from serving.metrics import Metrics
+from serving.models import ServedModel
 from serving.runtime import Runtime, RuntimeSetupError, saturates
-from serving.server import Server
 from serving.settings import Settings
 from serving.tensorrt import TENSORRT, BatchProfile, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
@@ -56,8 +57,8 @@ def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], p
     running = start(precision=precision)
     described = running.stub.GetModel(pb.GetModelRequest(), timeout=20)
     assert described.precision == precision
-    assert described.sha256 == running.server.artifact.sha256(precision)
-    assert described.test_errors == running.server.artifact.variants[precision]["test_errors"]
+    assert described.sha256 == running.model.artifact.sha256(precision)
+    assert described.test_errors == running.model.artifact.variants[precision]["test_errors"]
     image = pb.Image(pixels=digits.images[0].tobytes())
     assert running.classify(image).results[0].label == str(digits.labels[0])
 
@@ -120,7 +121,7 @@ def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest
 
 def test_a_batch_larger_than_tensorrt_was_told_of_is_refused_before_anything_is_built() -> None:
     with pytest.raises(RuntimeSetupError, match="max_batch: 33; this model was exported for batches of up to 32"):
-        Server(Settings(port=0, metrics_port=0, device="tensorrt", max_batch=33))
+        ServedModel(find(ROOT / "models"), Settings(device="tensorrt", max_batch=33), Metrics())
 
 
 def test_weights_outside_the_verified_file_are_not_read(tmp_path: Path) -> None:

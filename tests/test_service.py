@@ -16,8 +16,8 @@ from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.images import limit_metadata
+from serving.models import ServedModel
 from serving.runtime import Prediction
-from serving.server import Server
 from tests.conftest import DATA, Digits, Running
 
 SEVEN = (DATA / "seven.png").read_bytes()
@@ -90,7 +90,7 @@ def test_the_model_and_version_may_be_named_and_others_are_not_found(running: Ru
         with pytest.raises(grpc.RpcError) as caught:
             running.stub.Classify(pb.ClassifyRequest(model_name=name, model_version=version, images=[DIGIT]))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert "capsnet-mnist version 1 is" in str(caught.value.details())
+        assert "there is: capsnet-mnist version 1" in str(caught.value.details())
     with pytest.raises(grpc.RpcError) as caught:
         running.stub.Classify(pb.ClassifyRequest(model_name="x" * 100_000, images=[DIGIT]))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -116,21 +116,21 @@ def test_a_wrong_image_is_refused_by_name(running: Running, image: pb.Image, mes
 
 
 def test_a_request_without_images_is_refused(running: Running) -> None:
-    assert _refusal(running) == (grpc.StatusCode.INVALID_ARGUMENT, "images: none; expected 1 to 1024")
+    assert _refusal(running) == (grpc.StatusCode.INVALID_ARGUMENT, "images: 0; expected 1 to 1024 (max_images_per_request)")
 
 
 def test_too_many_images_in_a_request_are_refused_with_the_limit(start: Callable[..., Running]) -> None:
     limited = start(max_images_per_request=4)
     assert len(limited.classify(*[DIGIT] * 4).results) == 4
     code, details = _refusal(limited, *[DIGIT] * 5)
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert details == "images: 5; the limit is 4 a request (max_images_per_request)"
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert details == "images: 5; expected 1 to 4 (max_images_per_request)"
 
 
 def test_a_request_above_the_size_limit_is_refused_with_the_limit(start: Callable[..., Running]) -> None:
     limited = start(max_request_bytes=10_000)
     code, details = _refusal(limited, pb.Image(encoded=bytes(10_000)))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details == "request: 10006 bytes; the limit is 10000 bytes (max_request_bytes)"
     code, details = _refusal(limited, pb.Image(encoded=bytes(50_000)))  # more than gRPC itself lets in
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -229,15 +229,15 @@ def test_a_client_that_leaves_its_stream_harms_no_other(running: Running) -> Non
 
 
 def test_a_fault_of_the_model_is_internal_and_tells_no_inner_text(start: Callable[..., Running]) -> None:
-    def patch(server: Server) -> None:
-        real = server.runtime.predict
+    def patch(model: ServedModel) -> None:
+        real = model.predict
 
         def predict(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Prediction:
             if (images == 255).all(axis=(1, 2, 3)).any():
                 raise RuntimeError("secret /inner/path")
             return real(images)
 
-        server.runtime.predict = predict  # type: ignore[method-assign]
+        model.batcher._predict = predict
 
     faulty = start(patch)
     code, details = _refusal(faulty, pb.Image(pixels=b"\xff" * 784))

@@ -26,7 +26,7 @@ def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-batch", "0"], "max_batch: 0; expected 1 or more"),
+        (["--max-batch", "-1"], "max_batch: -1; expected 0 or more"),
         (["--port", "70000"], "port: 70000; expected 65535 or less"),
         (["--threads", "1000000"], "threads: 1000000; expected 256 or less"),
         (["--device", "tpu"], "device: 'tpu'; expected one of auto, cpu, cuda"),

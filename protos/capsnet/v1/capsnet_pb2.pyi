@@ -89,7 +89,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model_name", "model_version", "labels", "image_channels", "image_height", "image_width", "pose_size", "max_images_per_request", "max_request_bytes", "execution_provider", "sha256", "dataset", "test_errors", "test_images", "precision")
+    __slots__ = ("model_name", "model_version", "labels", "image_channels", "image_height", "image_width", "pose_size", "max_images_per_request", "max_request_bytes", "execution_provider", "sha256", "dataset", "test_errors", "test_images", "precision", "tuning")
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class GetModelResponse(_message.Message):
     TEST_ERRORS_FIELD_NUMBER: _ClassVar[int]
     TEST_IMAGES_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    TUNING_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     model_version: str
     labels: _containers.RepeatedScalarFieldContainer[str]
@@ -120,4 +121,33 @@ class GetModelResponse(_message.Message):
     test_errors: int
     test_images: int
     precision: str
-    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., image_channels: _Optional[int] = ..., image_height: _Optional[int] = ..., image_width: _Optional[int] = ..., pose_size: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., execution_provider: _Optional[str] = ..., sha256: _Optional[str] = ..., dataset: _Optional[str] = ..., test_errors: _Optional[int] = ..., test_images: _Optional[int] = ..., precision: _Optional[str] = ...) -> None: ...
+    tuning: Tuning
+    def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., image_channels: _Optional[int] = ..., image_height: _Optional[int] = ..., image_width: _Optional[int] = ..., pose_size: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., execution_provider: _Optional[str] = ..., sha256: _Optional[str] = ..., dataset: _Optional[str] = ..., test_errors: _Optional[int] = ..., test_images: _Optional[int] = ..., precision: _Optional[str] = ..., tuning: _Optional[_Union[Tuning, _Mapping]] = ...) -> None: ...
+
+class Tuning(_message.Message):
+    __slots__ = ("threads", "runtimes", "max_batch", "image_seconds", "batch_seconds", "compared")
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    RUNTIMES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPARED_FIELD_NUMBER: _ClassVar[int]
+    threads: int
+    runtimes: int
+    max_batch: int
+    image_seconds: float
+    batch_seconds: float
+    compared: _containers.RepeatedCompositeFieldContainer[Timing]
+    def __init__(self, threads: _Optional[int] = ..., runtimes: _Optional[int] = ..., max_batch: _Optional[int] = ..., image_seconds: _Optional[float] = ..., batch_seconds: _Optional[float] = ..., compared: _Optional[_Iterable[_Union[Timing, _Mapping]]] = ...) -> None: ...
+
+class Timing(_message.Message):
+    __slots__ = ("threads", "runtimes", "batch", "seconds")
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    RUNTIMES_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    threads: int
+    runtimes: int
+    batch: int
+    seconds: float
+    def __init__(self, threads: _Optional[int] = ..., runtimes: _Optional[int] = ..., batch: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...

@@ -64,7 +64,7 @@ class CapsNetServiceServicer:
     def ClassifyStream(self, request_iterator, context):
         """Classifies a stream of requests. Answers come in the order of the requests, each with the request's id. A request
         that cannot be answered gets an error in its place and the stream goes on; only one of more than twice
-        max_request_bytes, which gRPC itself refuses, ends the stream.
+        max_request_bytes, which gRPC itself refuses, ends the stream. What the queue has no room for waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,76 @@
+"""The log: lines for people or for programs, and one line a request that was refused or failed."""
+
+import json
+import logging
+import time
+from datetime import UTC, datetime
+
+FORMATS = ("text", "json")
+LEVELS = ("debug", "info", "warning", "error")
+#: The attribute of a record that holds what programs are told beside the message.
+FIELDS = "fields"
+
+_logger = logging.getLogger(__name__)
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON: time, level, logger, message, the record's fields, and a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, FIELDS, {}),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+class TextFormatter(logging.Formatter):
+    """A record as a line for people, its fields behind the message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {name}={value}" for name, value in getattr(record, FIELDS, {}).items())
+        return super().formatMessage(record) + fields
+
+
+def set_up(format_: str, level: str) -> None:
+    """Send the log of this process to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class RefusalLog:
+    """One line a request that was refused or failed, as long as they are not too many to be read.
+
+    limit: lines a second; of the rest only the number is logged. A flood of refusals must not cost what it saves.
+    """
+
+    def __init__(self, limit: int = 50) -> None:
+        self._limit = limit
+        self._second = 0
+        self._lines = 0
+
+    def write(self, level: int, method: str, code: str, text: str, request_id: str) -> None:
+        """request_id: the client's own, or one that it was told."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if (more := self._lines - self._limit) > 0:
+                _logger.warning("%d more requests were refused or failed in a second", more)
+            self._second, self._lines = second, 0
+        self._lines += 1
+        if self._lines <= self._limit:
+            fields = {"method": method, "code": code, "request_id": _on_one_line(request_id)}
+            _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: fields})
+
+
+def _on_one_line(text: str) -> str:
+    """A text that may hold what a client chose, so that it cannot look like another line."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

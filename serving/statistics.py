@@ -1,0 +1,47 @@
+"""What a model has done since it was loaded, in the terms of Triton's statistics extension."""
+
+from dataclasses import dataclass, field
+
+#: Not taken; given up by the client; not computed; any other, such as a wrong request.
+REJECTED, CANCELED, BACKEND, OTHER = FAILURES = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
+
+
+@dataclass(slots=True)
+class Duration:
+    """How many, and how many nanoseconds they took in all."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.ns += round(seconds * 1e9)
+
+
+@dataclass(slots=True)
+class BatchStatistics:
+    """Of all batches of one size: bringing the images together, and ONNX Runtime's call."""
+
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """last_inference: milliseconds since 1970. inference_count: images computed. execution_count: batches computed.
+
+    success and fail: requests, from their arrival to their answer. failures: those that failed, by Triton's reasons.
+    queue, compute_input, compute_infer and compute_output: the parts of the time of requests that succeeded.
+    """
+
+    last_inference: int = 0
+    inference_count: int = 0
+    execution_count: int = 0
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+    failures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
+    batches: dict[int, BatchStatistics] = field(default_factory=dict)

@@ -1,0 +1,314 @@
+"""Tests of ModelInfer's messages without a server: what requests mean, and the bytes of answers."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from protos.inference import inference_pb2 as pb
+from serving.artifact import Artifact
+from serving.errors import InvalidRequest
+from serving.runtime import Prediction
+from serving.tensors import Output, TensorMessages, refused, schedule
+
+LABELS = ("circle", "a:b", "größe", "")
+MOST = 5
+MESSAGES = TensorMessages(
+    Artifact(Path(), "shapes", "7", LABELS, (3, 4, 5), 2, files={}, variants={}, graphs={}, batches={}, training={}),
+    MOST,
+)
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
+
+
+def _request(pixels: NDArray[np.uint8] = PIXELS) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(raw_input_contents=[pixels.tobytes()])
+    request.inputs.add(name="images", datatype="UINT8", shape=pixels.shape)
+    return request
+
+
+def _typed(pixels: NDArray[np.uint8] = PIXELS) -> pb.ModelInferRequest:
+    request = _request(pixels)
+    request.ClearField("raw_input_contents")
+    request.inputs[0].contents.uint_contents.extend(pixels.ravel().tolist())
+    return request
+
+
+def _prediction(images: int, seed: int = 0) -> Prediction:
+    rng = np.random.default_rng(seed)
+    return Prediction(rng.random((images, 4), np.float32), rng.standard_normal((images, 4, 2), np.float32))
+
+
+def _asking(*outputs: tuple[str, dict[str, pb.InferParameter]]) -> pb.ModelInferRequest:
+    request = _request()
+    for name, parameters in outputs:
+        request.outputs.add(name=name, parameters=parameters)
+    return request
+
+
+@pytest.mark.parametrize("images", [1, MOST])
+@pytest.mark.parametrize("form", [_request, _typed])
+def test_pixels_arrive_as_they_were_sent(form: Callable[..., pb.ModelInferRequest], images: int) -> None:
+    pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 4, 5), np.uint8)
+    images_read = MESSAGES.images(pb.ModelInferRequest.FromString(form(pixels).SerializeToString()))
+    assert images_read.dtype == np.uint8
+    np.testing.assert_array_equal(images_read, pixels)
+
+
+def _two_inputs(request: pb.ModelInferRequest) -> None:
+    request.inputs.add(name="more", datatype="UINT8", shape=(1,))
+
+
+def _name(request: pb.ModelInferRequest) -> None:
+    request.inputs[0].name = "pixels" + "!" * 200
+
+
+def _datatype(request: pb.ModelInferRequest) -> None:
+    request.inputs[0].datatype = "FP32"
+
+
+def _set_shape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
+    def change(request: pb.ModelInferRequest) -> None:
+        request.inputs[0].shape[:] = shape
+
+    return change
+
+
+def _no_raw(request: pb.ModelInferRequest) -> None:
+    request.ClearField("raw_input_contents")
+
+
+def _short_raw(request: pb.ModelInferRequest) -> None:
+    request.raw_input_contents[0] = b"short"
+
+
+def _two_raw(request: pb.ModelInferRequest) -> None:
+    request.raw_input_contents.append(b"")
+
+
+def _both(request: pb.ModelInferRequest) -> None:
+    request.inputs[0].contents.uint_contents.append(1)
+
+
+def _wrong_kind(request: pb.ModelInferRequest) -> None:
+    _no_raw(request)
+    request.inputs[0].contents.fp32_contents.append(1)
+
+
+def _few_typed(request: pb.ModelInferRequest) -> None:
+    _no_raw(request)
+    request.inputs[0].contents.uint_contents.extend([1, 2])
+
+
+def _no_pixel(request: pb.ModelInferRequest) -> None:
+    request.CopyFrom(_typed())
+    request.inputs[0].contents.uint_contents[7] = 256
+
+
+def _shared_memory(request: pb.ModelInferRequest) -> None:
+    request.inputs[0].parameters["shared_memory_region"].string_param = "region"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "description"),
+    [
+        (pb.ModelInferRequest.Clear, "inputs", "0 tensors; expected one, 'images'"),
+        (_two_inputs, "inputs", "2 tensors; expected one, 'images'"),
+        (_name, "inputs[0].name", f"'pixels{'!' * 58}'; expected 'images'"),
+        (_datatype, "inputs[0].datatype", "'FP32'; expected 'UINT8', pixels from 0 to 255 as bytes"),
+        (_set_shape(), "inputs[0].shape", "[]; expected [n, 3, 4, 5], n from 1 to 5 (max_images_per_request)"),
+        (_set_shape(3, 4, 5), "inputs[0].shape", "[3, 4, 5]; expected [n, 3, 4, 5], n from 1 to 5"),
+        (_set_shape(2, 3, 5, 4), "inputs[0].shape", "[2, 3, 5, 4]; expected [n, 3, 4, 5]"),
+        (_set_shape(6, 3, 4, 5), "inputs[0].shape", "[6, 3, 4, 5]; expected [n, 3, 4, 5], n from 1 to 5"),
+        (_set_shape(0, 3, 4, 5), "inputs[0].shape", "[0, 3, 4, 5]; expected"),
+        (_set_shape(-1, 3, 4, 5), "inputs[0].shape", "[-1, 3, 4, 5]; expected"),
+        (_set_shape(*[1] * 1000), "inputs[0].shape", "[1, 1, 1, 1, 1, 1, 1, 1, ...]; expected"),
+        (_no_raw, "raw_input_contents", "none; expected one, of 120 bytes, for 'images'"),
+        (_short_raw, "raw_input_contents[0]", "5 bytes; expected 120 (2 x 3 x 4 x 5)"),
+        (_two_raw, "raw_input_contents", "2; expected one, for 'images'"),
+        (_both, "inputs[0].contents", "came with raw_input_contents; expected one of the two"),
+        (_wrong_kind, "inputs[0].contents.fp32_contents", "not for UINT8; expected uint_contents"),
+        (_few_typed, "inputs[0].contents.uint_contents", "2 values; expected 120 (2 x 3 x 4 x 5)"),
+        (_no_pixel, "inputs[0].contents.uint_contents[7]", "256; expected 0 to 255"),
+        (_shared_memory, 'inputs[0].parameters["shared_memory_region"]', "shared memory is not supported"),
+    ],
+)
+def test_a_wrong_input_is_refused_by_its_field(
+    change: Callable[[pb.ModelInferRequest], None], field: str, description: str
+) -> None:
+    request = _request()
+    change(request)
+    with pytest.raises(InvalidRequest) as caught:
+        MESSAGES.images(request)
+    assert caught.value.field == field
+    assert caught.value.description.startswith(description)
+
+
+def test_all_outputs_come_where_none_is_named() -> None:
+    assert MESSAGES.outputs(_request()) == (Output("probabilities"), Output("poses"))
+
+
+def test_named_outputs_come_in_the_order_of_the_request() -> None:
+    assert MESSAGES.outputs(_asking(("poses", {}))) == (Output("poses"),)
+    both = _asking(("poses", {}), ("probabilities", {"classification": pb.InferParameter(int64_param=3)}))
+    assert MESSAGES.outputs(both) == (Output("poses"), Output("probabilities", 3))
+
+
+def test_what_an_output_is_told_that_means_nothing_here_is_ignored() -> None:
+    request = _asking(("poses", {"binary_data": pb.InferParameter(bool_param=True)}))
+    assert MESSAGES.outputs(request) == (Output("poses"),)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "field", "description"),
+    [
+        ([("scores", {})], "outputs[0].name", "'scores'; expected 'probabilities' or 'poses'"),
+        ([("poses", {}), ("poses", {})], "outputs[1].name", "'poses' once more; expected each output once"),
+        (
+            [("poses", {"classification": pb.InferParameter(int64_param=1)})],
+            'outputs[0].parameters["classification"]',
+            "on 'poses'; expected on 'probabilities' alone",
+        ),
+        *(
+            (
+                [("probabilities", {"classification": parameter})],
+                'outputs[0].parameters["classification"]',
+                description,
+            )
+            for parameter, description in [
+                (pb.InferParameter(int64_param=0), "0; expected 1 to 4, the number of classes"),
+                (pb.InferParameter(int64_param=5), "5; expected 1 to 4, the number of classes"),
+                (pb.InferParameter(int64_param=-1), "int64_param '-1'; expected a whole number from 0 up"),
+                (pb.InferParameter(bool_param=True), "bool_param 'True'; expected a whole number"),
+                (pb.InferParameter(), "no value; expected a whole number"),
+            ]
+        ),
+        (
+            [("poses", {"shared_memory_region": pb.InferParameter(string_param="region")})],
+            'outputs[0].parameters["shared_memory_region"]',
+            "shared memory is not supported",
+        ),
+    ],
+)
+def test_a_wrong_output_is_refused_by_its_field(
+    outputs: list[tuple[str, dict[str, pb.InferParameter]]], field: str, description: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        MESSAGES.outputs(_asking(*outputs))
+    assert caught.value.field == field
+    assert caught.value.description.startswith(description)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "timeout", "urgent"),
+    [
+        ({}, None, False),
+        ({"timeout": pb.InferParameter(int64_param=1500)}, 0.0015, False),
+        ({"timeout": pb.InferParameter(uint64_param=2_000_000)}, 2.0, False),
+        ({"timeout": pb.InferParameter(string_param="1500")}, 0.0015, False),
+        ({"timeout": pb.InferParameter(int64_param=0)}, None, False),
+        ({"priority": pb.InferParameter(uint64_param=1)}, None, True),
+        ({"priority": pb.InferParameter(int64_param=1)}, None, True),
+        ({"priority": pb.InferParameter(string_param="1")}, None, True),
+        ({"priority": pb.InferParameter(uint64_param=0)}, None, False),
+        ({"priority": pb.InferParameter(uint64_param=2)}, None, False),
+        ({"sequence_id": pb.InferParameter(int64_param=0), "sequence_start": pb.InferParameter()}, None, False),
+        ({"something": pb.InferParameter(double_param=1.5)}, None, False),
+    ],
+)
+def test_timeout_and_priority_are_read(
+    parameters: dict[str, pb.InferParameter], timeout: float | None, urgent: bool
+) -> None:
+    assert schedule(pb.ModelInferRequest(parameters=parameters)) == (timeout, urgent)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "description"),
+    [
+        ("timeout", pb.InferParameter(int64_param=-1), "int64_param '-1'; expected a whole number from 0 up"),
+        ("timeout", pb.InferParameter(double_param=0.5), "double_param '0.5'; expected a whole number from 0 up"),
+        ("priority", pb.InferParameter(bool_param=True), "bool_param 'True'; expected a whole number from 0 up"),
+        ("priority", pb.InferParameter(string_param="high"), "string_param 'high'; expected a whole number from 0 up"),
+        ("priority", pb.InferParameter(string_param="9" * 5000), f"string_param '{'9' * 64}'; expected a whole number"),
+        ("sequence_id", pb.InferParameter(int64_param=5), "'5'; expected none, since sequences are not supported"),
+        ("sequence_id", pb.InferParameter(string_param="a"), "'a'; expected none, since sequences are not supported"),
+        ("sequence_start", pb.InferParameter(bool_param=True), "'True'; expected none"),
+        ("sequence_end", pb.InferParameter(bool_param=True), "'True'; expected none"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_by_its_name(name: str, parameter: pb.InferParameter, description: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        schedule(pb.ModelInferRequest(parameters={name: parameter}))
+    assert caught.value.field == f'parameters["{name}"]'
+    assert caught.value.description.startswith(description)
+
+
+SELECTIONS: list[tuple[Output, ...]] = [
+    (Output("probabilities"), Output("poses")),
+    (Output("poses"), Output("probabilities")),
+    (Output("poses"),),
+    (Output("probabilities", 2),),
+    (Output("poses"), Output("probabilities", 4)),
+]
+
+
+def _plain(identifier: str, outputs: tuple[Output, ...], prediction: Prediction) -> pb.ModelInferResponse:
+    """The answer as protobuf's own classes build it."""
+    images = len(prediction.probabilities)
+    response = pb.ModelInferResponse(model_name="shapes", model_version="7", id=identifier)
+    for output in outputs:
+        if output.classes:
+            response.outputs.add(name=output.name, datatype="BYTES", shape=(images, output.classes))
+            data = b""
+            for row in prediction.probabilities:
+                for index in sorted(range(4), key=lambda index: -row[index])[: output.classes]:
+                    text = f"{row[index]:f}:{index}:{LABELS[index]}".encode()
+                    data += struct.pack("<I", len(text)) + text
+        else:
+            array = prediction.probabilities if output.name == "probabilities" else prediction.poses
+            response.outputs.add(name=output.name, datatype="FP32", shape=array.shape)
+            data = array.tobytes()
+        response.raw_output_contents.append(data)
+    return response
+
+
+@pytest.mark.parametrize("outputs", SELECTIONS, ids=str)
+@pytest.mark.parametrize("images", [1, 3, 40, 5000])
+@pytest.mark.parametrize("identifier", ["", "7", "größe" * 100])
+def test_an_answers_bytes_are_those_of_the_plain_message(
+    identifier: str, images: int, outputs: tuple[Output, ...]
+) -> None:
+    prediction = _prediction(images, seed=images)
+    expected = _plain(identifier, outputs, prediction)
+    assert MESSAGES.encode(identifier, outputs, prediction) == expected.SerializeToString()
+    streamed = pb.ModelStreamInferResponse.FromString(MESSAGES.encode_for_stream(identifier, outputs, prediction))
+    expected.parameters["triton_final_response"].bool_param = True
+    assert streamed == pb.ModelStreamInferResponse(infer_response=expected)
+
+
+def test_a_part_of_a_larger_batch_is_answered_as_it_would_be_alone() -> None:
+    whole = _prediction(9)
+    part = Prediction(whole.probabilities[::2], whole.poses[::2])
+    alone = Prediction(part.probabilities.copy(), part.poses.copy())
+    assert MESSAGES.encode("", SELECTIONS[0], part) == MESSAGES.encode("", SELECTIONS[0], alone)
+
+
+def test_the_most_probable_classes_come_first_and_of_equal_ones_the_lower() -> None:
+    prediction = Prediction(np.array([[0.25, 1, 0.5, 0.5]], np.float32), np.zeros((1, 4, 2), np.float32))
+    response = pb.ModelInferResponse.FromString(MESSAGES.encode("", (Output("probabilities", 4),), prediction))
+    (data,) = response.raw_output_contents
+    texts = []
+    while data:
+        (length,) = struct.unpack_from("<I", data)
+        texts.append(data[4 : 4 + length].decode())
+        data = data[4 + length :]
+    assert texts == ["1.000000:1:a:b", "0.500000:2:größe", "0.500000:3:", "0.250000:0:circle"]
+
+
+def test_a_refusal_in_a_stream_has_the_requests_id() -> None:
+    response = pb.ModelStreamInferResponse.FromString(refused("7", "too much"))
+    assert (response.error_message, response.infer_response.id) == ("too much", "7")
+    assert response.infer_response.parameters["triton_final_response"].bool_param
+    assert not response.infer_response.outputs
