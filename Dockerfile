@@ -8,34 +8,68 @@ WORKDIR /build
 # The environment gets no pip of its own: the builder's installs into it.
 RUN python -m venv --without-pip /opt/venv
 
-# The dependencies depend on pyproject.toml alone, so that a change of the code does not download them again.
-COPY pyproject.toml ./
-RUN python -c "import sys, tomllib; \
-    project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*project['dependencies'], *project['optional-dependencies'][sys.argv[1]], sep='\n')" \
-    "$EXTRA" > requirements.txt \
-    && pip --python /opt/venv/bin/python install --no-cache-dir --requirement requirements.txt \
+# Each dependency in the version and with the digests that `make requirements` wrote down; apart from the code, so that
+# a change of that does not download them again.
+COPY deploy/requirements/ requirements/
+RUN pip --python /opt/venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: \
+        --requirement "requirements/$EXTRA.txt" \
     && find /opt/venv -type d -name tests -prune -exec rm -r {} +
 
-# ONNX Runtime is inside its Python module. The same once more as a C library is for other programs: 35 MB that nothing
-# here loads. The import shows that it is still so.
+# ONNX Runtime is inside its Python module. The same once more as a C library is for other programs, and its tools are
+# for making models: 45 MB that nothing here loads. The import shows that it is still so.
 RUN find /opt/venv -path '*/onnxruntime/capi/libonnxruntime.so*' -delete \
+    && rm -r /opt/venv/lib/python3*/site-packages/onnxruntime/transformers \
+        /opt/venv/lib/python3*/site-packages/onnxruntime/tools \
+        /opt/venv/lib/python3*/site-packages/onnxruntime/quantization \
     && ORT_DISABLE_TELEMETRY=1 /opt/venv/bin/python -c "import onnxruntime"
 
 COPY . .
+# The models of the package move to where a volume can be mounted over them, which then begins with what is there.
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps . \
-    && pip --python /opt/venv/bin/python check
+    && pip --python /opt/venv/bin/python check \
+    && mv /opt/venv/lib/python3*/site-packages/serving/models /models
 
 
-FROM python:3.12-slim-bookworm
+# Trains and exports, into the same folder of models; with PyTorch it is many times as large as the server.
+FROM builder AS training
 
-COPY --from=builder /opt/venv /opt/venv
+RUN pip --python /opt/venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: \
+        --requirement requirements/training.txt \
+    && mkdir /work \
+    && chown -R 10001:10001 /models /work
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1 \
+    XDG_CACHE_HOME=/work/cache \
+    MPLCONFIGDIR=/tmp
+
+WORKDIR /work
+
+USER 10001:10001
+
+ENTRYPOINT ["python", "-m"]
+
+CMD ["training", "--help"]
+
+
+FROM builder AS trimmed
+
+# What needs a framework that the server does not have.
+RUN rm -r /opt/venv/lib/python3*/site-packages/training /opt/venv/lib/python3*/site-packages/export
+
+
+FROM python:3.12-slim-bookworm AS serving
+
+COPY --from=trimmed /opt/venv /opt/venv
+COPY --from=builder --chown=10001:10001 /models /models
 
 # Whoever listens on 127.0.0.1 in a container is reached by nobody.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     ORT_DISABLE_TELEMETRY=1 \
-    CAPSNET_HOST=0.0.0.0
+    CAPSNET_HOST=0.0.0.0 \
+    CAPSNET_MODELS=/models
 
 # A number, for orchestrators that must tell a non-root image without reading its /etc/passwd.
 USER 10001:10001
