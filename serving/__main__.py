@@ -19,7 +19,7 @@ def main() -> int:
     settings = read(sys.argv[1:])
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, in words that clients choose
     limit_metadata()
-    disable_created_metrics()  # a series more for each that nobody asks for
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each that nobody asks for
     set_up(settings.log_format, settings.log_level)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -37,8 +38,8 @@ class Entry:
     state: State
     reason: str = ""
     model: ServedModel | None = None
-    #: The digest that its folder had when it was loaded or could not be.
-    digest: str = ""
+    #: How its folder looked when it was loaded or could not be.
+    look: str = ""
 
 
 class LoadError(ServingError):
@@ -111,7 +112,7 @@ class Repository:
             self._unloaded.discard(name)
             for entry in self._entries.values():
                 if entry.name == name and not entry.model:
-                    entry.digest = ""
+                    entry.look = ""
             self._failures = []
             if name in await asyncio.to_thread(self._names):
                 await self._scan_model(name)
@@ -150,11 +151,11 @@ class Repository:
         return sorted(found & {only} if only else found)
 
     def _versions(self, name: str) -> list[tuple[str, str]]:
-        """(version, digest of its manifest) of what the folder has, the highest first."""
+        """(version, look of its folder) of what the repository has, the highest first."""
         only = self._settings.model_version
         found = [path.parent.name for path in (self._folder / name).glob(f"*/{MANIFEST}")]
         versions = sorted((one for one in found if one.isdecimal() and only in ("", one)), key=int, reverse=True)
-        return [(version, _digest(self._folder / name / version / MANIFEST)) for version in versions]
+        return [(version, _look(self._folder / name / version)) for version in versions]
 
     async def _scan_model(self, name: str) -> None:
         before = self._current.get(name, [])
@@ -164,10 +165,10 @@ class Repository:
             if key[1] not in dict(found):
                 del self._entries[key]
         if name not in self._unloaded:
-            for version, digest in found:
+            for version, look in found:
                 entry = self._entries.get((name, version))
-                if not entry or entry.digest != digest:
-                    entry = await self._load(name, version, digest, before)
+                if not entry or entry.look != look:
+                    entry = await self._load(name, version, look, before)
                 if entry.model:
                     wanted.append(entry.model)
                 if len(wanted) == self._settings.versions:
@@ -183,10 +184,10 @@ class Repository:
             if model not in wanted:
                 self._leave(model)
 
-    async def _load(self, name: str, version: str, digest: str, before: list[ServedModel]) -> Entry:
+    async def _load(self, name: str, version: str, look: str, before: list[ServedModel]) -> Entry:
         """Load a version beside what is served; what cannot be is no error of the caller's."""
         old = self._entries.get((name, version))
-        entry = self._entries[name, version] = Entry(name, version, State.LOADING, digest=digest)
+        entry = self._entries[name, version] = Entry(name, version, State.LOADING, look=look)
         folder = self._folder / name / version
         plan = before[0].plan if before else None
         try:
@@ -227,8 +228,11 @@ class Repository:
         _logger.info("%s version %s is served no more", *key)
 
 
-def _digest(path: Path) -> str:
-    try:
-        return artifacts.digest(path)
-    except OSError:  # gone between being listed and being read
-        return ""
+def _look(folder: Path) -> str:
+    """What changes when a file of the folder is written: a version that could not be loaded may be whole by then."""
+    files = []
+    with suppress(OSError):  # gone between being listed and being looked at
+        for path in sorted(folder.iterdir()):
+            found = path.stat()
+            files.append(f"{path.name} {found.st_size} {found.st_mtime_ns}")
+    return "\n".join(files)

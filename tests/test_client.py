@@ -1,12 +1,21 @@
 """The command-line client, as a person and as a program meets it."""
 
+import contextlib
+import fcntl
 import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
 
-from serving.client import main
-from tests.conftest import DATA, Running
+from serving.client.__main__ import main
+from tests.conftest import DATA, ROOT, Running
+from tests.fake_server import FakeServer, numbered
 
 SEVEN = str(DATA / "seven.png")
 IDX = str(DATA / "t10k-images-idx3-ubyte.gz")
@@ -45,7 +54,7 @@ def test_a_bad_file_is_told_and_the_others_are_answered_in_order(
     assert [json.loads(line)["label"] for line in captured.out.splitlines()] == ["7", "7"]
     assert captured.err.splitlines() == [
         f"{missing}: No such file or directory",
-        f"{text}: images[0].encoded: 8 bytes that are neither a PNG nor a JPEG file",
+        f"{text}: 8 bytes that are neither a PNG nor a JPEG file",
         f"{labels}: an IDX file of labels or single values; expected one of images",
     ]
 
@@ -60,3 +69,90 @@ def test_a_limit_that_is_no_number_of_images_is_refused(limit: str, capsys: pyte
 def test_no_server_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([SEVEN, "--address", "127.0.0.1:1"]) == 1
     assert "127.0.0.1:1: no server answers there" in capsys.readouterr().err
+
+
+def test_what_is_no_image_file_is_told(running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    assert main([str(tmp_path), str(empty), "--address", running.address]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: Is a directory",
+        f"{empty}: 0 bytes that are neither a PNG nor a JPEG file",
+    ]
+
+
+def test_what_is_asked_wrongly_is_told_in_one_line(
+    running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    for arguments, text in (
+        (["--address", running.address, "--model", "other"], "'other'"),
+        (["--address", "example.org:1", "--token-file", str(token)], "token: would go unencrypted to example.org:1"),
+        (["--address", running.address, "--ca-file", "/missing.pem"], "No such file or directory: '/missing.pem'"),
+        (["--address", running.address, "--tls", "--key-file", "key.pem"], "--cert-file and --key-file: one without"),
+        (["--address", running.address, "--timeout", "0.0001"], "127.0.0.1"),
+    ):
+        assert main([SEVEN, *arguments]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert text in line
+    with pytest.raises(SystemExit, match="2"):
+        main([SEVEN, "--timeout", "0"])
+    assert "expected seconds above 0" in capsys.readouterr().err
+
+
+def test_the_token_goes_from_its_file_to_the_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    token, image = tmp_path / "token", tmp_path / "image-idx3-ubyte"
+    token.write_text("secret\n")
+    image.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 2]) + numbered(9).tobytes())
+    with FakeServer() as server:
+        assert main([str(image), "--json", "--address", server.address, "--token-file", str(token)]) == 0
+        assert server.metadata["authorization"] == "Bearer secret"
+    assert json.loads(capsys.readouterr().out)["poses"]["a"] == [9, 0]
+
+
+class _Terminal:
+    """The client as a process, with a terminal for its standard error."""
+
+    def __init__(self, output: Path, *arguments: str) -> None:
+        self._reader, writer = os.openpty()
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        with output.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "serving.client", *arguments], cwd=ROOT, stdout=file, stderr=writer
+            )
+        os.close(writer)
+        self.shown = ""
+
+    def interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.shown:
+            self.shown += os.read(self._reader, 4096).decode()
+
+    def end(self) -> int:
+        """Its exit status, once all that it wrote is in ``shown``."""
+        with contextlib.suppress(OSError):  # so Linux tells that the other side is closed
+            while more := os.read(self._reader, 4096):
+                self.shown += more.decode()
+        os.close(self._reader)
+        return self._process.wait(20)
+
+
+def test_a_terminal_shows_progress_while_the_answers_go_to_a_file(running: Running, tmp_path: Path) -> None:
+    output = tmp_path / "answers"
+    terminal = _Terminal(output, IDX, "--json", "--address", running.address)
+    terminal.wait_for("/10000 [")
+    assert (terminal.end(), len(output.read_text().splitlines())) == (0, 10_000)
+    quick = _Terminal(output, SEVEN, "--address", running.address)
+    assert (quick.end(), quick.shown) == (0, "")
+
+
+def test_an_interrupt_ends_the_client_at_once(running: Running, tmp_path: Path) -> None:
+    terminal = _Terminal(tmp_path / "answers", *[IDX] * 20, "--json", "--address", running.address)
+    terminal.wait_for("images/s]")
+    terminal.interrupt()
+    assert terminal.end() == 130
+    assert terminal.shown.endswith("interrupted\r\n")
+    assert "Traceback" not in terminal.shown

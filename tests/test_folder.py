@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from export.__main__ import main as export
-from serving.client import main as client
+from serving.client.__main__ import main as client
 from tests.conftest import Running
 from training.__main__ import main as train
 from training.datasets import DatasetError

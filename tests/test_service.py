@@ -116,7 +116,8 @@ def test_a_wrong_image_is_refused_by_name(running: Running, image: pb.Image, mes
 
 
 def test_a_request_without_images_is_refused(running: Running) -> None:
-    assert _refusal(running) == (grpc.StatusCode.INVALID_ARGUMENT, "images: 0; expected 1 to 1024 (max_images_per_request)")
+    expected = "images: 0; expected 1 to 1024 (max_images_per_request)"
+    assert _refusal(running) == (grpc.StatusCode.INVALID_ARGUMENT, expected)
 
 
 def test_too_many_images_in_a_request_are_refused_with_the_limit(start: Callable[..., Running]) -> None:

@@ -1,0 +1,357 @@
+"""The client for asyncio."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Literal, Self, overload
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2_grpc
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving.client.base import WINDOW, ClientBase, Deadline, Errors, Patience, check_stream
+from serving.client.connection import FIRST_BACKOFF
+from serving.client.errors import STREAM_LOST, CapsNetError, Failure, Unavailable, failure_of_call
+from serving.client.inputs import Images, Item, ItemError, ShapeError, blocks, items_of, located, messages, read
+from serving.client.results import Classification, Model
+from serving.client.window import Window
+
+# What grpc.aio puts in the place of a call's status where the server ended the call while a request was being written.
+_WRITE_FAILED = "Internal error from Core"
+_SLICE = 0.005  # seconds that reading a plain iterable may hold up the event loop
+
+
+class AsyncCapsNetClient(ClientBase):
+    """Classifies images with a server, for tasks of one event loop. Errors are those of CapsNetClient."""
+
+    def _connect(self) -> None:
+        self._opened: aio.Channel | None = None
+
+    @property
+    def _channel(self) -> aio.Channel:
+        """Made at the first call, since a channel belongs to the event loop that runs then."""
+        self._check_open()
+        if self._opened is None:
+            made = self._connection
+            if made.credentials is None:
+                self._opened = aio.insecure_channel(made.target, options=made.options)
+            else:
+                self._opened = aio.secure_channel(made.target, made.credentials, options=made.options)
+        return self._opened
+
+    @property
+    def _stub(self) -> Any:
+        return CapsNetServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connection, and with it what is under way."""
+        self._closed = True
+        if self._opened:
+            await self._opened.close(None)
+
+    async def get_model(self, *, refresh: bool = False, timeout: float | None = None) -> Model:
+        """The model that is asked: fetched once, and anew with ``refresh`` or after the server changed it."""
+        return await self._get_model(refresh, self._deadline(timeout))
+
+    async def wait_until_ready(self, timeout: float | None = 60.0) -> None:
+        """Wait for a server that starts, up to ``timeout`` seconds. Raises DeadlineExceeded after that."""
+        readiness = self._readiness(timeout)
+        while True:
+            watch = health_pb2_grpc.HealthStub(self._channel).Watch(
+                readiness.request,
+                timeout=readiness.deadline.left(),
+                wait_for_ready=True,
+                metadata=self._connection.metadata(),
+            )
+            try:
+                async for answer in watch:
+                    if readiness.is_ready(answer):
+                        watch.cancel()
+                        return
+            except grpc.RpcError as error:
+                readiness.ended(error)
+            await asyncio.sleep(FIRST_BACKOFF)
+
+    async def classify(
+        self, images: Images, *, resize: bool = False, timeout: float | None = None
+    ) -> list[Classification]:
+        """The results of all images in order, or an error; as CapsNetClient.classify."""
+        deadline = self._deadline(timeout)
+        limits = self._limits(await self._get_model(False, deadline))
+        encoded: list[pb.Image] = []
+        size = 0
+        for item in items_of(images):
+            try:
+                for image in await self._encode(item, resize, deadline):
+                    size += limits.check(image)
+                    encoded.append(image)
+            except ItemError as error:
+                raise located(error, len(encoded)) from error.__cause__
+        if not encoded:
+            return []
+        if not limits.hold(len(encoded), size):
+            return [result async for result in _raising(self._outcomes(encoded, False, deadline, WINDOW))]
+        response = await self._call(self._stub.Classify, self._request(encoded), deadline, len(encoded))
+        return self._decode(response, len(encoded))
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images | AsyncIterable[Item],
+        *,
+        errors: Literal["raise"] = "raise",
+        resize: bool = False,
+        timeout: float | None = None,
+        window: int = WINDOW,
+    ) -> AsyncIterator[Classification]: ...
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images | AsyncIterable[Item],
+        *,
+        errors: Literal["yield"],
+        resize: bool = False,
+        timeout: float | None = None,
+        window: int = WINDOW,
+    ) -> AsyncIterator[Classification | CapsNetError]: ...
+
+    def classify_stream(
+        self,
+        images: Images | AsyncIterable[Item],
+        *,
+        errors: Errors = "raise",
+        resize: bool = False,
+        timeout: float | None = None,
+        window: int = WINDOW,
+    ) -> AsyncIterator[Classification] | AsyncIterator[Classification | CapsNetError]:
+        """The results of images as they come, in order, for any number of images; as CapsNetClient.classify_stream.
+
+        images: an asynchronous iterable as well; a plain one is read in the event loop, which it must not hold up.
+        Files that it names are read in a thread. Whoever does not read on to the end ends the stream by
+        ``contextlib.aclosing``, or leaves it to asyncio, which does it soon after.
+        """
+        check_stream(errors, window)
+        items = images if isinstance(images, AsyncIterable) else items_of(images)
+        outcomes = self._outcomes(items, resize, Deadline(timeout), window)
+        return _raising(outcomes) if errors == "raise" else outcomes
+
+    async def _get_model(self, refresh: bool, deadline: Deadline) -> Model:
+        model = self._model
+        if model and not refresh:
+            return model
+        return self._keep(await self._call(self._stub.GetModel, self._model_request, deadline))
+
+    async def _call(self, method: Any, request: Any, deadline: Deadline, images: int = 0) -> Any:
+        """The response to a request of so many images."""
+        try:
+            return await method(request, timeout=deadline.left(), metadata=self._connection.metadata())
+        except grpc.RpcError as error:
+            raise self._error(error, images) from error
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise Unavailable(f"{self._address}: the client was closed") from None
+
+    async def _encode(self, item: Item | pb.Image, resize: bool, deadline: Deadline) -> Iterable[pb.Image]:
+        """Raises ItemError."""
+
+        def encode(model: Model) -> Iterator[pb.Image]:
+            return messages(read(item), model, resize)
+
+        async def encode_for(model: Model) -> Iterable[pb.Image]:
+            return await asyncio.to_thread(encode, model) if blocks(item, resize) else encode(model)
+
+        try:
+            return await encode_for(await self._get_model(False, deadline))
+        except ShapeError:
+            if self._is_fresh:
+                raise
+            # The server may have changed the model.
+            return await encode_for(await self._get_model(True, deadline))
+
+    async def _outcomes(
+        self,
+        items: Iterable[Item | pb.Image] | AsyncIterable[Item],
+        resize: bool,
+        deadline: Deadline,
+        window_size: int,
+    ) -> AsyncGenerator[Classification | CapsNetError]:
+        call_deadline = self._deadline(None) if deadline.seconds is None else deadline
+        window = self._window(await self._get_model(False, call_deadline), window_size)
+
+        def open_stream() -> Any:
+            return self._stub.ClassifyStream(timeout=deadline.left(), metadata=self._connection.metadata())
+
+        async def encode(item: Item | pb.Image) -> Iterable[pb.Image]:
+            return await self._encode(item, resize, self._deadline(None))
+
+        stream = _Stream(window, self._address, open_stream)
+        stream.start(items, encode)
+        patience = Patience(self._address, deadline, self._timeout, window)
+        try:
+            while (outcome := await stream.next(patience)) is not None:
+                if isinstance(outcome, Classification):
+                    self._note(outcome.model_name, outcome.model_version)
+                yield outcome
+        finally:
+            await stream.stop()
+
+
+async def _raising(outcomes: AsyncGenerator[Classification | CapsNetError]) -> AsyncIterator[Classification]:
+    async with aclosing(outcomes):
+        async for outcome in outcomes:
+            if isinstance(outcome, CapsNetError):
+                raise outcome
+            yield outcome
+
+
+_Encode = Callable[[Item | pb.Image], Any]
+
+
+class _Stream:
+    """A stream under way: one task reads the input, one sends, and one takes the answers; the window is shared."""
+
+    def __init__(self, window: Window, address: str, open_stream: Callable[[], Any]) -> None:
+        self._window = window
+        self._address = address
+        self._open_stream = open_stream
+        # Each has one that waits, who clears it.
+        self._room = asyncio.Event()
+        self._to_send = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._read_error: BaseException | None = None
+        self._error: BaseException | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, items: Iterable[Item | pb.Image] | AsyncIterable[Item], encode: _Encode) -> None:
+        self._tasks = [asyncio.create_task(self._read(items, encode)), asyncio.create_task(self._run())]
+
+    async def next(self, patience: Patience) -> Classification | CapsNetError | None:
+        """The next result in order, None after the last. Raises what ended the stream before."""
+        while (outcome := self._window.pop()) is None:
+            if self._window.all_yielded:
+                if self._read_error:
+                    raise self._read_error
+                return None
+            if self._error:
+                raise self._error
+            await _wait(self._ready, patience.left())
+        self._room.set()
+        return outcome
+
+    async def stop(self) -> None:
+        """End all tasks."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _read(self, items: Iterable[Item | pb.Image] | AsyncIterable[Item], encode: _Encode) -> None:
+        try:
+            if isinstance(items, AsyncIterable):
+                async for item in items:
+                    await self._add(item, encode)
+            else:
+                since = time.monotonic()
+                for one in items:
+                    await self._add(one, encode)
+                    if time.monotonic() > since + _SLICE:
+                        await asyncio.sleep(0)
+                        since = time.monotonic()
+        except BaseException as raised:  # the consumer's to see, whatever it is
+            self._read_error = raised
+        self._window.all_read = True
+        self._to_send.set()
+        self._ready.set()
+
+    async def _add(self, item: Item | pb.Image, encode: _Encode) -> None:
+        """Put an item's images in the window, each once there is room."""
+        try:
+            for image in await encode(item):
+                await self._wait_for_room()
+                self._window.add(image)
+                self._to_send.set()
+        except ItemError as error:
+            await self._wait_for_room()
+            self._window.add_error(error)
+        self._ready.set()
+
+    async def _wait_for_room(self) -> None:
+        while not self._window.has_room:
+            await _wait(self._room)
+
+    async def _run(self) -> None:
+        try:
+            while await self._wait_to_send():
+                failure = await self._run_call()
+                if self._window.all_answered:
+                    break
+                if error := self._window.broke(failure):
+                    raise error
+        except BaseException as error:  # the consumer's to see, whatever it is
+            self._error = error
+        self._ready.set()
+
+    async def _wait_to_send(self) -> bool:
+        """Wait until something is to be sent; False where there will be nothing."""
+        while not self._window.asks or self._window.paused_until > time.monotonic():
+            if self._window.all_answered:
+                return False
+            await _wait(self._to_send, self._window.paused_until - time.monotonic() if self._window.asks else None)
+        return True
+
+    async def _run_call(self) -> Failure:
+        """One call to its end; how it ended."""
+        call = self._open_stream()
+        sender = asyncio.create_task(self._send(call))
+        try:
+            while (message := await call.read()) is not aio.EOF:  # type: ignore[attr-defined]  # its stubs lack it
+                self._window.answer(message)
+                self._to_send.set()
+                self._ready.set()
+        except grpc.RpcError as error:
+            failure = failure_of_call(error, self._address)
+            return replace(STREAM_LOST, cause=error) if _WRITE_FAILED in failure.text else failure
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            return Failure(grpc.StatusCode.CANCELLED, f"{self._address}: the client was closed")
+        finally:
+            call.cancel()
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+        return STREAM_LOST
+
+    async def _send(self, call: Any) -> None:
+        """Send what waits until all is answered; a call that ends is the receiver's to see."""
+        while await self._wait_to_send():
+            request = self._window.next_request()
+            self._ready.set()  # from now on it waits for an answer
+            await call.write(request)
+        await call.done_writing()
+
+
+def _is_cancelled() -> bool:
+    """Whether it is this task that is cancelled; gRPC raises the same when a channel is closed."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _wait(event: asyncio.Event, seconds: float | None = None) -> None:
+    """Until the event is set, which may be for nothing, or the time is up."""
+    event.clear()
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

@@ -1,0 +1,193 @@
+"""What the two clients share: their settings, and the requests they make."""
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.client.connection import SERVICE, Pem, Token, connection
+from serving.client.errors import CapsNetError, DeadlineExceeded, InvalidRequest, UnknownModel, failure_of_call
+from serving.client.inputs import Limits
+from serving.client.results import Classification, Model, decode
+from serving.client.window import Window
+
+WINDOW = 256  # images
+_FRESH = 1.0  # seconds in which a model is not fetched again for an array that does not fit it
+
+Errors = Literal["raise", "yield"]
+
+
+class Deadline:
+    """A moment until which a call and its retries may take; seconds of None: for ever."""
+
+    def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"timeout: {seconds}; expected seconds above 0, or None")
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float | None:
+        """Seconds, not below 0."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+class ClientBase:
+    """The settings of a client, and what it knows of the model."""
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        *,
+        model: str = "",
+        version: str = "",
+        timeout: float | None = 30.0,
+        token: Token | None = None,
+        tls: bool | Pem = False,
+        client_certificate: tuple[Pem, Pem] | None = None,
+        server_name: str = "",
+        allow_plaintext_token: bool = False,
+        retries: int = 4,
+    ) -> None:
+        """Connects at the first call.
+
+        address: HOST:PORT, or unix:PATH. model, version: which to ask for; empty for the server's only model, and its
+        highest version. timeout: most seconds for a call with all its retries, and for one answer of a stream; None
+        for no limit. token: sent as ``authorization: Bearer TOKEN``; a function is asked for it anew for each call.
+        tls: True to trust the well-known root certificates, or those to trust, as PEM bytes or a path.
+        client_certificate: the chain and the private key, each as PEM bytes or a path. server_name: the name in the
+        server's certificate, where it is not that of the address. allow_plaintext_token: send the token without TLS
+        to other machines too. retries: further attempts, 0 to 4, where the server is overloaded or unavailable; they
+        wait for as long as the server asks, or else for a time that doubles.
+
+        Raises ValueError where settings do not fit together, OSError where a certificate cannot be read.
+        """
+        self._timeout = Deadline(timeout).seconds
+        self._address = address
+        self._retries = retries
+        self._connection = connection(
+            address,
+            tls=tls,
+            client_certificate=client_certificate,
+            server_name=server_name,
+            token=token,
+            allow_plaintext_token=allow_plaintext_token,
+            retries=retries,
+        )
+        self._model_request = pb.GetModelRequest(model_name=model, model_version=version)
+        self._template = pb.ClassifyRequest(model_name=model, model_version=version)
+        self._model: Model | None = None
+        self._fetched_at = 0.0
+        self._closed = False
+        self._connect()
+
+    def _connect(self) -> None:
+        """Make the channel, where that needs no event loop."""
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        return Deadline(self._timeout if timeout is None else timeout)
+
+    def _limits(self, model: Model) -> Limits:
+        return Limits.of(model, self._template)
+
+    def _window(self, model: Model, size: int) -> Window:
+        return Window(self._template, self._limits(model), size, self._retries)
+
+    def _request(self, images: Sequence[pb.Image]) -> pb.ClassifyRequest:
+        request = pb.ClassifyRequest()
+        request.CopyFrom(self._template)
+        request.images.extend(images)
+        return request
+
+    def _decode(self, response: pb.ClassifyResponse, count: int) -> list[Classification]:
+        self._note(response.model_name, response.model_version)
+        return decode(response, count)
+
+    def _keep(self, message: pb.GetModelResponse) -> Model:
+        self._model = model = Model.from_message(message)
+        self._fetched_at = time.monotonic()
+        return model
+
+    @property
+    def _is_fresh(self) -> bool:
+        return time.monotonic() < self._fetched_at + _FRESH
+
+    def _note(self, name: str, version: str) -> None:
+        """Forget the model where another version answers now, whose shape may be another."""
+        known = self._model
+        if known and (known.name, known.version) != (name, version):
+            self._model = None
+
+    def _error(self, error: grpc.RpcError, count: int = 0) -> CapsNetError:
+        """The exception for a call that failed, of a request of so many images."""
+        result = failure_of_call(error, self._address).to_error(range(count))
+        if isinstance(result, InvalidRequest | UnknownModel):
+            self._model = None
+        return result
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CapsNetError("the client is closed")
+
+    def _readiness(self, timeout: float | None) -> "Readiness":
+        return Readiness(self._address, Deadline(timeout))
+
+
+class Readiness:
+    """What is known of a server that one waits for."""
+
+    request = health_pb2.HealthCheckRequest(service=SERVICE)
+
+    def __init__(self, address: str, deadline: Deadline) -> None:
+        self.deadline = deadline
+        self._address = address
+        self._status = "no server answers"
+
+    def is_ready(self, answer: health_pb2.HealthCheckResponse) -> bool:
+        """By this answer of the health service."""
+        self._status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def ended(self, error: grpc.RpcError) -> None:
+        """The watch ended. Raises the error where waiting on is in vain, DeadlineExceeded where the time is up."""
+        failure = failure_of_call(error, self._address)
+        if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise DeadlineExceeded(
+                f"{self._address}: not ready after {self.deadline.seconds} seconds ({self._status})",
+                code=failure.code,
+            ) from error
+        if failure.code is not grpc.StatusCode.UNAVAILABLE:
+            raise failure.to_error() from error
+        self._status = failure.text
+
+
+def check_stream(errors: str, window: int) -> None:
+    """Raises ValueError for settings of a stream that do not exist."""
+    if errors not in ("raise", "yield"):
+        raise ValueError(f"errors: {errors!r}; expected 'raise' or 'yield'")
+    if window < 1:
+        raise ValueError(f"window: {window}; expected 1 or more")
+
+
+class Patience:
+    """How long a stream may take, in all and for one answer."""
+
+    def __init__(self, address: str, deadline: Deadline, stall: float | None, window: Window) -> None:
+        self._address = address
+        self._deadline = deadline
+        self._stall = stall
+        self._window = window
+
+    def left(self) -> float | None:
+        """Seconds to wait at most before asking again; None for any time. Raises DeadlineExceeded at their end."""
+        total = self._deadline.left()
+        if total == 0:
+            raise DeadlineExceeded(f"{self._address}: not all images were answered in {self._deadline.seconds} seconds")
+        if self._stall is None or not self._window.waits:
+            return total
+        stall = self._stall - (time.monotonic() - self._window.heard_at)
+        if stall <= 0:
+            raise DeadlineExceeded(f"{self._address}: no answer for {self._stall} seconds")
+        return stall if total is None else min(stall, total)

@@ -1,0 +1,175 @@
+"""From arrays, files and their bytes to the images of a request."""
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.client.errors import InvalidImage
+from serving.client.results import Model
+from serving.idx import GZIP_MAGIC, is_idx, read_idx
+from serving.images import to_pixels
+
+#: One array of uint8, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), or a PNG, JPEG or IDX file, by path or as bytes.
+Item = NDArray[Any] | bytes | str | os.PathLike[str]
+Images = Item | Iterable[Item]
+#: An array, the bytes of a PNG or JPEG file, or an image that is ready to be sent.
+Content = NDArray[Any] | bytes | pb.Image
+
+_EXPECTED = "an array, or the path or bytes of a PNG, JPEG or IDX file"
+
+
+class ItemError(ValueError):
+    """An item holds no image; the text says what came and what was expected, and not where."""
+
+
+class ShapeError(ItemError):
+    """An array does not have the shape that the model takes."""
+
+
+def items_of(images: Images) -> Iterable[Item]:
+    """The items of an input, which may be one itself. Raises InvalidImage where it is neither."""
+    if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or _is_array(images):
+        return (images,)  # type: ignore[return-value]
+    if not isinstance(images, Iterable):
+        raise InvalidImage(f"images: {type(images).__name__}; expected {_EXPECTED}, or an iterable of these")
+    return images
+
+
+def read(item: Item | pb.Image) -> Content:
+    """An item with its file read. Raises ItemError.
+
+    An IDX file becomes an array (n, 1, H, W) or (n, C, H, W).
+    """
+    if isinstance(item, str | os.PathLike):
+        try:
+            return parse(Path(item).read_bytes())
+        except OSError as error:
+            raise ItemError(f"{os.fspath(item)}: {error.strerror}") from error
+        except ItemError as error:
+            raise ItemError(f"{os.fspath(item)}: {error}") from error.__cause__
+    if isinstance(item, bytes | bytearray | memoryview):
+        return parse(bytes(item))
+    if isinstance(item, pb.Image):
+        return item
+    if _is_array(item):
+        return np.asarray(item)
+    raise ItemError(f"{type(item).__name__}; expected {_EXPECTED}")
+
+
+def parse(data: bytes) -> bytes | NDArray[np.uint8]:
+    """A file's bytes: those of an IDX file as an array, others as they are. Raises ItemError."""
+    if not (is_idx(data[:4]) or data.startswith(GZIP_MAGIC)):
+        return data
+    try:
+        images = read_idx(data)
+    except ValueError as error:
+        raise ItemError(str(error)) from error
+    if images.ndim < 3:
+        raise ItemError("an IDX file of labels or single values; expected one of images")
+    return images[:, np.newaxis] if images.ndim == 3 else images
+
+
+def messages(content: Content, model: Model, resize: bool) -> Iterator[pb.Image]:
+    """What ``read`` gave, as the images of a request. Raises ItemError before the first.
+
+    Files are sent as they are; with ``resize`` they are decoded here and scaled to the model's size.
+    """
+    if isinstance(content, pb.Image):
+        return iter((content,))
+    if not isinstance(content, bytes):
+        return _pixels(_stacked(content, model))
+    if resize:
+        return _pixels(_scaled(content, model)[np.newaxis])
+    return iter((pb.Image(encoded=content),))
+
+
+def blocks(item: Item | pb.Image, resize: bool) -> bool:
+    """Whether reading an item takes so long that an event loop should not wait for it."""
+    return isinstance(item, str | os.PathLike) or (resize and isinstance(item, bytes | bytearray | memoryview))
+
+
+def located(error: ItemError, index: int) -> InvalidImage:
+    """The exception to raise for the image of this number in the call's input."""
+    field = f"images[{index}]"
+    result = InvalidImage(f"{field}: {error}", field=field, index=index)
+    result.__cause__ = error.__cause__
+    return result
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold. overhead: bytes of a request without images."""
+
+    images: int
+    bytes: int
+    overhead: int
+
+    @classmethod
+    def of(cls, model: Model, request: pb.ClassifyRequest) -> "Limits":
+        # What the stream's message adds, its id and lengths, is less than 64 bytes.
+        return cls(max(1, model.max_images_per_request), model.max_request_bytes, request.ByteSize() + 64)
+
+    def check(self, image: pb.Image) -> int:
+        """The bytes that an image takes in a request. Raises ItemError where it can be in none."""
+        size = _size(image)
+        if self.overhead + size > self.bytes:
+            raise ItemError(f"{size} bytes; the server takes requests of up to {self.bytes} bytes (max_request_bytes)")
+        return size
+
+    def hold(self, images: int, size: int) -> bool:
+        """Whether so many images, of so many bytes in all, go in one request."""
+        return images <= self.images and self.overhead + size <= self.bytes
+
+
+def _size(image: pb.Image) -> int:
+    content = image.ByteSize()
+    return content + 1 + max(1, (content.bit_length() + 6) // 7)  # its tag and its length
+
+
+def _is_array(item: object) -> bool:
+    """NumPy's arrays, and what turns itself into one: tensors on the CPU, Pillow's images."""
+    return isinstance(item, np.ndarray) or hasattr(item, "__array__") or hasattr(item, "__array_interface__")
+
+
+def _pixels(images: NDArray[np.uint8]) -> Iterator[pb.Image]:
+    return (pb.Image(pixels=image.tobytes()) for image in images)
+
+
+def _stacked(array: NDArray[Any], model: Model) -> NDArray[np.uint8]:
+    """An array as (n, C, H, W) uint8. Raises ItemError for another type, ShapeError for another shape."""
+    if array.dtype != np.uint8:
+        hint = "; for values from 0 to 1: (255 * images).round().astype(numpy.uint8)" if array.dtype.kind == "f" else ""
+        raise ItemError(f"an array of {array.dtype}; expected uint8, from 0 to 255{hint}")
+    channels, height, width = shape = model.image_shape
+    if array.ndim == 4 and array.shape[1:] == shape:
+        return array
+    if array.shape == shape:
+        return array[np.newaxis]
+    if channels == 1 and array.ndim in (2, 3) and array.shape[-2:] == (height, width):
+        return array.reshape(-1, *shape)
+    one = f"{(height, width)} or {shape}" if channels == 1 else f"{shape}"
+    several = f"(n, {height}, {width}) or " if channels == 1 else ""
+    last = array.ndim >= 3 and array.shape[-3:] == (height, width, channels)
+    hint = "; its channels come last: numpy.moveaxis(images, -1, -3) puts them first" if last else ""
+    raise ShapeError(
+        f"an array of shape {array.shape}; {model.name} takes {one} for one image and "
+        f"{several}(n, {channels}, {height}, {width}) for several{hint}"
+    )
+
+
+def _scaled(data: bytes, model: Model) -> NDArray[np.uint8]:
+    """(C, H, W)."""
+    channels, height, width = model.image_shape
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return to_pixels(image, channels, (width, height))
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise ItemError("not an image, or a damaged one") from error

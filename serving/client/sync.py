@@ -1,0 +1,357 @@
+"""The client for programs without asyncio. Its streams use threads, which end with them."""
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import Any, Literal, Self, overload
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving.client.base import WINDOW, ClientBase, Deadline, Errors, Patience, check_stream
+from serving.client.connection import FIRST_BACKOFF
+from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
+from serving.client.inputs import Images, Item, ItemError, ShapeError, items_of, located, messages, read
+from serving.client.results import Classification, Model
+from serving.client.window import Window
+
+_Open = Callable[[Iterator[pb.ClassifyStreamRequest]], Any]
+
+
+class CapsNetClient(ClientBase):
+    """Classifies images with a server. Several threads may use one client at once.
+
+    All methods raise errors of the tree below CapsNetError: Unavailable where no server answers, DeadlineExceeded,
+    Overloaded, UnknownModel, AccessDenied, ServerFault, and InvalidImage for an image that the model does not take.
+    """
+
+    def _connect(self) -> None:
+        made = self._connection
+        if made.credentials is None:
+            self._channel = grpc.insecure_channel(made.target, options=made.options)
+        else:
+            self._channel = grpc.secure_channel(made.target, made.credentials, options=made.options)
+        self._stub = CapsNetServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, and with it what is under way."""
+        self._closed = True
+        self._channel.close()
+
+    def get_model(self, *, refresh: bool = False, timeout: float | None = None) -> Model:
+        """The model that is asked: fetched once, and anew with ``refresh`` or after the server changed it."""
+        return self._get_model(refresh, self._deadline(timeout))
+
+    def wait_until_ready(self, timeout: float | None = 60.0) -> None:
+        """Wait for a server that starts, up to ``timeout`` seconds. Raises DeadlineExceeded after that."""
+        readiness = self._readiness(timeout)
+        while True:
+            self._check_open()
+            watch = health_pb2_grpc.HealthStub(self._channel).Watch(
+                readiness.request,
+                timeout=readiness.deadline.left(),
+                wait_for_ready=True,
+                metadata=self._connection.metadata(),
+            )
+            try:
+                for answer in watch:
+                    if readiness.is_ready(answer):
+                        watch.cancel()
+                        return
+            except grpc.RpcError as error:
+                readiness.ended(error)
+            time.sleep(FIRST_BACKOFF)
+
+    def classify(self, images: Images, *, resize: bool = False, timeout: float | None = None) -> list[Classification]:
+        """The results of all images in order, or an error.
+
+        images: an array of uint8 from 0 to 255, (H, W), (C, H, W), (n, H, W) or (n, C, H, W); a PNG, JPEG or IDX
+        file, by path or as bytes; or several of these. More than the server takes in one request goes in several.
+        resize: scale PNG and JPEG files to the model's size. timeout: most seconds for it all, in place of the
+        client's.
+        """
+        deadline = self._deadline(timeout)
+        limits = self._limits(self._get_model(False, deadline))
+        encoded: list[pb.Image] = []
+        size = 0
+        for item in items_of(images):
+            try:
+                for image in self._encode(item, resize, deadline):
+                    size += limits.check(image)
+                    encoded.append(image)
+            except ItemError as error:
+                raise located(error, len(encoded)) from error.__cause__
+        if not encoded:
+            return []
+        if not limits.hold(len(encoded), size):
+            return list(_raising(self._outcomes(encoded, False, deadline, WINDOW)))
+        try:
+            response = self._stub.Classify(
+                self._request(encoded), timeout=deadline.left(), metadata=self._connection.metadata()
+            )
+        except grpc.RpcError as error:
+            raise self._error(error, len(encoded)) from error
+        return self._decode(response, len(encoded))
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images,
+        *,
+        errors: Literal["raise"] = "raise",
+        resize: bool = False,
+        timeout: float | None = None,
+        window: int = WINDOW,
+    ) -> Iterator[Classification]: ...
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images,
+        *,
+        errors: Literal["yield"],
+        resize: bool = False,
+        timeout: float | None = None,
+        window: int = WINDOW,
+    ) -> Iterator[Classification | CapsNetError]: ...
+
+    def classify_stream(
+        self,
+        images: Images,
+        *,
+        errors: Errors = "raise",
+        resize: bool = False,
+        timeout: float | None = None,
+        window: int = WINDOW,
+    ) -> Iterator[Classification] | Iterator[Classification | CapsNetError]:
+        """The results of images as they come, in order, for any number of images.
+
+        images: as for ``classify``, or any iterable of these. It is read in a thread, never more than ``window``
+        images ahead of what was yielded; what it raises is raised here, after the results of what it gave before.
+        errors: "raise" ends the stream at the first image that cannot be classified; "yield" gives the error in its
+        place, with its ``index``, and goes on. What concerns the whole stream is raised always. resize: as for
+        ``classify``. timeout: most seconds for the whole stream, by default any; the client's own is for one answer.
+
+        Where the server goes away the stream goes on with another one that answers there, for up to ``retries``
+        attempts. Not reading on to the end ends it.
+        """
+        check_stream(errors, window)
+        outcomes = self._outcomes(items_of(images), resize, Deadline(timeout), window)
+        return _raising(outcomes) if errors == "raise" else outcomes
+
+    def _get_model(self, refresh: bool, deadline: Deadline) -> Model:
+        model = self._model
+        if model and not refresh:
+            return model
+        self._check_open()
+        try:
+            message = self._stub.GetModel(
+                self._model_request, timeout=deadline.left(), metadata=self._connection.metadata()
+            )
+        except grpc.RpcError as error:
+            raise self._error(error) from error
+        return self._keep(message)
+
+    def _encode(self, item: Item | pb.Image, resize: bool, deadline: Deadline) -> Iterator[pb.Image]:
+        """Raises ItemError."""
+        content = read(item)
+        try:
+            return messages(content, self._get_model(False, deadline), resize)
+        except ShapeError:
+            if self._is_fresh:
+                raise
+            # The server may have changed the model.
+            return messages(content, self._get_model(True, deadline), resize)
+
+    def _outcomes(
+        self, items: Iterable[Item | pb.Image], resize: bool, deadline: Deadline, window_size: int
+    ) -> Generator[Classification | CapsNetError]:
+        call_deadline = self._deadline(None) if deadline.seconds is None else deadline
+        window = self._window(self._get_model(False, call_deadline), window_size)
+
+        def open_stream(requests: Iterator[pb.ClassifyStreamRequest]) -> Any:
+            self._check_open()
+            return self._stub.ClassifyStream(requests, timeout=deadline.left(), metadata=self._connection.metadata())
+
+        def encode(item: Item | pb.Image) -> Iterator[pb.Image]:
+            return self._encode(item, resize, self._deadline(None))
+
+        stream = _Stream(window, self._address, open_stream)
+        stream.start(items, encode)
+        patience = Patience(self._address, deadline, self._timeout, window)
+        try:
+            while (outcome := stream.next(patience)) is not None:
+                if isinstance(outcome, Classification):
+                    self._note(outcome.model_name, outcome.model_version)
+                yield outcome
+        finally:
+            stream.stop()
+
+
+def _raising(outcomes: Generator[Classification | CapsNetError]) -> Iterator[Classification]:
+    with closing(outcomes):
+        for outcome in outcomes:
+            if isinstance(outcome, CapsNetError):
+                raise outcome
+            yield outcome
+
+
+class _Stream:
+    """A stream under way.
+
+    One thread reads the input, one takes the answers, and one of gRPC's own takes the requests; what they share is the
+    window, under one lock.
+    """
+
+    def __init__(self, window: Window, address: str, open_stream: _Open) -> None:
+        self._window = window
+        self._address = address
+        self._open_stream = open_stream
+        lock = threading.Lock()
+        self._room = threading.Condition(lock)  # the reader waits here
+        self._to_send = threading.Condition(lock)  # the sender, and the receiver between two calls
+        self._ready = threading.Condition(lock)  # the consumer
+        self._lock = lock
+        self._calls = 0
+        self._call: Any = None
+        self._stopped = False
+        self._read_error: BaseException | None = None
+        self._error: BaseException | None = None
+
+    def start(self, items: Iterable[Item | pb.Image], encode: Callable[[Item | pb.Image], Iterator[pb.Image]]) -> None:
+        for target, arguments in ((self._read, (items, encode)), (self._receive, ())):
+            # Daemons, since nothing can end a thread that waits for an item of the caller's.
+            threading.Thread(target=target, args=arguments, name="capsnet-client", daemon=True).start()
+
+    def next(self, patience: Patience) -> Classification | CapsNetError | None:
+        """The next result in order, None after the last. Raises what ended the stream before."""
+        with self._lock:
+            while (outcome := self._window.pop()) is None:
+                if self._window.all_yielded:
+                    if self._read_error:
+                        raise self._read_error
+                    return None
+                if self._error:
+                    raise self._error
+                self._ready.wait(patience.left())
+            self._room.notify()
+            return outcome
+
+    def stop(self) -> None:
+        """Let all threads end."""
+        with self._lock:
+            self._stopped = True
+            call = self._call
+            for condition in (self._room, self._to_send):
+                condition.notify_all()
+        if call:
+            call.cancel()
+
+    def _read(self, items: Iterable[Item | pb.Image], encode: Callable[[Item | pb.Image], Iterator[pb.Image]]) -> None:
+        error = None
+        try:
+            for item in items:
+                try:
+                    for image in encode(item):
+                        if not self._add(image):
+                            return
+                except ItemError as invalid:
+                    if not self._add(invalid):
+                        return
+        except BaseException as raised:  # the consumer's to see, whatever it is
+            error = raised
+        with self._lock:
+            self._read_error = error
+            self._window.all_read = True
+            self._to_send.notify_all()
+            self._ready.notify()
+
+    def _add(self, image: pb.Image | ItemError) -> bool:
+        """Put an image in the window once there is room; False after the end of the stream."""
+        with self._lock:
+            while not (self._window.has_room or self._stopped):
+                self._room.wait()
+            if self._stopped:
+                return False
+            if isinstance(image, ItemError):
+                self._window.add_error(image)
+                self._ready.notify()
+            else:
+                self._window.add(image)
+                self._to_send.notify_all()
+            return True
+
+    def _requests(self, call: int) -> Iterator[pb.ClassifyStreamRequest]:
+        """What the call of this number sends."""
+        window = self._window
+        while True:
+            with self._lock:
+                while (pause := self._pause()) is None or pause > 0:
+                    if self._stopped or self._calls != call or window.all_answered:
+                        return
+                    self._to_send.wait(pause)
+                if self._stopped or self._calls != call:
+                    return
+                request = window.next_request()
+                self._ready.notify()  # from now on it waits for an answer
+            if request:
+                yield request
+
+    def _pause(self) -> float | None:
+        """Seconds until something is to be sent; None while nothing is."""
+        return self._window.paused_until - time.monotonic() if self._window.asks else None
+
+    def _receive(self) -> None:
+        try:
+            while self._wait_to_call():
+                failure = self._run_call()
+                with self._lock:
+                    self._calls += 1  # the sender of the call ends
+                    self._to_send.notify_all()
+                    if self._stopped or self._window.all_answered:
+                        break
+                    if error := self._window.broke(failure):
+                        raise error
+        except BaseException as error:  # the consumer's to see, whatever it is
+            with self._lock:
+                self._error = error
+        with self._lock:
+            self._calls += 1
+            self._to_send.notify_all()
+            self._ready.notify()
+
+    def _wait_to_call(self) -> bool:
+        """Wait until there is something to send; False where there will be nothing."""
+        with self._lock:
+            while (pause := self._pause()) is None or pause > 0:
+                if self._stopped or self._window.all_answered:
+                    return False
+                self._to_send.wait(pause)
+            return not self._stopped
+
+    def _run_call(self) -> Failure:
+        """Take the answers of one call; how it ended."""
+        call = self._open_stream(self._requests(self._calls))
+        with self._lock:
+            self._call = call
+            stopped = self._stopped
+        if stopped:
+            call.cancel()
+        try:
+            for message in call:
+                with self._lock:
+                    self._window.answer(message)
+                    self._to_send.notify_all()
+                    self._ready.notify()
+        except grpc.RpcError as error:
+            return failure_of_call(error, self._address)
+        return STREAM_LOST

@@ -1,0 +1,327 @@
+"""The Python client against a real server, without and with asyncio."""
+
+import asyncio
+import gc
+import itertools
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.client import (
+    AsyncCapsNetClient,
+    CapsNetClient,
+    CapsNetError,
+    Classification,
+    InvalidImage,
+    Item,
+    UnknownModel,
+)
+from tests.conftest import DATA, Digits, Running
+
+SEVEN = DATA / "seven.png"
+FIRST = "72104149590690159734"  # what MNIST's first test digits are
+
+Outcome = Classification | CapsNetError
+# Streams images through one of the two clients, and gives all that comes.
+Stream = Callable[..., list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def client(running: Running) -> Iterator[CapsNetClient]:
+    with CapsNetClient(running.address) as result:
+        yield result
+
+
+@pytest.fixture(params=["threads", "asyncio"])
+def stream(request: pytest.FixtureRequest, running: Running, client: CapsNetClient) -> Stream:
+    async def with_asyncio(images: Any, **options: Any) -> list[Outcome]:
+        async with AsyncCapsNetClient(running.address) as other:
+            return [outcome async for outcome in other.classify_stream(images, **options)]
+
+    if request.param == "threads":
+        return lambda images, **options: list(client.classify_stream(images, **options))
+    return lambda images, **options: asyncio.run(with_asyncio(images, **options))
+
+
+def _labels(outcomes: Iterable[Outcome]) -> str:
+    return "".join(outcome.label if isinstance(outcome, Classification) else "-" for outcome in outcomes)
+
+
+def test_a_result_has_the_numbers_that_the_server_sent(running: Running, client: CapsNetClient, digits: Digits) -> None:
+    [result] = client.classify(digits.images[0])
+    sent = running.classify(pb.Image(pixels=digits.images[0].tobytes()))
+    capsules = sent.results[0].capsules
+    assert (result.label, result.class_index) == ("7", 7)
+    assert (result.model_name, result.model_version) == (sent.model_name, sent.model_version)
+    assert result.probability == capsules[7].probability
+    assert result.probabilities.tolist() == [capsule.probability for capsule in capsules]
+    assert result.poses.tolist() == [list(capsule.pose) for capsule in capsules]
+    assert result.pose.tolist() == list(capsules[7].pose)
+    assert result.poses.dtype == result.probabilities.dtype == np.float32
+    assert not (result.poses.flags.writeable or result.probabilities.flags.writeable or result.pose.flags.writeable)
+    assert result.labels == client.get_model().labels == tuple("0123456789")
+
+
+def test_the_model_is_described_and_fetched_once(running: Running, client: CapsNetClient) -> None:
+    model = client.get_model()
+    assert model is client.get_model()
+    assert model is not client.get_model(refresh=True)
+    assert (model.name, model.image_shape, model.pose_size) == ("capsnet-mnist", (1, 28, 28), 16)
+    assert model.sha256 == running.model.artifact.sha256("fp32")
+    assert (model.test_errors, model.test_images) == (34, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("take", "expected"),
+    [
+        (lambda images: images[0], "7"),
+        (lambda images: images[:1], "7"),
+        (lambda images: images[:5], "72104"),
+        (lambda images: images[:5, np.newaxis], "72104"),
+        (lambda images: images[:10:2].transpose(0, 2, 1).copy().transpose(0, 2, 1), "71445"),
+        (lambda images: images[:0], ""),
+        (lambda images: [images[0], SEVEN, str(SEVEN), SEVEN.read_bytes(), images[1:3]], "777721"),
+        (lambda images: iter(images[:3]), "721"),
+        (lambda images: SEVEN, "7"),
+        (lambda images: [], ""),
+    ],
+    ids=["H,W", "1,H,W", "n,H,W", "n,1,H,W", "strides", "none", "mixed", "generator", "path", "nothing"],
+)
+def test_arrays_and_files_are_taken_in_all_their_shapes(
+    client: CapsNetClient, digits: Digits, take: Callable[[Any], Any], expected: str
+) -> None:
+    assert _labels(client.classify(take(digits.images))) == expected
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        (np.zeros((28, 28), np.float32), r"images\[1\]: an array of float32; expected uint8.*\(255 \* images\)"),
+        (np.zeros((28, 28), np.int64), r"images\[1\]: an array of int64; expected uint8, from 0 to 255$"),
+        (np.zeros((28, 27), np.uint8), r"images\[1\]: .*\(28, 27\); capsnet-mnist takes \(28, 28\) or \(1, 28, 28\)"),
+        (np.zeros((28, 28, 1), np.uint8), r"images\[1\]: .*channels come last"),
+        (np.zeros((3, 28, 28, 1), np.uint8), r"images\[1\]: .*channels come last"),
+        (b"junk", r"images\[1\].encoded: 4 bytes that are neither a PNG nor a JPEG file"),
+        ("missing.png", r"images\[1\]: missing.png: No such file or directory"),
+        (DATA, r"images\[1\]: .*data: Is a directory"),
+        (DATA / "t10k-labels-idx1-ubyte.gz", r"images\[1\]: .*gz: an IDX file of labels"),
+        (b"\x1f\x8bjunk", r"images\[1\]: corrupt gzip stream"),
+        ({}, r"images\[1\]: dict; expected an array"),
+        (bytes(5_000_000), r"images\[1\]: 5000010 bytes; the server takes requests of up to 4194304 bytes"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else None,
+)
+def test_what_no_model_takes_is_refused_by_name(
+    running: Running, client: CapsNetClient, stream: Stream, digits: Digits, item: Any, text: str
+) -> None:
+    with pytest.raises(InvalidImage, match=text) as raised:
+        client.classify([digits.images[0], item, digits.images[1]])
+    assert raised.value.index == 1
+    assert raised.value.field.startswith("images[1]")
+    first, error, third = stream([digits.images[0], item, digits.images[1]], errors="yield")
+    assert isinstance(error, InvalidImage)
+    assert str(error) == str(raised.value)
+    assert _labels([first, third]) == "72"
+
+
+def test_an_input_that_is_none_is_refused(client: CapsNetClient) -> None:
+    with pytest.raises(InvalidImage, match="images: int; expected an array"):
+        client.classify(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="errors: 'ignore'; expected 'raise' or 'yield'"):
+        client.classify_stream([], errors="ignore")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="window: 0; expected 1 or more"):
+        client.classify_stream([], window=0)
+
+
+def test_what_a_request_does_not_hold_goes_in_several(start: Callable[..., Running], digits: Digits) -> None:
+    few = start(max_images_per_request=7)
+    small = start(max_request_bytes=10_000)
+    with CapsNetClient(few.address) as one, CapsNetClient(small.address) as other:
+        assert _labels(one.classify(digits.images[:20])) == _labels(other.classify(digits.images[:20])) == FIRST
+
+    async def main() -> str:
+        async with AsyncCapsNetClient(small.address) as client:
+            return _labels(await client.classify([digits.images[:20]]))
+
+    assert asyncio.run(main()) == FIRST
+
+
+def test_a_file_is_scaled_where_it_is_asked(client: CapsNetClient, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    with Image.open(SEVEN) as image:
+        image.resize((280, 280)).save(large)
+    with pytest.raises(InvalidImage, match="280 x 280 pixels; expected 28 x 28"):
+        client.classify(large)
+    assert _labels(client.classify(large, resize=True)) == "7"
+    assert _labels(client.classify_stream([large.read_bytes()], resize=True)) == "7"
+
+
+def test_a_stream_keeps_the_order_and_gives_errors_in_place(stream: Stream, digits: Digits) -> None:
+    items = [image if number % 9 else b"junk" for number, image in enumerate(digits.images[:300])]
+    outcomes = stream(iter(items), errors="yield", window=100)
+    expected = "".join("-" if number % 9 == 0 else str(digits.labels[number]) for number in range(300))
+    assert _labels(outcomes) == expected
+    assert [outcome.index for outcome in outcomes if isinstance(outcome, CapsNetError)] == list(range(0, 300, 9))
+
+
+def test_a_stream_takes_what_classify_takes(stream: Stream, digits: Digits) -> None:
+    assert _labels(stream(digits.images[:20])) == FIRST
+    assert _labels(stream(SEVEN)) == "7"
+    assert _labels(stream([])) == ""
+    idx = b"\0\0\x08\x03" + struct.pack(">3I", 240, 28, 28) + digits.images[:240].tobytes()
+    assert _labels(stream(iter([SEVEN, idx]), window=100)) == "7" + "".join(map(str, digits.labels[:240]))
+
+
+def test_a_stream_raises_the_first_error_after_what_came_before_it(client: CapsNetClient, digits: Digits) -> None:
+    results = client.classify_stream([*digits.images[:5], b"junk", digits.images[6]])
+    assert _labels(itertools.islice(results, 5)) == "72104"
+    with pytest.raises(InvalidImage, match=r"images\[5\]"):
+        next(results)
+    assert list(results) == []
+
+
+def test_what_the_input_raises_comes_after_its_results(stream: Stream, digits: Digits) -> None:
+    class Broken(Exception):
+        pass
+
+    came: list[int] = []
+
+    def images() -> Iterator[Item]:
+        for number in range(3):
+            came.append(number)
+            yield digits.images[number]
+        raise Broken
+
+    with pytest.raises(Broken):
+        stream(images())
+    assert came == [0, 1, 2]
+
+
+def test_results_come_while_the_input_waits_for_them(running: Running, client: CapsNetClient, digits: Digits) -> None:
+    answered = threading.Semaphore(0)
+
+    def images() -> Iterator[Item]:
+        for image in digits.images[:4]:
+            yield image
+            assert answered.acquire(timeout=5)
+
+    labels = ""
+    for result in client.classify_stream(images()):
+        labels += result.label
+        answered.release()
+    assert labels == "7210"
+
+    async def main() -> str:
+        answered = asyncio.Semaphore(0)
+
+        async def images() -> AsyncIterator[Item]:
+            for image in digits.images[:4]:
+                yield image
+                await asyncio.wait_for(answered.acquire(), 5)
+
+        labels = ""
+        async with AsyncCapsNetClient(running.address) as client:
+            async for result in client.classify_stream(images()):
+                labels += result.label
+                answered.release()
+        return labels
+
+    assert asyncio.run(main()) == "7210"
+
+
+def test_the_input_is_read_no_further_than_a_window_ahead(client: CapsNetClient, digits: Digits) -> None:
+    threads = threading.active_count()
+    read = 0
+
+    def images() -> Iterator[Item]:
+        nonlocal read
+        for image in itertools.cycle(digits.images):
+            read += 1
+            yield image
+
+    results = client.classify_stream(images(), window=50)
+    for number in range(1, 200):
+        next(results)
+        assert read <= number + 51
+    time.sleep(0.1)
+    assert read == 199 + 51
+    del results
+    gc.collect()
+    _wait_for(lambda: threading.active_count() <= threads)
+
+
+def test_stopping_early_leaves_no_task(running: Running, digits: Digits) -> None:
+    async def main() -> int:
+        async with AsyncCapsNetClient(running.address) as client:
+            async for result in client.classify_stream(itertools.cycle(digits.images), window=50):
+                assert result.label == "7"
+                break
+            await asyncio.sleep(0.1)
+            return len(asyncio.all_tasks())
+
+    assert asyncio.run(main()) == 1
+
+
+def test_cancelling_the_consumer_leaves_no_task(running: Running, digits: Digits) -> None:
+    async def main() -> int:
+        async def images() -> AsyncIterator[Item]:
+            yield digits.images[0]
+            await asyncio.Event().wait()
+
+        async with AsyncCapsNetClient(running.address) as client:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    async for _ in client.classify_stream(images()):
+                        pass
+            await asyncio.sleep(0.1)
+            return len(asyncio.all_tasks())
+
+    assert asyncio.run(main()) == 1
+
+
+def test_several_threads_use_one_client(client: CapsNetClient, digits: Digits) -> None:
+    labels: list[str] = []
+
+    def work() -> None:
+        labels.append(_labels(client.classify_stream(digits.images[:20])))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert labels == [FIRST] * 4
+
+
+def test_several_calls_run_at_once_with_asyncio(running: Running, digits: Digits) -> None:
+    async def main() -> list[str]:
+        async with AsyncCapsNetClient(running.address) as client:
+            await client.wait_until_ready(10)
+            answers = await asyncio.gather(*(client.classify(image) for image in digits.images[:20]))
+            assert (await client.get_model()).name == "capsnet-mnist"
+            return [_labels(answer) for answer in answers]
+
+    assert "".join(asyncio.run(main())) == FIRST
+
+
+def test_a_model_that_is_not_served_is_told(running: Running) -> None:
+    with (
+        CapsNetClient(running.address, model="capsnet-mnist", version="99") as client,
+        pytest.raises(UnknownModel, match="99"),
+    ):
+        client.classify(SEVEN)
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
