@@ -83,6 +83,11 @@ class ServedModel:
             await self._unused.wait()
         await self.batcher.close()
 
+    def withdraw(self, successor: "ServedModel") -> None:
+        """Remove what the metrics say of this one alone, since another of its name and version has taken over."""
+        if self._info != successor._info:
+            self._all_metrics.model_info.remove(*self._info)
+
     def announce(self) -> None:
         """Log what it is and how it was tuned."""
         channels, height, width = self.artifact.image_shape
@@ -137,13 +142,16 @@ class ServedModel:
             self._opened[threads] = Runtime(self.artifact, settings.device, threads, settings.precision, cache)
         return self._opened[threads]
 
+    @property
+    def _info(self) -> tuple[str, ...]:
+        artifact, precision = self.artifact, self.settings.precision
+        dataset = str(artifact.training["dataset"])
+        return artifact.name, artifact.version, dataset, precision, artifact.sha256(precision)
+
     def _tell(self) -> None:
         """Set what the metrics say of it as it is."""
         metrics, labels = self._all_metrics, (self.artifact.name, self.artifact.version)
-        precision = self.settings.precision
-        metrics.model_info.labels(
-            *labels, self.artifact.training["dataset"], precision, self.artifact.sha256(precision)
-        ).set(1)
+        metrics.model_info.labels(*self._info).set(1)
         metrics.provider.labels(*labels, self.runtime.provider, self.runtime.description).set(1)
         metrics.fallback.labels(*labels).set(self.runtime.fell_back)
         metrics.max_batch.labels(*labels).set(self.plan.max_batch)

@@ -104,6 +104,7 @@ class Pipeline:
                     try:
                         data = await anext(messages)
                     except StopAsyncIteration:
+                        stream.complete = True
                         return
                     finally:
                         stream.reading = False
@@ -122,7 +123,7 @@ class Pipeline:
                 under_way, images = entry
                 yield under_way if isinstance(under_way, bytes) else await self._end(under_way, call)
                 window.leave(images)
-            if stream.ended:
+            if stream.ended and not stream.complete:
                 raise Draining
             await reader  # raises what reading raised
         finally:
@@ -233,8 +234,12 @@ class _Window:
 
 
 class _Stream:
-    """A stream under way, for the end of the server. reading: it waits for the client's next request."""
+    """A stream under way, for the end of the server.
+
+    reading: it waits for the client's next request. ended: it is to read no more. complete: the client has sent all.
+    """
 
     reader: "asyncio.Task[None]"
     reading = False
     ended = False
+    complete = False

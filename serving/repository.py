@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -66,6 +68,8 @@ class Repository:
         self._unloaded: set[str] = set()  # by request, until they are loaded by request
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
+        self._left_alone: set[str] = set()  # models without a version in their folder, of which the log has been told
+        self._failures: list[Exception] = []
 
     async def open(self) -> None:
         """Load all. Raises ArtifactError or RuntimeSetupError where a model cannot be served in any version."""
@@ -74,12 +78,14 @@ class Repository:
             artifacts.find(self._folder, settings.model, settings.model_version)
         await self.scan()
         if not self._current:
+            if not self._failures:  # folders, but of no version
+                artifacts.find(self._folder, self._names()[0])
             raise self._failures[0]
 
     async def scan(self) -> None:
         """Bring what is served in line with the folder."""
         async with self._changing:
-            self._failures: list[Exception] = []
+            self._failures = []
             for name in sorted({*await asyncio.to_thread(self._names), *self._current}):
                 await self._scan_model(name)
 
@@ -167,14 +173,18 @@ class Repository:
         if name not in self._unloaded:
             for version, look in found:
                 entry = self._entries.get((name, version))
-                if not entry or entry.look != look:
+                if not entry or entry.look != look or entry.state is State.UNLOADING:
                     entry = await self._load(name, version, look, before)
                 if entry.model:
                     wanted.append(entry.model)
                 if len(wanted) == self._settings.versions:
                     break
-            if before and not wanted:
-                _logger.error("%s: no version in its folder can be served; the one before stays", name)
+            if wanted:
+                self._left_alone.discard(name)
+            elif before:
+                if name not in self._left_alone:
+                    _logger.error("%s: no version in its folder can be served; the one before stays", name)
+                    self._left_alone.add(name)
                 wanted = before[:1]
         if wanted:
             self._current[name] = wanted
@@ -191,7 +201,10 @@ class Repository:
         folder = self._folder / name / version
         plan = before[0].plan if before else None
         try:
-            model = await asyncio.to_thread(ServedModel, folder, self._settings, self._metrics, plan)
+            model = await _in_thread(lambda: ServedModel(folder, self._settings, self._metrics, plan))
+        except asyncio.CancelledError:  # to be tried again
+            entry.state, entry.look = State.UNAVAILABLE, ""
+            raise
         except Exception as error:
             self._failures.append(error)
             expected = isinstance(error, (ArtifactError, RuntimeSetupError))
@@ -223,9 +236,38 @@ class Repository:
         await model.close()
         if entry and entry.model is model and self._entries.get(key) is entry:
             del self._entries[key]
-        if key not in self._entries or not self._entries[key].model:
+        successor = self._entries[key].model if key in self._entries else None
+        if successor:  # the same version, changed in its folder
+            model.withdraw(successor)
+        else:
             self._metrics.forget(*key)
         _logger.info("%s version %s is served no more", *key)
+
+
+async def _in_thread(load: Callable[[], ServedModel]) -> ServedModel:
+    """In a thread that does not keep the process from ending, as those of ``asyncio.to_thread`` do."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[ServedModel] = loop.create_future()
+
+    def deliver(outcome: ServedModel | Exception) -> None:
+        if future.cancelled():
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def work() -> None:
+        outcome: ServedModel | Exception
+        try:
+            outcome = load()
+        except Exception as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(deliver, outcome)
+
+    threading.Thread(target=work, name="loading", daemon=True).start()
+    return await future
 
 
 def _look(folder: Path) -> str:

@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
+import socket
 import time
 from contextlib import suppress
 from importlib import metadata
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 # What gRPC itself reads before it refuses. It lies above max_request_bytes so that a request above that limit gets an
 # answer that names it.
 _TRANSPORT_LIMIT = 2
+_LONGEST_SOCKET = 107  # bytes of its path; a limit of the system's
 _REFUSAL_SECONDS = 0.2
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5
@@ -58,6 +61,7 @@ class Server:
         self.port = self.metrics_port = self.admin_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
+        self._rescans: set[asyncio.Task[None]] = set()
         self._pipeline = Pipeline(self.repository, settings.stream_window)
         self.metrics.in_flight.set_function(lambda: self._edge.under_way)
         self.metrics.registry.register(ModelCollector(self._figures))
@@ -79,6 +83,7 @@ class Server:
         reflection.enable_server_reflection(names, self._grpc)
         self.port = self._bind(self._grpc, settings.port, "gRPC", "--port")
         if settings.unix_socket:
+            _check_socket(settings.unix_socket)
             try:
                 self._grpc.add_insecure_port(f"unix:{settings.unix_socket}")
             except RuntimeError as error:
@@ -117,7 +122,8 @@ class Server:
         """Report NOT_SERVING, let requests under way finish, then stop everything."""
         self._edge.ready = False
         self.metrics.ready.set(0)
-        self._watching.cancel()
+        for task in (self._watching, *self._rescans):
+            task.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self.settings.drain_delay)
         # gRPC cancels what has arrived but not reached a handler when it stops. Refused in good order for a moment
@@ -132,15 +138,23 @@ class Server:
         await self._grpc.stop(_LAST_ANSWERS_SECONDS if time.monotonic() < end else 0)
         if self._admin:
             await self._admin.stop(0)
-        await self.repository.close()
+        # What still computes then hangs; its thread ends with the process.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.repository.close(), max(0.0, end - time.monotonic()) + _LAST_ANSWERS_SECONDS)
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
         await asyncio.to_thread(self._metrics_server.shutdown)
         self._metrics_server.server_close()
         self._metrics_thread.join()
 
-    async def rescan(self) -> None:
-        """Bring what is served in line with the repository folder, now."""
+    def rescan_soon(self) -> None:
+        """Bring what is served in line with the repository folder; once the server has started."""
+        if self._edge.ready:
+            task = asyncio.create_task(self._rescan())
+            self._rescans.add(task)
+            task.add_done_callback(self._rescans.discard)
+
+    async def _rescan(self) -> None:
         try:
             await self.repository.scan()
         except Exception:
@@ -190,13 +204,24 @@ class Server:
     async def _watch(self) -> None:
         while self.settings.poll_seconds:
             await asyncio.sleep(self.settings.poll_seconds)
-            await self.rescan()
+            await self._rescan()
 
     @property
     def _host(self) -> str:
         """The host as an address has it, an IPv6 one in brackets."""
         host = self.settings.host
         return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _check_socket(path: str) -> None:
+    """Raises StartError where a Unix socket cannot lie; gRPC would take it from another server without a word."""
+    if len(os.fsencode(path)) > _LONGEST_SOCKET:
+        raise StartError(
+            f"unix_socket: {path!r} has {len(os.fsencode(path))} bytes; expected {_LONGEST_SOCKET} at most"
+        )
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(path) == 0:
+            raise StartError(f"unix_socket: {path!r} cannot be opened: another server has it")
 
 
 def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
@@ -221,6 +246,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # first: as process 1 of a container Python would ignore SIGTERM
         loop.add_signal_handler(number, stop_at, number)
     server = Server(settings)
+    loop.add_signal_handler(signal.SIGHUP, server.rescan_soon)
     signalled = asyncio.create_task(stopping.wait())
     starting = asyncio.create_task(server.start())
     await asyncio.wait((signalled, starting), return_when=asyncio.FIRST_COMPLETED)
@@ -231,14 +257,6 @@ async def serve(settings: Settings) -> None:
             await starting
         return
     await starting
-    rescans: set[asyncio.Task[None]] = set()
-
-    def rescan() -> None:
-        task = asyncio.create_task(server.rescan())
-        rescans.add(task)
-        task.add_done_callback(rescans.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, rescan)
     server.announce()
     await signalled
     _logger.info("stopping: requests under way finish first")

@@ -1,6 +1,7 @@
 """The server as a process: its first lines, its end, and what it says when it cannot start."""
 
 import asyncio
+import itertools
 import os
 import re
 import signal
@@ -8,31 +9,39 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving import artifact
-from tests.conftest import DATA, ROOT
+from serving.runtime import Prediction
+from serving.server import Server
+from tests.conftest import DATA, ROOT, InThread, settings
 
+PIXELS = pb.Image(pixels=bytes(784))
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 
 
 @contextmanager
-def _process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports."""
     command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stderr
         lines: list[str] = []
-        while not (lines and "gRPC on" in lines[-1]):
+        while not (lines and "metrics on" in lines[-1]):
             line = process.stderr.readline()
             assert line, f"the server ended: {lines}"
             lines.append(line)
@@ -44,7 +53,7 @@ def _process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list
         process.communicate()
 
 
-def _failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
+def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=60, check=False
@@ -53,7 +62,7 @@ def _failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
-    with _process() as (_, _, lines):
+    with server_process() as (_, _, lines):
         text = "".join(lines)
     assert re.search(r"capsnet-mnist version 1 in fp32: 28 x 28 images .* test error 0\.\d\d %", text)
     assert re.search(r"ONNX Runtime [\d.]+ on CPUExecutionProvider", text)
@@ -61,7 +70,7 @@ def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
 
 
 def test_sigterm_under_load_answers_every_accepted_request_and_exits_0() -> None:
-    with _process("--drain-delay", "1") as (process, address, _):
+    with server_process("--drain-delay", "1") as (process, address, _):
         asyncio.run(_load_until_stopped(process, address))
         assert process.wait(20) == 0
 
@@ -101,7 +110,7 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
 
 
 def test_a_request_under_way_at_sigterm_is_answered() -> None:
-    with _process("--max-batch", "1") as (process, address, _), grpc.insecure_channel(address) as channel:
+    with server_process("--max-batch", "1") as (process, address, _), grpc.insecure_channel(address) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         call = stub.Classify.future(pb.ClassifyRequest(images=[DIGIT] * 1000), timeout=60)
         threading.Event().wait(0.3)
@@ -115,40 +124,40 @@ def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = str(taken.getsockname()[1])
         for flag in ("--port", "--metrics-port"):
-            code, text = _failed_start(flag, number)
+            code, text = failed_start(flag, number)
             assert code == 1
             assert f"cannot start: port {number}" in text
             assert "Traceback" not in text
 
 
 def test_two_servers_do_not_share_a_port() -> None:
-    with _process() as (_, address, _):
-        code, text = _failed_start("--port", address.split(":")[1])
+    with server_process() as (_, address, _):
+        code, text = failed_start("--port", address.split(":")[1])
     assert code == 1
     assert "the port is taken (--port chooses another)" in text
 
 
 def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
-    assert _failed_start("--models", str(tmp_path)) == (
+    assert failed_start("--models", str(tmp_path)) == (
         1,
         f"cannot start: {tmp_path}: no model there (expected NAME/VERSION/manifest.json)\n",
     )
-    code, text = _failed_start("--model", "capsnet-norb")
+    code, text = failed_start("--model", "capsnet-norb")
     assert code == 1
     assert "no model 'capsnet-norb'; there is: capsnet-mnist" in text
-    code, text = _failed_start("--model-version", "77")
+    code, text = failed_start("--model-version", "77")
     assert code == 1
     assert "no version 77; there is: 1" in text
 
 
 def test_cuda_that_is_not_there_is_an_error_and_no_silent_fallback() -> None:
-    code, text = _failed_start("--device", "cuda")
+    code, text = failed_start("--device", "cuda")
     assert code == 1
     assert "device cuda was asked for, but ONNX Runtime here runs on CPUExecutionProvider" in text
 
 
 def test_a_wrong_setting_in_the_environment_is_named() -> None:
-    code, text = _failed_start(CAPSNET_MAX_BATCH="many")
+    code, text = failed_start(CAPSNET_MAX_BATCH="many")
     assert code == 2
     assert "CAPSNET_MAX_BATCH: 'many' is not a number" in text
 
@@ -162,14 +171,14 @@ def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> No
     model = bytearray((copy / artifact.MODEL).read_bytes())
     model[1000] ^= 1
     (copy / artifact.MODEL).write_bytes(model)
-    code, text = _failed_start("--models", str(tmp_path))
+    code, text = failed_start("--models", str(tmp_path))
     assert code == 1
     assert f"{copy / artifact.MODEL}: SHA-256 is {artifact.digest(copy / artifact.MODEL)}, manifest.json says" in text
     assert artifact.load(source).sha256() in text
 
 
 def test_idle_streams_and_health_watches_do_not_hold_up_a_stop() -> None:
-    with _process() as (process, address, _), grpc.insecure_channel(address) as channel:
+    with server_process() as (process, address, _), grpc.insecure_channel(address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         next(watch)
         leave = threading.Event()
@@ -192,7 +201,7 @@ def test_idle_streams_and_health_watches_do_not_hold_up_a_stop() -> None:
 
 
 def test_a_second_signal_ends_the_server_at_once() -> None:
-    with _process("--drain-delay", "30") as (process, _, _):
+    with server_process("--drain-delay", "30") as (process, _, _):
         process.send_signal(signal.SIGTERM)
         assert process.stderr
         assert "stopping" in process.stderr.readline()
@@ -201,6 +210,177 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
 
 
 def test_a_wrong_host_is_named() -> None:
-    code, text = _failed_start("--host", "203.0.113.7")
+    code, text = failed_start("--host", "203.0.113.7")
     assert code == 1
     assert "on host '203.0.113.7'" in text
+
+
+REFUSALS = ("the server is stopping; send the request to another one", "failed to connect to all addresses")
+
+
+def test_sigterm_under_load_of_every_kind_fails_no_request_that_was_accepted() -> None:
+    with server_process("--runtimes", "1", "--threads", "1", "--max-batch", "8") as (process, address, _):
+        answered, failures = asyncio.run(_load_of_every_kind_until_stopped(process, address))
+        assert process.wait(20) == 0
+    assert min(answered.values()) > 0, "load of each kind was under way"
+    assert failures == []
+
+
+async def _load_of_every_kind_until_stopped(
+    process: subprocess.Popen[str], address: str
+) -> tuple[dict[str, int], list[str]]:
+    """Answers by kind of client, and all failures but those of requests that were refused before they were accepted."""
+    answered = {"single": 0, "large": 0, "stream": 0}
+    failures: list[str] = []
+
+    def check(kind: str, response: pb.ClassifyResponse, images: int) -> None:
+        assert [result.label for result in response.results] == ["7"] * images
+        answered[kind] += 1
+
+    def note(kind: str, error: grpc.RpcError) -> None:
+        if error.code() is not grpc.StatusCode.UNAVAILABLE or not str(error.details()).startswith(REFUSALS):
+            failures.append(f"{kind}: {error.code()} {error.details()}")
+
+    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+
+        async def unary(kind: str, images: int) -> None:
+            while True:
+                try:
+                    check(kind, await stub.Classify(pb.ClassifyRequest(images=[DIGIT] * images), timeout=20), images)
+                except grpc.aio.AioRpcError as error:
+                    note(kind, error)
+                    return
+
+        def stream() -> None:
+            # Not by asyncio's client, which takes an end that comes while it writes for a fault of its own.
+            sent = itertools.count()
+
+            def requests() -> Iterator[pb.ClassifyStreamRequest]:
+                while process.poll() is None:
+                    request = pb.ClassifyRequest(images=[DIGIT] * 2)
+                    yield pb.ClassifyStreamRequest(id=str(next(sent)), request=request)
+
+            with grpc.insecure_channel(address) as channel:
+                stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+                expected = itertools.count()
+                try:
+                    for answer in stub.ClassifyStream(requests(), timeout=60):
+                        assert answer.id == str(next(expected)), "in order, and none left out"
+                        check("stream", answer.response, 2)
+                    failures.append("stream: ended as if all were answered")
+                except grpc.RpcError as error:
+                    note("stream", error)
+
+        clients = [unary("single", 1) for _ in range(12)] + [unary("large", 200) for _ in range(2)]
+        tasks = [asyncio.create_task(client) for client in clients]
+        tasks += [asyncio.create_task(asyncio.to_thread(stream)) for _ in range(3)]
+        while not all(answered.values()):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*tasks)
+    return answered, failures
+
+
+def test_a_stream_whose_client_has_sent_all_ends_well_in_a_stop() -> None:
+    with server_process("--max-batch", "1", "--runtimes", "1") as (process, address, _):
+        with grpc.insecure_channel(address) as channel:
+            stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+            request = pb.ClassifyStreamRequest(request=pb.ClassifyRequest(images=[PIXELS] * 120))
+            stream = stub.ClassifyStream(iter([request] * 4), timeout=60)
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            assert len(list(stream)) == 3
+            assert stream.code() is grpc.StatusCode.OK
+        assert process.wait(20) == 0
+
+
+def test_the_drains_limit_holds_even_where_the_model_hangs() -> None:
+    go = threading.Event()
+    server = Server(settings(max_batch=1, runtimes=1, drain_seconds=0.5, batch_timeout=15.0))
+
+    def hang(images: NDArray[np.uint8]) -> Prediction:
+        go.wait(20)
+        raise RuntimeError
+
+    running = InThread(server)
+    running.__enter__()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        server.repository.get("", "").batcher._predict = hang
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        call = stub.Classify.future(pb.ClassifyRequest(images=[DIGIT]), timeout=30)
+        time.sleep(0.3)
+        began = time.monotonic()
+        running.__exit__()
+        took = time.monotonic() - began
+        go.set()
+        assert call.exception(timeout=5).code() is not grpc.StatusCode.OK
+    assert took < 5
+
+
+def test_a_unix_socket_is_served_beside_the_port_and_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with server_process("--unix-socket", str(path)) as (process, address, lines):
+        assert any(f"gRPC on unix:{path}" in line for line in lines)
+        for target in (f"unix:{path}", address):
+            with grpc.insecure_channel(target) as channel:
+                stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+                assert stub.Classify(pb.ClassifyRequest(images=[DIGIT]), timeout=20).results[0].label == "7"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert not path.exists()
+
+
+def test_a_unix_socket_that_a_killed_server_left_behind_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with server_process("--unix-socket", str(path)), grpc.insecure_channel(f"unix:{path}") as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        assert stub.GetModel(pb.GetModelRequest(), timeout=20).model_name == "capsnet-mnist"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("missing/socket", "its folder is missing"), ("file", "another server has it"), ("x" * 108, "107")],
+    ids=["no folder", "a file", "too long"],
+)
+def test_a_unix_socket_that_cannot_be_had_is_named_with_the_reason(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").write_text("precious")
+    code, text = failed_start("--unix-socket", str(tmp_path / name))
+    assert code == 1
+    (line,) = [line for line in text.splitlines() if line.startswith("cannot start: ")]
+    assert f"unix_socket: {str(tmp_path / name)!r}" in line
+    assert reason in line
+    assert "Traceback" not in text
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_second_server_does_not_take_the_unix_socket_of_a_running_one(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with server_process("--unix-socket", str(path)):
+        with pytest.raises(AssertionError, match="another server has it"), server_process("--unix-socket", str(path)):
+            pass
+        with grpc.insecure_channel(f"unix:{path}") as channel:
+            stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+            assert stub.GetModel(pb.GetModelRequest(), timeout=20).model_name == "capsnet-mnist"
+
+
+def test_an_idle_server_takes_no_time_of_a_processor() -> None:
+    with server_process() as (_, address, lines), grpc.insecure_channel(address) as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        for _ in range(20):
+            stub.Classify(pb.ClassifyRequest(images=[DIGIT] * 8), timeout=20)
+        url = re.search(r"http://\S+", lines[-1])
+        assert url
+
+        def spent() -> float:
+            with urllib.request.urlopen(url[0], timeout=10) as response:
+                families = text_string_to_metric_families(response.read().decode())
+            return next(one.samples[0].value for one in families if one.name == "process_cpu_seconds")
+
+        spent()
+        before = spent()
+        time.sleep(2)
+        assert spent() - before < 0.06, "3 %, the page itself included"

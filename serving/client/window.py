@@ -16,6 +16,8 @@ from serving.client.results import Classification, decode
 
 #: Images joined to one request, at most: two batches of the server.
 JOINED = 64
+# Requests under way that leave a server no time to wait.
+_BUSY = 2
 #: Bytes of images that wait for their answers, at most.
 MAX_BYTES = 64 * 2**20
 
@@ -43,6 +45,8 @@ class Window:
         self._request = request
         self._limits = limits
         self._size = size
+        # Small enough that the window holds several requests.
+        self._joined = max(1, min(JOINED, size // 4))
         self._retries = retries
         self._slots: deque[_Slot] = deque()
         self._unsent: deque[_Slot] = deque()
@@ -73,8 +77,11 @@ class Window:
 
     @property
     def asks(self) -> bool:
-        """Something waits to be sent."""
-        return bool(self._unsent)
+        """A request is to go out: an image waits, and not for others to go with it while the server is busy anyway."""
+        if not self._unsent:
+            return False
+        few = len(self._in_flight) < _BUSY
+        return few or self.all_read or self._unsent[0].alone or len(self._unsent) >= self._joined
 
     @property
     def waits(self) -> bool:
