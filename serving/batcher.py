@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -20,6 +22,8 @@ from serving.runtime import Prediction
 
 Images = NDArray[np.uint8]
 Predict = Callable[[Images], Prediction]
+
+_NICE = 5
 
 _logger = logging.getLogger(__name__)
 
@@ -379,6 +383,9 @@ class _Slot:
         self._inbox.put(None)
 
     def _work(self) -> None:
+        # The event loop, which has little to do at a time, need not wait for a core until a batch is computed.
+        with suppress(AttributeError, OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (batch := self._inbox.get()) is not None and not self._ended:
             outcome = self._compute(batch)
             try:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # What gRPC itself reads before it refuses. It lies above max_request_bytes so that a request above that limit gets an
 # answer that names it.
 _TRANSPORT_LIMIT = 2
+_PENDING_CALLS = 64
 _LONGEST_SOCKET = 107  # bytes of its path; a limit of the system's
 _REFUSAL_SECONDS = 0.2
 _CHECK_SECONDS = 0.1
@@ -189,6 +190,10 @@ class Server:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # else a second server would share the port unseen
                 ("grpc.optimization_target", "throughput"),
+                # Calls that Python has not looked at yet wait inside gRPC, by default 1000 of them and until their time
+                # is over. Turned away there they cost little, and those that are taken can still be answered in time.
+                ("grpc.server.max_pending_requests", _PENDING_CALLS),
+                ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING_CALLS),
             ]
         )
 

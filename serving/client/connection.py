@@ -99,8 +99,8 @@ def connection(
 
 def is_local(address: str) -> bool:
     """Whether an address cannot leave this machine: a Unix socket, or a loopback address."""
-    if address.startswith(("unix:", "unix-abstract:", "vsock:")):
-        return not address.startswith("vsock:")
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
     plain = address
     for scheme in ("dns:", "ipv4:", "ipv6:"):
         plain = plain.removeprefix(scheme)

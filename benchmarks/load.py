@@ -1,0 +1,476 @@
+"""Load for a gRPC server: ``h2load`` for unary calls, our own client for streams and for calls at a fixed rate.
+
+The server shares the cores with what loads it, and gRPC's own Python client takes about as much CPU time for a call as
+the server does. So the bytes of a request are made once, and answers are read no further than to their status.
+``python -m benchmarks.load`` is that client in a process of its own; it prints what it measured as JSON.
+"""
+
+import argparse
+import json
+import re
+import resource
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+H2LOAD = "h2load"
+H2LOAD_MISSING = "h2load is not installed; it comes with nghttp2 (Debian and Ubuntu: apt install nghttp2-client)"
+PERCENTILES = (50, 95, 99)
+#: Connections that calls are spread over, where there are as many.
+CONNECTIONS = 4
+
+_MOST_SECONDS = 120
+_HEADERS_OF_GRPC = ("content-type: application/grpc", "te: trailers")
+_HEADERS_OF_BYTES = ("content-type: application/octet-stream",)
+_PREFIX = 5  # bytes before each message: whether it is compressed, and its length
+_OK = 0
+
+
+class LoadError(RuntimeError):
+    """A load that did not go as it should: the text says what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One load: ``requests`` answered OK in ``seconds``; 50th, 95th and 99th percentile of their latencies in
+    milliseconds; the CPU time of the client in seconds."""
+
+    requests: int
+    seconds: float
+    percentiles_ms: tuple[float, float, float]
+    client_cpu_seconds: float
+
+
+@dataclass
+class Overload:
+    """Calls that came at a fixed rate: ``calls`` of them in ``seconds``.
+
+    latencies_ms: of the answers within the deadline, in the order of their arrival, by gRPC status code. expired:
+    calls without an answer at their deadline. unsent: those of them that the server's limits on streams and bytes
+    kept back until then.
+    """
+
+    calls: int = 0
+    seconds: float = 0.0
+    expired: int = 0
+    unsent: int = 0
+    client_cpu_seconds: float = 0.0
+    latencies_ms: dict[int, list[float]] = field(default_factory=dict)
+
+
+def framed(message: bytes) -> bytes:
+    """A message as it follows others in a gRPC call, not compressed."""
+    return struct.pack(">BI", 0, len(message)) + message
+
+
+def percentiles(milliseconds: Sequence[float]) -> tuple[float, float, float]:
+    p50, p95, p99 = np.percentile(milliseconds, PERCENTILES).tolist()
+    return p50, p95, p99
+
+
+def h2load(target: str, path: str, body: Path, in_flight: int, requests: int, http1: bool = False) -> Sample:
+    """Unary calls, ``in_flight`` at a time, ``requests`` in all, by ``h2load``, which knows HTTP and not gRPC's status.
+
+    http1: posts in HTTP/1.1, each connection with one, in the place of gRPC's calls.
+
+    target: ``HOST:PORT`` or ``unix:PATH``. body: a file with what is sent each time. Raises LoadError where a call
+    fails in HTTP, or h2load itself, or calls stay unanswered for long.
+    """
+    connections = in_flight if http1 else min(in_flight, CONNECTIONS)
+    streams = -(-in_flight // connections)
+    url = f"http://{'localhost' if target.startswith('unix:') else target}{path}"
+    command = [H2LOAD, f"--clients={connections}", f"--max-concurrent-streams={streams}", f"--requests={requests}"]
+    headers = _HEADERS_OF_BYTES if http1 else _HEADERS_OF_GRPC
+    command += [f"--data={body}", *(["--h1"] if http1 else []), *(f"--header={header}" for header in headers)]
+    command += [f"--base-uri={target}"] if target.startswith("unix:") else []
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        try:
+            result = subprocess.run(
+                [*command, f"--log-file={log}", url], capture_output=True, text=True, check=False, timeout=_MOST_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LoadError(f"h2load: {requests} requests were not answered in {_MOST_SECONDS} s") from error
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", result.stdout)
+        if result.returncode or not counts or (int(counts[1]), int(counts[2]), int(counts[3])) != (requests, 0, 0):
+            raise LoadError(f"h2load: expected {requests} requests that succeed: {result.stdout}{result.stderr}")
+        start, _, duration = np.loadtxt(log, dtype=np.int64, ndmin=2).T  # microseconds
+    return Sample(
+        requests,
+        float((start + duration).max() - start.min()) / 1e6,
+        percentiles((duration / 1000).tolist()),
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    )
+
+
+def h2load_version() -> str | None:
+    """None where h2load is not installed."""
+    if not shutil.which(H2LOAD):
+        return None
+    return subprocess.run([H2LOAD, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def in_own_process(*arguments: object) -> Any:
+    """What ``python -m benchmarks.load`` prints. Raises LoadError with its message where it fails."""
+    command = [sys.executable, "-m", "benchmarks.load", *map(str, arguments)]
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise LoadError(result.stderr.strip().rpartition("\n")[2])
+    return json.loads(result.stdout)
+
+
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
+_HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE = 1, 2, 3, 4
+_CANCEL = 8
+#: gRPC's status codes for the HTTP/2 errors that a call may be reset with.
+_OF_RESET = {7: 14, 8: 1, 11: 8}
+_INTERNAL = 13
+_FRAME_HEADER = struct.Struct(">HBBBI")  # 24 bits of length in two parts, type, flags, stream
+_MOST_IN_FRAME = 16384
+_WINDOW = 2**31 - 1
+_DEFAULT_WINDOW = 65535
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return _FRAME_HEADER.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream) + payload
+
+
+def _setting(identifier: int, value: int) -> bytes:
+    return struct.pack(">HI", identifier, value)
+
+
+class _Connection:
+    """One HTTP/2 connection with prior knowledge, without encryption, that gets no further than a benchmark needs.
+
+    Raises LoadError where the server closes it, or sends more than 2 GiB.
+    """
+
+    def __init__(self, target: str) -> None:
+        if target.startswith("unix:"):
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(target.removeprefix("unix:"))
+        else:
+            host, _, port = target.rpartition(":")
+            self.socket = socket.create_connection((host, int(port)))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.next_stream = 1
+        #: What the server lets this side have open, and send.
+        self.most_streams = _WINDOW
+        self.window = _DEFAULT_WINDOW
+        self.stream_window = _DEFAULT_WINDOW
+        #: What single streams may send beyond ``stream_window``.
+        self.granted: dict[int, int] = {}
+        self._may_receive = _WINDOW
+        self._received = b""
+        #: The server has sent its settings.
+        self.settled = False
+        self._unsent = bytearray(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        # A header table of no bytes makes the server write each header out, so that a status is found by its name.
+        settings = ((_HEADER_TABLE_SIZE, 0), (_ENABLE_PUSH, 0), (_INITIAL_WINDOW_SIZE, _WINDOW))
+        self.send(_frame(_SETTINGS, 0, 0, b"".join(_setting(*setting) for setting in settings)))
+        self.send(_frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _WINDOW - _DEFAULT_WINDOW)))
+
+    @property
+    def sending(self) -> bool:
+        return bool(self._unsent)
+
+    def send(self, data: bytes) -> None:
+        """Send, now or when there is room."""
+        self._unsent += data
+        self.flush()
+
+    def flush(self) -> None:
+        if not self._unsent:
+            return
+        try:
+            del self._unsent[: self.socket.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise LoadError(f"the server closed the connection: {error.strerror}") from error
+
+    @staticmethod
+    def wait(connections: "Sequence[_Connection]", seconds: float) -> "list[tuple[_Connection, int, int, int, bytes]]":
+        """What has come, after at most that long: connection, type, flags, stream and payload of each frame."""
+        sockets = {one.socket: one for one in connections}
+        readable, writable, _ = select.select(sockets, [one.socket for one in connections if one.sending], [], seconds)
+        for ready in writable:
+            sockets[ready].flush()
+        return [(one, *frame) for one in map(sockets.__getitem__, readable) for frame in one._receive()]
+
+    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
+        try:
+            read = self.socket.recv(2**20)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise LoadError(f"the server closed the connection: {error.strerror}") from error
+        if not read:
+            raise LoadError("the server closed the connection")
+        data = self._received + read if self._received else read
+        at, end = 0, len(data)
+        while end - at >= _FRAME_HEADER.size:
+            high, low, kind, flags, stream = _FRAME_HEADER.unpack_from(data, at)
+            after = at + _FRAME_HEADER.size + (high << 8 | low)
+            if after > end:
+                break
+            payload = data[at + _FRAME_HEADER.size : after]
+            at = after
+            if kind in (_DATA, _HEADERS, _RST_STREAM):
+                if kind == _DATA:
+                    self._may_receive -= len(payload)
+                yield kind, flags, stream, payload
+            else:
+                self._control(kind, flags, stream, payload)
+        self._received = data[at:]
+        if self._may_receive < _MOST_IN_FRAME:
+            raise LoadError("the server sent more than 2 GiB; expected a shorter sample")
+
+    def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if kind == _SETTINGS and not flags & _ACK:
+            for at in range(0, len(payload), 6):
+                identifier, value = struct.unpack_from(">HI", payload, at)
+                if identifier == _MAX_CONCURRENT_STREAMS:
+                    self.most_streams = value
+                elif identifier == _INITIAL_WINDOW_SIZE:
+                    self.stream_window = value
+            self.settled = True
+            self.send(_frame(_SETTINGS, _ACK, 0))
+        elif kind == _PING and not flags & _ACK:
+            self.send(_frame(_PING, _ACK, 0, payload))
+        elif kind == _WINDOW_UPDATE:
+            (more,) = struct.unpack(">I", payload)
+            if stream == 0:
+                self.window += more
+            else:
+                self.granted[stream] = self.granted.get(stream, 0) + more
+        elif kind == _GOAWAY:
+            raise LoadError(f"the server ended the connection (GOAWAY): {payload[8:]!r}")
+
+
+@contextmanager
+def _connected(target: str) -> Iterator[_Connection]:
+    """A connection whose server has told its limits."""
+    link = _Connection(target)
+    try:
+        while not link.settled:
+            _Connection.wait([link], 1.0)
+        yield link
+    finally:
+        link.socket.close()
+
+
+def _header_block(path: str, timeout_ms: int | None = None) -> bytes:
+    """The headers of a call, each written out or by its index in HPACK's static table."""
+
+    def text(value: str) -> bytes:
+        return bytes([len(value)]) + value.encode()
+
+    block = b"\x83\x86\x04" + text(path) + b"\x01" + text("localhost")
+    block += b"\x0f\x10" + text("application/grpc") + b"\x00" + text("te") + text("trailers")
+    if timeout_ms is not None:
+        block += b"\x00" + text("grpc-timeout") + text(f"{timeout_ms}m")
+    return block
+
+
+def _unary(path: str, body: bytes, timeout_ms: int) -> list[bytes]:
+    """The bytes of a call, cut where its stream's number belongs."""
+    block = _header_block(path, timeout_ms)
+    parts = [_frame(_HEADERS, _END_HEADERS, 0, block)]
+    for at in range(0, len(body), _MOST_IN_FRAME):
+        last = at + _MOST_IN_FRAME >= len(body)
+        parts.append(_frame(_DATA, _END_STREAM if last else 0, 0, body[at : at + _MOST_IN_FRAME]))
+    pieces = [b""]
+    for part in parts:
+        pieces[-1] += part[:5]
+        pieces.append(part[9:])
+    return pieces
+
+
+def _status(trailers: bytes) -> int:
+    """gRPC's status code. Raises LoadError where it is not written out."""
+    found = re.search(rb"grpc-status[\x01\x02](\d+)", trailers)
+    if not found:
+        raise LoadError(f"the server's trailers hold no grpc-status in plain: {trailers!r}")
+    return int(found[1])
+
+
+def at_rate(
+    target: str, path: str, body: bytes, rate: float, seconds: float, deadline: float, connections: int = CONNECTIONS
+) -> Overload:
+    """Unary calls that come at ``rate`` a second for ``seconds``, however the earlier ones fare.
+
+    Each has ``deadline`` seconds, counted from when it was to come, after which this side cancels it. Raises LoadError.
+    """
+    with ExitStack() as stack:
+        links = [stack.enter_context(_connected(target)) for _ in range(connections)]
+        return _at_rate(links, _unary(path, body, round(1000 * deadline)), len(body), rate, seconds, deadline)
+
+
+def _at_rate(
+    links: list[_Connection], pieces: list[bytes], size: int, rate: float, seconds: float, deadline: float
+) -> Overload:
+    result = Overload(seconds=seconds)
+    open_calls: dict[_Connection, dict[int, float]] = {link: {} for link in links}
+    sent: deque[tuple[float, _Connection, int]] = deque()
+    waiting: deque[float] = deque()
+    cpu, begin = time.process_time(), time.perf_counter()
+    while True:
+        now = time.perf_counter()
+        due = int(min(now - begin, seconds) * rate)
+        waiting.extend(begin + call / rate for call in range(result.calls, due))
+        result.calls = due
+        while waiting and waiting[0] + deadline <= now:
+            waiting.popleft()
+            result.expired += 1
+            result.unsent += 1
+        for link in links:
+            calls = open_calls[link]
+            count = min(-(-len(waiting) // len(links)), link.most_streams - len(calls), link.window // size)
+            batch = []
+            for _ in range(max(0, min(count, len(waiting)))):
+                arrival, stream = waiting.popleft(), link.next_stream
+                link.next_stream += 2
+                calls[stream] = arrival
+                sent.append((arrival, link, stream))
+                batch.append(stream.to_bytes(4).join(pieces))
+            link.window -= len(batch) * size
+            link.send(b"".join(batch))
+        while sent and sent[0][0] + deadline <= now:
+            _, link, stream = sent.popleft()
+            if open_calls[link].pop(stream, None) is not None:
+                result.expired += 1
+                link.send(_frame(_RST_STREAM, 0, stream, struct.pack(">I", _CANCEL)))
+        if now - begin >= seconds and not waiting and not any(open_calls.values()):
+            break
+        frames = _Connection.wait(links, 0.001)
+        now = time.perf_counter()
+        for link, kind, flags, stream, payload in frames:
+            if kind == _DATA or not (kind == _RST_STREAM or flags & _END_STREAM):
+                continue
+            call = open_calls[link].pop(stream, None)
+            if call is None:
+                continue
+            if now - call > deadline:
+                result.expired += 1
+            else:
+                code = _OF_RESET.get(int.from_bytes(payload), _INTERNAL) if kind == _RST_STREAM else _status(payload)
+                result.latencies_ms.setdefault(code, []).append(1000 * (now - call))
+    result.client_cpu_seconds = time.process_time() - cpu
+    return result
+
+
+def in_streams(
+    target: str, path: str, body: bytes, streams: int, in_flight: int, seconds: float, answer: int = 0x12
+) -> Sample:
+    """Bidirectional streams in one connection, each with a message and its share of ``in_flight`` under way.
+
+    answer: the first byte of each answer that is not an error. Raises LoadError where another comes, or a stream ends
+    with a status other than OK.
+    """
+    with _connected(target) as link:
+        return _in_streams(link, path, body, streams, in_flight, seconds, answer)
+
+
+def _in_streams(
+    link: _Connection, path: str, body: bytes, streams: int, in_flight: int, seconds: float, answer: int
+) -> Sample:
+    pieces = [body[at : at + _MOST_IN_FRAME] for at in range(0, len(body), _MOST_IN_FRAME)]
+    numbers = range(1, 2 * streams, 2)
+    message = {stream: b"".join(_frame(_DATA, 0, stream, piece) for piece in pieces) for stream in numbers}
+    room = {stream: link.stream_window for stream in numbers}
+    under_way: dict[int, deque[float]] = {stream: deque() for stream in numbers}
+    buffers = {stream: b"" for stream in numbers}
+    still_open = set(numbers)
+    closed = False
+    share = -(-in_flight // streams)
+    latencies: list[float] = []
+    cpu, begin = time.process_time(), time.perf_counter()
+    for stream in numbers:
+        link.send(_frame(_HEADERS, _END_HEADERS, stream, _header_block(path)))
+    while still_open:
+        now = time.perf_counter()
+        if now - begin < seconds:
+            for stream in numbers:
+                room[stream] += link.granted.pop(stream, 0)
+                allowed = min(link.window, room[stream]) // len(body)
+                count = max(0, min(share - len(under_way[stream]), allowed))
+                under_way[stream].extend([now] * count)
+                link.window -= count * len(body)
+                room[stream] -= count * len(body)
+                link.send(message[stream] * count)
+        elif not closed:
+            closed = True
+            for stream in numbers:
+                link.send(_frame(_DATA, _END_STREAM, stream))
+        frames = _Connection.wait([link], 0.05)
+        now = time.perf_counter()
+        for _, kind, flags, stream, payload in frames:
+            if kind == _DATA:
+                data = buffers[stream] + payload
+                at = 0
+                while len(data) - at > _PREFIX:
+                    after = at + _PREFIX + int.from_bytes(data[at + 1 : at + _PREFIX])
+                    if after > len(data):
+                        break
+                    if data[at + _PREFIX] != answer:
+                        raise LoadError(f"a stream answered with an error: {data[at + _PREFIX : after]!r}")
+                    latencies.append(1000 * (now - under_way[stream].popleft()))
+                    at = after
+                buffers[stream] = data[at:]
+            elif kind == _RST_STREAM or flags & _END_STREAM:
+                if kind == _RST_STREAM or not closed or _status(payload) != _OK or under_way[stream]:
+                    raise LoadError(f"a stream ended with {len(under_way[stream])} messages unanswered: {payload!r}")
+                still_open.discard(stream)
+    return Sample(len(latencies), now - begin, percentiles(latencies), time.process_time() - cpu)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    kinds = command.add_subparsers(dest="kind", required=True)
+    for kind, text in (("rate", "unary calls at a fixed rate"), ("streams", "streams, a window of messages in each")):
+        one = kinds.add_parser(kind, help=text)
+        one.add_argument("target", help="HOST:PORT or unix:PATH")
+        one.add_argument("path", help="the method, /PACKAGE.SERVICE/METHOD")
+        one.add_argument("body", type=Path, help="file with the message, framed as gRPC does")
+        one.add_argument("--seconds", type=float, required=True)
+        if kind == "rate":
+            one.add_argument("--rate", type=float, required=True, help="calls a second")
+            one.add_argument("--deadline", type=float, required=True, help="seconds for each")
+        else:
+            one.add_argument("--streams", type=int, required=True)
+            one.add_argument("--in-flight", type=int, required=True, help="messages under way, in all streams together")
+    options = command.parse_args(arguments)
+    body = options.body.read_bytes()
+    result: Sample | Overload
+    try:
+        if options.kind == "rate":
+            result = at_rate(options.target, options.path, body, options.rate, options.seconds, options.deadline)
+        else:
+            result = in_streams(options.target, options.path, body, options.streams, options.in_flight, options.seconds)
+    except LoadError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(asdict(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The server as a process of its own, with its metrics, and loads on it whose every answer is accounted for."""
+
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.load import LoadError, Sample, framed, h2load, in_own_process
+from export.quantize import to_int8
+from export.to_onnx import to_onnx
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.artifact import MODEL, Artifact, digest, write_manifest
+from serving.settings import embedded_models
+from training.model import CONFIGS, CapsNet
+
+#: The network that comes with weights; the others get random ones.
+EMBEDDED = "compact"
+SERVICE = "/capsnet.v1.CapsNetService"
+
+_ROOT = Path(__file__).parent.parent
+_START_SECONDS = 120
+_STOP_SECONDS = 40
+_SETTLE_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Page:
+    """The server's metrics at one moment: name, labels and value of each sample."""
+
+    samples: tuple[tuple[str, Mapping[str, str], float], ...]
+
+    def total(self, name: str, **labels: str) -> float | None:
+        """The sum of the samples of this name that have these labels; None where there is no sample of this name."""
+        values = [(has, value) for sample, has, value in self.samples if sample == name]
+        if not values:
+            return None
+        return sum(value for has, value in values if all(has.get(key) == one for key, one in labels.items()))
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs. targets: what to connect to, by transport (``tcp``, and ``unix`` where it can)."""
+
+    process: "subprocess.Popen[bytes]"
+    targets: dict[str, str]
+    metrics_url: str
+    log: Path
+
+    def page(self) -> Page:
+        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+            return Page(tuple((one.name, one.labels, one.value) for family in families for one in family.samples))
+
+    def page_after(self, ok: float, method: str) -> Page:
+        """The page once that many calls of this method have ended with OK, and as many have ended as began.
+
+        Raises LoadError where that does not come to pass.
+        """
+        end = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            page = self.page()
+            begun, ended = (
+                page.total(f"grpc_server_{name}_total", grpc_method=method) for name in ("started", "handled")
+            )
+            found = page.total("grpc_server_handled_total", grpc_method=method, grpc_code="OK")
+            if begun == ended and found == ok:
+                return page
+            if time.monotonic() > end:
+                counts = [f"{count or 0:.0f}" for count in (found, ended, begun, ok)]
+                raise LoadError(
+                    "{}: {} calls ended with OK, {} of {} ended; expected {} with OK".format(method, *counts)
+                )
+            time.sleep(0.05)
+
+
+@contextmanager
+def serve(repository: Path, precision: str, flags: Sequence[str], folder: Path) -> Iterator[Served]:
+    """``python -m serving`` on free ports, and on a Unix socket in ``folder`` where the server has them.
+
+    Raises LoadError with the end of its log where it does not start.
+    """
+    log, unix_socket = folder / "server.log", folder / "socket"
+    command = [sys.executable, "-m", "serving", "--port=0", "--metrics-port=0"]
+    command += [f"--models={repository}", f"--precision={precision}"]
+    known = subprocess.run([*command[:3], "--help"], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
+    has_socket = "--unix-socket" in known
+    command += [f"--unix-socket={unix_socket}"] if has_socket else []
+    with log.open("wb") as stream:
+        process = subprocess.Popen([*command, *flags], cwd=_ROOT, stdout=stream, stderr=stream)
+    try:
+        ports = re.compile(r"gRPC on \S+:(\d+), metrics on (http://\S+)")
+        end = time.monotonic() + _START_SECONDS
+        while not (found := ports.search(log.read_text(errors="replace"))):
+            if process.poll() is not None or time.monotonic() > end:
+                raise LoadError(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
+        targets = {"tcp": f"127.0.0.1:{found[1]}"}
+        targets |= {"unix": f"unix:{unix_socket}"} if has_socket else {}
+        yield Served(process, targets, found[2], log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def repository(config: str, precision: str, folder: Path) -> Path:
+    """A model repository for the server: the embedded one, or one with random weights, made in ``folder``."""
+    if config == EMBEDDED:
+        return embedded_models()
+    torch.manual_seed(0)
+    network = CapsNet(CONFIGS[config]).eval()
+    with torch.no_grad():
+        network.weight.mul_(3)  # poses as long as a trained network's
+    shape = network.config.image_shape
+    name = f"capsnet-{config}"
+    version = folder / name / "1"
+    version.mkdir(parents=True)
+    model = to_onnx(network)
+    onnx.save_model(model, version / MODEL)
+    figures = {"test_errors": 0, "test_images": 1}
+    variants: dict[str, dict[str, Any]] = {"fp32": {"file": MODEL, **figures}}
+    if precision == "int8":
+        images = torch.randint(0, 256, (64, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        onnx.save_model(to_int8(model, images), version / "int8.onnx")
+        variants["int8"] = {"file": "int8.onnx", **figures}
+    labels = tuple(map(str, range(network.config.classes)))
+    files = {str(one["file"]): digest(version / str(one["file"])) for one in variants.values()}
+    batches = {"min": 1, "opt": 8, "max": 32}
+    training = {"dataset": "none: random weights"}
+    write_manifest(
+        Artifact(version, name, "1", labels, shape, network.config.digit_dim, files, variants, {}, batches, training)
+    )
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the server is loaded: messages in flight, images in each; in so many streams, or in unary calls (0)."""
+
+    in_flight: int
+    images: int = 1
+    streams: int = 0
+
+    @property
+    def kind(self) -> str:
+        return "stream" if self.streams else "unary"
+
+    def __str__(self) -> str:
+        kind = f"{self.streams} stream{'s' if self.streams > 1 else ''}" if self.streams else "unary"
+        images = f", {self.images} images each" if self.images > 1 else ""
+        return f"{kind}, {self.in_flight} in flight{images}"
+
+
+def write_bodies(folder: Path, shape: tuple[int, int, int], cases: Sequence[Case]) -> dict[Case, Path]:
+    """The message of each case as a file, framed: random pixels, since the time does not depend on them."""
+    random = np.random.default_rng(0)
+    files = {}
+    for case in cases:
+        images = [pb.Image(pixels=random.bytes(int(np.prod(shape)))) for _ in range(case.images)]
+        request = pb.ClassifyRequest(images=images)
+        message = pb.ClassifyStreamRequest(request=request) if case.streams else request
+        files[case] = folder / f"{case.kind}-{case.images}"
+        files[case].write_bytes(framed(message.SerializeToString()))
+    return files
+
+
+def load(served: Served, target: str, case: Case, body: Path, seconds: float) -> tuple[Sample, Page, Page]:
+    """One sample, and the metrics before and after it. Raises LoadError where an answer is not OK or is missing."""
+    if case.streams:
+        method, path = "ClassifyStream", f"{SERVICE}/ClassifyStream"
+        before = served.page()
+        arguments = ("--streams", case.streams, "--in-flight", case.in_flight, "--seconds", seconds)
+        printed = in_own_process("streams", target, path, body, *arguments)
+        sample = Sample(**printed | {"percentiles_ms": tuple(printed["percentiles_ms"])})
+        expected = case.streams
+    else:
+        method, path = "Classify", f"{SERVICE}/Classify"
+        first = h2load(target, path, body, case.in_flight, case.in_flight + 50)
+        requests = max(2 * case.in_flight, round(seconds * first.requests / first.seconds))
+        ended = served.page().total("grpc_server_handled_total", grpc_method=method, grpc_code="OK")
+        before = served.page_after(ended or 0, method)
+        sample = h2load(target, path, body, case.in_flight, requests)
+        expected = requests
+    ok = before.total("grpc_server_handled_total", grpc_method=method, grpc_code="OK") or 0
+    return sample, before, served.page_after(ok + expected, method)

@@ -1,0 +1,560 @@
+"""``python -m benchmarks.serving``: the server beside ONNX Runtime itself, and beside other servers, in one run."""
+
+import argparse
+import csv
+import itertools
+import os
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.export import Predict, session
+from benchmarks.load import H2LOAD_MISSING, LoadError, Sample, h2load, h2load_version
+from benchmarks.server import Case, Page, Served, load, repository, serve, write_bodies
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving import artifact as artifacts
+from serving.runtime import onnxruntime
+from serving.settings import usable_cores
+from training.model import CONFIGS
+from training.provenance import commit, processor
+
+TRANSPORTS = ("tcp", "unix")
+PEER_IN_FLIGHT = 64
+
+_TOLERANCE = {"fp32": 1e-4, "int8": 0.2}  # of a component of a pose
+_CEILINGS = 3
+_PEER_BATCH = 32
+_PEER_START_SECONDS = 60
+_PEER_STOP_SECONDS = 5
+#: The server's steps that it tells the time of and that keep one core busy.
+STEPS = ("decode", "stack", "encode")
+#: What of the metrics page the figures come from; where a metric is missing, its columns stay empty.
+METRICS = (
+    "grpc_server_handled_total",
+    "grpc_server_handling_seconds_sum",
+    "capsnet_decode_seconds_sum",
+    "capsnet_queue_seconds_sum",
+    "capsnet_inference_seconds_sum",
+    "capsnet_encode_seconds_sum",
+    "capsnet_batch_size_images_sum",
+    "process_cpu_seconds_total",
+)
+SHOWN = (
+    "images_per_second", "share_of_ceiling", "p50_ms", "p95_ms", "p99_ms", "cpu_us", "grpc_us", "decode_us",
+    "infer_us", "encode_us", "queue_ms", "mean_batch",
+)  # fmt: skip
+COLUMNS = (
+    "config", "precision", "sessions", "threads", "max_batch", "server", "transport", "load", "images",
+    "images_per_second", "share_of_ceiling", "requests_per_second", "p50_ms", "p95_ms", "p99_ms",
+    "cpu_us", "grpc_us", *(f"{step}_us" for step in STEPS), "infer_us", "queue_ms", "inference_ms", "handling_ms",
+    "mean_batch", "client_cpu_us", "overhead_p50_ms", "server_overhead_ms", "not_run",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Raw:
+    """ONNX Runtime without a server: so many sessions at once, each with so many threads and images a batch."""
+
+    sessions: int
+    threads: int
+    batch: int
+
+    def __str__(self) -> str:
+        parallel = f"{self.sessions} sessions, " if self.sessions > 1 else ""
+        return f"{parallel}{self.threads} thread{'s' if self.threads > 1 else ''}, batches of {self.batch}"
+
+
+@dataclass(frozen=True)
+class RawSample:
+    images_per_second: float
+    cpu_seconds_per_batch: float
+    p50_ms: float
+
+
+class OnnxRuntime:
+    """Sessions on one model file, made as they are needed."""
+
+    def __init__(self, file: Path, image_shape: tuple[int, int, int]) -> None:
+        self._file = file
+        self._shape = image_shape
+        self._sessions: dict[tuple[int, int], Predict] = {}
+        self._random = np.random.default_rng(0)
+
+    def images(self, count: int) -> NDArray[np.uint8]:
+        return self._random.integers(0, 256, (count, *self._shape), dtype=np.uint8)
+
+    def predict(self, threads: int, number: int = 0) -> Predict:
+        if (threads, number) not in self._sessions:
+            self._sessions[threads, number] = session(self._file, threads)
+        return self._sessions[threads, number]
+
+    def measure(self, raw: Raw, seconds: float) -> RawSample:
+        images = self.images(raw.batch)
+        calls = [self.predict(raw.threads, number) for number in range(raw.sessions)]
+        for call in calls:
+            call(images)
+        cpu, begin = time.process_time(), time.perf_counter()
+
+        def repeat(call: Predict) -> list[float]:
+            latencies: list[float] = []
+            while not latencies or time.perf_counter() - begin < seconds:
+                start = time.perf_counter()
+                call(images)
+                latencies.append(time.perf_counter() - start)
+            return latencies
+
+        with ThreadPoolExecutor(raw.sessions) as pool:
+            latencies = [latency for one in pool.map(repeat, calls) for latency in one]
+        elapsed, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        return RawSample(
+            len(latencies) * raw.batch / elapsed, cpu / len(latencies), 1000 * statistics.median(latencies)
+        )
+
+    def fastest(self, cores: int, max_batch: int, seconds: float) -> list[Raw]:
+        """The fastest few of: all cores in one call, in calls of their own, and between; batches up to the server's."""
+        shares = [
+            (cores // threads, threads) for threads in sorted({2**n for n in range(cores.bit_length())} | {cores})
+        ]
+        batches = sorted({size for size in (4, 8, 16, 32) if size < max_batch} | {max_batch})
+        candidates = [
+            Raw(sessions, threads, batch) for (sessions, threads), batch in itertools.product(shares, batches)
+        ]
+        speeds: dict[Raw, list[float]] = {one: [] for one in candidates}
+        for _ in range(3):
+            for one in candidates:
+                speeds[one].append(self.measure(one, seconds / 5).images_per_second)
+        return sorted(candidates, key=lambda one: -statistics.median(speeds[one]))[:_CEILINGS]
+
+
+CASES = (
+    Case(1),
+    Case(16),
+    Case(64),
+    Case(256),
+    Case(64, streams=1),
+    Case(64, streams=4),
+    Case(16, images=8),
+    Case(4, images=64),
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The server's own choice: sessions at once, threads of each, and the largest batch."""
+
+    sessions: int
+    threads: int
+    max_batch: int
+
+    def raw(self, batch: int) -> Raw:
+        return Raw(self.sessions, self.threads, batch)
+
+
+def setup(page: Page, flags: Sequence[str]) -> Setup:
+    """As the server's metrics tell it; where they do not, as its flags do."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--threads", type=int, default=0)
+    known.add_argument("--max-batch", type=int, default=32)
+    said, _ = known.parse_known_args(list(flags))
+    sessions, threads, max_batch = (
+        page.total(f"capsnet_{name}") for name in ("runtimes", "threads", "max_batch_images")
+    )
+    return Setup(
+        int(sessions or 1), int(threads or said.threads or usable_cores()), int(max_batch or said.max_batch or 32)
+    )
+
+
+def of_sample(sample: Sample, images: int = 1) -> dict[str, float]:
+    """What the client saw, by the columns."""
+    rate = sample.requests / sample.seconds
+    latencies = dict(zip(("p50_ms", "p95_ms", "p99_ms"), sample.percentiles_ms, strict=True))
+    return {
+        "requests_per_second": rate,
+        "images_per_second": rate * images,
+        **latencies,
+        "client_cpu_us": 1e6 * sample.client_cpu_seconds / sample.requests,
+    }
+
+
+def figures(
+    case: Case, sample: Sample, before: Page, after: Page, one: RawSample, largest: RawSample, max_batch: int
+) -> dict[str, float]:
+    """The figures of a sample by their columns; what the metrics lack is left out.
+
+    one, largest: ONNX Runtime by itself with the server's threads, a batch of one image and of ``max_batch``. Its CPU
+    time between them is taken as linear in the images of a batch: counted, it tells the network's part in the
+    server's, which the server itself knows only as time on the clock. Its other steps are on the clock, and gRPC's
+    part is what they leave.
+    """
+
+    def more(name: str, **labels: str) -> float | None:
+        begin, end = before.total(name, **labels), after.total(name, **labels)
+        return None if begin is None or end is None else end - begin
+
+    method = "ClassifyStream" if case.streams else "Classify"
+    requests = sample.requests
+    result: dict[str, float | None] = {**of_sample(sample, case.images)}
+    cpu, images, batches = (
+        more("process_cpu_seconds_total"),
+        *map(more, ("capsnet_batch_size_images_sum", "capsnet_batch_size_images_count")),
+    )
+    steps = {step: more(f"capsnet_{step}_seconds_sum") for step in STEPS}
+    if cpu is not None:
+        result["cpu_us"] = 1e6 * cpu / requests
+    for step, seconds in steps.items():
+        if seconds is not None:
+            result[f"{step}_us"] = 1e6 * seconds / requests
+    if images and batches:
+        result["mean_batch"] = images / batches
+        slope = (largest.cpu_seconds_per_batch - one.cpu_seconds_per_batch) / max(1, max_batch - 1)
+        infer = images * slope + batches * (one.cpu_seconds_per_batch - slope)
+        if cpu is not None:
+            known = sum(seconds or 0 for seconds in steps.values())
+            infer = min(infer, max(0.0, cpu - known))
+            result["infer_us"] = 1e6 * infer / requests
+            result["grpc_us"] = 1e6 * max(0.0, cpu - known - infer) / requests
+    queue, inference = more("capsnet_queue_seconds_sum"), more("capsnet_inference_seconds_sum")
+    waited = more("capsnet_queue_seconds_count")
+    if queue is not None and waited:
+        result["queue_ms"] = 1000 * queue / waited
+    if inference is not None and batches:
+        result["inference_ms"] = 1000 * inference / batches
+    handling = more("grpc_server_handling_seconds_sum", grpc_method=method)
+    if not case.streams and handling is not None:
+        result["handling_ms"] = 1000 * handling / requests
+    if case == Case(1):
+        result["overhead_p50_ms"] = sample.percentiles_ms[0] - one.p50_ms
+        if "handling_ms" in result and inference is not None and batches:
+            result["server_overhead_ms"] = 1000 * (handling or 0) / requests - 1000 * inference / batches
+    return {name: value for name, value in result.items() if value is not None}
+
+
+def check(served: Served, runtime: OnnxRuntime, threads: int, precision: str) -> None:
+    """Raises LoadError where the server answers other poses than ONNX Runtime does."""
+    images = runtime.images(3)
+    request = pb.ClassifyRequest(images=[pb.Image(pixels=image.tobytes()) for image in images])
+    for transport, target in served.targets.items():
+        with grpc.insecure_channel(target) as channel:
+            answer = CapsNetServiceStub(channel).Classify(request, timeout=30)  # type: ignore[no-untyped-call]
+        poses = np.array([[capsule.pose for capsule in result.capsules] for result in answer.results])
+        difference = float(np.abs(poses - runtime.predict(threads)(images)).max())
+        if not difference <= _TOLERANCE[precision]:
+            raise LoadError(f"{transport}: poses differ from ONNX Runtime's by {difference:.2g}")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another server: its program in ``benchmarks/peers`` and the path that it takes images at."""
+
+    name: str
+    path: str
+
+
+PEERS = {peer.name: peer for peer in (Peer("mosec", "/inference"), Peer("litserve", "/predict"))}
+
+
+@contextmanager
+def running(peer: Peer, python: str, model: Path, folder: Path) -> Iterator[str]:
+    """The other server with the same model file on all cores: its address. Raises LoadError where it does not start."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        target = f"127.0.0.1:{free.getsockname()[1]}"
+    program = Path(__file__).parent / "peers" / f"{peer.name}_server.py"
+    log = folder / f"{peer.name}.log"
+    arguments = [target.rpartition(":")[2], str(_PEER_BATCH), str(usable_cores())]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [python, str(program), str(model), *arguments],
+            cwd=folder, stdout=stream, stderr=stream, start_new_session=True,
+        )  # fmt: skip
+    try:
+        end = time.monotonic() + _PEER_START_SECONDS
+        while not _listens(target):
+            if process.poll() is not None or time.monotonic() > end:
+                raise LoadError(f"{peer.name} did not start: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.1)
+        yield target
+    finally:
+        # With the workers that it has started, which a signal to it alone may leave behind.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_PEER_STOP_SECONDS)
+
+
+def _listens(target: str) -> bool:
+    host, _, port = target.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def load_peer(peer: Peer, target: str, runtime: OnnxRuntime, threads: int, seconds: float, folder: Path) -> Sample:
+    """One sample of single images in raw bytes, ``PEER_IN_FLIGHT`` at a time, after its answer was compared.
+
+    Raises LoadError where it answers other numbers than ONNX Runtime does, or not at all.
+    """
+    body = folder / "image"
+    image = runtime.images(1)
+    body.write_bytes(image.tobytes())
+    poses = runtime.predict(threads)(image)
+    request = urllib.request.Request(
+        f"http://{target}{peer.path}", image.tobytes(), {"content-type": "application/octet-stream"}
+    )
+    end = time.monotonic() + _PEER_START_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                answer = np.frombuffer(response.read(), np.float32)[-poses.size :]
+            break
+        except OSError as error:  # the port may be open before the model is loaded
+            if time.monotonic() > end:
+                raise LoadError(f"{peer.name}: {error}") from error
+            time.sleep(0.1)
+    difference = float(np.abs(answer - poses.ravel()).max())
+    if not difference <= _TOLERANCE["fp32"]:
+        raise LoadError(f"{peer.name}: poses differ from ONNX Runtime's by {difference:.2g}")
+    first = h2load(target, peer.path, body, PEER_IN_FLIGHT, 8 * PEER_IN_FLIGHT, http1=True)
+    requests = max(2 * PEER_IN_FLIGHT, round(seconds * first.requests / first.seconds))
+    return h2load(target, peer.path, body, PEER_IN_FLIGHT, requests, http1=True)
+
+
+#: server, transport and how it is loaded.
+Key = tuple[str, str, str]
+
+
+class Collected:
+    """The figures of all rounds, by row and round, in the order of the first round."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Key, dict[int, dict[str, float]]] = {}
+        self.not_run: dict[Key, str] = {}
+        #: Images a second of ONNX Runtime at its fastest settings, a sample a round.
+        self.ceilings: dict[Raw, list[float]] = {}
+
+    def add(self, key: Key, number: int, figures: dict[str, float]) -> None:
+        self.rows.setdefault(key, {})[number] = figures
+
+    def medians(self) -> Iterator[tuple[Key, dict[str, str]]]:
+        """Of each row the median over its rounds; shares of the ceiling are taken in each round.
+
+        The ceiling is the setting of ONNX Runtime that has the highest median itself.
+        """
+        best = max(self.ceilings, key=lambda raw: statistics.median(self.ceilings[raw]))
+        speeds = self.ceilings[best]
+        ceiling = {number: {"images_per_second": speed} for number, speed in enumerate(speeds)}
+        for key, rounds in ({("onnxruntime", "", f"ceiling: {best}"): ceiling} | self.rows).items():
+            for number, figures in rounds.items():
+                figures["share_of_ceiling"] = figures["images_per_second"] / speeds[number]
+            names = dict.fromkeys(name for figures in rounds.values() for name in figures)
+            values = {name: [figures[name] for figures in rounds.values() if name in figures] for name in names}
+            yield key, {name: f"{statistics.median(several):.4g}" for name, several in values.items()}
+        for key, reason in self.not_run.items():
+            yield key, {"not_run": reason}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says, as far as one network's measurement needs it."""
+
+    precision: str
+    rounds: int
+    seconds: float
+    flags: tuple[str, ...]
+    transports: tuple[str, ...]
+    peers: tuple[Peer, ...]
+    peers_python: str
+
+
+def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dict[str, Any], set[str]]:
+    """One network in all cases, its ceiling and its setup, and the metrics that the server lacks.
+
+    Raises LoadError where anything cannot be run, or answers wrongly.
+    """
+    models = repository(config, options.precision, folder)
+    artifact = artifacts.load(artifacts.find(models))
+    file = artifact.file(options.precision)
+    runtime = OnnxRuntime(file, artifact.image_shape)
+    bodies = write_bodies(folder, artifact.image_shape, CASES)
+    collected = Collected()
+    with serve(models, options.precision, options.flags, folder) as served:
+        chosen = setup(served.page(), options.flags)
+        check(served, runtime, chosen.threads, options.precision)
+        largest_raw = Raw(1, chosen.threads, chosen.max_batch)
+        fastest = runtime.fastest(usable_cores(), chosen.max_batch, options.seconds)
+        collected.ceilings = {raw: [] for raw in (*fastest, largest_raw)}
+        runs: list[tuple[str, Case]] = []
+        for transport in options.transports:
+            if transport in served.targets:
+                runs += [(transport, case) for case in CASES]
+            else:
+                collected.not_run["ours", transport, ""] = "the server has no setting for a Unix socket"
+        with tqdm(total=options.rounds * (len(runs) + len(options.peers)), desc=config, leave=False) as bar:
+            for number in range(options.rounds):
+                speeds: dict[Raw, list[float]] = {raw: [] for raw in collected.ceilings}
+                measure_ceilings(runtime, speeds, options.seconds)
+                one = runtime.measure(Raw(1, chosen.threads, 1), options.seconds / 2)
+                largest = runtime.measure(largest_raw, options.seconds / 2)
+                for transport, case in runs if number % 2 == 0 else runs[::-1]:
+                    sample, start, end = load(served, served.targets[transport], case, bodies[case], options.seconds)
+                    values = figures(case, sample, start, end, one, largest, chosen.max_batch)
+                    collected.add(("ours", transport, str(case)), number, values)
+                    bar.update()
+                for peer in options.peers:
+                    with running(peer, options.peers_python, file, folder) as target:
+                        sample = load_peer(peer, target, runtime, chosen.threads, options.seconds, folder)
+                    collected.add((peer.name, "tcp", str(Case(PEER_IN_FLIGHT))), number, of_sample(sample))
+                    bar.update()
+                measure_ceilings(runtime, speeds, options.seconds)
+                for raw, several in speeds.items():
+                    collected.ceilings[raw].append(statistics.mean(several))
+                for raw, sampled in ((Raw(1, chosen.threads, 1), one), (largest_raw, largest)):
+                    values = {"images_per_second": sampled.images_per_second, "p50_ms": sampled.p50_ms}
+                    values["cpu_us"] = 1e6 * sampled.cpu_seconds_per_batch / raw.batch
+                    collected.add(("onnxruntime", "", str(raw)), number, values)
+        page = served.page()
+    missing = {name for name in METRICS if page.total(name) is None}
+    return collected, {"sessions": chosen.sessions, "threads": chosen.threads, "max_batch": chosen.max_batch}, missing
+
+
+def measure_ceilings(runtime: OnnxRuntime, speeds: dict[Raw, list[float]], seconds: float) -> None:
+    """Add a sample of each. At the beginning and the end of a round, so that the machine's drift cancels."""
+    for raw, several in speeds.items():
+        several.append(runtime.measure(raw, seconds / 4).images_per_second)
+
+
+def show(config: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows of one network as a table."""
+    title = f"{config} ({rows[0]['precision']})"
+    print(f"\n{title:<54}" + "".join(f"{name.rpartition('_')[0] or name:>12}" for name in SHOWN))
+    print(f"{'':<54}" + "".join(f"{name.rpartition('_')[2]:>12}" for name in SHOWN))
+    for row in rows:
+        who = " ".join(filter(None, (row["server"], row["transport"], row["load"])))
+        if row.get("not_run"):
+            print(f"{who:<54} not run: {row['not_run']}")
+        else:
+            print(f"{who:<54}" + "".join(f"{row.get(name, ''):>12}" for name in SHOWN))
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Share of the ceiling, latencies, and CPU time of a request by its parts, a line of three pictures a network."""
+    configs = list(dict.fromkeys(row["config"] for row in rows))
+    figure = Figure((17, 4.6 * len(configs)), layout="constrained")
+    axes = figure.subplots(len(configs), 3, squeeze=False)
+    parts = ("grpc_us", *(f"{step}_us" for step in STEPS), "infer_us")
+    for config, (shares, latencies, times) in zip(configs, axes, strict=True):
+        served = [
+            row for row in rows
+            if row["config"] == config and row["server"] != "onnxruntime" and row.get("images_per_second")
+        ]  # fmt: skip
+        ceiling = next(row for row in rows if row["config"] == config and row["load"].startswith("ceiling"))
+        names = [f"{row['server']} {row['transport']}: {row['load']}" for row in served]
+        shares.barh(names, [100 * float(row["share_of_ceiling"]) for row in served])
+        shares.axvline(100, color="black", linewidth=0.8)
+        shares.set_title(f"{config}, % of {float(ceiling['images_per_second']):,.0f} images/s")
+        for percent, marker in ((50, "|"), (95, "."), (99, "o")):
+            latencies.plot([float(row[f"p{percent}_ms"]) for row in served], names, marker, label=f"p{percent}")
+        latencies.set_xscale("log")
+        latencies.set_title("latency (ms)")
+        latencies.legend(fontsize=7)
+        split = [row for row in served if row.get("grpc_us") and row["images"] == 1]
+        left = np.zeros(len(split))
+        for part in parts:
+            widths = np.array([float(row.get(part) or 0) for row in split])
+            times.barh([f"{row['transport']}: {row['load']}" for row in split], widths, left=left, label=part[:-3])
+            left += widths
+        times.set_title("CPU time of the server a request (us)")
+        times.legend(fontsize=7)
+        for axis in (shares, latencies, times):
+            axis.invert_yaxis()
+            axis.tick_params(labelsize=7)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    command.add_argument("--configs", nargs="+", choices=CONFIGS, default=["compact", "paper"], help="networks")
+    command.add_argument("--precision", choices=sorted(_TOLERANCE), default="fp32")
+    command.add_argument("--rounds", type=int, default=5, metavar="N", help="samples of each figure (default: 5)")
+    command.add_argument("--seconds", type=float, default=2.0, help="of each sample (default: 2)")
+    command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")
+    command.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    command.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other servers to measure in each round")
+    command.add_argument("--peers-python", metavar="FILE", help="Python in which the peers are installed")
+    command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
+    command.add_argument("--plot", type=Path, help="write a picture of them to this PNG file")
+    given = command.parse_args(arguments)
+    if given.rounds < 1 or not given.seconds > 0:
+        command.error("--rounds and --seconds: expected numbers above 0")
+    if given.peers and not given.peers_python:
+        command.error("--peers: expected --peers-python as well, a Python in which they are installed")
+    if given.peers and given.precision != "fp32":
+        command.error("--peers: they are compared in fp32 only")
+    version = h2load_version()
+    if version is None:
+        print(H2LOAD_MISSING, file=sys.stderr)
+        return 2
+    options = Options(
+        given.precision, given.rounds, given.seconds, tuple(shlex.split(given.settings)), tuple(given.transports),
+        tuple(PEERS[name] for name in given.peers), given.peers_python or "",
+    )  # fmt: skip
+    origin = {
+        "rounds": given.rounds, "seconds": given.seconds, "settings": given.settings, "device": processor(),
+        "cores": usable_cores(), "onnxruntime": onnxruntime().__version__, "grpcio": grpc.__version__,
+        "h2load": version.rpartition("/")[2], "commit": commit(),
+    }  # fmt: skip
+    images = {str(case): case.images for case in CASES}
+    rows: list[dict[str, Any]] = []
+    missing: set[str] = set()
+    for config in given.configs:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                collected, chosen, lacking = measure(config, options, Path(folder))
+            except LoadError as error:
+                print(f"{config}: {error}", file=sys.stderr)
+                return 1
+        missing |= lacking
+        found = [
+            {"config": config, "precision": given.precision, **chosen}
+            | {"server": server, "transport": transport, "load": load_, "images": images.get(load_, "")}
+            | values
+            for (server, transport, load_), values in collected.medians()
+        ]
+        show(config, found)
+        rows += [row | origin for row in found]
+    if given.out:
+        with given.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, *origin], restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    if given.plot:
+        plot(rows).savefig(given.plot, dpi=110)
+    if missing:
+        print(f"the server's metrics lack {', '.join(sorted(missing))}: columns stay empty", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Tests of the serving benchmarks: that the loads account for every call, and that short runs end with sane figures."""
+
+import csv
+import re
+import shutil
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from benchmarks import load, overload, server, serving
+from benchmarks.load import LoadError, Sample, at_rate, framed, in_streams
+from benchmarks.server import SERVICE, Case, Page
+from benchmarks.serving import Collected, Raw, RawSample, figures
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from tests.conftest import Running
+from training.model import CONFIGS, CapsNetConfig
+
+needs_h2load = pytest.mark.skipif(not shutil.which(load.H2LOAD), reason=load.H2LOAD_MISSING)
+IMAGE = pb.Image(pixels=bytes(784))
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize(("streams", "images"), [(1, 1), (3, 1), (2, 64)])
+def test_every_message_of_a_stream_is_answered(running: Running, streams: int, images: int) -> None:
+    request = pb.ClassifyStreamRequest(request=pb.ClassifyRequest(images=[IMAGE] * images))
+    body = framed(request.SerializeToString())
+    sample = in_streams(running.address, f"{SERVICE}/ClassifyStream", body, streams, 8, 0.2)
+    assert sample.requests >= streams
+    p50, p95, p99 = sample.percentiles_ms
+    assert 0 < p50 <= p95 <= p99 < 1000 * sample.seconds
+
+
+def test_a_stream_that_answers_with_an_error_is_refused(running: Running) -> None:
+    with pytest.raises(LoadError, match=r"a stream answered with an error: .*images: "):
+        in_streams(running.address, f"{SERVICE}/ClassifyStream", framed(b"\x12\x00"), 1, 4, 0.2)
+
+
+def test_calls_come_at_their_rate_and_each_is_accounted_for(running: Running) -> None:
+    body = framed(pb.ClassifyRequest(images=[IMAGE]).SerializeToString())
+    outcome = at_rate(running.address, f"{SERVICE}/Classify", body, 100, 0.5, 10)
+    assert outcome.calls == 50
+    assert {code: len(several) for code, several in outcome.latencies_ms.items()} == {0: 50}
+    assert (outcome.expired, outcome.unsent) == (0, 0)
+
+
+def test_refusals_are_told_apart_by_their_status(running: Running) -> None:
+    body = framed(pb.ClassifyRequest().SerializeToString())
+    outcome = at_rate(running.address, f"{SERVICE}/Classify", body, 100, 0.2, 10)
+    invalid = grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert {code: len(several) for code, several in outcome.latencies_ms.items()} == {invalid: 20}
+
+
+@contextmanager
+def silent(most_streams: int) -> Iterator[str]:
+    """The address of a server that tells its HTTP/2 settings, how many streams it takes at once, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            link, _ = listener.accept()
+            with link:
+                link.sendall(b"\x00\x00\x06\x04\x00\x00\x00\x00\x00" + struct.pack(">HI", 3, most_streams))
+                while link.recv(65536):
+                    pass
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+@pytest.mark.parametrize(("most_streams", "unsent"), [(100, 0), (0, 10)])
+def test_calls_without_an_answer_expire_and_those_that_could_not_be_sent_are_told(
+    most_streams: int, unsent: int
+) -> None:
+    with silent(most_streams) as address:
+        outcome = at_rate(address, f"{SERVICE}/Classify", framed(b""), 100, 0.1, 0.2, connections=1)
+    assert (outcome.calls, outcome.expired, outcome.unsent) == (10, 10, unsent)
+    assert outcome.latencies_ms == {}
+
+
+def page(**values: float) -> Page:
+    return Page(tuple((name, {"grpc_method": "Classify"}, value) for name, value in values.items()))
+
+
+BEFORE = page(
+    process_cpu_seconds_total=1, capsnet_batch_size_images_sum=0, capsnet_batch_size_images_count=0,
+    capsnet_decode_seconds_sum=0, capsnet_encode_seconds_sum=0, capsnet_queue_seconds_sum=0,
+    capsnet_queue_seconds_count=0, capsnet_inference_seconds_sum=0, grpc_server_handling_seconds_sum=0,
+)  # fmt: skip
+AFTER = page(
+    process_cpu_seconds_total=2, capsnet_batch_size_images_sum=1000, capsnet_batch_size_images_count=100,
+    capsnet_decode_seconds_sum=0.1, capsnet_encode_seconds_sum=0.2, capsnet_queue_seconds_sum=3,
+    capsnet_queue_seconds_count=1000, capsnet_inference_seconds_sum=0.5, grpc_server_handling_seconds_sum=4,
+)  # fmt: skip
+ONE, TEN = RawSample(1000, 0.001, 1.0), RawSample(2000, 0.004, 5.0)
+
+
+def test_the_parts_of_the_cpu_time_add_up_to_the_whole() -> None:
+    sample = Sample(1000, 2.0, (3.0, 4.0, 5.0), 0.1)
+    values = figures(Case(1), sample, BEFORE, AFTER, ONE, TEN, 10)
+    assert values["images_per_second"] == 500
+    assert values["mean_batch"] == 10
+    assert values["infer_us"] == pytest.approx(400)
+    assert [values[f"{part}_us"] for part in ("decode", "encode", "grpc", "cpu")] == pytest.approx(
+        [100, 200, 300, 1000]
+    )
+    assert values["queue_ms"] == 3
+    assert values["overhead_p50_ms"] == 2
+    assert values["server_overhead_ms"] == pytest.approx(4 - 5)
+
+
+def test_what_the_metrics_lack_is_left_out() -> None:
+    sample = Sample(1000, 2.0, (3.0, 4.0, 5.0), 0.1)
+    values = figures(Case(2), sample, page(), page(), ONE, TEN, 10)
+    names = {"requests_per_second", "images_per_second", "p50_ms", "p95_ms", "p99_ms", "client_cpu_us"}
+    assert set(values) == names
+
+
+def test_shares_of_the_ceiling_are_taken_in_each_round() -> None:
+    collected = Collected()
+    collected.ceilings = {Raw(1, 2, 8): [10, 20, 40], Raw(2, 1, 8): [11, 12, 13]}
+    for number, speed in enumerate((5, 11, 24)):
+        collected.add(("ours", "tcp", "load"), number, {"images_per_second": speed})
+    rows = dict(collected.medians())
+    assert rows["onnxruntime", "", "ceiling: 2 threads, batches of 8"]["images_per_second"] == "20"
+    assert rows["ours", "tcp", "load"] == {"images_per_second": "11", "share_of_ceiling": "0.55"}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CapsNetConfig(image_size=20, classes=3, conv_channels=4, primary_types=2, decoder_widths=())
+    monkeypatch.setitem(CONFIGS, "tiny", config)
+    monkeypatch.setattr(serving, "CASES", (Case(1), Case(4, images=2), Case(4, streams=2)))
+
+
+SETTINGS = "--settings=--threads 1 --max-batch 8"
+
+
+@needs_h2load
+def test_the_server_is_measured_beside_onnx_runtime(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "serving.csv", tmp_path / "serving.png"
+    arguments = ["--configs=tiny", "--rounds=2", "--seconds=0.05", SETTINGS, f"--out={out}", f"--plot={picture}"]
+    assert serving.main(arguments) == 0
+    rows = read(out)
+    loads = [row["load"] for row in rows if (row["server"], row["transport"]) == ("ours", "tcp")]
+    assert loads == ["unary, 1 in flight", "unary, 4 in flight, 2 images each", "2 streams, 4 in flight"]
+    measured = [row for row in rows if not row["not_run"]]
+    assert {row["server"] for row in measured} == {"ours", "onnxruntime"}
+    for row in measured:
+        assert float(row["images_per_second"]) > 0
+        assert float(row["share_of_ceiling"]) > 0
+        assert (row["config"], row["threads"], row["max_batch"], row["rounds"]) == ("tiny", "1", "8", "2")
+        if row["server"] == "ours":
+            assert 0 < float(row["p50_ms"]) <= float(row["p95_ms"]) <= float(row["p99_ms"])
+            assert float(row["cpu_us"]) >= 0
+    assert measured[0]["load"].startswith("ceiling: ") and measured[0]["share_of_ceiling"] == "1"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "tiny (fp32)" in capsys.readouterr().out
+
+
+@needs_h2load
+def test_calls_that_the_server_refuses_end_the_measurement(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = server.write_bodies
+    monkeypatch.setattr(serving, "write_bodies", lambda folder, shape, cases: honest(folder, (1, 5, 5), cases))
+    assert serving.main(["--configs=tiny", "--rounds=1", "--seconds=0.05", SETTINGS]) == 1
+    assert re.search(r"tiny: Classify: \d calls ended with OK", capsys.readouterr().err)
+
+
+@needs_h2load
+def test_an_overload_is_measured_in_terms_of_the_capacity(tiny: None, tmp_path: Path) -> None:
+    out = tmp_path / "overload.csv"
+    arguments = ["--configs=tiny", "--seconds=0.3", "--times=1.5", "--deadline=0.5", SETTINGS, f"--out={out}"]
+    assert overload.main(arguments) == 0
+    (row,) = read(out)
+    assert float(row["capacity_before"]) > 0
+    assert float(row["memory_before_mib"]) > 0
+    assert int(row["ok"]) + int(row["refused"]) + int(row["expired"]) == int(row["calls"])
+    assert float(row["offered_per_second"]) == pytest.approx(1.5 * float(row["capacity_before"]), rel=0.05)
+
+
+@pytest.mark.parametrize("main", [serving.main, overload.main])
+def test_without_h2load_it_is_told_how_to_get_it(
+    main: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert callable(main) and main([]) == 2
+    assert "apt install nghttp2-client" in capsys.readouterr().err
