@@ -163,7 +163,8 @@ class Batcher:
     @property
     def pending(self) -> int:
         """Requests that wait."""
-        return sum(len(queue) for queue in self._waiting)
+        # A copy, since the metrics page asks from its own thread; those at the head may be all in batches already.
+        return sum(ticket.taken < len(ticket.images) for queue in self._waiting for ticket in tuple(queue))
 
     async def close(self) -> None:
         """Refuse new requests from now on, and return once those in the queue are answered."""

@@ -72,3 +72,7 @@ class InferenceFailed(ServingError):
 
     def __init__(self) -> None:
         super().__init__("the model could not compute this request")
+
+
+#: What the metrics call the reasons of a refusal.
+REASONS = ("invalid", "unknown_model", "queue_full", "deadline", "draining", "failed", "internal")

@@ -11,7 +11,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.errors import REASONS, DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.quality import Quality
 from serving.runtime import Prediction
 from serving.statistics import BACKEND, CANCELED, OTHER, REJECTED, BatchStatistics, Statistics
@@ -129,6 +129,10 @@ class Metrics:
         self.fallback = self._of_model(
             Gauge, "capsnet_execution_provider_fallback", "1 if CUDA is installed but the model runs on the CPU."
         )
+
+        # From 0 on, so that a rate sees the first one too.
+        for reason in REASONS:
+            self.refused.labels(reason)
 
     def forget(self, model: str, version: str) -> None:
         """Remove the series of a version that is served no more."""

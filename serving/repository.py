@@ -218,6 +218,7 @@ class Repository:
             return entry
         model.start()
         model.announce()
+        self._metrics.model_loads.labels(name, "failed")  # from 0 on, so that a rate sees the first one too
         self._metrics.model_loads.labels(name, "ok").inc()
         entry.state, entry.model = State.READY, model
         return entry

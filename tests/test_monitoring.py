@@ -1,0 +1,258 @@
+"""Rules, alerts and dashboard, checked by Prometheus's own tools and run by a Prometheus that watches a real server."""
+
+import json
+import math
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from tests.conftest import DATA, ROOT, Running
+from tests.test_lifecycle import server_process
+
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+RULES = (PROMETHEUS / "rules.yml").read_text()
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "capsnet.json").read_text())
+DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
+#: What Grafana puts in their place.
+VARIABLES = {"$job": "capsnet", "$instance": ".+", "$model": ".+", "$version": ".+", "$__rate_interval": "10s"}
+PATIENCE = 30.0
+
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("prometheus") and shutil.which("promtool")), reason="Prometheus is not installed"
+)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A server process, and the Prometheus at ``url`` that scrapes it."""
+
+    server: subprocess.Popen[str]
+    url: str
+
+    def get(self, path: str, **parameters: str) -> Any:
+        """The data that Prometheus's API has at a path; of a wrong query, what is wrong with it."""
+        try:
+            with urllib.request.urlopen(
+                f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=10
+            ) as response:
+                return json.load(response)["data"]
+        except urllib.error.HTTPError as error:
+            with error:
+                pytest.fail(f"{parameters}: {error.read().decode()}")
+
+    def values(self, query: str) -> list[float]:
+        """Those of a query's series that are numbers."""
+        found = [float(series["value"][1]) for series in self.get("query", query=query)["result"]]
+        return [value for value in found if not math.isnan(value)]
+
+    def wait_for_values(self, queries: Iterable[str]) -> None:
+        """Until each query has a number; fails with those that have none."""
+        missing, end = list(queries), time.monotonic() + PATIENCE
+        while missing := [query for query in missing if not self.values(query)]:
+            assert time.monotonic() < end, "no data: " + "\n".join(missing)
+            time.sleep(0.5)
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[Watched]:
+    """A server under load, and a Prometheus with the configuration as shipped, but for its addresses and intervals."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        own = f"127.0.0.1:{free.getsockname()[1]}"
+    with server_process("--threads", "1", "--runtimes", "1", "--max-batch", "8") as (server, address, lines):
+        page = re.search(r"metrics on http://([^/]+)/metrics", lines[-1])
+        assert page
+        changes = {"capsnet:8002": page[1], "localhost:9090": own, "5s": "1s", "4s": "1s", "15s": "1s"}
+        _copy("prometheus.yml", folder, changes)
+        _copy("rules.yml", folder, {"interval: 1m": "interval: 1s"})
+        command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=error"]
+        process = subprocess.Popen([*command, f"--web.listen-address={own}"], cwd=folder)
+        try:
+            found = Watched(server, f"http://{own}")
+            _wait_until_ready(found.url)
+            with _load(address):
+                found.wait_for_values(['up{job="capsnet"} == 1'])
+                yield found
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _copy(name: str, folder: Path, changes: dict[str, str]) -> None:
+    """A configuration file, with whole words of it changed."""
+    text = (PROMETHEUS / name).read_text()
+    for old in changes:
+        assert old in text
+    words = "|".join(rf"(?<!\w){re.escape(old)}(?!\w)" for old in changes)
+    (folder / name).write_text(re.sub(words, lambda match: changes[match[0]], text))
+
+
+def _wait_until_ready(url: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/-/ready", timeout=5).close()
+            return
+        except urllib.error.HTTPError as error:  # it listens before it can answer
+            error.close()
+        except OSError:
+            pass
+        assert time.monotonic() < end, "Prometheus did not start"
+        time.sleep(0.1)
+
+
+@contextmanager
+def _load(address: str) -> Iterator[None]:
+    """Right and wrong requests, by themselves and in streams, until it ends or the server does."""
+    stop = threading.Event()
+
+    def send() -> None:
+        right, wrong = pb.ClassifyRequest(images=[DIGIT] * 3), pb.ClassifyRequest()
+        stream = [pb.ClassifyStreamRequest(request=request) for request in (right, wrong, right)]
+        with grpc.insecure_channel(address) as channel, suppress(grpc.RpcError):
+            stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+            while not stop.wait(0.05):
+                stub.Classify(right, timeout=10)
+                list(stub.ClassifyStream(iter(stream), timeout=10))
+                with suppress(grpc.RpcError):
+                    stub.Classify(wrong, timeout=10)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _targets() -> dict[str, str]:
+    """The queries of the dashboard's panels with their variables filled in, each by its panel's title and letter."""
+    return {
+        f"{panel['title']} {target['refId']}": _filled(target["expr"])
+        for panel in DASHBOARD["panels"]
+        for target in panel.get("targets", ())
+    }
+
+
+def _filled(query: str) -> str:
+    for variable, value in VARIABLES.items():
+        query = query.replace(variable, value)
+    assert "$" not in query
+    return query
+
+
+def _promtool(*arguments: str) -> str:
+    result = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    return output
+
+
+@needs_prometheus
+def test_promtool_finds_nothing_wrong_with_configuration_and_rules() -> None:
+    output = _promtool("check", "config", "--lint=all", "--lint-fatal", "prometheus.yml")
+    assert f"{RULES.count('- alert:') + RULES.count('- record:')} rules found" in output
+
+
+@needs_prometheus
+def test_the_rules_pass_their_own_tests_and_each_alert_has_one() -> None:
+    _promtool("test", "rules", "rules_test.yml")
+    tests = (PROMETHEUS / "rules_test.yml").read_text()
+    assert [name for name in re.findall(r"alert: (\w+)", RULES) if f'alertname="{name}"' not in tests] == []
+
+
+@needs_prometheus
+def test_every_rule_and_panel_has_data_of_a_server_under_load(tmp_path: Path) -> None:
+    with watched(tmp_path) as prometheus:
+        queries = _targets()
+        for annotation in DASHBOARD["annotations"]["list"]:
+            if "expr" in annotation:
+                prometheus.values(_filled(annotation["expr"]))
+        rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+        assert len(rules) == RULES.count("- alert:") + RULES.count("- record:")
+        records = {rule["name"] for rule in rules if rule["type"] == "recording"}
+        # What stands in for errors while there are none would hide a wrong query: the load makes real ones.
+        errors = [query.split(" or on ()")[0] for query in queries.values() if " or on ()" in query]
+        assert len(errors) == 4
+        prometheus.wait_for_values([*queries.values(), *errors, *records])
+        rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+        assert [(rule["name"], rule["lastError"]) for rule in rules if rule["health"] != "ok"] == []
+        for rule in rules:
+            prometheus.values(rule["query"])
+        for variable in DASHBOARD["templating"]["list"]:
+            if variable["type"] == "query":
+                match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+                assert match
+                assert prometheus.get(f"label/{match[2]}/values", **{"match[]": _filled(match[1])})
+
+
+@needs_prometheus
+def test_killing_the_server_raises_its_alert_and_no_other_of_availability(tmp_path: Path) -> None:
+    with watched(tmp_path) as prometheus:
+        prometheus.server.kill()
+        prometheus.wait_for_values(['up{job="capsnet"} == 0', 'ALERTS{alertname="CapsnetDown"}'])
+        raised = {alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"]}
+        assert raised.isdisjoint({"CapsnetAbsent", "CapsnetNotReady", "CapsnetRestarts", "CapsnetHang"})
+
+
+def test_every_metric_of_rules_and_dashboard_is_on_the_metrics_page(running: Running) -> None:
+    with pytest.raises(grpc.RpcError):
+        running.classify()
+    with urllib.request.urlopen(running.metrics_url, timeout=10) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    text = "\n".join(
+        [RULES, *_targets().values(), *(json.dumps(DASHBOARD[key]) for key in ("templating", "annotations"))]
+    )
+    names = set(re.findall(r"(?<![\w:])(?:capsnet|grpc_server|nv_inference|process|python)_\w+(?![\w:])", text))
+    assert len(names) > 40
+    assert names - {sample.name for family in families for sample in family.samples} == set()
+    recorded = set(re.findall(r"(?<![\w:])\w+:\w+(?::\w+)?", "\n".join(_targets().values())))
+    assert recorded
+    assert recorded - set(re.findall(r"record: (\S+)", RULES)) == set()
+
+
+def test_every_alert_has_a_severity_a_runbook_and_the_runbook_a_section() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    alerts = re.split(r"- alert: ", RULES)[1:]
+    for alert in alerts:
+        name = alert.split("\n")[0]
+        assert re.search(r"severity: (page|ticket)\n", alert)
+        for annotation in ("summary", "description", "runbook"):
+            assert f"\n          {annotation}: " in alert
+        assert f"docs/operations.md#alert-{name.lower()}\n" in alert
+        assert f"\n### Alert {name}\n" in page
+
+
+def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert DASHBOARD["uid"] == "capsnet-serving"
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    assert [panel["title"] for panel in panels if not panel["description"].endswith(".")] == []
+    plotted = [panel for panel in panels if panel["type"] in ("stat", "timeseries")]
+    assert [panel["title"] for panel in plotted if not panel["fieldConfig"]["defaults"]["unit"]] == []
+    cells = [
+        (x, y)
+        for panel in DASHBOARD["panels"]
+        for place in [panel["gridPos"]]
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells), "panels overlap"
+    assert max(x for x, _ in cells) < 24
