@@ -24,6 +24,10 @@ Images = NDArray[np.uint8]
 Predict = Callable[[Images], Prediction]
 
 _NICE = 5
+_STALE = 10.0  # seconds after which the cost of a batch may be another
+# What is expected to be only just in time is too late: the answer has yet to go through the event loop.
+_MARGIN = 1.1
+_LAG_SECONDS = 0.002
 
 _logger = logging.getLogger(__name__)
 
@@ -98,6 +102,7 @@ class Batcher:
         self._turn = asyncio.Lock()
         self._room = asyncio.Event()
         self._closing = False
+        self._computed_at = time.monotonic()  # when a batch was last handed to a slot
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
         self._slots = [_Slot(self._compute, self._loop, self._finish) for _ in range(slots)]
@@ -128,8 +133,9 @@ class Batcher:
                 self._time_for(self.queued),
             )
         if deadline is not None:
-            expected = self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(count)
-            if now + expected > deadline:
+            batch = max(count, min(self.queued + count, self._limits.max_batch))  # with others, or several by itself
+            expected = self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(batch)
+            if _too_late(now, expected, deadline) and not self._is_probe(now):
                 raise _unmeetable(expected, deadline - now)
         ticket = Ticket(images, self._loop.create_future(), deadline, urgent, now)
         self._waiting[urgent].append(ticket)
@@ -182,6 +188,10 @@ class Batcher:
             self._room.set()
             self._empty.set()
 
+    def _is_probe(self, now: float) -> bool:
+        """Whether a request is computed, however late it is expected: what is expected may itself be out of date."""
+        return now - self._computed_at > _STALE and not any(slot.batches for slot in self._slots)
+
     def _ahead(self, urgent: bool) -> int:
         """Images that are computed before a request that comes now."""
         if not urgent:
@@ -213,6 +223,7 @@ class Batcher:
         now = time.monotonic()
         begin = max(now, slot.free_at) if slot.batches else now
         if batch := [self._again.popleft()] if self._again else self._collect(size, now, begin):
+            self._computed_at = now
             slot.start(batch, begin + self._cost(sum(part.stop - part.start for part in batch)))
             if len(slot.batches) == 1:
                 self._watch(slot)
@@ -226,9 +237,12 @@ class Batcher:
         room = size
         while room and (ticket := self._next()):
             left = len(ticket.images) - ticket.taken
+            if ticket.future.done():  # its caller is cancelled in this turn of the event loop, and has yet to say so
+                self.give_up(ticket)
+                continue
             if ticket.deadline is not None:
-                expected = begin - now + self._time_for(left)
-                if now + expected > ticket.deadline:
+                expected = begin - now + max(self._time_for(left), self._cost(min(size, self.queued)))
+                if _too_late(now, expected, ticket.deadline) and not self._is_probe(now):
                     ticket.taken = len(ticket.images)
                     ticket.future.set_exception(_unmeetable(expected, ticket.deadline - now))
                     self._metrics.expired.inc(left)
@@ -263,11 +277,16 @@ class Batcher:
         stacked = time.perf_counter()
         try:
             prediction = self._predict(images)
+            done = time.perf_counter()
+            found = prediction.probabilities.shape[0], prediction.poses.shape[0]
+            if found != (len(images), len(images)):
+                raise ValueError(f"{len(images)} images were answered with {found} probabilities and poses")
+            finite = np.asarray(
+                np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2))
+            )
         except Exception as error:
             _logger.exception("a batch of %d images failed", len(images))
             return _Outcome(error, np.empty(0, np.bool_), stacked - start, time.perf_counter() - stacked)
-        done = time.perf_counter()
-        finite = np.asarray(np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2)))
         return _Outcome(prediction, finite, stacked - start, done - stacked)
 
     def _finish(self, slot: "_Slot", batch: list[_Part], outcome: _Outcome) -> None:
@@ -393,6 +412,10 @@ class _Slot:
                 self._loop.call_soon_threadsafe(self._finish, self, batch, outcome)
             except RuntimeError:  # the loop was closed while this hung
                 return
+
+
+def _too_late(now: float, expected: float, deadline: float) -> bool:
+    return now + _MARGIN * expected + _LAG_SECONDS > deadline
 
 
 def _unmeetable(expected: float, left: float) -> DeadlineUnmeetable:

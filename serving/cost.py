@@ -5,6 +5,8 @@ from collections.abc import Iterable
 _MEMORY = 0.98  # how much of its weight a measurement keeps at each later one: about 50 batches count
 _DRIFT = 0.1  # how much of a batch's surprise the earlier measurements take on, which may be of other sizes
 
+_MOST_SURPRISE = 20.0  # times longer or shorter than expected that a batch may count
+
 
 class BatchCost:
     """Seconds that a batch of n images takes, by least squares over the latest batches, older ones counting less."""
@@ -25,8 +27,11 @@ class BatchCost:
 
     def learn(self, images: int, seconds: float) -> None:
         """Take in a batch of so many images that took so many seconds."""
+        # A hiccup is no reason to refuse what follows; a machine that stays slow is believed after a few batches.
+        expected = self(images)
+        seconds = min(max(seconds, expected / _MOST_SURPRISE), expected * _MOST_SURPRISE)
         # A machine that has become slower has become so for batches of all sizes, of which there may be only one now.
-        drift = 1 + _DRIFT * (min(max(seconds / self(images), 0.5), 2) - 1)
+        drift = 1 + _DRIFT * (min(max(seconds / expected, 0.5), 2) - 1)
         self._one *= _MEMORY
         self._n *= _MEMORY
         self._nn *= _MEMORY

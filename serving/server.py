@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # What gRPC itself reads before it refuses. It lies above max_request_bytes so that a request above that limit gets an
 # answer that names it.
 _TRANSPORT_LIMIT = 2
-_PENDING_CALLS = 64
+_PENDING_CALLS = 512
 _LONGEST_SOCKET = 107  # bytes of its path; a limit of the system's
 _REFUSAL_SECONDS = 0.2
 _CHECK_SECONDS = 0.1

@@ -243,8 +243,8 @@ def test_what_is_ahead_counts_towards_a_deadline_and_an_urgent_request_is_not_be
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(1, 2, 3)]
         with pytest.raises(DeadlineUnmeetable):
-            setting.batcher.enqueue(_images(4), deadline=time.monotonic() + 0.4)
-        ticket = setting.batcher.enqueue(_images(5), deadline=time.monotonic() + 0.4, urgent=True)
+            setting.batcher.enqueue(_images(4), deadline=time.monotonic() + 0.65)
+        ticket = setting.batcher.enqueue(_images(5), deadline=time.monotonic() + 0.65, urgent=True)
         setting.model.go.set()
         await asyncio.gather(*tasks, ticket.future)
 

@@ -1,0 +1,268 @@
+"""Three servers as processes, behind a client that balances and behind HAProxy, while one is killed or stopped."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from tests.conftest import DATA, ROOT
+
+REQUEST = pb.ClassifyRequest(images=[pb.Image(encoded=(DATA / "seven.png").read_bytes())])
+SERVICE_CONFIG = json.loads((ROOT / "deploy" / "kubernetes" / "client-service-config.json").read_text())
+HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
+CALLERS = 12
+FLAGS = ["--port=0", "--metrics-port=0", "--threads=1", "--runtimes=1", "--max-batch=32", "--poll-seconds=0"]
+
+needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="HAProxy is not installed")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the servers."""
+
+    process: subprocess.Popen[str]
+    address: str
+    metrics_url: str
+
+    def answered(self) -> int:
+        """How many Classify calls it has answered."""
+        return sum(
+            int(sample.value)
+            for family in text_string_to_metric_families(_page(self.metrics_url))
+            for sample in family.samples
+            if sample.name == "grpc_server_handled_total"
+            and (sample.labels["grpc_method"], sample.labels["grpc_code"]) == ("Classify", "OK")
+        )
+
+
+def _page(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text: str = response.read().decode()
+    return text
+
+
+@contextmanager
+def _members(count: int) -> Iterator[list[Member]]:
+    command = [sys.executable, "-m", "serving", *FLAGS, "--drain-delay=1.5"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(count)]
+    try:
+        yield [_member(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def _member(process: subprocess.Popen[str]) -> Member:
+    assert process.stderr
+    for line in process.stderr:
+        if match := re.search(r"gRPC on (\S+), metrics on (\S+)", line):
+            return Member(process, match[1], match[2])
+    raise AssertionError("the server ended")
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[list[Member]]:
+    """For all tests that end none of them."""
+    with _members(3) as members:
+        yield members
+
+
+@pytest.fixture
+def survivors(three: list[Member]) -> list[Member]:
+    """Two of them, for a test that brings its own third."""
+    return three[:2]
+
+
+@pytest.fixture
+def victim() -> Iterator[Member]:
+    with _members(1) as (member,):
+        yield member
+
+
+@dataclass
+class Outcome:
+    """What callers saw. answered_after: of the answered, those after the victim had gone."""
+
+    answered: int = 0
+    answered_after: int = 0
+    failures: list[grpc.aio.AioRpcError] = field(default_factory=list)
+
+
+async def _call(target: str, options: list[tuple[str, Any]], disturb: Callable[[], object]) -> Outcome:
+    """Let callers each send one request after the other, before and after something that is done and waited for."""
+    outcome = Outcome()
+    stopping = asyncio.Event()
+
+    async def caller(stub: CapsNetServiceStub) -> None:
+        while not stopping.is_set():
+            try:
+                response = await stub.Classify(REQUEST, timeout=10)
+            except grpc.aio.AioRpcError as error:
+                outcome.failures.append(error)
+            else:
+                assert response.results[0].label == "7"
+                outcome.answered += 1
+
+    async with grpc.aio.insecure_channel(
+        target, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1), *options]
+    ) as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        callers = [asyncio.create_task(caller(stub)) for _ in range(CALLERS)]
+        await asyncio.sleep(0.4)
+        await asyncio.to_thread(disturb)
+        before = outcome.answered
+        await asyncio.sleep(0.4)
+        stopping.set()
+        await asyncio.gather(*callers)
+    outcome.answered_after = outcome.answered - before
+    return outcome
+
+
+def _balanced(members: list[Member], disturb: Callable[[], object], retries: bool) -> Outcome:
+    """By the client itself, as the service config of the repository has it, or without its retries."""
+    target = "ipv4:" + ",".join(member.address for member in members)
+    config = {name: value for name, value in SERVICE_CONFIG.items() if retries or name != "methodConfig"}
+    options = [("grpc.service_config", json.dumps(config)), ("grpc.enable_retries", int(retries))]
+    return asyncio.run(_call(target, options, disturb))
+
+
+def _end(member: Member, number: signal.Signals) -> Callable[[], object]:
+    def end() -> None:
+        member.process.send_signal(number)
+        member.process.wait(20)
+
+    return end
+
+
+class Tally:
+    """Counts what each server answers, from when all are connected."""
+
+    def __init__(self, members: list[Member]) -> None:
+        self._members = members
+        self._before = self._counts()
+
+    def _counts(self) -> list[int]:
+        return [member.answered() for member in self._members]
+
+    def begin(self) -> None:
+        start = self._before
+        deadline = time.monotonic() + 10
+        while not all(now > before for now, before in zip(self._counts(), start, strict=True)):
+            assert time.monotonic() < deadline, "a server gets no calls"
+            time.sleep(0.05)
+        self._before = self._counts()
+
+    def assert_even(self, tolerance: float) -> None:
+        counts = [now - before for now, before in zip(self._counts(), self._before, strict=True)]
+        mean = sum(counts) / len(counts)
+        assert mean > 0
+        assert all(abs(count - mean) <= tolerance * mean for count in counts), counts
+
+
+def test_a_client_with_the_service_config_sends_each_server_its_share(three: list[Member]) -> None:
+    tally = Tally(three)
+    outcome = _balanced(three, tally.begin, retries=False)
+    assert not outcome.failures
+    tally.assert_even(0.2)
+
+
+def test_a_server_killed_under_load_costs_its_clients_nothing_where_they_retry(
+    survivors: list[Member], victim: Member
+) -> None:
+    outcome = _balanced([*survivors, victim], _end(victim, signal.SIGKILL), retries=True)
+    assert not outcome.failures
+    assert outcome.answered_after > 0
+
+
+def test_a_server_killed_under_load_loses_no_more_than_what_it_had_where_clients_do_not_retry(
+    survivors: list[Member], victim: Member
+) -> None:
+    outcome = _balanced([*survivors, victim], _end(victim, signal.SIGKILL), retries=False)
+    assert len(outcome.failures) <= CALLERS
+    assert {error.code() for error in outcome.failures} <= {grpc.StatusCode.UNAVAILABLE}
+    assert outcome.answered_after > 0
+
+
+def test_a_server_stopped_under_load_loses_nothing_where_clients_watch_its_health_even_without_retries(
+    survivors: list[Member], victim: Member
+) -> None:
+    outcome = _balanced([*survivors, victim], _end(victim, signal.SIGTERM), retries=False)
+    assert victim.process.returncode == 0
+    assert not outcome.failures
+    assert outcome.answered_after > 0
+
+
+@contextmanager
+def _haproxy(members: list[Member]) -> Iterator[tuple[str, str]]:
+    """HAProxy with the configuration of the repository: its gRPC address, and that of its metrics."""
+    assert HAPROXY
+    with socket.create_server(("127.0.0.1", 0)) as grpc_socket, socket.create_server(("127.0.0.1", 0)) as http_socket:
+        sockets = {"LISTEN": grpc_socket, "METRICS_LISTEN": http_socket}
+        environment = {name: f"fd@{one.fileno()}" for name, one in sockets.items()}
+        environment |= {f"SERVER_{number}": member.address for number, member in enumerate(members, 1)}
+        process = subprocess.Popen(
+            [HAPROXY, "-db", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")],
+            env=os.environ | environment,
+            pass_fds=[one.fileno() for one in sockets.values()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            port, metrics_port = (one.getsockname()[1] for one in sockets.values())
+            yield f"ipv4:127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"
+            assert process.poll() is None, process.communicate()[0]
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _proxied(target: str, disturb: Callable[[], object]) -> Outcome:
+    """By a client that knows of one server, and does not retry."""
+    return asyncio.run(_call(target, [("grpc.enable_retries", 0)], disturb))
+
+
+def _servers_up(metrics_url: str) -> list[str]:
+    return re.findall(r'haproxy_server_status\{proxy="servers",server="(\w+)",state="UP"\} 1', _page(metrics_url))
+
+
+@needs_haproxy
+def test_haproxy_spreads_the_calls_of_one_connection_over_all_servers(three: list[Member]) -> None:
+    tally = Tally(three)
+    with _haproxy(three) as (target, _):
+        outcome = _proxied(target, tally.begin)
+    assert not outcome.failures
+    tally.assert_even(0.5)  # whoever is slower for a while gets fewer
+
+
+@needs_haproxy
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
+def test_a_server_ended_under_load_behind_haproxy_costs_nothing_though_clients_do_not_retry(
+    survivors: list[Member], victim: Member, number: signal.Signals
+) -> None:
+    with _haproxy([*survivors, victim]) as (target, metrics_url):
+        outcome = _proxied(target, _end(victim, number))
+        deadline = time.monotonic() + 10
+        while (up := _servers_up(metrics_url)) != ["one", "two"]:
+            assert time.monotonic() < deadline, up
+            time.sleep(0.05)
+    assert not outcome.failures
+    assert outcome.answered_after > 0
