@@ -184,8 +184,13 @@ class Server:
         _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
 
     def _server(self) -> aio.Server:
+        age = round(1000 * self.settings.connection_seconds)
+        # What is under way on a connection that is renewed has as long as in a stop.
+        grace = round(1000 * self.settings.drain_seconds)
+        ages = [("grpc.max_connection_age_ms", age), ("grpc.max_connection_age_grace_ms", grace)] if age else []
         return aio.server(
             options=[
+                *ages,
                 ("grpc.max_receive_message_length", _TRANSPORT_LIMIT * self.settings.max_request_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # else a second server would share the port unseen

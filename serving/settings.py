@@ -51,6 +51,12 @@ class Settings:
         least=-1,
         most=65535,
     )
+    connection_seconds: float = _setting(
+        0.0,
+        "age at which a client's connection is renewed, so that it can find new servers; 0 for never",
+        least=0,
+        most=86400 * 365,
+    )
     unix_socket: str = _setting("", "path of a Unix socket to serve gRPC on, beside the port", metavar="PATH")
     device: str = _setting(
         "auto",

@@ -113,9 +113,13 @@ def is_local(address: str) -> bool:
 
 
 def _service_config(retries: int) -> dict[str, Any]:
-    """The retries of unary calls; those of a stream are the client's own, since gRPC does not resume one."""
+    """Turns among an address's servers that are well, and the retries of unary calls.
+
+    Those of a stream are the client's own, since gRPC does not resume one.
+    """
+    turns = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
     if not retries:
-        return {}
+        return turns
     policy = {
         "maxAttempts": retries + 1,
         "initialBackoff": f"{FIRST_BACKOFF}s",
@@ -124,7 +128,7 @@ def _service_config(retries: int) -> dict[str, Any]:
         "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
     }
     methods = [{"service": SERVICE, "method": name} for name in ("Classify", "GetModel")]
-    return {"methodConfig": [{"name": methods, "retryPolicy": policy}]}
+    return {**turns, "methodConfig": [{"name": methods, "retryPolicy": policy}]}
 
 
 class _BearerToken(grpc.AuthMetadataPlugin):
