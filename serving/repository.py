@@ -106,7 +106,8 @@ class Repository:
 
     def models(self) -> list[ServedModel]:
         """All that are served."""
-        return [model for models in self._current.values() for model in models]
+        # A copy, since the metrics page asks from its own thread.
+        return [model for models in list(self._current.values()) for model in models]
 
     def index(self) -> list[Entry]:
         """All versions that are served, are on their way, or could not be loaded."""
