@@ -108,15 +108,6 @@ class Batcher:
         self._slots = [_Slot(self._compute, self._loop, self._finish) for _ in range(slots)]
         self._empty = asyncio.Event()
 
-    async def submit(self, images: Images, deadline: float | None = None, urgent: bool = False) -> Prediction:
-        """As ``enqueue``, and wait for the answer; a caller that is cancelled gives its request up."""
-        ticket = self.enqueue(images, deadline, urgent)
-        try:
-            return await ticket.future
-        except asyncio.CancelledError:
-            self.give_up(ticket)
-            raise
-
     def enqueue(self, images: Images, deadline: float | None = None, urgent: bool = False) -> Ticket:
         """Queue images (n, C, H, W), n at least 1, to be computed in one or several batches.
 
@@ -145,6 +136,14 @@ class Batcher:
             self._scheduled = True
             self._loop.call_soon(self._dispatch)
         return ticket
+
+    async def wait(self, ticket: Ticket) -> Prediction:
+        """The answer to what was queued; a caller that is cancelled gives its request up. Raises as the future does."""
+        try:
+            return await ticket.future
+        except asyncio.CancelledError:
+            self.give_up(ticket)
+            raise
 
     def give_up(self, ticket: Ticket) -> None:
         """Forget a request whose client has gone: what of it is not in a batch yet is never computed."""

@@ -75,4 +75,4 @@ class InferenceFailed(ServingError):
 
 
 #: What the metrics call the reasons of a refusal.
-REASONS = ("invalid", "unknown_model", "queue_full", "deadline", "draining", "failed", "internal")
+REASONS = (ServingError.reason, *(error.reason for error in ServingError.__subclasses__()))

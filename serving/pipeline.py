@@ -73,11 +73,7 @@ class Pipeline:
             images = await asyncio.to_thread(item.decode, model) if item.slow else item.decode(model)
             decode_time = time.perf_counter() - began
             ticket = model.batcher.enqueue(images, _deadline(item, call), item.urgent)
-            try:
-                prediction = await ticket.future
-            except asyncio.CancelledError:
-                model.batcher.give_up(ticket)
-                raise
+            prediction = await model.batcher.wait(ticket)
             data, call.steps = _encode(item, model, ticket, prediction, decode_time, call.traced)
             return data
         except BaseException as error:  # a request that is given up too
@@ -171,13 +167,12 @@ class Pipeline:
     async def _end(self, pending: _Pending, call: Call) -> bytes:
         model = pending.model
         try:
-            prediction = await pending.ticket.future
+            prediction = await model.batcher.wait(pending.ticket)
             data, steps = _encode(pending.item, model, pending.ticket, prediction, pending.decode_time, call.traced)
             if steps:
                 call.answered(time.perf_counter() - pending.began, steps)
             return data
         except asyncio.CancelledError as error:
-            model.batcher.give_up(pending.ticket)
             model.metrics.failed(error, time.perf_counter() - pending.began)
             raise
         except Exception as error:

@@ -63,14 +63,20 @@ class Setting:
     async def occupy(self) -> "asyncio.Task[Prediction]":
         """Hold the model up in a batch of one image, 0."""
         self.model.hold()
-        task = asyncio.create_task(self.batcher.submit(_images(0)))
+        task = asyncio.create_task(submit(self.batcher, _images(0)))
         assert await asyncio.to_thread(self.model.begun.wait, 10)
         return task
 
     async def queue(self, *values: int, urgent: bool = False) -> "asyncio.Task[Prediction]":
-        task = asyncio.create_task(self.batcher.submit(_images(*values), urgent=urgent))
+        task = asyncio.create_task(submit(self.batcher, _images(*values), urgent=urgent))
         await asyncio.sleep(0.001)
         return task
+
+
+async def submit(
+    batcher: Batcher, images: NDArray[np.uint8], deadline: float | None = None, urgent: bool = False
+) -> Prediction:
+    return await batcher.wait(batcher.enqueue(images, deadline, urgent))
 
 
 def _images(*values: int) -> NDArray[np.uint8]:
@@ -109,14 +115,14 @@ def _run(
 
 def test_an_idle_runtime_takes_a_single_request_at_once() -> None:
     async def test(setting: Setting) -> None:
-        assert _values(await setting.batcher.submit(_images(7))) == [7]
+        assert _values(await submit(setting.batcher, _images(7))) == [7]
 
     assert _run(test).sizes == [1]
 
 
 def test_requests_that_come_together_are_computed_together_even_when_the_runtime_is_idle() -> None:
     async def test(setting: Setting) -> None:
-        await asyncio.gather(*(setting.batcher.submit(_images(value)) for value in range(4)))
+        await asyncio.gather(*(submit(setting.batcher, _images(value)) for value in range(4)))
 
     assert _run(test).sizes == [4]
 
@@ -134,14 +140,14 @@ def test_what_waits_while_the_runtime_computes_is_computed_together_and_splits_t
 
 def test_a_request_larger_than_a_batch_is_split_and_joined_in_order() -> None:
     async def test(setting: Setting) -> None:
-        assert _values(await setting.batcher.submit(_images(*range(10)))) == list(range(10))
+        assert _values(await submit(setting.batcher, _images(*range(10)))) == list(range(10))
 
     assert _run(test).sizes == [4, 4, 2]
 
 
 def test_two_slots_share_what_waits_and_answer_split_requests_in_order() -> None:
     async def test(setting: Setting) -> None:
-        assert _values(await setting.batcher.submit(_images(*range(6)))) == list(range(6))
+        assert _values(await submit(setting.batcher, _images(*range(6)))) == list(range(6))
         tasks = [await setting.queue(*range(start, start + 9)) for start in range(0, 90, 9)]
         answers = [_values(answer) for answer in await asyncio.gather(*tasks)]
         assert answers == [list(range(start, start + 9)) for start in range(0, 90, 9)]
@@ -169,11 +175,11 @@ def test_what_the_queue_cannot_hold_is_refused_at_once_with_a_hint_and_nothing_e
         first = await setting.occupy()
         waiting = await setting.queue(1, 2, 3)
         with pytest.raises(QueueFull, match="holds 3 images, 3 more would pass its limit of 5") as caught:
-            await setting.batcher.submit(_images(4, 5, 6))
+            await submit(setting.batcher, _images(4, 5, 6))
         assert caught.value.retry_after == pytest.approx(QUICK(3), rel=0.5)
         setting.model.go.set()
         assert _values(await first) + _values(await waiting) == [0, 1, 2, 3]
-        assert _values(await setting.batcher.submit(_images(4, 5, 6))) == [4, 5, 6]
+        assert _values(await submit(setting.batcher, _images(4, 5, 6))) == [4, 5, 6]
 
     _run(test, max_queue=5)
 
@@ -217,7 +223,7 @@ def test_a_cancelled_request_is_never_computed_and_leaves_its_room_to_others() -
 def test_half_of_a_thousand_cancelled_requests_are_not_computed() -> None:
     async def test(setting: Setting) -> None:
         tasks = [await setting.occupy()]
-        tasks += [asyncio.create_task(setting.batcher.submit(_images(1))) for _ in range(1000)]
+        tasks += [asyncio.create_task(submit(setting.batcher, _images(1))) for _ in range(1000)]
         await asyncio.sleep(0.01)
         for task in tasks[1::2]:
             task.cancel()
@@ -232,8 +238,8 @@ def test_half_of_a_thousand_cancelled_requests_are_not_computed() -> None:
 def test_a_request_that_cannot_make_its_deadline_is_refused_at_the_door() -> None:
     async def test(setting: Setting) -> None:
         with pytest.raises(DeadlineUnmeetable, match=r"deadline: (49|50) ms are left, the answer would take about 400"):
-            await setting.batcher.submit(_images(1, 2, 3, 4), deadline=time.monotonic() + 0.05)
-        assert _values(await setting.batcher.submit(_images(5), deadline=time.monotonic() + 0.15)) == [5]
+            await submit(setting.batcher, _images(1, 2, 3, 4), deadline=time.monotonic() + 0.05)
+        assert _values(await submit(setting.batcher, _images(5), deadline=time.monotonic() + 0.15)) == [5]
 
     assert _run(test, cost=BatchCost([(1, 0.1), (2, 0.2)])).batches == [[5]]
 
@@ -295,7 +301,7 @@ def test_one_poisoned_member_fails_alone() -> None:
         assert isinstance(answers[5], InferenceFailed)
         values = [_values(answer) for answer in answers if isinstance(answer, Prediction)]
         assert values == [[value] for value in range(32) if value != 5]
-        assert _values(await setting.batcher.submit(_images(50))) == [50]
+        assert _values(await submit(setting.batcher, _images(50))) == [50]
         assert setting.value("capsnet_inference_failures_total") == 2
         assert setting.value("capsnet_inference_retries_total") == 32
 
@@ -326,7 +332,7 @@ def test_a_runtime_that_hangs_is_given_up_and_others_are_computed() -> None:
         assert _values(await ahead) + _values(await behind) == [1, 2, 3, 4, 5]
         assert setting.value("capsnet_inference_hangs_total") == 1
         await asyncio.sleep(0.05)  # the thread left behind returns, and its answer harms nobody
-        assert _values(await setting.batcher.submit(_images(6))) == [6]
+        assert _values(await submit(setting.batcher, _images(6))) == [6]
 
     _run(test, timeout=0.2)
 
@@ -334,12 +340,12 @@ def test_a_runtime_that_hangs_is_given_up_and_others_are_computed() -> None:
 def test_closing_answers_what_waits_and_refuses_what_comes() -> None:
     async def test(setting: Setting) -> None:
         setting.model.hold()
-        tasks = [asyncio.create_task(setting.batcher.submit(_images(value))) for value in range(6)]
+        tasks = [asyncio.create_task(submit(setting.batcher, _images(value))) for value in range(6)]
         assert await asyncio.to_thread(setting.model.begun.wait, 10)
         closing = asyncio.create_task(setting.batcher.close())
         await asyncio.sleep(0)
         with pytest.raises(Draining):
-            await setting.batcher.submit(_images(9))
+            await submit(setting.batcher, _images(9))
         setting.model.go.set()
         assert [_values(answer) for answer in await asyncio.gather(*tasks)] == [[value] for value in range(6)]
         await closing

@@ -25,6 +25,7 @@ from serving.metrics import Metrics, ModelMetrics
 from serving.models import ServedModel
 from serving.runtime import Prediction
 from tests.conftest import Running
+from tests.test_batcher import submit
 from tests.test_pipeline import Gate, detail, image, later, refusal, trailers, under_way, until, value, with_predict
 
 BATCH = 8
@@ -220,10 +221,10 @@ def test_a_request_that_is_given_up_just_when_its_time_runs_out_harms_no_other()
         cost = BatchCost([(1, 0.0001), (4, 0.0004)])
         batcher = Batcher(predict, metrics, Limits(4, 100, timeout=10, ageing=1), cost, slots=1)
         images = np.zeros((1, 1, 1, 1), np.uint8)
-        first = asyncio.create_task(batcher.submit(images))
+        first = asyncio.create_task(submit(batcher, images))
         assert await asyncio.to_thread(begun.wait, 10)
-        late = asyncio.create_task(batcher.submit(images, deadline=time.monotonic() + 0.05))
-        kept = asyncio.create_task(batcher.submit(images))
+        late = asyncio.create_task(submit(batcher, images, deadline=time.monotonic() + 0.05))
+        kept = asyncio.create_task(submit(batcher, images))
         await asyncio.sleep(0.06)
         go.set()
         time.sleep(0.1)  # the event loop is held up: the batch is done, and that is the next thing it will hear
