@@ -11,12 +11,13 @@ from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import start_http_server
 
 from serving.collectors import ModelCollector
+from serving.http2.calls import Budget, Limits
+from serving.http2.server import GrpcServer
 from serving.inference import SERVICE as INFERENCE_SERVICE
 from serving.inference import AdminService, InferenceService
 from serving.metrics import Metrics
@@ -33,10 +34,9 @@ if TYPE_CHECKING:
 
     from serving.tracing import Tracing
 
-# What gRPC itself reads before it refuses. It lies above max_request_bytes so that a request above that limit gets an
-# answer that names it.
+# What is read of a message before it is refused, in terms of max_request_bytes: what is only somewhat too large gets
+# its answer from a service, in a stream in its turn.
 _TRANSPORT_LIMIT = 2
-_PENDING_CALLS = 512
 _LONGEST_SOCKET = 107  # bytes of its path; a limit of the system's
 _REFUSAL_SECONDS = 0.2
 _CHECK_SECONDS = 0.1
@@ -81,13 +81,14 @@ class Server:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack it
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
-        self.port = self._bind(self._grpc, settings.port, "gRPC", "--port")
+        reflected = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # its stubs lack it
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._grpc)
+        self.port = await self._listen(self._grpc, settings.port, "gRPC", "--port")
         if settings.unix_socket:
             _check_socket(settings.unix_socket)
             try:
-                self._grpc.add_insecure_port(f"unix:{settings.unix_socket}")
-            except RuntimeError as error:
+                await self._grpc.listen_unix(settings.unix_socket)
+            except OSError as error:
                 raise StartError(
                     f"unix_socket: {settings.unix_socket!r} cannot be opened: another server has it, or its folder "
                     "is missing or not writable"
@@ -96,7 +97,7 @@ class Server:
         if settings.admin_port >= 0:
             self._admin = self._server()
             self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
-            self.admin_port = self._bind(self._admin, settings.admin_port, "admin", "--admin-port")
+            self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         try:
             self._metrics_server, self._metrics_thread = start_http_server(
                 settings.metrics_port, settings.host, self.metrics.registry
@@ -183,31 +184,24 @@ class Server:
             _logger.info("gRPC on unix:%s", self.settings.unix_socket)
         _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
 
-    def _server(self) -> aio.Server:
-        age = round(1000 * self.settings.connection_seconds)
-        # What is under way on a connection that is renewed has as long as in a stop.
-        grace = round(1000 * self.settings.drain_seconds)
-        ages = [("grpc.max_connection_age_ms", age), ("grpc.max_connection_age_grace_ms", grace)] if age else []
-        return aio.server(
-            options=[
-                *ages,
-                ("grpc.max_receive_message_length", _TRANSPORT_LIMIT * self.settings.max_request_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # else a second server would share the port unseen
-                ("grpc.optimization_target", "throughput"),
-                # Calls that Python has not looked at yet wait inside gRPC, by default 1000 of them and until their time
-                # is over. Turned away there they cost little, and those that are taken can still be answered in time.
-                ("grpc.server.max_pending_requests", _PENDING_CALLS),
-                ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING_CALLS),
-            ]
+    def _server(self) -> GrpcServer:
+        settings = self.settings
+        limits = Limits(
+            message=_TRANSPORT_LIMIT * settings.max_request_bytes,
+            message_text=f"the limit is {settings.max_request_bytes} bytes (max_request_bytes)",
+            budget=Budget(settings.max_bytes_under_way),
+            budget_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
         )
+        # What is under way on a connection that is renewed has as long as in a stop.
+        return GrpcServer(limits, settings.connection_seconds, settings.drain_seconds)
 
-    def _bind(self, server: aio.Server, port: int, purpose: str, flag: str) -> int:
+    async def _listen(self, server: GrpcServer, port: int, purpose: str, flag: str) -> int:
+        host = self.settings.host
         try:
-            return server.add_insecure_port(f"{self._host}:{port}")
-        except RuntimeError as error:
+            return await server.listen(host.strip("[]"), port)
+        except OSError as error:
             raise StartError(
-                f"port {port} ({purpose}) cannot be opened on host {self.settings.host!r}: the port is taken ({flag} "
+                f"port {port} ({purpose}) cannot be opened on host {host!r}: the port is taken ({flag} "
                 "chooses another) or the host is not an address of this machine (--host)"
             ) from error
 

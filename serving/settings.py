@@ -83,6 +83,9 @@ class Settings:
     max_queue: int = _setting(2048, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
     max_images_per_request: int = _setting(1024, "most images in one request", least=1)
     max_request_bytes: int = _setting(4 * 2**20, "largest request, in bytes", least=1024, most=2**29)
+    max_bytes_under_way: int = _setting(
+        2**28, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", least=2**16
+    )
     stream_window: int = _setting(512, "most images of one stream under way; reading waits beyond", least=1)
     log_format: str = _setting("text", "text, or json for programs", choices=FORMATS, metavar="FORMAT")
     log_level: str = _setting("info", "debug, info, warning or error", choices=LEVELS, metavar="LEVEL")

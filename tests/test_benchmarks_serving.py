@@ -1,11 +1,13 @@
 """Tests of the serving benchmarks: that the loads account for every call, and that short runs end with sane figures."""
 
 import csv
+import gzip
 import re
 import shutil
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from benchmarks import load, overload, server, serving
+from benchmarks import load, overload, scrape, server, serving, start
 from benchmarks.load import LoadError, Sample, at_rate, framed, in_streams
-from benchmarks.server import SERVICE, Case, Page
+from benchmarks.server import SERVICE, Case, Page, Served
 from benchmarks.serving import Collected, Raw, RawSample, figures
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from tests.conftest import Running
@@ -192,7 +194,91 @@ def test_an_overload_is_measured_in_terms_of_the_capacity(tiny: None, tmp_path: 
     assert float(row["offered_per_second"]) == pytest.approx(1.5 * float(row["capacity_before"]), rel=0.05)
 
 
-@pytest.mark.parametrize("main", [serving.main, overload.main])
+def sample(requests_per_second: int) -> Sample:
+    return Sample(requests_per_second, 1.0, (3.0, 4.0, 5.0), 0.1)
+
+
+def test_what_scraping_costs_is_taken_in_each_round_and_scaled_by_the_number_of_scrapes() -> None:
+    collected = scrape.Collected(
+        unscraped=[(sample(990), sample(1010)), (sample(490), sample(510)), (sample(100), sample(100))],
+        scraped={1.0: [sample(1000), sample(495), sample(98)], 0.1: [sample(900), sample(460), sample(90)]},
+        scrape_ms={1.0: [7, 8, 9], 0.1: [1, 2, 3]},
+        cpu_seconds=[0.004, 0.006, 0.005],
+    )
+    nobody, every_second, often, usual = collected.rows()
+    assert (nobody["interval_s"], nobody["requests_per_second"], nobody["ratio"]) == ("", "500", "1.02")
+    assert (every_second["ratio"], every_second["ratio_least"], every_second["ratio_most"]) == ("0.99", "0.98", "1")
+    assert (every_second["loss"], every_second["loss_scaled"], every_second["cpu_share"]) == ("0.01", "0.01", "0.005")
+    assert (often["loss"], often["loss_scaled"], often["cpu_share"]) == ("0.1", "0.1", "0.05")
+    assert (often["scrape_p50_ms"], often["p99_ms"]) == ("2", "5")
+    assert usual == {"interval_s": "15", "loss_scaled": "0.000667", "cpu_share": "0.000333"}
+
+
+def served(running: Running, metrics_url: str) -> Served:
+    return Served(None, {"tcp": running.address}, metrics_url, Path("unused"), 0.0)  # type: ignore[arg-type]
+
+
+def test_a_scraper_fetches_at_once_and_then_at_its_interval(running: Running) -> None:
+    with scrape.scraping(served(running, running.metrics_url), 0.05) as milliseconds:
+        time.sleep(0.5)
+    count = len(milliseconds)
+    assert 2 <= count <= 11 and min(milliseconds) > 0
+    time.sleep(0.1)
+    assert len(milliseconds) == count
+
+
+def test_a_scraper_asks_as_prometheus_does_and_gets_the_page_that_a_browser_gets(running: Running) -> None:
+    answering = served(running, running.metrics_url)
+    page, compressed = answering.fetch(), answering.fetch(scrape.HEADERS)
+    assert len(compressed) < len(page) / 2
+    assert b"grpc_server_handled_total" in gzip.decompress(compressed) and b"grpc_server_handled_total" in page
+
+
+def test_a_scrape_that_fails_ends_the_measurement(running: Running) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    nowhere = served(running, f"http://127.0.0.1:{port}/metrics")
+    with pytest.raises(LoadError, match=r"a scrape failed: .*refused"), scrape.scraping(nowhere, 1):
+        time.sleep(0.3)
+
+
+@needs_h2load
+def test_scraping_is_measured_beside_nobody_scraping(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scrape.csv"
+    arguments = ["--configs=tiny", "--rounds=1", "--seconds=0.2", "--intervals", "0.1", SETTINGS, f"--out={out}"]
+    assert scrape.main([*arguments, "--most=100"]) == 0
+    nobody, scraped, usual = read(out)
+    assert [row["interval_s"] for row in (nobody, scraped, usual)] == ["", "0.1", "15"]
+    for row in (nobody, scraped):
+        assert float(row["requests_per_second"]) > 0 and float(row["ratio"]) > 0
+    assert float(scraped["scrape_cpu_ms"]) > 0
+    assert int(scraped["page_bytes"]) > int(scraped["sent_bytes"]) > 0
+    assert usual["requests_per_second"] == "" and float(usual["cpu_share"]) < float(scraped["cpu_share"])
+    assert "expected at most 10000 %" in capsys.readouterr().out
+    assert scrape.main([*arguments, "--most=-100"]) == 1
+
+
+def test_a_start_is_measured_with_the_plan_that_the_first_one_chose(tiny: None, tmp_path: Path) -> None:
+    out = tmp_path / "start.csv"
+    assert start.main(["--configs=tiny", "--rounds=1", "--settings=--max-batch 4", f"--out={out}"]) == 0
+    tuned, fixed = read(out)
+    assert (tuned["plan"], tuned["flags"], fixed["plan"]) == ("by measurement", "", "by settings")
+    assert re.fullmatch(r"--threads=\d+ --runtimes=\d+ --max-batch=4", fixed["flags"])
+    for row in (tuned, fixed):
+        parts = [float(row[name]) for name in ("imports_s", "models_s", "ports_s")]
+        assert sum(parts) == pytest.approx(float(row["ready_s"]), abs=0.02)
+        assert row["ready_least_s"] == row["ready_s"] == row["ready_most_s"]
+        assert float(row["cpu_s"]) > 0
+
+
+def test_a_server_that_does_not_start_ends_the_measurement(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start.main(["--configs=tiny", "--rounds=1", "--settings=--model none"]) == 1
+    assert "tiny: the server did not start: cannot start: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main])
 def test_without_h2load_it_is_told_how_to_get_it(
     main: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,477 @@
+"""One RPC: its messages, its deadline and its status (gRPC's PROTOCOL-HTTP2.md)."""
+
+import asyncio
+import logging
+import struct
+import time
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+
+from serving.http2 import frames, headers
+from serving.http2.frames import ErrorCode
+from serving.http2.headers import RequestHead
+
+if TYPE_CHECKING:
+    from serving.http2.connection import Connection
+
+#: Bytes of a call that a client may send ahead of what is read.
+WINDOW = 2**18
+#: Encodings of messages that a client may use, and zlib's parameter for each.
+ENCODINGS = {"gzip": 31, "deflate": 15}
+_MOST_UNSENT = 2**16  # bytes of answers that wait for the client, after which a stream's handler waits
+_PREFIX = struct.Struct(">BI")  # before each message: whether it is compressed, and its length
+_STREAM = struct.Struct(">I")
+_END = frames.END_STREAM | frames.END_HEADERS
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method's handler: ``behaviour`` takes what ``deserialize`` makes of a message, or an iterator of them."""
+
+    behaviour: Callable[[Any, "Call"], Any]
+    many_requests: bool
+    many_answers: bool
+    deserialize: Callable[[bytes], Any] | None
+    serialize: Callable[[Any], bytes] | None
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes of requests that are under way, of all clients; most: how many there may be."""
+
+    most: int
+    used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """message: most bytes of one; message_text and budget_text: what clients are told of the limits."""
+
+    message: int
+    message_text: str
+    budget: Budget
+    budget_text: str
+
+
+class _Aborted(Exception):
+    """A handler has ended its call by ``abort``."""
+
+
+def _head_of(kind: int, flags: int, size: int) -> bytes:
+    """A frame's head but for the stream."""
+    return frames.HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
+
+
+_ANSWER_HEAD = _head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
+_OK_HEAD = _head_of(frames.HEADERS, _END, len(headers.OK))
+
+
+class Call:
+    """A stream of a connection, and the context that its handler is given, with methods named as in ``grpc.aio``.
+
+    It also is the iterator of its requests. Only the event loop's thread may use it.
+    """
+
+    __slots__ = (
+        "_deadline",
+        "_ended",
+        "_head",
+        "_headers_sent",
+        "_held",
+        "_limits",
+        "_may_receive",
+        "_messages",
+        "_method",
+        "_partial",
+        "_room",
+        "_stream_bytes",
+        "_task",
+        "_timer",
+        "_trailers",
+        "_unsent",
+        "_unsent_bytes",
+        "_waiter",
+        "closed",
+        "connection",
+        "stream",
+        "window",
+    )
+
+    def __init__(
+        self,
+        connection: "Connection",
+        stream: int,
+        head: RequestHead[Method],
+        method: Method,
+        limits: Limits,
+        window: int,
+    ) -> None:
+        self.connection = connection
+        self.stream = stream
+        #: Bytes that the client lets this stream send.
+        self.window = window
+        #: Nothing is sent any more, and nothing that comes is read.
+        self.closed = False
+        self._stream_bytes = _STREAM.pack(stream)
+        self._head = head
+        self._method = method
+        self._limits = limits
+        self._may_receive = WINDOW
+        self._partial = bytearray()  # of a message
+        self._held = 0  # bytes that count in the budget
+        self._messages: deque[bytes] = deque()
+        self._ended = False  # the client has sent all
+        self._waiter: asyncio.Future[None] | None = None  # of who reads
+        self._room: asyncio.Future[None] | None = None  # of who writes
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._headers_sent = False
+        self._trailers: bytes | None = None  # to be sent once all else is
+        self._task: asyncio.Task[None] | None = None
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if (timeout := head.timeout) is not None:
+            self._deadline = time.monotonic() + timeout
+            self._timer = connection.loop.call_later(timeout, self._expire)
+
+    def begin(self) -> None:
+        """Once the headers are there: a method that takes many requests can start."""
+        if self._head.timeout_error:
+            self.refuse(grpc.StatusCode.INTERNAL, f"grpc-timeout: {self._head.timeout_error!r} is not a timeout")
+        elif self._method.many_requests:
+            self._start()
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the client's deadline, or None."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def invocation_metadata(self) -> headers.Metadata:
+        return self._head.metadata
+
+    async def abort(
+        self,
+        code: grpc.StatusCode,
+        details: str = "",
+        trailing_metadata: Iterable[tuple[str, str | bytes]] = (),
+    ) -> NoReturn:
+        """End the call with a status; raises what ends the handler."""
+        self.finish(code, details, trailing_metadata)
+        raise _Aborted
+
+    async def write(self, message: Any) -> None:
+        """Send an answer of several; waits while the client does not read."""
+        if self.closed:
+            return
+        data = message if self._method.serialize is None else self._method.serialize(message)
+        size = len(data) + _PREFIX.size
+        connection = self.connection
+        if not self._headers_sent:
+            self._send_headers()
+        if not self._unsent and size <= self.window and size <= connection.window and size <= frames.MOST_BYTES:
+            self.window -= size
+            connection.window -= size
+            parts = _head_of(frames.DATA, 0, size), self._stream_bytes, _PREFIX.pack(0, len(data)), data
+            connection.send(b"".join(parts))
+        else:
+            self._queue(data)
+        while not self.closed and (self._unsent_bytes > _MOST_UNSENT or connection.paused):
+            self._room = connection.loop.create_future()
+            await self._room
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        while not self._messages:
+            if self._ended or self.closed:
+                raise StopAsyncIteration
+            self._waiter = self.connection.loop.create_future()
+            await self._waiter
+        data = self._messages.popleft()
+        self._release(len(data) + _PREFIX.size)
+        if not self._messages:
+            self._let_send()
+        return data if self._method.deserialize is None else self._method.deserialize(data)
+
+    def receive(self, data: bytes, size: int, end: bool) -> None:
+        """What the client sent; size: bytes of it that count for flow control; end: it is all."""
+        self._may_receive -= size
+        if self._may_receive < 0:
+            self.connection.send(frames.reset(self.stream, ErrorCode.FLOW_CONTROL_ERROR))
+            self.abandon()
+            return
+        if self._ended:
+            self.connection.send(frames.reset(self.stream, ErrorCode.STREAM_CLOSED))
+            self.abandon()
+            return
+        self._ended = end
+        if self._trailers is not None:
+            return
+        budget = self._limits.budget
+        self._held += len(data)
+        budget.used += len(data)
+        if budget.used > budget.most:
+            self.refuse(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"requests of {budget.used} bytes are under way; {self._limits.budget_text}; try again later",
+            )
+            return
+        if self._partial:
+            self._partial += data
+            if not self._split(self._partial):
+                return
+        elif not self._split(data):
+            return
+        if end:
+            self._all_received()
+        elif self._may_receive < WINDOW // 2 and not self._messages:
+            self._let_send()
+
+    def end(self) -> None:
+        """The client has sent all, and said so without data."""
+        if not self._ended:
+            self._ended = True
+            self._all_received()
+
+    def refuse(self, code: grpc.StatusCode, text: str) -> None:
+        """End the call with an error, whatever its handler does."""
+        if self._task:
+            self._task.cancel()
+        self.finish(code, text)
+
+    def abandon(self) -> None:
+        """The client has gone, or is to be sent nothing more."""
+        if self._task:
+            self._task.cancel()
+        self._close()
+
+    def pump(self) -> None:
+        """Send what waits, as far as the client lets it."""
+        connection, unsent = self.connection, self._unsent
+        while unsent:
+            size = min(len(unsent[0]), self.window, connection.window, frames.MOST_BYTES)
+            if size <= 0:
+                return
+            self.window -= size
+            connection.window -= size
+            self._unsent_bytes -= size
+            connection.send(frames.frame(frames.DATA, 0, self.stream, bytes(unsent[0][:size])))
+            if size == len(unsent[0]):
+                unsent.popleft()
+            else:
+                unsent[0] = unsent[0][size:]
+        connection.blocked.pop(self.stream, None)
+        self.wake_writer()
+        if self._trailers is not None:
+            connection.send(frames.header_frames(self.stream, self._trailers, end_stream=True))
+            self._leave()
+
+    def wake_writer(self) -> None:
+        if self._room and not self._room.done():
+            self._room.set_result(None)
+
+    def finish(self, code: grpc.StatusCode, text: str = "", metadata: Iterable[tuple[str, str | bytes]] = ()) -> None:
+        """Send the status, after all that waits to be sent."""
+        if self.closed or self._trailers is not None:
+            return
+        if code is grpc.StatusCode.OK:
+            self._trailers = headers.OK
+        else:
+            fields: list[tuple[str, str | bytes]] = [("grpc-status", str(code.value[0]))]
+            if text:
+                fields.append(("grpc-message", headers.quoted(text)))
+            self._trailers = headers.write([*fields, *metadata])
+        if not self._headers_sent:  # one block for both
+            self._trailers = headers.ANSWER + self._trailers
+            self._headers_sent = True
+        self.pump()
+
+    def _answer(self, data: bytes) -> None:
+        """Send the only answer, and that all went well."""
+        size = len(data) + _PREFIX.size
+        connection = self.connection
+        if self.closed:
+            return
+        if size <= self.window and size <= connection.window and size <= frames.MOST_BYTES:
+            connection.window -= size
+            stream = self._stream_bytes
+            head = _head_of(frames.DATA, 0, size)
+            prefix = _PREFIX.pack(0, len(data))
+            connection.send(
+                b"".join(
+                    (_ANSWER_HEAD, stream, headers.ANSWER, head, stream, prefix, data, _OK_HEAD, stream, headers.OK)
+                )
+            )
+            self._leave()
+            return
+        self._send_headers()
+        self._queue(data)
+        self.finish(grpc.StatusCode.OK)
+
+    def _send_headers(self) -> None:
+        self._headers_sent = True
+        self.connection.send(b"".join((_ANSWER_HEAD, self._stream_bytes, headers.ANSWER)))
+
+    def _queue(self, data: bytes) -> None:
+        message = _PREFIX.pack(0, len(data)) + data
+        self._unsent.append(memoryview(message))
+        self._unsent_bytes += len(message)
+        self.connection.blocked[self.stream] = self
+        self.pump()
+
+    def _split(self, data: bytes | bytearray) -> bool:
+        """Take the whole messages from what came; False if the call has ended over it."""
+        at, end = 0, len(data)
+        while end - at >= _PREFIX.size:
+            compressed, length = _PREFIX.unpack_from(data, at)
+            if length > self._limits.message:
+                self._refuse_size(f"{length} bytes")
+                return False
+            stop = at + _PREFIX.size + length
+            if stop > end:
+                break
+            message = bytes(data[at + _PREFIX.size : stop])
+            at = stop
+            if compressed and (message := self._decompressed(message)) is None:  # type: ignore[assignment]
+                return False
+            if self._messages and not self._method.many_requests:
+                self.refuse(grpc.StatusCode.UNIMPLEMENTED, "several messages; expected one")
+                return False
+            self._messages.append(message)
+        if data is self._partial:
+            del self._partial[:at]
+        elif at < end:
+            self._partial += data[at:]
+        if self._messages and self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+        return True
+
+    def _decompressed(self, data: bytes) -> bytes | None:
+        encoding = self._head.encoding
+        if encoding not in ENCODINGS:
+            self.refuse(grpc.StatusCode.INTERNAL, "a message is compressed; grpc-encoding does not say how")
+            return None
+        reader = zlib.decompressobj(ENCODINGS[encoding])
+        try:
+            message = reader.decompress(data, self._limits.message + 1)
+        except zlib.error:
+            message = b""
+        if len(message) > self._limits.message:
+            self._refuse_size(f"more than {self._limits.message} bytes once decompressed")
+            return None
+        if not reader.eof or reader.unused_data:
+            self.refuse(grpc.StatusCode.INVALID_ARGUMENT, f"{len(data)} bytes that are not a message in {encoding}")
+            return None
+        # What it has grown to is held as long as what came.
+        self._held += len(message) - len(data)
+        self._limits.budget.used += len(message) - len(data)
+        return message
+
+    def _refuse_size(self, shown: str) -> None:
+        self.refuse(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"request: {shown}; {self._limits.message_text}",
+        )
+
+    def _all_received(self) -> None:
+        if self._partial:
+            self.refuse(grpc.StatusCode.INVALID_ARGUMENT, "request: ends within a message")
+        elif self._method.many_requests:
+            if self._waiter and not self._waiter.done():
+                self._waiter.set_result(None)
+        elif not self._messages:
+            self.refuse(grpc.StatusCode.UNIMPLEMENTED, "no message; expected one")
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        self._task = self.connection.loop.create_task(self._run())
+
+    async def _run(self) -> None:
+        method = self._method
+        try:
+            request: Any = self
+            if not method.many_requests:
+                request = self._messages[0]
+                if method.deserialize is not None:
+                    request = _deserialized(method, request)
+            if method.many_answers:
+                await self._answer_all(method.behaviour(request, self))
+                self.finish(grpc.StatusCode.OK)
+            else:
+                answer = await method.behaviour(request, self)
+                self._answer(answer if method.serialize is None else method.serialize(answer))
+        except _Aborted:
+            pass
+        except asyncio.CancelledError:
+            self.finish(grpc.StatusCode.CANCELLED)
+            raise
+        except _Unreadable:
+            self.finish(grpc.StatusCode.INVALID_ARGUMENT, "request: bytes that cannot be read as its message")
+        except Exception:
+            _logger.exception("a handler failed")
+            self.finish(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+
+    async def _answer_all(self, answers: Any) -> None:
+        """answers: a generator of them, or what sends them with ``write``."""
+        if not hasattr(answers, "__aiter__"):
+            await answers
+            return
+        async with aclosing(answers):
+            async for answer in answers:
+                await self.write(answer)
+
+    def _expire(self) -> None:
+        self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
+        if not self.closed:  # the client does not take what waits for it
+            self.connection.send(frames.reset(self.stream, ErrorCode.CANCEL))
+            self.abandon()
+
+    def _let_send(self) -> None:
+        """Let the client send as much again as the window holds."""
+        if not self._ended and not self.closed and self._may_receive < WINDOW // 2:
+            self.connection.send(frames.window_update(self.stream, WINDOW - self._may_receive))
+            self._may_receive = WINDOW
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+        self._limits.budget.used -= size
+
+    def _leave(self) -> None:
+        """All is sent; what the client may still send is not wanted (RFC 9113, section 8.1)."""
+        if not self._ended:
+            self.connection.send(frames.reset(self.stream, ErrorCode.NO_ERROR))
+        self._close()
+
+    def _close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._release(self._held)
+        if self._timer:
+            self._timer.cancel()
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+        self.wake_writer()
+        self._unsent.clear()
+        self.connection.forget(self.stream)
+
+
+class _Unreadable(Exception):
+    """A message that its method cannot read."""
+
+
+def _deserialized(method: Method, data: bytes) -> Any:
+    assert method.deserialize is not None
+    try:
+        return method.deserialize(data)
+    except Exception as error:
+        raise _Unreadable from error
