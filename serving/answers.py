@@ -5,10 +5,9 @@ of exactly 0, which is written out here and left out there.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving.artifact import Artifact
-from serving.runtime import Prediction
+from serving.runtime import Prediction, Share
 
 # Wire types of protobuf's encoding.
 _VARINT, _BYTES, _FIXED32 = 0, 2, 5
@@ -42,19 +41,29 @@ class AnswerWriter:
         # All capsules of one image, as bytes that differ from image to image only where the numbers lie.
         numbers = 4 * artifact.pose_size
         template = bytearray()
-        places: list[int] = []  # of each byte of each number, probability and pose by class
-        for label in artifact.labels:
+        places: dict[str, tuple[str, int]] = {}  # of each number or array of them, its type and where it begins
+        for index, label in enumerate(artifact.labels):
             capsule = bytearray(delimited(1, label.encode()))
             capsule += tag(2, _FIXED32)
-            inside = [*range(len(capsule), len(capsule) + 4)]
+            probability = len(capsule)
             capsule += bytes(4) + tag(3, _BYTES) + varint(numbers)
-            inside += range(len(capsule), len(capsule) + numbers)
+            pose = len(capsule)
             capsule += bytes(numbers)
             field = tag(3, _BYTES) + varint(len(capsule))
-            places += [len(template) + len(field) + place for place in inside]
+            begin = len(template) + len(field)
+            places[f"probability {index}"] = "<f4", begin + probability
+            places[f"pose {index}"] = f"({artifact.pose_size},)<f4", begin + pose
             template += field + capsule
-        self._template = np.frombuffer(bytes(template), np.uint8)
-        self._places = np.array(places)
+        self._template = bytes(template)
+        self._classes = range(len(artifact.labels))
+        self._layout = np.dtype(
+            {
+                "names": list(places),
+                "formats": [kind for kind, _ in places.values()],
+                "offsets": [place for _, place in places.values()],
+                "itemsize": len(template),
+            }
+        )
         # By winner, what comes before the capsules.
         self._heads = []
         for index, label in enumerate(artifact.labels):
@@ -63,17 +72,29 @@ class AnswerWriter:
                 head += tag(2, _VARINT) + varint(index)
             self._heads.append(tag(3, _BYTES) + varint(len(head) + len(template)) + head)
 
+        self._batch: Prediction | None = None
+        self._written = b""  # the capsules of all of its images
+        self._winners: list[int] = []
+
     def __call__(self, prediction: Prediction) -> bytes:
         """A prediction of n images as a ``ClassifyResponse``."""
-        count = len(prediction.probabilities)
-        rows = np.tile(self._template, (count, 1))
-        numbers = np.concatenate([prediction.probabilities[..., np.newaxis], prediction.poses], axis=2)
-        rows[:, self._places] = _as_bytes(numbers.reshape(count, -1))
+        batch, start = prediction, 0
+        if isinstance(prediction, Share):
+            batch, start = prediction.batch, prediction.start
+        if batch is not self._batch:  # written once for all requests that it answers, one after the other
+            self._write(batch)
         parts = [self._prefix]
-        for winner, row in zip(prediction.probabilities.argmax(1).tolist(), rows, strict=True):
-            parts += (self._heads[winner], row.tobytes())
+        width = self._layout.itemsize
+        at = start * width
+        for winner in self._winners[start : start + len(prediction.probabilities)]:
+            parts += self._heads[winner], self._written[at : at + width]
+            at += width
         return b"".join(parts)
 
-
-def _as_bytes(numbers: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(numbers, "<f4").view(np.uint8)
+    def _write(self, batch: Prediction) -> None:
+        written = bytearray(self._template * len(batch.probabilities))
+        images = np.frombuffer(written, self._layout)
+        for index in self._classes:
+            images[f"probability {index}"] = batch.probabilities[:, index]
+            images[f"pose {index}"] = batch.poses[:, index]
+        self._batch, self._written, self._winners = batch, bytes(written), batch.probabilities.argmax(1).tolist()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from serving.cost import BatchCost
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics import ModelMetrics
-from serving.runtime import Prediction
+from serving.runtime import Prediction, Share
 
 Images = NDArray[np.uint8]
 Predict = Callable[[Images], Prediction]
@@ -182,7 +182,6 @@ class Batcher:
 
     def _count(self, images: int) -> None:
         self.queued += images
-        self._metrics.queued.set(self.queued)
         if images < 0:
             self._room.set()
             self._empty.set()
@@ -323,7 +322,8 @@ class Batcher:
                 continue
             ticket.input_time += outcome.input_time
             ticket.infer_time += outcome.infer_time
-            part = Prediction(prediction.probabilities[begin:end], prediction.poses[begin:end])
+            part = Share(prediction.probabilities[begin:end], prediction.poses[begin:end])
+            part.batch, part.start = prediction, begin
             if stop - start == len(ticket.images):
                 ticket.future.set_result(part)
                 continue

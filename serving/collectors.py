@@ -37,6 +37,7 @@ class ModelCollector(Collector):
             "capsnet_active_capsules", f"How many capsules of an image are longer than {ACTIVE}.", labels=_MODEL
         )
         for model, version, _, quality, _ in models:
+            quality.update()
             for label, count in zip(quality.labels, quality.winners.tolist(), strict=True):
                 predicted.add_metric((model, version, label), count)
             for family, values in ((lengths, quality.lengths), (margins, quality.margins), (active, quality.active)):

@@ -3,7 +3,7 @@
 Requests for inference go onto the pipeline; what else a client asks is answered from the repository.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
 
 import grpc
@@ -55,7 +55,7 @@ class InferenceService:
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
-        unary = {
+        unary: dict[str, Callable[[bytes, Call], Awaitable[bytes]]] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
             "ModelReady": self.model_ready,
@@ -106,9 +106,9 @@ class InferenceService:
         response.outputs.add(name=POSES, datatype="FP32", shape=(-1, classes, artifact.pose_size))
         return response.SerializeToString()
 
-    async def model_infer(self, data: bytes, call: Call) -> bytes:
+    def model_infer(self, data: bytes, call: Call) -> Awaitable[bytes]:
         """A ModelInferRequest to a ModelInferResponse. Raises what Pipeline.answer raises."""
-        return await self._pipeline.answer(_Item(parse(data, pb.ModelInferRequest, self._max_bytes), len(data)), call)
+        return self._pipeline.answer(_Item(parse(data, pb.ModelInferRequest, self._max_bytes), len(data)), call)
 
     def model_stream_infer(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """ModelInferRequests to ModelStreamInferResponses."""

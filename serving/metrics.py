@@ -3,15 +3,17 @@
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from serving.errors import REASONS, DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.instruments import Counter as FastCounter
+from serving.instruments import Histogram
 from serving.quality import Quality
 from serving.runtime import Prediction
 from serving.statistics import BACKEND, CANCELED, OTHER, REJECTED, BatchStatistics, Statistics
@@ -25,6 +27,12 @@ _MODEL = ("model", "version")
 Metric = TypeVar("Metric", bound=MetricWrapperBase)
 
 
+class _OfModels(Protocol):
+    """A metric with series for each version of each model."""
+
+    def remove_by_labels(self, labels: dict[str, str], /) -> None: ...
+
+
 class Metrics:
     """The server's metrics in a registry of their own. The ``grpc_server_*`` names follow the gRPC convention."""
 
@@ -32,13 +40,17 @@ class Metrics:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        self._of_models: list[MetricWrapperBase] = []
-        self.started = self._counter("grpc_server_started_total", "RPCs begun.", _METHOD)
-        self.handled = self._counter(
-            "grpc_server_handled_total", "RPCs ended, by status code.", (*_METHOD, "grpc_code")
+        self._of_models: list[_OfModels] = []
+        self.started = FastCounter("grpc_server_started_total", "RPCs begun.", _METHOD, self.registry)
+        self.handled = FastCounter(
+            "grpc_server_handled_total", "RPCs ended, by status code.", (*_METHOD, "grpc_code"), self.registry
         )
-        self.handling = self._histogram(
-            "grpc_server_handling_seconds", "Time from an RPC's first byte read to its end.", _METHOD, SECONDS
+        self.handling = Histogram(
+            "grpc_server_handling_seconds",
+            "Time from an RPC's last byte read, of a stream its first, to its end.",
+            _METHOD,
+            SECONDS,
+            self.registry,
         )
         self.stream_errors = self._counter(
             "capsnet_stream_errors_total",
@@ -57,24 +69,22 @@ class Metrics:
             "Attempts to load a version of a model, by result: ok, failed.",
             ("model", "result"),
         )
-        self.decode_time = self._of_model(
-            Histogram, "capsnet_decode_seconds", "Time to check a request and decode its images.", STEP_SECONDS
+        self.decode_time = self._histogram_of_model(
+            "capsnet_decode_seconds", "Time to check a request and decode its images.", STEP_SECONDS
         )
-        self.encode_time = self._of_model(
-            Histogram, "capsnet_encode_seconds", "Time to write a request's answer.", STEP_SECONDS
+        self.encode_time = self._histogram_of_model(
+            "capsnet_encode_seconds", "Time to write a request's answer.", STEP_SECONDS
         )
-        self.queue_time = self._of_model(
-            Histogram, "capsnet_queue_seconds", "Time that a request's images waited for a batch.", SECONDS
+        self.queue_time = self._histogram_of_model(
+            "capsnet_queue_seconds", "Time that a request's images waited for a batch.", SECONDS
         )
-        self.stack_time = self._of_model(
-            Histogram, "capsnet_stack_seconds", "Time to bring a batch's images together.", STEP_SECONDS
+        self.stack_time = self._histogram_of_model(
+            "capsnet_stack_seconds", "Time to bring a batch's images together.", STEP_SECONDS
         )
-        self.inference_time = self._of_model(
-            Histogram, "capsnet_inference_seconds", "Time that ONNX Runtime took for one batch.", SECONDS
+        self.inference_time = self._histogram_of_model(
+            "capsnet_inference_seconds", "Time that ONNX Runtime took for one batch.", SECONDS
         )
-        self.batch_size = self._of_model(
-            Histogram, "capsnet_batch_size_images", "Images computed in one batch.", IMAGES
-        )
+        self.batch_size = self._histogram_of_model("capsnet_batch_size_images", "Images computed in one batch.", IMAGES)
         self.queued = self._of_model(Gauge, "capsnet_queue_images", "Images waiting for a batch.")
         self.cancelled = self._of_model(
             Counter, "capsnet_cancelled_images_total", "Images never computed, since their client had gone."
@@ -145,13 +155,14 @@ class Metrics:
     def _gauge(self, name: str, meaning: str, labels: Iterable[str] = ()) -> Gauge:
         return Gauge(name, meaning, labels, registry=self.registry)
 
-    def _histogram(self, name: str, meaning: str, labels: Iterable[str], buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, meaning, labels, buckets=buckets, registry=self.registry)
-
-    def _of_model(self, kind: type[Metric], name: str, meaning: str, buckets: tuple[float, ...] = ()) -> Metric:
+    def _of_model(self, kind: type[Metric], name: str, meaning: str) -> Metric:
         """A metric with a series for each version of each model that is served."""
-        options = {"buckets": buckets} if buckets else {}
-        metric = kind(name, meaning, _MODEL, registry=self.registry, **options)  # type: ignore[arg-type]
+        metric = kind(name, meaning, _MODEL, registry=self.registry)
+        self._of_models.append(metric)
+        return metric
+
+    def _histogram_of_model(self, name: str, meaning: str, bounds: tuple[float, ...]) -> Histogram:
+        metric = Histogram(name, meaning, _MODEL, bounds, self.registry)
         self._of_models.append(metric)
         return metric
 
@@ -163,7 +174,6 @@ class ModelMetrics:
         self.statistics = Statistics()
         self.quality = Quality(labels_of_classes)
         labels = (model, version)
-        self.queued = metrics.queued.labels(*labels)
         self.queue_time = metrics.queue_time.labels(*labels)
         self.cancelled = metrics.cancelled.labels(*labels)
         self.expired = metrics.expired.labels(*labels)

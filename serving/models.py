@@ -65,6 +65,7 @@ class ServedModel:
         self.metrics = ModelMetrics(self._all_metrics, name, version, self.artifact.labels)
         limits = Limits(self.plan.max_batch, settings.max_queue, settings.batch_timeout, settings.priority_ageing)
         self.batcher = Batcher(self.predict, self.metrics, limits, self.cost, self.plan.runtimes)
+        self._all_metrics.queued.labels(name, version).set_function(lambda: self.batcher.queued)
         self._tell()
 
     def acquire(self) -> None:

@@ -1,5 +1,6 @@
 """What a model's answers look like, for alarms when the images or the model change: which classes, how sure."""
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from serving.runtime import Prediction
 LENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 #: A capsule that is longer is active: its object is there.
 ACTIVE = 0.5
+_AT_ONCE = 512  # images
 
 
 class Distribution:
@@ -45,10 +47,26 @@ class Quality:
         self.lengths = Distribution(LENGTHS)
         self.margins = Distribution(LENGTHS)
         self.active = Distribution(range(len(labels) + 1))
+        # Few at a time would cost more than a small network itself.
+        self._new: list[NDArray[np.float32]] = []
+        self._new_images = 0
+        self._lock = threading.Lock()
 
     def add(self, prediction: Prediction) -> None:
-        """A batch's answers, all finite."""
-        probabilities = prediction.probabilities
+        """A batch's answers, all finite; they show after ``update``."""
+        self._new.append(prediction.probabilities)
+        self._new_images += len(prediction.probabilities)
+        if self._new_images >= _AT_ONCE:
+            self.update()
+
+    def update(self) -> None:
+        """Take in what was added; from any thread."""
+        with self._lock:
+            new, self._new, self._new_images = self._new, [], 0
+            if new:
+                self._take_in(np.concatenate(new))
+
+    def _take_in(self, probabilities: NDArray[np.float32]) -> None:
         self.winners += np.bincount(probabilities.argmax(1), minlength=len(self.labels))
         if probabilities.shape[1] > 1:
             second, first = np.partition(probabilities, -2, axis=1)[:, -2:].T

@@ -45,6 +45,13 @@ class Prediction(NamedTuple):
     poses: NDArray[np.float32]
 
 
+class Share(Prediction):
+    """The part of a batch's prediction that is about one request: of ``batch``, from ``start`` on."""
+
+    batch: Prediction
+    start: int
+
+
 def onnxruntime() -> Any:
     """Import ONNX Runtime with its telemetry off, which Linux builds since 1.29 have on by default."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -1,6 +1,6 @@
 """``capsnet.v1.CapsNetService``, as a translation onto the pipeline."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 
 import grpc
 import numpy as np
@@ -46,10 +46,10 @@ class CapsNetService:
             },
         )
 
-    async def classify(self, data: bytes, call: Call) -> bytes:
+    def classify(self, data: bytes, call: Call) -> Awaitable[bytes]:
         """A ClassifyRequest's bytes to a ClassifyResponse's."""
         request = parse(data, pb.ClassifyRequest, self.settings.max_request_bytes)
-        return await self._pipeline.answer(_Item(request, self.settings), call)
+        return self._pipeline.answer(_Item(request, self.settings), call)
 
     def classify_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """ClassifyStreamRequests' bytes to ClassifyStreamResponses'."""
@@ -116,7 +116,7 @@ class _Item:
         self._request = request
         self._settings = settings
         self.images = len(request.images)
-        self.slow = any(image.WhichOneof("content") == "encoded" for image in request.images)
+        self.slow = any(image.encoded for image in request.images)
 
     def decode(self, model: ServedModel) -> Images:
         limit, shape = self._settings.max_images_per_request, model.artifact.image_shape

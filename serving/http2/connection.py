@@ -353,16 +353,18 @@ class Connection(asyncio.Protocol):
         self._pump()
 
     def _window_update(self, stream: int, more: int) -> None:
+        if not more:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
         if stream == 0:
             self.window += more
-            if not more or self.window > frames.MOST_WINDOW:
+            if self.window > frames.MOST_WINDOW:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {self.window} bytes")
             self._pump()
             return
         self._check_opened(stream)
         if call := self._calls.get(stream):
             call.window += more
-            if not more or call.window > frames.MOST_WINDOW:
+            if call.window > frames.MOST_WINDOW:
                 self.send(frames.reset(stream, ErrorCode.FLOW_CONTROL_ERROR))
                 call.abandon()
             elif stream in self.blocked:
