@@ -3,7 +3,7 @@
 Requests for inference go onto the pipeline; what else a client asks is answered from the repository.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.metadata import version
 
 import grpc
@@ -55,18 +55,18 @@ class InferenceService:
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
-        unary: dict[str, Callable[[bytes, Call], Awaitable[bytes]]] = {
+        unary = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
             "ModelReady": self.model_ready,
             "ServerMetadata": self.server_metadata,
             "ModelMetadata": self.model_metadata,
-            "ModelInfer": self.model_infer,
             "ModelConfig": self.model_config,
             "ModelStatistics": self.model_statistics,
             "RepositoryIndex": self.repository_index,
         }
         methods = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
+        methods["ModelInfer"] = self._edge.unary_at_once(SERVICE, "ModelInfer", self.model_infer)
         methods["ModelStreamInfer"] = self._edge.stream(SERVICE, "ModelStreamInfer", self.model_stream_infer)
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -106,9 +106,9 @@ class InferenceService:
         response.outputs.add(name=POSES, datatype="FP32", shape=(-1, classes, artifact.pose_size))
         return response.SerializeToString()
 
-    def model_infer(self, data: bytes, call: Call) -> Awaitable[bytes]:
-        """A ModelInferRequest to a ModelInferResponse. Raises what Pipeline.answer raises."""
-        return self._pipeline.answer(_Item(parse(data, pb.ModelInferRequest, self._max_bytes), len(data)), call)
+    def model_infer(self, data: bytes, call: Call) -> None:
+        """A ModelInferRequest to a ModelInferResponse. Raises InvalidRequest and UnknownModel."""
+        self._pipeline.begin(_Item(parse(data, pb.ModelInferRequest, self._max_bytes), len(data)), call)
 
     def model_stream_infer(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """ModelInferRequests to ModelStreamInferResponses."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 FORMATS = ("text", "json")
@@ -58,8 +59,8 @@ class RefusalLog:
         self._second = 0
         self._lines = 0
 
-    def write(self, level: int, method: str, code: str, text: str, request_id: str) -> None:
-        """request_id: the client's own, or one that it was told."""
+    def write(self, level: int, method: str, code: str, text: str, request_id: Callable[[], str]) -> None:
+        """request_id: tells the client's own, or one that is made up."""
         second = int(time.monotonic())
         if second != self._second:
             if (more := self._lines - self._limit) > 0:
@@ -67,7 +68,7 @@ class RefusalLog:
             self._second, self._lines = second, 0
         self._lines += 1
         if self._lines <= self._limit:
-            fields = {"method": method, "code": code, "request_id": _on_one_line(request_id)}
+            fields = {"method": method, "code": code, "request_id": _on_one_line(request_id())}
             _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: fields})
 
 

@@ -64,23 +64,9 @@ class Pipeline:
         self._stream_window = stream_window
         self._streams: set[_Stream] = set()
 
-    async def answer(self, item: Item, call: Call) -> bytes:
-        """Of one request. Raises the errors of serving/errors.py."""
-        began = time.perf_counter()
-        model = self.repository.get(item.model_name, item.model_version)
-        model.acquire()
-        try:
-            images = await asyncio.to_thread(item.decode, model) if item.slow else item.decode(model)
-            decode_time = time.perf_counter() - began
-            ticket = model.batcher.enqueue(images, _deadline(item, call), item.urgent)
-            prediction = await model.batcher.wait(ticket)
-            data, call.steps = _encode(item, model, ticket, prediction, decode_time, call.traced)
-            return data
-        except BaseException as error:  # a request that is given up too
-            model.metrics.failed(error, time.perf_counter() - began)
-            raise
-        finally:
-            model.release()
+    def begin(self, item: Item, call: Call) -> None:
+        """Answer a request, then or later, by way of its call. Raises UnknownModel."""
+        _Request(item, self.repository.get(item.model_name, item.model_version), call).begin()
 
     async def answer_stream(
         self, messages: AsyncIterator[bytes], open_item: Callable[[bytes], StreamItem], call: Call
@@ -186,6 +172,72 @@ class Pipeline:
         pending.model.batcher.give_up(pending.ticket)
         pending.model.metrics.failed(asyncio.CancelledError(), time.perf_counter() - pending.began)
         pending.model.release()
+
+
+class _Request:
+    """A unary request on its way, driven by the ends of its steps: decoding and inference."""
+
+    __slots__ = ("_began", "_call", "_decode_time", "_item", "_model", "_ticket")
+
+    _decode_time: float
+    _ticket: Ticket
+
+    def __init__(self, item: Item, model: ServedModel, call: Call) -> None:
+        self._item = item
+        self._model = model
+        self._call = call
+        self._began = time.perf_counter()
+
+    def begin(self) -> None:
+        self._model.acquire()
+        if self._item.slow:
+            decoding = asyncio.get_running_loop().run_in_executor(None, self._item.decode, self._model)
+            self._call.when_given_up(decoding.cancel)
+            decoding.add_done_callback(self._decoded)
+            return
+        try:
+            self._queue(self._item.decode(self._model))
+        except Exception as error:
+            self._fail(error)
+
+    def _decoded(self, decoding: "asyncio.Future[Images]") -> None:
+        if decoding.cancelled():
+            self._give_up()
+            return
+        try:
+            self._queue(decoding.result())
+        except Exception as error:
+            self._fail(error)
+
+    def _queue(self, images: Images) -> None:
+        self._decode_time = time.perf_counter() - self._began
+        batcher = self._model.batcher
+        self._ticket = batcher.enqueue(images, _deadline(self._item, self._call), self._item.urgent)
+        self._call.when_given_up(lambda: batcher.give_up(self._ticket))
+        self._ticket.future.add_done_callback(self._computed)
+
+    def _computed(self, computing: "asyncio.Future[Prediction]") -> None:
+        if computing.cancelled():
+            self._give_up()
+            return
+        try:
+            prediction, ticket, call = computing.result(), self._ticket, self._call
+            data, steps = _encode(self._item, self._model, ticket, prediction, self._decode_time, call.traced)
+        except Exception as error:
+            self._fail(error)
+            return
+        self._model.release()
+        call.succeed(data, steps)
+
+    def _fail(self, error: Exception) -> None:
+        self._model.metrics.failed(error, time.perf_counter() - self._began)
+        self._model.release()
+        self._call.fail(error)
+
+    def _give_up(self) -> None:
+        self._model.metrics.failed(asyncio.CancelledError(), time.perf_counter() - self._began)
+        self._model.release()
+        self._call.end()
 
 
 def _deadline(item: Item, call: Call | None) -> float | None:

@@ -1,6 +1,6 @@
 """``capsnet.v1.CapsNetService``, as a translation onto the pipeline."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 import numpy as np
@@ -40,16 +40,16 @@ class CapsNetService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Classify": edge.unary(SERVICE, "Classify", self.classify),
+                "Classify": edge.unary_at_once(SERVICE, "Classify", self.classify),
                 "ClassifyStream": edge.stream(SERVICE, "ClassifyStream", self.classify_stream),
                 "GetModel": edge.unary(SERVICE, "GetModel", self.get_model),
             },
         )
 
-    def classify(self, data: bytes, call: Call) -> Awaitable[bytes]:
-        """A ClassifyRequest's bytes to a ClassifyResponse's."""
+    def classify(self, data: bytes, call: Call) -> None:
+        """A ClassifyRequest's bytes to a ClassifyResponse's. Raises InvalidRequest and UnknownModel."""
         request = parse(data, pb.ClassifyRequest, self.settings.max_request_bytes)
-        return self._pipeline.answer(_Item(request, self.settings), call)
+        self._pipeline.begin(_Item(request, self.settings), call)
 
     def classify_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """ClassifyStreamRequests' bytes to ClassifyStreamResponses'."""

@@ -34,13 +34,17 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method's handler: ``behaviour`` takes what ``deserialize`` makes of a message, or an iterator of them."""
+    """A method's handler: ``behaviour`` takes what ``deserialize`` makes of a message, or an iterator of them.
+
+    at_once: it is no coroutine; it takes note of the request, and ``answer`` or ``finish`` is called then or later.
+    """
 
     behaviour: Callable[[Any, "Call"], Any]
     many_requests: bool
     many_answers: bool
     deserialize: Callable[[bytes], Any] | None
     serialize: Callable[[Any], bytes] | None
+    at_once: bool
 
 
 @dataclass(slots=True)
@@ -81,7 +85,6 @@ class Call:
     """
 
     __slots__ = (
-        "_deadline",
         "_ended",
         "_head",
         "_headers_sent",
@@ -101,6 +104,8 @@ class Call:
         "_waiter",
         "closed",
         "connection",
+        "deadline",
+        "given_up",
         "stream",
         "window",
     )
@@ -136,10 +141,13 @@ class Call:
         self._headers_sent = False
         self._trailers: bytes | None = None  # to be sent once all else is
         self._task: asyncio.Task[None] | None = None
-        self._deadline: float | None = None
+        #: Of the clock of ``time.monotonic``.
+        self.deadline: float | None = None
+        #: Told when nobody waits for the answer any more, before there is one.
+        self.given_up: Callable[[], object] | None = None
         self._timer: asyncio.TimerHandle | None = None
         if (timeout := head.timeout) is not None:
-            self._deadline = time.monotonic() + timeout
+            self.deadline = time.monotonic() + timeout
             self._timer = connection.loop.call_later(timeout, self._expire)
 
     def begin(self) -> None:
@@ -151,7 +159,7 @@ class Call:
 
     def time_remaining(self) -> float | None:
         """Seconds until the client's deadline, or None."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
     def invocation_metadata(self) -> headers.Metadata:
         return self._head.metadata
@@ -243,15 +251,20 @@ class Call:
 
     def refuse(self, code: grpc.StatusCode, text: str) -> None:
         """End the call with an error, whatever its handler does."""
-        if self._task:
-            self._task.cancel()
+        self._stop_handler()
         self.finish(code, text)
 
     def abandon(self) -> None:
         """The client has gone, or is to be sent nothing more."""
+        self._stop_handler()
+        self._close()
+
+    def _stop_handler(self) -> None:
         if self._task:
             self._task.cancel()
-        self._close()
+        if given_up := self.given_up:
+            self.given_up = None
+            given_up()
 
     def pump(self) -> None:
         """Send what waits, as far as the client lets it."""
@@ -280,6 +293,7 @@ class Call:
 
     def finish(self, code: grpc.StatusCode, text: str = "", metadata: Iterable[tuple[str, str | bytes]] = ()) -> None:
         """Send the status, after all that waits to be sent."""
+        self.given_up = None
         if self.closed or self._trailers is not None:
             return
         if code is grpc.StatusCode.OK:
@@ -294,8 +308,9 @@ class Call:
             self._headers_sent = True
         self.pump()
 
-    def _answer(self, data: bytes) -> None:
+    def answer(self, data: bytes) -> None:
         """Send the only answer, and that all went well."""
+        self.given_up = None
         size = len(data) + _PREFIX.size
         connection = self.connection
         if self.closed:
@@ -393,32 +408,44 @@ class Call:
             self._start()
 
     def _start(self) -> None:
-        self._task = self.connection.loop.create_task(self._run())
+        if not self._method.at_once:
+            self._task = self.connection.loop.create_task(self._run())
+            return
+        try:
+            self._method.behaviour(self._request(), self)
+        except Exception as error:
+            self._fail(error)
+
+    def _request(self) -> Any:
+        method = self._method
+        if method.many_requests:
+            return self
+        message = self._messages[0]
+        return message if method.deserialize is None else _deserialized(method, message)
 
     async def _run(self) -> None:
         method = self._method
         try:
-            request: Any = self
-            if not method.many_requests:
-                request = self._messages[0]
-                if method.deserialize is not None:
-                    request = _deserialized(method, request)
             if method.many_answers:
-                await self._answer_all(method.behaviour(request, self))
+                await self._answer_all(method.behaviour(self._request(), self))
                 self.finish(grpc.StatusCode.OK)
             else:
-                answer = await method.behaviour(request, self)
-                self._answer(answer if method.serialize is None else method.serialize(answer))
+                answer = await method.behaviour(self._request(), self)
+                self.answer(answer if method.serialize is None else method.serialize(answer))
         except _Aborted:
             pass
         except asyncio.CancelledError:
             self.finish(grpc.StatusCode.CANCELLED)
             raise
-        except _Unreadable:
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if isinstance(error, _Unreadable):
             self.finish(grpc.StatusCode.INVALID_ARGUMENT, "request: bytes that cannot be read as its message")
-        except Exception:
-            _logger.exception("a handler failed")
-            self.finish(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
+            return
+        _logger.error("a handler failed", exc_info=error)
+        self.finish(grpc.StatusCode.INTERNAL, "internal error; the server's log has the details")
 
     async def _answer_all(self, answers: Any) -> None:
         """answers: a generator of them, or what sends them with ``write``."""

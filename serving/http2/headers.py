@@ -156,7 +156,7 @@ def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
             text = base64.b64encode(value if isinstance(value, bytes) else value.encode()).rstrip(b"=")
         else:
             text = value if isinstance(value, bytes) else value.encode("latin-1")
-        if not key or name != name.lower() or any(byte < 0x20 or byte == 0x7F for byte in key + text):
+        if not key or name != name.lower() or _CONTROL.search(key + text):
             raise ValueError(f"{name!r} cannot be a header with the value {value!r}")
         block += b"\x00" + _length(len(key)) + key + _length(len(text)) + text
     return bytes(block)

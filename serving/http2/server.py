@@ -1,6 +1,7 @@
 """The server: methods, listening sockets, and a stop that loses no call."""
 
 import asyncio
+import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ class _Details(NamedTuple):
 
 class GrpcServer:
     """Serves gRPC without encryption. Handlers are added as to a ``grpc.aio.Server``, before ``start``.
+
+    One of a unary method may also be no coroutine: it is called at once, returns nothing, and answers then or later by
+    ``answer`` or ``finish`` of the call; where the call's ``given_up`` is set, it is told if nobody waits any more.
 
     connection_age: seconds after which a client's connection is renewed, 0 for never; grace: seconds that its calls
     then get to finish.
@@ -122,4 +126,6 @@ def _method(handler: "grpc.RpcMethodHandler[Any, Any]") -> Method:
         (True, True): handler.stream_stream,
     }
     many = bool(handler.request_streaming), bool(handler.response_streaming)
-    return Method(kinds[many], *many, handler.request_deserializer, handler.response_serializer)
+    behaviour = kinds[many]
+    at_once = many == (False, False) and not inspect.iscoroutinefunction(behaviour)
+    return Method(behaviour, *many, handler.request_deserializer, handler.response_serializer, at_once)
