@@ -15,13 +15,27 @@ RUN pip --python /opt/venv/bin/python install --no-cache-dir --require-hashes --
         --requirement "requirements/$EXTRA.txt" \
     && find /opt/venv -type d -name tests -prune -exec rm -r {} +
 
-# ONNX Runtime is inside its Python module. The same once more as a C library is for other programs, and its tools are
-# for making models: 45 MB that nothing here loads. The import shows that it is still so.
-RUN find /opt/venv -path '*/onnxruntime/capi/libonnxruntime.so*' -delete \
-    && rm -r /opt/venv/lib/python3*/site-packages/onnxruntime/transformers \
-        /opt/venv/lib/python3*/site-packages/onnxruntime/tools \
-        /opt/venv/lib/python3*/site-packages/onnxruntime/quantization \
-    && ORT_DISABLE_TELEMETRY=1 /opt/venv/bin/python -c "import onnxruntime"
+# What nothing here loads, and debug symbols. ONNX Runtime is inside its Python module; the same once more as a C
+# library is for other programs, and its tools are for making models. Images come as PNG or JPEG, so Pillow needs no
+# other format, no fonts and no colour profiles. Of Google's common protos, google.rpc is in use. The imports show that
+# it is still so. Any version of binutils will do, and the folder's name holds Python's version.
+# hadolint ignore=DL3003,DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends binutils \
+    && cd /opt/venv/lib/python3*/site-packages \
+    && strip --strip-unneeded uvloop/loop.*.so PIL/_imaging.*.so \
+    && apt-get purge --yes --auto-remove binutils \
+    && rm -rf /var/lib/apt/lists/* \
+        onnxruntime/capi/libonnxruntime.so* onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \
+        PIL/_avif.*.so PIL/_imagingcms.*.so PIL/_imagingft.*.so PIL/_imagingtk.*.so PIL/_webp.*.so \
+        pillow.libs/libavif-* pillow.libs/libbrotli* pillow.libs/libfreetype-* pillow.libs/libharfbuzz-* \
+        pillow.libs/liblcms2-* pillow.libs/libpng16-* pillow.libs/libsharpyuv-* pillow.libs/libwebp* \
+        numpy/_core/include numpy/_core/lib numpy/_core/_*_tests.*.so numpy/_core/_simd.*.so \
+        numpy/f2py numpy/random/lib \
+        google/api google/cloud google/gapic google/logging google/longrunning google/type \
+    && find . -name '*.pyi' -delete \
+    && ORT_DISABLE_TELEMETRY=1 /opt/venv/bin/python -c "import onnxruntime, uvloop; from google.rpc import status_pb2; \
+from opentelemetry.exporter.otlp.proto.grpc import trace_exporter; from PIL import JpegImagePlugin, PngImagePlugin"
 
 COPY . .
 # The models of the package move to where a volume can be mounted over them, which then begins with what is there.

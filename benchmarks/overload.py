@@ -1,7 +1,6 @@
 """``python -m benchmarks.overload``: the server at several times its capacity, from clients that do not wait for it."""
 
 import argparse
-import csv
 import shlex
 import statistics
 import sys
@@ -12,13 +11,11 @@ from typing import Any
 import grpc
 import numpy as np
 
+from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, LoadError, Overload, h2load_version, in_own_process
 from benchmarks.server import SERVICE, Case, Served, load, repository, serve, write_bodies
 from serving import artifact as artifacts
-from serving.runtime import onnxruntime
-from serving.settings import usable_cores
 from training.model import CONFIGS
-from training.provenance import commit, processor
 
 #: Enough in flight to keep the server busy, and not more than it takes at once.
 CAPACITY = Case(64)
@@ -120,17 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
         }  # fmt: skip
         for column, value in row.items():
             print(f"{column:<20}{value}")
-        rows.append(
-            row | {
-                "settings": options.settings, "device": processor(), "cores": usable_cores(),
-                "onnxruntime": onnxruntime().__version__, "grpcio": grpc.__version__, "commit": commit(),
-            }
-        )  # fmt: skip
+        rows.append(row | {"settings": options.settings, **origin()})
     if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(options.out, rows)
     return 0
 
 

@@ -50,17 +50,27 @@ class Page:
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs. targets: what to connect to, by transport (``tcp``, and ``unix`` where it can)."""
+    """A server that runs. targets: what to connect to, by transport (``tcp``, and ``unix`` where it can).
+
+    began: just before its process was started, in seconds since 1970, as the times in its log are.
+    """
 
     process: "subprocess.Popen[bytes]"
     targets: dict[str, str]
     metrics_url: str
     log: Path
+    began: float
+
+    def fetch(self, headers: Mapping[str, str] | None = None) -> bytes:
+        """The metrics page as the server sends it to whoever sends these headers. Raises OSError, HTTPException."""
+        request = urllib.request.Request(self.metrics_url, headers=dict(headers or {}))
+        with urllib.request.urlopen(request, timeout=10) as response:
+            body: bytes = response.read()
+        return body
 
     def page(self) -> Page:
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
-            families = text_string_to_metric_families(response.read().decode())
-            return Page(tuple((one.name, one.labels, one.value) for family in families for one in family.samples))
+        families = text_string_to_metric_families(self.fetch().decode())
+        return Page(tuple((one.name, one.labels, one.value) for family in families for one in family.samples))
 
     def page_after(self, ok: float, method: str) -> Page:
         """The page once that many calls of this method have ended with OK, and as many have ended as began.
@@ -85,10 +95,13 @@ class Served:
 
 
 @contextmanager
-def serve(repository: Path, precision: str, flags: Sequence[str], folder: Path) -> Iterator[Served]:
+def serve(
+    repository: Path, precision: str, flags: Sequence[str], folder: Path, poll_seconds: float = 0.05
+) -> Iterator[Served]:
     """``python -m serving`` on free ports, and on a Unix socket in ``folder`` where the server has them.
 
-    Raises LoadError with the end of its log where it does not start.
+    poll_seconds: between looks at its log for the line that says that it serves. Raises LoadError with the log's end
+    where it does not start.
     """
     log, unix_socket = folder / "server.log", folder / "socket"
     command = [sys.executable, "-m", "serving", "--port=0", "--metrics-port=0"]
@@ -97,17 +110,18 @@ def serve(repository: Path, precision: str, flags: Sequence[str], folder: Path) 
     has_socket = "--unix-socket" in known
     command += [f"--unix-socket={unix_socket}"] if has_socket else []
     with log.open("wb") as stream:
+        began = time.time()
         process = subprocess.Popen([*command, *flags], cwd=_ROOT, stdout=stream, stderr=stream)
     try:
-        ports = re.compile(r"gRPC on \S+:(\d+), metrics on (http://\S+)")
+        ports = re.compile(r'gRPC on \S+:(\d+), metrics on (http://[^\s"]+)')
         end = time.monotonic() + _START_SECONDS
         while not (found := ports.search(log.read_text(errors="replace"))):
             if process.poll() is not None or time.monotonic() > end:
                 raise LoadError(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.05)
+            time.sleep(poll_seconds)
         targets = {"tcp": f"127.0.0.1:{found[1]}"}
         targets |= {"unix": f"unix:{unix_socket}"} if has_socket else {}
-        yield Served(process, targets, found[2], log)
+        yield Served(process, targets, found[2], log, began)
     finally:
         process.terminate()
         try:

@@ -1,7 +1,6 @@
 """``python -m benchmarks.serving``: the server beside ONNX Runtime itself, and beside other servers, in one run."""
 
 import argparse
-import csv
 import itertools
 import os
 import shlex
@@ -27,15 +26,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.export import Predict, session
+from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, LoadError, Sample, h2load, h2load_version
 from benchmarks.server import Case, Page, Served, load, repository, serve, write_bodies
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving import artifact as artifacts
-from serving.runtime import onnxruntime
 from serving.settings import usable_cores
 from training.model import CONFIGS
-from training.provenance import commit, processor
 
 TRANSPORTS = ("tcp", "unix")
 PEER_IN_FLIGHT = 64
@@ -519,10 +517,9 @@ def main(arguments: list[str] | None = None) -> int:
         given.precision, given.rounds, given.seconds, tuple(shlex.split(given.settings)), tuple(given.transports),
         tuple(PEERS[name] for name in given.peers), given.peers_python or "",
     )  # fmt: skip
-    origin = {
-        "rounds": given.rounds, "seconds": given.seconds, "settings": given.settings, "device": processor(),
-        "cores": usable_cores(), "onnxruntime": onnxruntime().__version__, "grpcio": grpc.__version__,
-        "h2load": version.rpartition("/")[2], "commit": commit(),
+    how = {
+        "rounds": given.rounds, "seconds": given.seconds, "settings": given.settings,
+        "h2load": version.rpartition("/")[2], **origin(),
     }  # fmt: skip
     images = {str(case): case.images for case in CASES}
     rows: list[dict[str, Any]] = []
@@ -542,12 +539,9 @@ def main(arguments: list[str] | None = None) -> int:
             for (server, transport, load_), values in collected.medians()
         ]
         show(config, found)
-        rows += [row | origin for row in found]
+        rows += [row | how for row in found]
     if given.out:
-        with given.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *origin], restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(given.out, rows, (*COLUMNS, *how))
     if given.plot:
         plot(rows).savefig(given.plot, dpi=110)
     if missing:
