@@ -71,12 +71,14 @@ class _Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """max_batch: images in a batch. max_queue: images that wait. timeout: seconds after which a batch is given up.
+    """max_batch: images in a batch. good_batch: images from which on a larger batch takes hardly less time an image.
 
-    ageing: seconds by which an urgent request overtakes others; one that has waited longer is not overtaken.
+    max_queue: images that wait. timeout: seconds after which a batch is given up. ageing: seconds by which an urgent
+    request overtakes others; one that has waited longer is not overtaken.
     """
 
     max_batch: int
+    good_batch: int
     max_queue: int
     timeout: float
     ageing: float
@@ -85,8 +87,9 @@ class Limits:
 class Batcher:
     """One queue, and as many threads that compute as ``slots``.
 
-    When a slot is free it takes what waits, at once and up to ``max_batch`` images; there is no timer. While all
-    compute, requests gather for the next batch; once there are enough for a whole one, it is handed to a slot ahead.
+    When a slot is free it takes of what waits, at once and up to ``max_batch`` images; there is no timer. While all
+    compute, requests gather for the next batch; once there are ``good_batch``, it is handed to a slot ahead. What waits
+    is divided among all of these, so that no slot idles while answers go out and the next requests come in.
     Lives on one event loop; only ``predict`` is called from the threads.
     """
 
@@ -206,16 +209,19 @@ class Batcher:
         return max(0.0, min(slot.free_at for slot in self._slots) - now)
 
     def _dispatch(self) -> None:
-        """Hand batches to slots: whatever waits, divided among those that are idle, and whole ones to the others."""
+        """Hand batches to slots: whatever waits to those that are idle, and good ones ahead to the others."""
         self._scheduled = False
-        whole = self._limits.max_batch
+        good = self._limits.good_batch
         idle = [slot for slot in self._slots if not slot.batches]
         while idle and (self._again or self.queued):
-            self._start(idle[-1], min(whole, -(-self.queued // len(idle))))
-            idle.pop()
+            self._start(idle.pop(), max(min(good, -(-self.queued // (len(idle) + 1))), self._size()))
         for slot in self._slots:
-            if len(slot.batches) == 1 and (self._again or self.queued >= whole):
-                self._start(slot, whole)
+            if len(slot.batches) == 1 and (self._again or self.queued >= good):
+                self._start(slot, max(good, self._size()))
+
+    def _size(self) -> int:
+        """Of a batch, if all that waits is divided among what each slot computes now and what it computes next."""
+        return min(self._limits.max_batch, -(-self.queued // (2 * len(self._slots))))
 
     def _start(self, slot: "_Slot", size: int) -> None:
         now = time.monotonic()

@@ -14,7 +14,7 @@ from serving.metrics import Metrics, ModelMetrics
 from serving.runtime import CPU, Runtime, RuntimeSetupError
 from serving.settings import Settings, usable_cores
 from serving.tensors import TensorMessages
-from serving.tuning import Plan, Tuned, candidates, tune
+from serving.tuning import Plan, Tuned, candidates, good_batch, tune
 
 # On a GPU two calls overlap copies with computation; more only divide it.
 _GPU_RUNTIMES = (1, 2)
@@ -63,7 +63,13 @@ class ServedModel:
         """Take requests; on the event loop that is to serve them."""
         name, version, settings = self.artifact.name, self.artifact.version, self.settings
         self.metrics = ModelMetrics(self._all_metrics, name, version, self.artifact.labels)
-        limits = Limits(self.plan.max_batch, settings.max_queue, settings.batch_timeout, settings.priority_ageing)
+        limits = Limits(
+            self.plan.max_batch,
+            good_batch(self.cost, self.plan.max_batch),
+            settings.max_queue,
+            settings.batch_timeout,
+            settings.priority_ageing,
+        )
         self.batcher = Batcher(self.predict, self.metrics, limits, self.cost, self.plan.runtimes)
         self._all_metrics.queued.labels(name, version).set_function(lambda: self.batcher.queued)
         self._tell()

@@ -1,5 +1,6 @@
 """Self-tuning: how many threads, how many batches at once, and how large a batch, by measurement on this machine."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,13 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from serving.batcher import Images, Predict
+from serving.cost import BatchCost
 
 # What a batch costs beside its computation: the way to a thread and back, and taking its answers apart.
-_OVERHEAD_SECONDS = 0.0003
+_OVERHEAD_SECONDS = 0.00015
 # A smaller batch is taken where it loses no more than this, since its members wait less for each other.
 _NEARLY = 0.97
-_SAMPLE_SECONDS = 0.03
-_CALLS = 2
+# What a good batch may lose of the rate of batches without end.
+_GOOD = 0.93
+_SAMPLE_SECONDS = 0.015
 
 
 class Plan(NamedTuple):
@@ -65,6 +68,14 @@ def candidates(cores: int, threads: int, runtimes: int) -> list[tuple[int, int]]
     return sorted({(cores, 1), (1, cores), (max(1, cores // 2), min(2, cores))})
 
 
+def good_batch(cost: BatchCost, max_batch: int) -> int:
+    """Images from which on a larger batch takes hardly less time an image, ``max_batch`` at most."""
+    if not cost.per_image:
+        return max_batch
+    of_each_batch = cost.per_batch + _OVERHEAD_SECONDS
+    return min(max_batch, math.ceil(_GOOD / (1 - _GOOD) * of_each_batch / cost.per_image))
+
+
 def tune(
     open_runtime: Callable[[int], Predict],
     image_shape: tuple[int, int, int],
@@ -80,9 +91,19 @@ def tune(
     compared: list[Timing] = []
     opened: dict[int, Predict] = {}
     if len(pairs) > 1 or not max_batch:
-        for threads, runtimes in pairs:
-            predict = opened.setdefault(threads, open_runtime(threads))
-            compared += _compare(predict, image_shape, threads, runtimes, _sizes(max_batch or most))
+        for threads in {threads: None for threads, _ in pairs}:
+            opened[threads] = open_runtime(threads)
+        sizes = _sizes(max_batch or most)
+        # Twice over all of them, so that a machine that is slow for a moment misjudges none.
+        first, second = (
+            [
+                timing
+                for threads, runtimes in pairs
+                for timing in _time(opened[threads], image_shape, threads, runtimes, sizes, warm, 1, _SAMPLE_SECONDS)
+            ]
+            for warm in (False, True)
+        )
+        compared = [min(both, key=lambda timing: timing.seconds) for both in zip(first, second, strict=True)]
         best = max(timing.served_per_second for timing in compared)
         good = [timing for timing in compared if timing.served_per_second >= _NEARLY * best]
         # Of those that are nearly as fast as the fastest, the one whose batch is done first.
@@ -90,8 +111,8 @@ def tune(
         plan = Plan(chosen.threads, chosen.runtimes, max_batch or chosen.batch)
     else:
         plan = Plan(*pairs[0], max_batch)
-    predict = opened.get(plan.threads) or open_runtime(plan.threads)
-    timings = _compare(predict, image_shape, plan.threads, plan.runtimes, range(1, plan.max_batch + 1), least_seconds=0)
+    predict = opened[plan.threads] if opened else open_runtime(plan.threads)
+    timings = _time(predict, image_shape, plan.threads, plan.runtimes, range(1, plan.max_batch + 1))
     return predict, Tuned(plan, tuple(compared), tuple(timings))
 
 
@@ -100,29 +121,33 @@ def _sizes(most: int) -> list[int]:
     return sorted({*(2**power for power in range(most.bit_length())), most})
 
 
-def _compare(
+def _time(
     predict: Predict,
     image_shape: tuple[int, int, int],
     threads: int,
     runtimes: int,
     sizes: Iterable[int],
-    least_seconds: float = _SAMPLE_SECONDS,
+    warm: bool = False,
+    calls: int = 2,
+    least_seconds: float = 0.0,
 ) -> list[Timing]:
+    """Of each size in turn, the least of so many calls; warm: all have been computed before."""
     generator = np.random.default_rng(0)
     timings = []
     with ThreadPoolExecutor(runtimes) as pool:
         for size in sizes:
             images = generator.integers(0, 256, (size, *image_shape), np.uint8)
-            work = [pool.submit(_sample, predict, images, least_seconds) for _ in range(runtimes)]
+            work = [pool.submit(_sample, predict, images, warm, calls, least_seconds) for _ in range(runtimes)]
             timings.append(Timing(threads, runtimes, size, statistics.fmean(one.result() for one in work)))
     return timings
 
 
-def _sample(predict: Predict, images: Images, least_seconds: float) -> float:
+def _sample(predict: Predict, images: Images, warm: bool, calls: int, least_seconds: float) -> float:
     """Least seconds of a call: what else the machine does only adds to it. The first, which allocates, is left out."""
-    predict(images)
+    if not warm:
+        predict(images)
     seconds: list[float] = []
-    while len(seconds) < _CALLS or sum(seconds) < least_seconds:
+    while len(seconds) < calls or sum(seconds) < least_seconds:
         begin = time.perf_counter()
         predict(images)
         seconds.append(time.perf_counter() - begin)

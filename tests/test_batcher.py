@@ -101,7 +101,7 @@ def _run(
 
     async def main() -> None:
         metrics = Metrics()
-        limits = Limits(max_batch, max_queue, timeout, ageing)
+        limits = Limits(max_batch, max_batch, max_queue, timeout, ageing)
         batcher = Batcher(model.predict, ModelMetrics(metrics, "m", "1", ["only"]), limits, cost, slots)
         try:
             await test(Setting(batcher, model, metrics))

@@ -219,7 +219,7 @@ def test_a_request_that_is_given_up_just_when_its_time_runs_out_harms_no_other()
     async def main() -> None:
         metrics = ModelMetrics(Metrics(), "m", "1", ["only"])
         cost = BatchCost([(1, 0.0001), (4, 0.0004)])
-        batcher = Batcher(predict, metrics, Limits(4, 100, timeout=10, ageing=1), cost, slots=1)
+        batcher = Batcher(predict, metrics, Limits(4, 4, 100, timeout=10, ageing=1), cost, slots=1)
         images = np.zeros((1, 1, 1, 1), np.uint8)
         first = asyncio.create_task(submit(batcher, images))
         assert await asyncio.to_thread(begun.wait, 10)
