@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from serving.cost import BatchCost
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics import ModelMetrics
-from serving.runtime import Prediction, Share
+from serving.runtime import Answer, Prediction, Share
 
 Images = NDArray[np.uint8]
 Predict = Callable[[Images], Prediction]
@@ -28,8 +28,49 @@ _STALE = 10.0  # seconds after which the cost of a batch may be another
 # What is expected to be only just in time is too late: the answer has yet to go through the event loop.
 _MARGIN = 1.1
 _LAG_SECONDS = 0.002
+_OPEN, _DONE, _CANCELLED = "open", "done", "cancelled"
 
 _logger = logging.getLogger(__name__)
+
+
+class Promise:
+    """Like a future, but tells of its end at once, and only to one: ``then``, which must not raise."""
+
+    __slots__ = ("_error", "_result", "_state", "_then")
+
+    def __init__(self, then: "Callable[[Promise], None]") -> None:
+        self._then = then
+        self._state = _OPEN
+        self._result: Answer | None = None
+        self._error: Exception | None = None
+
+    def done(self) -> bool:
+        return self._state is not _OPEN
+
+    def cancelled(self) -> bool:
+        return self._state is _CANCELLED
+
+    def result(self) -> Answer:
+        """Raises what was set; only once done and not cancelled."""
+        if self._error:
+            raise self._error
+        assert self._result
+        return self._result
+
+    def set_result(self, result: Answer) -> None:
+        self._result = result
+        self._end(_DONE)
+
+    def set_exception(self, error: Exception) -> None:
+        self._error = error
+        self._end(_DONE)
+
+    def cancel(self) -> None:
+        self._end(_CANCELLED)
+
+    def _end(self, state: str) -> None:
+        self._state = state
+        self._then(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +82,7 @@ class Ticket:
     """
 
     images: Images
-    future: "asyncio.Future[Prediction]"
+    future: "asyncio.Future[Answer] | Promise"
     deadline: float | None
     urgent: bool
     queued_at: float
@@ -49,7 +90,7 @@ class Ticket:
     input_time: float = 0.0
     infer_time: float = 0.0
     taken: int = 0  # how many of its images are in batches
-    answers: list[tuple[int, Prediction]] = field(default_factory=list)  # by where they begin
+    answers: list[tuple[int, Share]] = field(default_factory=list)  # by where they begin
 
 
 class _Part(NamedTuple):
@@ -111,11 +152,18 @@ class Batcher:
         self._slots = [_Slot(self._compute, self._loop, self._finish) for _ in range(slots)]
         self._empty = asyncio.Event()
 
-    def enqueue(self, images: Images, deadline: float | None = None, urgent: bool = False) -> Ticket:
+    def enqueue(
+        self,
+        images: Images,
+        deadline: float | None = None,
+        urgent: bool = False,
+        then: Callable[[Promise], None] | None = None,
+    ) -> Ticket:
         """Queue images (n, C, H, W), n at least 1, to be computed in one or several batches.
 
         deadline: of the clock of ``time.monotonic``; a request that would be answered later is refused, or dropped
-        once that shows. Raises QueueFull, DeadlineUnmeetable or Draining; the future may also raise InferenceFailed.
+        once that shows. then: told of the answer at once, in place of a future that wakes a task. Raises QueueFull,
+        DeadlineUnmeetable or Draining; the future may also raise InferenceFailed.
         """
         if self._closing:
             raise Draining
@@ -131,7 +179,8 @@ class Batcher:
             expected = self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(batch)
             if _too_late(now, expected, deadline) and not self._is_probe(now):
                 raise _unmeetable(expected, deadline - now)
-        ticket = Ticket(images, self._loop.create_future(), deadline, urgent, now)
+        future = Promise(then) if then else self._loop.create_future()
+        ticket = Ticket(images, future, deadline, urgent, now)
         self._waiting[urgent].append(ticket)
         self._count(count)
         # Not at once: what else has arrived in this turn of the event loop belongs in the same batch.
@@ -140,8 +189,9 @@ class Batcher:
             self._loop.call_soon(self._dispatch)
         return ticket
 
-    async def wait(self, ticket: Ticket) -> Prediction:
+    async def wait(self, ticket: Ticket) -> Answer:
         """The answer to what was queued; a caller that is cancelled gives its request up. Raises as the future does."""
+        assert not isinstance(ticket.future, Promise)
         try:
             return await ticket.future
         except asyncio.CancelledError:
@@ -285,9 +335,7 @@ class Batcher:
             found = prediction.probabilities.shape[0], prediction.poses.shape[0]
             if found != (len(images), len(images)):
                 raise ValueError(f"{len(images)} images were answered with {found} probabilities and poses")
-            finite = np.asarray(
-                np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2))
-            )
+            finite = _finite(prediction)
         except Exception as error:
             _logger.exception("a batch of %d images failed", len(images))
             return _Outcome(error, np.empty(0, np.bool_), stacked - start, time.perf_counter() - stacked)
@@ -328,16 +376,15 @@ class Batcher:
                 continue
             ticket.input_time += outcome.input_time
             ticket.infer_time += outcome.infer_time
-            part = Share(prediction.probabilities[begin:end], prediction.poses[begin:end])
-            part.batch, part.start = prediction, begin
+            part = Share(prediction, begin, end)
             if stop - start == len(ticket.images):
                 ticket.future.set_result(part)
                 continue
             ticket.answers.append((start, part))
-            if sum(len(answer.probabilities) for _, answer in ticket.answers) == len(ticket.images):
+            if sum(answer.stop - answer.start for _, answer in ticket.answers) == len(ticket.images):
                 answers = [answer for _, answer in sorted(ticket.answers, key=lambda answer: answer[0])]
-                joined = (np.concatenate(arrays) for arrays in zip(*answers, strict=True))
-                ticket.future.set_result(Prediction(*joined))
+                probabilities = np.concatenate([answer.probabilities for answer in answers])
+                ticket.future.set_result(Prediction(probabilities, np.concatenate([one.poses for one in answers])))
 
     def _fail(self, batch: list[_Part]) -> None:
         """Members of a batch that failed are computed again one by one, so that one bad member fails alone."""
@@ -417,6 +464,13 @@ class _Slot:
                 self._loop.call_soon_threadsafe(self._finish, self, batch, outcome)
             except RuntimeError:  # the loop was closed while this hung
                 return
+
+
+def _finite(prediction: Prediction) -> NDArray[np.bool_]:
+    """Of each image, whether all of its answer is finite."""
+    if np.isfinite(prediction.probabilities.sum() + prediction.poses.sum()):  # far cheaper, and almost always so
+        return np.ones(len(prediction.probabilities), np.bool_)
+    return np.asarray(np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2)))
 
 
 def _too_late(now: float, expected: float, deadline: float) -> bool:

@@ -16,7 +16,7 @@ from serving.models import ServedModel
 from serving.pipeline import Pipeline
 from serving.repository import Repository, State
 from serving.rpc import Call, Edge, parse
-from serving.runtime import CPU, Prediction
+from serving.runtime import CPU, Answer
 from serving.settings import Settings
 from serving.statistics import Duration
 from serving.tensors import INPUT, POSES, PROBABILITIES, refused, schedule
@@ -230,7 +230,7 @@ class _Item:
         self._outputs = model.tensors.outputs(self._request)
         return model.tensors.images(self._request)
 
-    def encode(self, model: ServedModel, prediction: Prediction) -> bytes:
+    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
         return model.tensors.encode(self._request.id, self._outputs, prediction)
 
 
@@ -248,7 +248,7 @@ class _StreamItem(_Item):
             self.error = wrong
             self.images = 0
 
-    def encode(self, model: ServedModel, prediction: Prediction) -> bytes:
+    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
         return model.tensors.encode_for_stream(self._request.id, self._outputs, prediction)
 
     def encode_error(self, error: Exception, call: Call, seconds: float) -> bytes:

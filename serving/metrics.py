@@ -205,12 +205,7 @@ class ModelMetrics:
         """A request was answered; seconds of each part of its way."""
         self._decode_time.observe(decode)
         self._encode_time.observe(encode)
-        statistics = self.statistics
-        statistics.success.add(decode + queue + compute_input + infer + encode)
-        statistics.queue.add(queue)
-        statistics.compute_input.add(decode + compute_input)
-        statistics.compute_infer.add(infer)
-        statistics.compute_output.add(encode)
+        self.statistics.answered(queue, decode + compute_input, infer, encode)
 
     def failed(self, error: BaseException, seconds: float) -> None:
         """A request was answered with an error, or given up, so many seconds after it came."""

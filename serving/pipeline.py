@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from serving.batcher import Images, Ticket
+from serving.batcher import Images, Promise, Ticket
 from serving.errors import Draining
 from serving.models import ServedModel
 from serving.repository import Repository
 from serving.rpc import Call, Steps
-from serving.runtime import Prediction
+from serving.runtime import Answer
 
 
 class Item(Protocol):
@@ -31,7 +31,7 @@ class Item(Protocol):
     def decode(self, model: ServedModel, /) -> Images:
         """The images, (n, C, H, W), n at least 1. Raises InvalidRequest."""
 
-    def encode(self, model: ServedModel, prediction: Prediction, /) -> bytes:
+    def encode(self, model: ServedModel, prediction: Answer, /) -> bytes:
         """The answer's bytes."""
 
 
@@ -212,11 +212,11 @@ class _Request:
     def _queue(self, images: Images) -> None:
         self._decode_time = time.perf_counter() - self._began
         batcher = self._model.batcher
-        self._ticket = batcher.enqueue(images, _deadline(self._item, self._call), self._item.urgent)
+        deadline = _deadline(self._item, self._call)
+        self._ticket = batcher.enqueue(images, deadline, self._item.urgent, self._computed)
         self._call.when_given_up(lambda: batcher.give_up(self._ticket))
-        self._ticket.future.add_done_callback(self._computed)
 
-    def _computed(self, computing: "asyncio.Future[Prediction]") -> None:
+    def _computed(self, computing: Promise) -> None:
         if computing.cancelled():
             self._give_up()
             return
@@ -242,14 +242,15 @@ class _Request:
 
 def _deadline(item: Item, call: Call | None) -> float | None:
     """When the answer must be there. A stream's own deadline is that of its last answer, not of each."""
-    deadlines = [] if item.timeout is None else [time.monotonic() + item.timeout]
-    if call and call.deadline is not None:
-        deadlines.append(call.deadline)
-    return min(deadlines, default=None)
+    deadline = call.deadline if call else None
+    if item.timeout is None:
+        return deadline
+    timeout = time.monotonic() + item.timeout
+    return timeout if deadline is None else min(deadline, timeout)
 
 
 def _encode(
-    item: Item, model: ServedModel, ticket: Ticket, prediction: Prediction, decode_time: float, traced: bool
+    item: Item, model: ServedModel, ticket: Ticket, prediction: Answer, decode_time: float, traced: bool
 ) -> tuple[bytes, Steps | None]:
     begin = time.perf_counter()
     data = item.encode(model, prediction)

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from serving.errors import Draining, InvalidRequest, QueueFull, ServingError
+from serving.errors import InvalidRequest, QueueFull, ServingError
 from serving.logs import RefusalLog
 from serving.metrics import Metrics
 
@@ -90,7 +90,8 @@ class Call:
     def succeed(self, data: bytes, steps: Steps | None = None) -> None:
         """The RPC has an answer."""
         self._context.answer(data)
-        self.answered(self.seconds, steps)
+        if self.traced:
+            self.answered(self.seconds, steps)
         self.end(grpc.StatusCode.OK)
 
     def fail(self, error: Exception) -> None:
@@ -146,15 +147,10 @@ class Edge:
         self._metrics = metrics
         self.trace = trace
         self.log = RefusalLog()
-        self._draining = False
         #: What clients are told: new requests are welcome.
         self.ready = False
         #: RPCs that have begun and not ended.
         self.under_way = 0
-
-    def refuse_new(self) -> None:
-        """Answer every RPC that begins from now on with UNAVAILABLE; those under way go on."""
-        self._draining = True
 
     def to_status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
         """The status and text that a client is told, counted; what an error that is not ours says stays in the log."""
@@ -174,7 +170,6 @@ class Edge:
         async def handle(data: bytes, context: Any) -> None:
             call = Call(self, record, context)
             try:
-                self._admit()
                 response = await answer(data, call)
             except asyncio.CancelledError:
                 call.end()
@@ -198,7 +193,6 @@ class Edge:
         def handle(data: bytes, context: Any) -> None:
             call = Call(self, record, context)
             try:
-                self._admit()
                 begin(data, call)
             except Exception as error:
                 call.fail(error)
@@ -214,7 +208,6 @@ class Edge:
         async def handle(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
             call = Call(self, record, context)
             try:
-                self._admit()
                 async with aclosing(answer(requests, call)) as responses:
                     async for response in responses:
                         yield response
@@ -227,10 +220,6 @@ class Edge:
                 call.end(grpc.StatusCode.OK)
 
         return grpc.stream_stream_rpc_method_handler(handle)
-
-    def _admit(self) -> None:
-        if self._draining:
-            raise Draining
 
 
 def _details(error: Exception, code: grpc.StatusCode, text: str) -> tuple[tuple[str, str | bytes], ...]:

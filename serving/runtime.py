@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,11 +46,25 @@ class Prediction(NamedTuple):
     poses: NDArray[np.float32]
 
 
-class Share(Prediction):
-    """The part of a batch's prediction that is about one request: of ``batch``, from ``start`` on."""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a batch's prediction that is about one request: of ``batch``, from ``start`` to before ``stop``."""
 
     batch: Prediction
     start: int
+    stop: int
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        return self.batch.probabilities[self.start : self.stop]
+
+    @property
+    def poses(self) -> NDArray[np.float32]:
+        return self.batch.poses[self.start : self.stop]
+
+
+#: To one request: either has ``probabilities``, (n, J), and ``poses``, (n, J, E).
+Answer = Prediction | Share
 
 
 def onnxruntime() -> Any:

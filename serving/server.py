@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 # its answer from a service, in a stream in its turn.
 _TRANSPORT_LIMIT = 2
 _LONGEST_SOCKET = 107  # bytes of its path; a limit of the system's
-_REFUSAL_SECONDS = 0.2
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5
 
@@ -128,16 +127,14 @@ class Server:
             task.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self.settings.drain_delay)
-        # gRPC cancels what has arrived but not reached a handler when it stops. Refused in good order for a moment
-        # first, clients learn that they may retry elsewhere.
-        self._edge.refuse_new()
-        self._pipeline.end_streams()
-        await asyncio.sleep(_REFUSAL_SECONDS)
         end = time.monotonic() + self.settings.drain_seconds
+        self._pipeline.end_streams()
+        await self._grpc.drain(self.settings.drain_seconds)
+        self._pipeline.end_streams()  # those that were on their way
         while self._edge.under_way and time.monotonic() < end:
             await asyncio.sleep(_CHECK_SECONDS)
         # Not waiting for the watches of the health service, which would never end by themselves.
-        await self._grpc.stop(_LAST_ANSWERS_SECONDS if time.monotonic() < end else 0)
+        await self._grpc.stop(0)
         if self._admin:
             await self._admin.stop(0)
         # What still computes then hangs; its thread ends with the process.

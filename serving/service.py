@@ -14,7 +14,7 @@ from serving.metrics import Metrics
 from serving.models import ServedModel
 from serving.pipeline import Pipeline
 from serving.rpc import Call, Edge, parse
-from serving.runtime import Prediction
+from serving.runtime import Answer
 from serving.settings import Settings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
@@ -116,12 +116,17 @@ class _Item:
         self._request = request
         self._settings = settings
         self.images = len(request.images)
-        self.slow = any(image.encoded for image in request.images)
+        self._pixels = [image.pixels for image in request.images]
+        self.slow = not all(self._pixels) and any(image.encoded for image in request.images)
 
     def decode(self, model: ServedModel) -> Images:
         limit, shape = self._settings.max_images_per_request, model.artifact.image_shape
         if not 1 <= self.images <= limit:
             raise InvalidRequest("images", f"{self.images}; expected 1 to {limit} (max_images_per_request)")
+        channels, height, width = shape
+        if set(map(len, self._pixels)) == {channels * height * width}:
+            pixels = self._pixels[0] if self.images == 1 else b"".join(self._pixels)
+            return np.frombuffer(pixels, np.uint8).reshape(self.images, *shape)
         images = []
         for index, image in enumerate(self._request.images):
             match image.WhichOneof("content"):
@@ -131,9 +136,9 @@ class _Item:
                     images.append(from_encoded(image.encoded, shape, f"images[{index}].encoded"))
                 case _:
                     raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
-        return images[0][np.newaxis] if len(images) == 1 else np.stack(images)
+        return np.stack(images)
 
-    def encode(self, model: ServedModel, prediction: Prediction) -> bytes:
+    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
         return model.write_answer(prediction)
 
 
@@ -148,7 +153,7 @@ class _StreamItem(_Item):
         self._service = service
         self.error: Exception | None = error
 
-    def encode(self, model: ServedModel, prediction: Prediction) -> bytes:
+    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
         identifier = delimited(_ID, self._id.encode()) if self._id else b""
         return identifier + delimited(_RESPONSE, super().encode(model, prediction))
 

@@ -50,3 +50,11 @@ class Statistics:
     compute_output: Duration = field(default_factory=Duration)
     failures: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
+
+    def answered(self, queue: float, compute_input: float, compute_infer: float, compute_output: float) -> None:
+        """A request succeeded; seconds of each part of its time."""
+        self.success.add(queue + compute_input + compute_infer + compute_output)
+        self.queue.add(queue)
+        self.compute_input.add(compute_input)
+        self.compute_infer.add(compute_infer)
+        self.compute_output.add(compute_output)

@@ -11,7 +11,7 @@ from protos.inference import inference_pb2 as pb
 from serving.answers import delimited, tag, varint
 from serving.artifact import Artifact
 from serving.errors import InvalidRequest
-from serving.runtime import Prediction
+from serving.runtime import Answer
 
 INPUT, PROBABILITIES, POSES = "images", "probabilities", "poses"
 SHARED_MEMORY = "shared_memory_region"
@@ -87,11 +87,11 @@ class TensorMessages:
             chosen[name] = Output(name, self._classes(output, field) if output.parameters else 0)
         return tuple(chosen.values())
 
-    def encode(self, identifier: str, outputs: tuple[Output, ...], prediction: Prediction) -> bytes:
+    def encode(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> bytes:
         """A ModelInferResponse with these outputs; identifier: the request's."""
         return b"".join(self._parts(identifier, outputs, prediction))
 
-    def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], prediction: Prediction) -> bytes:
+    def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> bytes:
         """A ModelStreamInferResponse with these outputs; identifier: the request's."""
         parts = self._final, *self._parts(identifier, outputs, prediction)
         return b"".join((tag(_RESPONSE, _BYTES), varint(sum(map(len, parts))), *parts))
@@ -149,7 +149,7 @@ class TensorMessages:
             raise InvalidRequest(field, f"{classes}; expected 1 to {len(self._labels)}, the number of classes")
         return classes
 
-    def _parts(self, identifier: str, outputs: tuple[Output, ...], prediction: Prediction) -> list[bytes]:
+    def _parts(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> list[bytes]:
         """The bytes of a ModelInferResponse."""
         parts = [self._head]
         if identifier:

@@ -61,8 +61,8 @@ def _page(url: str) -> str:
 
 
 @contextmanager
-def _members(count: int) -> Iterator[list[Member]]:
-    command = [sys.executable, "-m", "serving", *FLAGS, "--drain-delay=1.5"]
+def _members(count: int, drain_delay: float = 1.5) -> Iterator[list[Member]]:
+    command = [sys.executable, "-m", "serving", *FLAGS, f"--drain-delay={drain_delay}"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(count)]
     try:
         yield [_member(process) for process in processes]
@@ -211,6 +211,19 @@ def test_a_server_stopped_under_load_loses_nothing_where_clients_watch_its_healt
 ) -> None:
     outcome = _balanced([*survivors, victim], _end(victim, signal.SIGTERM), retries=False)
     assert victim.process.returncode == 0
+    assert not outcome.failures
+    assert outcome.answered_after > 0
+
+
+def test_a_server_stopped_under_load_loses_nothing_where_clients_neither_watch_nor_retry_and_it_does_not_wait(
+    survivors: list[Member],
+) -> None:
+    with _members(1, drain_delay=0) as (victim,):
+        target = "ipv4:" + ",".join(member.address for member in (*survivors, victim))
+        config = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
+        options = [("grpc.service_config", config), ("grpc.enable_retries", 0)]
+        outcome = asyncio.run(_call(target, options, _end(victim, signal.SIGTERM)))
+        assert victim.process.returncode == 0
     assert not outcome.failures
     assert outcome.answered_after > 0
 

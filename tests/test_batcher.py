@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.batcher import Batcher, Limits
+from serving.batcher import Batcher, Limits, Promise
 from serving.cost import BatchCost
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics import Metrics, ModelMetrics
-from serving.runtime import Prediction
+from serving.runtime import Answer, Prediction
+from serving.tuning import good_batch
 
 POISON = 255
 NOT_FINITE = 254
@@ -60,14 +61,14 @@ class Setting:
     def value(self, name: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, {"model": "m", "version": "1"})
 
-    async def occupy(self) -> "asyncio.Task[Prediction]":
+    async def occupy(self) -> "asyncio.Task[Answer]":
         """Hold the model up in a batch of one image, 0."""
         self.model.hold()
         task = asyncio.create_task(submit(self.batcher, _images(0)))
         assert await asyncio.to_thread(self.model.begun.wait, 10)
         return task
 
-    async def queue(self, *values: int, urgent: bool = False) -> "asyncio.Task[Prediction]":
+    async def queue(self, *values: int, urgent: bool = False) -> "asyncio.Task[Answer]":
         task = asyncio.create_task(submit(self.batcher, _images(*values), urgent=urgent))
         await asyncio.sleep(0.001)
         return task
@@ -75,7 +76,7 @@ class Setting:
 
 async def submit(
     batcher: Batcher, images: NDArray[np.uint8], deadline: float | None = None, urgent: bool = False
-) -> Prediction:
+) -> Answer:
     return await batcher.wait(batcher.enqueue(images, deadline, urgent))
 
 
@@ -83,7 +84,7 @@ def _images(*values: int) -> NDArray[np.uint8]:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1)
 
 
-def _values(prediction: Prediction) -> list[int]:
+def _values(prediction: Answer) -> list[int]:
     return [int(value) for value in prediction.probabilities[:, 0]]
 
 
@@ -95,13 +96,14 @@ def _run(
     ageing: float = 10,
     slots: int = 1,
     cost: BatchCost = QUICK,
+    good_batch: int = 0,
 ) -> FakeModel:
-    """Run a test's coroutine with a batcher, and close the batcher after it."""
+    """Run a test's coroutine with a batcher, and close the batcher after it. good_batch: 0 for ``max_batch``."""
     model = FakeModel()
 
     async def main() -> None:
         metrics = Metrics()
-        limits = Limits(max_batch, max_batch, max_queue, timeout, ageing)
+        limits = Limits(max_batch, good_batch or max_batch, max_queue, timeout, ageing)
         batcher = Batcher(model.predict, ModelMetrics(metrics, "m", "1", ["only"]), limits, cost, slots)
         try:
             await test(Setting(batcher, model, metrics))
@@ -118,6 +120,41 @@ def test_an_idle_runtime_takes_a_single_request_at_once() -> None:
         assert _values(await submit(setting.batcher, _images(7))) == [7]
 
     assert _run(test).sizes == [1]
+
+
+def test_what_waits_is_divided_among_what_is_computed_now_and_next() -> None:
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        tasks += [await setting.queue(value) for value in range(1, 13)]
+        setting.model.go.set()
+        assert [_values(answer) for answer in await asyncio.gather(*tasks)] == [[value] for value in range(13)]
+
+    # Two are good enough to go ahead while the first is computed; once it is done, half of the other ten follow.
+    assert _run(test, max_batch=8, good_batch=2).sizes[:3] == [1, 2, 5]
+
+
+def test_good_batches_are_no_larger_than_they_need_to_be_and_no_smaller() -> None:
+    assert good_batch(BatchCost([(1, 0.0101), (2, 0.0201)]), 8) == 1
+    assert good_batch(BatchCost([(1, 0.0014), (2, 0.0024)]), 64) == 8  # 1 ms an image, 0.4 ms a batch
+    assert good_batch(BatchCost([(1, 0.01), (2, 0.0101)]), 64) == 64
+
+
+def test_an_answer_can_be_told_at_once_and_once() -> None:
+    async def test(setting: Setting) -> None:
+        told: list[Promise] = []
+        setting.model.hold()
+        first = setting.batcher.enqueue(_images(1), then=told.append)
+        given_up = setting.batcher.enqueue(_images(2), then=told.append)
+        late = setting.batcher.enqueue(_images(3), deadline=time.monotonic() + 0.01, then=told.append)
+        setting.batcher.give_up(given_up)
+        assert told == [given_up.future] and told[0].cancelled()
+        setting.batcher.give_up(given_up)
+        setting.model.go.set()
+        await asyncio.sleep(0.1)
+        assert set(map(id, told[1:])) == {id(first.future), id(late.future)} and len(told) == 3
+        assert isinstance(first.future, Promise) and _values(first.future.result()) == [1]
+
+    _run(test, max_batch=1)
 
 
 def test_requests_that_come_together_are_computed_together_even_when_the_runtime_is_idle() -> None:
@@ -189,10 +226,10 @@ def test_streams_wait_for_half_the_queue_in_the_order_they_came() -> None:
         tasks = [await setting.occupy()]
         order: list[int] = []
 
-        async def patient(value: int) -> Prediction:
+        async def patient(value: int) -> Answer:
             ticket = await setting.batcher.enqueue_patiently(_images(value, value, value))
             order.append(value)
-            return await ticket.future
+            return await setting.batcher.wait(ticket)
 
         tasks += [asyncio.create_task(patient(value)) for value in range(1, 6)]
         await asyncio.sleep(0.01)
@@ -252,7 +289,7 @@ def test_what_is_ahead_counts_towards_a_deadline_and_an_urgent_request_is_not_be
             setting.batcher.enqueue(_images(4), deadline=time.monotonic() + 0.65)
         ticket = setting.batcher.enqueue(_images(5), deadline=time.monotonic() + 0.65, urgent=True)
         setting.model.go.set()
-        await asyncio.gather(*tasks, ticket.future)
+        await asyncio.gather(*tasks, setting.batcher.wait(ticket))
 
     _run(test, cost=BatchCost([(1, 0.1), (2, 0.2)]))
 
@@ -264,9 +301,9 @@ def test_a_request_whose_time_ran_out_in_the_queue_is_dropped_and_told() -> None
         kept = setting.batcher.enqueue(_images(2))
         await asyncio.sleep(0.06)
         setting.model.go.set()
-        await asyncio.gather(first, kept.future)
+        await asyncio.gather(first, setting.batcher.wait(kept))
         with pytest.raises(DeadlineUnmeetable):
-            await late.future
+            await setting.batcher.wait(late)
         assert setting.value("capsnet_expired_images_total") == 1
         assert setting.batcher.queued == 0
 
@@ -299,7 +336,7 @@ def test_one_poisoned_member_fails_alone() -> None:
         await first
         answers = await asyncio.gather(*others, return_exceptions=True)
         assert isinstance(answers[5], InferenceFailed)
-        values = [_values(answer) for answer in answers if isinstance(answer, Prediction)]
+        values = [_values(answer) for answer in answers if isinstance(answer, Answer)]
         assert values == [[value] for value in range(32) if value != 5]
         assert _values(await submit(setting.batcher, _images(50))) == [50]
         assert setting.value("capsnet_inference_failures_total") == 2
@@ -315,7 +352,7 @@ def test_an_answer_that_is_not_finite_fails_alone_and_nothing_is_computed_again(
         setting.model.go.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(answers[2], InferenceFailed)
-        assert [_values(answer) for answer in answers if isinstance(answer, Prediction)] == [[0], [1], [3]]
+        assert [_values(answer) for answer in answers if isinstance(answer, Answer)] == [[0], [1], [3]]
         assert setting.value("capsnet_non_finite_images_total") == 1
 
     assert _run(test).batches == [[0], [1, NOT_FINITE, 3]]

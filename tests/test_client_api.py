@@ -259,6 +259,20 @@ def test_the_input_is_read_no_further_than_a_window_ahead(client: CapsNetClient,
     _wait_for(lambda: threading.active_count() <= threads)
 
 
+def test_a_stream_that_is_read_to_its_end_is_none_that_was_cancelled(
+    running: Running, stream: Stream, digits: Digits
+) -> None:
+    def ended(code: str) -> float:
+        labels = {"grpc_type": "bidi_stream", "grpc_service": "capsnet.v1.CapsNetService"}
+        labels |= {"grpc_method": "ClassifyStream", "grpc_code": code}
+        return running.server.metrics.registry.get_sample_value("grpc_server_handled_total", labels) or 0.0
+
+    ok, cancelled = ended("OK"), ended("CANCELLED")
+    for _ in range(10):
+        assert _labels(stream(digits.images[:1])) == "7"
+    assert (ended("OK") - ok, ended("CANCELLED") - cancelled) == (10, 0)
+
+
 def test_stopping_early_leaves_no_task(running: Running, digits: Digits) -> None:
     async def main() -> int:
         async with AsyncCapsNetClient(running.address) as client:

@@ -18,7 +18,7 @@ from serving.client.connection import FIRST_BACKOFF
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, Unavailable, failure_of_call
 from serving.client.inputs import Images, Item, ItemError, ShapeError, blocks, items_of, located, messages, read
 from serving.client.results import Classification, Model
-from serving.client.window import Window
+from serving.client.window import LAST_SECONDS, Window
 
 # What grpc.aio puts in the place of a call's status where the server ended the call while a request was being written.
 _WRITE_FAILED = "Internal error from Core"
@@ -204,6 +204,7 @@ class AsyncCapsNetClient(ClientBase):
                 if isinstance(outcome, Classification):
                     self._note(outcome.model_name, outcome.model_version)
                 yield outcome
+            await stream.finish()
         finally:
             await stream.stop()
 
@@ -249,6 +250,10 @@ class _Stream:
             await _wait(self._ready, patience.left())
         self._room.set()
         return outcome
+
+    async def finish(self) -> None:
+        """After the last result, wait a little for the call's status: without it a server counts a cancelled call."""
+        await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
 
     async def stop(self) -> None:
         """End all tasks."""

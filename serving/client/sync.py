@@ -16,7 +16,7 @@ from serving.client.connection import FIRST_BACKOFF
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
 from serving.client.inputs import Images, Item, ItemError, ShapeError, items_of, located, messages, read
 from serving.client.results import Classification, Model
-from serving.client.window import Window
+from serving.client.window import LAST_SECONDS, Window
 
 _Open = Callable[[Iterator[pb.ClassifyStreamRequest]], Any]
 
@@ -193,6 +193,7 @@ class CapsNetClient(ClientBase):
                 if isinstance(outcome, Classification):
                     self._note(outcome.model_name, outcome.model_version)
                 yield outcome
+            stream.finish()
         finally:
             stream.stop()
 
@@ -224,6 +225,7 @@ class _Stream:
         self._calls = 0
         self._call: Any = None
         self._stopped = False
+        self._ended = threading.Event()  # the last call has its status
         self._read_error: BaseException | None = None
         self._error: BaseException | None = None
 
@@ -245,6 +247,10 @@ class _Stream:
                 self._ready.wait(patience.left())
             self._room.notify()
             return outcome
+
+    def finish(self) -> None:
+        """After the last result, wait a little for the call's status: without it a server counts a cancelled call."""
+        self._ended.wait(LAST_SECONDS)
 
     def stop(self) -> None:
         """Let all threads end."""
@@ -328,6 +334,7 @@ class _Stream:
             self._calls += 1
             self._to_send.notify_all()
             self._ready.notify()
+        self._ended.set()
 
     def _wait_to_call(self) -> bool:
         """Wait until there is something to send; False where there will be nothing."""

@@ -20,6 +20,8 @@ JOINED = 64
 _BUSY = 2
 #: Bytes of images that wait for their answers, at most.
 MAX_BYTES = 64 * 2**20
+#: After the last answer, at most, until a call's status is given up.
+LAST_SECONDS = 1.0
 
 
 @dataclass(eq=False, slots=True)

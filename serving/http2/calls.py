@@ -130,7 +130,7 @@ class Call:
         self._method = method
         self._limits = limits
         self._may_receive = WINDOW
-        self._partial = bytearray()  # of a message
+        self._partial: bytearray | None = None  # of a message
         self._held = 0  # bytes that count in the budget
         self._messages: deque[bytes] = deque()
         self._ended = False  # the client has sent all
@@ -364,7 +364,7 @@ class Call:
         if data is self._partial:
             del self._partial[:at]
         elif at < end:
-            self._partial += data[at:]
+            self._partial = bytearray(data[at:])
         if self._messages and self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
         return True

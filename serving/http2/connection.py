@@ -75,7 +75,10 @@ class Connection(asyncio.Protocol):
         self._idle_frames = 0
         self._idle_since = loop.time()
         self._out: list[bytes] = []
+        self._draining = False
         self._ending = False  # the client has been told of the last stream that is answered
+        #: Done once it has, or has gone.
+        self.told: asyncio.Future[None] = loop.create_future()
         self._closing = False
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
@@ -107,6 +110,7 @@ class Connection(asyncio.Protocol):
             self._stall.cancel()
         for call in list(self._calls.values()):
             call.abandon()
+        self._is_told()
         self._terms.lost(self)
 
     def pause_writing(self) -> None:
@@ -151,7 +155,15 @@ class Connection(asyncio.Protocol):
                 if at > end:
                     at = begin - _HEAD_BYTES
                     break
-                self._read(kind, flags, stream & frames.MOST_WINDOW, data[begin:at])
+                if self._block and kind != frames.CONTINUATION:
+                    raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
+                stream &= frames.MOST_WINDOW
+                if kind == frames.DATA:
+                    self._data(flags, stream, data[begin:at])
+                elif kind == frames.HEADERS:
+                    self._headers(flags, stream, data[begin:at])
+                else:
+                    self._read(kind, flags, stream, data[begin:at])
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
         except Exception:  # a fault of this server's must not leave a connection that nobody reads
@@ -179,8 +191,9 @@ class Connection(asyncio.Protocol):
 
     def drain(self, grace: float) -> None:
         """Let the client open no more calls, and close once those that are open are over; at latest after ``grace``."""
-        if self._closing:
+        if self._closing or self._draining:
             return
+        self._draining = True
         # Calls that are on their way already are taken: only after an answer to a ping is the last one known.
         self.send(frames.go_away(frames.MOST_STREAMS, ErrorCode.NO_ERROR))
         self.send(frames.frame(frames.PING, 0, 0, _GOING))
@@ -204,13 +217,8 @@ class Connection(asyncio.Protocol):
             self._transport.write(out[0] if len(out) == 1 else b"".join(out))
 
     def _read(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if self._block and kind != frames.CONTINUATION:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
-        if kind == frames.DATA:
-            self._data(flags, stream, payload)
-        elif kind == frames.HEADERS:
-            self._headers(flags, stream, payload)
-        elif not self._settled and kind != frames.SETTINGS:
+        """Any frame but DATA and HEADERS."""
+        if not self._settled and kind != frames.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         elif kind == frames.WINDOW_UPDATE:
             self._window_update(stream, frames.read_number(payload, "WINDOW_UPDATE"))
@@ -398,9 +406,14 @@ class Connection(asyncio.Protocol):
         if self._ending or self._closing:
             return
         self._ending = True
+        self._is_told()
         self.send(frames.go_away(self._last_stream, ErrorCode.NO_ERROR))
         if not self._calls:
             self._close()
+
+    def _is_told(self) -> None:
+        if not self.told.done():
+            self.told.set_result(None)
 
     def _fail(self, code: ErrorCode, text: str) -> None:
         _logger.debug("a connection is closed: %s, %s", code.name, text)

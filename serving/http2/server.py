@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,24 +68,37 @@ class GrpcServer:
         for listening in self._listening:
             await listening.start_serving()
 
-    async def stop(self, grace: float) -> None:
-        """Take no connection and no call any more, and wait for those under way, for at most ``grace`` seconds.
+    async def drain(self, grace: float) -> None:
+        """Take no connection any more, and let clients open no more calls; returns once they know, and others are gone.
 
-        Clients are told which of their calls are not taken, so that they can send them elsewhere.
+        Calls that were on their way are taken, and those under way go on, for ``grace`` seconds at most. What a client
+        calls later it may send elsewhere, which gRPC's clients do by themselves.
         """
         for listening in self._listening:
             listening.close()
         for path in self._unix_paths:
             path.unlink(missing_ok=True)
-        for connection in list(self._connections):
+        connections = list(self._connections)
+        for connection in connections:
             connection.drain(grace)
+        await asyncio.gather(*(connection.told for connection in connections))
+
+    async def stop(self, grace: float) -> None:
+        """Drain, and wait for the calls under way, for at most ``grace`` seconds; then end them."""
+        draining = asyncio.create_task(self.drain(grace))
+        await asyncio.sleep(0)  # it closes what listens, so that no connection is added
         if self._connections:
             self._empty.clear()
-            try:
-                await asyncio.wait_for(self._empty.wait(), grace + _LAST_SECONDS)
-            except TimeoutError:
-                for connection in list(self._connections):
-                    connection.abort()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), grace)
+        for connection in list(self._connections):
+            connection.cut_off()
+        if self._connections:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), _LAST_SECONDS)
+        for connection in list(self._connections):
+            connection.abort()
+        await draining
 
     @property
     def connections(self) -> int:

@@ -1,0 +1,175 @@
+"""``python -m benchmarks.transport``: what gRPC alone costs a call, in serving/http2 and in grpc.aio, side by side."""
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvloop
+from grpc import aio
+from tqdm import tqdm
+
+from benchmarks.figures import origin, write
+from benchmarks.load import H2LOAD_MISSING, LoadError, framed, h2load, h2load_version, in_own_process
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.http2.calls import Budget, Limits
+from serving.http2.server import GrpcServer
+
+#: As large as a digit's request and its answer.
+REQUEST = bytes(804)
+ANSWER = pb.ClassifyStreamResponse(response=pb.ClassifyResponse(model_name=760 * "m")).SerializeToString()
+OURS, THEIRS = "serving.http2", "grpc.aio"
+IN_FLIGHT = 64
+_SERVICE = "benchmark.Echo"
+_UNARY, _STREAM = "unary", "streamed"
+_STREAMS = 4
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+async def _unary(request: bytes, context: Any) -> bytes:
+    return ANSWER
+
+
+def _unary_at_once(request: bytes, context: Any) -> None:
+    context.answer(ANSWER)
+
+
+async def _stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+    async for _ in requests:
+        yield ANSWER
+
+
+async def serve(transport: str) -> None:
+    """Answer each request with the same bytes, until the process is ended; prints the port."""
+    unary: Any = _unary_at_once if transport == OURS else _unary
+    handlers = {
+        "Unary": grpc.unary_unary_rpc_method_handler(unary),
+        "Stream": grpc.stream_stream_rpc_method_handler(_stream),
+    }
+    generic = grpc.method_handlers_generic_handler(_SERVICE, handlers)
+    if transport == OURS:
+        ours = GrpcServer(Limits(2**22, "", Budget(2**28), ""))
+        ours.add_generic_rpc_handlers((generic,))
+        port = await ours.listen("127.0.0.1", 0)
+        await ours.start()
+    else:
+        theirs = aio.server(options=[("grpc.optimization_target", "throughput")])
+        theirs.add_generic_rpc_handlers((generic,))
+        port = theirs.add_insecure_port("127.0.0.1:0")
+        await theirs.start()
+    print(port, flush=True)
+    await asyncio.Event().wait()
+
+
+@contextmanager
+def _process(transport: str) -> Iterator[tuple[int, str]]:
+    """A server as a process of its own: its process id and its address."""
+    command = [sys.executable, "-m", "benchmarks.transport", "--serve", transport]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as process:
+        assert process.stdout
+        try:
+            yield process.pid, f"127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
+
+
+def _cpu_seconds(process: int) -> float:
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / _TICKS
+
+
+@dataclass
+class Collected:
+    """Of one transport and kind of call, a figure a round."""
+
+    per_second: list[float] = field(default_factory=list)
+    cpu_us: list[float] = field(default_factory=list)
+
+
+def measure(rounds: int, calls: int, seconds: float, folder: Path) -> dict[tuple[str, str], Collected]:
+    """Every transport and kind in turns. Raises LoadError where a call fails."""
+    body = folder / "body"
+    body.write_bytes(framed(REQUEST))
+    found = {(kind, transport): Collected() for kind in (_UNARY, _STREAM) for transport in (OURS, THEIRS)}
+    with ExitStack() as stack, tqdm(total=rounds * len(found), leave=False) as bar:
+        servers = {transport: stack.enter_context(_process(transport)) for transport in (OURS, THEIRS)}
+        for number in range(rounds + 1):
+            for (kind, transport), collected in found.items():
+                process, target = servers[transport]
+                before = _cpu_seconds(process)
+                if kind == _UNARY:
+                    sample = h2load(target, f"/{_SERVICE}/Unary", body, IN_FLIGHT, calls)
+                    done, took = sample.requests, sample.seconds
+                else:
+                    told = in_own_process(
+                        "streams", "--seconds", seconds, "--streams", _STREAMS, "--in-flight", IN_FLIGHT,
+                        target, f"/{_SERVICE}/Stream", body,
+                    )  # fmt: skip
+                    done, took = told["requests"], told["seconds"]
+                if number:  # the first round warms up
+                    collected.per_second.append(done / took)
+                    collected.cpu_us.append(1e6 * (_cpu_seconds(process) - before) / done)
+                    bar.update()
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__)
+    command.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each figure (default: 7)")
+    command.add_argument("--calls", type=int, default=10_000, metavar="N", help="unary, a sample (default: 10000)")
+    command.add_argument("--seconds", type=float, default=1.0, help="of a sample of streams (default: 1)")
+    command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
+    command.add_argument("--serve", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
+    options = command.parse_args(arguments)
+    if options.serve:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(options.serve))
+    if options.rounds < 1 or options.calls < 1 or not options.seconds > 0:
+        command.error("--rounds, --calls and --seconds: expected numbers above 0")
+    version = h2load_version()
+    if version is None:
+        print(H2LOAD_MISSING, file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = measure(options.rounds, options.calls, options.seconds, Path(folder))
+        except LoadError as error:
+            print(error, file=sys.stderr)
+            return 1
+    rows = []
+    for (kind, transport), collected in found.items():
+        theirs = found[kind, THEIRS]
+        ratios = [other / mine for mine, other in zip(collected.cpu_us, theirs.cpu_us, strict=True)]
+        rows.append(
+            {
+                "calls": kind,
+                "transport": transport,
+                "per_second": f"{statistics.median(collected.per_second):.4g}",
+                "server_cpu_us": f"{statistics.median(collected.cpu_us):.3g}",
+                "times_cheaper": f"{statistics.median(ratios):.3g}",
+                "times_cheaper_least": f"{min(ratios):.3g}",
+                "times_cheaper_most": f"{max(ratios):.3g}",
+                "in_flight": IN_FLIGHT,
+                "rounds": options.rounds,
+                "h2load": version.rpartition("/")[2],
+                **origin(),
+            }
+        )
+    for row in rows:
+        print("".join(f"{row[name]:>20}" for name in list(row)[:7]))
+    if options.out:
+        write(options.out, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
