@@ -61,6 +61,21 @@ class Handlers:
             raise
         return b"awake"
 
+    async def answer(self, request: bytes, context: Any) -> None:
+        await asyncio.sleep(0)
+        context.answer(request)
+
+    def answer_at_once(self, request: bytes, context: Any) -> None:
+        context.answer(request)
+
+    def answer_later(self, request: bytes, context: Any) -> None:
+        context.given_up = self.cancelled.set
+        asyncio.get_running_loop().call_later(float(request), lambda: context.answer(b"awake"))
+        self.started.set()
+
+    def fail_at_once(self, request: bytes, context: Any) -> None:
+        raise RuntimeError("/a/secret/path")
+
     async def fail(self, request: bytes, context: Any) -> bytes:
         raise RuntimeError("/a/secret/path")
 
@@ -100,7 +115,11 @@ class Handlers:
             {
                 "Echo": unary(self.echo),
                 "Wait": unary(self.wait),
+                "Answer": unary(self.answer),
+                "AnswerAtOnce": unary(self.answer_at_once),
+                "AnswerLater": unary(self.answer_later),
                 "Fail": unary(self.fail),
+                "FailAtOnce": unary(self.fail_at_once),
                 "Refuse": unary(self.refuse),
                 "Parse": unary(self.echo, request_deserializer=lambda data: bytes([int(data)])),
                 "Repeat": grpc.unary_stream_rpc_method_handler(self.repeat),
@@ -332,9 +351,36 @@ def test_a_handler_refuses_with_text_and_metadata(serving: Serving) -> None:
     assert dict(metadata).items() >= {"key": "value", "key-bin": b"\0\xff"}.items()
 
 
-def test_what_a_handler_raises_stays_in_the_log(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("method", ["Answer", "AnswerAtOnce"])
+def test_a_handler_may_answer_by_itself(serving: Serving, caplog: pytest.LogCaptureFixture, method: str) -> None:
     with serving.channel as channel:
-        error = failure(channel.unary_unary("/test.Test/Fail"), b"")
+        assert channel.unary_unary(f"/test.Test/{method}")(b"a", timeout=10) == b"a"
+    assert not caplog.text
+
+
+def test_who_answers_later_is_told_when_nobody_waits_any_more(serving: Serving) -> None:
+    with serving.channel as channel:
+        assert channel.unary_unary("/test.Test/AnswerLater")(b"0.1", timeout=10) == b"awake"
+        assert not serving.handlers.cancelled.is_set()
+        error = failure(channel.unary_unary("/test.Test/AnswerLater"), b"0.5", timeout=0.2)
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert serving.handlers.cancelled.wait(10)
+        serving.handlers.cancelled.clear()
+        serving.handlers.started.clear()
+        call = channel.unary_unary("/test.Test/AnswerLater").future(b"0.5")
+        assert serving.handlers.started.wait(10)
+        call.cancel()
+        assert serving.handlers.cancelled.wait(10)
+        time.sleep(0.6)  # an answer that is too late harms nothing
+        assert channel.unary_unary("/test.Test/Echo")(b"a", timeout=10) == b"a"
+
+
+@pytest.mark.parametrize("method", ["Fail", "FailAtOnce"])
+def test_what_a_handler_raises_stays_in_the_log(
+    serving: Serving, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    with serving.channel as channel:
+        error = failure(channel.unary_unary(f"/test.Test/{method}"), b"")
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in (error.details() or "")
     assert "secret" in caplog.text

@@ -431,7 +431,8 @@ class Call:
                 self.finish(grpc.StatusCode.OK)
             else:
                 answer = await method.behaviour(self._request(), self)
-                self.answer(answer if method.serialize is None else method.serialize(answer))
+                if answer is not None:  # else it has called ``answer`` or ``finish`` itself
+                    self.answer(answer if method.serialize is None else method.serialize(answer))
         except _Aborted:
             pass
         except asyncio.CancelledError:
