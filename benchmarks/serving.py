@@ -515,7 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options = Options(
         given.precision, given.rounds, given.seconds, tuple(shlex.split(given.settings)), tuple(given.transports),
-        tuple(PEERS[name] for name in given.peers), given.peers_python or "",
+        tuple(PEERS[name] for name in given.peers), str(Path(given.peers_python or "").absolute()),
     )  # fmt: skip
     how = {
         "rounds": given.rounds, "seconds": given.seconds, "settings": given.settings,

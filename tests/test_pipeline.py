@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -228,7 +229,11 @@ def test_of_a_batch_of_32_with_a_poisoned_member_31_are_answered(start: Callable
 
         return failing
 
-    running = start(with_predict(lambda predict: gate(fail_on_poison(predict))), max_batch=32, runtimes=1)
+    def patch(model: ServedModel) -> None:
+        with_predict(lambda predict: gate(fail_on_poison(predict)))(model)
+        model.batcher._limits = replace(model.batcher._limits, good_batch=32)  # one batch, not several that are good
+
+    running = start(patch, max_batch=32, runtimes=1)
     first = later(running)
     gate.wait()
     calls = [later(running, image(POISON if index == 17 else index)) for index in range(32)]
