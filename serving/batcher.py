@@ -39,7 +39,7 @@ class Promise:
     __slots__ = ("_error", "_result", "_state", "_then")
 
     def __init__(self, then: "Callable[[Promise], None]") -> None:
-        self._then = then
+        self._then: Callable[[Promise], None] | None = then
         self._state = _OPEN
         self._result: Answer | None = None
         self._error: Exception | None = None
@@ -70,7 +70,9 @@ class Promise:
 
     def _end(self, state: str) -> None:
         self._state = state
-        self._then(self)
+        then, self._then = self._then, None  # else the two would keep each other
+        assert then
+        then(self)
 
 
 @dataclass(slots=True, eq=False)

@@ -74,5 +74,7 @@ class InferenceFailed(ServingError):
         super().__init__("the model could not compute this request")
 
 
+#: The reason of what is refused before a service sees it: too large, too much at once, or no call of a method.
+TRANSPORT = "transport"
 #: What the metrics call the reasons of a refusal.
-REASONS = (ServingError.reason, *(error.reason for error in ServingError.__subclasses__()))
+REASONS = (ServingError.reason, *(error.reason for error in ServingError.__subclasses__()), TRANSPORT)

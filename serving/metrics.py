@@ -59,7 +59,7 @@ class Metrics:
         )
         self.refused = self._counter(
             "capsnet_refused_total",
-            "Requests answered with an error, by reason (the names of serving/errors.py, and internal).",
+            "Requests answered with an error, by reason (the names of serving/errors.py).",
             ("reason",),
         )
         self.in_flight = self._gauge("capsnet_rpcs_in_flight", "RPCs that have begun and not ended.")

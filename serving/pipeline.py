@@ -205,7 +205,11 @@ class _Request:
             self._give_up()
             return
         try:
-            self._queue(decoding.result())
+            images = decoding.result()
+            if self._call.over:
+                self._give_up()
+            else:
+                self._queue(images)
         except Exception as error:
             self._fail(error)
 

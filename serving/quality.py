@@ -54,9 +54,11 @@ class Quality:
 
     def add(self, prediction: Prediction) -> None:
         """A batch's answers, all finite; they show after ``update``."""
-        self._new.append(prediction.probabilities)
-        self._new_images += len(prediction.probabilities)
-        if self._new_images >= _AT_ONCE:
+        with self._lock:
+            self._new.append(prediction.probabilities)
+            self._new_images += len(prediction.probabilities)
+            many = self._new_images >= _AT_ONCE
+        if many:
             self.update()
 
     def update(self) -> None:

@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from serving.errors import InvalidRequest, QueueFull, ServingError
+from serving.errors import TRANSPORT, InvalidRequest, QueueFull, ServingError
+from serving.http2.headers import Metadata
 from serving.logs import RefusalLog
 from serving.metrics import Metrics
 
@@ -83,6 +84,12 @@ class Call:
     def traced(self) -> bool:
         return self._edge.trace is not None
 
+    @property
+    def over(self) -> bool:
+        """The client waits for the answer no more."""
+        over: bool = self._context.over
+        return over
+
     def when_given_up(self, then: Callable[[], object]) -> None:
         """Have it told, in place of what was before, when the client waits for the answer no more."""
         self._context.given_up = then
@@ -103,7 +110,8 @@ class Call:
 
     def end(self, code: grpc.StatusCode | None = None) -> None:
         """The RPC is over; without a code since the client, or its deadline, ended it."""
-        self._record.end(self._began, code or _why_given_up(self._context))
+        given_up = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
+        self._record.end(self._began, code or given_up)
         self._edge.under_way -= 1
 
     @property
@@ -119,15 +127,17 @@ class Call:
     def refused(self, seconds: float, code: grpc.StatusCode, text: str) -> None:
         """The RPC, or a request in its stream, got an error after so many seconds."""
         level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.INFO
-        self._edge.log.write(level, self.method, code.name, text, self._request_id)
+        self._edge.log.write(
+            level, self.method, code.name, text, lambda: request_id(self._context.invocation_metadata())
+        )
         if trace := self._edge.trace:
             trace(self.method, self._context.invocation_metadata(), seconds, None, code)
 
-    def _request_id(self) -> str:
-        """The client's own, or else one made up."""
-        metadata = self._context.invocation_metadata()
-        given = next((value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)), "")
-        return given[:_SHOWN] if given else secrets.token_hex(8)
+
+def request_id(metadata: Metadata) -> str:
+    """The client's own, or else one made up."""
+    given = next((value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)), "")
+    return given[:_SHOWN] if given else secrets.token_hex(8)
 
 
 def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
@@ -151,6 +161,11 @@ class Edge:
         self.ready = False
         #: RPCs that have begun and not ended.
         self.under_way = 0
+
+    def refused_by_transport(self, path: str, metadata: Metadata, code: grpc.StatusCode, text: str) -> None:
+        """Count and log a call that no service has seen."""
+        self._metrics.refused.labels(TRANSPORT).inc()
+        self.log.write(logging.INFO, path[1:][:_SHOWN], code.name, text, lambda: request_id(metadata))
 
     def to_status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
         """The status and text that a client is told, counted; what an error that is not ours says stays in the log."""
@@ -241,13 +256,6 @@ def _details(error: Exception, code: grpc.StatusCode, text: str) -> tuple[tuple[
     packed.Pack(detail)
     status = Status(code=code.value[0], message=text, details=[packed])
     return (("grpc-status-details-bin", status.SerializeToString()), *hint)
-
-
-def _why_given_up(context: Any) -> grpc.StatusCode:
-    """A client's deadline ends a call as well as the client itself."""
-    remaining = context.time_remaining()
-    expired = remaining is not None and remaining <= 0
-    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
 
 
 class _Recorder:

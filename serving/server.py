@@ -188,6 +188,7 @@ class Server:
             message_text=f"the limit is {settings.max_request_bytes} bytes (max_request_bytes)",
             budget=Budget(settings.max_bytes_under_way),
             budget_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
+            refused=self._edge.refused_by_transport,
         )
         # What is under way on a connection that is renewed has as long as in a stop.
         return GrpcServer(limits, settings.connection_seconds, settings.drain_seconds)

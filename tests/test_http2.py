@@ -137,6 +137,7 @@ class Serving(NamedTuple):
     port: int
     loop: asyncio.AbstractEventLoop
     budget: Budget
+    refused: list[tuple[str, grpc.StatusCode, str]]
 
     @property
     def channel(self) -> Any:
@@ -154,11 +155,15 @@ def serve(**options: float) -> Iterator[Serving]:
     budget = Budget(BUDGET)
 
     async def start() -> Serving:
-        server, handlers = GrpcServer(Limits(MOST_BYTES, "too large", budget, "too many"), **options), Handlers()
+        refused: list[tuple[str, grpc.StatusCode, str]] = []
+        limits = Limits(
+            MOST_BYTES, "too large", budget, "too many", lambda path, _, code, text: refused.append((path, code, text))
+        )
+        server, handlers = GrpcServer(limits, **options), Handlers()
         server.add_generic_rpc_handlers((handlers.generic(),))
         port = await server.listen("127.0.0.1", 0)
         await server.start()
-        return Serving(server, handlers, port, loop, budget)
+        return Serving(server, handlers, port, loop, budget, refused)
 
     try:
         serving = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
@@ -333,6 +338,20 @@ def test_compressed_messages_are_read(serving: Serving, compression: grpc.Compre
         assert channel.unary_unary("/test.Test/Echo")(bytes(5000), compression=compression, timeout=10) == bytes(5000)
 
 
+@pytest.mark.parametrize("size", [60_000, 70_000, 900_000])
+def test_compressed_messages_keep_their_order_though_large_ones_are_unpacked_in_a_thread(
+    serving: Serving, size: int
+) -> None:
+    requests = [b"%d " % index * (size // 8 if index % 3 == 0 else 3) for index in range(20)]
+    with serving.channel as channel:
+        answers = channel.stream_stream("/test.Test/EchoAll")(
+            iter(requests), compression=grpc.Compression.Gzip, timeout=20
+        )
+        assert list(answers) == requests
+        echo = channel.unary_unary("/test.Test/Echo")
+        assert echo(requests[3], compression=grpc.Compression.Gzip, timeout=10) == requests[3]
+
+
 def test_metadata_and_the_deadline_reach_the_handler(serving: Serving) -> None:
     metadata = (("key", "value"), ("key-bin", b"\0\xff,"), ("empty", ""))
     with serving.channel as channel:
@@ -468,7 +487,7 @@ def test_requests_that_nobody_reads_are_held_back_at_the_client(serving: Serving
         call = channel.stream_stream("/test.Test/NeverRead")(requests())
         wait_for(lambda: serving.budget.used > WINDOW // 2)
         time.sleep(0.3)
-        assert serving.budget.used <= WINDOW
+        assert serving.budget.used <= 1.1 * WINDOW
         call.cancel()
         wait_for(lambda: serving.budget.used == 0)
 
@@ -521,6 +540,59 @@ def test_requests_of_too_many_bytes_at_once_are_refused_until_others_are_over(se
     wait_for(lambda: serving.budget.used == 0)
     with serving.channel as channel:
         assert channel.unary_unary("/test.Test/Echo")(b"a", timeout=10) == b"a"
+
+
+def test_messages_that_never_come_in_full_cannot_keep_others_out(serving: Serving) -> None:
+    parked = Raw(serving.port)
+    for stream in range(1, 2 * BUDGET // WINDOW + 20, 2):
+        parked.send(headers(stream, parked.block()) + data(stream, struct.pack(">BI", 0, MOST_BYTES), 0))
+        for _ in range(WINDOW // 16384 - 1):
+            parked.send(data(stream, bytes(16384), 0))
+        while parked.updates[0] < (stream // 2 - 60) * WINDOW:
+            parked.read_some()
+    with serving.channel as channel:
+        for _ in range(20):
+            assert channel.unary_unary("/test.Test/Echo")(bytes(MOST_BYTES), timeout=10) == bytes(MOST_BYTES)
+    assert parked.read(1).headers["grpc-status"] == "8"
+    parked.socket.close()
+
+
+def test_answers_that_are_not_taken_are_given_up(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.http2.calls._UNREAD_SECONDS", 0.3)
+    raw = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 0})
+    raw.call(1, bytes(1000))
+    assert raw.read(1).reset == ErrorCode.CANCEL
+    assert serving.budget.used == 0
+    raw.socket.close()
+
+
+def test_what_is_read_after_a_call_is_over_is_not_released_twice(serving: Serving, raw: Raw) -> None:
+    for stream in range(1, 100, 2):
+        many = b"".join(framed(bytes(1000)) for _ in range(10))
+        raw.send(headers(stream, raw.block("/test.Test/EchoAll")) + data(stream, many, 0))
+        raw.send(frames.reset(stream, ErrorCode.CANCEL))
+    raw.call(101, b"a")
+    assert raw.read(101).messages == [b"a"]
+    wait_for(lambda: serving.budget.used == 0)
+
+
+def test_headers_count_as_well(serving: Serving, raw: Raw) -> None:
+    for stream in range(1, 200, 2):
+        raw.send(headers(stream, raw.block("/test.Test/Echo", ("key", "v" * 2000))))
+    wait_for(lambda: serving.budget.used > 100 * 2000)
+
+
+def test_metadata_above_the_limit_is_refused_and_harms_no_other_call(serving: Serving) -> None:
+    with serving.channel as channel:
+        waiting = channel.unary_unary("/test.Test/Wait").future(b"0.5", timeout=10)
+        assert serving.handlers.started.wait(10)
+        error = failure(channel.unary_unary("/test.Test/Echo"), b"", metadata=(("key", "v" * 17_000),))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (error.details() or "").startswith("metadata: 17")
+        assert waiting.result() == b"awake"
+    [(path, code, text)] = serving.refused
+    assert (path, code) == ("/test.Test/Echo", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert text == error.details()
 
 
 # A strict peer
@@ -633,6 +705,36 @@ def test_the_windows_are_filled_up_again(serving: Serving, raw: Raw) -> None:
     assert raw.updates[0] > 20 * MOST_BYTES
 
 
+def test_a_client_that_wants_a_smaller_table_for_headers_gets_it(serving: Serving) -> None:
+    raw = Raw(serving.port, settings={frames.HEADER_TABLE_SIZE: 0})
+    raw.decoder.max_allowed_table_size = 0  # raises where the server does not say that it keeps to it
+    for stream in (1, 3):
+        raw.call(stream, b"a")
+        assert raw.read(stream).messages == [b"a"]
+    raw.socket.close()
+
+
+def test_a_ping_with_every_call_is_no_flood(serving: Serving, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.http2.connection._MOST_IDLE_FRAMES", 50)
+    for stream in range(1, 600, 2):
+        raw.call(stream, b"a")
+        raw.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+        assert raw.read(stream).messages == [b"a"]
+
+
+def test_windows_that_stay_shut_cost_others_nothing(serving: Serving) -> None:
+    raw = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 0})
+    for stream in range(1, 2 * MOST_CALLS, 2):
+        raw.call(stream, b"a")
+    wait_for(lambda: serving.budget.used > MOST_CALLS * 100)
+    raw.send(frames.window_update(0, 1) * 3000)
+    with serving.channel as channel:
+        begin = time.monotonic()
+        assert channel.unary_unary("/test.Test/Echo")(b"a", timeout=10) == b"a"
+        assert time.monotonic() - begin < 3
+    raw.socket.close()
+
+
 def test_pings_are_answered(serving: Serving, raw: Raw) -> None:
     raw.send(frames.frame(frames.PING, 0, 0, b"12345678"))
     raw.read_until(lambda: raw.pings == [b"12345678"])
@@ -723,6 +825,7 @@ BODIES: dict[str, tuple[str, bytes, int]] = {
     "half of a prefix": ("Echo", b"\0\0", 3),
     "one and a half in a stream": ("EchoAll", framed(b"a") + framed(b"abc")[:-1], 3),
     "compressed, without saying how": ("Echo", framed(b"abc", compressed=True), 13),
+    "a flag that means nothing": ("Echo", b"\2" + framed(b"abc")[1:], 13),
 }
 
 
@@ -758,7 +861,6 @@ FAULTS: dict[str, tuple[Any, ErrorCode]] = {
     "a reset of two bytes": (lambda raw: frames.frame(frames.RST_STREAM, 0, 1, b"12"), ErrorCode.FRAME_SIZE_ERROR),
     "a stream of the server's": (lambda raw: headers(2, raw.block()), ErrorCode.PROTOCOL_ERROR),
     "headers for no stream": (lambda raw: headers(0, raw.block()), ErrorCode.PROTOCOL_ERROR),
-    "headers twice": (lambda raw: headers(1, raw.block()) + headers(1, raw.block()), ErrorCode.PROTOCOL_ERROR),
     "headers that are interrupted": (lambda raw: headers(1, b"", 0) + headers(3, b""), ErrorCode.PROTOCOL_ERROR),
     "headers continued elsewhere": (
         lambda raw: headers(1, b"", 0) + frames.frame(frames.CONTINUATION, 4, 3),
@@ -767,9 +869,18 @@ FAULTS: dict[str, tuple[Any, ErrorCode]] = {
     "a continuation of nothing": (lambda raw: frames.frame(frames.CONTINUATION, 4, 1), ErrorCode.PROTOCOL_ERROR),
     "headers without end": (_continued, ErrorCode.ENHANCE_YOUR_CALM),
     "headers that cannot be read": (lambda raw: headers(1, b"\xff\xff\xff\xff\xff"), ErrorCode.COMPRESSION_ERROR),
-    "headers too large": (
-        lambda raw: headers(1, _literal("a", "b" * 100) + b"\x40\x01c\x7f\xa1\x1f" + b"d" * 4000 + b"\xbe" * 50),
+    "headers far too large": (
+        lambda raw: headers(1, _literal("a", "b" * 100) + b"\x40\x01c\x7f\xa1\x1e" + b"d" * 4000 + b"\xbe" * 50),
         ErrorCode.COMPRESSION_ERROR,
+    ),
+    "a table resized three times": (lambda raw: headers(1, b"\x20\x21\x22" + raw.block()), ErrorCode.COMPRESSION_ERROR),
+    "windows too large by settings": (
+        lambda raw: (
+            headers(1, raw.block())
+            + frames.window_update(1, 2**30)
+            + frames.settings({frames.INITIAL_WINDOW_SIZE: 2**30})
+        ),
+        ErrorCode.FLOW_CONTROL_ERROR,
     ),
     "headers shorter than their priority": (lambda raw: headers(1, b"abc", 0x24), ErrorCode.FRAME_SIZE_ERROR),
     "padding longer than its frame": (
@@ -815,6 +926,27 @@ def test_a_fault_ends_its_connection_alone(serving: Serving, raw: Raw, name: str
     other.call(1, b"a")
     assert other.read(1).messages == [b"a"]
     other.socket.close()
+
+
+STREAM_FAULTS: dict[str, tuple[Any, ErrorCode]] = {
+    "headers twice": (lambda raw: headers(1, raw.block()), ErrorCode.PROTOCOL_ERROR),
+    "a window of nothing": (lambda raw: frames.window_update(1, 0), ErrorCode.PROTOCOL_ERROR),
+    "a window too large": (lambda raw: frames.window_update(1, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
+    "a priority of three bytes": (lambda raw: frames.frame(frames.PRIORITY, 0, 1, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "trailers after the end": (
+        lambda raw: data(1, framed(b"60")) + headers(1, raw.encoder.encode([("x", "y")]), 0x05),
+        ErrorCode.STREAM_CLOSED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAM_FAULTS)
+def test_a_fault_on_a_stream_ends_it_alone(serving: Serving, raw: Raw, name: str) -> None:
+    make, code = STREAM_FAULTS[name]
+    raw.send(headers(1, raw.block("/test.Test/Wait")) + make(raw))
+    assert raw.read(1).reset == code
+    raw.call(3, b"b")
+    assert raw.read(3).messages == [b"b"]
 
 
 def test_a_stream_with_more_than_its_window_is_reset(serving: Serving, raw: Raw) -> None:
@@ -956,6 +1088,23 @@ def test_a_stop_does_not_wait_for_a_client_that_answers_nothing() -> None:
         begin = time.monotonic()
         serving.stop(0.2)
         assert time.monotonic() - begin < 3
+        raw.socket.close()
+
+
+def test_a_stop_does_not_wait_for_a_client_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.http2.connection._CLOSE_SECONDS", 0.3)
+    with serve() as serving:
+        raw = Raw.__new__(Raw)
+        raw.socket = socket.socket()
+        raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.socket.connect(("127.0.0.1", serving.port))
+        raw.encoder = Encoder()
+        raw.send(frames.PREFACE + frames.settings({frames.INITIAL_WINDOW_SIZE: 2**30}))
+        raw.send(frames.window_update(0, 2**30))
+        raw.call(1, b"200 10000", "/test.Test/Repeat")
+        time.sleep(0.3)
+        raw.send(frames.frame(frames.SETTINGS, 0, 0, bytes(5)))  # the server closes, and has much to send
+        wait_for(lambda: serving.server.connections == 0)
         raw.socket.close()
 
 

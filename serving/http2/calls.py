@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -25,6 +25,9 @@ WINDOW = 2**18
 #: Encodings of messages that a client may use, and zlib's parameter for each.
 ENCODINGS = {"gzip": 31, "deflate": 15}
 _MOST_UNSENT = 2**16  # bytes of answers that wait for the client, after which a stream's handler waits
+_UNREAD_SECONDS = 60.0  # for a client without a deadline to take its only answer
+_MESSAGE_BYTES = 64  # that a message takes beside its own
+_UNPACKED_AT_ONCE = 2**16  # bytes that are unpacked on the event loop; more takes a thread
 _PREFIX = struct.Struct(">BI")  # before each message: whether it is compressed, and its length
 _STREAM = struct.Struct(">I")
 _END = frames.END_STREAM | frames.END_HEADERS
@@ -49,20 +52,29 @@ class Method:
 
 @dataclass(slots=True)
 class Budget:
-    """Bytes of requests that are under way, of all clients; most: how many there may be."""
+    """Bytes of requests under way, and of answers that their clients do not take, of all clients.
+
+    most: how many there may be. partial: the calls with a message that has not come in full, in the order of their
+    beginning.
+    """
 
     most: int
     used: int = 0
+    partial: "dict[Call, None]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """message: most bytes of one; message_text and budget_text: what clients are told of the limits."""
+    """message: most bytes of one; message_text and budget_text: what clients are told of the limits.
+
+    refused: told of each call that the transport itself refuses: its path, its metadata, the status and the text.
+    """
 
     message: int
     message_text: str
     budget: Budget
     budget_text: str
+    refused: Callable[[str, headers.Metadata, grpc.StatusCode, str], None] = lambda *_: None
 
 
 class _Aborted(Exception):
@@ -85,7 +97,6 @@ class Call:
     """
 
     __slots__ = (
-        "_ended",
         "_head",
         "_headers_sent",
         "_held",
@@ -99,12 +110,15 @@ class Call:
         "_task",
         "_timer",
         "_trailers",
+        "_unpacking",
         "_unsent",
         "_unsent_bytes",
         "_waiter",
         "closed",
         "connection",
         "deadline",
+        "ended",
+        "expired",
         "given_up",
         "stream",
         "window",
@@ -131,9 +145,11 @@ class Call:
         self._limits = limits
         self._may_receive = WINDOW
         self._partial: bytearray | None = None  # of a message
-        self._held = 0  # bytes that count in the budget
+        self._unpacking: asyncio.Future[bytes | None] | None = None  # of a message
+        self._held = head.size  # bytes that count in the budget
         self._messages: deque[bytes] = deque()
-        self._ended = False  # the client has sent all
+        #: The client has sent all.
+        self.ended = False
         self._waiter: asyncio.Future[None] | None = None  # of who reads
         self._room: asyncio.Future[None] | None = None  # of who writes
         self._unsent: deque[memoryview] = deque()
@@ -143,6 +159,8 @@ class Call:
         self._task: asyncio.Task[None] | None = None
         #: Of the clock of ``time.monotonic``.
         self.deadline: float | None = None
+        #: The deadline, and not the client, ended it.
+        self.expired = False
         #: Told when nobody waits for the answer any more, before there is one.
         self.given_up: Callable[[], object] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -152,6 +170,10 @@ class Call:
 
     def begin(self) -> None:
         """Once the headers are there: a method that takes many requests can start."""
+        budget = self._limits.budget
+        budget.used += self._held
+        if budget.used > budget.most and not self._make_room():
+            return
         if self._head.timeout_error:
             self.refuse(grpc.StatusCode.INTERNAL, f"grpc-timeout: {self._head.timeout_error!r} is not a timeout")
         elif self._method.many_requests:
@@ -176,7 +198,7 @@ class Call:
 
     async def write(self, message: Any) -> None:
         """Send an answer of several; waits while the client does not read."""
-        if self.closed:
+        if self.over:
             return
         data = message if self._method.serialize is None else self._method.serialize(message)
         size = len(data) + _PREFIX.size
@@ -199,12 +221,12 @@ class Call:
 
     async def __anext__(self) -> Any:
         while not self._messages:
-            if self._ended or self.closed:
+            if self.ended or self.closed:
                 raise StopAsyncIteration
             self._waiter = self.connection.loop.create_future()
             await self._waiter
         data = self._messages.popleft()
-        self._release(len(data) + _PREFIX.size)
+        self._release(len(data) + _PREFIX.size + _MESSAGE_BYTES)
         if not self._messages:
             self._let_send()
         return data if self._method.deserialize is None else self._method.deserialize(data)
@@ -216,21 +238,20 @@ class Call:
             self.connection.send(frames.reset(self.stream, ErrorCode.FLOW_CONTROL_ERROR))
             self.abandon()
             return
-        if self._ended:
+        if self.ended:
             self.connection.send(frames.reset(self.stream, ErrorCode.STREAM_CLOSED))
             self.abandon()
             return
-        self._ended = end
+        self.ended = end
         if self._trailers is not None:
             return
         budget = self._limits.budget
-        self._held += len(data)
-        budget.used += len(data)
-        if budget.used > budget.most:
-            self.refuse(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"requests of {budget.used} bytes are under way; {self._limits.budget_text}; try again later",
-            )
+        self._hold(len(data))
+        if budget.used > budget.most and not self._make_room():
+            return
+        if self._unpacking:
+            self._partial = self._partial or bytearray()
+            self._partial += data
             return
         if self._partial:
             self._partial += data
@@ -245,12 +266,20 @@ class Call:
 
     def end(self) -> None:
         """The client has sent all, and said so without data."""
-        if not self._ended:
-            self._ended = True
-            self._all_received()
+        if not self.ended:
+            self.ended = True
+            if not self._unpacking and not self.over:
+                self._all_received()
+
+    @property
+    def over(self) -> bool:
+        """Nobody waits for anything more."""
+        return self.closed or self._trailers is not None
 
     def refuse(self, code: grpc.StatusCode, text: str) -> None:
         """End the call with an error, whatever its handler does."""
+        if not self.over and not self._task and not self.given_up:
+            self._limits.refused(self._head.path, self._head.metadata, code, text)
         self._stop_handler()
         self.finish(code, text)
 
@@ -272,10 +301,15 @@ class Call:
         while unsent:
             size = min(len(unsent[0]), self.window, connection.window, frames.MOST_BYTES)
             if size <= 0:
+                if self.window > 0:
+                    connection.blocked[self.stream] = self
+                else:  # not to be looked at again before its own window opens
+                    connection.blocked.pop(self.stream, None)
                 return
             self.window -= size
             connection.window -= size
             self._unsent_bytes -= size
+            self._release(size)
             connection.send(frames.frame(frames.DATA, 0, self.stream, bytes(unsent[0][:size])))
             if size == len(unsent[0]):
                 unsent.popleft()
@@ -284,8 +318,13 @@ class Call:
         connection.blocked.pop(self.stream, None)
         self.wake_writer()
         if self._trailers is not None:
-            connection.send(frames.header_frames(self.stream, self._trailers, end_stream=True))
+            connection.send_headers(self.stream, self._trailers, end_stream=True)
             self._leave()
+
+    def pump_more(self) -> None:
+        """The window is another."""
+        if self._unsent:
+            self.pump()
 
     def wake_writer(self) -> None:
         if self._room and not self._room.done():
@@ -294,7 +333,7 @@ class Call:
     def finish(self, code: grpc.StatusCode, text: str = "", metadata: Iterable[tuple[str, str | bytes]] = ()) -> None:
         """Send the status, after all that waits to be sent."""
         self.given_up = None
-        if self.closed or self._trailers is not None:
+        if self.over:
             return
         if code is grpc.StatusCode.OK:
             self._trailers = headers.OK
@@ -315,7 +354,8 @@ class Call:
         connection = self.connection
         if self.closed:
             return
-        if size <= self.window and size <= connection.window and size <= frames.MOST_BYTES:
+        fits = size <= self.window and size <= connection.window and size <= frames.MOST_BYTES
+        if fits and not connection.shrinks_table:
             connection.window -= size
             stream = self._stream_bytes
             head = _head_of(frames.DATA, 0, size)
@@ -330,65 +370,119 @@ class Call:
         self._send_headers()
         self._queue(data)
         self.finish(grpc.StatusCode.OK)
+        if not self.closed and not self._timer:
+            self._timer = connection.loop.call_later(_UNREAD_SECONDS, self._expire)
 
     def _send_headers(self) -> None:
         self._headers_sent = True
-        self.connection.send(b"".join((_ANSWER_HEAD, self._stream_bytes, headers.ANSWER)))
+        self.connection.send_headers(self.stream, headers.ANSWER, end_stream=False)
 
     def _queue(self, data: bytes) -> None:
         message = _PREFIX.pack(0, len(data)) + data
         self._unsent.append(memoryview(message))
         self._unsent_bytes += len(message)
-        self.connection.blocked[self.stream] = self
+        self._hold(len(message))
         self.pump()
 
+    def _make_room(self) -> bool:
+        """Give up messages that have been coming for the longest, or else this call; False if it is this."""
+        budget = self._limits.budget
+        while budget.used > budget.most and not self.over:
+            call = next(iter(budget.partial), self)
+            budget.partial.pop(call, None)
+            call.refuse(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"requests of {budget.used} bytes are under way; {self._limits.budget_text}; try again later",
+            )
+        return not self.over
+
     def _split(self, data: bytes | bytearray) -> bool:
-        """Take the whole messages from what came; False if the call has ended over it."""
+        """Take the whole messages from what came; False if the call ends over it, or goes on once one is unpacked."""
         at, end = 0, len(data)
-        while end - at >= _PREFIX.size:
-            compressed, length = _PREFIX.unpack_from(data, at)
-            if length > self._limits.message:
-                self._refuse_size(f"{length} bytes")
-                return False
-            stop = at + _PREFIX.size + length
-            if stop > end:
-                break
-            message = bytes(data[at + _PREFIX.size : stop])
-            at = stop
-            if compressed and (message := self._decompressed(message)) is None:  # type: ignore[assignment]
-                return False
-            if self._messages and not self._method.many_requests:
-                self.refuse(grpc.StatusCode.UNIMPLEMENTED, "several messages; expected one")
-                return False
-            self._messages.append(message)
+        try:
+            while end - at >= _PREFIX.size:
+                compressed, length = _PREFIX.unpack_from(data, at)
+                if length > self._limits.message:
+                    self._refuse_size(f"{length} bytes")
+                    return False
+                stop = at + _PREFIX.size + length
+                if stop > end:
+                    break
+                message = bytes(data[at + _PREFIX.size : stop])
+                at = stop
+                if not (self._unpack(message, compressed) if compressed else self._take(message)):
+                    return False
+            return True
+        finally:
+            self._keep(data, at)
+
+    def _keep(self, data: bytes | bytearray, at: int) -> None:
+        """What came from ``at`` on belongs to a message that is not whole."""
+        partial = self._limits.budget.partial
+        if self.closed:
+            return
         if data is self._partial:
             del self._partial[:at]
-        elif at < end:
+            if not self._partial:
+                partial.pop(self, None)
+        elif at < len(data):
             self._partial = bytearray(data[at:])
-        if self._messages and self._waiter and not self._waiter.done():
+            partial[self] = None
+
+    def _take(self, message: bytes) -> bool:
+        """A message has come; False if it is one too many."""
+        if self._messages and not self._method.many_requests:
+            self.refuse(grpc.StatusCode.UNIMPLEMENTED, "several messages; expected one")
+            return False
+        self._messages.append(message)
+        self._hold(_MESSAGE_BYTES)
+        if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
         return True
 
-    def _decompressed(self, data: bytes) -> bytes | None:
+    def _unpack(self, data: bytes, flag: int) -> bool:
+        """Take a compressed message; False if the call has ended over it, or goes on once it is unpacked."""
         encoding = self._head.encoding
-        if encoding not in ENCODINGS:
+        if flag != 1 or encoding not in ENCODINGS:
             self.refuse(grpc.StatusCode.INTERNAL, "a message is compressed; grpc-encoding does not say how")
-            return None
+            return False
         reader = zlib.decompressobj(ENCODINGS[encoding])
-        try:
-            message = reader.decompress(data, self._limits.message + 1)
-        except zlib.error:
-            message = b""
-        if len(message) > self._limits.message:
+        begin = _inflate(reader, data, _UNPACKED_AT_ONCE)
+        if begin is None or reader.eof:
+            return self._unpacked(data, begin, reader)
+        # The rest may take so long that others would wait for it.
+        most = self._limits.message + 1 - len(begin)
+        self._unpacking = self.connection.loop.run_in_executor(None, _inflate, reader, reader.unconsumed_tail, most)
+        self._unpacking.add_done_callback(lambda rest: self._go_on(data, begin, rest, reader))
+        return False
+
+    def _go_on(self, data: bytes, begin: bytes, rest: "asyncio.Future[bytes | None]", reader: Any) -> None:
+        """A large message is unpacked; what came after it waits."""
+        self._unpacking = None
+        if self.over or rest.cancelled():
+            return
+        end = rest.result()
+        if not self._unpacked(data, None if end is None else begin + end, reader):
+            return
+        if self._partial and not self._split(self._partial):
+            return
+        if self.ended:
+            self._all_received()
+        elif not self._messages:
+            self._let_send()
+
+    def _unpacked(self, data: bytes, message: bytes | None, reader: Any) -> bool:
+        if message is not None and len(message) > self._limits.message:
             self._refuse_size(f"more than {self._limits.message} bytes once decompressed")
-            return None
-        if not reader.eof or reader.unused_data:
-            self.refuse(grpc.StatusCode.INVALID_ARGUMENT, f"{len(data)} bytes that are not a message in {encoding}")
-            return None
+            return False
+        if message is None or not reader.eof or reader.unused_data:
+            text = f"{len(data)} bytes that are not a message in {self._head.encoding}"
+            self.refuse(grpc.StatusCode.INVALID_ARGUMENT, text)
+            return False
         # What it has grown to is held as long as what came.
-        self._held += len(message) - len(data)
-        self._limits.budget.used += len(message) - len(data)
-        return message
+        self._hold(len(message) - len(data))
+        budget = self._limits.budget
+        return (budget.used <= budget.most or self._make_room()) and self._take(message)
 
     def _refuse_size(self, shown: str) -> None:
         self.refuse(
@@ -458,6 +552,7 @@ class Call:
                 await self.write(answer)
 
     def _expire(self) -> None:
+        self.expired = True
         self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
         if not self.closed:  # the client does not take what waits for it
             self.connection.send(frames.reset(self.stream, ErrorCode.CANCEL))
@@ -465,9 +560,13 @@ class Call:
 
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
-        if not self._ended and not self.closed and self._may_receive < WINDOW // 2:
+        if not self.ended and not self.closed and self._may_receive < WINDOW // 2:
             self.connection.send(frames.window_update(self.stream, WINDOW - self._may_receive))
             self._may_receive = WINDOW
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._limits.budget.used += size
 
     def _release(self, size: int) -> None:
         self._held -= size
@@ -475,7 +574,7 @@ class Call:
 
     def _leave(self) -> None:
         """All is sent; what the client may still send is not wanted (RFC 9113, section 8.1)."""
-        if not self._ended:
+        if not self.ended:
             self.connection.send(frames.reset(self.stream, ErrorCode.NO_ERROR))
         self._close()
 
@@ -484,6 +583,10 @@ class Call:
             return
         self.closed = True
         self._release(self._held)
+        self._messages.clear()  # a reader that is awake already must not release them once more
+        if self._partial:
+            self._limits.budget.partial.pop(self, None)
+            self._partial = None
         if self._timer:
             self._timer.cancel()
         if self._waiter and not self._waiter.done():
@@ -491,6 +594,15 @@ class Call:
         self.wake_writer()
         self._unsent.clear()
         self.connection.forget(self.stream)
+
+
+def _inflate(reader: Any, data: bytes, most: int) -> bytes | None:
+    """Up to so many bytes of what zlib's reader makes of these; None where it cannot read them."""
+    try:
+        inflated: bytes = reader.decompress(data, most)
+    except zlib.error:
+        return None
+    return inflated
 
 
 class _Unreadable(Exception):

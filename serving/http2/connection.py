@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -18,17 +19,23 @@ from serving.http2.headers import HeaderReader, MalformedRequest, RequestHead
 MOST_CALLS = 4096
 #: Bytes that a client may send on a connection ahead of what is read.
 _WINDOW = 2**24
-_MOST_BLOCK = 2 * headers.MOST_BYTES  # bytes of a header block
+_MOST_BLOCK = headers.MOST_BYTES_READ  # bytes of a header block
 _MOST_CONTINUATIONS = 8
 # Frames that bring no call further, in so many seconds; no client in good faith comes near.
 _MOST_IDLE_FRAMES = 10_000
+_PINGS_AN_ANSWER = 2  # that do not count, since some clients measure the network with them
+_CALLS_AN_IDLE_FRAME = 16  # whose windows are changed with the work of such a frame
 _IDLE_FRAMES_SECONDS = 10.0
 _HANDSHAKE_SECONDS = 20.0
 # A client whose system takes no more bytes for that long is cut off.
 _STALL_SECONDS = 60.0
 _PING_SECONDS = 2.0
 _MOST_BUFFERED = 2**20
+# Seconds of silence before the first probe, and between probes; and how many may stay unanswered.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
 _HEAD_BYTES = frames.HEAD.size
+_TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
+_CLOSE_SECONDS = 5.0  # for the last bytes to leave
 _GOING = b"drain\0\0\0"
 _KNOWN_ENCODINGS = (headers.IDENTITY, *ENCODINGS)
 
@@ -67,6 +74,8 @@ class Connection(asyncio.Protocol):
         self._calls: dict[int, Call] = {}
         self._rest = b""
         self._greeted = False  # the preface has come
+        #: The client's table for answers' headers is to be smaller, which it has yet to be told.
+        self.shrinks_table = False
         self._settled = False  # the client's first settings have come
         self._last_stream = 0
         self._stream_window = frames.DEFAULT_WINDOW
@@ -86,6 +95,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
         self._transport.set_write_buffer_limits(_MOST_BUFFERED)
+        self._keep_alive()
         self._terms.opened(self)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
         if self._terms.age:  # spread, so that clients that came together do not come back together
@@ -101,6 +111,16 @@ class Connection(asyncio.Protocol):
             )
         )
         self.send(frames.window_update(0, _WINDOW - frames.DEFAULT_WINDOW))
+
+    def _keep_alive(self) -> None:
+        """Have the system notice a client that is gone without a word."""
+        link = self._transport.get_extra_info("socket")
+        if link is None or link.family not in (socket.AF_INET, socket.AF_INET6):
+            return
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE.items():
+            if option := getattr(socket, name, None):  # by the system
+                link.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
@@ -177,6 +197,12 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self._flush)
         self._out.append(data)
 
+    def send_headers(self, stream: int, block: bytes, end_stream: bool) -> None:
+        if self.shrinks_table:
+            self.shrinks_table = False
+            block = headers.NO_TABLE + block
+        self.send(frames.header_frames(stream, block, end_stream))
+
     def forget(self, stream: int) -> None:
         """A call is over."""
         self._calls.pop(stream, None)
@@ -213,6 +239,7 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         out, self._out = self._out, []
+        self._idle_frames = max(0, self._idle_frames - _PINGS_AN_ANSWER)
         if not self._transport.is_closing():
             self._transport.write(out[0] if len(out) == 1 else b"".join(out))
 
@@ -245,6 +272,8 @@ class Connection(asyncio.Protocol):
                 self.send(frames.frame(frames.PING, frames.ACK, 0, payload))
             elif payload == _GOING:
                 self._end()
+        elif kind == frames.PRIORITY and len(payload) != 5:
+            self.send(frames.reset(stream, ErrorCode.FRAME_SIZE_ERROR))
         elif kind == frames.PUSH_PROMISE:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
         # Others mean nothing here: a priority, that the client takes no streams of the server's, what is not known.
@@ -295,10 +324,13 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if stream <= self._last_stream:
             self._reader.skip(block)
-            if (call := self._calls.get(stream)) and flags & frames.END_STREAM:
-                call.end()
-            elif call or not stream % 2:
-                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers on a stream that has them")
+            if call := self._calls.get(stream):
+                if call.ended or not flags & frames.END_STREAM:
+                    self._reset(call, ErrorCode.STREAM_CLOSED if call.ended else ErrorCode.PROTOCOL_ERROR)
+                else:
+                    call.end()
+            elif not stream % 2:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's stream {stream}")
             return
         if not stream % 2:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's stream {stream}")
@@ -313,9 +345,11 @@ class Connection(asyncio.Protocol):
         try:
             head = self._reader.read(block)
         except MalformedRequest:
+            self._idle()
             self.send(frames.reset(stream, ErrorCode.PROTOCOL_ERROR))
             return
-        if (method := head.method) is None or head.http_status != 200 or head.encoding not in _KNOWN_ENCODINGS:
+        known = head.encoding in _KNOWN_ENCODINGS and head.size <= headers.MOST_BYTES
+        if (method := head.method) is None or head.http_status != 200 or not known:
             self._turn_away(stream, head, bool(flags & frames.END_STREAM))
             return
         call = self._calls[stream] = Call(self, stream, head, method, self._terms.limits, self._stream_window)
@@ -328,15 +362,19 @@ class Connection(asyncio.Protocol):
         if head.http_status != 200:
             block = headers.write([(":status", str(head.http_status))])
         else:
-            code = grpc.StatusCode.UNIMPLEMENTED
-            fields: list[tuple[str, str | bytes]] = [("grpc-status", str(code.value[0]))]
-            if head.method is None:
-                fields.append(("grpc-message", "Method not found!"))
+            more: tuple[tuple[str, str], ...] = ()
+            if head.size > headers.MOST_BYTES:
+                code = grpc.StatusCode.RESOURCE_EXHAUSTED
+                text = f"metadata: {head.size} bytes; the limit is {headers.MOST_BYTES} bytes"
+            elif head.method is None:
+                code, text = grpc.StatusCode.UNIMPLEMENTED, "Method not found!"
             else:
-                fields.append(("grpc-message", "grpc-encoding: not one of grpc-accept-encoding"))
-                fields.append(("grpc-accept-encoding", ",".join(_KNOWN_ENCODINGS)))
+                code, text = grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: not one of grpc-accept-encoding"
+                more = (("grpc-accept-encoding", ",".join(_KNOWN_ENCODINGS)),)
+            self._terms.limits.refused(head.path, head.metadata, code, text)
+            fields = ("grpc-status", str(code.value[0])), ("grpc-message", headers.quoted(text)), *more
             block = headers.ANSWER + headers.write(fields)
-        self.send(frames.header_frames(stream, block, end_stream=True))
+        self.send_headers(stream, block, end_stream=True)
         if not ended:
             self.send(frames.reset(stream, ErrorCode.NO_ERROR))
 
@@ -345,38 +383,52 @@ class Connection(asyncio.Protocol):
             if payload:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS that acknowledge and set")
             return
+        window = self._stream_window
         for setting, value in frames.read_settings(payload):
             if setting == frames.INITIAL_WINDOW_SIZE:
                 if value > frames.MOST_WINDOW:
                     raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {value} bytes")
-                for call in self._calls.values():
-                    call.window += value - self._stream_window
-                self._stream_window = value
+                window = value
+            elif setting == frames.HEADER_TABLE_SIZE:
+                self.shrinks_table = value < _TABLE_BYTES
             elif (setting == frames.ENABLE_PUSH and value > 1) or (
                 setting == frames.MAX_FRAME_SIZE and not frames.MOST_BYTES <= value < 2**24
             ):
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"setting {setting} of {value}")
+        if window != self._stream_window:
+            self._idle(1 + len(self._calls) // _CALLS_AN_IDLE_FRAME)
+            for call in list(self._calls.values()):
+                call.window += window - self._stream_window
+                if call.window > frames.MOST_WINDOW:
+                    raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {call.window} bytes")
+                call.pump_more()
+            self._stream_window = window
         self._settled = True
         self.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
-        self._pump()
 
     def _window_update(self, stream: int, more: int) -> None:
-        if not more:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
         if stream == 0:
+            if not more:
+                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+            was_shut = self.window <= 0
             self.window += more
             if self.window > frames.MOST_WINDOW:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {self.window} bytes")
-            self._pump()
+            if was_shut:
+                self._pump()
             return
         self._check_opened(stream)
         if call := self._calls.get(stream):
             call.window += more
-            if call.window > frames.MOST_WINDOW:
-                self.send(frames.reset(stream, ErrorCode.FLOW_CONTROL_ERROR))
-                call.abandon()
-            elif stream in self.blocked:
-                call.pump()
+            if not more or call.window > frames.MOST_WINDOW:
+                code = ErrorCode.FLOW_CONTROL_ERROR if more else ErrorCode.PROTOCOL_ERROR
+                self._reset(call, code)
+            else:
+                call.pump_more()
+
+    def _reset(self, call: Call, code: ErrorCode) -> None:
+        self.send(frames.reset(call.stream, code))
+        call.abandon()
 
     def _pump(self) -> None:
         for call in list(self.blocked.values()):
@@ -389,8 +441,8 @@ class Connection(asyncio.Protocol):
         if not stream % 2 or (stream > self._last_stream and not self._ending):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
 
-    def _idle(self) -> None:
-        self._idle_frames += 1
+    def _idle(self, cost: int = 1) -> None:
+        self._idle_frames += cost
         if self._idle_frames > _MOST_IDLE_FRAMES:
             now = self.loop.time()
             if now - self._idle_since < _IDLE_FRAMES_SECONDS:
@@ -426,4 +478,6 @@ class Connection(asyncio.Protocol):
         """Close once what waits is sent."""
         if not self._closing:
             self._closing = True
+            self._is_told()
+            self._timers.append(self.loop.call_later(_CLOSE_SECONDS, self._transport.abort))
             self.loop.call_soon(self._transport.close)  # after _flush, which is scheduled already

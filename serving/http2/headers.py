@@ -9,19 +9,24 @@ from typing import Generic, TypeVar
 from urllib.parse import quote_from_bytes
 
 from hpack import Decoder
-from hpack.exceptions import HPACKError
+from hpack.exceptions import HPACKDecodingError, HPACKError
 
 from serving.http2.frames import ConnectionFault, ErrorCode
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-#: Most bytes of a request's headers, counted as in RFC 9113, section 6.5.2.
+#: Most bytes of a request's headers, counted as in RFC 9113, section 6.5.2. Somewhat more is read, and answered.
 MOST_BYTES = 16384
+MOST_BYTES_READ = 4 * MOST_BYTES
+_FIELD_BYTES = 32
+_MOST_RESIZED = 2
 IDENTITY = "identity"
 _ENCODING = "grpc-encoding"
+#: Before an answer's first headers, for a client that wants a smaller table: none at all.
+NO_TABLE = b"\x20"
 _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
-_MOST_KNOWN = 256
-_MOST_KNOWN_BYTES = 1024
+_MOST_KNOWN = 64
+_MOST_KNOWN_BYTES = 2048  # of headers that are remembered
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 # What a call has beside its metadata.
@@ -42,7 +47,8 @@ class RequestHead(Generic[Method]):
     """What the headers of a request say.
 
     http_status: why it is no gRPC request, or 200. method: None for one that is not known. timeout: in seconds.
-    timeout_error: what came in place of one. encoding: of messages that are compressed.
+    timeout_error: what came in place of one. encoding: of messages that are compressed. size: bytes of all headers, as
+    MOST_BYTES counts them.
     """
 
     http_status: int
@@ -52,6 +58,20 @@ class RequestHead(Generic[Method]):
     timeout_error: str
     encoding: str
     metadata: Metadata
+    size: int
+
+
+class _Decoder(Decoder):
+    """Lets a block change the table's size twice, which is as often as it may need to (RFC 7541, section 4.2)."""
+
+    resized = 0
+
+    def _update_encoding_context(self, data: bytes | memoryview) -> int:
+        self.resized += 1
+        if self.resized > _MOST_RESIZED:
+            raise HPACKDecodingError("the table's size changes again and again")
+        consumed: int = super()._update_encoding_context(data)
+        return consumed
 
 
 class HeaderReader(Generic[Method]):
@@ -63,7 +83,7 @@ class HeaderReader(Generic[Method]):
 
     def __init__(self, find: Callable[[str], Method | None]) -> None:
         self._find = find
-        self._decoder = Decoder(MOST_BYTES)
+        self._decoder = _Decoder(MOST_BYTES_READ)
         self._known: dict[bytes, RequestHead[Method]] = {}
 
     def read(self, block: bytes) -> RequestHead[Method]:
@@ -77,7 +97,7 @@ class HeaderReader(Generic[Method]):
         if changed or len(self._known) >= _MOST_KNOWN:
             self._known.clear()
         head = _request(fields, self._find)
-        if not changed and len(block) <= _MOST_KNOWN_BYTES:
+        if not changed and max(len(block), head.size) <= _MOST_KNOWN_BYTES:
             self._known[block] = head
         return head
 
@@ -89,6 +109,7 @@ class HeaderReader(Generic[Method]):
 
     def decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
         """Name and value of each header. Raises ConnectionFault."""
+        self._decoder.resized = 0
         try:
             return self._decoder.decode(block, raw=True)
         except HPACKError as error:
@@ -105,10 +126,12 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
     pseudo: dict[str, str] = {}
     special: dict[str, str] = {}
     metadata: list[tuple[str, str | bytes]] = []
+    size = 0
     for raw_name, raw_value in fields:
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        if _CONTROL.search(raw_name + raw_value):
+        if not raw_name or _CONTROL.search(raw_name + raw_value):
             raise MalformedRequest
+        size += len(raw_name) + len(raw_value) + _FIELD_BYTES
         if name.startswith(":"):
             if name in pseudo or special or metadata:
                 raise MalformedRequest
@@ -133,7 +156,7 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
     if given and (match := _TIMEOUT.fullmatch(given)):
         timeout, given = int(match[1]) * _SECONDS[match[2]], None
     encoding = special.get(_ENCODING, IDENTITY)
-    return RequestHead(status, path, find(path), timeout, given or "", encoding, tuple(metadata))
+    return RequestHead(status, path, find(path), timeout, given or "", encoding, tuple(metadata), size)
 
 
 def _binary(value: bytes) -> list[bytes]:
