@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -24,10 +25,12 @@ Images = NDArray[np.uint8]
 Predict = Callable[[Images], Prediction]
 
 _NICE = 5
+_AHEAD = 2  # batches that a slot may have, with the one that it computes
 _STALE = 10.0  # seconds after which the cost of a batch may be another
 # What is expected to be only just in time is too late: the answer has yet to go through the event loop.
 _MARGIN = 1.1
 _LAG_SECONDS = 0.002
+_ERRORS = 1024  # that are kept to be used again
 _OPEN, _DONE, _CANCELLED = "open", "done", "cancelled"
 
 _logger = logging.getLogger(__name__)
@@ -131,8 +134,8 @@ class Batcher:
     """One queue, and as many threads that compute as ``slots``.
 
     When a slot is free it takes of what waits, at once and up to ``max_batch`` images; there is no timer. While all
-    compute, requests gather for the next batch; once there are ``good_batch``, it is handed to a slot ahead. What waits
-    is divided among all of these, so that no slot idles while answers go out and the next requests come in.
+    compute, requests gather for the next batch; once there are ``good_batch``, it is handed to a slot ahead, so that it
+    does not idle while answers go out and the next requests come in.
     Lives on one event loop; only ``predict`` is called from the threads.
     """
 
@@ -190,6 +193,20 @@ class Batcher:
             self._scheduled = True
             self._loop.call_soon(self._dispatch)
         return ticket
+
+    def refusal(self, timeout: float | None, urgent: bool) -> QueueFull | DeadlineUnmeetable | None:
+        """What a request of one image would be refused with now; timeout: the seconds that it has.
+
+        Its numbers are rounded, so that under overload the same error serves many requests.
+        """
+        now = time.monotonic()
+        if self.queued >= self._limits.max_queue:
+            return _full(self._limits.max_queue, _rounded(self._time_for(self.queued)))
+        if timeout is None or now - self._computed_at > _STALE:
+            return None
+        batch = min(self.queued + 1, self._limits.max_batch)
+        expected = self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(batch)
+        return _hopeless(_rounded(expected)) if _too_late(0.0, expected, timeout) else None
 
     async def wait(self, ticket: Ticket) -> Answer:
         """The answer to what was queued; a caller that is cancelled gives its request up. Raises as the future does."""
@@ -265,15 +282,19 @@ class Batcher:
         self._scheduled = False
         good = self._limits.good_batch
         idle = [slot for slot in self._slots if not slot.batches]
+        takers = sum(len(slot.batches) < _AHEAD for slot in self._slots)
         while idle and (self._again or self.queued):
-            self._start(idle.pop(), max(min(good, -(-self.queued // (len(idle) + 1))), self._size()))
+            self._start(idle[-1], max(self._share(takers), min(good, self._share(len(idle)))))
+            idle.pop()
+            takers -= 1
         for slot in self._slots:
             if len(slot.batches) == 1 and (self._again or self.queued >= good):
-                self._start(slot, max(good, self._size()))
+                self._start(slot, max(good, self._share(takers)))
+                takers -= 1
 
-    def _size(self) -> int:
-        """Of a batch, if all that waits is divided among what each slot computes now and what it computes next."""
-        return min(self._limits.max_batch, -(-self.queued // (2 * len(self._slots))))
+    def _share(self, slots: int) -> int:
+        """Of what waits, for each of so many slots."""
+        return min(self._limits.max_batch, -(-self.queued // max(1, slots)))
 
     def _start(self, slot: "_Slot", size: int) -> None:
         now = time.monotonic()
@@ -466,6 +487,21 @@ class _Slot:
                 self._loop.call_soon_threadsafe(self._finish, self, batch, outcome)
             except RuntimeError:  # the loop was closed while this hung
                 return
+
+
+def _rounded(seconds: float) -> int:
+    """In steps of 10 ms."""
+    return int(100 * seconds) + 1
+
+
+@lru_cache(_ERRORS)
+def _full(most: int, hundredths: int) -> QueueFull:
+    return QueueFull(f"the queue holds {most} images, its limit; try again later", hundredths / 100)
+
+
+@lru_cache(_ERRORS)
+def _hopeless(hundredths: int) -> DeadlineUnmeetable:
+    return DeadlineUnmeetable(f"deadline: the answer would take about {10 * hundredths} ms")
 
 
 def _finite(prediction: Prediction) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ Requests for inference go onto the pipeline; what else a client asks is answered
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial
 from importlib.metadata import version
 
 import grpc
@@ -66,7 +67,9 @@ class InferenceService:
             "RepositoryIndex": self.repository_index,
         }
         methods = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
-        methods["ModelInfer"] = self._edge.unary_at_once(SERVICE, "ModelInfer", self.model_infer)
+        methods["ModelInfer"] = self._edge.unary_at_once(
+            SERVICE, "ModelInfer", self.model_infer, partial(self._pipeline.refusal, urgent=True)
+        )
         methods["ModelStreamInfer"] = self._edge.stream(SERVICE, "ModelStreamInfer", self.model_stream_infer)
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 

@@ -57,10 +57,11 @@ class Metrics:
             "Requests in streams answered with an error, by status code.",
             (*_METHOD, "grpc_code"),
         )
-        self.refused = self._counter(
+        self.refused = FastCounter(
             "capsnet_refused_total",
             "Requests answered with an error, by reason (the names of serving/errors.py).",
             ("reason",),
+            self.registry,
         )
         self.in_flight = self._gauge("capsnet_rpcs_in_flight", "RPCs that have begun and not ended.")
         self.ready = self._gauge("capsnet_ready", "1 while the server takes requests.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from serving.batcher import Images, Promise, Ticket
-from serving.errors import Draining
+from serving.errors import Draining, ServingError
 from serving.models import ServedModel
 from serving.repository import Repository
 from serving.rpc import Call, Steps
@@ -67,6 +67,16 @@ class Pipeline:
     def begin(self, item: Item, call: Call) -> None:
         """Answer a request, then or later, by way of its call. Raises UnknownModel."""
         _Request(item, self.repository.get(item.model_name, item.model_version), call).begin()
+
+    def refusal(self, timeout: float | None, urgent: bool) -> ServingError | None:
+        """What a request that has come just now would be refused with, whatever it holds; timeout: what it is given.
+
+        None where that is not to be said without reading it. urgent: it may be.
+        """
+        if (model := self.repository.only) and (error := model.batcher.refusal(timeout, urgent)):
+            model.metrics.failed(error, 0.0)
+            return error
+        return None
 
     async def answer_stream(
         self, messages: AsyncIterator[bytes], open_item: Callable[[bytes], StreamItem], call: Call

@@ -104,6 +104,14 @@ class Repository:
         wanted = f"{name[:_SHOWN]!r}" + (f" version {version[:_SHOWN]!r}" if version else "")
         raise UnknownModel(f"model_name, model_version: {wanted} is not served; there is: {self._known() or 'none'}")
 
+    @property
+    def only(self) -> ServedModel | None:
+        """The version that is served, where it is the only one."""
+        if len(self._current) != 1:
+            return None
+        [models] = self._current.values()
+        return models[0] if len(models) == 1 else None
+
     def models(self) -> list[ServedModel]:
         """All that are served."""
         # A copy, since the metrics page asks from its own thread.

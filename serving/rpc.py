@@ -20,13 +20,14 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from serving.errors import TRANSPORT, InvalidRequest, QueueFull, ServingError
-from serving.http2.headers import Metadata
+from serving.http2.headers import Metadata, RequestHead, status_block
 from serving.logs import RefusalLog
 from serving.metrics import Metrics
 
 #: Where a client may name its request, to find it again in the log.
 REQUEST_ID = "x-request-id"
 _SHOWN = 64  # characters of it
+_BLOCKS = 1024  # header blocks of refusals that are kept
 
 Request = TypeVar("Request", bound=Message)
 
@@ -197,11 +198,16 @@ class Edge:
         return grpc.unary_unary_rpc_method_handler(handle)
 
     def unary_at_once(
-        self, service: str, method: str, begin: Callable[[bytes, Call], None]
+        self,
+        service: str,
+        method: str,
+        begin: Callable[[bytes, Call], None],
+        refusal: Callable[[float | None], ServingError | None],
     ) -> "grpc.RpcMethodHandler[bytes, bytes]":
         """A unary method that is begun with a message's bytes, and answered then or later by way of its call.
 
-        It needs no task of asyncio's, which would cost a tenth of the whole request.
+        It needs no task of asyncio's, which would cost a tenth of the whole request. refusal: by the seconds that a
+        client gives its call, what any is refused with at the door, unread; under overload most are.
         """
         record = _Recorder(self._metrics, "unary", service, method)
 
@@ -212,6 +218,24 @@ class Edge:
             except Exception as error:
                 call.fail(error)
 
+        def door(head: RequestHead[Any]) -> bytes | None:
+            if (error := refusal(head.timeout)) is None:
+                return None
+            began = record.start()
+            code, text = self.to_status(error)
+            self.log.write(logging.INFO, record.name, code.name, text, lambda: request_id(head.metadata))
+            if self.trace:
+                self.trace(record.name, head.metadata, 0.0, None, code)
+            record.end(began, code)
+            if error not in blocks:
+                if len(blocks) >= _BLOCKS:
+                    blocks.clear()
+                blocks[error] = status_block(code, text, _details(error, code, text))
+            return blocks[error]
+
+        # By error, what a client is sent: the same one serves many calls.
+        blocks: dict[ServingError, bytes] = {}
+        handle.door = door  # type: ignore[attr-defined]
         return grpc.unary_unary_rpc_method_handler(handle)
 
     def stream(
@@ -266,7 +290,8 @@ class _Recorder:
         labels = (kind, service, method)
         self._started = metrics.started.labels(*labels)
         self._handling = metrics.handling.labels(*labels)
-        self._handled = {code: metrics.handled.labels(*labels, code.name) for code in grpc.StatusCode}
+        # By the code's number, since an enumeration's members take longer to look up.
+        self._handled = {code.value[0]: metrics.handled.labels(*labels, code.name) for code in grpc.StatusCode}
 
     def start(self) -> float:
         self._started.inc()
@@ -274,4 +299,4 @@ class _Recorder:
 
     def end(self, start: float, code: grpc.StatusCode) -> None:
         self._handling.observe(time.perf_counter() - start)
-        self._handled[code].inc()
+        self._handled[code.value[0]].inc()

@@ -1,6 +1,7 @@
 """``capsnet.v1.CapsNetService``, as a translation onto the pipeline."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial
 
 import grpc
 import numpy as np
@@ -40,7 +41,9 @@ class CapsNetService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Classify": edge.unary_at_once(SERVICE, "Classify", self.classify),
+                "Classify": edge.unary_at_once(
+                    SERVICE, "Classify", self.classify, partial(self._pipeline.refusal, urgent=False)
+                ),
                 "ClassifyStream": edge.stream(SERVICE, "ClassifyStream", self.classify_stream),
                 "GetModel": edge.unary(SERVICE, "GetModel", self.get_model),
             },

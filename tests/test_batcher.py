@@ -122,21 +122,49 @@ def test_an_idle_runtime_takes_a_single_request_at_once() -> None:
     assert _run(test).sizes == [1]
 
 
-def test_what_waits_is_divided_among_what_is_computed_now_and_next() -> None:
+def test_good_batches_go_ahead_and_what_waits_longer_goes_in_larger_ones() -> None:
     async def test(setting: Setting) -> None:
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(value) for value in range(1, 13)]
         setting.model.go.set()
         assert [_values(answer) for answer in await asyncio.gather(*tasks)] == [[value] for value in range(13)]
 
-    # Two are good enough to go ahead while the first is computed; once it is done, half of the other ten follow.
-    assert _run(test, max_batch=8, good_batch=2).sizes[:3] == [1, 2, 5]
+    # Two are good enough to go ahead while the first is computed; once it is done, as many follow as a batch may have.
+    assert _run(test, max_batch=8, good_batch=2).sizes == [1, 2, 8, 2]
+
+
+def test_two_slots_share_what_waits() -> None:
+    async def test(setting: Setting) -> None:
+        await asyncio.gather(*(submit(setting.batcher, _images(value)) for value in range(8)))
+
+    assert sorted(_run(test, max_batch=8, good_batch=2, slots=2).sizes) == [4, 4]
 
 
 def test_good_batches_are_no_larger_than_they_need_to_be_and_no_smaller() -> None:
     assert good_batch(BatchCost([(1, 0.0101), (2, 0.0201)]), 8) == 1
     assert good_batch(BatchCost([(1, 0.0014), (2, 0.0024)]), 64) == 8  # 1 ms an image, 0.4 ms a batch
     assert good_batch(BatchCost([(1, 0.01), (2, 0.0101)]), 64) == 64
+
+
+def test_what_any_request_would_be_refused_with_is_known_without_it() -> None:
+    async def test(setting: Setting) -> None:
+        batcher = setting.batcher
+        assert batcher.refusal(None, False) is None and batcher.refusal(1.0, False) is None
+        tasks = [await setting.occupy()]
+        tasks += [await setting.queue(1, 2, 3)]
+        error = batcher.refusal(0.6, False)
+        assert isinstance(error, DeadlineUnmeetable) and "deadline: the answer would take about" in str(error)
+        assert batcher.refusal(0.6, False) is error, "so that its bytes are made once"
+        assert batcher.refusal(0.6, True) is None, "urgent ones go ahead"
+        assert batcher.refusal(10.0, False) is None
+        tasks += [await setting.queue(4)]
+        error = batcher.refusal(None, True)
+        assert isinstance(error, QueueFull) and error.retry_after > 0
+        assert str(error) == "the queue holds 4 images, its limit; try again later"
+        setting.model.go.set()
+        await asyncio.gather(*tasks)
+
+    _run(test, max_queue=4, cost=BatchCost([(1, 0.1), (2, 0.2)]))
 
 
 def test_an_answer_can_be_told_at_once_and_once() -> None:

@@ -40,6 +40,7 @@ class Method:
     """A method's handler: ``behaviour`` takes what ``deserialize`` makes of a message, or an iterator of them.
 
     at_once: it is no coroutine; it takes note of the request, and ``answer`` or ``finish`` is called then or later.
+    door: asked as soon as the headers are there; the header block of a refusal, or None to go on.
     """
 
     behaviour: Callable[[Any, "Call"], Any]
@@ -48,6 +49,7 @@ class Method:
     deserialize: Callable[[bytes], Any] | None
     serialize: Callable[[Any], bytes] | None
     at_once: bool
+    door: "Callable[[RequestHead[Method]], bytes | None] | None" = None
 
 
 @dataclass(slots=True)
@@ -338,10 +340,7 @@ class Call:
         if code is grpc.StatusCode.OK:
             self._trailers = headers.OK
         else:
-            fields: list[tuple[str, str | bytes]] = [("grpc-status", str(code.value[0]))]
-            if text:
-                fields.append(("grpc-message", headers.quoted(text)))
-            self._trailers = headers.write([*fields, *metadata])
+            self._trailers = headers.write(headers.status_fields(code, text, metadata))
         if not self._headers_sent:  # one block for both
             self._trailers = headers.ANSWER + self._trailers
             self._headers_sent = True

@@ -352,6 +352,9 @@ class Connection(asyncio.Protocol):
         if (method := head.method) is None or head.http_status != 200 or not known:
             self._turn_away(stream, head, bool(flags & frames.END_STREAM))
             return
+        if method.door and (refusal := method.door(head)) is not None:
+            self._refuse(stream, refusal, bool(flags & frames.END_STREAM))
+            return
         call = self._calls[stream] = Call(self, stream, head, method, self._terms.limits, self._stream_window)
         call.begin()
         if flags & frames.END_STREAM:
@@ -372,8 +375,11 @@ class Connection(asyncio.Protocol):
                 code, text = grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: not one of grpc-accept-encoding"
                 more = (("grpc-accept-encoding", ",".join(_KNOWN_ENCODINGS)),)
             self._terms.limits.refused(head.path, head.metadata, code, text)
-            fields = ("grpc-status", str(code.value[0])), ("grpc-message", headers.quoted(text)), *more
-            block = headers.ANSWER + headers.write(fields)
+            block = headers.status_block(code, text, more)
+        self._refuse(stream, block, ended)
+
+    def _refuse(self, stream: int, block: bytes, ended: bool) -> None:
+        """Answer with a header block alone; what the client still sends is not wanted."""
         self.send_headers(stream, block, end_stream=True)
         if not ended:
             self.send(frames.reset(stream, ErrorCode.NO_ERROR))
@@ -401,10 +407,13 @@ class Connection(asyncio.Protocol):
                 call.window += window - self._stream_window
                 if call.window > frames.MOST_WINDOW:
                     raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {call.window} bytes")
-                call.pump_more()
-            self._stream_window = window
         self._settled = True
+        # Before what the new windows allow: until then the old ones hold for the client.
         self.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        if window > self._stream_window:
+            for call in list(self._calls.values()):
+                call.pump_more()
+        self._stream_window = window
 
     def _window_update(self, stream: int, more: int) -> None:
         if stream == 0:

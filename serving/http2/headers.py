@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import quote_from_bytes
 
+import grpc
 from hpack import Decoder
 from hpack.exceptions import HPACKDecodingError, HPACKError
 
@@ -188,6 +189,19 @@ def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
 def quoted(text: str) -> str:
     """A status message as it stands in a header."""
     return quote_from_bytes(text.encode(), safe=_PLAIN)
+
+
+def status_fields(
+    code: grpc.StatusCode, text: str, metadata: Iterable[tuple[str, str | bytes]] = ()
+) -> list[tuple[str, str | bytes]]:
+    """The trailers of a call that did not go well."""
+    message = [("grpc-message", quoted(text))] if text else []
+    return [("grpc-status", str(code.value[0])), *message, *metadata]
+
+
+def status_block(code: grpc.StatusCode, text: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> bytes:
+    """The header block of an answer that has nothing but a status."""
+    return ANSWER + write(status_fields(code, text, metadata))
 
 
 def _length(value: int) -> bytes:
