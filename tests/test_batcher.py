@@ -164,7 +164,7 @@ def test_what_any_request_would_be_refused_with_is_known_without_it() -> None:
         setting.model.go.set()
         await asyncio.gather(*tasks)
 
-    _run(test, max_queue=4, cost=BatchCost([(1, 0.1), (2, 0.2)]))
+    _run(test, max_batch=8, max_queue=4, cost=BatchCost([(1, 0.1), (2, 0.2)]))
 
 
 def test_an_answer_can_be_told_at_once_and_once() -> None:
