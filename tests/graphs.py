@@ -11,7 +11,7 @@ from onnx import ModelProto
 from torch import Tensor
 
 from export.to_onnx import OPSET, to_onnx
-from serving.runtime import onnxruntime
+from serving.runtime import onnxruntime, saturates
 from training.model import CapsNet, CapsNetConfig
 
 TINY = CapsNetConfig(conv_channels=8, primary_types=2, decoder_widths=())
@@ -45,6 +45,8 @@ def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> lis
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    if saturates(Path("/proc/cpuinfo")):  # as the server runs int8 on such a processor
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
