@@ -13,8 +13,7 @@ import numpy as np
 
 from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, LoadError, Overload, h2load_version, in_own_process
-from benchmarks.server import SERVICE, Case, Served, load, repository, serve, write_bodies
-from serving import artifact as artifacts
+from benchmarks.server import SERVICE, Case, Served, load, prepare, serve
 from training.model import CONFIGS
 
 #: Enough in flight to keep the server busy, and not more than it takes at once.
@@ -91,9 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     for config in options.configs:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            models = repository(config, options.precision, folder)
-            shape = artifacts.load(artifacts.find(models)).image_shape
-            body = write_bodies(folder, shape, [CAPACITY])[CAPACITY]
+            models, _, bodies = prepare(config, options.precision, folder, [CAPACITY])
+            body = bodies[CAPACITY]
             sample_seconds = min(5.0, options.seconds)
             try:
                 with serve(models, options.precision, shlex.split(options.settings), folder) as served:

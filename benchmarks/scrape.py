@@ -20,8 +20,7 @@ from tqdm import tqdm
 from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, LoadError, Sample, h2load_version
 from benchmarks.overload import CAPACITY
-from benchmarks.server import Served, load, repository, serve, write_bodies
-from serving import artifact as artifacts
+from benchmarks.server import Served, load, prepare, serve
 from training.model import CONFIGS
 
 #: What Prometheus sends: it takes OpenMetrics before its own text format, and compressed pages.
@@ -222,9 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     for config in options.configs:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            models = repository(config, options.precision, folder)
-            shape = artifacts.load(artifacts.find(models)).image_shape
-            body = write_bodies(folder, shape, [CAPACITY])[CAPACITY]
+            models, _, bodies = prepare(config, options.precision, folder, [CAPACITY])
+            body = bodies[CAPACITY]
             try:
                 with serve(models, options.precision, shlex.split(options.settings), folder) as served:
                     collected = measure(served, body, intervals, options.rounds, options.seconds, config)

@@ -20,7 +20,8 @@ from benchmarks.load import LoadError, Sample, framed, h2load, in_own_process
 from export.quantize import to_int8
 from export.to_onnx import to_onnx
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.artifact import MODEL, Artifact, digest, write_manifest
+from serving.artifact import MODEL, Artifact, digest, find, write_manifest
+from serving.artifact import load as load_artifact
 from serving.settings import embedded_models
 from training.model import CONFIGS, CapsNet
 
@@ -177,6 +178,15 @@ class Case:
         kind = f"{self.streams} stream{'s' if self.streams > 1 else ''}" if self.streams else "unary"
         images = f", {self.images} images each" if self.images > 1 else ""
         return f"{kind}, {self.in_flight} in flight{images}"
+
+
+def prepare(
+    config: str, precision: str, folder: Path, cases: Sequence[Case]
+) -> tuple[Path, Artifact, dict[Case, Path]]:
+    """What a server is to serve, and the message of each case as a file; in ``folder`` where it is to be made."""
+    models = repository(config, precision, folder)
+    artifact = load_artifact(find(models))
+    return models, artifact, write_bodies(folder, artifact.image_shape, cases)
 
 
 def write_bodies(folder: Path, shape: tuple[int, int, int], cases: Sequence[Case]) -> dict[Case, Path]:

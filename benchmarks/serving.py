@@ -28,10 +28,9 @@ from tqdm import tqdm
 from benchmarks.export import Predict, session
 from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, LoadError, Sample, h2load, h2load_version
-from benchmarks.server import Case, Page, Served, load, repository, serve, write_bodies
+from benchmarks.server import Case, Page, Served, load, prepare, serve
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving import artifact as artifacts
 from serving.settings import usable_cores
 from training.model import CONFIGS
 
@@ -390,11 +389,9 @@ def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dic
 
     Raises LoadError where anything cannot be run, or answers wrongly.
     """
-    models = repository(config, options.precision, folder)
-    artifact = artifacts.load(artifacts.find(models))
+    models, artifact, bodies = prepare(config, options.precision, folder, CASES)
     file = artifact.file(options.precision)
     runtime = OnnxRuntime(file, artifact.image_shape)
-    bodies = write_bodies(folder, artifact.image_shape, CASES)
     collected = Collected()
     with serve(models, options.precision, options.flags, folder) as served:
         chosen = setup(served.page(), options.flags)

@@ -180,8 +180,7 @@ class Batcher:
                 self._time_for(self.queued),
             )
         if deadline is not None:
-            batch = max(count, min(self.queued + count, self._limits.max_batch))  # with others, or several by itself
-            expected = self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(batch)
+            expected = self._expected(count, urgent, now)
             if _too_late(now, expected, deadline) and not self._is_probe(now):
                 raise _unmeetable(expected, deadline - now)
         future = Promise(then) if then else self._loop.create_future()
@@ -204,8 +203,7 @@ class Batcher:
             return _full(self._limits.max_queue, _rounded(self._time_for(self.queued)))
         if timeout is None or now - self._computed_at > _STALE:
             return None
-        batch = min(self.queued + 1, self._limits.max_batch)
-        expected = self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(batch)
+        expected = self._expected(1, urgent, now)
         return _hopeless(_rounded(expected)) if _too_late(0.0, expected, timeout) else None
 
     async def wait(self, ticket: Ticket) -> Answer:
@@ -267,6 +265,11 @@ class Batcher:
         if not urgent:
             return self.queued
         return sum(len(ticket.images) - ticket.taken for ticket in self._waiting[True])
+
+    def _expected(self, images: int, urgent: bool, now: float) -> float:
+        """Seconds until a request that comes now, of so many images, would be answered."""
+        batch = max(images, min(self.queued + images, self._limits.max_batch))  # with others, or several by itself
+        return self._busy_for(now) + self._time_for(self._ahead(urgent)) + self._time_for(batch)
 
     def _time_for(self, images: int) -> float:
         """Seconds that so many images take, all slots computing."""

@@ -127,12 +127,7 @@ class Call:
 
     def refused(self, seconds: float, code: grpc.StatusCode, text: str) -> None:
         """The RPC, or a request in its stream, got an error after so many seconds."""
-        level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.INFO
-        self._edge.log.write(
-            level, self.method, code.name, text, lambda: request_id(self._context.invocation_metadata())
-        )
-        if trace := self._edge.trace:
-            trace(self.method, self._context.invocation_metadata(), seconds, None, code)
+        self._edge.note_refusal(self.method, self._context.invocation_metadata(), seconds, code, text)
 
 
 def request_id(metadata: Metadata) -> str:
@@ -157,16 +152,23 @@ class Edge:
     def __init__(self, metrics: Metrics, trace: Trace | None = None) -> None:
         self._metrics = metrics
         self.trace = trace
-        self.log = RefusalLog()
+        self._log = RefusalLog()
         #: What clients are told: new requests are welcome.
         self.ready = False
         #: RPCs that have begun and not ended.
         self.under_way = 0
 
+    def note_refusal(self, method: str, metadata: Metadata, seconds: float, code: grpc.StatusCode, text: str) -> None:
+        """Log and trace a request that got an error after so many seconds."""
+        level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.INFO
+        self._log.write(level, method, code.name, text, lambda: request_id(metadata))
+        if self.trace:
+            self.trace(method, metadata, seconds, None, code)
+
     def refused_by_transport(self, path: str, metadata: Metadata, code: grpc.StatusCode, text: str) -> None:
         """Count and log a call that no service has seen."""
         self._metrics.refused.labels(TRANSPORT).inc()
-        self.log.write(logging.INFO, path[1:][:_SHOWN], code.name, text, lambda: request_id(metadata))
+        self._log.write(logging.INFO, path[1:][:_SHOWN], code.name, text, lambda: request_id(metadata))
 
     def to_status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
         """The status and text that a client is told, counted; what an error that is not ours says stays in the log."""
@@ -223,9 +225,7 @@ class Edge:
                 return None
             began = record.start()
             code, text = self.to_status(error)
-            self.log.write(logging.INFO, record.name, code.name, text, lambda: request_id(head.metadata))
-            if self.trace:
-                self.trace(record.name, head.metadata, 0.0, None, code)
+            self.note_refusal(record.name, head.metadata, 0.0, code, text)
             record.end(began, code)
             if error not in blocks:
                 if len(blocks) >= _BLOCKS:

@@ -50,7 +50,7 @@ class Handlers:
 
     async def echo(self, request: bytes, context: Any) -> bytes:
         self.metadata = dict(context.invocation_metadata())
-        self.remaining = context.time_remaining()
+        self.remaining = context.deadline and context.deadline - time.monotonic()
         return request
 
     async def wait(self, request: bytes, context: Any) -> bytes:
@@ -1133,7 +1133,7 @@ def test_a_stop_does_not_wait_for_a_client_that_reads_nothing(monkeypatch: pytes
         raw.call(1, b"200 10000", "/test.Test/Repeat")
         time.sleep(0.3)
         raw.send(frames.frame(frames.SETTINGS, 0, 0, bytes(5)))  # the server closes, and has much to send
-        wait_for(lambda: serving.server.connections == 0)
+        wait_for(lambda: not serving.server._connections)
         raw.socket.close()
 
 

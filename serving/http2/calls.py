@@ -148,7 +148,7 @@ class Call:
         self._may_receive = WINDOW
         self._partial: bytearray | None = None  # of a message
         self._unpacking: asyncio.Future[bytes | None] | None = None  # of a message
-        self._held = head.size  # bytes that count in the budget
+        self._held = 0  # bytes that count in the budget
         self._messages: deque[bytes] = deque()
         #: The client has sent all.
         self.ended = False
@@ -173,17 +173,13 @@ class Call:
     def begin(self) -> None:
         """Once the headers are there: a method that takes many requests can start."""
         budget = self._limits.budget
-        budget.used += self._held
+        self._hold(self._head.size)
         if budget.used > budget.most and not self._make_room():
             return
         if self._head.timeout_error:
             self.refuse(grpc.StatusCode.INTERNAL, f"grpc-timeout: {self._head.timeout_error!r} is not a timeout")
         elif self._method.many_requests:
             self._start()
-
-    def time_remaining(self) -> float | None:
-        """Seconds until the client's deadline, or None."""
-        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
     def invocation_metadata(self) -> headers.Metadata:
         return self._head.metadata
@@ -237,12 +233,10 @@ class Call:
         """What the client sent; size: bytes of it that count for flow control; end: it is all."""
         self._may_receive -= size
         if self._may_receive < 0:
-            self.connection.send(frames.reset(self.stream, ErrorCode.FLOW_CONTROL_ERROR))
-            self.abandon()
+            self.connection.reset(self, ErrorCode.FLOW_CONTROL_ERROR)
             return
         if self.ended:
-            self.connection.send(frames.reset(self.stream, ErrorCode.STREAM_CLOSED))
-            self.abandon()
+            self.connection.reset(self, ErrorCode.STREAM_CLOSED)
             return
         self.ended = end
         if self._trailers is not None:
@@ -554,8 +548,7 @@ class Call:
         self.expired = True
         self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
         if not self.closed:  # the client does not take what waits for it
-            self.connection.send(frames.reset(self.stream, ErrorCode.CANCEL))
-            self.abandon()
+            self.connection.reset(self, ErrorCode.CANCEL)
 
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""

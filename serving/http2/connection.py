@@ -203,17 +203,17 @@ class Connection(asyncio.Protocol):
             block = headers.NO_TABLE + block
         self.send(frames.header_frames(stream, block, end_stream))
 
+    def reset(self, call: Call, code: ErrorCode) -> None:
+        """End a call without an answer."""
+        self.send(frames.reset(call.stream, code))
+        call.abandon()
+
     def forget(self, stream: int) -> None:
         """A call is over."""
         self._calls.pop(stream, None)
         self.blocked.pop(stream, None)
         if self._ending and not self._calls:
             self._close()
-
-    @property
-    def calls(self) -> int:
-        """How many are open."""
-        return len(self._calls)
 
     def drain(self, grace: float) -> None:
         """Let the client open no more calls, and close once those that are open are over; at latest after ``grace``."""
@@ -326,7 +326,7 @@ class Connection(asyncio.Protocol):
             self._reader.skip(block)
             if call := self._calls.get(stream):
                 if call.ended or not flags & frames.END_STREAM:
-                    self._reset(call, ErrorCode.STREAM_CLOSED if call.ended else ErrorCode.PROTOCOL_ERROR)
+                    self.reset(call, ErrorCode.STREAM_CLOSED if call.ended else ErrorCode.PROTOCOL_ERROR)
                 else:
                     call.end()
             elif not stream % 2:
@@ -431,13 +431,9 @@ class Connection(asyncio.Protocol):
             call.window += more
             if not more or call.window > frames.MOST_WINDOW:
                 code = ErrorCode.FLOW_CONTROL_ERROR if more else ErrorCode.PROTOCOL_ERROR
-                self._reset(call, code)
+                self.reset(call, code)
             else:
                 call.pump_more()
-
-    def _reset(self, call: Call, code: ErrorCode) -> None:
-        self.send(frames.reset(call.stream, code))
-        call.abandon()
 
     def _pump(self) -> None:
         for call in list(self.blocked.values()):

@@ -92,7 +92,7 @@ class HeaderReader(Generic[Method]):
         if head := self._known.get(block):
             return head
         first, count, size = self._table()
-        fields = self.decode(block)
+        fields = self._decode(block)
         now = self._table()
         changed = now[0] is not first or now[1:] != (count, size)
         if changed or len(self._known) >= _MOST_KNOWN:
@@ -105,10 +105,10 @@ class HeaderReader(Generic[Method]):
     def skip(self, block: bytes) -> None:
         """Read a block that belongs to nothing, for the table that later ones need. Raises ConnectionFault."""
         if block not in self._known:
-            self.decode(block)
+            self._decode(block)
             self._known.clear()
 
-    def decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
+    def _decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
         """Name and value of each header. Raises ConnectionFault."""
         self._decoder.resized = 0
         try:
@@ -186,7 +186,7 @@ def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
     return bytes(block)
 
 
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     """A status message as it stands in a header."""
     return quote_from_bytes(text.encode(), safe=_PLAIN)
 
@@ -195,7 +195,7 @@ def status_fields(
     code: grpc.StatusCode, text: str, metadata: Iterable[tuple[str, str | bytes]] = ()
 ) -> list[tuple[str, str | bytes]]:
     """The trailers of a call that did not go well."""
-    message = [("grpc-message", quoted(text))] if text else []
+    message = [("grpc-message", _quoted(text))] if text else []
     return [("grpc-status", str(code.value[0])), *message, *metadata]
 
 

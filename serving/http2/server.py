@@ -35,7 +35,7 @@ class GrpcServer:
     """
 
     def __init__(self, limits: Limits, connection_age: float = 0.0, grace: float = 0.0) -> None:
-        self._methods: dict[str, Method | None] = {}
+        self._methods: dict[str, Method] = {}
         self._generic: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._connections: set[Connection] = set()
         self._listening: list[asyncio.AbstractServer] = []
@@ -100,11 +100,6 @@ class GrpcServer:
         for connection in list(self._connections):
             connection.abort()
         await draining
-
-    @property
-    def connections(self) -> int:
-        """How many are open."""
-        return len(self._connections)
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
