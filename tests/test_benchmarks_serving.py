@@ -177,7 +177,7 @@ def test_calls_that_the_server_refuses_end_the_measurement(
     tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     honest = server.write_bodies
-    monkeypatch.setattr(serving, "write_bodies", lambda folder, shape, cases: honest(folder, (1, 5, 5), cases))
+    monkeypatch.setattr(server, "write_bodies", lambda folder, shape, cases: honest(folder, (1, 5, 5), cases))
     assert serving.main(["--configs=tiny", "--rounds=1", "--seconds=0.05", SETTINGS]) == 1
     assert re.search(r"tiny: Classify: \d calls ended with OK", capsys.readouterr().err)
 
