@@ -11,29 +11,7 @@ import numpy as np
 
 from serving.artifact import Artifact
 from serving.runtime import Answer, Prediction, Share
-
-# Wire types of protobuf's encoding.
-_VARINT, _BYTES, _FIXED32 = 0, 2, 5
-
-
-def varint(value: int) -> bytes:
-    """A whole number from 0 on in protobuf's variable-length encoding."""
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
-
-
-def tag(number: int, wire_type: int) -> bytes:
-    """What goes before the value of a field with this number."""
-    return varint(number << 3 | wire_type)
-
-
-def delimited(number: int, content: bytes) -> bytes:
-    """A field that holds text, bytes or a message."""
-    return tag(number, _BYTES) + varint(len(content)) + content
+from serving.wire import BYTES, FIXED32, VARINT, delimited, tag, varint
 
 
 class AnswerWriter:
@@ -50,9 +28,9 @@ class AnswerWriter:
         for _, group in groupby(range(len(labels)), lambda index: len(labels[index])):
             classes, begin = list(group), len(template)
             for index in classes:
-                head = delimited(1, labels[index]) + tag(2, _FIXED32)
-                between = tag(3, _BYTES) + varint(numbers)
-                prefix = tag(3, _BYTES) + varint(len(head) + 4 + len(between) + numbers) + head
+                head = delimited(1, labels[index]) + tag(2, FIXED32)
+                between = tag(3, BYTES) + varint(numbers)
+                prefix = tag(3, BYTES) + varint(len(head) + 4 + len(between) + numbers) + head
                 template += prefix + bytes(4) + between + bytes(numbers)
             layout: Any = {
                 "names": ["probability", "pose"],
@@ -75,8 +53,8 @@ class AnswerWriter:
         for index, label in enumerate(artifact.labels):
             head = delimited(1, label.encode())
             if index:
-                head += tag(2, _VARINT) + varint(index)
-            self._heads.append(tag(3, _BYTES) + varint(len(head) + len(template)) + head)
+                head += tag(2, VARINT) + varint(index)
+            self._heads.append(tag(3, BYTES) + varint(len(head) + len(template)) + head)
         self._batch: Prediction | None = None
         self._written = b""  # the capsules of all of its images
         self._winners: list[int] = []

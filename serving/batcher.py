@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import isfinite
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -110,7 +111,6 @@ class _Outcome(NamedTuple):
     """Of a batch: its answer or what went wrong, and the seconds it took."""
 
     prediction: Prediction | Exception
-    finite: NDArray[np.bool_]  # of each image's answer, whether all of it is
     input_time: float
     infer_time: float
 
@@ -353,7 +353,7 @@ class Batcher:
         """On a slot's thread: one call of the runtime. An exception is a result here: it must not end the thread."""
         start = time.perf_counter()
         parts = [part.ticket.images[part.start : part.stop] for part in batch]
-        images = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        images = parts[0] if len(parts) == 1 else _joined(parts)
         stacked = time.perf_counter()
         try:
             prediction = self._predict(images)
@@ -361,11 +361,10 @@ class Batcher:
             found = prediction.probabilities.shape[0], prediction.poses.shape[0]
             if found != (len(images), len(images)):
                 raise ValueError(f"{len(images)} images were answered with {found} probabilities and poses")
-            finite = _finite(prediction)
         except Exception as error:
             _logger.exception("a batch of %d images failed", len(images))
-            return _Outcome(error, np.empty(0, np.bool_), stacked - start, time.perf_counter() - stacked)
-        return _Outcome(prediction, finite, stacked - start, done - stacked)
+            return _Outcome(error, stacked - start, time.perf_counter() - stacked)
+        return _Outcome(prediction, stacked - start, done - stacked)
 
     def _finish(self, slot: "_Slot", batch: list[_Part], outcome: _Outcome) -> None:
         """Answer each member of a batch, once its slot has the next."""
@@ -381,21 +380,25 @@ class Batcher:
             self._fail(batch)
         else:
             self._cost.learn(size, outcome.input_time + outcome.infer_time)
-            self._answer(batch, outcome, prediction)
+            # The sum is finite almost always, and takes far less time than a look at each number.
+            good = isfinite(prediction.probabilities.sum() + prediction.poses.sum())
+            finite = None if good else _finite(prediction)
+            self._answer(batch, outcome, prediction, finite)
             self._metrics.batch(prediction, outcome.input_time, outcome.infer_time)
-            if outcome.finite.all():
+            if good:
                 self._metrics.quality.add(prediction)
         self._empty.set()
 
-    def _answer(self, batch: list[_Part], outcome: _Outcome, prediction: Prediction) -> None:
-        finite = outcome.finite
-        good = bool(finite.all())
+    def _answer(
+        self, batch: list[_Part], outcome: _Outcome, prediction: Prediction, finite: NDArray[np.bool_] | None
+    ) -> None:
+        """finite: of each image's answer, whether all of it is; None where all are."""
         end = 0
         for ticket, start, stop in batch:
             begin, end = end, end + stop - start
             if ticket.future.done():
                 continue
-            if not good and not finite[begin:end].all():
+            if finite is not None and not finite[begin:end].all():
                 _logger.error("an answer held values that are not finite")
                 self._metrics.non_finite.inc(end - begin - int(finite[begin:end].sum()))
                 self._refuse(ticket)
@@ -507,10 +510,17 @@ def _hopeless(hundredths: int) -> DeadlineUnmeetable:
     return DeadlineUnmeetable(f"deadline: the answer would take about {10 * hundredths} ms")
 
 
+def _joined(parts: list[Images]) -> Images:
+    """In one batch, contiguous each.
+
+    Unlike ``np.concatenate``, this keeps Python's lock while it copies: the event loop would take it, and a batch's
+    computation wait for it, as often as there are parts.
+    """
+    return np.frombuffer(b"".join([part.data for part in parts]), np.uint8).reshape(-1, *parts[0].shape[1:])
+
+
 def _finite(prediction: Prediction) -> NDArray[np.bool_]:
     """Of each image, whether all of its answer is finite."""
-    if np.isfinite(prediction.probabilities.sum() + prediction.poses.sum()):  # far cheaper, and almost always so
-        return np.ones(len(prediction.probabilities), np.bool_)
     return np.asarray(np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2)))
 
 

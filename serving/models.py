@@ -11,6 +11,7 @@ from serving.artifact import Artifact
 from serving.batcher import Batcher, Limits, Predict
 from serving.cost import BatchCost
 from serving.metrics import Metrics, ModelMetrics
+from serving.requests import PixelReader
 from serving.runtime import CPU, Runtime, RuntimeSetupError
 from serving.settings import Settings, usable_cores
 from serving.tensors import TensorMessages
@@ -54,6 +55,10 @@ class ServedModel:
     @cached_property
     def write_answer(self) -> AnswerWriter:
         return AnswerWriter(self.artifact)
+
+    @cached_property
+    def pixels(self) -> PixelReader:
+        return PixelReader(self.artifact.image_shape, self.settings.max_images_per_request)
 
     @cached_property
     def tensors(self) -> TensorMessages:

@@ -105,12 +105,18 @@ class Repository:
         raise UnknownModel(f"model_name, model_version: {wanted} is not served; there is: {self._known() or 'none'}")
 
     @property
-    def only(self) -> ServedModel | None:
-        """The version that is served, where it is the only one."""
+    def default(self) -> ServedModel | None:
+        """The version that serves a request which names no model; None where it would have to."""
         if len(self._current) != 1:
             return None
         [models] = self._current.values()
-        return models[0] if len(models) == 1 else None
+        return models[0]
+
+    @property
+    def only(self) -> ServedModel | None:
+        """The version that is served, where it is the only one."""
+        model = self.default
+        return model if model and len(self._current[model.artifact.name]) == 1 else None
 
     def models(self) -> list[ServedModel]:
         """All that are served."""

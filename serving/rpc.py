@@ -136,10 +136,15 @@ def request_id(metadata: Metadata) -> str:
     return given[:_SHOWN] if given else secrets.token_hex(8)
 
 
-def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
-    """A message from its bytes. Raises InvalidRequest."""
+def check_size(data: bytes, max_bytes: int) -> None:
+    """Raises InvalidRequest where a message is too large."""
     if len(data) > max_bytes:
         raise InvalidRequest("request", f"{len(data)} bytes; the limit is {max_bytes} bytes (max_request_bytes)")
+
+
+def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
+    """A message from its bytes. Raises InvalidRequest."""
+    check_size(data, max_bytes)
     try:
         return kind.FromString(data)
     except DecodeError as error:

@@ -7,16 +7,16 @@ import grpc
 import numpy as np
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.answers import delimited
 from serving.batcher import Images
 from serving.errors import InvalidRequest
 from serving.images import from_encoded, from_pixels
 from serving.metrics import Metrics
 from serving.models import ServedModel
 from serving.pipeline import Pipeline
-from serving.rpc import Call, Edge, parse
+from serving.rpc import Call, Edge, check_size, parse
 from serving.runtime import Answer
 from serving.settings import Settings
+from serving.wire import delimited
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
@@ -51,8 +51,13 @@ class CapsNetService:
 
     def classify(self, data: bytes, call: Call) -> None:
         """A ClassifyRequest's bytes to a ClassifyResponse's. Raises InvalidRequest and UnknownModel."""
-        request = parse(data, pb.ClassifyRequest, self.settings.max_request_bytes)
-        self._pipeline.begin(_Item(request, self.settings), call)
+        limit = self.settings.max_request_bytes
+        check_size(data, limit)
+        model = self._pipeline.repository.default
+        if model and (images := model.pixels.read(data)) is not None:
+            self._pipeline.begin(_Pixels(images), call)
+        else:
+            self._pipeline.begin(_Request(parse(data, pb.ClassifyRequest, limit), self.settings), call)
 
     def classify_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """ClassifyStreamRequests' bytes to ClassifyStreamResponses'."""
@@ -93,11 +98,18 @@ class CapsNetService:
         return response.SerializeToString()
 
     def _open(self, data: bytes) -> "_StreamItem":
+        """Never raises: an item that cannot be read holds the error."""
+        limit = self.settings.max_request_bytes
         try:
-            message = parse(data, pb.ClassifyStreamRequest, self.settings.max_request_bytes)
+            check_size(data, limit)
+            model = self._pipeline.repository.default
+            if model and (read := model.pixels.read_of_stream(data)):
+                identifier, images = read
+                return _StreamItem(self, identifier, _Pixels(images))
+            message = parse(data, pb.ClassifyStreamRequest, limit)
         except InvalidRequest as error:
-            return _StreamItem(pb.ClassifyStreamRequest(), self, error)
-        return _StreamItem(message, self)
+            return _StreamItem(self, "", _Request(pb.ClassifyRequest(), self.settings), error)
+        return _StreamItem(self, message.id, _Request(message.request, self.settings))
 
     def refusal(self, error: Exception, call: Call, seconds: float) -> pb.Error:
         """What a stream's client is told in place of an answer."""
@@ -108,10 +120,35 @@ class CapsNetService:
 
 
 class _Item:
-    """A ClassifyRequest."""
+    """A request in this protocol, which says nothing of when, or how urgently, it is to be answered."""
 
     timeout: float | None = None
     urgent = False
+
+    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
+        return model.write_answer(prediction)
+
+
+class _Pixels(_Item):
+    """A request of raw pixels for the default model."""
+
+    model_name = model_version = ""
+    slow = False
+
+    def __init__(self, images: Images) -> None:
+        self.images = len(images)
+        self._images = images
+
+    def decode(self, model: ServedModel) -> Images:
+        shape = model.artifact.image_shape
+        if self._images.shape[1:] == shape:
+            return self._images
+        # The default model has become another meanwhile.
+        return np.stack([from_pixels(one.tobytes(), shape, _pixels(index)) for index, one in enumerate(self._images)])
+
+
+class _Request(_Item):
+    """Any ClassifyRequest."""
 
     def __init__(self, request: pb.ClassifyRequest, settings: Settings) -> None:
         self.model_name = request.model_name
@@ -119,46 +156,50 @@ class _Item:
         self._request = request
         self._settings = settings
         self.images = len(request.images)
-        self._pixels = [image.pixels for image in request.images]
-        self.slow = not all(self._pixels) and any(image.encoded for image in request.images)
+        self.slow = any(image.encoded for image in request.images)
 
     def decode(self, model: ServedModel) -> Images:
         limit, shape = self._settings.max_images_per_request, model.artifact.image_shape
         if not 1 <= self.images <= limit:
             raise InvalidRequest("images", f"{self.images}; expected 1 to {limit} (max_images_per_request)")
-        channels, height, width = shape
-        if set(map(len, self._pixels)) == {channels * height * width}:
-            pixels = self._pixels[0] if self.images == 1 else b"".join(self._pixels)
-            return np.frombuffer(pixels, np.uint8).reshape(self.images, *shape)
         images = []
         for index, image in enumerate(self._request.images):
             match image.WhichOneof("content"):
                 case "pixels":
-                    images.append(from_pixels(image.pixels, shape, f"images[{index}].pixels"))
+                    images.append(from_pixels(image.pixels, shape, _pixels(index)))
                 case "encoded":
                     images.append(from_encoded(image.encoded, shape, f"images[{index}].encoded"))
                 case _:
                     raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
         return np.stack(images)
 
-    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
-        return model.write_answer(prediction)
+
+def _pixels(index: int) -> str:
+    """The field with the pixels of an image."""
+    return f"images[{index}].pixels"
 
 
-class _StreamItem(_Item):
-    """A ClassifyStreamRequest; error: why it could not be parsed."""
+class _StreamItem:
+    """A ClassifyStreamRequest: a request and its id; error: why it could not be parsed."""
+
+    timeout = _Item.timeout
+    urgent = _Item.urgent
 
     def __init__(
-        self, message: pb.ClassifyStreamRequest, service: CapsNetService, error: InvalidRequest | None = None
+        self, service: CapsNetService, identifier: str, request: _Pixels | _Request, error: InvalidRequest | None = None
     ) -> None:
-        super().__init__(message.request, service.settings)
-        self._id = message.id
+        self.model_name = request.model_name
+        self.model_version = request.model_version
+        self.images = request.images
+        self.slow = request.slow
+        self.decode = request.decode
         self._service = service
+        self._id = identifier
         self.error: Exception | None = error
 
     def encode(self, model: ServedModel, prediction: Answer) -> bytes:
         identifier = delimited(_ID, self._id.encode()) if self._id else b""
-        return identifier + delimited(_RESPONSE, super().encode(model, prediction))
+        return identifier + delimited(_RESPONSE, model.write_answer(prediction))
 
     def encode_error(self, error: Exception, call: Call, seconds: float) -> bytes:
         refusal = self._service.refusal(error, call, seconds)

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.inference import inference_pb2 as pb
-from serving.answers import delimited, tag, varint
 from serving.artifact import Artifact
 from serving.errors import InvalidRequest
 from serving.runtime import Answer
+from serving.wire import BYTES, delimited, tag, varint
 
 INPUT, PROBABILITIES, POSES = "images", "probabilities", "poses"
 SHARED_MEMORY = "shared_memory_region"
@@ -19,7 +19,6 @@ SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 _ID = pb.ModelInferResponse.ID_FIELD_NUMBER
 _RAW = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 _RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
-_BYTES = 2  # protobuf's wire type of a field that has a length
 # How much of a foreign text an error repeats: the text goes out as a header, whose size is limited.
 _SHOWN = 64
 _SHOWN_SIZES = 8
@@ -51,7 +50,7 @@ class TensorMessages:
         self._head = name.SerializeToString()
         final = pb.InferParameter(bool_param=True)
         self._final = pb.ModelInferResponse(parameters={"triton_final_response": final}).SerializeToString()
-        self._raw = tag(_RAW, _BYTES)
+        self._raw = tag(_RAW, BYTES)
         self._described = lru_cache(1024)(self._describe)
 
     def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
@@ -94,7 +93,7 @@ class TensorMessages:
     def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> bytes:
         """A ModelStreamInferResponse with these outputs; identifier: the request's."""
         parts = self._final, *self._parts(identifier, outputs, prediction)
-        return b"".join((tag(_RESPONSE, _BYTES), varint(sum(map(len, parts))), *parts))
+        return b"".join((tag(_RESPONSE, BYTES), varint(sum(map(len, parts))), *parts))
 
     def _about_shape(self, shape: tuple[int, ...]) -> str:
         sizes = ", ".join(map(str, shape[:_SHOWN_SIZES])) + (", ..." if len(shape) > _SHOWN_SIZES else "")

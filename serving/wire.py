@@ -1,0 +1,24 @@
+"""Protobuf's encoding, as far as it is written and read here by hand (protobuf.dev, "Encoding")."""
+
+#: Wire types.
+VARINT, BYTES, FIXED32 = 0, 2, 5
+
+
+def varint(value: int) -> bytes:
+    """A whole number from 0 on in protobuf's variable-length encoding."""
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def tag(number: int, wire_type: int) -> bytes:
+    """What goes before the value of a field with this number."""
+    return varint(number << 3 | wire_type)
+
+
+def delimited(number: int, content: bytes) -> bytes:
+    """A field that holds text, bytes or a message."""
+    return tag(number, BYTES) + varint(len(content)) + content
