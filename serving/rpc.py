@@ -228,15 +228,14 @@ class Edge:
         def door(head: RequestHead[Any]) -> bytes | None:
             if (error := refusal(head.timeout)) is None:
                 return None
-            began = record.start()
             code, text = self.to_status(error)
             self.note_refusal(record.name, head.metadata, 0.0, code, text)
-            record.end(began, code)
-            if error not in blocks:
+            record.refuse(code)
+            if (block := blocks.get(error)) is None:
                 if len(blocks) >= _BLOCKS:
                     blocks.clear()
-                blocks[error] = status_block(code, text, _details(error, code, text))
-            return blocks[error]
+                block = blocks[error] = status_block(code, text, _details(error, code, text))
+            return block
 
         # By error, what a client is sent: the same one serves many calls.
         blocks: dict[ServingError, bytes] = {}
@@ -301,6 +300,12 @@ class _Recorder:
     def start(self) -> float:
         self._started.inc()
         return time.perf_counter()
+
+    def refuse(self, code: grpc.StatusCode) -> None:
+        """An RPC has begun, and is over at once."""
+        self._started.inc()
+        self._handling.observe(0.0)
+        self._handled[code.value[0]].inc()
 
     def end(self, start: float, code: grpc.StatusCode) -> None:
         self._handling.observe(time.perf_counter() - start)

@@ -21,7 +21,7 @@ _OVERHEAD_SECONDS = 0.0005
 _NEARLY = 0.97
 # What a good batch may lose of the rate of batches without end.
 _GOOD = 0.93
-_SAMPLE_SECONDS = 0.015
+_SAMPLE_SECONDS = 0.025
 
 
 class Plan(NamedTuple):
@@ -101,7 +101,7 @@ def tune(
             [
                 timing
                 for threads, runtimes in pairs
-                for timing in _time(opened[threads], image_shape, threads, runtimes, sizes, warm, 1, _SAMPLE_SECONDS)
+                for timing in _time(opened[threads], image_shape, threads, runtimes, sizes, _mean_of, warm=warm)
             ]
             for warm in (False, True)
         )
@@ -114,7 +114,7 @@ def tune(
     else:
         plan = Plan(*pairs[0], max_batch)
     predict = opened[plan.threads] if opened else open_runtime(plan.threads)
-    timings = _time(predict, image_shape, plan.threads, plan.runtimes, range(1, plan.max_batch + 1))
+    timings = _time(predict, image_shape, plan.threads, plan.runtimes, range(1, plan.max_batch + 1), _least_of)
     return predict, Tuned(plan, tuple(compared), tuple(timings))
 
 
@@ -129,27 +129,44 @@ def _time(
     threads: int,
     runtimes: int,
     sizes: Iterable[int],
+    sample: Callable[[Predict, Images], float],
     warm: bool = False,
-    calls: int = 2,
-    least_seconds: float = 0.0,
 ) -> list[Timing]:
-    """Of each size in turn, the least of so many calls; warm: all have been computed before."""
+    """Of each size in turn, what ``sample`` says that a call takes; warm: all have been computed before."""
     generator = np.random.default_rng(0)
     timings = []
     with ThreadPoolExecutor(runtimes) as pool:
         for size in sizes:
             images = generator.integers(0, 256, (size, *image_shape), np.uint8)
-            work = [pool.submit(_sample, predict, images, warm, calls, least_seconds) for _ in range(runtimes)]
+            work = [pool.submit(_sample, predict, images, sample, warm) for _ in range(runtimes)]
             timings.append(Timing(threads, runtimes, size, statistics.fmean(one.result() for one in work)))
     return timings
 
 
-def _sample(predict: Predict, images: Images, warm: bool, calls: int, least_seconds: float) -> float:
-    """Least seconds of a call: what else the machine does only adds to it. The first, which allocates, is left out."""
+def _sample(predict: Predict, images: Images, sample: Callable[[Predict, Images], float], warm: bool) -> float:
+    """The first call, which allocates, is left out."""
     if not warm:
         predict(images)
-    seconds: list[float] = []
-    while len(seconds) < calls or sum(seconds) < least_seconds:
+    return sample(predict, images)
+
+
+def _mean_of(predict: Predict, images: Images) -> float:
+    """Mean seconds of a call over about as long for each size.
+
+    Of the least, small batches would have more to choose from, and look better than they are on a machine that others
+    use too.
+    """
+    calls, begin = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - begin) < _SAMPLE_SECONDS:
+        predict(images)
+        calls += 1
+    return seconds / calls
+
+
+def _least_of(predict: Predict, images: Images) -> float:
+    """Least seconds of two calls: what else the machine does only adds to them."""
+    seconds = []
+    for _ in range(2):
         begin = time.perf_counter()
         predict(images)
         seconds.append(time.perf_counter() - begin)
