@@ -167,7 +167,7 @@ class Batcher:
         urgent: bool = False,
         then: Callable[[Promise], None] | None = None,
     ) -> Ticket:
-        """Queue images (n, C, H, W), n at least 1, to be computed in one or several batches.
+        """Queue images (n, C, H, W), contiguous, n at least 1, to be computed in one or several batches.
 
         deadline: of the clock of ``time.monotonic``; a request that would be answered later is refused, or dropped
         once that shows. then: told of the answer at once, in place of a future that wakes a task. Raises QueueFull,
@@ -354,18 +354,18 @@ class Batcher:
 
     def _compute(self, batch: list[_Part]) -> _Outcome:
         """On a slot's thread: one call of the runtime. An exception is a result here: it must not end the thread."""
-        start = time.perf_counter()
-        parts = [part.ticket.images[part.start : part.stop] for part in batch]
-        images = parts[0] if len(parts) == 1 else _joined(parts)
-        stacked = time.perf_counter()
+        start = stacked = time.perf_counter()
         try:
+            parts = [part.ticket.images[part.start : part.stop] for part in batch]
+            images = parts[0] if len(parts) == 1 else _joined(parts)
+            stacked = time.perf_counter()
             prediction = self._predict(images)
             done = time.perf_counter()
             found = prediction.probabilities.shape[0], prediction.poses.shape[0]
             if found != (len(images), len(images)):
                 raise ValueError(f"{len(images)} images were answered with {found} probabilities and poses")
         except Exception as error:
-            _logger.exception("a batch of %d images failed", len(images))
+            _logger.exception("a batch of %d images failed", sum(part.stop - part.start for part in batch))
             return _Outcome(error, stacked - start, time.perf_counter() - stacked)
         return _Outcome(prediction, stacked - start, done - stacked)
 

@@ -16,7 +16,7 @@ from serving.cost import BatchCost
 # What a batch costs beside its computation and beside what each request does: the way to a thread and back, what runs
 # between two batches under the lock of Python, caches that others have filled meanwhile. By the difference of what the
 # server takes for a request in batches of 4 and of 16.
-_OVERHEAD_SECONDS = 0.0005
+_OVERHEAD_SECONDS = 0.00075
 # A smaller batch is taken where it loses no more than this, since its members wait less for each other.
 _NEARLY = 0.97
 # What a good batch may lose of the rate of batches without end.
