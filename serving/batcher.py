@@ -32,7 +32,7 @@ _STALE = 10.0  # seconds after which the cost of a batch may be another
 _MARGIN = 1.1
 # Of what waits before a request, since work that comes later delays it too: to refuse a request at once costs a tenth
 # of finding later on that it was taken in vain.
-_QUEUE_MARGIN = 1.15
+_QUEUE_MARGIN = 1.25
 _LAG_SECONDS = 0.002
 _ERRORS = 1024  # that are kept to be used again
 _OPEN, _DONE, _CANCELLED = "open", "done", "cancelled"
