@@ -30,10 +30,11 @@ _AHEAD = 2  # batches that a slot may have, with the one that it computes
 _STALE = 10.0  # seconds after which the cost of a batch may be another
 # What is expected to be only just in time is too late: the answer has yet to go through the event loop.
 _MARGIN = 1.1
-# Of what waits before a request, since work that comes later delays it too: to refuse a request at once costs a tenth
-# of finding later on that it was taken in vain.
+# And more of what waits before a request, since what comes later delays it too: to refuse a request at once costs far
+# less than to find later on that it was taken in vain.
 _QUEUE_MARGIN = 1.25
 _LAG_SECONDS = 0.002
+_JOINED_AT_ONCE = 2**20  # bytes
 _ERRORS = 1024  # that are kept to be used again
 _OPEN, _DONE, _CANCELLED = "open", "done", "cancelled"
 
@@ -183,9 +184,9 @@ class Batcher:
                 self._time_for(self.queued),
             )
         if deadline is not None:
-            expected = self._expected(count, urgent, now)
-            if _too_late(now, expected, deadline) and not self._is_probe(now):
-                raise _unmeetable(expected, deadline - now)
+            needed = self._needed(count, urgent, now)
+            if now + needed > deadline and not self._is_probe(now):
+                raise _unmeetable(needed, deadline - now)
         future = Promise(then) if then else self._loop.create_future()
         ticket = Ticket(images, future, deadline, urgent, now)
         self._waiting[urgent].append(ticket)
@@ -206,8 +207,8 @@ class Batcher:
             return _full(self._limits.max_queue, _rounded(self._time_for(self.queued)))
         if timeout is None or now - self._computed_at > _STALE:
             return None
-        expected = self._expected(1, urgent, now)
-        return _hopeless(_rounded(expected)) if _too_late(0.0, expected, timeout) else None
+        needed = self._needed(1, urgent, now)
+        return _hopeless(_rounded(needed)) if needed > timeout else None
 
     async def wait(self, ticket: Ticket) -> Answer:
         """The answer to what was queued; a caller that is cancelled gives its request up. Raises as the future does."""
@@ -269,10 +270,11 @@ class Batcher:
             return self.queued
         return sum(len(ticket.images) - ticket.taken for ticket in self._waiting[True])
 
-    def _expected(self, images: int, urgent: bool, now: float) -> float:
-        """Seconds until a request that comes now, of so many images, would be answered."""
+    def _needed(self, images: int, urgent: bool, now: float) -> float:
+        """Seconds that a request which comes now, of so many images, may take until it is answered."""
         batch = max(images, min(self.queued + images, self._limits.max_batch))  # with others, or several by itself
-        return self._busy_for(now) + _QUEUE_MARGIN * self._time_for(self._ahead(urgent)) + self._time_for(batch)
+        ahead = _QUEUE_MARGIN * self._time_for(self._ahead(urgent))
+        return _at_most(self._busy_for(now) + ahead + self._time_for(batch))
 
     def _time_for(self, images: int) -> float:
         """Seconds that so many images take, all slots computing."""
@@ -324,10 +326,10 @@ class Batcher:
                 self.give_up(ticket)
                 continue
             if ticket.deadline is not None:
-                expected = begin - now + max(self._time_for(left), self._cost(min(size, self.queued)))
-                if _too_late(now, expected, ticket.deadline) and not self._is_probe(now):
+                needed = _at_most(begin - now + max(self._time_for(left), self._cost(min(size, self.queued))))
+                if now + needed > ticket.deadline and not self._is_probe(now):
                     ticket.taken = len(ticket.images)
-                    ticket.future.set_exception(_unmeetable(expected, ticket.deadline - now))
+                    ticket.future.set_exception(_unmeetable(needed, ticket.deadline - now))
                     self._metrics.expired.inc(left)
                     self._count(-left)
                     continue
@@ -361,9 +363,13 @@ class Batcher:
             stacked = time.perf_counter()
             prediction = self._predict(images)
             done = time.perf_counter()
-            found = prediction.probabilities.shape[0], prediction.poses.shape[0]
-            if found != (len(images), len(images)):
-                raise ValueError(f"{len(images)} images were answered with {found} probabilities and poses")
+            classes = prediction.probabilities.shape[1:]
+            found = prediction.probabilities.shape, prediction.poses.shape[:-1]
+            if found != ((len(images), *classes), (len(images), *classes)) or len(classes) != 1:
+                raise ValueError(
+                    f"{len(images)} images were answered with probabilities {prediction.probabilities.shape} and poses "
+                    f"{prediction.poses.shape}"
+                )
         except Exception as error:
             _logger.exception("a batch of %d images failed", sum(part.stop - part.start for part in batch))
             return _Outcome(error, stacked - start, time.perf_counter() - stacked)
@@ -384,9 +390,9 @@ class Batcher:
         else:
             self._cost.learn(size, outcome.input_time + outcome.infer_time)
             # The sum is finite almost always, and takes far less time than a look at each number.
-            good = isfinite(prediction.probabilities.sum() + prediction.poses.sum())
-            finite = None if good else _finite(prediction)
-            self._answer(batch, outcome, prediction, finite)
+            with np.errstate(all="ignore"):
+                good = isfinite(prediction.probabilities.sum() + prediction.poses.sum())
+            self._answer(batch, outcome, prediction, None if good else _finite(prediction))
             self._metrics.batch(prediction, outcome.input_time, outcome.infer_time)
             if good:
                 self._metrics.quality.add(prediction)
@@ -510,15 +516,17 @@ def _full(most: int, hundredths: int) -> QueueFull:
 
 @lru_cache(_ERRORS)
 def _hopeless(hundredths: int) -> DeadlineUnmeetable:
-    return DeadlineUnmeetable(f"deadline: the answer would take about {10 * hundredths} ms")
+    return DeadlineUnmeetable(f"deadline: the answer may take {10 * hundredths} ms")
 
 
 def _joined(parts: list[Images]) -> Images:
     """In one batch, contiguous each.
 
-    Unlike ``np.concatenate``, this keeps Python's lock while it copies: the event loop would take it, and a batch's
-    computation wait for it, as often as there are parts.
+    Small ones, unlike by ``np.concatenate``, with Python's lock kept: the event loop would take it, and a batch's
+    computation wait for it, as often as there are parts. While large ones are copied, the event loop is to go on.
     """
+    if sum(part.nbytes for part in parts) > _JOINED_AT_ONCE:
+        return np.concatenate(parts)
     return np.frombuffer(b"".join([part.data for part in parts]), np.uint8).reshape(-1, *parts[0].shape[1:])
 
 
@@ -527,11 +535,12 @@ def _finite(prediction: Prediction) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2)))
 
 
-def _too_late(now: float, expected: float, deadline: float) -> bool:
-    return now + _MARGIN * expected + _LAG_SECONDS > deadline
+def _at_most(expected: float) -> float:
+    """Seconds that may be needed for what is expected to take so many."""
+    return _MARGIN * expected + _LAG_SECONDS
 
 
-def _unmeetable(expected: float, left: float) -> DeadlineUnmeetable:
+def _unmeetable(needed: float, left: float) -> DeadlineUnmeetable:
     return DeadlineUnmeetable(
-        f"deadline: {max(left, 0) * 1000:.0f} ms are left, the answer would take about {expected * 1000:.0f} ms"
+        f"deadline: {max(left, 0) * 1000:.0f} ms are left, the answer may take {needed * 1000:.0f} ms"
     )

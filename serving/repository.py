@@ -106,7 +106,7 @@ class Repository:
 
     @property
     def default(self) -> ServedModel | None:
-        """The version that serves a request which names no model; None where it would have to."""
+        """The version that serves a request which names no model; None where there are several models, or none."""
         if len(self._current) != 1:
             return None
         [models] = self._current.values()

@@ -1,7 +1,6 @@
 """Requests of raw pixels read straight from bytes: by way of messages, each takes several times as long.
 
-Only the bytes that protobuf itself writes for such a request, and that can mean nothing else, are read here; all
-others are left to protobuf.
+Only bytes that can mean nothing else are read here, as protobuf itself writes them; all others are left to protobuf.
 """
 
 import math
@@ -29,7 +28,7 @@ class PixelReader:
         before_pixels = _PIXELS + varint(size)
         #: What comes before each image's pixels.
         self._head = _IMAGE + varint(len(before_pixels) + size) + before_pixels
-        self._heads = np.frombuffer(self._head, np.uint8)
+        self._head_array = np.frombuffer(self._head, np.uint8)
         self._width = len(self._head) + size
 
     def read(self, data: bytes, start: int = 0) -> Images | None:
@@ -40,7 +39,7 @@ class PixelReader:
         if count == 1:
             return np.frombuffer(data, np.uint8, offset=start + len(self._head)).reshape(1, *self._shape)
         rows = np.frombuffer(data, np.uint8, offset=start).reshape(count, self._width)
-        if (rows[:, : len(self._head)] != self._heads).any():
+        if (rows[:, : len(self._head)] != self._head_array).any():
             return None
         return np.ascontiguousarray(rows[:, len(self._head) :]).reshape(count, *self._shape)
 
