@@ -20,6 +20,8 @@ from serving.tuning import Plan, Tuned, candidates, good_batch, tune
 # On a GPU two calls overlap copies with computation; more only divide it.
 _GPU_RUNTIMES = (1, 2)
 _MOST_TUNED = 64
+# Each size up to the one that is chosen is computed at the start, and larger ones gain a processor nothing.
+_MOST_TUNED_ON_CPU = 32
 
 _logger = logging.getLogger(__name__)
 
@@ -141,7 +143,9 @@ class ServedModel:
             pairs, max_batch = [(plan.threads, plan.runtimes)], plan.max_batch
         else:
             pairs = candidates(usable_cores(), settings.threads, settings.runtimes)
-            if self._open(pairs[0][0]).provider != CPU:
+            if self._open(pairs[0][0]).provider == CPU:
+                most = min(most, _MOST_TUNED_ON_CPU)
+            else:
                 runtimes = (settings.runtimes,) if settings.runtimes else _GPU_RUNTIMES
                 pairs = [(pairs[0][0], count) for count in runtimes]
             max_batch = settings.max_batch
