@@ -186,7 +186,7 @@ def test_a_server_is_ready_only_after_all_its_batch_sizes_were_computed(
 def test_what_is_not_set_is_measured_and_told(start: Callable[..., Running]) -> None:
     running = start(threads=1, runtimes=1, max_batch=0)
     tuning = running.stub.GetModel(pb.GetModelRequest(), timeout=20).tuning
-    assert [timing.batch for timing in tuning.compared] == [1, 2, 4, 8, 16, 32, 64]
+    assert [timing.batch for timing in tuning.compared] == [1, 2, 4, 8, 16, 32]
     assert tuning.max_batch in [timing.batch for timing in tuning.compared]
     assert all(timing.seconds > 0 for timing in tuning.compared)
 
