@@ -309,7 +309,7 @@ class Batcher:
         begin = max(now, slot.free_at) if slot.batches else now
         if batch := [self._again.popleft()] if self._again else self._collect(size, now, begin):
             self._computed_at = now
-            slot.start(batch, begin + self._cost(sum(part.stop - part.start for part in batch)))
+            slot.start(batch, begin + self._cost(_size(batch)))
             if len(slot.batches) == 1:
                 self._watch(slot)
 
@@ -363,15 +363,11 @@ class Batcher:
             stacked = time.perf_counter()
             prediction = self._predict(images)
             done = time.perf_counter()
-            classes = prediction.probabilities.shape[1:]
-            found = prediction.probabilities.shape, prediction.poses.shape[:-1]
-            if found != ((len(images), *classes), (len(images), *classes)) or len(classes) != 1:
-                raise ValueError(
-                    f"{len(images)} images were answered with probabilities {prediction.probabilities.shape} and poses "
-                    f"{prediction.poses.shape}"
-                )
+            shape, poses = prediction.probabilities.shape, prediction.poses.shape
+            if len(shape) != 2 or shape[0] != len(images) or poses[:-1] != shape:
+                raise ValueError(f"{len(images)} images were answered with probabilities {shape} and poses {poses}")
         except Exception as error:
-            _logger.exception("a batch of %d images failed", sum(part.stop - part.start for part in batch))
+            _logger.exception("a batch of %d images failed", _size(batch))
             return _Outcome(error, stacked - start, time.perf_counter() - stacked)
         return _Outcome(prediction, stacked - start, done - stacked)
 
@@ -384,7 +380,7 @@ class Batcher:
         if slot.batches:
             self._watch(slot)
         self._dispatch()
-        prediction, size = outcome.prediction, sum(part.stop - part.start for part in batch)
+        prediction, size = outcome.prediction, _size(batch)
         if isinstance(prediction, Exception):
             self._fail(batch)
         else:
@@ -502,6 +498,11 @@ class _Slot:
                 self._loop.call_soon_threadsafe(self._finish, self, batch, outcome)
             except RuntimeError:  # the loop was closed while this hung
                 return
+
+
+def _size(batch: list[_Part]) -> int:
+    """Images in a batch."""
+    return sum(part.stop - part.start for part in batch)
 
 
 def _rounded(seconds: float) -> int:

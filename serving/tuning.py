@@ -23,7 +23,7 @@ _NEARLY = 0.95
 # What a good batch may lose of the rate of batches without end.
 _GOOD = 0.93
 _SAMPLE_SECONDS = 0.025
-# What an event loop does at a time, and what is between; measured while small networks were served at full load.
+# A fifth of a core, which the event loop takes while a small network is served at full load.
 _BURST_SECONDS = 0.0005
 _PAUSE_SECONDS = 0.002
 
