@@ -1,4 +1,4 @@
-"""Load for a gRPC server: ``h2load`` for unary calls, our own client for streams and for calls at a fixed rate.
+"""Load for a gRPC server: ``h2load`` for unary calls, our own client for streams and for the status of single calls.
 
 The server shares the cores with what loads it, and gRPC's own Python client takes about as much CPU time for a call as
 the server does. So the bytes of a request are made once, and answers are read no further than to their status.
@@ -19,13 +19,15 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 H2LOAD = "h2load"
 H2LOAD_MISSING = "h2load is not installed; it comes with nghttp2 (Debian and Ubuntu: apt install nghttp2-client)"
@@ -55,20 +57,29 @@ class Sample:
     client_cpu_seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class Flood:
+    """Calls that came at a fixed rate: ``calls`` of them, ``rate`` a second, the last answered after ``seconds``.
+
+    latencies_ms: of their answers, whatever their status.
+    """
+
+    calls: int
+    rate: float
+    seconds: float
+    latencies_ms: NDArray[np.float64]
+
+
 @dataclass
-class Overload:
-    """Calls that came at a fixed rate: ``calls`` of them in ``seconds``.
+class Probes:
+    """Calls that came one by one.
 
     latencies_ms: of the answers within the deadline, in the order of their arrival, by gRPC status code. expired:
-    calls without an answer at their deadline. unsent: those of them that the server's limits on streams and bytes
-    kept back until then.
+    calls without an answer at their deadline.
     """
 
     calls: int = 0
-    seconds: float = 0.0
     expired: int = 0
-    unsent: int = 0
-    client_cpu_seconds: float = 0.0
     latencies_ms: dict[int, list[float]] = field(default_factory=dict)
 
 
@@ -92,31 +103,58 @@ def h2load(target: str, path: str, body: Path, in_flight: int, requests: int, ht
     """
     connections = in_flight if http1 else min(in_flight, CONNECTIONS)
     streams = -(-in_flight // connections)
-    url = f"http://{'localhost' if target.startswith('unix:') else target}{path}"
-    command = [H2LOAD, f"--clients={connections}", f"--max-concurrent-streams={streams}", f"--requests={requests}"]
+    flags = [f"--clients={connections}", f"--max-concurrent-streams={streams}", *(["--h1"] if http1 else [])]
     headers = _HEADERS_OF_BYTES if http1 else _HEADERS_OF_GRPC
-    command += [f"--data={body}", *(["--h1"] if http1 else []), *(f"--header={header}" for header in headers)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start, duration = _h2load(flags, target, path, headers, body, requests, _MOST_SECONDS)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Sample(
+        requests,
+        float((start + duration).max() - start.min()),
+        percentiles((1000 * duration).tolist()),
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    )
+
+
+def flood(target: str, path: str, body: Path, rate: float, calls: int, deadline: float) -> Flood:
+    """So many unary calls at ``rate`` a second, however the earlier ones fare, by ``h2load``.
+
+    Each connection sends what has become due every 10 ms. deadline: of each call, in seconds. Raises LoadError.
+    """
+    flags = [f"--clients={CONNECTIONS}", f"--max-concurrent-streams={calls}", f"--rps={rate / CONNECTIONS}"]
+    headers = (*_HEADERS_OF_GRPC, f"grpc-timeout: {round(1000 * deadline)}m")
+    start, duration = _h2load(flags, target, path, headers, body, calls, calls / rate + _MOST_SECONDS)
+    begin = start.min()
+    took = start.max() - begin
+    return Flood(calls, float(calls / took) if took else rate, float((start + duration).max() - begin), 1000 * duration)
+
+
+def _h2load(
+    flags: list[str], target: str, path: str, headers: Sequence[str], body: Path, requests: int, seconds: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """When each call began, and how long it took, in seconds. Raises LoadError."""
+    url = f"http://{'localhost' if target.startswith('unix:') else target}{path}"
+    command = [
+        H2LOAD,
+        f"--requests={requests}",
+        f"--data={body}",
+        *flags,
+        *(f"--header={header}" for header in headers),
+    ]
     command += [f"--base-uri={target}"] if target.startswith("unix:") else []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         try:
             result = subprocess.run(
-                [*command, f"--log-file={log}", url], capture_output=True, text=True, check=False, timeout=_MOST_SECONDS
+                [*command, f"--log-file={log}", url], capture_output=True, text=True, check=False, timeout=seconds
             )
         except subprocess.TimeoutExpired as error:
-            raise LoadError(f"h2load: {requests} requests were not answered in {_MOST_SECONDS} s") from error
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            raise LoadError(f"h2load: {requests} requests were not answered in {seconds:.0f} s") from error
         counts = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", result.stdout)
         if result.returncode or not counts or (int(counts[1]), int(counts[2]), int(counts[3])) != (requests, 0, 0):
             raise LoadError(f"h2load: expected {requests} requests that succeed: {result.stdout}{result.stderr}")
         start, _, duration = np.loadtxt(log, dtype=np.int64, ndmin=2).T  # microseconds
-    return Sample(
-        requests,
-        float((start + duration).max() - start.min()) / 1e6,
-        percentiles((duration / 1000).tolist()),
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-    )
+    return start / 1e6, duration / 1e6
 
 
 def h2load_version() -> str | None:
@@ -146,7 +184,6 @@ _FRAME_HEADER = struct.Struct(">HBBBI")  # 24 bits of length in two parts, type,
 _MOST_IN_FRAME = 16384
 _WINDOW = 2**31 - 1
 _DEFAULT_WINDOW = 65535
-_TICK_SECONDS = 0.001  # between looks of who sends at a rate at what is due and what has come
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -315,70 +352,50 @@ def _status(trailers: bytes) -> int:
     return int(found[1])
 
 
-def at_rate(
-    target: str, path: str, body: bytes, rate: float, seconds: float, deadline: float, connections: int = CONNECTIONS
-) -> Overload:
+def probe(target: str, path: str, body: bytes, rate: float, seconds: float, deadline: float) -> Probes:
     """Unary calls that come at ``rate`` a second for ``seconds``, however the earlier ones fare.
 
-    Each has ``deadline`` seconds, counted from when it was to come, after which this side cancels it. Raises LoadError.
+    Each has ``deadline`` seconds, counted from when it was to come, after which this side cancels it. Raises LoadError,
+    also where the server's limits on streams and bytes keep a call back.
     """
-    with ExitStack() as stack:
-        links = [stack.enter_context(_connected(target)) for _ in range(connections)]
-        return _at_rate(links, _unary(path, body, round(1000 * deadline)), len(body), rate, seconds, deadline)
+    with _connected(target) as link:
+        return _probe(link, _unary(path, body, round(1000 * deadline)), len(body), rate, seconds, deadline)
 
 
-def _at_rate(
-    links: list[_Connection], pieces: list[bytes], size: int, rate: float, seconds: float, deadline: float
-) -> Overload:
-    result = Overload(seconds=seconds)
-    open_calls: dict[_Connection, dict[int, float]] = {link: {} for link in links}
-    sent: deque[tuple[float, _Connection, int]] = deque()
-    waiting: deque[float] = deque()
-    cpu, begin = time.process_time(), time.perf_counter()
-    while True:
+def _probe(link: _Connection, pieces: list[bytes], size: int, rate: float, seconds: float, deadline: float) -> Probes:
+    result = Probes()
+    open_calls: dict[int, float] = {}  # by stream, when it was to come; the oldest first
+    begin = time.perf_counter()
+    total = round(rate * seconds)
+    while result.calls < total or open_calls:
         now = time.perf_counter()
-        due = int(min(now - begin, seconds) * rate)
-        waiting.extend(begin + call / rate for call in range(result.calls, due))
-        result.calls = due
-        while waiting and waiting[0] + deadline <= now:
-            waiting.popleft()
+        while result.calls < total and (arrival := begin + result.calls / rate) <= now:
+            if link.window < size or len(open_calls) >= link.most_streams:
+                raise LoadError(f"the server does not let this client open more than {len(open_calls)} calls")
+            link.window -= size
+            open_calls[link.next_stream] = arrival
+            link.send(link.next_stream.to_bytes(4).join(pieces))
+            link.next_stream += 2
+            result.calls += 1
+        for stream, arrival in list(open_calls.items()):
+            if now < arrival + deadline:
+                break
+            del open_calls[stream]
             result.expired += 1
-            result.unsent += 1
-        for link in links:
-            calls = open_calls[link]
-            count = min(-(-len(waiting) // len(links)), link.most_streams - len(calls), link.window // size)
-            batch = []
-            for _ in range(max(0, min(count, len(waiting)))):
-                arrival, stream = waiting.popleft(), link.next_stream
-                link.next_stream += 2
-                calls[stream] = arrival
-                sent.append((arrival, link, stream))
-                batch.append(stream.to_bytes(4).join(pieces))
-            link.window -= len(batch) * size
-            link.send(b"".join(batch))
-        while sent and sent[0][0] + deadline <= now:
-            _, link, stream = sent.popleft()
-            if open_calls[link].pop(stream, None) is not None:
-                result.expired += 1
-                link.send(_frame(_RST_STREAM, 0, stream, struct.pack(">I", _CANCEL)))
-        if now - begin >= seconds and not waiting and not any(open_calls.values()):
-            break
-        # All that has come in a while is read at once: this side is to take as little of the machine as it can.
-        time.sleep(_TICK_SECONDS)
-        frames = _Connection.wait(links, 0)
+            link.send(_frame(_RST_STREAM, 0, stream, struct.pack(">I", _CANCEL)))
+        events = [begin + result.calls / rate] if result.calls < total else []
+        events += [arrival + deadline for arrival in islice(open_calls.values(), 1)]
+        frames = _Connection.wait([link], max(0.0, min(events, default=now) - now))
         now = time.perf_counter()
-        for link, kind, flags, stream, payload in frames:
-            if kind == _DATA or not (kind == _RST_STREAM or flags & _END_STREAM):
+        for _, kind, flags, stream, payload in frames:
+            if kind == _DATA or not (kind == _RST_STREAM or flags & _END_STREAM) or stream not in open_calls:
                 continue
-            call = open_calls[link].pop(stream, None)
-            if call is None:
-                continue
-            if now - call > deadline:
+            latency = now - open_calls.pop(stream)
+            if latency > deadline:
                 result.expired += 1
             else:
                 code = _OF_RESET.get(int.from_bytes(payload), _INTERNAL) if kind == _RST_STREAM else _status(payload)
-                result.latencies_ms.setdefault(code, []).append(1000 * (now - call))
-    result.client_cpu_seconds = time.process_time() - cpu
+                result.latencies_ms.setdefault(code, []).append(1000 * latency)
     return result
 
 
@@ -450,13 +467,13 @@ def _in_streams(
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
     kinds = command.add_subparsers(dest="kind", required=True)
-    for kind, text in (("rate", "unary calls at a fixed rate"), ("streams", "streams, a window of messages in each")):
+    for kind, text in (("probe", "unary calls, one by one"), ("streams", "streams, a window of messages in each")):
         one = kinds.add_parser(kind, help=text)
         one.add_argument("target", help="HOST:PORT or unix:PATH")
         one.add_argument("path", help="the method, /PACKAGE.SERVICE/METHOD")
         one.add_argument("body", type=Path, help="file with the message, framed as gRPC does")
         one.add_argument("--seconds", type=float, required=True)
-        if kind == "rate":
+        if kind == "probe":
             one.add_argument("--rate", type=float, required=True, help="calls a second")
             one.add_argument("--deadline", type=float, required=True, help="seconds for each")
         else:
@@ -464,10 +481,10 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--in-flight", type=int, required=True, help="messages under way, in all streams together")
     options = command.parse_args(arguments)
     body = options.body.read_bytes()
-    result: Sample | Overload
+    result: Sample | Probes
     try:
-        if options.kind == "rate":
-            result = at_rate(options.target, options.path, body, options.rate, options.seconds, options.deadline)
+        if options.kind == "probe":
+            result = probe(options.target, options.path, body, options.rate, options.seconds, options.deadline)
         else:
             result = in_streams(options.target, options.path, body, options.streams, options.in_flight, options.seconds)
     except LoadError as error:

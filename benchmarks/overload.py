@@ -1,10 +1,14 @@
 """``python -m benchmarks.overload``: the server at several times its capacity, from clients that do not wait for it."""
 
 import argparse
+import resource
 import shlex
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,20 @@ import grpc
 import numpy as np
 
 from benchmarks.figures import origin, write
-from benchmarks.load import H2LOAD_MISSING, LoadError, Overload, h2load_version, in_own_process
+from benchmarks.load import H2LOAD_MISSING, Flood, LoadError, Probes, flood, h2load_version, in_own_process
 from benchmarks.server import SERVICE, Case, Served, load, prepare, serve
 from training.model import CONFIGS
 
 #: Enough in flight to keep the server busy, and not more than it takes at once.
 CAPACITY = Case(64)
 
+METHOD = "Classify"
+
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 _MEMORY = "process_resident_memory_bytes"
+_HANDLED = "grpc_server_handled_total"
+_SETTLE_SECONDS = 5.0
+_OK = grpc.StatusCode.OK.value[0]
 _MIB = 2**20
 
 
@@ -38,11 +47,51 @@ def capacity(served: Served, body: Path, seconds: float) -> float:
     return statistics.median(sample.requests / sample.seconds for sample in samples)
 
 
-def figures(outcome: Overload, before: float, after: float) -> dict[str, Any]:
-    """The figures of an overload by their columns. before, after: the capacity, in calls a second."""
-    accepted = outcome.latencies_ms.get(0, [])
-    refused = [one for code, several in outcome.latencies_ms.items() if code != 0 for one in several]
-    goodput = len(accepted) / outcome.seconds
+def ended(served: Served, calls: float) -> dict[str, int]:
+    """How many calls have ended with each status, once that many have. Raises LoadError where they do not."""
+    end = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        page = served.page()
+        counts = {code: page.total(_HANDLED, grpc_method=METHOD, grpc_code=code) for code in _CODES.values()}
+        by_code = {code: int(count) for code, count in counts.items() if count}
+        if sum(by_code.values()) >= calls:
+            return by_code
+        if time.monotonic() > end:
+            raise LoadError(f"{sum(by_code.values())} calls ended; expected {calls:.0f}")
+        time.sleep(0.05)
+
+
+def overload(
+    served: Served, body: Path, rate: float, probes: float, seconds: float, deadline: float
+) -> tuple[Flood, Probes, float]:
+    """``rate`` calls a second, ``probes`` of them looked at one by one; and the CPU time that both clients took."""
+    target, path = served.targets["tcp"], f"{SERVICE}/{METHOD}"
+    flags = ("--rate", probes, "--seconds", seconds, "--deadline", deadline)
+    calls = max(1, round((rate - probes) * seconds))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with ThreadPoolExecutor() as pool:
+        probing = pool.submit(in_own_process, "probe", target, path, body, *flags)
+        flooded = flood(target, path, body, rate - probes, calls, deadline)
+        printed = probing.result()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    by_code = {int(code): several for code, several in printed["latencies_ms"].items()}
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return flooded, Probes(**printed | {"latencies_ms": by_code}), cpu_seconds
+
+
+def figures(
+    flooded: Flood, probed: Probes, by_code: Mapping[str, int], deadline: float, before: float, after: float
+) -> dict[str, Any]:
+    """The figures of an overload by their columns. before, after: the capacity, in calls a second.
+
+    by_code: how all calls ended, as the server has it. deadline: in seconds.
+    """
+    calls, late = flooded.calls + probed.calls, int((flooded.latencies_ms > 1000 * deadline).sum())
+    ok = by_code.get(_CODES[_OK], 0)
+    accepted = probed.latencies_ms.get(_OK, [])
+    refused = [one for code, several in probed.latencies_ms.items() if code != _OK for one in several]
+    # Which answers of the flood were OK is not known; those that came too late may all have been.
+    goodput = max(0, ok - late) / flooded.seconds
 
     def percentile(several: list[float], percent: float) -> str:
         return f"{np.percentile(several, percent):.4g}" if several else ""
@@ -50,23 +99,20 @@ def figures(outcome: Overload, before: float, after: float) -> dict[str, Any]:
     return {
         "capacity_before": f"{before:.4g}",
         "capacity_after": f"{after:.4g}",
-        "offered_per_second": f"{outcome.calls / outcome.seconds:.4g}",
-        "calls": outcome.calls,
-        "ok": len(accepted),
-        "refused": len(refused),
-        "expired": outcome.expired,
-        "unsent": outcome.unsent,
+        "offered_per_second": f"{flooded.rate * calls / flooded.calls:.4g}",
+        "calls": calls,
+        "answers": ", ".join(f"{count} {code}" for code, count in sorted(by_code.items())),
+        "late": late + probed.expired,
         "goodput_per_second": f"{goodput:.4g}",
         "goodput_share": f"{goodput / statistics.mean((before, after)):.4g}",
+        # What the middle refusal of the flood took, if no answer OK came before a refusal.
+        "flood_refused_p50_ms": f"{np.quantile(flooded.latencies_ms, (1 - ok / calls) / 2):.4g}",
+        "probes_refused": len(refused),
         "refused_p50_ms": percentile(refused, 50),
         "refused_p99_ms": percentile(refused, 99),
+        "probes_accepted": len(accepted),
         "accepted_p50_ms": percentile(accepted, 50),
         "accepted_p99_ms": percentile(accepted, 99),
-        "client_cores": f"{outcome.client_cpu_seconds / outcome.seconds:.3g}",
-        "answers": ", ".join(
-            f"{len(several)} {_CODES[code]} (median {statistics.median(several):.4g} ms)"
-            for code, several in sorted(outcome.latencies_ms.items())
-        ),
     }
 
 
@@ -77,11 +123,14 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--seconds", type=float, default=60.0, help="of overload (default: 60)")
     command.add_argument("--times", type=float, default=3.0, help="calls in terms of the capacity (default: 3)")
     command.add_argument("--deadline", type=float, default=1.0, help="of each call, in seconds (default: 1)")
+    command.add_argument(
+        "--probes", type=float, default=100.0, help="calls a second of them that are timed one by one (default: 100)"
+    )
     command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
     options = command.parse_args(arguments)
-    if not min(options.seconds, options.times, options.deadline) > 0:
-        command.error("--seconds, --times and --deadline: expected numbers above 0")
+    if not min(options.seconds, options.times, options.deadline, options.probes) > 0:
+        command.error("--seconds, --times, --deadline and --probes: expected numbers above 0")
     version = h2load_version()
     if version is None:
         print(H2LOAD_MISSING, file=sys.stderr)
@@ -97,20 +146,21 @@ def main(arguments: list[str] | None = None) -> int:
                 with serve(models, options.precision, shlex.split(options.settings), folder) as served:
                     before = capacity(served, body, sample_seconds)
                     memory_before = memory(served)
-                    printed = in_own_process(
-                        "rate", served.targets["tcp"], f"{SERVICE}/Classify", body, "--rate", options.times * before,
-                        "--seconds", options.seconds, "--deadline", options.deadline,
-                    )  # fmt: skip
+                    first = ended(served, 0)
+                    flooded, probed, cpu_seconds = overload(
+                        served, body, options.times * before, options.probes, options.seconds, options.deadline
+                    )
+                    calls = sum(first.values()) + flooded.calls + probed.calls
+                    by_code = {code: count - first.get(code, 0) for code, count in ended(served, calls).items()}
                     memory_after = memory(served)
                     after = capacity(served, body, sample_seconds)
             except LoadError as error:
                 print(f"{config}: {error}", file=sys.stderr)
                 return 1
-        by_code = {int(code): several for code, several in printed["latencies_ms"].items()}
-        outcome = Overload(**printed | {"latencies_ms": by_code})
         row = {
             "config": config, "precision": options.precision, "times": options.times, "seconds": options.seconds,
-            "deadline": options.deadline, **figures(outcome, before, after),
+            "deadline": options.deadline, **figures(flooded, probed, by_code, options.deadline, before, after),
+            "client_cores": f"{cpu_seconds / options.seconds:.3g}",
             "memory_before_mib": f"{memory_before:.4g}", "memory_after_mib": f"{memory_after:.4g}",
         }  # fmt: skip
         for column, value in row.items():

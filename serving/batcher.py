@@ -197,17 +197,18 @@ class Batcher:
             self._loop.call_soon(self._dispatch)
         return ticket
 
-    def refusal(self, timeout: float | None, urgent: bool) -> QueueFull | DeadlineUnmeetable | None:
+    def refusal(self, timeout: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
         """What a request of one image would be refused with now; timeout: the seconds that it has.
 
-        Its numbers are rounded, so that under overload the same error serves many requests.
+        expected: requests that are about to be queued before it. The numbers of the refusal are rounded, so that under
+        overload the same error serves many requests.
         """
         now = time.monotonic()
-        if self.queued >= self._limits.max_queue:
+        if self.queued + expected >= self._limits.max_queue:
             return _full(self._limits.max_queue, _rounded(self._time_for(self.queued)))
         if timeout is None or now - self._computed_at > _STALE:
             return None
-        needed = self._needed(1, urgent, now)
+        needed = self._needed(1, urgent, now, expected)
         return _hopeless(_rounded(needed)) if needed > timeout else None
 
     async def wait(self, ticket: Ticket) -> Answer:
@@ -270,10 +271,14 @@ class Batcher:
             return self.queued
         return sum(len(ticket.images) - ticket.taken for ticket in self._waiting[True])
 
-    def _needed(self, images: int, urgent: bool, now: float) -> float:
-        """Seconds that a request which comes now, of so many images, may take until it is answered."""
-        batch = max(images, min(self.queued + images, self._limits.max_batch))  # with others, or several by itself
-        ahead = _QUEUE_MARGIN * self._time_for(self._ahead(urgent))
+    def _needed(self, images: int, urgent: bool, now: float, expected: int = 0) -> float:
+        """Seconds that a request which comes now, of so many images, may take until it is answered.
+
+        expected: images that will be queued before it.
+        """
+        queued = self.queued + expected
+        batch = max(images, min(queued + images, self._limits.max_batch))  # with others, or several by itself
+        ahead = _QUEUE_MARGIN * self._time_for(self._ahead(urgent) + expected)
         return _at_most(self._busy_for(now) + ahead + self._time_for(batch))
 
     def _time_for(self, images: int) -> float:

@@ -3,8 +3,9 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import islice
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -59,16 +60,17 @@ class RefusalLog:
         self._second = 0
         self._lines = 0
 
-    def write(self, level: int, method: str, code: str, text: str, request_id: Callable[[], str]) -> None:
-        """request_id: tells the client's own, or one that is made up."""
+    def write(self, level: int, method: str, code: str, text: str, request_ids: Iterable[str], requests: int) -> None:
+        """request_ids: of so many requests with the same error; read no further than lines are written."""
         second = int(time.monotonic())
         if second != self._second:
             if (more := self._lines - self._limit) > 0:
                 _logger.warning("%d more requests were refused or failed in a second", more)
             self._second, self._lines = second, 0
-        self._lines += 1
-        if self._lines <= self._limit:
-            fields = {"method": method, "code": code, "request_id": _on_one_line(request_id())}
+        room = self._limit - self._lines
+        self._lines += requests
+        for request_id in islice(request_ids, max(0, room)):
+            fields = {"method": method, "code": code, "request_id": _on_one_line(request_id)}
             _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: fields})
 
 

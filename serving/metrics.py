@@ -208,8 +208,8 @@ class ModelMetrics:
         self._encode_time.observe(encode)
         self.statistics.answered(queue, decode + compute_input, infer, encode)
 
-    def failed(self, error: BaseException, seconds: float) -> None:
-        """A request was answered with an error, or given up, so many seconds after it came."""
+    def failed(self, error: BaseException, seconds: float, requests: int = 1) -> None:
+        """Requests were answered with an error, or given up, so many seconds after each came."""
         match error:
             case QueueFull() | DeadlineUnmeetable() | Draining():
                 reason = REJECTED
@@ -219,5 +219,5 @@ class ModelMetrics:
                 reason = BACKEND
             case _:
                 reason = OTHER
-        self.statistics.fail.add(seconds)
-        self.statistics.failures[reason] += 1
+        self.statistics.fail.add(seconds, requests)
+        self.statistics.failures[reason] += requests

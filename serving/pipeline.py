@@ -9,6 +9,7 @@ from typing import Protocol
 
 from serving.batcher import Images, Promise, Ticket
 from serving.errors import Draining, ServingError
+from serving.metrics import ModelMetrics
 from serving.models import ServedModel
 from serving.repository import Repository
 from serving.rpc import Call, Steps
@@ -68,14 +69,14 @@ class Pipeline:
         """Answer a request, then or later, by way of its call. Raises UnknownModel."""
         _Request(item, self.repository.get(item.model_name, item.model_version), call).begin()
 
-    def refusal(self, timeout: float | None, urgent: bool) -> ServingError | None:
-        """What a request that has come just now would be refused with, whatever it holds; timeout: what it is given.
+    def refusal(self, timeout: float | None, expected: int, urgent: bool) -> tuple[ServingError, ModelMetrics] | None:
+        """What a request that has come just now would be refused with, whatever it holds, and where that is counted.
 
-        None where that is not to be said without reading it. urgent: it may be.
+        timeout: what it is given. expected: requests that have come before it and are yet to be begun. urgent: it may
+        be. None where that is not to be said without reading it.
         """
-        if (model := self.repository.only) and (error := model.batcher.refusal(timeout, urgent)):
-            model.metrics.failed(error, 0.0)
-            return error
+        if (model := self.repository.only) and (error := model.batcher.refusal(timeout, urgent, expected)):
+            return error, model.metrics
         return None
 
     async def answer_stream(

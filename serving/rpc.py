@@ -8,10 +8,10 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -22,7 +22,7 @@ from google.rpc.status_pb2 import Status
 from serving.errors import TRANSPORT, InvalidRequest, QueueFull, ServingError
 from serving.http2.headers import Metadata, RequestHead, status_block
 from serving.logs import RefusalLog
-from serving.metrics import Metrics
+from serving.metrics import Metrics, ModelMetrics
 
 #: Where a client may name its request, to find it again in the log.
 REQUEST_ID = "x-request-id"
@@ -30,6 +30,9 @@ _SHOWN = 64  # characters of it
 _BLOCKS = 1024  # header blocks of refusals that are kept
 
 Request = TypeVar("Request", bound=Message)
+#: What a call is refused with, unread, and the metrics that count it, or None: by the seconds that its client gives it,
+#: and how many calls have been let in before it and are yet to be begun.
+Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
 
 _logger = logging.getLogger(__name__)
 
@@ -127,7 +130,7 @@ class Call:
 
     def refused(self, seconds: float, code: grpc.StatusCode, text: str) -> None:
         """The RPC, or a request in its stream, got an error after so many seconds."""
-        self._edge.note_refusal(self.method, self._context.invocation_metadata(), seconds, code, text)
+        self._edge.note_refusals(self.method, (self._context.invocation_metadata(),), seconds, code, text)
 
 
 def request_id(metadata: Metadata) -> str:
@@ -163,22 +166,25 @@ class Edge:
         #: RPCs that have begun and not ended.
         self.under_way = 0
 
-    def note_refusal(self, method: str, metadata: Metadata, seconds: float, code: grpc.StatusCode, text: str) -> None:
-        """Log and trace a request that got an error after so many seconds."""
+    def note_refusals(
+        self, method: str, requests: Sequence[Metadata], seconds: float, code: grpc.StatusCode, text: str
+    ) -> None:
+        """Log and trace requests, by their metadata, that got the same error after so many seconds."""
         level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.INFO
-        self._log.write(level, method, code.name, text, lambda: request_id(metadata))
+        self._log.write(level, method, code.name, text, map(request_id, requests), len(requests))
         if self.trace:
-            self.trace(method, metadata, seconds, None, code)
+            for metadata in requests:
+                self.trace(method, metadata, seconds, None, code)
 
     def refused_by_transport(self, path: str, metadata: Metadata, code: grpc.StatusCode, text: str) -> None:
         """Count and log a call that no service has seen."""
         self._metrics.refused.labels(TRANSPORT).inc()
-        self._log.write(logging.INFO, path[1:][:_SHOWN], code.name, text, lambda: request_id(metadata))
+        self._log.write(logging.INFO, path[1:][:_SHOWN], code.name, text, map(request_id, (metadata,)), 1)
 
-    def to_status(self, error: Exception) -> tuple[grpc.StatusCode, str]:
-        """The status and text that a client is told, counted; what an error that is not ours says stays in the log."""
+    def to_status(self, error: Exception, requests: int = 1) -> tuple[grpc.StatusCode, str]:
+        """The status and text that clients are told, counted; what an error that is not ours says stays in the log."""
         if isinstance(error, ServingError):
-            self._metrics.refused.labels(error.reason).inc()
+            self._metrics.refused.labels(error.reason).inc(requests)
             return error.code, str(error)
         self._metrics.refused.labels("internal").inc()
         _logger.error("a request failed", exc_info=error)
@@ -209,36 +215,24 @@ class Edge:
         service: str,
         method: str,
         begin: Callable[[bytes, Call], None],
-        refusal: Callable[[float | None], ServingError | None],
+        refusal: "Refusal",
     ) -> "grpc.RpcMethodHandler[bytes, bytes]":
         """A unary method that is begun with a message's bytes, and answered then or later by way of its call.
 
-        It needs no task of asyncio's, which would cost a tenth of the whole request. refusal: by the seconds that a
-        client gives its call, what any is refused with at the door, unread; under overload most are.
+        It needs no task of asyncio's, which would cost a tenth of the whole request. refusal: what calls are refused
+        with at the door.
         """
         record = _Recorder(self._metrics, "unary", service, method)
+        door = _Door(self, record, refusal)
 
         def handle(data: bytes, context: Any) -> None:
             call = Call(self, record, context)
+            door.expected = max(0, door.expected - 1)
             try:
                 begin(data, call)
             except Exception as error:
                 call.fail(error)
 
-        def door(head: RequestHead[Any]) -> bytes | None:
-            if (error := refusal(head.timeout)) is None:
-                return None
-            code, text = self.to_status(error)
-            self.note_refusal(record.name, head.metadata, 0.0, code, text)
-            record.refuse(code)
-            if (block := blocks.get(error)) is None:
-                if len(blocks) >= _BLOCKS:
-                    blocks.clear()
-                block = blocks[error] = status_block(code, text, _details(error, code, text))
-            return block
-
-        # By error, what a client is sent: the same one serves many calls.
-        blocks: dict[ServingError, bytes] = {}
         handle.door = door  # type: ignore[attr-defined]
         return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -286,6 +280,64 @@ def _details(error: Exception, code: grpc.StatusCode, text: str) -> tuple[tuple[
     return (("grpc-status-details-bin", status.SerializeToString()), *hint)
 
 
+class _Alike(NamedTuple):
+    """Calls that are refused with the same error: what each client is sent, and the metadata of each."""
+
+    error: ServingError
+    block: bytes
+    metrics: ModelMetrics
+    calls: list[Metadata]
+
+
+class _Door:
+    """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
+
+    Calls with the same timeout that come in one turn of the event loop get the same refusal, and are counted together.
+    """
+
+    def __init__(self, edge: Edge, record: "_Recorder", refusal: Refusal) -> None:
+        self._edge = edge
+        self._record = record
+        self._refusal = refusal
+        #: Calls that were let in in this turn of the event loop, less those that were begun.
+        self.expected = 0
+        self._counts = False  # at the end of this turn
+        self._turn: dict[float | None, _Alike] = {}  # by timeout
+        # By error, what a client is sent: the same one serves many calls.
+        self._blocks: dict[ServingError, bytes] = {}
+
+    def __call__(self, head: RequestHead[Any]) -> bytes | None:
+        """The header block of a refusal, or None."""
+        if (alike := self._turn.get(head.timeout)) is None:
+            if not self._counts:
+                self._counts = True
+                asyncio.get_running_loop().call_soon(self._count)
+            if (refusal := self._refusal(head.timeout, self.expected)) is None:
+                self.expected += 1
+                return None
+            error, metrics = refusal
+            alike = self._turn[head.timeout] = _Alike(error, self._block(error), metrics, [])
+        alike.calls.append(head.metadata)
+        return alike.block
+
+    def _block(self, error: ServingError) -> bytes:
+        if (block := self._blocks.get(error)) is None:
+            if len(self._blocks) >= _BLOCKS:
+                self._blocks.clear()
+            code, text = error.code, str(error)
+            block = self._blocks[error] = status_block(code, text, _details(error, code, text))
+        return block
+
+    def _count(self) -> None:
+        self._counts, self.expected = False, 0
+        turn, self._turn = self._turn, {}
+        for alike in turn.values():
+            code, text = self._edge.to_status(alike.error, len(alike.calls))
+            self._edge.note_refusals(self._record.name, alike.calls, 0.0, code, text)
+            self._record.refuse(code, len(alike.calls))
+            alike.metrics.failed(alike.error, 0.0, len(alike.calls))
+
+
 class _Recorder:
     """The RPC metrics of one method, their labels looked up once."""
 
@@ -301,11 +353,11 @@ class _Recorder:
         self._started.inc()
         return time.perf_counter()
 
-    def refuse(self, code: grpc.StatusCode) -> None:
-        """An RPC has begun, and is over at once."""
-        self._started.inc()
-        self._handling.observe(0.0)
-        self._handled[code.value[0]].inc()
+    def refuse(self, code: grpc.StatusCode, calls: int) -> None:
+        """RPCs have begun, and are over at once."""
+        self._started.inc(calls)
+        self._handling.observe(0.0, calls)
+        self._handled[code.value[0]].inc(calls)
 
     def end(self, start: float, code: grpc.StatusCode) -> None:
         self._handling.observe(time.perf_counter() - start)

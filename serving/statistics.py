@@ -18,9 +18,9 @@ class Duration:
         """The same in nanoseconds."""
         return round(self.seconds * 1e9)
 
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.seconds += seconds
+    def add(self, seconds: float, times: int = 1) -> None:
+        self.count += times
+        self.seconds += seconds * times
 
 
 @dataclass(slots=True)

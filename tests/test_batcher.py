@@ -157,16 +157,18 @@ def test_good_batches_are_no_larger_than_they_need_to_be_and_no_smaller() -> Non
 def test_what_any_request_would_be_refused_with_is_known_without_it() -> None:
     async def test(setting: Setting) -> None:
         batcher = setting.batcher
-        assert batcher.refusal(None, False) is None and batcher.refusal(1.0, False) is None
+        assert batcher.refusal(None, False, 0) is None and batcher.refusal(0.5, False, 0) is None
+        assert isinstance(batcher.refusal(0.5, False, 3), DeadlineUnmeetable), "those that come first take their time"
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(1, 2, 3)]
-        error = batcher.refusal(0.6, False)
+        error = batcher.refusal(0.6, False, 0)
         assert isinstance(error, DeadlineUnmeetable) and "deadline: the answer may take" in str(error)
-        assert batcher.refusal(0.6, False) is error, "so that its bytes are made once"
-        assert batcher.refusal(0.6, True) is None, "urgent ones go ahead"
-        assert batcher.refusal(10.0, False) is None
+        assert batcher.refusal(0.6, False, 0) is error, "so that its bytes are made once"
+        assert batcher.refusal(0.6, True, 0) is None, "urgent ones go ahead"
+        assert batcher.refusal(10.0, False, 0) is None
+        assert isinstance(batcher.refusal(10.0, False, 1), QueueFull)
         tasks += [await setting.queue(4)]
-        error = batcher.refusal(None, True)
+        error = batcher.refusal(None, True, 0)
         assert isinstance(error, QueueFull) and error.retry_after > 0
         assert str(error) == "the queue holds 4 images, its limit; try again later"
         setting.model.go.set()

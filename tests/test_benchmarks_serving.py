@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from benchmarks import load, overload, scrape, server, serving, start
-from benchmarks.load import LoadError, Sample, at_rate, framed, in_streams
+from benchmarks.load import Flood, LoadError, Probes, Sample, flood, framed, in_streams, probe
 from benchmarks.server import SERVICE, Case, Page, Served
 from benchmarks.serving import Collected, Raw, RawSample, figures
 from protos.capsnet.v1 import capsnet_pb2 as pb
@@ -47,19 +48,38 @@ def test_a_stream_that_answers_with_an_error_is_refused(running: Running) -> Non
         in_streams(running.address, f"{SERVICE}/ClassifyStream", framed(b"\x12\x00"), 1, 4, 0.2)
 
 
-def test_calls_come_at_their_rate_and_each_is_accounted_for(running: Running) -> None:
+def test_probes_come_at_their_rate_and_each_is_accounted_for(running: Running) -> None:
     body = framed(pb.ClassifyRequest(images=[IMAGE]).SerializeToString())
-    outcome = at_rate(running.address, f"{SERVICE}/Classify", body, 100, 0.5, 10)
-    assert outcome.calls == 50
-    assert {code: len(several) for code, several in outcome.latencies_ms.items()} == {0: 50}
-    assert (outcome.expired, outcome.unsent) == (0, 0)
+    probes = probe(running.address, f"{SERVICE}/Classify", body, 100, 0.5, 10)
+    assert {code: len(several) for code, several in probes.latencies_ms.items()} == {0: 50}
+    assert (probes.calls, probes.expired) == (50, 0)
 
 
 def test_refusals_are_told_apart_by_their_status(running: Running) -> None:
     body = framed(pb.ClassifyRequest().SerializeToString())
-    outcome = at_rate(running.address, f"{SERVICE}/Classify", body, 100, 0.2, 10)
+    probes = probe(running.address, f"{SERVICE}/Classify", body, 100, 0.2, 10)
     invalid = grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert {code: len(several) for code, several in outcome.latencies_ms.items()} == {invalid: 20}
+    assert {code: len(several) for code, several in probes.latencies_ms.items()} == {invalid: 20}
+
+
+@needs_h2load
+def test_a_flood_comes_at_its_rate_and_is_answered_in_full(running: Running, tmp_path: Path) -> None:
+    body = tmp_path / "body"
+    body.write_bytes(framed(pb.ClassifyRequest(images=[IMAGE]).SerializeToString()))
+    flooded = flood(running.address, f"{SERVICE}/Classify", body, 200, 100, 10)
+    assert (flooded.calls, len(flooded.latencies_ms)) == (100, 100)
+    assert flooded.rate == pytest.approx(200, rel=0.1)
+    assert flooded.seconds == pytest.approx(0.5, rel=0.2)
+    assert 0 < flooded.latencies_ms.max() < 1000
+
+
+def test_what_came_too_late_is_not_counted_as_goodput() -> None:
+    flooded = Flood(900, 90.0, 10.0, np.array([*[1.0] * 600, *[800.0] * 290, *[1001.0] * 10]))
+    probed = Probes(100, 2, {0: [700.0] * 30, 4: [1.0, 2.0, 3.0]})
+    row = overload.figures(flooded, probed, {"OK": 310, "DEADLINE_EXCEEDED": 690}, 1.0, 30, 50)
+    assert (row["goodput_per_second"], row["goodput_share"], row["late"]) == ("30", "0.75", 12)
+    assert (row["calls"], row["offered_per_second"]) == (1000, "100")
+    assert (row["refused_p50_ms"], row["flood_refused_p50_ms"], row["accepted_p99_ms"]) == ("2", "1", "700")
 
 
 @contextmanager
@@ -80,14 +100,15 @@ def silent(most_streams: int) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize(("most_streams", "unsent"), [(100, 0), (0, 10)])
-def test_calls_without_an_answer_expire_and_those_that_could_not_be_sent_are_told(
-    most_streams: int, unsent: int
-) -> None:
-    with silent(most_streams) as address:
-        outcome = at_rate(address, f"{SERVICE}/Classify", framed(b""), 100, 0.1, 0.2, connections=1)
-    assert (outcome.calls, outcome.expired, outcome.unsent) == (10, 10, unsent)
-    assert outcome.latencies_ms == {}
+def test_calls_without_an_answer_expire() -> None:
+    with silent(100) as address:
+        probes = probe(address, f"{SERVICE}/Classify", framed(b""), 100, 0.1, 0.2)
+    assert (probes.calls, probes.expired, probes.latencies_ms) == (10, 10, {})
+
+
+def test_calls_that_the_server_keeps_back_are_an_error() -> None:
+    with silent(3) as address, pytest.raises(LoadError, match="does not let this client open more than 3 calls"):
+        probe(address, f"{SERVICE}/Classify", framed(b""), 100, 0.1, 0.2)
 
 
 def page(**values: float) -> Page:
@@ -190,7 +211,8 @@ def test_an_overload_is_measured_in_terms_of_the_capacity(tiny: None, tmp_path: 
     (row,) = read(out)
     assert float(row["capacity_before"]) > 0
     assert float(row["memory_before_mib"]) > 0
-    assert int(row["ok"]) + int(row["refused"]) + int(row["expired"]) == int(row["calls"])
+    assert sum(map(int, re.findall(r"\d+", row["answers"]))) == int(row["calls"])
+    assert float(row["goodput_per_second"]) > 0
     assert float(row["offered_per_second"]) == pytest.approx(1.5 * float(row["capacity_before"]), rel=0.05)
 
 

@@ -403,6 +403,27 @@ def test_a_call_is_refused_at_the_door_unread(serving: Serving, raw: Raw) -> Non
         assert guarded(b"b", timeout=10) == b"b"
 
 
+def test_of_what_is_refused_at_the_door_only_what_has_not_come_in_full_is_told_to_stop(
+    serving: Serving, raw: Raw
+) -> None:
+    serving.handlers.door = status_block(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+    blocks = [headers(stream, raw.block("/test.Test/Guarded")) for stream in (1, 3, 5, 7)]
+    message = framed(b"a")
+    # Answers in an order other than that of the calls, in several pieces, and one that ends with its headers.
+    parts = [data(3, message[:2], 0), data(1, message), data(5, message, 0), data(3, message[2:])]
+    ended = headers(9, raw.block("/test.Test/Guarded"), frames.END_HEADERS | frames.END_STREAM)
+    cancelled = headers(11, raw.block("/test.Test/Guarded")) + frames.reset(11, ErrorCode.CANCEL)
+    raw.send(b"".join((*blocks, *parts, ended, cancelled)))
+    raw.read_until(lambda: all(raw.answers[stream].reset is not None for stream in (5, 7)))
+    raw.send(data(5, b"") + data(7, message))  # were on their way
+    raw.call(13, b"a")
+    assert raw.read(13).messages == [b"a"]
+    for stream in (1, 3, 5, 7, 9, 11):
+        reset = ErrorCode.NO_ERROR if stream in (5, 7) else None
+        assert raw.answers[stream].ended and raw.answers[stream].headers["grpc-status"] == "8"
+        assert raw.answers[stream].reset == reset
+
+
 def test_who_answers_later_is_told_when_nobody_waits_any_more(serving: Serving) -> None:
     with serving.channel as channel:
         assert channel.unary_unary("/test.Test/AnswerLater")(b"0.1", timeout=10) == b"awake"

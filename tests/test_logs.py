@@ -71,16 +71,28 @@ def test_a_flood_of_refusals_is_cut_and_counted(caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.INFO)
     log = RefusalLog(limit=3)
     for number in range(10):
-        log.write(logging.INFO, "s/m", "OK", str(number), lambda: "id")
+        log.write(logging.INFO, "s/m", "OK", str(number), ["id"], 1)
     log._second -= 1  # a second later
-    log.write(logging.INFO, "s/m", "OK", "next", lambda: "id")
+    log.write(logging.INFO, "s/m", "OK", "next", ["id"], 1)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["0", "1", "2", "7 more requests were refused or failed in a second", "next"]
 
 
+def test_of_requests_that_are_refused_together_each_has_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log = RefusalLog(limit=3)
+    identifiers = map(str, range(10))
+    log.write(logging.INFO, "s/m", "OK", "full", identifiers, 10)
+    assert [getattr(record, FIELDS)["request_id"] for record in caplog.records] == ["0", "1", "2"]
+    assert next(identifiers) == "3", "those without a line are not made"
+    log._second -= 1  # a second later
+    log.write(logging.INFO, "s/m", "OK", "next", ["10"], 1)
+    assert caplog.records[3].getMessage() == "7 more requests were refused or failed in a second"
+
+
 def test_what_a_client_chose_cannot_look_like_another_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    RefusalLog().write(logging.INFO, "s/m", "OK", "a\n2026 ERROR b\x1b[31m", lambda: "i\nd")
+    RefusalLog().write(logging.INFO, "s/m", "OK", "a\n2026 ERROR b\x1b[31m", ["i\nd"], 1)
     (record,) = caplog.records
     for formatter in (TextFormatter(), JsonFormatter()):
         assert formatter.format(record).isprintable()

@@ -37,6 +37,7 @@ _HEAD_BYTES = frames.HEAD.size
 _TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 _CLOSE_SECONDS = 5.0  # for the last bytes to leave
 _GOING = b"drain\0\0\0"
+_NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 _KNOWN_ENCODINGS = (headers.IDENTITY, *ENCODINGS)
 
 _logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Connection(asyncio.Protocol):
         self._stream_window = frames.DEFAULT_WINDOW
         self._may_receive = _WINDOW
         self._block: tuple[int, int, bytearray, int] | None = None  # stream, flags, header block, continuations so far
+        self._unwanted: set[int] = set()  # streams that are answered before the client has sent all
         self._idle_frames = 0
         self._idle_since = loop.time()
         self._out: list[bytes] = []
@@ -181,9 +183,14 @@ class Connection(asyncio.Protocol):
                 if kind == frames.DATA:
                     self._data(flags, stream, data[begin:at])
                 elif kind == frames.HEADERS:
-                    self._headers(flags, stream, data[begin:at])
+                    if flags & _NOT_BLOCK_ALONE == frames.END_HEADERS:
+                        self._open(flags, stream, data[begin:at])
+                    else:
+                        self._headers(flags, stream, data[begin:at])
                 else:
                     self._read(kind, flags, stream, data[begin:at])
+            if self._unwanted:
+                self._stop_unwanted()
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
         except Exception:  # a fault of this server's must not leave a connection that nobody reads
@@ -252,6 +259,7 @@ class Connection(asyncio.Protocol):
         elif kind == frames.RST_STREAM:
             frames.read_number(payload, "RST_STREAM")
             self._check_opened(stream)
+            self._unwanted.discard(stream)
             if call := self._calls.get(stream):
                 call.abandon()
         elif kind == frames.CONTINUATION:
@@ -288,7 +296,10 @@ class Connection(asyncio.Protocol):
             self._may_receive = _WINDOW
         call = self._calls.get(stream)
         if call is None:
-            self._check_opened(stream)
+            if stream not in self._unwanted:
+                self._check_opened(stream)
+            elif flags & frames.END_STREAM:
+                self._unwanted.discard(stream)
             return
         if not size and not flags & frames.END_STREAM:
             self._idle()
@@ -381,8 +392,14 @@ class Connection(asyncio.Protocol):
     def _refuse(self, stream: int, block: bytes, ended: bool) -> None:
         """Answer with a header block alone; what the client still sends is not wanted."""
         self.send_headers(stream, block, end_stream=True)
-        if not ended:
+        if not ended:  # the rest has mostly come with the headers
+            self._unwanted.add(stream)
+
+    def _stop_unwanted(self) -> None:
+        """Tell the client that it need not send the rest of requests that are answered."""
+        for stream in self._unwanted:
             self.send(frames.reset(stream, ErrorCode.NO_ERROR))
+        self._unwanted.clear()
 
     def _settings(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:

@@ -1,0 +1,117 @@
+"""Tests of the door: that calls are refused by their headers alone, and counted, logged and expected as they should."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from serving.errors import QueueFull, ServingError
+from serving.http2.headers import RequestHead, status_block
+from serving.logs import FIELDS
+from serving.metrics import Metrics, ModelMetrics
+from serving.rpc import Call, Edge
+from serving.statistics import REJECTED
+
+FULL = QueueFull("full", 0.07)
+
+
+class Setting:
+    """A method of which ``refused`` tells what its calls are refused with."""
+
+    def __init__(self, refused: Callable[[float | None, int], ServingError | None]) -> None:
+        self.metrics = Metrics()
+        self.model = ModelMetrics(self.metrics, "m", "1", ["0"])
+        self.asked: list[tuple[float | None, int]] = []
+        self._refused = refused
+        handler: Any = Edge(self.metrics).unary_at_once("s", "m", self.begin, self.refusal)
+        self.behaviour = handler.unary_unary
+        self.door: Callable[[RequestHead[Any]], bytes | None] = self.behaviour.door
+
+    def begin(self, data: bytes, call: Call) -> None:
+        call.succeed(data)
+
+    def refusal(self, timeout: float | None, expected: int) -> tuple[ServingError, ModelMetrics] | None:
+        self.asked.append((timeout, expected))
+        error = self._refused(timeout, expected)
+        return (error, self.model) if error else None
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+class Context:
+    """What the transport tells of a call."""
+
+    deadline = None
+    expired = False
+
+    def answer(self, data: bytes) -> None: ...
+
+
+def head(timeout: float | None = None, request_id: str = "") -> RequestHead[Any]:
+    metadata = (("x-request-id", request_id),) if request_id else ()
+    return RequestHead(200, "/s/m", None, timeout, "", "identity", metadata, 0)
+
+
+async def _turn() -> None:
+    await asyncio.sleep(0)
+
+
+def test_what_is_refused_in_one_turn_is_asked_for_once_and_counted_one_by_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def test() -> None:
+        setting = Setting(lambda timeout, expected: FULL)
+        blocks = [setting.door(head(1.0, name)) for name in "abc"] + [setting.door(head(2.0, "d"))]
+        details = FULL.code, "full"
+        assert len(set(blocks)) == 1 and blocks[0] is not None
+        assert blocks[0].startswith(status_block(*details)) and b"grpc-retry-pushback-ms" in blocks[0]
+        assert setting.asked == [(1.0, 0), (2.0, 0)]
+        await _turn()
+        of_method = {"grpc_type": "unary", "grpc_service": "s", "grpc_method": "m"}
+        assert setting.value("grpc_server_started_total", **of_method) == 4
+        assert setting.value("grpc_server_handled_total", **of_method, grpc_code="RESOURCE_EXHAUSTED") == 4
+        assert setting.value("grpc_server_handling_seconds_count", **of_method) == 4
+        assert setting.value("capsnet_refused_total", reason="queue_full") == 4
+        assert setting.model.statistics.failures[REJECTED] == setting.model.statistics.fail.count == 4
+        assert [getattr(record, FIELDS)["request_id"] for record in caplog.records] == [*"abcd"]
+
+        setting.door(head(1.0))
+        assert setting.asked[2:] == [(1.0, 0)], "another turn, another answer"
+
+    asyncio.run(test())
+
+
+def test_calls_that_are_let_in_count_until_they_have_begun() -> None:
+    async def test() -> None:
+        setting = Setting(lambda timeout, expected: FULL if expected >= 3 else None)
+        # Headers of many calls may come before the message of the first.
+        assert [setting.door(head()) is None for _ in range(3)] == [True] * 3
+        setting.behaviour(b"", Context())
+        assert setting.door(head()) is None
+        assert setting.door(head()) is not None
+        assert [expected for _, expected in setting.asked] == [0, 1, 2, 2, 3]
+        await _turn()
+        assert setting.door(head()) is None, "those that have not begun by the end of a turn may never do so"
+        for _ in range(5):
+            setting.behaviour(b"", Context())
+        setting.door(head())
+        assert [expected for _, expected in setting.asked[5:]] == [0, 0]
+
+    asyncio.run(test())
+
+
+def test_the_status_of_a_refusal_is_the_errors() -> None:
+    async def test() -> None:
+        setting = Setting(lambda timeout, expected: ServingError("broken"))
+        block = setting.door(head())
+        assert block == status_block(grpc.StatusCode.INTERNAL, "broken")
+        await _turn()
+        assert setting.value("capsnet_refused_total", reason="internal") == 1
+
+    asyncio.run(test())
