@@ -65,6 +65,10 @@ class Repository:
         self._folder = settings.repository
         self._entries: dict[tuple[str, str], Entry] = {}
         self._current: dict[str, list[ServedModel]] = {}  # by name, the highest version first
+        #: The version that serves a request which names no model; None where there are several models, or none.
+        self.default: ServedModel | None = None
+        #: The version that is served, where it is the only one.
+        self.only: ServedModel | None = None
         self._unloaded: set[str] = set()  # by request, until they are loaded by request
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -92,6 +96,8 @@ class Repository:
     def get(self, name: str, version: str) -> ServedModel:
         """name: empty for the only model. version: empty for the highest. Raises InvalidRequest or UnknownModel."""
         if not name:
+            if self.default and not version:
+                return self.default
             if len(self._current) > 1:
                 raise InvalidRequest("model_name", f"empty; this server has several models: {self._known()}")
             name = next(iter(self._current), "")
@@ -103,20 +109,6 @@ class Repository:
                 return model
         wanted = f"{name[:_SHOWN]!r}" + (f" version {version[:_SHOWN]!r}" if version else "")
         raise UnknownModel(f"model_name, model_version: {wanted} is not served; there is: {self._known() or 'none'}")
-
-    @property
-    def default(self) -> ServedModel | None:
-        """The version that serves a request which names no model; None where there are several models, or none."""
-        if len(self._current) != 1:
-            return None
-        [models] = self._current.values()
-        return models[0]
-
-    @property
-    def only(self) -> ServedModel | None:
-        """The version that is served, where it is the only one."""
-        model = self.default
-        return model if model and len(self._current[model.artifact.name]) == 1 else None
 
     def models(self) -> list[ServedModel]:
         """All that are served."""
@@ -158,6 +150,7 @@ class Repository:
             for model in self.models():
                 self._leave(model)
             self._current.clear()
+            self._choose_default()
             await asyncio.gather(*self._leaving)
 
     def _known(self) -> str:
@@ -205,9 +198,16 @@ class Repository:
             self._current[name] = wanted
         else:
             self._current.pop(name, None)
+        self._choose_default()
         for model in before:
             if model not in wanted:
                 self._leave(model)
+
+    def _choose_default(self) -> None:
+        """Beforehand, since nearly every request asks for it, more than once."""
+        models = next(iter(self._current.values())) if len(self._current) == 1 else []
+        self.default = models[0] if models else None
+        self.only = self.default if len(models) == 1 else None
 
     async def _load(self, name: str, version: str, look: str, before: list[ServedModel]) -> Entry:
         """Load a version beside what is served; what cannot be is no error of the caller's."""

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -83,6 +84,7 @@ class _Aborted(Exception):
     """A handler has ended its call by ``abort``."""
 
 
+@lru_cache(1024)
 def _head_of(kind: int, flags: int, size: int) -> bytes:
     """A frame's head but for the stream."""
     return frames.HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
