@@ -200,15 +200,15 @@ class Batcher:
     def refusal(self, timeout: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
         """What a request of one image would be refused with now; timeout: the seconds that it has.
 
-        expected: requests that are about to be queued before it. The numbers of the refusal are rounded, so that under
-        overload the same error serves many requests.
+        expected: requests that are about to be queued before it, none of them urgent. The numbers of the refusal are
+        rounded, so that under overload the same error serves many requests.
         """
         now = time.monotonic()
         if self.queued + expected >= self._limits.max_queue:
             return _full(self._limits.max_queue, _rounded(self._time_for(self.queued)))
         if timeout is None or now - self._computed_at > _STALE:
             return None
-        needed = self._needed(1, urgent, now, expected)
+        needed = self._needed(1, urgent, now, 0 if urgent else expected)
         return _hopeless(_rounded(needed)) if needed > timeout else None
 
     async def wait(self, ticket: Ticket) -> Answer:
@@ -274,7 +274,7 @@ class Batcher:
     def _needed(self, images: int, urgent: bool, now: float, expected: int = 0) -> float:
         """Seconds that a request which comes now, of so many images, may take until it is answered.
 
-        expected: images that will be queued before it.
+        expected: images that will be queued before it, and computed before it.
         """
         queued = self.queued + expected
         batch = max(images, min(queued + images, self._limits.max_batch))  # with others, or several by itself

@@ -72,8 +72,8 @@ class Pipeline:
     def refusal(self, timeout: float | None, expected: int, urgent: bool) -> tuple[ServingError, ModelMetrics] | None:
         """What a request that has come just now would be refused with, whatever it holds, and where that is counted.
 
-        timeout: what it is given. expected: requests that have come before it and are yet to be begun. urgent: it may
-        be. None where that is not to be said without reading it.
+        timeout: what it is given. expected: requests that are to be begun before it. urgent: it may be. None where that
+        is not to be said without reading it.
         """
         if (model := self.repository.only) and (error := model.batcher.refusal(timeout, urgent, expected)):
             return error, model.metrics

@@ -31,7 +31,7 @@ _BLOCKS = 1024  # header blocks of refusals that are kept
 
 Request = TypeVar("Request", bound=Message)
 #: What a call is refused with, unread, and the metrics that count it, or None: by the seconds that its client gives it,
-#: and how many calls have been let in before it and are yet to be begun.
+#: and how many calls are to be begun before it.
 Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
 
 _logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class Edge:
         service: str,
         method: str,
         begin: Callable[[bytes, Call], None],
-        refusal: "Refusal",
+        refusal: Refusal,
     ) -> "grpc.RpcMethodHandler[bytes, bytes]":
         """A unary method that is begun with a message's bytes, and answered then or later by way of its call.
 
@@ -223,17 +223,15 @@ class Edge:
         with at the door.
         """
         record = _Recorder(self._metrics, "unary", service, method)
-        door = _Door(self, record, refusal)
 
         def handle(data: bytes, context: Any) -> None:
             call = Call(self, record, context)
-            door.expected = max(0, door.expected - 1)
             try:
                 begin(data, call)
             except Exception as error:
                 call.fail(error)
 
-        handle.door = door  # type: ignore[attr-defined]
+        handle.door = _Door(self, record, refusal)  # type: ignore[attr-defined]
         return grpc.unary_unary_rpc_method_handler(handle)
 
     def stream(
@@ -280,45 +278,44 @@ def _details(error: Exception, code: grpc.StatusCode, text: str) -> tuple[tuple[
     return (("grpc-status-details-bin", status.SerializeToString()), *hint)
 
 
-class _Alike(NamedTuple):
-    """Calls that are refused with the same error: what each client is sent, and the metadata of each."""
+class _Refused(NamedTuple):
+    """What a call was refused with, when so many others were expected; and the metadata of all that were so."""
 
-    error: ServingError
+    expected: int
     block: bytes
-    metrics: ModelMetrics
     calls: list[Metadata]
 
 
 class _Door:
     """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
 
-    Calls with the same timeout that come in one turn of the event loop get the same refusal, and are counted together.
+    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which nothing is
+    computed, and they are counted together.
     """
 
     def __init__(self, edge: Edge, record: "_Recorder", refusal: Refusal) -> None:
         self._edge = edge
         self._record = record
         self._refusal = refusal
-        #: Calls that were let in in this turn of the event loop, less those that were begun.
-        self.expected = 0
-        self._counts = False  # at the end of this turn
-        self._turn: dict[float | None, _Alike] = {}  # by timeout
+        # Of this turn: the latest refusal by timeout, and what is to be counted by error.
+        self._known: dict[float | None, _Refused] = {}
+        self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
         # By error, what a client is sent: the same one serves many calls.
         self._blocks: dict[ServingError, bytes] = {}
 
-    def __call__(self, head: RequestHead[Any]) -> bytes | None:
-        """The header block of a refusal, or None."""
-        if (alike := self._turn.get(head.timeout)) is None:
-            if not self._counts:
-                self._counts = True
-                asyncio.get_running_loop().call_soon(self._count)
-            if (refusal := self._refusal(head.timeout, self.expected)) is None:
-                self.expected += 1
+    def __call__(self, head: RequestHead[Any], expected: int) -> bytes | None:
+        """The header block of a refusal, or None. expected: how many calls are to be begun before it."""
+        refused = self._known.get(head.timeout)
+        if refused is None or expected < refused.expected:
+            if (refusal := self._refusal(head.timeout, expected)) is None:
                 return None
+            if not self._uncounted:
+                asyncio.get_running_loop().call_soon(self._count)
             error, metrics = refusal
-            alike = self._turn[head.timeout] = _Alike(error, self._block(error), metrics, [])
-        alike.calls.append(head.metadata)
-        return alike.block
+            _, calls = self._uncounted.setdefault(error, (metrics, []))
+            refused = self._known[head.timeout] = _Refused(expected, self._block(error), calls)
+        refused.calls.append(head.metadata)
+        return refused.block
 
     def _block(self, error: ServingError) -> bytes:
         if (block := self._blocks.get(error)) is None:
@@ -329,13 +326,12 @@ class _Door:
         return block
 
     def _count(self) -> None:
-        self._counts, self.expected = False, 0
-        turn, self._turn = self._turn, {}
-        for alike in turn.values():
-            code, text = self._edge.to_status(alike.error, len(alike.calls))
-            self._edge.note_refusals(self._record.name, alike.calls, 0.0, code, text)
-            self._record.refuse(code, len(alike.calls))
-            alike.metrics.failed(alike.error, 0.0, len(alike.calls))
+        uncounted, self._uncounted, self._known = self._uncounted, {}, {}
+        for error, (metrics, calls) in uncounted.items():
+            code, text = self._edge.to_status(error, len(calls))
+            self._record.refuse(code, len(calls))
+            metrics.failed(error, 0.0, len(calls))
+            self._edge.note_refusals(self._record.name, calls, 0.0, code, text)
 
 
 class _Recorder:

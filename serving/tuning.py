@@ -20,11 +20,11 @@ from serving.cost import BatchCost
 _OVERHEAD_SECONDS = 0.00075
 # A smaller batch is taken where it loses no more than this, since its members wait less for each other.
 _NEARLY = 0.95
+# No answer seems late by so much.
 _BRIEF_SECONDS = 0.03
 # What a good batch may lose of the rate of batches without end.
 _GOOD = 0.93
 _SAMPLE_SECONDS = 0.025
-_SMALL = 8  # images
 # A fifth of a core, which the event loop takes while a small network is served at full load.
 _BURST_SECONDS = 0.0005
 _PAUSE_SECONDS = 0.002
@@ -145,7 +145,8 @@ def _time(
 ) -> list[Timing]:
     """Of each size in turn, what ``sample`` says that a call takes.
 
-    warm: all have been computed before. busy: beside a thread that takes what an event loop takes.
+    warm: all have been computed before, or the sample is to show the first call. busy: beside a thread that takes what
+    an event loop takes.
     """
     generator = np.random.default_rng(0)
     timings = []
@@ -192,9 +193,12 @@ def _mean_of(predict: Predict, images: Images) -> float:
 
 
 def _least_of(predict: Predict, images: Images) -> float:
-    """Least seconds of some calls: what the first allocates, and what else the machine does, only adds to them."""
+    """Least seconds of some calls: what the first allocates, and what else the machine does, only adds to them.
+
+    Two for a large batch, of which there are many, and each takes long.
+    """
     seconds = []
-    for _ in range(3 if len(images) <= _SMALL else 2):  # of large ones there are many, and each takes long
+    for _ in range(3 if len(images) <= 8 else 2):
         begin = time.perf_counter()
         predict(images)
         seconds.append(time.perf_counter() - begin)

@@ -159,12 +159,15 @@ def test_what_any_request_would_be_refused_with_is_known_without_it() -> None:
         batcher = setting.batcher
         assert batcher.refusal(None, False, 0) is None and batcher.refusal(0.5, False, 0) is None
         assert isinstance(batcher.refusal(0.5, False, 3), DeadlineUnmeetable), "those that come first take their time"
+        assert batcher.refusal(0.5, True, 3) is None
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(1, 2, 3)]
         error = batcher.refusal(0.6, False, 0)
         assert isinstance(error, DeadlineUnmeetable) and "deadline: the answer may take" in str(error)
         assert batcher.refusal(0.6, False, 0) is error, "so that its bytes are made once"
         assert batcher.refusal(0.6, True, 0) is None, "urgent ones go ahead"
+        error = batcher.refusal(0.6, True, 1)
+        assert isinstance(error, QueueFull), "but not beyond the queue's limit"
         assert batcher.refusal(10.0, False, 0) is None
         assert isinstance(batcher.refusal(10.0, False, 1), QueueFull)
         tasks += [await setting.queue(4)]

@@ -20,11 +20,11 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, ResponseReceived, StreamEnded, TrailersReceived
 from hpack import Decoder, Encoder
 
-from serving.http2 import frames
+from serving.http2 import calls, frames
 from serving.http2.calls import WINDOW, Budget, Limits
 from serving.http2.connection import MOST_CALLS
 from serving.http2.frames import ErrorCode
-from serving.http2.headers import status_block
+from serving.http2.headers import RequestHead, status_block
 from serving.http2.server import GrpcServer
 
 MOST_BYTES = 2**20
@@ -111,11 +111,16 @@ class Handlers:
 
     def generic(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
         self.door: bytes | None = None
+        self.expected: list[int] = []
 
         def guarded(request: bytes, context: Any) -> None:
             context.answer(request)
 
-        guarded.door = lambda head: self.door  # type: ignore[attr-defined]
+        def door(head: RequestHead[Any], expected: int) -> bytes | None:
+            self.expected.append(expected)
+            return self.door
+
+        guarded.door = door  # type: ignore[attr-defined]
         unary, many = grpc.unary_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
         return grpc.method_handlers_generic_handler(
             "test.Test",
@@ -360,6 +365,25 @@ def test_compressed_messages_keep_their_order_though_large_ones_are_unpacked_in_
         assert echo(requests[3], compression=grpc.Compression.Gzip, timeout=10) == requests[3]
 
 
+def test_a_large_message_that_comes_with_the_end_is_not_lost(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    inflate = calls._inflate
+
+    def slowly(*arguments: Any) -> bytes | None:
+        if threading.current_thread().name.startswith("asyncio"):
+            time.sleep(0.1)
+        return inflate(*arguments)
+
+    monkeypatch.setattr(calls, "_inflate", slowly)
+    messages = [b"a", bytes(300_000), b"b", bytes(200_000)]
+    sent = b"".join(framed(gzip.compress(message), compressed=True) for message in messages)
+    raw = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 2**20})
+    raw.send(frames.window_update(0, 2**20))
+    raw.send(headers(1, raw.block("/test.Test/EchoAll", ("grpc-encoding", "gzip"))) + data(1, sent))
+    assert raw.read(1).messages == messages
+    assert raw.answers[1].headers["grpc-status"] == "0"
+    raw.socket.close()
+
+
 def test_metadata_and_the_deadline_reach_the_handler(serving: Serving) -> None:
     metadata = (("key", "value"), ("key-bin", b"\0\xff,"), ("empty", ""))
     with serving.channel as channel:
@@ -411,17 +435,41 @@ def test_of_what_is_refused_at_the_door_only_what_has_not_come_in_full_is_told_t
     message = framed(b"a")
     # Answers in an order other than that of the calls, in several pieces, and one that ends with its headers.
     parts = [data(3, message[:2], 0), data(1, message), data(5, message, 0), data(3, message[2:])]
-    ended = headers(9, raw.block("/test.Test/Guarded"), frames.END_HEADERS | frames.END_STREAM)
-    cancelled = headers(11, raw.block("/test.Test/Guarded")) + frames.reset(11, ErrorCode.CANCEL)
+    trailers = frames.END_HEADERS | frames.END_STREAM
+    parts.append(headers(9, raw.block("/test.Test/Guarded")) + headers(9, raw.encoder.encode([("a", "b")]), trailers))
+    ended = headers(11, raw.block("/test.Test/Guarded"), frames.END_HEADERS | frames.END_STREAM)
+    cancelled = headers(13, raw.block("/test.Test/Guarded")) + frames.reset(13, ErrorCode.CANCEL)
     raw.send(b"".join((*blocks, *parts, ended, cancelled)))
     raw.read_until(lambda: all(raw.answers[stream].reset is not None for stream in (5, 7)))
     raw.send(data(5, b"") + data(7, message))  # were on their way
-    raw.call(13, b"a")
-    assert raw.read(13).messages == [b"a"]
-    for stream in (1, 3, 5, 7, 9, 11):
+    raw.call(15, b"a")
+    assert raw.read(15).messages == [b"a"]
+    for stream in (1, 3, 5, 7, 9, 11, 13):
         reset = ErrorCode.NO_ERROR if stream in (5, 7) else None
         assert raw.answers[stream].ended and raw.answers[stream].headers["grpc-status"] == "8"
         assert raw.answers[stream].reset == reset
+
+
+def test_a_door_is_told_how_many_calls_are_let_in_and_have_yet_to_come(serving: Serving, raw: Raw) -> None:
+    def opened(stream: int, *more: tuple[str, str]) -> bytes:
+        return headers(stream, raw.block("/test.Test/Guarded", *more))
+
+    message = framed(b"a")
+    sent = [
+        opened(1), opened(3), data(1, message),
+        opened(5), data(5, message, 0),  # not its end
+        opened(7), headers(5, raw.encoder.encode([("a", "b")]), frames.END_HEADERS | frames.END_STREAM),
+        frames.reset(7, ErrorCode.CANCEL), opened(9, ("grpc-timeout", "soon")),  # which is refused
+        opened(11),
+    ]  # fmt: skip
+    raw.send(b"".join(sent))
+    raw.read_until(lambda: raw.answers[9].ended)
+    assert serving.handlers.expected == [0, 1, 1, 2, 1, 1]
+    raw.send(opened(13) + data(13, message))
+    assert raw.read(13).messages == [b"a"]
+    assert serving.handlers.expected[6:] == [0], "what does not come at once may never come"
+    raw.send(data(3, message) + data(11, message))
+    assert raw.read(3).messages == raw.read(11).messages == [b"a"]
 
 
 def test_who_answers_later_is_told_when_nobody_waits_any_more(serving: Serving) -> None:

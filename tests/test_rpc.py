@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from serving.errors import QueueFull, ServingError
+from serving.errors import DeadlineUnmeetable, QueueFull, ServingError
 from serving.http2.headers import RequestHead, status_block
 from serving.logs import FIELDS
 from serving.metrics import Metrics, ModelMetrics
@@ -27,8 +27,7 @@ class Setting:
         self.asked: list[tuple[float | None, int]] = []
         self._refused = refused
         handler: Any = Edge(self.metrics).unary_at_once("s", "m", self.begin, self.refusal)
-        self.behaviour = handler.unary_unary
-        self.door: Callable[[RequestHead[Any]], bytes | None] = self.behaviour.door
+        self.door: Callable[[RequestHead[Any], int], bytes | None] = handler.unary_unary.door
 
     def begin(self, data: bytes, call: Call) -> None:
         call.succeed(data)
@@ -40,15 +39,6 @@ class Setting:
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, labels)
-
-
-class Context:
-    """What the transport tells of a call."""
-
-    deadline = None
-    expired = False
-
-    def answer(self, data: bytes) -> None: ...
 
 
 def head(timeout: float | None = None, request_id: str = "") -> RequestHead[Any]:
@@ -67,7 +57,7 @@ def test_what_is_refused_in_one_turn_is_asked_for_once_and_counted_one_by_one(
 
     async def test() -> None:
         setting = Setting(lambda timeout, expected: FULL)
-        blocks = [setting.door(head(1.0, name)) for name in "abc"] + [setting.door(head(2.0, "d"))]
+        blocks = [setting.door(head(1.0, name), 0) for name in "abc"] + [setting.door(head(2.0, "d"), 0)]
         details = FULL.code, "full"
         assert len(set(blocks)) == 1 and blocks[0] is not None
         assert blocks[0].startswith(status_block(*details)) and b"grpc-retry-pushback-ms" in blocks[0]
@@ -81,27 +71,40 @@ def test_what_is_refused_in_one_turn_is_asked_for_once_and_counted_one_by_one(
         assert setting.model.statistics.failures[REJECTED] == setting.model.statistics.fail.count == 4
         assert [getattr(record, FIELDS)["request_id"] for record in caplog.records] == [*"abcd"]
 
-        setting.door(head(1.0))
+        setting.door(head(1.0), 0)
         assert setting.asked[2:] == [(1.0, 0)], "another turn, another answer"
 
     asyncio.run(test())
 
 
-def test_calls_that_are_let_in_count_until_they_have_begun() -> None:
+def test_a_refusal_holds_for_those_with_as_many_expected_before_them() -> None:
     async def test() -> None:
         setting = Setting(lambda timeout, expected: FULL if expected >= 3 else None)
         # Headers of many calls may come before the message of the first.
-        assert [setting.door(head()) is None for _ in range(3)] == [True] * 3
-        setting.behaviour(b"", Context())
-        assert setting.door(head()) is None
-        assert setting.door(head()) is not None
-        assert [expected for _, expected in setting.asked] == [0, 1, 2, 2, 3]
+        assert [setting.door(head(), expected) is None for expected in range(5)] == [True] * 3 + [False] * 2
+        assert setting.door(head(), 2) is None, "one of them was wrong, and is not queued"
+        assert setting.door(head(), 0) is None, "the calls of another client"
+        assert setting.door(head(), 7) is not None
+        assert [expected for _, expected in setting.asked] == [0, 1, 2, 3, 2, 0]
         await _turn()
-        assert setting.door(head()) is None, "those that have not begun by the end of a turn may never do so"
-        for _ in range(5):
-            setting.behaviour(b"", Context())
-        setting.door(head())
-        assert [expected for _, expected in setting.asked[5:]] == [0, 0]
+        assert setting.value("capsnet_refused_total", reason="queue_full") == 3
+
+    asyncio.run(test())
+
+
+def test_each_call_is_counted_with_the_error_that_it_was_refused_with() -> None:
+    late = DeadlineUnmeetable("late")
+
+    async def test() -> None:
+        setting = Setting(lambda timeout, expected: late if expected else FULL)
+        assert setting.door(head(), 1) == setting.door(head(), 1) == status_block(late.code, "late")
+        assert setting.door(head(), 0) == setting.door(head(), 1) != status_block(late.code, "late")
+        await _turn()
+        assert setting.value("capsnet_refused_total", reason="deadline") == 2
+        assert setting.value("capsnet_refused_total", reason="queue_full") == 2
+        of_method = {"grpc_type": "unary", "grpc_service": "s", "grpc_method": "m"}
+        assert setting.value("grpc_server_handled_total", **of_method, grpc_code="DEADLINE_EXCEEDED") == 2
+        assert setting.value("grpc_server_started_total", **of_method) == 4
 
     asyncio.run(test())
 
@@ -109,7 +112,7 @@ def test_calls_that_are_let_in_count_until_they_have_begun() -> None:
 def test_the_status_of_a_refusal_is_the_errors() -> None:
     async def test() -> None:
         setting = Setting(lambda timeout, expected: ServingError("broken"))
-        block = setting.door(head())
+        block = setting.door(head(), 0)
         assert block == status_block(grpc.StatusCode.INTERNAL, "broken")
         await _turn()
         assert setting.value("capsnet_refused_total", reason="internal") == 1

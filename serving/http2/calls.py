@@ -41,7 +41,8 @@ class Method:
     """A method's handler: ``behaviour`` takes what ``deserialize`` makes of a message, or an iterator of them.
 
     at_once: it is no coroutine; it takes note of the request, and ``answer`` or ``finish`` is called then or later.
-    door: asked as soon as the headers are there; the header block of a refusal, or None to go on.
+    door: asked as soon as the headers are there, with how many calls of this connection were let in before it and have
+    yet to come in full; the header block of a refusal, or None to go on.
     """
 
     behaviour: Callable[[Any, "Call"], Any]
@@ -50,7 +51,7 @@ class Method:
     deserialize: Callable[[bytes], Any] | None
     serialize: Callable[[Any], bytes] | None
     at_once: bool
-    door: "Callable[[RequestHead[Method]], bytes | None] | None" = None
+    door: "Callable[[RequestHead[Method], int], bytes | None] | None" = None
 
 
 @dataclass(slots=True)
@@ -221,7 +222,7 @@ class Call:
 
     async def __anext__(self) -> Any:
         while not self._messages:
-            if self.ended or self.closed:
+            if self.closed or (self.ended and not self._unpacking):
                 raise StopAsyncIteration
             self._waiter = self.connection.loop.create_future()
             await self._waiter

@@ -82,7 +82,10 @@ class Connection(asyncio.Protocol):
         self._stream_window = frames.DEFAULT_WINDOW
         self._may_receive = _WINDOW
         self._block: tuple[int, int, bytearray, int] | None = None  # stream, flags, header block, continuations so far
-        self._unwanted: set[int] = set()  # streams that are answered before the client has sent all
+        # Of the bytes that are being read: streams that a door has let in, and streams that are answered already, while
+        # the client has yet to send the rest.
+        self._expected: set[int] = set()
+        self._unwanted: set[int] = set()
         self._idle_frames = 0
         self._idle_since = loop.time()
         self._out: list[bytes] = []
@@ -189,6 +192,8 @@ class Connection(asyncio.Protocol):
                         self._headers(flags, stream, data[begin:at])
                 else:
                     self._read(kind, flags, stream, data[begin:at])
+            # More may never come, and others are not to be refused for it.
+            self._expected.clear()
             if self._unwanted:
                 self._stop_unwanted()
         except ConnectionFault as fault:
@@ -219,6 +224,7 @@ class Connection(asyncio.Protocol):
         """A call is over."""
         self._calls.pop(stream, None)
         self.blocked.pop(stream, None)
+        self._expected.discard(stream)
         if self._ending and not self._calls:
             self._close()
 
@@ -301,7 +307,9 @@ class Connection(asyncio.Protocol):
             elif flags & frames.END_STREAM:
                 self._unwanted.discard(stream)
             return
-        if not size and not flags & frames.END_STREAM:
+        if flags & frames.END_STREAM:
+            self._expected.discard(stream)
+        elif not size:
             self._idle()
         call.receive(frames.without_padding(flags, payload), size, bool(flags & frames.END_STREAM))
 
@@ -335,6 +343,9 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if stream <= self._last_stream:
             self._reader.skip(block)
+            if flags & frames.END_STREAM:
+                self._expected.discard(stream)
+                self._unwanted.discard(stream)
             if call := self._calls.get(stream):
                 if call.ended or not flags & frames.END_STREAM:
                     self.reset(call, ErrorCode.STREAM_CLOSED if call.ended else ErrorCode.PROTOCOL_ERROR)
@@ -363,9 +374,11 @@ class Connection(asyncio.Protocol):
         if (method := head.method) is None or head.http_status != 200 or not known:
             self._turn_away(stream, head, bool(flags & frames.END_STREAM))
             return
-        if method.door and (refusal := method.door(head)) is not None:
-            self._refuse(stream, refusal, bool(flags & frames.END_STREAM))
-            return
+        if method.door:
+            if (refusal := method.door(head, len(self._expected))) is not None:
+                self._refuse(stream, refusal, bool(flags & frames.END_STREAM))
+                return
+            self._expected.add(stream)
         call = self._calls[stream] = Call(self, stream, head, method, self._terms.limits, self._stream_window)
         call.begin()
         if flags & frames.END_STREAM:
