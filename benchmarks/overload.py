@@ -64,7 +64,11 @@ def ended(served: Served, calls: float) -> dict[str, int]:
 def overload(
     served: Served, body: Path, rate: float, probes: float, seconds: float, deadline: float
 ) -> tuple[Flood, Probes, float]:
-    """``rate`` calls a second, ``probes`` of them looked at one by one; and the CPU time that both clients took."""
+    """``rate`` calls a second, ``probes`` of them looked at one by one; and the CPU time that both clients took.
+
+    No more than a tenth of the calls are probes.
+    """
+    probes = min(probes, rate / 10)
     target, path = served.targets["tcp"], f"{SERVICE}/{METHOD}"
     flags = ("--rate", probes, "--seconds", seconds, "--deadline", deadline)
     calls = max(1, round((rate - probes) * seconds))
@@ -86,11 +90,12 @@ def figures(
 
     by_code: how all calls ended, as the server has it. deadline: in seconds.
     """
-    calls, late = flooded.calls + probed.calls, int((flooded.latencies_ms > 1000 * deadline).sum())
+    calls = flooded.calls + probed.calls
+    late = int((flooded.latencies_ms > 1000 * deadline).sum()) + probed.expired
     ok = by_code.get(_CODES[_OK], 0)
     accepted = probed.latencies_ms.get(_OK, [])
     refused = [one for code, several in probed.latencies_ms.items() if code != _OK for one in several]
-    # Which answers of the flood were OK is not known; those that came too late may all have been.
+    # Which answers of the flood were OK is not known; those that came too late may all have been. So this is the least.
     goodput = max(0, ok - late) / flooded.seconds
 
     def percentile(several: list[float], percent: float) -> str:
@@ -102,11 +107,11 @@ def figures(
         "offered_per_second": f"{flooded.rate * calls / flooded.calls:.4g}",
         "calls": calls,
         "answers": ", ".join(f"{count} {code}" for code, count in sorted(by_code.items())),
-        "late": late + probed.expired,
+        "late": late,
         "goodput_per_second": f"{goodput:.4g}",
         "goodput_share": f"{goodput / statistics.mean((before, after)):.4g}",
-        # What the middle refusal of the flood took, if no answer OK came before a refusal.
-        "flood_refused_p50_ms": f"{np.quantile(flooded.latencies_ms, (1 - ok / calls) / 2):.4g}",
+        # What the middle refusal of the flood took, if no answer OK came before a refusal; else it took longer.
+        "flood_refused_p50_ms": f"{np.quantile(flooded.latencies_ms, (1 - ok / calls) / 2):.4g}" if ok < calls else "",
         "probes_refused": len(refused),
         "refused_p50_ms": percentile(refused, 50),
         "refused_p99_ms": percentile(refused, 99),
@@ -160,11 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
         row = {
             "config": config, "precision": options.precision, "times": options.times, "seconds": options.seconds,
             "deadline": options.deadline, **figures(flooded, probed, by_code, options.deadline, before, after),
-            "client_cores": f"{cpu_seconds / options.seconds:.3g}",
+            "client_cores": f"{cpu_seconds / flooded.seconds:.3g}",
             "memory_before_mib": f"{memory_before:.4g}", "memory_after_mib": f"{memory_after:.4g}",
         }  # fmt: skip
         for column, value in row.items():
-            print(f"{column:<20}{value}")
+            print(f"{column:<22}{value}")
         rows.append(row | {"settings": options.settings, **origin()})
     if options.out:
         write(options.out, rows)

@@ -76,10 +76,12 @@ def test_a_flood_comes_at_its_rate_and_is_answered_in_full(running: Running, tmp
 def test_what_came_too_late_is_not_counted_as_goodput() -> None:
     flooded = Flood(900, 90.0, 10.0, np.array([*[1.0] * 600, *[800.0] * 290, *[1001.0] * 10]))
     probed = Probes(100, 2, {0: [700.0] * 30, 4: [1.0, 2.0, 3.0]})
-    row = overload.figures(flooded, probed, {"OK": 310, "DEADLINE_EXCEEDED": 690}, 1.0, 30, 50)
+    row = overload.figures(flooded, probed, {"OK": 312, "DEADLINE_EXCEEDED": 688}, 1.0, 30, 50)
     assert (row["goodput_per_second"], row["goodput_share"], row["late"]) == ("30", "0.75", 12)
     assert (row["calls"], row["offered_per_second"]) == (1000, "100")
     assert (row["refused_p50_ms"], row["flood_refused_p50_ms"], row["accepted_p99_ms"]) == ("2", "1", "700")
+    row = overload.figures(flooded, Probes(100, 0, {0: [700.0] * 100}), {"OK": 1000}, 1.0, 30, 50)
+    assert (row["goodput_per_second"], row["refused_p50_ms"], row["flood_refused_p50_ms"]) == ("99", "", "")
 
 
 @contextmanager
@@ -212,6 +214,7 @@ def test_an_overload_is_measured_in_terms_of_the_capacity(tiny: None, tmp_path: 
     assert float(row["capacity_before"]) > 0
     assert float(row["memory_before_mib"]) > 0
     assert sum(map(int, re.findall(r"\d+", row["answers"]))) == int(row["calls"])
+    assert int(row["probes_accepted"]) + int(row["probes_refused"]) <= int(row["calls"]) / 10 + 1
     assert float(row["goodput_per_second"]) > 0
     assert float(row["offered_per_second"]) == pytest.approx(1.5 * float(row["capacity_before"]), rel=0.05)
 
