@@ -121,21 +121,43 @@ def figures(
     }
 
 
+def measure(served: Served, body: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One overload between two looks at the capacity, by the columns of its figures."""
+    sample_seconds = min(5.0, options.seconds)
+    before = capacity(served, body, sample_seconds)
+    memory_before = memory(served)
+    first = ended(served, 0)
+    flooded, probed, cpu_seconds = overload(
+        served, body, options.times * before, options.probes, options.seconds, options.deadline
+    )
+    calls = sum(first.values()) + flooded.calls + probed.calls
+    by_code = {code: count - first.get(code, 0) for code, count in ended(served, calls).items()}
+    memory_after = memory(served)
+    after = capacity(served, body, sample_seconds)
+    return {
+        "times": options.times, "seconds": options.seconds, "deadline": options.deadline,
+        **figures(flooded, probed, by_code, options.deadline, before, after),
+        "client_cores": f"{cpu_seconds / flooded.seconds:.3g}",
+        "memory_before_mib": f"{memory_before:.4g}", "memory_after_mib": f"{memory_after:.4g}",
+    }  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.overload", description=__doc__)
     command.add_argument("--configs", nargs="+", choices=CONFIGS, default=["compact"], help="networks")
     command.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
+    command.add_argument("--rounds", type=int, default=1, help="overloads, one after the other (default: 1)")
     command.add_argument("--seconds", type=float, default=60.0, help="of overload (default: 60)")
     command.add_argument("--times", type=float, default=3.0, help="calls in terms of the capacity (default: 3)")
     command.add_argument("--deadline", type=float, default=1.0, help="of each call, in seconds (default: 1)")
     command.add_argument(
-        "--probes", type=float, default=100.0, help="calls a second of them that are timed one by one (default: 100)"
+        "--probes", type=float, default=20.0, help="calls a second of them that are timed one by one (default: 20)"
     )
     command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
     options = command.parse_args(arguments)
-    if not min(options.seconds, options.times, options.deadline, options.probes) > 0:
-        command.error("--seconds, --times, --deadline and --probes: expected numbers above 0")
+    if not min(options.seconds, options.times, options.deadline, options.probes, options.rounds) > 0:
+        command.error("--seconds, --times, --deadline, --probes and --rounds: expected numbers above 0")
     version = h2load_version()
     if version is None:
         print(H2LOAD_MISSING, file=sys.stderr)
@@ -145,32 +167,17 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             models, _, bodies = prepare(config, options.precision, folder, [CAPACITY])
-            body = bodies[CAPACITY]
-            sample_seconds = min(5.0, options.seconds)
             try:
                 with serve(models, options.precision, shlex.split(options.settings), folder) as served:
-                    before = capacity(served, body, sample_seconds)
-                    memory_before = memory(served)
-                    first = ended(served, 0)
-                    flooded, probed, cpu_seconds = overload(
-                        served, body, options.times * before, options.probes, options.seconds, options.deadline
-                    )
-                    calls = sum(first.values()) + flooded.calls + probed.calls
-                    by_code = {code: count - first.get(code, 0) for code, count in ended(served, calls).items()}
-                    memory_after = memory(served)
-                    after = capacity(served, body, sample_seconds)
+                    for number in range(options.rounds):
+                        row = {"config": config, "precision": options.precision, "round": number + 1}
+                        row |= measure(served, bodies[CAPACITY], options)
+                        for column, value in row.items():
+                            print(f"{column:<22}{value}", flush=True)
+                        rows.append(row | {"settings": options.settings, **origin()})
             except LoadError as error:
                 print(f"{config}: {error}", file=sys.stderr)
                 return 1
-        row = {
-            "config": config, "precision": options.precision, "times": options.times, "seconds": options.seconds,
-            "deadline": options.deadline, **figures(flooded, probed, by_code, options.deadline, before, after),
-            "client_cores": f"{cpu_seconds / flooded.seconds:.3g}",
-            "memory_before_mib": f"{memory_before:.4g}", "memory_after_mib": f"{memory_after:.4g}",
-        }  # fmt: skip
-        for column, value in row.items():
-            print(f"{column:<22}{value}")
-        rows.append(row | {"settings": options.settings, **origin()})
     if options.out:
         write(options.out, rows)
     return 0

@@ -288,7 +288,7 @@ class Batcher:
 
     def _busy_for(self, now: float) -> float:
         """Seconds until a slot is free."""
-        return max(0.0, min(slot.free_at for slot in self._slots) - now)
+        return max(0.0, min([slot.free_at for slot in self._slots]) - now)
 
     def _dispatch(self) -> None:
         """Hand batches to slots: whatever waits to those that are idle, and good ones ahead to the others."""
