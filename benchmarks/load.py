@@ -93,10 +93,19 @@ def percentiles(milliseconds: Sequence[float]) -> tuple[float, float, float]:
     return p50, p95, p99
 
 
-def h2load(target: str, path: str, body: Path, in_flight: int, requests: int, http1: bool = False) -> Sample:
+def h2load(
+    target: str,
+    path: str,
+    body: Path,
+    in_flight: int,
+    requests: int,
+    http1: bool = False,
+    deadline: float | None = None,
+) -> Sample:
     """Unary calls, ``in_flight`` at a time, ``requests`` in all, by ``h2load``, which knows HTTP and not gRPC's status.
 
-    http1: posts in HTTP/1.1, each connection with one, in the place of gRPC's calls.
+    http1: posts in HTTP/1.1, each connection with one, in the place of gRPC's calls. deadline: in seconds, which each
+    call tells.
 
     target: ``HOST:PORT`` or ``unix:PATH``. body: a file with what is sent each time. Raises LoadError where a call
     fails in HTTP, or h2load itself, or calls stay unanswered for long.
@@ -104,7 +113,7 @@ def h2load(target: str, path: str, body: Path, in_flight: int, requests: int, ht
     connections = in_flight if http1 else min(in_flight, CONNECTIONS)
     streams = -(-in_flight // connections)
     flags = [f"--clients={connections}", f"--max-concurrent-streams={streams}", *(["--h1"] if http1 else [])]
-    headers = _HEADERS_OF_BYTES if http1 else _HEADERS_OF_GRPC
+    headers = _HEADERS_OF_BYTES if http1 else _of_grpc(deadline)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start, duration = _h2load(flags, target, path, headers, body, requests, _MOST_SECONDS)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -122,11 +131,14 @@ def flood(target: str, path: str, body: Path, rate: float, calls: int, deadline:
     Each connection sends what has become due every 10 ms. deadline: of each call, in seconds. Raises LoadError.
     """
     flags = [f"--clients={CONNECTIONS}", f"--max-concurrent-streams={calls}", f"--rps={rate / CONNECTIONS}"]
-    headers = (*_HEADERS_OF_GRPC, f"grpc-timeout: {round(1000 * deadline)}m")
-    start, duration = _h2load(flags, target, path, headers, body, calls, calls / rate + _MOST_SECONDS)
+    start, duration = _h2load(flags, target, path, _of_grpc(deadline), body, calls, calls / rate + _MOST_SECONDS)
     begin = start.min()
     took = start.max() - begin
     return Flood(calls, float(calls / took) if took else rate, float((start + duration).max() - begin), 1000 * duration)
+
+
+def _of_grpc(deadline: float | None) -> tuple[str, ...]:
+    return _HEADERS_OF_GRPC if deadline is None else (*_HEADERS_OF_GRPC, f"grpc-timeout: {round(1000 * deadline)}m")
 
 
 def _h2load(

@@ -41,9 +41,12 @@ def memory(served: Served) -> float:
     return value / _MIB
 
 
-def capacity(served: Served, body: Path, seconds: float) -> float:
-    """Single images a second that the server answers to clients that wait, the median of three samples."""
-    samples = [load(served, served.targets["tcp"], CAPACITY, body, seconds)[0] for _ in range(3)]
+def capacity(served: Served, body: Path, seconds: float, deadline: float) -> float:
+    """Single images a second that the server answers to clients that wait, the median of three samples.
+
+    The calls have a deadline as those of an overload do, since that takes some of the server's time.
+    """
+    samples = [load(served, served.targets["tcp"], CAPACITY, body, seconds, deadline)[0] for _ in range(3)]
     return statistics.median(sample.requests / sample.seconds for sample in samples)
 
 
@@ -124,7 +127,7 @@ def figures(
 def measure(served: Served, body: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One overload between two looks at the capacity, by the columns of its figures."""
     sample_seconds = min(5.0, options.seconds)
-    before = capacity(served, body, sample_seconds)
+    before = capacity(served, body, sample_seconds, options.deadline)
     memory_before = memory(served)
     first = ended(served, 0)
     flooded, probed, cpu_seconds = overload(
@@ -133,7 +136,7 @@ def measure(served: Served, body: Path, options: argparse.Namespace) -> dict[str
     calls = sum(first.values()) + flooded.calls + probed.calls
     by_code = {code: count - first.get(code, 0) for code, count in ended(served, calls).items()}
     memory_after = memory(served)
-    after = capacity(served, body, sample_seconds)
+    after = capacity(served, body, sample_seconds, options.deadline)
     return {
         "times": options.times, "seconds": options.seconds, "deadline": options.deadline,
         **figures(flooded, probed, by_code, options.deadline, before, after),

@@ -202,8 +202,13 @@ def write_bodies(folder: Path, shape: tuple[int, int, int], cases: Sequence[Case
     return files
 
 
-def load(served: Served, target: str, case: Case, body: Path, seconds: float) -> tuple[Sample, Page, Page]:
-    """One sample, and the metrics before and after it. Raises LoadError where an answer is not OK or is missing."""
+def load(
+    served: Served, target: str, case: Case, body: Path, seconds: float, deadline: float | None = None
+) -> tuple[Sample, Page, Page]:
+    """One sample, and the metrics before and after it. Raises LoadError where an answer is not OK or is missing.
+
+    deadline: in seconds, which each unary call tells.
+    """
     if case.streams:
         method, path = "ClassifyStream", f"{SERVICE}/ClassifyStream"
         before = served.page()
@@ -217,7 +222,7 @@ def load(served: Served, target: str, case: Case, body: Path, seconds: float) ->
         requests = max(2 * case.in_flight, round(seconds * first.requests / first.seconds))
         ended = served.page().total("grpc_server_handled_total", grpc_method=method, grpc_code="OK")
         before = served.page_after(ended or 0, method)
-        sample = h2load(target, path, body, case.in_flight, requests)
+        sample = h2load(target, path, body, case.in_flight, requests, deadline=deadline)
         expected = requests
     ok = before.total("grpc_server_handled_total", grpc_method=method, grpc_code="OK") or 0
     return sample, before, served.page_after(ok + expected, method)

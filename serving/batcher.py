@@ -265,10 +265,8 @@ class Batcher:
         """Whether a request is computed, however late it is expected: what is expected may itself be out of date."""
         return now - self._computed_at > _STALE and not any(slot.batches for slot in self._slots)
 
-    def _ahead(self, urgent: bool) -> int:
-        """Images that are computed before a request that comes now."""
-        if not urgent:
-            return self.queued
+    def _urgent_ahead(self) -> int:
+        """Images that are computed before an urgent request that comes now."""
         return sum(len(ticket.images) - ticket.taken for ticket in self._waiting[True])
 
     def _needed(self, images: int, urgent: bool, now: float, expected: int = 0) -> float:
@@ -278,17 +276,15 @@ class Batcher:
         """
         queued = self.queued + expected
         batch = max(images, min(queued + images, self._limits.max_batch))  # with others, or several by itself
-        ahead = _QUEUE_MARGIN * self._time_for(self._ahead(urgent) + expected)
-        return _at_most(self._busy_for(now) + ahead + self._time_for(batch))
+        ahead = (self._urgent_ahead() if urgent else self.queued) + expected
+        free_at = max(now, min([slot.free_at for slot in self._slots]))
+        return _at_most(free_at - now + _QUEUE_MARGIN * self._time_for(ahead) + self._time_for(batch))
 
     def _time_for(self, images: int) -> float:
         """Seconds that so many images take, all slots computing."""
         batches = -(-images // self._limits.max_batch)
-        return self._cost(images, batches) / max(1, min(batches, len(self._slots)))
-
-    def _busy_for(self, now: float) -> float:
-        """Seconds until a slot is free."""
-        return max(0.0, min([slot.free_at for slot in self._slots]) - now)
+        seconds = self._cost(images, batches)
+        return seconds / min(batches, len(self._slots)) if batches > 1 else seconds
 
     def _dispatch(self) -> None:
         """Hand batches to slots: whatever waits to those that are idle, and good ones ahead to the others."""
@@ -325,13 +321,14 @@ class Batcher:
         """
         batch: list[_Part] = []
         room = size
+        needed_by_most = _at_most(begin - now + self._cost(min(size, self.queued)))
         while room and (ticket := self._next()):
             left = len(ticket.images) - ticket.taken
             if ticket.future.done():  # its caller is cancelled in this turn of the event loop, and has yet to say so
                 self.give_up(ticket)
                 continue
             if ticket.deadline is not None:
-                needed = _at_most(begin - now + max(self._time_for(left), self._cost(min(size, self.queued))))
+                needed = needed_by_most if left <= size else _at_most(begin - now + self._time_for(left))
                 if now + needed > ticket.deadline and not self._is_probe(now):
                     ticket.taken = len(ticket.images)
                     ticket.future.set_exception(_unmeetable(needed, ticket.deadline - now))

@@ -20,8 +20,6 @@ from serving.cost import BatchCost
 _OVERHEAD_SECONDS = 0.00075
 # A smaller batch is taken where it loses no more than this, since its members wait less for each other.
 _NEARLY = 0.95
-# No answer seems late by so much.
-_BRIEF_SECONDS = 0.03
 # What a good batch may lose of the rate of batches without end.
 _GOOD = 0.93
 _SAMPLE_SECONDS = 0.025
@@ -114,17 +112,13 @@ def tune(
         compared = [min(both, key=lambda timing: timing.seconds) for both in zip(first, second, strict=True)]
         best = max(timing.served_per_second for timing in compared)
         good = [timing for timing in compared if timing.served_per_second >= _NEARLY * best]
-        # Of those that are nearly as fast as the fastest, the one whose batch is done first; and as large a batch as is
-        # done so soon that nobody minds, since only a long queue fills it, when the event loop has most to do.
+        # Of those that are nearly as fast as the fastest, the one whose batch is done first.
         chosen = min(good, key=lambda timing: timing.seconds)
-        brief = [timing for timing in good if timing[:2] == chosen[:2] and timing.seconds <= _BRIEF_SECONDS]
-        chosen = max([chosen, *brief], key=lambda timing: timing.batch)
         plan = Plan(chosen.threads, chosen.runtimes, max_batch or chosen.batch)
     else:
         plan = Plan(*pairs[0], max_batch)
     predict = opened[plan.threads] if opened else open_runtime(plan.threads)
-    every = range(1, plan.max_batch + 1)
-    timings = _time(predict, image_shape, plan.threads, plan.runtimes, every, _least_of, warm=True)
+    timings = _time(predict, image_shape, plan.threads, plan.runtimes, range(1, plan.max_batch + 1), _least_of)
     return predict, Tuned(plan, tuple(compared), tuple(timings))
 
 
@@ -145,8 +139,7 @@ def _time(
 ) -> list[Timing]:
     """Of each size in turn, what ``sample`` says that a call takes.
 
-    warm: all have been computed before, or the sample is to show the first call. busy: beside a thread that takes what
-    an event loop takes.
+    warm: all have been computed before. busy: beside a thread that takes what an event loop takes.
     """
     generator = np.random.default_rng(0)
     timings = []
@@ -193,12 +186,9 @@ def _mean_of(predict: Predict, images: Images) -> float:
 
 
 def _least_of(predict: Predict, images: Images) -> float:
-    """Least seconds of some calls: what the first allocates, and what else the machine does, only adds to them.
-
-    Two for a large batch, of which there are many, and each takes long.
-    """
+    """Least seconds of two calls: what else the machine does only adds to them."""
     seconds = []
-    for _ in range(3 if len(images) <= 8 else 2):
+    for _ in range(2):
         begin = time.perf_counter()
         predict(images)
         seconds.append(time.perf_counter() - begin)

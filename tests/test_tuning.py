@@ -99,22 +99,6 @@ def test_where_size_gains_next_to_nothing_the_smallest_batch_that_is_nearly_as_g
     assert tuned.plan.max_batch == 16
 
 
-def test_of_batches_that_are_done_in_no_time_a_large_one_is_chosen(machine: Make) -> None:
-    fake = machine(lambda threads, images: 0.4 * MILLISECOND * (0.01 + images))
-    _, tuned = tune(fake.open, SHAPE, [(1, 1)], max_batch=0, most=128)
-    # 64 take 25.6 ms and 128 twice as long, for 1.5 % more.
-    assert tuned.plan.max_batch == 64
-
-
-def test_a_larger_batch_is_no_reason_to_use_the_cores_in_another_way(machine: Make) -> None:
-    fake = machine(
-        lambda threads, images: MILLISECOND * images * ((0.85 if images <= 8 else 3) if threads == 2 else 1.8)
-    )
-    _, tuned = tune(fake.open, SHAPE, [(1, 2), (2, 1)], max_batch=0, most=64)
-    # Batches of 16 on one thread each are done in 28.8 ms, those of 8 on both in 6.8 ms, at nearly the same rate.
-    assert tuned.plan == Plan(threads=2, runtimes=1, max_batch=8)
-
-
 def test_a_runtime_that_slows_with_size_is_given_small_batches(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND * images * (1 if images <= 4 else 3))
     _, tuned = tune(fake.open, SHAPE, [(1, 1)], max_batch=0, most=64)

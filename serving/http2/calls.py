@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -85,14 +84,8 @@ class _Aborted(Exception):
     """A handler has ended its call by ``abort``."""
 
 
-@lru_cache(1024)
-def _head_of(kind: int, flags: int, size: int) -> bytes:
-    """A frame's head but for the stream."""
-    return frames.HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
-
-
-_ANSWER_HEAD = _head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
-_OK_HEAD = _head_of(frames.HEADERS, _END, len(headers.OK))
+_ANSWER_HEAD = frames.head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
+_OK_HEAD = frames.head_of(frames.HEADERS, _END, len(headers.OK))
 
 
 class Call:
@@ -209,7 +202,7 @@ class Call:
         if not self._unsent and size <= self.window and size <= connection.window and size <= frames.MOST_BYTES:
             self.window -= size
             connection.window -= size
-            parts = _head_of(frames.DATA, 0, size), self._stream_bytes, _PREFIX.pack(0, len(data)), data
+            parts = frames.head_of(frames.DATA, 0, size), self._stream_bytes, _PREFIX.pack(0, len(data)), data
             connection.send(b"".join(parts))
         else:
             self._queue(data)
@@ -354,7 +347,7 @@ class Call:
         if fits and not connection.shrinks_table:
             connection.window -= size
             stream = self._stream_bytes
-            head = _head_of(frames.DATA, 0, size)
+            head = frames.head_of(frames.DATA, 0, size)
             prefix = _PREFIX.pack(0, len(data))
             connection.send(
                 b"".join(

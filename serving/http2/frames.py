@@ -2,6 +2,7 @@
 
 import struct
 from enum import IntEnum
+from functools import lru_cache
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 #: Most bytes in a frame that anyone may send without asking; this server asks for no more.
@@ -52,8 +53,14 @@ class ConnectionFault(Exception):
         self.code = code
 
 
+@lru_cache(1024)
+def head_of(kind: int, flags: int, size: int) -> bytes:
+    """A frame's head but for the stream."""
+    return HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
+
+
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return HEAD.pack(len(payload) >> 8, len(payload) & 255, kind, flags, stream) + payload
+    return head_of(kind, flags, len(payload)) + stream.to_bytes(4) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
