@@ -200,12 +200,12 @@ class Batcher:
     def refusal(self, timeout: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
         """What a request of one image would be refused with now; timeout: the seconds that it has.
 
-        expected: requests that are about to be queued before it, none of them urgent. The numbers of the refusal are
-        rounded, so that under overload the same error serves many requests.
+        expected: requests that are about to be queued before it, taken to be not urgent. The numbers of the refusal
+        are rounded, so that under overload the same error serves many requests.
         """
         now = time.monotonic()
         if self.queued + expected >= self._limits.max_queue:
-            return _full(self._limits.max_queue, _rounded(self._time_for(self.queued)))
+            return _full(self._limits.max_queue, _rounded(self._time_for(self.queued + expected)))
         if timeout is None or now - self._computed_at > _STALE:
             return None
         needed = self._needed(1, urgent, now, 0 if urgent else expected)
@@ -321,14 +321,16 @@ class Batcher:
         """
         batch: list[_Part] = []
         room = size
-        needed_by_most = _at_most(begin - now + self._cost(min(size, self.queued)))
         while room and (ticket := self._next()):
             left = len(ticket.images) - ticket.taken
             if ticket.future.done():  # its caller is cancelled in this turn of the event loop, and has yet to say so
                 self.give_up(ticket)
                 continue
             if ticket.deadline is not None:
-                needed = needed_by_most if left <= size else _at_most(begin - now + self._time_for(left))
+                needed = self._cost(min(size, self.queued))
+                if left > size:
+                    needed = max(needed, self._time_for(left))
+                needed = _at_most(begin - now + needed)
                 if now + needed > ticket.deadline and not self._is_probe(now):
                     ticket.taken = len(ticket.images)
                     ticket.future.set_exception(_unmeetable(needed, ticket.deadline - now))

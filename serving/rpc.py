@@ -289,8 +289,8 @@ class _Refused(NamedTuple):
 class _Door:
     """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
 
-    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which nothing is
-    computed, and they are counted together.
+    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which the queue
+    hardly gets shorter, and they are counted together.
     """
 
     def __init__(self, edge: Edge, record: "_Recorder", refusal: Refusal) -> None:

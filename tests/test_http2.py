@@ -384,6 +384,29 @@ def test_a_large_message_that_comes_with_the_end_is_not_lost(serving: Serving, m
     raw.socket.close()
 
 
+@pytest.mark.parametrize("method", ["Echo", "EchoAll"])
+def test_a_fault_while_a_message_is_unpacked_ends_the_call(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    inflate = calls._inflate
+
+    def fail(*arguments: Any) -> bytes | None:
+        if threading.current_thread().name.startswith("asyncio"):
+            raise MemoryError("inner text")
+        return inflate(*arguments)
+
+    monkeypatch.setattr(calls, "_inflate", fail)
+    raw = Raw(serving.port)
+    sent = framed(gzip.compress(bytes(300_000)), compressed=True)
+    raw.send(headers(1, raw.block(f"/test.Test/{method}", ("grpc-encoding", "gzip"))) + data(1, sent))
+    assert raw.read(1).headers["grpc-status"] == str(grpc.StatusCode.INTERNAL.value[0])
+    assert "inner text" not in raw.answers[1].headers["grpc-message"]
+    assert "inner text" in caplog.text
+    raw.call(3, b"a")
+    assert raw.read(3).messages == [b"a"]
+    raw.socket.close()
+
+
 def test_metadata_and_the_deadline_reach_the_handler(serving: Serving) -> None:
     metadata = (("key", "value"), ("key-bin", b"\0\xff,"), ("empty", ""))
     with serving.channel as channel:

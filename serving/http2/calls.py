@@ -40,8 +40,8 @@ class Method:
     """A method's handler: ``behaviour`` takes what ``deserialize`` makes of a message, or an iterator of them.
 
     at_once: it is no coroutine; it takes note of the request, and ``answer`` or ``finish`` is called then or later.
-    door: asked as soon as the headers are there, with how many calls of this connection were let in before it and have
-    yet to come in full; the header block of a refusal, or None to go on.
+    door: asked as soon as the headers are there, with how many calls were let in before it, of what is being read of
+    this connection, and have yet to come in full; the header block of a refusal, or None to go on.
     """
 
     behaviour: Callable[[Any, "Call"], Any]
@@ -450,7 +450,12 @@ class Call:
         self._unpacking = None
         if self.over or rest.cancelled():
             return
-        end = rest.result()
+        try:
+            end = rest.result()
+        except Exception as error:  # memory may have run out
+            self._stop_handler()
+            self._fail(error)
+            return
         if not self._unpacked(data, None if end is None else begin + end, reader):
             return
         if self._partial and not self._split(self._partial):
