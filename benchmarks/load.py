@@ -93,6 +93,12 @@ def percentiles(milliseconds: Sequence[float]) -> tuple[float, float, float]:
     return p50, p95, p99
 
 
+def children_cpu_seconds() -> float:
+    """Of the processes that this one has started and waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def h2load(
     target: str,
     path: str,
@@ -114,15 +120,11 @@ def h2load(
     streams = -(-in_flight // connections)
     flags = [f"--clients={connections}", f"--max-concurrent-streams={streams}", *(["--h1"] if http1 else [])]
     headers = _HEADERS_OF_BYTES if http1 else _of_grpc(deadline)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = children_cpu_seconds()
     start, duration = _h2load(flags, target, path, headers, body, requests, _MOST_SECONDS)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Sample(
-        requests,
-        float((start + duration).max() - start.min()),
-        percentiles((1000 * duration).tolist()),
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-    )
+    cpu_seconds = children_cpu_seconds() - before
+    seconds = float((start + duration).max() - start.min())
+    return Sample(requests, seconds, percentiles((1000 * duration).tolist()), cpu_seconds)
 
 
 def flood(target: str, path: str, body: Path, rate: float, calls: int, deadline: float) -> Flood:

@@ -1,7 +1,6 @@
 """``python -m benchmarks.overload``: the server at several times its capacity, from clients that do not wait for it."""
 
 import argparse
-import resource
 import shlex
 import statistics
 import sys
@@ -16,7 +15,16 @@ import grpc
 import numpy as np
 
 from benchmarks.figures import origin, write
-from benchmarks.load import H2LOAD_MISSING, Flood, LoadError, Probes, flood, h2load_version, in_own_process
+from benchmarks.load import (
+    H2LOAD_MISSING,
+    Flood,
+    LoadError,
+    Probes,
+    children_cpu_seconds,
+    flood,
+    h2load_version,
+    in_own_process,
+)
 from benchmarks.server import SERVICE, Case, Served, load, prepare, serve
 from training.model import CONFIGS
 
@@ -75,15 +83,13 @@ def overload(
     target, path = served.targets["tcp"], f"{SERVICE}/{METHOD}"
     flags = ("--rate", probes, "--seconds", seconds, "--deadline", deadline)
     calls = max(1, round((rate - probes) * seconds))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = children_cpu_seconds()
     with ThreadPoolExecutor() as pool:
         probing = pool.submit(in_own_process, "probe", target, path, body, *flags)
         flooded = flood(target, path, body, rate - probes, calls, deadline)
         printed = probing.result()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     by_code = {int(code): several for code, several in printed["latencies_ms"].items()}
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return flooded, Probes(**printed | {"latencies_ms": by_code}), cpu_seconds
+    return flooded, Probes(**printed | {"latencies_ms": by_code}), children_cpu_seconds() - before
 
 
 def figures(
