@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm
 
-from export.quantize import to_int8
+from export.to_int8 import to_int8
 from export.to_onnx import to_onnx
 from serving.runtime import CPU, onnxruntime
 from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, squash, to_pixels

@@ -17,7 +17,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load import LoadError, Sample, framed, h2load, in_own_process
-from export.quantize import to_int8
+from export.to_int8 import to_int8
 from export.to_onnx import to_onnx
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import MODEL, Artifact, digest, find, write_manifest

@@ -69,7 +69,7 @@ def loaded(served: Served) -> float:
     times = []
     for line in served.log.read_text().splitlines():
         entry = json.loads(line)
-        if entry["logger"] == "serving.models":
+        if entry["logger"] == "serving.repository.served_model":
             times.append(datetime.fromisoformat(entry["time"]).timestamp())
     if not times:
         raise LoadError("the server's log does not say when its models were loaded")

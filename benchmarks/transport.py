@@ -1,4 +1,4 @@
-"""``python -m benchmarks.transport``: what gRPC alone costs a call, in serving/http2 and in grpc.aio, side by side."""
+"""``python -m benchmarks.transport``: measure what a call costs in serving/transport and in grpc.aio, side by side."""
 
 import argparse
 import asyncio
@@ -21,13 +21,13 @@ from tqdm import tqdm
 from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, LoadError, framed, h2load, h2load_version, in_own_process
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.http2.calls import Budget, Limits
-from serving.http2.server import GrpcServer
+from serving.transport.call import Budget, Limits
+from serving.transport.server import GrpcServer
 
 #: As large as a digit's request and its answer.
 REQUEST = bytes(804)
 ANSWER = pb.ClassifyStreamResponse(response=pb.ClassifyResponse(model_name=760 * "m")).SerializeToString()
-OURS, THEIRS = "serving.http2", "grpc.aio"
+OURS, THEIRS = "serving.transport", "grpc.aio"
 IN_FLIGHT = 64
 _SERVICE = "benchmark.Echo"
 _UNARY, _STREAM = "unary", "streamed"

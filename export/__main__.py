@@ -12,9 +12,10 @@ from export.to_tensorrt import EngineError, TensorRTMissing
 from export.triton import TritonError
 from export.verify import ParityError
 from serving.runtime import RuntimeSetupError
-from serving.tensorrt import BatchProfile
-from training import checkpoint, datasets
-from training.data import of_checkpoint
+from serving.tensorrt_options import BatchProfile
+from training import checkpoint
+from training.data import datasets
+from training.data.of_checkpoint import of_checkpoint
 
 
 def _name(text: str) -> str:

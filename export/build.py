@@ -15,20 +15,20 @@ from torch import Tensor
 from export import triton
 from export.certificate import CERTIFICATE, certificate
 from export.graph import GraphError, receptive_field
-from export.half import to_fp16
-from export.quantize import to_int8
+from export.to_fp16 import to_fp16
+from export.to_int8 import to_int8
 from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
 from export.verify import ParityError, Reference, certify, certify_decoder, certify_explanation, reference, speeds
 from serving.artifact import MODEL, PRECISIONS, Artifact, digest, write_manifest
 from serving.runtime import Runtime, RuntimeSetupError
 from serving.settings import usable_cores
-from serving.tensorrt import BatchProfile
+from serving.tensorrt_options import BatchProfile
 from training.checkpoint import Checkpoint, CheckpointError
-from training.datasets import Dataset
+from training.data.compose import scenes
+from training.data.datasets import Dataset
 from training.model import CapsNet
 from training.provenance import commit, processor
-from training.scenes import scenes
 
 CALIBRATION_IMAGES = 1024
 EXPLAIN, DECODER = "explain", "decoder"

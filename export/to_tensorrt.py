@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from serving.tensorrt import BatchProfile
+from serving.tensorrt_options import BatchProfile
 
 _OLDEST = 10
 _INSTALL = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.artifact import MODEL
-from serving.tensorrt import BatchProfile, shape_options
+from serving.tensorrt_options import BatchProfile, shape_options
 
 CONFIG = "config.pbtxt"
 LABELS = "labels.txt"

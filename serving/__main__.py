@@ -8,7 +8,7 @@ import uvloop
 from prometheus_client import disable_created_metrics
 
 from serving.artifact import ArtifactError
-from serving.images import limit_metadata
+from serving.files.images import limit_metadata
 from serving.logs import set_up
 from serving.runtime import RuntimeSetupError
 from serving.server import StartError, serve

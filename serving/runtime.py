@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.artifact import PRECISIONS, Artifact
-from serving.cache import cache_folder
-from serving.tensorrt import TENSORRT, BatchProfile, execution_provider_options
+from serving.files.cache import cache_folder
+from serving.tensorrt_options import TENSORRT, BatchProfile, execution_provider_options
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

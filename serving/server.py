@@ -15,24 +15,24 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import start_http_server
 
-from serving.collectors import ModelCollector
-from serving.http2.calls import Budget, Limits
-from serving.http2.server import GrpcServer
-from serving.inference import SERVICE as INFERENCE_SERVICE
-from serving.inference import AdminService, InferenceService
-from serving.metrics import Metrics
-from serving.pipeline import Pipeline
-from serving.quality import Quality
-from serving.repository import Repository
-from serving.rpc import Edge
-from serving.service import SERVICE, CapsNetService
+from serving.metrics.collectors import ModelCollector
+from serving.metrics.quality import Quality
+from serving.metrics.registry import Metrics
+from serving.metrics.triton_statistics import Statistics
+from serving.repository.repository import Repository
+from serving.rpc.edge import Edge
+from serving.services.capsnet import SERVICE, CapsNetService
+from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
+from serving.services.open_inference import AdminService, InferenceService
+from serving.services.pipeline import Pipeline
 from serving.settings import Settings
-from serving.statistics import Statistics
+from serving.transport.call import Budget, Limits
+from serving.transport.server import GrpcServer
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from serving.tracing import Tracing
+    from serving.rpc.tracing import Tracing
 
 # What is read of a message before it is refused, in terms of max_request_bytes: what is only somewhat too large gets
 # its answer from a service, in a stream in its turn.
@@ -234,7 +234,7 @@ def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
     try:  # an extra: whoever wants no traces need not have it
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        from serving.tracing import Tracing
+        from serving.rpc.tracing import Tracing
     except ImportError as error:
         raise StartError("trace_endpoint: OpenTelemetry is not installed; install the extra tracing") from error
     return Tracing(spans or OTLPSpanExporter(endpoint), metadata.version("capsnet-serving"))

@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export import SpanExporter
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.idx import read_idx
-from serving.models import ServedModel
+from serving.files.idx import read_idx
+from serving.repository.served_model import ServedModel
 from serving.server import Server
 from serving.settings import Settings
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.connection import SERVICE
+from serving.client.channel import SERVICE
 
 # What a call does before it answers: nothing, or end with a status and trailing metadata.
 Step = tuple[grpc.StatusCode, Sequence[tuple[str, str | bytes]]] | None

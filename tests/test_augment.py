@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training.augment import AUGMENTATIONS, affine, all_shifts, none, shift
+from training.data.augment import AUGMENTATIONS, affine, all_shifts, none, shift
 
 HEIGHT, WIDTH = 20, 30  # different, so that the axes cannot be mixed up
 SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]

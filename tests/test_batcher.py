@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.batcher import Batcher, Limits, Promise
-from serving.cost import BatchCost
+from serving.batching.batcher import Batcher, Limits, Promise
+from serving.batching.cost import BatchCost
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
-from serving.metrics import Metrics, ModelMetrics
+from serving.metrics.registry import Metrics, ModelMetrics
+from serving.repository.tuning import good_batch
 from serving.runtime import Answer, Prediction
-from serving.tuning import good_batch
 
 POISON = 255
 NOT_FINITE = 254

@@ -33,7 +33,7 @@ from serving.client import (
     ServerFault,
     Unavailable,
 )
-from serving.client.connection import is_local
+from serving.client.channel import is_local
 from tests.fake_server import FakeServer, Step, answer, end, numbered
 
 BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED

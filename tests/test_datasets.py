@@ -21,8 +21,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from serving.idx import is_idx, read_idx
-from training.datasets import (
+from serving.files.idx import is_idx, read_idx
+from training.data.datasets import (
     DATASETS,
     TEST_IMAGES,
     TEST_LABELS,
@@ -181,7 +181,7 @@ def test_a_gzip_bomb_is_not_decompressed_beyond_what_its_header_announces(monkey
             produced.append(len(output))
             return output
 
-    monkeypatch.setattr("serving.idx.zlib.decompressobj", CountingStream)
+    monkeypatch.setattr("serving.files.idx.zlib.decompressobj", CountingStream)
     with pytest.raises(ValueError, match=r"trailing bytes .* expected 1584 bytes for shape \(2, 28, 28\), got more"):
         read_idx(bomb)
     assert sum(produced) == 1585
@@ -389,7 +389,7 @@ def test_a_download_beyond_the_size_limit_is_given_up(
     tmp_path: Path, use_sources: UseSources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("training.datasets._MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("training.data.datasets._MAX_FILE_BYTES", 10)
     with serve(write_files(tmp_path / "www", gzipped_files())) as url:
         use_sources(Mirror(url))
         with pytest.raises(DatasetError, match=rf"mirror {url}: {TRAIN_LABELS}.gz has more than 10 bytes"):

@@ -40,9 +40,9 @@ from serving import artifact as artifacts
 from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact
 from serving.runtime import Prediction, Runtime, onnxruntime
 from training import checkpoint as checkpoints
-from training import datasets
 from training.checkpoint import Checkpoint, CheckpointError
-from training.datasets import Dataset, DatasetError
+from training.data import datasets
+from training.data.datasets import Dataset, DatasetError
 from training.evaluate import predict
 from training.model import CONFIGS, CapsNet, CapsNetConfig, to_pixels
 

@@ -22,7 +22,7 @@ from google.protobuf.descriptor import Descriptor
 from protos.capsnet.v1 import capsnet_pb2
 from protos.inference import inference_pb2 as pb
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.models import ServedModel
+from serving.repository.served_model import ServedModel
 from serving.runtime import Prediction
 from serving.server import Server
 from tests.conftest import ROOT, Digits, InThread, Running, settings

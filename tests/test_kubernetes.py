@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from protos.capsnet.v1 import capsnet_pb2
 from protos.inference import inference_pb2
-from serving.metrics import Metrics
+from serving.metrics.registry import Metrics
 from serving.settings import ENVIRONMENT_PREFIX, Settings, read
 from tests.conftest import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.logs import FIELDS, JsonFormatter, RefusalLog, TextFormatter
-from serving.models import ServedModel
+from serving.repository.served_model import ServedModel
 from tests.conftest import DATA, Running
 
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())

@@ -19,10 +19,10 @@ from google.rpc.error_details_pb2 import RetryInfo
 from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.batcher import Batcher, Limits
-from serving.cost import BatchCost
-from serving.metrics import Metrics, ModelMetrics
-from serving.models import ServedModel
+from serving.batching.batcher import Batcher, Limits
+from serving.batching.cost import BatchCost
+from serving.metrics.registry import Metrics, ModelMetrics
+from serving.repository.served_model import ServedModel
 from serving.runtime import Prediction
 from tests.conftest import Running
 from tests.test_batcher import submit

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training import datasets, pictures
+from training import pictures
 from training.checkpoint import Checkpoint, save
-from training.data import of_checkpoint
-from training.datasets import Dataset, DatasetError
+from training.data import datasets
+from training.data.datasets import Dataset, DatasetError
+from training.data.of_checkpoint import of_checkpoint
 from training.evaluate import most_probable, predict
 from training.model import CapsNet, CapsNetConfig
 from training.pictures import (

@@ -23,8 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.batcher import Predict
-from serving.models import ServedModel
+from serving.batching.batcher import Predict
+from serving.repository.served_model import ServedModel
 from serving.runtime import Prediction
 from tests.conftest import Running
 

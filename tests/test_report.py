@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training import report
 from training.checkpoint import Checkpoint, save
-from training.datasets import Dataset
+from training.data.datasets import Dataset
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.report import (

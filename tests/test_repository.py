@@ -30,7 +30,7 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import artifact
-from serving.models import ServedModel
+from serving.repository.served_model import ServedModel
 from serving.runtime import Prediction
 from tests.conftest import DATA, ROOT, Running
 from tests.test_lifecycle import failed_start, server_process

@@ -9,11 +9,11 @@ import grpc
 import pytest
 
 from serving.errors import DeadlineUnmeetable, QueueFull, ServingError
-from serving.http2.headers import RequestHead, status_block
 from serving.logs import FIELDS
-from serving.metrics import Metrics, ModelMetrics
-from serving.rpc import Call, Edge
-from serving.statistics import REJECTED
+from serving.metrics.registry import Metrics, ModelMetrics
+from serving.metrics.triton_statistics import REJECTED
+from serving.rpc.edge import Call, Edge
+from serving.transport.headers import RequestHead, status_block
 
 FULL = QueueFull("full", 0.07)
 

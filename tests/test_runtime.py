@@ -13,11 +13,11 @@ import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import PRECISIONS, find, load
-from serving.metrics import Metrics
-from serving.models import ServedModel
+from serving.metrics.registry import Metrics
+from serving.repository.served_model import ServedModel
 from serving.runtime import Runtime, RuntimeSetupError, saturates
 from serving.settings import Settings
-from serving.tensorrt import TENSORRT, BatchProfile, execution_provider_options
+from serving.tensorrt_options import TENSORRT, BatchProfile, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
 
 

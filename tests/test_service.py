@@ -15,8 +15,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.images import limit_metadata
-from serving.models import ServedModel
+from serving.files.images import limit_metadata
+from serving.repository.served_model import ServedModel
 from serving.runtime import Prediction
 from tests.conftest import DATA, Digits, Running
 

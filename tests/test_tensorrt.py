@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.to_tensorrt import EngineError, TensorRTMissing, build_engine
-from serving.tensorrt import CONTEXT_MODEL, BatchProfile, execution_provider_options
+from serving.tensorrt_options import CONTEXT_MODEL, BatchProfile, execution_provider_options
 
 PROFILE = BatchProfile(1, 8, 32)
 IMAGE = (1, 28, 28)

@@ -12,7 +12,7 @@ from protos.inference import inference_pb2 as pb
 from serving.artifact import Artifact
 from serving.errors import InvalidRequest
 from serving.runtime import Prediction
-from serving.tensors import Output, TensorMessages, refused, schedule
+from serving.services.open_inference_codec import Output, TensorMessages, refused, schedule
 
 LABELS = ("circle", "a:b", "größe", "")
 MOST = 5

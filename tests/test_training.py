@@ -22,12 +22,12 @@ import training.train
 from training import checkpoint as checkpoints
 from training.__main__ import DEFAULTS, HELP, NETWORK_HELP, main
 from training.checkpoint import CHECKPOINT_FILE, Checkpoint, CheckpointError
-from training.datasets import Dataset, DatasetError, split
+from training.data.compose import scenes
+from training.data.datasets import Dataset, DatasetError, split
 from training.evaluate import mistakes, predict
 from training.loss import margin_loss
 from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, to_pixels
 from training.report import REPORT_FILE
-from training.scenes import scenes
 from training.train import (
     BEST_FILE,
     RESUME_FILE,

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.batcher import Predict
+from serving.batching.batcher import Predict
+from serving.repository.tuning import Plan, Timing, candidates, tune
 from serving.runtime import Prediction, Runtime
-from serving.tuning import Plan, Timing, candidates, tune
 from tests.conftest import Digits, Running
 from tests.test_lifecycle import server_process
 
@@ -57,7 +57,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], f
 
     def make(seconds: Callable[[int, int], float]) -> FakeMachine:
         fake = FakeMachine(seconds)
-        monkeypatch.setattr("serving.tuning.time", fake)
+        monkeypatch.setattr("serving.repository.tuning.time", fake)
         return fake
 
     return make

@@ -9,10 +9,10 @@ from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from training.augment import AUGMENTATIONS
 from training.checkpoint import CHECKPOINT_FILE
-from training.datasets import NAMES, DatasetError, load
-from training.folder import load_folder
+from training.data.augment import AUGMENTATIONS
+from training.data.datasets import NAMES, DatasetError, load
+from training.data.folder import load_folder
 from training.model import AGREEMENTS, CONFIGS, INITIALIZATIONS, NORMALIZATIONS, CapsNetConfig
 from training.report import REPORT_FILE
 from training.train import (

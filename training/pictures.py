@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.checkpoint import CheckpointError, load
-from training.data import of_checkpoint
-from training.datasets import NAMES, DatasetError
+from training.data.datasets import NAMES, DatasetError
+from training.data.of_checkpoint import of_checkpoint
 from training.evaluate import most_probable, predict, wrong
 from training.model import CapsNet
 

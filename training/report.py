@@ -23,8 +23,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from torch import Tensor
 
 from training.checkpoint import CHECKPOINT_FILE, Checkpoint, CheckpointError, load
-from training.data import of_checkpoint
-from training.datasets import Dataset, DatasetError
+from training.data.datasets import Dataset, DatasetError
+from training.data.of_checkpoint import of_checkpoint
 from training.evaluate import most_probable, predict, wrong
 from training.model import CONFIGS
 from training.pictures import FAINT, WRONG, axes_at, decoder_picture, drawable, save, to_rgb

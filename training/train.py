@@ -18,15 +18,15 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from training.augment import AUGMENTATIONS
 from training.checkpoint import CHECKPOINT_FILE, Checkpoint, save, write_whole
-from training.datasets import Dataset, per_class, split
+from training.data.augment import AUGMENTATIONS
+from training.data.compose import combine, members, place, scenes
+from training.data.datasets import Dataset, per_class, split
 from training.evaluate import mistakes, predict, wrong
 from training.loss import PIXEL_WEIGHT, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 from training.provenance import process_count, provenance
 from training.report import REPORT_FILE, write_report
-from training.scenes import combine, members, place, scenes
 
 RESUME_FILE = "last.ckpt"
 BEST_FILE = "best.ckpt"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from serving.client.connection import is_local
+from serving.client.channel import is_local
 from serving.client.errors import CapsNetError, InvalidRequest, Unavailable
 from serving.client.inputs import ItemError, parse
 from serving.client.results import Classification

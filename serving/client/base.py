@@ -8,7 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.connection import SERVICE, Pem, Token, connection
+from serving.client.channel import SERVICE, Pem, Token, connection
 from serving.client.errors import CapsNetError, DeadlineExceeded, InvalidRequest, UnknownModel, failure_of_call
 from serving.client.inputs import Limits
 from serving.client.results import Classification, Model, decode

@@ -14,8 +14,8 @@ from PIL import Image
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.errors import InvalidImage
 from serving.client.results import Model
-from serving.idx import GZIP_MAGIC, is_idx, read_idx
-from serving.images import to_pixels
+from serving.files.idx import GZIP_MAGIC, is_idx, read_idx
+from serving.files.images import to_pixels
 
 #: One array of uint8, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), or a PNG, JPEG or IDX file, by path or as bytes.
 Item = NDArray[Any] | bytes | str | os.PathLike[str]

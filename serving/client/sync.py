@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import WINDOW, ClientBase, Deadline, Errors, Patience, check_stream
-from serving.client.connection import FIRST_BACKOFF
+from serving.client.channel import FIRST_BACKOFF
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
 from serving.client.inputs import Images, Item, ItemError, ShapeError, items_of, located, messages, read
 from serving.client.results import Classification, Model

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.connection import BACKOFF_FACTOR, FIRST_BACKOFF, MAX_BACKOFF
+from serving.client.channel import BACKOFF_FACTOR, FIRST_BACKOFF, MAX_BACKOFF
 from serving.client.errors import CapsNetError, Failure, ServerFault, failure_of_item
 from serving.client.inputs import ItemError, Limits, located
 from serving.client.results import Classification, decode

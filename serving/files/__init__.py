@@ -1,0 +1,1 @@
+"""File formats and folders that the server, the client and training share."""

@@ -1,0 +1,296 @@
+"""The models that are served: those of a repository folder, as it is now and as it changes."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from serving import artifact as artifacts
+from serving.artifact import MANIFEST, ArtifactError
+from serving.errors import InvalidRequest, ServingError, UnknownModel
+from serving.metrics.registry import Metrics
+from serving.repository.served_model import ServedModel
+from serving.runtime import RuntimeSetupError
+from serving.settings import Settings
+
+_SHOWN = 64  # characters of a name that a client sent: the text of an error goes out as a header, of limited size
+
+_logger = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """Of a version, in Triton's words."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass
+class Entry:
+    """A version of a model: its state, why it is so, and what is served."""
+
+    name: str
+    version: str
+    state: State
+    reason: str = ""
+    model: ServedModel | None = None
+    #: How its folder looked when it was loaded or could not be.
+    look: str = ""
+
+
+class LoadError(ServingError):
+    """A model that was asked for could not be loaded; the text says why."""
+
+    code = InvalidRequest.code
+    reason = "invalid"
+
+
+class Repository:
+    """``<folder>/<name>/<version>/``: of each model the highest versions, as many as ``settings.versions``.
+
+    A version is loaded, verified and warmed beside those that are served, and only then takes their place, which go
+    once their last request is answered. One that cannot be loaded is passed over for the next lower one, and is not
+    tried again until its folder changes.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._folder = settings.repository
+        self._entries: dict[tuple[str, str], Entry] = {}
+        self._current: dict[str, list[ServedModel]] = {}  # by name, the highest version first
+        #: The version that serves a request which names no model; None where there are several models, or none.
+        self.default: ServedModel | None = None
+        #: The version that is served, where it is the only one.
+        self.only: ServedModel | None = None
+        self._unloaded: set[str] = set()  # by request, until they are loaded by request
+        self._changing = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._left_alone: set[str] = set()  # models without a version in their folder, of which the log has been told
+        self._failures: list[Exception] = []
+
+    async def open(self) -> None:
+        """Load all. Raises ArtifactError or RuntimeSetupError where a model cannot be served in any version."""
+        settings = self._settings
+        if settings.model or settings.model_version or not self._names():
+            artifacts.find(self._folder, settings.model, settings.model_version)
+        await self.scan()
+        if not self._current:
+            if not self._failures:  # folders, but of no version
+                artifacts.find(self._folder, self._names()[0])
+            raise self._failures[0]
+
+    async def scan(self) -> None:
+        """Bring what is served in line with the folder."""
+        async with self._changing:
+            self._failures = []
+            for name in sorted({*await asyncio.to_thread(self._names), *self._current}):
+                await self._scan_model(name)
+
+    def get(self, name: str, version: str) -> ServedModel:
+        """name: empty for the only model. version: empty for the highest. Raises InvalidRequest or UnknownModel."""
+        if not name:
+            if self.default and not version:
+                return self.default
+            if len(self._current) > 1:
+                raise InvalidRequest("model_name", f"empty; this server has several models: {self._known()}")
+            name = next(iter(self._current), "")
+        models = self._current.get(name, ())
+        if not version and models:
+            return models[0]
+        for model in models:
+            if model.artifact.version == version:
+                return model
+        wanted = f"{name[:_SHOWN]!r}" + (f" version {version[:_SHOWN]!r}" if version else "")
+        raise UnknownModel(f"model_name, model_version: {wanted} is not served; there is: {self._known() or 'none'}")
+
+    def models(self) -> list[ServedModel]:
+        """All that are served."""
+        # A copy, since the metrics page asks from its own thread.
+        return [model for models in list(self._current.values()) for model in models]
+
+    def index(self) -> list[Entry]:
+        """All versions that are served, are on their way, or could not be loaded."""
+        return [entry for _, entry in sorted(self._entries.items(), key=lambda item: (item[0][0], int(item[0][1])))]
+
+    async def load(self, name: str) -> None:
+        """Load what a model's folder has now, those that could not be loaded before too. Raises LoadError."""
+        async with self._changing:
+            self._unloaded.discard(name)
+            for entry in self._entries.values():
+                if entry.name == name and not entry.model:
+                    entry.look = ""
+            self._failures = []
+            if name in await asyncio.to_thread(self._names):
+                await self._scan_model(name)
+            if name not in self._current:
+                reasons = [entry.reason for entry in self._entries.values() if entry.name == name and entry.reason]
+                raise LoadError(
+                    f"model_name: {name[:_SHOWN]!r} "
+                    + (f"cannot be served: {reasons[-1]}" if reasons else "is not there")
+                )
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more, until it is loaded by request. Raises UnknownModel."""
+        async with self._changing:
+            if name not in self._current:
+                raise UnknownModel(f"model_name: {name[:_SHOWN]!r} is not served; there is: {self._known() or 'none'}")
+            self._unloaded.add(name)
+            await self._scan_model(name)
+
+    async def close(self) -> None:
+        """End all, once the requests that use them are answered."""
+        async with self._changing:
+            for model in self.models():
+                self._leave(model)
+            self._current.clear()
+            self._choose_default()
+            await asyncio.gather(*self._leaving)
+
+    def _known(self) -> str:
+        return ", ".join(
+            f"{name} version {', '.join(model.artifact.version for model in models)}"
+            for name, models in self._current.items()
+        )
+
+    def _names(self) -> list[str]:
+        only = self._settings.model
+        found = {path.parent.parent.name for path in self._folder.glob(f"*/*/{MANIFEST}")}
+        return sorted(found & {only} if only else found)
+
+    def _versions(self, name: str) -> list[tuple[str, str]]:
+        """(version, look of its folder) of what the repository has, the highest first."""
+        only = self._settings.model_version
+        found = [path.parent.name for path in (self._folder / name).glob(f"*/{MANIFEST}")]
+        versions = sorted((one for one in found if one.isdecimal() and only in ("", one)), key=int, reverse=True)
+        return [(version, _look(self._folder / name / version)) for version in versions]
+
+    async def _scan_model(self, name: str) -> None:
+        before = self._current.get(name, [])
+        wanted: list[ServedModel] = []
+        found = await asyncio.to_thread(self._versions, name)
+        for key in [key for key, entry in self._entries.items() if key[0] == name and not entry.model]:
+            if key[1] not in dict(found):
+                del self._entries[key]
+        if name not in self._unloaded:
+            for version, look in found:
+                entry = self._entries.get((name, version))
+                if not entry or entry.look != look or entry.state is State.UNLOADING:
+                    entry = await self._load(name, version, look, before)
+                if entry.model:
+                    wanted.append(entry.model)
+                if len(wanted) == self._settings.versions:
+                    break
+            if wanted:
+                self._left_alone.discard(name)
+            elif before:
+                if name not in self._left_alone:
+                    _logger.error("%s: no version in its folder can be served; the one before stays", name)
+                    self._left_alone.add(name)
+                wanted = before[:1]
+        if wanted:
+            self._current[name] = wanted
+        else:
+            self._current.pop(name, None)
+        self._choose_default()
+        for model in before:
+            if model not in wanted:
+                self._leave(model)
+
+    def _choose_default(self) -> None:
+        """Beforehand, since nearly every request asks for it, more than once."""
+        models = next(iter(self._current.values())) if len(self._current) == 1 else []
+        self.default = models[0] if models else None
+        self.only = self.default if len(models) == 1 else None
+
+    async def _load(self, name: str, version: str, look: str, before: list[ServedModel]) -> Entry:
+        """Load a version beside what is served; what cannot be is no error of the caller's."""
+        old = self._entries.get((name, version))
+        entry = self._entries[name, version] = Entry(name, version, State.LOADING, look=look)
+        folder = self._folder / name / version
+        plan = before[0].plan if before else None
+        try:
+            model = await _in_thread(lambda: ServedModel(folder, self._settings, self._metrics, plan))
+        except asyncio.CancelledError:  # to be tried again
+            entry.state, entry.look = State.UNAVAILABLE, ""
+            raise
+        except Exception as error:
+            self._failures.append(error)
+            expected = isinstance(error, (ArtifactError, RuntimeSetupError))
+            _logger.error("%s version %s is not served: %s", name, version, error, exc_info=not expected)
+            self._metrics.model_loads.labels(name, "failed").inc()
+            # Clients may read it: it says nothing of where the repository lies.
+            reason = str(error).replace(f"{self._folder}/", "") if expected else "internal error; see the server's log"
+            entry.state, entry.reason = State.UNAVAILABLE, reason
+            if old and old.model and old.model in before:  # its folder was changed; what was loaded still serves
+                entry.state, entry.model = State.READY, old.model
+            return entry
+        model.start()
+        model.announce()
+        self._metrics.model_loads.labels(name, "failed")  # from 0 on, so that a rate sees the first one too
+        self._metrics.model_loads.labels(name, "ok").inc()
+        entry.state, entry.model = State.READY, model
+        return entry
+
+    def _leave(self, model: ServedModel) -> None:
+        """Let a model go that takes no new requests any more."""
+        task = asyncio.create_task(self._close(model))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _close(self, model: ServedModel) -> None:
+        key = (model.artifact.name, model.artifact.version)
+        entry = self._entries.get(key)
+        if entry and entry.model is model:
+            entry.state, entry.reason = State.UNLOADING, ""
+        await model.close()
+        if entry and entry.model is model and self._entries.get(key) is entry:
+            del self._entries[key]
+        successor = self._entries[key].model if key in self._entries else None
+        if successor:  # the same version, changed in its folder
+            model.withdraw(successor)
+        else:
+            self._metrics.forget(*key)
+        _logger.info("%s version %s is served no more", *key)
+
+
+async def _in_thread(load: Callable[[], ServedModel]) -> ServedModel:
+    """In a thread that does not keep the process from ending, as those of ``asyncio.to_thread`` do."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[ServedModel] = loop.create_future()
+
+    def deliver(outcome: ServedModel | Exception) -> None:
+        if future.cancelled():
+            return
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def work() -> None:
+        outcome: ServedModel | Exception
+        try:
+            outcome = load()
+        except Exception as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(deliver, outcome)
+
+    threading.Thread(target=work, name="loading", daemon=True).start()
+    return await future
+
+
+def _look(folder: Path) -> str:
+    """What changes when a file of the folder is written: a version that could not be loaded may be whole by then."""
+    files = []
+    with suppress(OSError):  # gone between being listed and being looked at
+        for path in sorted(folder.iterdir()):
+            found = path.stat()
+            files.append(f"{path.name} {found.st_size} {found.st_mtime_ns}")
+    return "\n".join(files)

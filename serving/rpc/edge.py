@@ -1,0 +1,360 @@
+"""The edge between gRPC and the services: bytes in and out, errors to status codes, and the RPC metrics.
+
+Handlers get and give bytes, so that a message that cannot be parsed gets an answer of ours, and its size is known.
+"""
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError, Message
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from serving.errors import TRANSPORT, InvalidRequest, QueueFull, ServingError
+from serving.logs import RefusalLog
+from serving.metrics.registry import Metrics, ModelMetrics
+from serving.transport.headers import Metadata, RequestHead, status_block
+
+#: Where a client may name its request, to find it again in the log.
+REQUEST_ID = "x-request-id"
+_SHOWN = 64  # characters of it
+_BLOCKS = 1024  # header blocks of refusals that are kept
+
+Request = TypeVar("Request", bound=Message)
+#: What a call is refused with, unread, and the metrics that count it, or None: by the seconds that its client gives it,
+#: and how many calls are to be begun before it.
+Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Of a request that was answered: what it was about, and the seconds of each part of its way."""
+
+    model: str
+    version: str
+    images: int
+    decode: float
+    queue: float
+    encode: float
+
+
+class Trace(Protocol):
+    """Takes note of a request that has ended; see Tracing.request in serving/rpc/tracing.py."""
+
+    def __call__(
+        self,
+        method: str,
+        metadata: Iterable[tuple[str, str | bytes]],
+        seconds: float,
+        steps: Steps | None,
+        code: grpc.StatusCode,
+        /,
+    ) -> None: ...
+
+
+class Call:
+    """An RPC under way: what a service is told of it, and where it answers.
+
+    method: service/method. deadline: of the clock of ``time.monotonic``, or None. A unary one is ended by one of
+    ``succeed``, ``fail`` and ``end``.
+    """
+
+    __slots__ = ("_began", "_context", "_edge", "_record", "deadline")
+
+    def __init__(self, edge: "Edge", record: "_Recorder", context: Any) -> None:
+        self.deadline: float | None = context.deadline
+        self._edge = edge
+        self._record = record
+        self._context = context
+        self._began = record.start()
+        edge.under_way += 1
+
+    @property
+    def method(self) -> str:
+        return self._record.name
+
+    @property
+    def traced(self) -> bool:
+        return self._edge.trace is not None
+
+    @property
+    def over(self) -> bool:
+        """The client waits for the answer no more."""
+        over: bool = self._context.over
+        return over
+
+    def when_given_up(self, then: Callable[[], object]) -> None:
+        """Have it told, in place of what was before, when the client waits for the answer no more."""
+        self._context.given_up = then
+
+    def succeed(self, data: bytes, steps: Steps | None = None) -> None:
+        """The RPC has an answer."""
+        self._context.answer(data)
+        if self.traced:
+            self.answered(self.seconds, steps)
+        self.end(grpc.StatusCode.OK)
+
+    def fail(self, error: Exception) -> None:
+        """The RPC is answered with an error."""
+        code, text = self._edge.to_status(error)
+        self.refused(self.seconds, code, text)
+        self._context.finish(code, text, _details(error, code, text))
+        self.end(code)
+
+    def end(self, code: grpc.StatusCode | None = None) -> None:
+        """The RPC is over; without a code since the client, or its deadline, ended it."""
+        given_up = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
+        self._record.end(self._began, code or given_up)
+        self._edge.under_way -= 1
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self._began
+
+    def answered(self, seconds: float, steps: Steps | None) -> None:
+        """The RPC, or a request in its stream, was answered after so many seconds."""
+        if trace := self._edge.trace:
+            trace(self.method, self._context.invocation_metadata(), seconds, steps, grpc.StatusCode.OK)
+
+    def refused(self, seconds: float, code: grpc.StatusCode, text: str) -> None:
+        """The RPC, or a request in its stream, got an error after so many seconds."""
+        self._edge.note_refusals(self.method, (self._context.invocation_metadata(),), seconds, code, text)
+
+
+def request_id(metadata: Metadata) -> str:
+    """The client's own, or else one made up."""
+    given = next((value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)), "")
+    return given[:_SHOWN] if given else secrets.token_hex(8)
+
+
+def check_size(data: bytes, max_bytes: int) -> None:
+    """Raises InvalidRequest where a message is too large."""
+    if len(data) > max_bytes:
+        raise InvalidRequest("request", f"{len(data)} bytes; the limit is {max_bytes} bytes (max_request_bytes)")
+
+
+def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
+    """A message from its bytes. Raises InvalidRequest."""
+    check_size(data, max_bytes)
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequest("request", f"{len(data)} bytes that are not a {kind.DESCRIPTOR.full_name}") from error
+
+
+class Edge:
+    """Makes gRPC method handlers of a service's functions."""
+
+    def __init__(self, metrics: Metrics, trace: Trace | None = None) -> None:
+        self._metrics = metrics
+        self.trace = trace
+        self._log = RefusalLog()
+        #: What clients are told: new requests are welcome.
+        self.ready = False
+        #: RPCs that have begun and not ended.
+        self.under_way = 0
+
+    def note_refusals(
+        self, method: str, requests: Sequence[Metadata], seconds: float, code: grpc.StatusCode, text: str
+    ) -> None:
+        """Log and trace requests, by their metadata, that got the same error after so many seconds."""
+        level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.INFO
+        self._log.write(level, method, code.name, text, map(request_id, requests), len(requests))
+        if self.trace:
+            for metadata in requests:
+                self.trace(method, metadata, seconds, None, code)
+
+    def refused_by_transport(self, path: str, metadata: Metadata, code: grpc.StatusCode, text: str) -> None:
+        """Count and log a call that no service has seen."""
+        self._metrics.refused.labels(TRANSPORT).inc()
+        self._log.write(logging.INFO, path[1:][:_SHOWN], code.name, text, map(request_id, (metadata,)), 1)
+
+    def to_status(self, error: Exception, requests: int = 1) -> tuple[grpc.StatusCode, str]:
+        """The status and text that clients are told, counted; what an error that is not ours says stays in the log."""
+        if isinstance(error, ServingError):
+            self._metrics.refused.labels(error.reason).inc(requests)
+            return error.code, str(error)
+        self._metrics.refused.labels("internal").inc()
+        _logger.error("a request failed", exc_info=error)
+        return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
+
+    def unary(
+        self, service: str, method: str, answer: Callable[[bytes, Call], Awaitable[bytes]]
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        """A unary method that answers a message's bytes with a message's bytes."""
+        record = _Recorder(self._metrics, "unary", service, method)
+
+        async def handle(data: bytes, context: Any) -> None:
+            call = Call(self, record, context)
+            try:
+                response = await answer(data, call)
+            except asyncio.CancelledError:
+                call.end()
+                raise
+            except Exception as error:
+                call.fail(error)
+            else:
+                call.succeed(response)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def unary_at_once(
+        self,
+        service: str,
+        method: str,
+        begin: Callable[[bytes, Call], None],
+        refusal: Refusal,
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        """A unary method that is begun with a message's bytes, and answered then or later by way of its call.
+
+        It needs no task of asyncio's, which would cost a tenth of the whole request. refusal: what calls are refused
+        with at the door.
+        """
+        record = _Recorder(self._metrics, "unary", service, method)
+
+        def handle(data: bytes, context: Any) -> None:
+            call = Call(self, record, context)
+            try:
+                begin(data, call)
+            except Exception as error:
+                call.fail(error)
+
+        handle.door = _Door(self, record, refusal)  # type: ignore[attr-defined]
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def stream(
+        self, service: str, method: str, answer: Callable[[AsyncIterator[bytes], Call], AsyncGenerator[bytes]]
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        """A bidirectional method; each message's bytes are the service's to refuse."""
+        record = _Recorder(self._metrics, "bidi_stream", service, method)
+
+        async def handle(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+            call = Call(self, record, context)
+            try:
+                async with aclosing(answer(requests, call)) as responses:
+                    async for response in responses:
+                        yield response
+            except (asyncio.CancelledError, GeneratorExit):
+                call.end()
+                raise
+            except Exception as error:
+                call.fail(error)
+            else:
+                call.end(grpc.StatusCode.OK)
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _details(error: Exception, code: grpc.StatusCode, text: str) -> tuple[tuple[str, str | bytes], ...]:
+    """What goes with a status for programs: which field is wrong, or when to try again."""
+    detail: BadRequest | RetryInfo
+    hint: tuple[tuple[str, str | bytes], ...] = ()
+    match error:
+        case InvalidRequest():
+            violation = BadRequest.FieldViolation(field=error.field, description=error.description)
+            detail = BadRequest(field_violations=[violation])
+        case QueueFull():
+            milliseconds = max(1, math.ceil(1000 * error.retry_after))
+            detail = RetryInfo()
+            detail.retry_delay.FromMilliseconds(milliseconds)
+            hint = (("grpc-retry-pushback-ms", str(milliseconds)),)
+        case _:
+            return ()
+    packed = AnyMessage()
+    packed.Pack(detail)
+    status = Status(code=code.value[0], message=text, details=[packed])
+    return (("grpc-status-details-bin", status.SerializeToString()), *hint)
+
+
+class _Refused(NamedTuple):
+    """What a call was refused with, when so many others were expected; and the metadata of all that were so."""
+
+    expected: int
+    block: bytes
+    calls: list[Metadata]
+
+
+class _Door:
+    """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
+
+    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which the queue
+    hardly gets shorter, and they are counted together.
+    """
+
+    def __init__(self, edge: Edge, record: "_Recorder", refusal: Refusal) -> None:
+        self._edge = edge
+        self._record = record
+        self._refusal = refusal
+        # Of this turn: the latest refusal by timeout, and what is to be counted by error.
+        self._known: dict[float | None, _Refused] = {}
+        self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
+        # By error, what a client is sent: the same one serves many calls.
+        self._blocks: dict[ServingError, bytes] = {}
+
+    def __call__(self, head: RequestHead[Any], expected: int) -> bytes | None:
+        """The header block of a refusal, or None. expected: how many calls are to be begun before it."""
+        refused = self._known.get(head.timeout)
+        if refused is None or expected < refused.expected:
+            if (refusal := self._refusal(head.timeout, expected)) is None:
+                return None
+            if not self._uncounted:
+                asyncio.get_running_loop().call_soon(self._count)
+            error, metrics = refusal
+            _, calls = self._uncounted.setdefault(error, (metrics, []))
+            refused = self._known[head.timeout] = _Refused(expected, self._block(error), calls)
+        refused.calls.append(head.metadata)
+        return refused.block
+
+    def _block(self, error: ServingError) -> bytes:
+        if (block := self._blocks.get(error)) is None:
+            if len(self._blocks) >= _BLOCKS:
+                self._blocks.clear()
+            code, text = error.code, str(error)
+            block = self._blocks[error] = status_block(code, text, _details(error, code, text))
+        return block
+
+    def _count(self) -> None:
+        uncounted, self._uncounted, self._known = self._uncounted, {}, {}
+        for error, (metrics, calls) in uncounted.items():
+            code, text = self._edge.to_status(error, len(calls))
+            self._record.refuse(code, len(calls))
+            metrics.failed(error, 0.0, len(calls))
+            self._edge.note_refusals(self._record.name, calls, 0.0, code, text)
+
+
+class _Recorder:
+    """The RPC metrics of one method, their labels looked up once."""
+
+    def __init__(self, metrics: Metrics, kind: str, service: str, method: str) -> None:
+        self.name = f"{service}/{method}"
+        labels = (kind, service, method)
+        self._started = metrics.started.labels(*labels)
+        self._handling = metrics.handling.labels(*labels)
+        # By the code's number, since an enumeration's members take longer to look up.
+        self._handled = {code.value[0]: metrics.handled.labels(*labels, code.name) for code in grpc.StatusCode}
+
+    def start(self) -> float:
+        self._started.inc()
+        return time.perf_counter()
+
+    def refuse(self, code: grpc.StatusCode, calls: int) -> None:
+        """RPCs have begun, and are over at once."""
+        self._started.inc(calls)
+        self._handling.observe(0.0, calls)
+        self._handled[code.value[0]].inc(calls)
+
+    def end(self, start: float, code: grpc.StatusCode) -> None:
+        self._handling.observe(time.perf_counter() - start)
+        self._handled[code.value[0]].inc()

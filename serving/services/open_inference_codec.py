@@ -1,0 +1,235 @@
+"""The messages of ``inference.GRPCInferenceService.ModelInfer``: requests to images, predictions to answers."""
+
+import struct
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.inference import inference_pb2 as pb
+from serving.artifact import Artifact
+from serving.errors import InvalidRequest
+from serving.runtime import Answer
+from serving.services.protobuf_wire import BYTES, delimited, tag, varint
+
+INPUT, PROBABILITIES, POSES = "images", "probabilities", "poses"
+SHARED_MEMORY = "shared_memory_region"
+SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
+_ID = pb.ModelInferResponse.ID_FIELD_NUMBER
+_RAW = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
+_RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
+# How much of a foreign text an error repeats: the text goes out as a header, whose size is limited.
+_SHOWN = 64
+_SHOWN_SIZES = 8
+
+
+class Output(NamedTuple):
+    """An output that a request asks for. classes: how many of the most probable classes; 0 for the numbers."""
+
+    name: str
+    classes: int = 0
+
+
+class TensorMessages:
+    """The messages for one version of a model.
+
+    Answers are put together from bytes that are prepared, since to build the message and serialise it takes longer.
+    """
+
+    def __init__(self, artifact: Artifact, max_images: int) -> None:
+        """max_images: the most images in one request."""
+        self._image_shape = artifact.image_shape
+        self._image_bytes = artifact.image_shape[0] * artifact.image_shape[1] * artifact.image_shape[2]
+        self._max_images = max_images
+        self._labels = [label.encode() for label in artifact.labels]
+        classes = len(self._labels)
+        self._shapes = {PROBABILITIES: (classes,), POSES: (classes, artifact.pose_size)}
+        self._all = (Output(PROBABILITIES), Output(POSES))
+        name = pb.ModelInferResponse(model_name=artifact.name, model_version=artifact.version)
+        self._head = name.SerializeToString()
+        final = pb.InferParameter(bool_param=True)
+        self._final = pb.ModelInferResponse(parameters={"triton_final_response": final}).SerializeToString()
+        self._raw = tag(_RAW, BYTES)
+        self._described = lru_cache(1024)(self._describe)
+
+    def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
+        """The images, (n, C, H, W), not to be written to. Raises InvalidRequest."""
+        if len(request.inputs) != 1:
+            raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {INPUT!r}")
+        tensor = request.inputs[0]
+        if tensor.name != INPUT:
+            raise InvalidRequest("inputs[0].name", f"{tensor.name[:_SHOWN]!r}; expected {INPUT!r}")
+        if tensor.datatype != "UINT8":
+            raise InvalidRequest(
+                "inputs[0].datatype", f"{tensor.datatype[:_SHOWN]!r}; expected 'UINT8', pixels from 0 to 255 as bytes"
+            )
+        shape = tuple(tensor.shape)
+        if shape[1:] != self._image_shape or not 1 <= shape[0] <= self._max_images:
+            raise InvalidRequest("inputs[0].shape", self._about_shape(shape))
+        if tensor.parameters:
+            _refuse_shared_memory(tensor, "inputs[0]")
+        return np.frombuffer(self._content(request, tensor, shape[0]), np.uint8).reshape(shape)
+
+    def outputs(self, request: pb.ModelInferRequest) -> tuple[Output, ...]:
+        """The outputs that are asked for, in the order of the request. Raises InvalidRequest."""
+        if not request.outputs:
+            return self._all
+        chosen: dict[str, Output] = {}
+        for index, output in enumerate(request.outputs):
+            field, name = f"outputs[{index}]", output.name
+            if name not in self._shapes:
+                expected = " or ".join(map(repr, self._shapes))
+                raise InvalidRequest(f"{field}.name", f"{name[:_SHOWN]!r}; expected {expected}")
+            if name in chosen:
+                raise InvalidRequest(f"{field}.name", f"{name!r} once more; expected each output once")
+            chosen[name] = Output(name, self._classes(output, field) if output.parameters else 0)
+        return tuple(chosen.values())
+
+    def encode(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> bytes:
+        """A ModelInferResponse with these outputs; identifier: the request's."""
+        return b"".join(self._parts(identifier, outputs, prediction))
+
+    def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> bytes:
+        """A ModelStreamInferResponse with these outputs; identifier: the request's."""
+        parts = self._final, *self._parts(identifier, outputs, prediction)
+        return b"".join((tag(_RESPONSE, BYTES), varint(sum(map(len, parts))), *parts))
+
+    def _about_shape(self, shape: tuple[int, ...]) -> str:
+        sizes = ", ".join(map(str, shape[:_SHOWN_SIZES])) + (", ..." if len(shape) > _SHOWN_SIZES else "")
+        expected = ", ".join(map(str, self._image_shape))
+        return f"[{sizes}]; expected [n, {expected}], n from 1 to {self._max_images} (max_images_per_request)"
+
+    def _about_size(self, images: int) -> str:
+        return f"{images * self._image_bytes} ({images} x {' x '.join(map(str, self._image_shape))})"
+
+    def _content(
+        self, request: pb.ModelInferRequest, tensor: pb.ModelInferRequest.InferInputTensor, images: int
+    ) -> bytes:
+        """The pixels of so many images."""
+        raw, size = request.raw_input_contents, images * self._image_bytes
+        if raw:
+            if tensor.HasField("contents"):
+                raise InvalidRequest("inputs[0].contents", "came with raw_input_contents; expected one of the two")
+            if len(raw) != 1:
+                raise InvalidRequest("raw_input_contents", f"{len(raw)}; expected one, for {INPUT!r}")
+            data: bytes = raw[0]
+            if len(data) != size:
+                raise InvalidRequest("raw_input_contents[0]", f"{len(data)} bytes; expected {self._about_size(images)}")
+            return data
+        kinds = [field.name for field, _ in tensor.contents.ListFields()]
+        if not kinds:
+            raise InvalidRequest("raw_input_contents", f"none; expected one, of {size} bytes, for {INPUT!r}")
+        for kind in kinds:
+            if kind != "uint_contents":
+                raise InvalidRequest(f"inputs[0].contents.{kind}", "not for UINT8; expected uint_contents")
+        values = tensor.contents.uint_contents
+        if len(values) != size:
+            raise InvalidRequest(
+                "inputs[0].contents.uint_contents", f"{len(values)} values; expected {self._about_size(images)}"
+            )
+        try:
+            return bytes(values[:])  # of a list it is faster
+        except ValueError as error:
+            index, value = next((index, value) for index, value in enumerate(values) if value > 255)
+            field = f"inputs[0].contents.uint_contents[{index}]"
+            raise InvalidRequest(field, f"{value}; expected 0 to 255") from error
+
+    def _classes(self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str) -> int:
+        """How many classes are asked for in place of the numbers; 0 for none."""
+        _refuse_shared_memory(output, field)
+        if "classification" not in output.parameters:
+            return 0
+        field += '.parameters["classification"]'
+        if output.name != PROBABILITIES:
+            raise InvalidRequest(field, f"on {output.name!r}; expected on {PROBABILITIES!r} alone")
+        classes = _whole_number(output.parameters["classification"], field)
+        if not 1 <= classes <= len(self._labels):
+            raise InvalidRequest(field, f"{classes}; expected 1 to {len(self._labels)}, the number of classes")
+        return classes
+
+    def _parts(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> list[bytes]:
+        """The bytes of a ModelInferResponse."""
+        parts = [self._head]
+        if identifier:
+            parts.append(delimited(_ID, identifier.encode()))
+        parts.append(self._described(len(prediction.probabilities), outputs))
+        for output in outputs:
+            if output.classes:
+                data = self._classified(prediction.probabilities, output.classes)
+            else:
+                data = (prediction.probabilities if output.name == PROBABILITIES else prediction.poses).tobytes()
+            parts += self._raw + varint(len(data)), data  # not in one piece yet, as large data would be copied twice
+        return parts
+
+    def _describe(self, images: int, outputs: tuple[Output, ...]) -> bytes:
+        """The outputs' names, types and shapes, as they stand in a ModelInferResponse."""
+        response = pb.ModelInferResponse()
+        for output in outputs:
+            if output.classes:
+                response.outputs.add(name=output.name, datatype="BYTES", shape=(images, output.classes))
+            else:
+                response.outputs.add(name=output.name, datatype="FP32", shape=(images, *self._shapes[output.name]))
+        return response.SerializeToString()
+
+    def _classified(self, probabilities: NDArray[np.float32], classes: int) -> bytes:
+        """For each row of (n, J) its most probable classes, ``value:index:label``, as BYTES in raw contents."""
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :classes]
+        values = np.take_along_axis(probabilities, order, axis=1)
+        parts: list[bytes] = []
+        for value, index in zip(values.ravel().tolist(), order.ravel().tolist(), strict=True):
+            text = b"%f:%d:%s" % (value, index, self._labels[index])
+            parts += struct.pack("<I", len(text)), text
+        return b"".join(parts)
+
+
+def refused(identifier: str, text: str) -> bytes:
+    """A ModelStreamInferResponse for a request that cannot be answered."""
+    final = pb.InferParameter(bool_param=True)
+    response = pb.ModelInferResponse(id=identifier, parameters={"triton_final_response": final})
+    return pb.ModelStreamInferResponse(error_message=text, infer_response=response).SerializeToString()
+
+
+def schedule(request: pb.ModelInferRequest) -> tuple[float | None, bool]:
+    """Seconds that the client gives the request, None for any; and whether it is to go ahead of others.
+
+    Raises InvalidRequest.
+    """
+    parameters = request.parameters
+    if not parameters:
+        return None, False
+    # Each is asked for by name, since a request may carry any number of others, which mean nothing here.
+    for name in SEQUENCE:
+        if name in parameters and (value := _value(parameters[name])):
+            text = f"{str(value)[:_SHOWN]!r}; expected none, since sequences are not supported"
+            raise InvalidRequest(f'parameters["{name}"]', text)
+    urgent = "priority" in parameters and _whole_number(parameters["priority"], 'parameters["priority"]') == 1
+    microseconds = "timeout" in parameters and _whole_number(parameters["timeout"], 'parameters["timeout"]')
+    return microseconds / 1e6 or None, urgent  # 0 is none, as in Triton
+
+
+def _refuse_shared_memory(
+    tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferRequest.InferRequestedOutputTensor, field: str
+) -> None:
+    if SHARED_MEMORY in tensor.parameters:
+        raise InvalidRequest(
+            f'{field}.parameters["{SHARED_MEMORY}"]', "shared memory is not supported; expected the data in the message"
+        )
+
+
+def _whole_number(parameter: pb.InferParameter, field: str) -> int:
+    """A number from 0 up; clients send it in different kinds of parameter. Raises InvalidRequest."""
+    value = _value(parameter)
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
+        value = int(value)
+    if type(value) is not int or value < 0:
+        kind = parameter.WhichOneof("parameter_choice")
+        shown = f"{kind} {str(value)[:_SHOWN]!r}" if kind else "no value"
+        raise InvalidRequest(field, f"{shown}; expected a whole number from 0 up, in int64_param")
+    return value
+
+
+def _value(parameter: pb.InferParameter) -> bool | int | str | float | None:
+    kind = parameter.WhichOneof("parameter_choice")
+    value: bool | int | str | float | None = getattr(parameter, kind) if kind else None
+    return value

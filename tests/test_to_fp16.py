@@ -1,0 +1,172 @@
+"""Tests of the graph in half precision: what is float16 in it, and how near it comes to float32."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto
+
+from export.graph import GraphError
+from export.to_fp16 import to_fp16
+from export.verify import edge_images
+from tests.graphs import TINY, assert_kept, exported, random_images, run
+from training.model import CapsNetConfig
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module")
+def graph() -> ModelProto:
+    return exported(TINY)
+
+
+@pytest.fixture(scope="module")
+def half(graph: ModelProto) -> ModelProto:
+    return to_fp16(graph)
+
+
+def types(model: ModelProto) -> dict[str, int]:
+    """The element type of each value and initializer."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    result = {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in (*inferred.value_info, *inferred.input, *inferred.output):
+        result[value.name] = value.type.tensor_type.elem_type
+    return result
+
+
+def edited(model: ModelProto, name: str, change: Any) -> ModelProto:
+    """A copy with ``change`` applied to one initializer, found by how its name ends."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    (tensor,) = (tensor for tensor in result.graph.initializer if tensor.name.endswith(name))
+    array: NDArray[np.float32] = onnx.numpy_helper.to_array(tensor)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(change(array), np.float32), tensor.name))
+    return result
+
+
+def test_convolutions_and_votes_are_in_half_precision_and_the_rest_in_single(half: ModelProto) -> None:
+    found = types(half)
+    products = [found[node.output[0]] for node in half.graph.node if node.op_type == "MatMul"]
+    assert products == [FLOAT, HALF, FLOAT, FLOAT, FLOAT, FLOAT]  # the second are the votes
+    for node in half.graph.node:
+        if node.op_type in ("Conv", "Relu"):
+            assert {found[name] for name in (*node.input, *node.output)} == {HALF}
+        if node.op_type in ("ReduceL2", "Pow", "Add", "Softmax", "Mul"):
+            assert found[node.output[0]] == FLOAT
+    assert found["images"] == TensorProto.UINT8
+    assert found["probabilities"] == found["poses"] == FLOAT
+
+
+def test_no_more_is_cast_than_the_borders_of_half_precision(half: ModelProto) -> None:
+    casts = [node for node in half.graph.node if node.op_type == "Cast"]
+    # The image, capsules from half and to half, votes, and once, when the model is loaded, the weights.
+    assert len(casts) == 5
+    assert casts[0].input[0] == "images"
+    assert len({node.input[0] for node in casts}) == 5
+
+
+def test_the_weights_are_stored_in_half_precision_and_the_file_is_half_as_large(
+    graph: ModelProto, half: ModelProto
+) -> None:
+    large = [tensor for tensor in half.graph.initializer if np.prod(tensor.dims) > 100]
+    assert len(large) == 3
+    assert {tensor.data_type for tensor in large} == {HALF}
+    saved = graph.ByteSize() - half.ByteSize()
+    parameters = sum(int(np.prod(tensor.dims)) for tensor in large)
+    assert saved == pytest.approx(2 * parameters, rel=0.02)
+
+
+def test_the_graph_is_valid_and_keeps_names_properties_shapes_and_operator_set(
+    graph: ModelProto, half: ModelProto
+) -> None:
+    named = ModelProto()
+    named.CopyFrom(graph)
+    named.doc_string = "A text."
+    onnx.helper.set_model_props(named, {"name": "value"})
+    assert_kept(to_fp16(named), named)
+
+
+def test_the_same_graph_gives_the_same_bytes_and_is_left_as_it_was(graph: ModelProto, half: ModelProto) -> None:
+    before = graph.SerializeToString(deterministic=True)
+    assert to_fp16(graph).SerializeToString(deterministic=True) == half.SerializeToString(deterministic=True)
+    assert graph.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_a_batch_of_any_size_is_near_to_single_precision(graph: ModelProto, half: ModelProto, batch: int) -> None:
+    images = random_images(TINY, batch)
+    for found, expected in zip(run(half, images), run(graph, images), strict=True):
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+        assert found.dtype == np.float32
+
+
+def test_blank_saturated_and_noise_images_are_near_to_single_precision(graph: ModelProto, half: ModelProto) -> None:
+    images = edge_images(1, 28)
+    for found, expected in zip(run(half, images), run(graph, images), strict=True):
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "opset"),
+    [
+        pytest.param(replace(TINY, image_channels=3, image_size=20, classes=3), 18, id="colour"),
+        pytest.param(replace(TINY, agreement="euclidean"), 25, id="euclidean"),
+        pytest.param(replace(TINY, normalization="max-min"), 20, id="max-min"),
+        pytest.param(replace(TINY, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
+        pytest.param(replace(TINY, routing_iterations=1, classes=1, digit_dim=1), 20, id="one-iteration-one-class"),
+    ],
+)
+def test_any_network_is_near_to_single_precision(config: CapsNetConfig, opset: int) -> None:
+    graph = exported(config, opset)
+    half = to_fp16(graph)
+    images = torch.cat((random_images(config, 3), edge_images(config.image_channels, config.image_size)))
+    for found, expected in zip(run(half, images), run(graph, images), strict=True):
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [100, 3000])
+def test_capsules_longer_than_the_root_of_the_largest_half_stay_finite_and_near(
+    graph: ModelProto, factor: float
+) -> None:
+    long = edited(graph, "primary.weight", lambda array: array * factor)
+    images = random_images(TINY, 4)
+    name = next(node for node in long.graph.node if node.op_type == "ReduceL2").output[0]
+    long.graph.output.append(onnx.helper.make_tensor_value_info(name, FLOAT, None))
+    *expected, length = run(long, images)
+    assert length.max() > 256 if factor == 3000 else length.max() > 10
+    *found, _ = run(to_fp16(long), images)
+    for one, other in zip(found, expected, strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("value", [1e5, -65520, np.inf, np.nan])
+@pytest.mark.parametrize("name", ["conv1.weight", "primary.bias", "network.weight"])
+def test_a_weight_that_half_precision_cannot_hold_is_a_graph_error(graph: ModelProto, name: str, value: float) -> None:
+    def spoil(array: NDArray[np.float32]) -> NDArray[np.float32]:
+        copy = array.copy()
+        copy.flat[-1] = value
+        return copy
+
+    with pytest.raises(GraphError, match=f"{name} holds values that are not finite in float16"):
+        to_fp16(edited(graph, name, spoil))
+
+
+def test_the_largest_half_is_kept_exactly(graph: ModelProto) -> None:
+    largest = edited(graph, "primary.bias", lambda array: np.full_like(array, 65504))
+    (bias,) = (tensor for tensor in to_fp16(largest).graph.initializer if tensor.name.endswith("primary.bias"))
+    assert set(onnx.numpy_helper.to_array(bias)) == {65504}
+
+
+def test_a_graph_that_does_not_begin_with_two_convolutions_is_a_graph_error() -> None:
+    value = onnx.helper.make_tensor_value_info("images", FLOAT, ["batch", 2])
+    output = onnx.helper.make_tensor_value_info("poses", FLOAT, ["batch", 2])
+    node = onnx.helper.make_node("Relu", ["images"], ["poses"])
+    other = onnx.helper.make_model(onnx.helper.make_graph([node], "other", [value], [output]))
+    with pytest.raises(GraphError, match="meets 0 convolutions"):
+        to_fp16(other)

@@ -1,0 +1,38 @@
+"""The data that a trained network belongs to."""
+
+from pathlib import Path
+
+from training.checkpoint import Checkpoint, CheckpointError
+from training.data import datasets
+from training.data.datasets import NAMES, Dataset, DatasetError
+from training.data.folder import load_folder
+
+
+def of_checkpoint(
+    trained: Checkpoint, data: Path | None = None, data_dir: Path | None = None, name: str | None = None
+) -> Dataset:
+    """The data that a checkpoint was trained and tested on, in the size that its network takes.
+
+    data: a folder of images, which ``folder:`` checkpoints need; data_dir: where a data set's files are looked for
+    first; name: of a data set to take in place of the checkpoint's own. Raises DatasetError where the data cannot be
+    had, or has other labels or another size than the network, and CheckpointError for an unknown data set's name.
+    """
+    name = name or trained.dataset
+    config = trained.config
+    if data is not None:
+        dataset = load_folder(data, config.image_size, config.image_channels)
+    elif name in NAMES:
+        dataset = datasets.load(name, data_dir)
+    elif name.startswith("folder:"):
+        raise DatasetError(f"trained on {name}; give it with --data FOLDER")
+    else:
+        raise CheckpointError(f"unknown data set {name!r}")
+    if dataset.labels != trained.labels:
+        raise DatasetError(
+            f"the network's labels are {', '.join(trained.labels)}; those of the data {', '.join(dataset.labels)}"
+        )
+    found = dataset.image_shape
+    if found != config.image_shape:
+        given, expected = (" x ".join(map(str, sizes)) for sizes in (found, config.image_shape))
+        raise DatasetError(f"{dataset.name} has images of {given}; the network takes {expected}")
+    return dataset
