@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from training import checkpoint
-from training.checkpoint import CHECKPOINT_FILE, CheckpointError
+from training.checkpoint import CheckpointError
 from training.model import CapsNet
+from training.run_folder import checkpoint_path
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 COLUMNS = (
@@ -33,7 +34,7 @@ def row(path: Path) -> Row:
 
     ``parameters`` counts what is served, without the decoder. Raises CheckpointError.
     """
-    trained = checkpoint.load(path / CHECKPOINT_FILE if path.is_dir() else path)
+    trained = checkpoint.load(checkpoint_path(path))
     figures, recipe = trained.figures, trained.recipe
     missing = {"command", "commit", "device"} - figures.keys()
     if missing:

@@ -14,8 +14,8 @@ from export.verify import ParityError
 from serving.runtime import RuntimeSetupError
 from serving.tensorrt_options import BatchProfile
 from training import checkpoint
-from training.data import datasets
-from training.data.of_checkpoint import of_checkpoint
+from training.data.matching import load_matching
+from training.data.sources import DatasetError
 
 
 def _name(text: str) -> str:
@@ -78,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trained = checkpoint.load(options.checkpoint)
         try:
-            dataset = of_checkpoint(trained, options.data, options.data_dir)
-        except (checkpoint.CheckpointError, datasets.DatasetError) as error:
+            dataset = load_matching(trained, options.data, options.data_dir)
+        except (checkpoint.CheckpointError, DatasetError) as error:
             raise type(error)(f"{options.checkpoint}: {error}") from error
         name = options.name or _default_name(trained.dataset)
         version = options.version or _next_version(options.out / name)
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             trained, dataset, options.out, name, version, options.opset, batches, options.tensorrt
         )
     except (
-        checkpoint.CheckpointError, datasets.DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
+        checkpoint.CheckpointError, DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
         TensorRTMissing, TritonError, OSError,
     ) as error:  # fmt: skip
         print(error, file=sys.stderr)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Digits
-from training.data import datasets
+from training.data import datasets, specs
 from training.data.compose import affnist_spec, combine, members, place, scenes
 from training.data.datasets import Dataset, per_class
 
@@ -170,4 +170,4 @@ def test_more_of_a_class_than_there_are_is_refused(mnist: Dataset) -> None:
 
 
 def test_the_generated_sets_are_known_by_name(tmp_path: Path) -> None:
-    assert {"multimnist", "affnist-spec", "mnist", "fashion-mnist"} == set(datasets.NAMES)
+    assert {"multimnist", "affnist-spec", "mnist", "fashion-mnist"} == set(specs.NAMES)

@@ -22,21 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from serving.files.idx import is_idx, read_idx
-from training.data.datasets import (
-    DATASETS,
-    TEST_IMAGES,
-    TEST_LABELS,
-    TRAIN_IMAGES,
-    TRAIN_LABELS,
-    DatasetError,
-    DatasetSpec,
-    DebianPackage,
-    Mirror,
-    NpmPackage,
-    Source,
-    load,
-    split,
-)
+from training.data.datasets import load, split
+from training.data.sources import DatasetError, DebianPackage, Mirror, NpmPackage, Source
+from training.data.specs import DATASETS, TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, DatasetSpec
 
 
 def idx(array: NDArray[Any]) -> bytes:
@@ -308,7 +296,7 @@ def test_the_error_when_all_sources_fail_gives_the_reason_of_each_and_a_way_out(
         f"  folder {cache}: neither {TRAIN_LABELS} nor {TRAIN_LABELS}.gz is there",
         f"  first: no {TRAIN_LABELS} here",
         f"  second: {TRAIN_LABELS}: not an IDX file: begins with 3c 68 74 6d, expected 00 00 08 and then 01 to 04",
-        f"Put the four files {TRAIN_LABELS}, {TEST_LABELS}, {TEST_IMAGES}, {TRAIN_IMAGES} (or the same with .gz) "
+        f"Put the files {TRAIN_LABELS}, {TEST_LABELS}, {TEST_IMAGES}, {TRAIN_IMAGES} (or the same with .gz) "
         "in a folder and give --data-dir FOLDER.",
     ]
 
@@ -389,7 +377,7 @@ def test_a_download_beyond_the_size_limit_is_given_up(
     tmp_path: Path, use_sources: UseSources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("training.data.datasets._MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("training.data.sources.MAX_FILE_BYTES", 10)
     with serve(write_files(tmp_path / "www", gzipped_files())) as url:
         use_sources(Mirror(url))
         with pytest.raises(DatasetError, match=rf"mirror {url}: {TRAIN_LABELS}.gz has more than 10 bytes"):

@@ -42,7 +42,8 @@ from serving.runtime import Prediction, Runtime, onnxruntime
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data import datasets
-from training.data.datasets import Dataset, DatasetError
+from training.data.datasets import Dataset
+from training.data.sources import DatasetError
 from training.evaluate import predict
 from training.model import CONFIGS, CapsNet, CapsNetConfig, to_pixels
 

@@ -12,8 +12,8 @@ from export.__main__ import main as export
 from serving.client.__main__ import main as client
 from tests.conftest import Running
 from training.__main__ import main as train
-from training.data.datasets import DatasetError
-from training.data.folder import load_folder
+from training.data.datasets import load_folder
+from training.data.sources import DatasetError
 from training.loss import presence_loss
 
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (230, 40, 30)}

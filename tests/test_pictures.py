@@ -14,8 +14,9 @@ from torch import Tensor
 from training import pictures
 from training.checkpoint import Checkpoint, save
 from training.data import datasets
-from training.data.datasets import Dataset, DatasetError
-from training.data.of_checkpoint import of_checkpoint
+from training.data.datasets import Dataset
+from training.data.matching import load_matching
+from training.data.sources import DatasetError
 from training.evaluate import most_probable, predict
 from training.model import CapsNet, CapsNetConfig
 from training.pictures import (
@@ -256,10 +257,10 @@ def test_data_of_a_folder_come_in_the_size_and_colours_of_the_network(tmp_path: 
             path.parent.mkdir(exist_ok=True)
             Image.new("L", (31, 24), 40 * index).save(path)
     trained = replace(make_checkpoint(dataset="folder:x"), labels=tuple(sorted(NAMES)))
-    dataset = of_checkpoint(trained, tmp_path)
+    dataset = load_matching(trained, tmp_path)
     assert dataset.test_images.shape == (3, 3, 20, 20)
     with pytest.raises(DatasetError, match="the network's labels are"):
-        of_checkpoint(replace(trained, labels=("a", "b", "c")), tmp_path)
+        load_matching(replace(trained, labels=("a", "b", "c")), tmp_path)
 
 
 def test_a_network_without_a_decoder_has_no_picture() -> None:

@@ -14,20 +14,10 @@ from torch import Tensor
 from training import report
 from training.checkpoint import Checkpoint, save
 from training.data.datasets import Dataset
-from training.evaluate import predict, wrong
+from training.evaluate import by_confidence, confusion, predict, wrong
 from training.model import CONFIGS, CapsNet, CapsNetConfig
-from training.report import (
-    MOST_CLASSES,
-    MOST_MISTAKES,
-    by_confidence,
-    confusion,
-    confusion_picture,
-    curves_picture,
-    epoch_curves,
-    mistakes_picture,
-    wilson,
-    write_report,
-)
+from training.pictures import MAX_DRAWN_MISTAKES, confusion_picture, curves_picture, mistakes_picture
+from training.report import MAX_TABLE_CLASSES, epoch_curves, wilson, write_report
 
 NAMES = ("T-shirt/top", "a|b", "Ankle boot")
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -210,11 +200,11 @@ def test_a_tile_of_a_pair_has_both_labels_and_both_answers() -> None:
 
 
 def test_no_more_than_the_worst_mistakes_are_drawn_and_none_is_said() -> None:
-    count = MOST_MISTAKES + 5
+    count = MAX_DRAWN_MISTAKES + 5
     labels = torch.ones(count, dtype=torch.int64)
     probabilities = torch.stack([torch.linspace(0.5, 0.9, count), torch.full((count,), 0.1)], 1)
     figure = mistakes_picture(IMAGES[:1].repeat(count, 1, 1, 1), labels, probabilities, ("a", "b"))
-    assert len(figure.axes) == MOST_MISTAKES
+    assert len(figure.axes) == MAX_DRAWN_MISTAKES
     assert f"image {count - 1}\nb  0.10" in texts(figure)
     assert texts(figure)[0] == "The 40 most confident of 45 mistakes in 45 test images"
     assert texts(mistakes_picture(IMAGES, PROBABILITIES.argmax(1), PROBABILITIES, NAMES)) == [
@@ -283,7 +273,7 @@ def test_a_report_of_one_class_or_of_pairs_in_colour_is_written(tmp_path: Path, 
 
 
 def test_of_many_classes_the_table_has_the_worst_and_names_need_not_be_text(tmp_path: Path) -> None:
-    count = MOST_CLASSES + 10
+    count = MAX_TABLE_CLASSES + 10
     config = CapsNetConfig(image_size=20, classes=count, conv_channels=8, primary_types=2, decoder_widths=())
     labels = torch.arange(count)
     probabilities = torch.eye(count)
@@ -294,7 +284,7 @@ def test_of_many_classes_the_table_has_the_worst_and_names_need_not_be_text(tmp_
     lines = (tmp_path / "report.md").read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| # | class"))
     assert lines[start + 2].startswith("| 25 | kind 25\\udcff | 1 | 1 | 100.00 % | kind 3")
-    assert len([line for line in lines[start + 2 :] if line.startswith("|")]) == MOST_CLASSES
+    assert len([line for line in lines[start + 2 :] if line.startswith("|")]) == MAX_TABLE_CLASSES
 
 
 def test_the_network_is_named_after_its_config_whatever_the_sizes_of_the_data(
@@ -326,7 +316,7 @@ def test_the_report_of_a_finished_run_is_written_again(
     errors = int(wrong(probabilities, dataset.test_labels).sum())
     own = replace(checkpoint, figures=checkpoint.figures | {"test_errors": errors})
     save(own, tmp_path / "capsnet.pt")
-    monkeypatch.setattr("training.report.of_checkpoint", lambda *_: dataset)
+    monkeypatch.setattr("training.report.load_matching", lambda *_: dataset)
     assert report.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'report.md'}\n"
     assert f"({errors} of " in (tmp_path / "report.md").read_text()

@@ -16,29 +16,26 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-import training.__main__
+import training.data.datasets
 import training.evaluate
 import training.train
 from training import checkpoint as checkpoints
-from training.__main__ import DEFAULTS, HELP, NETWORK_HELP, main
-from training.checkpoint import CHECKPOINT_FILE, Checkpoint, CheckpointError
+from training import model
+from training import recipe as recipe_choices
+from training.__main__ import main
+from training.callbacks import Interrupted, StopBetweenSteps
+from training.checkpoint import Checkpoint, CheckpointError
+from training.data.augment import AUGMENTATIONS
+from training.data.batches import Batches
 from training.data.compose import scenes
-from training.data.datasets import Dataset, DatasetError, split
+from training.data.datasets import Dataset, split
+from training.data.sources import DatasetError
 from training.evaluate import mistakes, predict
 from training.loss import margin_loss
 from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, to_pixels
-from training.report import REPORT_FILE
-from training.train import (
-    BEST_FILE,
-    RESUME_FILE,
-    Batches,
-    Interrupted,
-    Recipe,
-    StopBetweenSteps,
-    Training,
-    TrainingError,
-    run,
-)
+from training.recipe import NetworkChanges, Recipe
+from training.run_folder import BEST_FILE, CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE
+from training.train import Training, TrainingError, run
 
 CONFIG = CapsNetConfig(image_size=20, classes=3, conv_channels=8, primary_types=2, decoder_widths=(16,))
 RECIPE = Recipe(
@@ -46,7 +43,7 @@ RECIPE = Recipe(
 )
 STEPS_PER_EPOCH = 8  # of 140 - 20 images
 FLAGS = [
-    "--config=tiny",
+    "--config=compact",
     *(
         f"--{name.replace('_', '-')}={value}"
         for name, value in asdict(RECIPE).items()
@@ -106,9 +103,9 @@ def train(
     dataset: Dataset = DATASET,
     config: CapsNetConfig = CONFIG,
 ) -> Checkpoint:
-    checkpoint = run(config, dataset, recipe, folder, resume=resume, progress=False)
-    assert checkpoint is not None
-    return checkpoint
+    result = run(config, dataset, recipe, folder, resume=resume, progress=False)
+    assert result is not None
+    return result.checkpoint
 
 
 class PowerCut(Exception):
@@ -718,8 +715,8 @@ def test_mistakes_are_the_images_that_get_another_class_than_their_label() -> No
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``python -m training`` with a tiny network and a tiny data set; returns the folder for its run."""
-    monkeypatch.setitem(CONFIGS, "tiny", CONFIG)
-    monkeypatch.setattr(training.__main__, "load", lambda name, folder, **_: replace(DATASET, name=name))
+    monkeypatch.setitem(CONFIGS, "compact", CONFIG)
+    monkeypatch.setattr(training.data.datasets, "load", lambda name, folder, **_: replace(DATASET, name=name))
     return tmp_path / "runs" / "tiny"
 
 
@@ -741,7 +738,7 @@ def test_the_command_trains_in_a_folder_named_after_dataset_network_and_seed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*FLAGS, "--epochs=1", "--dataset=fashion-mnist"]) == 0
-    checkpoint = checkpoints.load(tmp_path / "runs" / "fashion-mnist-tiny-3" / CHECKPOINT_FILE)
+    checkpoint = checkpoints.load(tmp_path / "runs" / "fashion-mnist-compact-3" / CHECKPOINT_FILE)
     assert checkpoint.dataset == "fashion-mnist"
 
 
@@ -785,7 +782,7 @@ def test_the_command_refuses_to_resume_where_there_is_nothing_to_resume(
     assert command.exists() == exists
 
 
-@pytest.mark.parametrize("flag", ["--epochs=4", "--seed=4", "--augment=none", "--config=compact"])
+@pytest.mark.parametrize("flag", ["--epochs=4", "--seed=4", "--augment=none", "--config=paper"])
 def test_the_command_refuses_to_resume_with_other_settings(
     command: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
@@ -814,7 +811,7 @@ def test_the_command_refuses_to_resume_a_run_without_its_settings(
 def test_the_command_prints_what_went_wrong_without_a_traceback(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    monkeypatch.setattr(training.__main__, "run", Mock(side_effect=error))
+    monkeypatch.setattr(training.train, "run", Mock(side_effect=error))
     assert main([*FLAGS, f"--out={command}"]) == 1
     assert capsys.readouterr().err == f"{error}\n"
 
@@ -870,14 +867,23 @@ def test_the_help_names_every_setting_of_a_recipe_with_its_default(capsys: pytes
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert list(HELP) == [field.name for field in fields(Recipe)]
-    for name, default in asdict(Recipe()).items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert f"(default: {DEFAULTS.get(name, default)})" in text
+    for field in fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in text
+        shown = field.metadata["option"].shown
+        assert f"(default: {field.default if shown is None else shown})" in text
     from_data = {"image_channels", "image_size", "classes"}
-    assert list(NETWORK_HELP) == [field.name for field in fields(CapsNetConfig) if field.name not in from_data]
-    for name in NETWORK_HELP:
+    of_network = [field.name for field in fields(NetworkChanges)]
+    assert of_network == [field.name for field in fields(CapsNetConfig) if field.name not in from_data]
+    for name in of_network:
         assert f"--{name.replace('_', '-')}" in text
+
+
+def test_the_choices_that_are_known_before_pytorch_is_imported_are_those_of_the_code() -> None:
+    assert tuple(CONFIGS) == recipe_choices.CONFIG_NAMES
+    assert tuple(AUGMENTATIONS) == recipe_choices.AUGMENTATION_NAMES
+    assert recipe_choices.INITIALIZATION_NAMES == model.INITIALIZATIONS
+    assert recipe_choices.AGREEMENT_NAMES == model.AGREEMENTS
+    assert recipe_choices.NORMALIZATION_NAMES == model.NORMALIZATIONS
 
 
 def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, Path]) -> None:

@@ -10,7 +10,6 @@ import torch
 from training.model import CapsNet, CapsNetConfig
 
 FORMAT = "capsnet-checkpoint-1"
-CHECKPOINT_FILE = "capsnet.pt"  # of a finished run's folder
 
 
 class CheckpointError(ValueError):

@@ -1,5 +1,7 @@
 """Run a network over many images and find its mistakes."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,37 @@ def mistakes(model: CapsNet, images: Tensor, labels: Tensor) -> list[int]:
     probabilities, _ = predict(model, images)
     indices: list[int] = wrong(probabilities, labels).nonzero().flatten().tolist()
     return indices
+
+
+def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """How often each class (row) was taken for each class (column): (J, J) int64.
+
+    probabilities: (M, J); labels: (M,), or (M, K), of which the K most probable classes are the answer. Of these, what
+    is both a label and in the answer counts on the diagonal; the labels missed count in the columns of the classes
+    wrongly given, in the order of the classes where there are several, since nothing tells which was taken for which.
+    """
+    classes = probabilities.shape[1]
+    labels = labels.reshape(len(labels), -1)
+    is_label, is_answer = (
+        torch.zeros(probabilities.shape, dtype=torch.bool).scatter(1, chosen, True)
+        for chosen in (labels, most_probable(probabilities, labels.shape[1]))
+    )
+    # nonzero goes image by image and class by class, and an image misses as many labels as it is given wrong classes.
+    pairs = ((is_label & is_answer, is_label & is_answer), (is_label & ~is_answer, is_answer & ~is_label))
+    rows, columns = (torch.cat([side.nonzero()[:, 1] for side in sides]) for sides in zip(*pairs, strict=True))
+    return torch.bincount(rows * classes + columns, minlength=classes**2).reshape(classes, classes)
+
+
+def by_confidence(probabilities: Tensor, labels: Tensor) -> list[int]:
+    """The images that are classified wrong, the most confident mistake first; equal ones in their order.
+
+    Confident by how much the longest capsule of a class that is no label is longer than the label's capsule, or than
+    the shortest of them. probabilities: (M, J); labels: (M,) or (M, K).
+    """
+    objects = labels.reshape(len(labels), -1)
+    intruder = probabilities.scatter(1, objects, -math.inf).amax(1)
+    margins = intruder - probabilities.gather(1, objects).amin(1)
+    indices = wrong(probabilities, labels).nonzero().flatten()
+    order = margins[indices].argsort(descending=True, stable=True)
+    worst: list[int] = indices[order].tolist()
+    return worst

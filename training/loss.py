@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from training.recipe import PIXEL_WEIGHT
+
 PRESENT = 0.9  # m+
 ABSENT = 0.1  # m-
 DOWN_WEIGHT = 0.5  # lambda, for absent classes
-# Of the sum of squared pixel errors, against the margin loss: 0.392 times the mean of MNIST's 784 pixels. The authors'
-# code averages the margin loss over the classes and halves it, which makes it 0.01, 7.84 times the mean.
-PIXEL_WEIGHT = 0.0005
 
 
 def margin_loss(probabilities: Tensor, classes: Tensor) -> Tensor:

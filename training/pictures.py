@@ -1,34 +1,52 @@
-"""``python -m training.pictures``: look at what a network's decoder makes of its poses, in one picture.
+"""The pictures of a run: curves, confusion matrix, worst mistakes, and what the decoder makes of poses.
+
+``python -m training.pictures`` draws the last in one picture.
 
 Reconstructions, and what each dimension of a pose stands for, as figures 3 and 4 and section 5.1 of "Dynamic Routing
 Between Capsules" show them.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
 from training.checkpoint import CheckpointError, load
-from training.data.datasets import NAMES, DatasetError
-from training.data.of_checkpoint import of_checkpoint
-from training.evaluate import most_probable, predict, wrong
+from training.data.matching import load_matching
+from training.data.sources import DatasetError
+from training.data.specs import NAMES
+from training.evaluate import by_confidence, most_probable, predict, wrong
 from training.model import CapsNet
+from training.run_folder import checkpoint_path
 
 OFFSETS = tuple(step / 20 for step in range(-5, 6))  # added to a pose's dimension: -0.25 to +0.25 (section 5.1)
 RECONSTRUCTED_CLASSES = 10
+MAX_DRAWN_MISTAKES = 40
+MISTAKES_A_ROW = 8
 DPI = 120
 WRONG = "#b01818"
 FAINT = "#707070"
+
+# What is drawn of the logs: the panel, the curve's name and its colour. Held-out figures are of the averaged weights.
+CURVES = {
+    "classification_loss_epoch": ("classification loss", "training", "#1f5fa8"),
+    "held_out_loss": ("classification loss", "held out", "#d8731a"),
+    "reconstruction_loss_epoch": ("reconstruction loss", "training", "#1f5fa8"),
+    "held_out_error_percent": ("held-out error, %", "held out", "#d8731a"),
+}
 
 Pixels = NDArray[np.float32]
 
@@ -254,12 +272,133 @@ def _tiles(
     return axes
 
 
+def curves_picture(curves: dict[str, dict[int, float]], selected: int | None = None) -> Figure:
+    """Losses and held-out error by epoch, a panel each, as far as there are any; ``selected`` is the epoch kept."""
+    panels = list(dict.fromkeys(CURVES[name][0] for name in curves))
+    figure = Figure(figsize=(4.2 * len(panels), 3.3), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        drawn = {name: values for name, values in curves.items() if CURVES[name][0] == panel}
+        for name, values in drawn.items():
+            _, title, colour = CURVES[name]
+            marker = "o" if len(values) <= 25 else ""  # without it, a run of one epoch would show nothing
+            axes.plot(list(values), list(values.values()), color=colour, label=title, marker=marker, markersize=3.5)
+        everything = [value for values in drawn.values() for value in values.values()]
+        if "loss" in panel and max(everything) > 5 * min(everything) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        elif min(everything) >= 0:
+            axes.set_ylim(bottom=0)
+        if selected is not None:
+            axes.axvline(selected, color=FAINT, linestyle=":", linewidth=1.2, label=f"kept: epoch {selected}")
+        last = max(epoch for values in drawn.values() for epoch in values)
+        axes.set_xlim(0.5, last + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+        axes.set_xlabel("epoch")
+        axes.set_title(panel, fontsize=11)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=9, frameon=False)
+    return figure
+
+
+def confusion_picture(counts: Tensor, names: Sequence[str]) -> Figure:
+    """The confusion matrix (J, J) with its counts, rows for labels.
+
+    Only mistakes have a colour, by the square root of their number, so that neither the diagonal drowns them nor a
+    frequent one the rare.
+    """
+    names, classes = drawable(names), len(counts)
+    cell = min(0.62, max(0.26, 7 / classes))  # inches
+    side = cell * classes
+    figure = Figure(figsize=(side, side))
+    axes = axes_at(figure, 0, 0, side, side)
+    off_diagonal = counts.clone().fill_diagonal_(0)
+    norm = PowerNorm(0.5, vmin=0, vmax=max(5, int(off_diagonal.max())))
+    axes.imshow(np.ma.masked_equal(off_diagonal.numpy(), 0), cmap="Reds", norm=norm)
+    largest = len(str(int(counts.max())))
+    size = min(11.0, 72 * cell / (0.72 * max(2, largest)))  # points, so that the largest number fits its cell
+    for row, column in counts.nonzero().tolist():
+        count = int(counts[row, column])
+        if row == column:
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#ececec"))
+        colour = FAINT if row == column else "white" if norm(count) > 0.6 else "black"
+        text = axes.text(column, row, str(count), ha="center", va="center", fontsize=size, color=colour)
+        text.set_in_layout(False)  # it is inside the axes; measuring thousands takes long
+    upright = classes <= 30 and max(map(len, names)) * 0.075 < cell
+    points = min(10.0, 62 * cell)
+    axes.set_xticks(range(classes), names, fontsize=points, parse_math=False)
+    axes.set_yticks(range(classes), names, fontsize=points, parse_math=False)
+    if not upright:
+        for label in axes.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xticks([edge - 0.5 for edge in range(1, classes)], minor=True)
+    axes.set_yticks([edge - 0.5 for edge in range(1, classes)], minor=True)
+    axes.grid(which="minor", color="#dddddd", linewidth=0.6)
+    axes.tick_params(which="both", length=0)
+    axes.set_xlabel("predicted", fontsize=11)
+    axes.set_ylabel("label", fontsize=11)
+    mistakes = int(off_diagonal.sum())
+    title = f"{mistakes:,} {'mistake' if mistakes == 1 else 'mistakes'} among {int(counts.sum()):,} test labels"
+    axes.set_title(title, fontsize=11, loc="left")
+    return figure
+
+
+def mistakes_picture(images: Tensor, labels: Tensor, probabilities: Tensor, names: Sequence[str]) -> Figure:
+    """Draw the worst mistakes, up to MAX_DRAWN_MISTAKES in the order of ``by_confidence``, or say that there are none.
+
+    Each with its number, its label or labels above and the answer below, and their capsules' lengths. images: uint8
+    (M, C, H, W); labels: (M,) or (M, K); probabilities: (M, J).
+    """
+    names = drawable(names)
+    objects = labels.reshape(len(labels), -1).sort(1).values
+    mistakes = by_confidence(probabilities, labels)
+    if not mistakes:
+        figure = Figure(figsize=(6, 0.8))
+        text = f"No mistakes: all {len(labels):,} test images are classified right."
+        figure.text(0.5, 0.5, text, fontsize=13, ha="center", va="center")
+        return figure
+    drawn = mistakes[:MAX_DRAWN_MISTAKES]
+    lines = objects.shape[1]
+    answers = most_probable(probabilities, lines)
+    above, below = (
+        [
+            "\n".join(f"{names[one]}  {probabilities[index, one]:.2f}" for one in these[index].tolist())
+            for index in drawn
+        ]
+        for these in (objects, answers)
+    )
+    columns = min(MISTAKES_A_ROW, len(drawn))
+    side, line = 1.05, 0.155  # inches of an image and of a line of text
+    widest = max(len(one) for text in (*above, *below) for one in text.split("\n"))
+    across = max(side, widest * 0.072) + 0.16
+    down = side + (2 * lines + 1) * line + 0.2
+    header = 0.55 + (1 + lines) * line
+    height = header + math.ceil(len(drawn) / columns) * down
+    figure = Figure(figsize=(columns * across, height))
+    total = f"{len(mistakes):,} {'mistake' if len(mistakes) == 1 else 'mistakes'} in {len(labels):,} test images"
+    title = f"The {len(drawn)} most confident of {total}" if len(drawn) < len(mistakes) else total
+    key = "Above the label, below the network's answer, with the lengths of their capsules"
+    figure.text(0, 1 - 0.15 / height, title, fontsize=12, va="center")
+    figure.text(0, 1 - 0.37 / height, key, fontsize=9, va="center", color=FAINT)
+    for place, index in enumerate(drawn):
+        row, column = divmod(place, columns)
+        axes = axes_at(figure, column * across, header + row * down, side, side)
+        axes.imshow(to_rgb(images[index]))
+        axes.set_axis_off()
+        write = partial(axes.text, fontsize=8.5, linespacing=1.15, transform=axes.transAxes, parse_math=False)
+        write(0, 1.03, f"image {index}\n{above[place]}", va="bottom")
+        write(0, -0.03, below[place], va="top", color=WRONG)
+    return figure
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m training.pictures",
         description="Draw reconstructions of test images, and what each dimension of a pose changes in one of them.",
     )
-    result.add_argument("checkpoint", type=Path, help="the checkpoint that training wrote, capsnet.pt")
+    result.add_argument("checkpoint", type=Path, help="the run's folder, or the checkpoint capsnet.pt in it")
     source = result.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=NAMES, help="whose test images (default: what the network was trained on)")
     source.add_argument("--data", type=Path, metavar="FOLDER", help="or a folder of your own images")
@@ -282,7 +421,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        trained = load(options.checkpoint)
+        trained = load(checkpoint_path(options.checkpoint))
         try:
             model = trained.model()
         except CheckpointError as error:
@@ -291,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise PictureError(f"{options.checkpoint}: {_NO_DECODER}")
         if options.category is not None and options.category not in trained.labels:
             raise PictureError(f"--class {options.category}: expected one of {', '.join(trained.labels)}")
-        dataset = of_checkpoint(trained, options.data, options.data_dir, options.dataset)
+        dataset = load_matching(trained, options.data, options.data_dir, options.dataset)
         images, labels = dataset.test_images, dataset.test_labels
         chosen = options.image
         if chosen is None:

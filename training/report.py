@@ -10,30 +10,28 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
-import numpy as np
-import torch
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
-from training.checkpoint import CHECKPOINT_FILE, Checkpoint, CheckpointError, load
-from training.data.datasets import Dataset, DatasetError
-from training.data.of_checkpoint import of_checkpoint
-from training.evaluate import most_probable, predict, wrong
+from training.checkpoint import Checkpoint, CheckpointError, load
+from training.data.datasets import Dataset
+from training.data.matching import load_matching
+from training.data.sources import DatasetError
+from training.evaluate import confusion, predict, wrong
 from training.model import CONFIGS
-from training.pictures import FAINT, WRONG, axes_at, decoder_picture, drawable, save, to_rgb
+from training.pictures import (
+    CURVES,
+    confusion_picture,
+    curves_picture,
+    decoder_picture,
+    mistakes_picture,
+    save,
+)
+from training.run_folder import CHECKPOINT_FILE, REPORT_FILE
 
-REPORT_FILE = "report.md"
-MOST_MISTAKES = 40  # that are drawn
-MOST_CLASSES = 20  # in the table of errors by class
-
-_MISTAKES_A_ROW = 8
+MAX_TABLE_CLASSES = 20  # in the table of errors by class
 
 
 def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor) -> None:
@@ -95,181 +93,17 @@ def epoch_curves(folder: Path) -> dict[str, dict[int, float]]:
     for log in sorted(logs, key=lambda path: int(_version(path))):
         with log.open(newline="") as lines:
             for row in csv.DictReader(lines):
-                for name in _CURVES:
+                for name in CURVES:
                     try:
                         epoch, value = int(row.get("epoch") or ""), float(row.get(name) or "")
                     except ValueError:
                         continue
                     found.setdefault(name, {})[epoch + 1] = value
-    return {name: dict(sorted(found[name].items())) for name in _CURVES if name in found}
+    return {name: dict(sorted(found[name].items())) for name in CURVES if name in found}
 
 
 def _version(log: Path) -> str:
     return log.parent.name.removeprefix("version_")
-
-
-# What is drawn of the logs: the panel, the curve's name and its colour. Held-out figures are of the averaged weights.
-_CURVES = {
-    "classification_loss_epoch": ("classification loss", "training", "#1f5fa8"),
-    "held_out_loss": ("classification loss", "held out", "#d8731a"),
-    "reconstruction_loss_epoch": ("reconstruction loss", "training", "#1f5fa8"),
-    "held_out_error_percent": ("held-out error, %", "held out", "#d8731a"),
-}
-
-
-def curves_picture(curves: dict[str, dict[int, float]], selected: int | None = None) -> Figure:
-    """Losses and held-out error by epoch, a panel each, as far as there are any; ``selected`` is the epoch kept."""
-    panels = list(dict.fromkeys(_CURVES[name][0] for name in curves))
-    figure = Figure(figsize=(4.2 * len(panels), 3.3), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        drawn = {name: values for name, values in curves.items() if _CURVES[name][0] == panel}
-        for name, values in drawn.items():
-            _, title, colour = _CURVES[name]
-            marker = "o" if len(values) <= 25 else ""  # without it, a run of one epoch would show nothing
-            axes.plot(list(values), list(values.values()), color=colour, label=title, marker=marker, markersize=3.5)
-        everything = [value for values in drawn.values() for value in values.values()]
-        if "loss" in panel and max(everything) > 5 * min(everything) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        elif min(everything) >= 0:
-            axes.set_ylim(bottom=0)
-        if selected is not None:
-            axes.axvline(selected, color=FAINT, linestyle=":", linewidth=1.2, label=f"kept: epoch {selected}")
-        last = max(epoch for values in drawn.values() for epoch in values)
-        axes.set_xlim(0.5, last + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-        axes.set_xlabel("epoch")
-        axes.set_title(panel, fontsize=11)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=9, frameon=False)
-    return figure
-
-
-def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """How often each class (row) was taken for each class (column): (J, J) int64.
-
-    probabilities: (M, J); labels: (M,), or (M, K), of which the K most probable classes are the answer. Of these, what
-    is both a label and in the answer counts on the diagonal; the labels missed count in the columns of the classes
-    wrongly given, in the order of the classes where there are several, since nothing tells which was taken for which.
-    """
-    classes = probabilities.shape[1]
-    labels = labels.reshape(len(labels), -1)
-    is_label, is_answer = (
-        torch.zeros(probabilities.shape, dtype=torch.bool).scatter(1, chosen, True)
-        for chosen in (labels, most_probable(probabilities, labels.shape[1]))
-    )
-    # nonzero goes image by image and class by class, and an image misses as many labels as it is given wrong classes.
-    pairs = ((is_label & is_answer, is_label & is_answer), (is_label & ~is_answer, is_answer & ~is_label))
-    rows, columns = (torch.cat([side.nonzero()[:, 1] for side in sides]) for sides in zip(*pairs, strict=True))
-    return torch.bincount(rows * classes + columns, minlength=classes**2).reshape(classes, classes)
-
-
-def confusion_picture(counts: Tensor, names: Sequence[str]) -> Figure:
-    """The confusion matrix (J, J) with its counts, rows for labels.
-
-    Only mistakes have a colour, by the square root of their number, so that neither the diagonal drowns them nor a
-    frequent one the rare.
-    """
-    names, classes = drawable(names), len(counts)
-    cell = min(0.62, max(0.26, 7 / classes))  # inches
-    side = cell * classes
-    figure = Figure(figsize=(side, side))
-    axes = axes_at(figure, 0, 0, side, side)
-    off_diagonal = counts.clone().fill_diagonal_(0)
-    norm = PowerNorm(0.5, vmin=0, vmax=max(5, int(off_diagonal.max())))
-    axes.imshow(np.ma.masked_equal(off_diagonal.numpy(), 0), cmap="Reds", norm=norm)
-    largest = len(str(int(counts.max())))
-    size = min(11.0, 72 * cell / (0.72 * max(2, largest)))  # points, so that the largest number fits its cell
-    for row, column in counts.nonzero().tolist():
-        count = int(counts[row, column])
-        if row == column:
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="#ececec"))
-        colour = FAINT if row == column else "white" if norm(count) > 0.6 else "black"
-        text = axes.text(column, row, str(count), ha="center", va="center", fontsize=size, color=colour)
-        text.set_in_layout(False)  # it is inside the axes; measuring thousands takes long
-    upright = classes <= 30 and max(map(len, names)) * 0.075 < cell
-    points = min(10.0, 62 * cell)
-    axes.set_xticks(range(classes), names, fontsize=points, parse_math=False)
-    axes.set_yticks(range(classes), names, fontsize=points, parse_math=False)
-    if not upright:
-        for label in axes.get_xticklabels():
-            label.set(rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xticks([edge - 0.5 for edge in range(1, classes)], minor=True)
-    axes.set_yticks([edge - 0.5 for edge in range(1, classes)], minor=True)
-    axes.grid(which="minor", color="#dddddd", linewidth=0.6)
-    axes.tick_params(which="both", length=0)
-    axes.set_xlabel("predicted", fontsize=11)
-    axes.set_ylabel("label", fontsize=11)
-    mistakes = int(off_diagonal.sum())
-    title = f"{mistakes:,} {'mistake' if mistakes == 1 else 'mistakes'} among {int(counts.sum()):,} test labels"
-    axes.set_title(title, fontsize=11, loc="left")
-    return figure
-
-
-def by_confidence(probabilities: Tensor, labels: Tensor) -> list[int]:
-    """The images that are classified wrong, the most confident mistake first; equal ones in their order.
-
-    Confident by how much the longest capsule of a class that is no label is longer than the label's capsule, or than
-    the shortest of them. probabilities: (M, J); labels: (M,) or (M, K).
-    """
-    objects = labels.reshape(len(labels), -1)
-    intruder = probabilities.scatter(1, objects, -math.inf).amax(1)
-    margins = intruder - probabilities.gather(1, objects).amin(1)
-    indices = wrong(probabilities, labels).nonzero().flatten()
-    order = margins[indices].argsort(descending=True, stable=True)
-    worst: list[int] = indices[order].tolist()
-    return worst
-
-
-def mistakes_picture(images: Tensor, labels: Tensor, probabilities: Tensor, names: Sequence[str]) -> Figure:
-    """The worst mistakes, up to MOST_MISTAKES in the order of ``by_confidence``, or a line that says there are none.
-
-    Each with its number, its label or labels above and the answer below, and their capsules' lengths. images: uint8
-    (M, C, H, W); labels: (M,) or (M, K); probabilities: (M, J).
-    """
-    names = drawable(names)
-    objects = labels.reshape(len(labels), -1).sort(1).values
-    mistakes = by_confidence(probabilities, labels)
-    if not mistakes:
-        figure = Figure(figsize=(6, 0.8))
-        text = f"No mistakes: all {len(labels):,} test images are classified right."
-        figure.text(0.5, 0.5, text, fontsize=13, ha="center", va="center")
-        return figure
-    drawn = mistakes[:MOST_MISTAKES]
-    lines = objects.shape[1]
-    answers = most_probable(probabilities, lines)
-    above, below = (
-        [
-            "\n".join(f"{names[one]}  {probabilities[index, one]:.2f}" for one in these[index].tolist())
-            for index in drawn
-        ]
-        for these in (objects, answers)
-    )
-    columns = min(_MISTAKES_A_ROW, len(drawn))
-    side, line = 1.05, 0.155  # inches of an image and of a line of text
-    widest = max(len(one) for text in (*above, *below) for one in text.split("\n"))
-    across = max(side, widest * 0.072) + 0.16
-    down = side + (2 * lines + 1) * line + 0.2
-    header = 0.55 + (1 + lines) * line
-    height = header + math.ceil(len(drawn) / columns) * down
-    figure = Figure(figsize=(columns * across, height))
-    total = f"{len(mistakes):,} {'mistake' if len(mistakes) == 1 else 'mistakes'} in {len(labels):,} test images"
-    title = f"The {len(drawn)} most confident of {total}" if len(drawn) < len(mistakes) else total
-    key = "Above the label, below the network's answer, with the lengths of their capsules"
-    figure.text(0, 1 - 0.15 / height, title, fontsize=12, va="center")
-    figure.text(0, 1 - 0.37 / height, key, fontsize=9, va="center", color=FAINT)
-    for place, index in enumerate(drawn):
-        row, column = divmod(place, columns)
-        axes = axes_at(figure, column * across, header + row * down, side, side)
-        axes.imshow(to_rgb(images[index]))
-        axes.set_axis_off()
-        write = partial(axes.text, fontsize=8.5, linespacing=1.15, transform=axes.transAxes, parse_math=False)
-        write(0, 1.03, f"image {index}\n{above[place]}", va="bottom")
-        write(0, -0.03, below[place], va="top", color=WRONG)
-    return figure
 
 
 def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictures: Sequence[str]) -> str:
@@ -366,9 +200,9 @@ def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
     off_diagonal = counts.clone().fill_diagonal_(0)
     order = list(range(len(names)))
     parts = ["## Errors by class"]
-    if len(names) > MOST_CLASSES:
-        order = sorted(order, key=lambda one: -missed[one] / max(1, totals[one]))[:MOST_CLASSES]
-        parts.append(f"The {MOST_CLASSES} worst of {len(names)} classes.")
+    if len(names) > MAX_TABLE_CLASSES:
+        order = sorted(order, key=lambda one: -missed[one] / max(1, totals[one]))[:MAX_TABLE_CLASSES]
+        parts.append(f"The {MAX_TABLE_CLASSES} worst of {len(names)} classes.")
     rows = []
     for one in order:
         share = f"{100 * missed[one] / totals[one]:.2f} %" if totals[one] else "none to test"
@@ -420,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     try:
         trained = load(options.run / CHECKPOINT_FILE)
-        dataset = of_checkpoint(trained, options.data, options.data_dir)
+        dataset = load_matching(trained, options.data, options.data_dir)
         probabilities, _ = predict(trained.model(), dataset.test_images)
         write_report(options.run, trained, dataset, probabilities)
     except (CheckpointError, DatasetError, ValueError, OSError) as error:

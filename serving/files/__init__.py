@@ -1,1 +1,1 @@
-"""File formats and folders that the server, the client and training share."""
+"""What the server, the client, training and export share: file formats, folders, and options that are said once."""

@@ -1,103 +1,229 @@
-"""Any folder of images as a data set: a sub-folder a class, images of any size, grey or in colour."""
+"""Any folder of images as a data set: a sub-folder a class, images of any size, grey or in colour.
 
-from collections.abc import Sequence
+Nothing here needs PyTorch, so that a folder that is no data set is refused at once.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 from tqdm import tqdm
 
 from serving.files.images import to_pixels
-from training.data.datasets import Dataset, DatasetError
+from training.data.sources import DatasetError
+from training.data.specs import Arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SCALED_SIZE = 32  # of images that come in several sizes, if no other is asked for
-_TEST_EVERY = 5
+FEW_IMAGES = 10  # fewer of a class to learn from are told of
+TEST_EVERY = 5
+HIDDEN_FOLDERS = ("__MACOSX",)  # and all names that begin with a dot
 
 Labelled = list[tuple[Path, int]]
 
 
-def load_folder(
-    folder: Path, image_size: int | None = None, image_channels: int | None = None, *, progress: bool = True
-) -> Dataset:
-    """Read ``folder/CLASS/*.png`` (and other image files) into memory.
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a folder, each with the index of its label, in the order of class and path.
 
-    Of each class, by file name, every fifth image is for the test; or, where the folder holds ``train/CLASS`` and
-    ``test/CLASS``, the split is that. image_size: height and width to scale all images to; by default their own,
-    where all have the same and are square, and else 32. image_channels: 1 or 3; by default 3 where one image at
-    least has colours.
+    notes: what one should know of the choice of files.
+    """
 
-    The data set's name is ``folder:NAME``. Raises DatasetError, naming the folder or the file that is wrong.
+    labels: tuple[str, ...]
+    train: Labelled
+    test: Labelled
+    notes: tuple[str, ...] = ()
+
+
+class ClassFiles(NamedTuple):
+    """The image files of one class."""
+
+    label: str
+    train: list[Path]
+    test: list[Path]
+
+
+class FolderData(NamedTuple):
+    """The images of a folder, its class names, and what one should know of it, a sentence each."""
+
+    labels: tuple[str, ...]
+    arrays: Arrays
+    notes: tuple[str, ...]
+
+
+def find_images(folder: Path) -> ImageFiles:
+    """List the images of ``folder/CLASS``, of its sub-folders too; no file is opened, hidden ones are left out.
+
+    Of each class, by path, every fifth image is for the test; or, where the folder holds ``train/CLASS`` and
+    ``test/CLASS``, the split is that. Raises DatasetError, naming the folder that is wrong.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        labels = _classes(folder / "train")
-        if extra := set(_classes(folder / "test")) - set(labels):
+    parts = {part: folder / part for part in ("train", "test") if (folder / part).is_dir()}
+    if len(parts) == 2:
+        train, test = (_find_classes(part) for part in parts.values())
+        if extra := set(test) - set(train):
             raise DatasetError(f"{folder / 'test'}: has classes that train has not: {', '.join(sorted(extra))}")
-        train, test = _list(folder / "train", labels), _list(folder / "test", labels)
+        classes = [ClassFiles(label, files, test.get(label, [])) for label, files in train.items()]
     else:
-        labels = _classes(folder)
-        train, test = [], []
-        for index, label in enumerate(labels):
-            files = _list(folder, [label])
-            # The second of five and not the first, so that a class of one image has it to train on.
-            test += [(path, index) for path, _ in files[1::_TEST_EVERY]]
-            train += [(path, index) for number, (path, _) in enumerate(files) if number % _TEST_EVERY != 1]
-    for part, images in (("to train on", train), ("for the test", test)):
+        for part, path in parts.items():  # a class may well be called so
+            if not any(_is_image(file) for file in path.iterdir()):
+                raise DatasetError(f"{folder}: has {part} alone of train and test; expected both, or CLASS/*.png")
+        # The second of five and not the first, so that a class of one image has it to train on.
+        classes = [
+            ClassFiles(label, [file for n, file in enumerate(files) if n % TEST_EVERY != 1], files[1::TEST_EVERY])
+            for label, files in _find_classes(folder).items()
+        ]
+    result = ImageFiles(
+        tuple(one.label for one in classes),
+        [(path, index) for index, one in enumerate(classes) for path in one.train],
+        [(path, index) for index, one in enumerate(classes) for path in one.test],
+        tuple(_notes_on_files(folder, list(parts.values()) if len(parts) == 2 else [folder], classes)),
+    )
+    for part, images in (("to train on", result.train), ("for the test", result.test)):
         if not images:
             raise DatasetError(f"{folder}: no images {part}; expected {folder}/CLASS/*.png, several of each class")
-    if image_size is None or image_channels is None:
-        size, channels = _common_shape([path for path, _ in train + test])
-        image_size, image_channels = image_size or size, image_channels or channels
-    (train_images, train_labels), (test_images, test_labels) = (
-        _read(part, image_size, image_channels, progress) for part in (train, test)
+    return result
+
+
+def read_folder(
+    folder: Path, image_size: int | None = None, image_channels: int | None = None, *, progress: bool = True
+) -> FolderData:
+    """Read the images that ``find_images`` lists into memory.
+
+    image_size: height and width to scale all images to; by default their own, where all have the same and are square,
+    and else 32. image_channels: 1 or 3; by default 3 where one image at least has colours. Raises DatasetError, naming
+    the folder or the file that is wrong.
+    """
+    files = find_images(folder)
+    sizes, colour = _look_at([path for path, _ in files.train + files.test])
+    width, height = next(iter(sizes))
+    own_size = width if len(sizes) == 1 and width == height else SCALED_SIZE
+    size, channels = image_size or own_size, image_channels or (3 if colour else 1)
+    train, test = (_read([path for path, _ in part], size, channels, progress) for part in (files.train, files.test))
+    train_labels, test_labels = (np.array([label for _, label in part]) for part in (files.train, files.test))
+    arrays = Arrays(train, train_labels, test, test_labels)
+    return FolderData(files.labels, arrays, (*files.notes, *_notes_on_sizes(folder, sizes, size)))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in HIDDEN_FOLDERS
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of its sub-folders, hidden ones left out, in the order of their paths."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        found += [Path(parent, name) for name in names if not _is_hidden(name)]
+    yield from sorted(found)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not _is_hidden(path.name)
+
+
+def _find_classes(folder: Path) -> dict[str, list[Path]]:
+    """Return the images of each class, in the order of the classes.
+
+    Raises DatasetError where a sub-folder has no image, or is a folder of classes itself.
+    """
+    classes = {name: [path for path in _files(folder / name) if _is_image(path)] for name in _folders(folder)}
+    if empty := [name for name, files in classes.items() if not files]:
+        raise DatasetError(
+            f"{folder}: each folder in it is a class, and there is no image in {', '.join(empty)}; expected files that "
+            f"end in {', '.join(SUFFIXES)}, or the folder elsewhere"
+        )
+    if len(classes) == 1:
+        ((name, files),) = classes.items()
+        inner = {path.relative_to(folder / name).parts[0] for path in files}
+        if len(inner) > 1 and not any((folder / name / one).is_file() for one in inner):
+            raise DatasetError(
+                f"{folder}: its only folder {name} has folders of images itself ({', '.join(sorted(inner))}); if these "
+                f"are the classes, give {folder / name}"
+            )
+    return classes
+
+
+def _notes_on_files(folder: Path, tops: list[Path], classes: list[ClassFiles]) -> Iterator[str]:
+    """Say which files are left out or read from further down, and which classes have few images.
+
+    tops: the folders with the folders of classes.
+    """
+    if others := [name for name in _folders(folder) if folder not in tops and folder / name not in tops]:
+        yield f"{folder}: beside train and test, left out: {', '.join(others)}"
+    if loose := [path for top in {folder, *tops} for path in top.iterdir() if path.is_file() and _is_image(path)]:
+        yield f"{folder}: images that are in no class's folder are left out: {len(loose)}"
+    files = [path for top in tops for label in _folders(top) for path in _files(top / label)]
+    if other := Counter(path.suffix.lower() or "no ending" for path in files if not _is_image(path)):
+        yield f"{folder}: files that are no images by their ending are left out: {_counted(other)}"
+    nested = Counter(
+        one.label
+        for one in classes
+        for path in (*one.train, *one.test)
+        if path.parent not in [top / one.label for top in tops]
     )
-    name = f"folder:{folder.resolve().name}"
-    return Dataset(name, tuple(labels), train_images, train_labels, test_images, test_labels)
+    if nested:
+        yield f"{folder}: images in sub-folders of a class are read as that class's: {_counted(nested)}"
+    if few := Counter({one.label: len(one.train) for one in classes if len(one.train) < FEW_IMAGES}):
+        tested = sum(len(one.test) for one in classes)
+        yield (
+            f"{folder}: few images to learn from: {_counted(few)}; a network needs {FEW_IMAGES} of each class, "
+            f"better 100, and an error that is measured on {tested} test images says little"
+        )
 
 
-def _classes(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
 
 
-def _list(folder: Path, labels: Sequence[str]) -> Labelled:
-    """The image files of these classes, with their label's index, in the order of class and name."""
-    return [
-        (path, index)
-        for index, label in enumerate(labels)
-        for path in sorted((folder / label).iterdir() if (folder / label).is_dir() else ())
-        if path.suffix.lower() in SUFFIXES
-    ]
+def _notes_on_sizes(folder: Path, sizes: set[tuple[int, int]], size: int) -> Iterator[str]:
+    """Say that images are scaled, and whether their proportions are lost."""
+    if sizes == {(size, size)}:
+        return
+    by_area = sorted(sizes, key=lambda one: (one[0] * one[1], one))
+    least, greatest = (f"{width} x {height}" for width, height in (by_area[0], by_area[-1]))
+    found = least if len(sizes) == 1 else f"{least} to {greatest}"
+    lost = "" if all(width == height for width, height in sizes) else "; what is not square is squashed"
+    yield (f"{folder}: images of {found} pixels are scaled to {size} x {size}{lost}; --image-size chooses another size")
 
 
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path)
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise DatasetError(f"{path}: an image of too many pixels") from error
+    except (OSError, ValueError, UnidentifiedImageError) as error:
         raise DatasetError(f"{path}: not a readable image") from error
 
 
-def _common_shape(paths: Sequence[Path]) -> tuple[int, int]:
-    """The size that all images have if they are square and of one size, else SCALED_SIZE; and their channels."""
+def _look_at(paths: Sequence[Path]) -> tuple[set[tuple[int, int]], bool]:
+    """Return the sizes (width, height) that images have, and whether one has colours, by their headers."""
     sizes, colour = set(), False
     for path in paths:
         with _open(path) as image:
             sizes.add(image.size)
             colour = colour or Image.getmodebase(image.mode) == "RGB"
-    width, height = next(iter(sizes))
-    return (width if len(sizes) == 1 and width == height else SCALED_SIZE), (3 if colour else 1)
+    return sizes, colour
 
 
-def _read(files: Labelled, size: int, channels: int, progress: bool) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) uint8 and labels (N,) int64."""
-    images = np.empty((len(files), channels, size, size), np.uint8)
-    for index, (path, _) in enumerate(tqdm(files, "reading images", unit="file", disable=not progress, leave=False)):
+def _read(paths: Sequence[Path], size: int, channels: int, progress: bool) -> NDArray[np.uint8]:
+    """Read images as (N, C, H, W) uint8."""
+    images = np.empty((len(paths), channels, size, size), np.uint8)
+    for index, path in enumerate(tqdm(paths, "reading images", unit="file", disable=not progress, leave=False)):
         with _open(path) as image:
             try:
                 images[index] = to_pixels(image, channels, (size, size))
             except Exception as error:  # damaged files make Pillow raise almost anything
                 raise DatasetError(f"{path}: a damaged or cut-off image") from error
-    return torch.from_numpy(images), torch.tensor([label for _, label in files])
+    return images

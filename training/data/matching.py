@@ -1,17 +1,18 @@
-"""The data that a trained network belongs to."""
+"""The data that a trained network belongs to, checked against the network."""
 
 from pathlib import Path
 
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data import datasets
-from training.data.datasets import NAMES, Dataset, DatasetError
-from training.data.folder import load_folder
+from training.data.datasets import Dataset
+from training.data.sources import DatasetError
+from training.data.specs import NAMES
 
 
-def of_checkpoint(
+def load_matching(
     trained: Checkpoint, data: Path | None = None, data_dir: Path | None = None, name: str | None = None
 ) -> Dataset:
-    """The data that a checkpoint was trained and tested on, in the size that its network takes.
+    """Load the data that a checkpoint was trained and tested on, in the size that its network takes.
 
     data: a folder of images, which ``folder:`` checkpoints need; data_dir: where a data set's files are looked for
     first; name: of a data set to take in place of the checkpoint's own. Raises DatasetError where the data cannot be
@@ -20,7 +21,7 @@ def of_checkpoint(
     name = name or trained.dataset
     config = trained.config
     if data is not None:
-        dataset = load_folder(data, config.image_size, config.image_channels)
+        dataset = datasets.load_folder(data, config.image_size, config.image_channels)
     elif name in NAMES:
         dataset = datasets.load(name, data_dir)
     elif name.startswith("folder:"):

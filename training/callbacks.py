@@ -1,0 +1,97 @@
+"""What happens around the steps of a run: interruption, keeping the best epoch, writing whole files."""
+
+import math
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from training.checkpoint import write_whole
+
+
+class Interrupted(Exception):
+    """The user stopped the run; a checkpoint to resume from was written.
+
+    Not a KeyboardInterrupt, which Lightning turns into SystemExit.
+    """
+
+
+class StopBetweenSteps(Callback):
+    """On SIGINT or SIGTERM, finish the step, write the resume file, and raise Interrupted.
+
+    Stopping only between steps keeps weights, averages, optimizer and position in the data consistent; stopping in
+    mid-epoch only lets every epoch have its evaluation. A second signal stops at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.requested = False
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for name, handler in self.previous.items():
+            signal.signal(name, handler)
+        self.previous = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.previous = {name: signal.signal(name, self._request) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        # A signal may reach several processes in different steps; they must stop in the same one.
+        requested = trainer.strategy.reduce_boolean_decision(self.requested, all=False)
+        if requested and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+
+class KeepBest(Callback):
+    """Keep the averaged weights of the epoch with the lowest held-out loss.
+
+    Its state has no path in it, so a run's folder may be moved between interruption and resumption.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.loss = math.inf
+
+    @property
+    def kept(self) -> bool:
+        """Tell whether an epoch had a loss that is a finite number, and so was kept."""
+        return self.loss < math.inf
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["held_out_loss"])
+        if loss < self.loss:
+            self.loss = loss
+            trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss = state_dict["loss"]
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints under their names only once they are whole, so that a full disk leaves the last good one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_whole(checkpoint, Path(path))

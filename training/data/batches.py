@@ -1,0 +1,51 @@
+"""The batches of a run, each a function of the seed and of how many steps are done."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from training.data.compose import members
+
+# A run's generators are numbered: those of the epochs from 0 on, those of the steps from here on.
+FIRST_STEP_NUMBER = 10_000
+
+
+def generator(seed: int, number: int) -> torch.Generator:
+    """Return one of a run's sequence of generators; neighbouring seeds share none within a million."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+class Batches:
+    """Shuffled batches of one epoch after another, each of images (B, K, C, H, W), labels (B, K) and turns (B,).
+
+    An image's K objects are the one whose turn in the epoch it is and, for pairs, another of another class. Turns are
+    for the augmentations. What comes next is a function of the seed and of how many steps are done, and of nothing
+    else: a run resumed anywhere sees the batches that an undisturbed one would have seen.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        seed: int,
+        steps_done: Callable[[], int],
+        objects: int = 1,
+    ) -> None:
+        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.steps_done = steps_done
+        self.objects = objects
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The rest of the epoch that the steps done lead into."""
+        epoch, position = divmod(self.steps_done(), len(self))
+        drawn = generator(self.seed, epoch)
+        order = torch.randperm(len(self.images), generator=drawn)
+        together = members(self.labels, self.objects, drawn)[order]
+        for chosen in torch.split(together, self.batch_size)[position:]:
+            yield self.images[chosen], self.labels[chosen], chosen[:, 0] + epoch

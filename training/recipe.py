@@ -1,0 +1,176 @@
+"""Everything that can be chosen of a run, each choice said once: its flag, default, choices, help and check.
+
+Nothing here needs PyTorch, whose import takes seconds, so that a wrong choice is refused at once.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.files.options import check, option
+from training.data.specs import NAMES
+
+CONFIG_NAMES = ("paper", "authors", "compact")
+AUGMENTATION_NAMES = ("affine", "shift", "all-shifts", "none")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+INITIALIZATION_NAMES = ("pytorch", "authors")
+AGREEMENT_NAMES = ("scalar-product", "euclidean")
+NORMALIZATION_NAMES = ("softmax", "max-min")
+
+DEFAULT_DATASET = "mnist"
+HELD_OUT_SHARE = 12  # MNIST's 60,000 training images hold out 5,000
+# Of the sum of squared pixel errors, against the margin loss: 0.392 times the mean of MNIST's 784 pixels. The authors'
+# code averages the margin loss over the classes and halves it, which makes it 0.01, 7.84 times the mean.
+PIXEL_WEIGHT = 0.0005
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Return the layers that ``512,1024`` or ``none`` names."""
+    try:
+        return () if text == "none" else tuple(int(width) for width in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers, as 512,1024, or none") from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. Every field is a flag of ``python -m training``. Raises ValueError on a wrong one.
+
+    augment: None for the data set's own: ``none`` where images are composed of objects at random places, as they are
+    in the papers, else ``affine``. per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
+    """
+
+    epochs: int = option(40, "passes over the training images", minimum=1)
+    batch_size: int = option(128, "images a step, of all processes together", minimum=1)
+    learning_rate: float = option(
+        2e-3, "peak of Adam's learning rate; a linear warm-up leads to it and half a cosine down to 0", above=0
+    )
+    warmup_epochs: float = option(1.0, "length of the warm-up", minimum=0)
+    ema_decay: float = option(
+        0.999, "decay a step of the averaged weights, the ones that are evaluated and kept", minimum=0, below=1
+    )
+    augment: str | None = option(
+        None,
+        "random changes to the training images: affine; shift by up to two pixels, the paper's; all-shifts, the 25 of "
+        "them in turn, the authors'; or none",
+        choices=AUGMENTATION_NAMES,
+        shown="affine, or none where the data set composes its images",
+    )
+    pixel_weight: float = option(
+        PIXEL_WEIGHT,
+        "weight of the sum of squared pixel errors in the loss; the authors' code amounts to 0.01",
+        minimum=0,
+    )
+    gradient_clip: float = option(
+        0.0, "largest norm of the gradient, longer ones are shortened to it; 0 for any", minimum=0
+    )
+    precision: str = option("32-true", "32-true, or mixed: bf16-mixed, or 16-mixed on a GPU", choices=PRECISIONS)
+    vote_blocks: int = option(
+        1,
+        "blocks of primary capsules that are routed one after the other, without storing the votes: less memory, more "
+        "time, the same result",
+        minimum=1,
+    )
+    per_class: int | None = option(
+        None,
+        "images of each class to learn from, chosen at random; those held out are others",
+        parse=int,
+        minimum=1,
+        shown="all",
+    )
+    held_out: int | None = option(
+        None,
+        "training images held out to select the epoch, 0 to train on all and keep the last epoch",
+        parse=int,
+        minimum=0,
+        shown=f"one in {HELD_OUT_SHARE}",
+    )
+    seed: int = option(1, "seed of initialization, order, augmentation and split", minimum=0, maximum=2**31 - 1)
+    deterministic: bool = option(
+        False, "only operations that give the same result each time, or an error where PyTorch has none"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class NetworkChanges:
+    """The fields of ``CapsNetConfig`` that differ from those of --config; None for as there."""
+
+    conv_channels: int | None = option(None, "channels of the first convolution", parse=int, minimum=1, shown="")
+    primary_types: int | None = option(None, "types of primary capsules", parse=int, minimum=1, shown="")
+    primary_dim: int | None = option(None, "dimension of the primary capsules", parse=int, minimum=1, shown="")
+    digit_dim: int | None = option(None, "dimension of the digit capsules, the poses", parse=int, minimum=1, shown="")
+    routing_iterations: int | None = option(
+        None, "iterations of the routing; 1 is uniform coupling", parse=int, minimum=1, shown=""
+    )
+    decoder_widths: tuple[int, ...] | None = option(
+        None,
+        "layers of the decoder, as 512,1024, or none to train without reconstruction",
+        parse=parse_widths,
+        metavar="N,N",
+        shown="",
+    )
+    digit_bias: bool | None = option(
+        None, "a bias on each digit capsule's sum of votes (the authors' code)", parse=bool, shown=""
+    )
+    primary_divisor: float | None = option(
+        None,
+        "what the primary convolution's output is divided by before its bias is added (authors: 32)",
+        parse=float,
+        above=0,
+        shown="",
+    )
+    initialization: str | None = option(None, "of the convolutions", choices=INITIALIZATION_NAMES, shown="")
+    agreement: str | None = option(None, "of a vote with a pose", choices=AGREEMENT_NAMES, shown="")
+    normalization: str | None = option(
+        None, "of the routing logits to couplings", choices=NORMALIZATION_NAMES, shown=""
+    )
+    routing_gradient: bool | None = option(
+        None, "let gradients flow through the couplings (the authors' code)", parse=bool, shown=""
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.decoder_widths and min(self.decoder_widths) < 1:
+            raise ValueError(f"decoder_widths: {self.decoder_widths}; expected 1 or more each")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is trained, on what, and where the run is kept. Raises ValueError where options do not go together."""
+
+    config: str = option("compact", "the network", choices=CONFIG_NAMES)
+    dataset: str | None = option(None, "what it learns", choices=NAMES, shown=DEFAULT_DATASET)
+    data: Path | None = option(
+        None,
+        "or a folder of your own images, FOLDER/CLASS/*.png, of any size",
+        parse=Path,
+        metavar="FOLDER",
+        shown="",
+    )
+    image_size: int | None = option(
+        None,
+        "with --data: height and width to scale all images to",
+        parse=int,
+        minimum=1,
+        shown="their own if all have one, else 32",
+    )
+    data_dir: Path | None = option(
+        None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
+    )
+    out: Path | None = option(None, "the run's folder", parse=Path, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED")
+    resume: bool = option(False, "continue the interrupted run in the run's folder", shown="")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.data is not None and self.dataset is not None:
+            raise ValueError("--data takes the place of --dataset; give one of them")
+        if self.image_size is not None and self.data is None:
+            raise ValueError("--image-size goes with --data; the data sets have a size of their own")
+
+    @property
+    def data_name(self) -> str:
+        """The name of the data set, or of the folder."""
+        return self.data.resolve().name if self.data else self.dataset or DEFAULT_DATASET
