@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from serving.artifact import Graph
 from serving.runtime import CPU, Prediction, Runtime, onnxruntime
 from training.evaluate import most_probable, predict, wrong
 from training.model import CapsNet, lengths, to_pixels
@@ -144,10 +145,10 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
     return figures
 
 
-def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> dict[str, Any]:
+def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> Graph:
     """Compare the explanation's three outputs with PyTorch's on some of the test images and the edge images.
 
-    Returns figures for the manifest; raises ParityError where a value is not finite or differs by more than fp32 may.
+    Returns the manifest's entry; raises ParityError where a value is not finite or differs by more than fp32 may.
     """
     tests = len(reference.labels)
     chosen = torch.cat((reference.images[: min(tests, _EXPLAINED_IMAGES)], reference.images[tests:]))
@@ -157,7 +158,7 @@ def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> d
     return _compare(file, {"images": chosen.numpy()}, expected)
 
 
-def certify_decoder(network: CapsNet, file: Path, reference: Reference) -> dict[str, Any]:
+def certify_decoder(network: CapsNet, file: Path, reference: Reference) -> Graph:
     """Compare the decoder graph's reconstructions, from each image's longest capsule, with PyTorch's; else as above."""
     assert network.decoder is not None
     poses = torch.from_numpy(reference.prediction.poses[:_EXPLAINED_IMAGES])
@@ -193,19 +194,19 @@ def _calls_per_second(call: Callable[[], object]) -> float:
     return calls / elapsed
 
 
-def _compare(file: Path, inputs: dict[str, NDArray[Any]], expected: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
+def _compare(file: Path, inputs: dict[str, NDArray[Any]], expected: dict[str, NDArray[np.float32]]) -> Graph:
     session = onnxruntime().InferenceSession(str(file), providers=[CPU])
     found = session.run(list(expected), inputs)
     difference = TOLERANCES["fp32"].difference
-    figures: dict[str, Any] = {"images": len(next(iter(inputs.values())))}
+    differences: dict[str, float] = {}
     for name, array in zip(expected, found, strict=True):
         largest = float(np.abs(array - expected[name]).max())
         if not largest <= difference:  # nor where it is no number
             raise ParityError(
                 f"{file.name}: {name} differ from PyTorch's by {largest:.2g}; tolerated are {difference:g}"
             )
-        figures[f"max_{name}_difference"] = largest
-    return figures
+        differences[name] = largest
+    return Graph(file.name, len(next(iter(inputs.values()))), differences)
 
 
 def _check_finite(source: str, prediction: Prediction) -> None:

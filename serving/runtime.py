@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from serving.artifact import PRECISIONS, Artifact
 from serving.files.cache import cache_folder
-from serving.tensorrt_options import TENSORRT, BatchProfile, execution_provider_options
+from serving.tensorrt_options import TENSORRT, execution_provider_options
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -126,8 +126,9 @@ class Runtime:
                 raise RuntimeSetupError(
                     f"{cache}: cannot be made: {error.strerror}; engine_cache names another"
                 ) from error
-            profile = BatchProfile(**artifact.batches)
-            options_of = execution_provider_options(profile, artifact.image_shape, cache, fp16=precision == "fp16")
+            options_of = execution_provider_options(
+                artifact.batches, artifact.image_shape, cache, fp16=precision == "fp16"
+            )
             wanted = [(TENSORRT, options_of), *wanted]
         # As bytes, what was verified is what runs: a graph in a file could have its weights in others. TensorRT's cache
         # needs the file.

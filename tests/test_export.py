@@ -37,8 +37,9 @@ from export.verify import (
     reference,
 )
 from serving import artifact as artifacts
-from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact
+from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact, Graph, Training, Variant
 from serving.runtime import Prediction, Runtime, onnxruntime
+from serving.tensorrt_options import BatchProfile
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data import datasets
@@ -75,10 +76,10 @@ def unverified(model: onnx.ModelProto, config: CapsNetConfig, folder: Path) -> A
         image_shape=(config.image_channels, config.image_size, config.image_size),
         pose_size=config.digit_dim,
         files={MODEL: artifacts.digest(folder / MODEL)},
-        variants={"fp32": {"file": MODEL}},
+        variants={"fp32": Variant(MODEL)},
         graphs={},
-        batches={},
-        training={},
+        batches=BatchProfile(1, 8, 32),
+        training=Training("mnist"),
     )
 
 
@@ -152,13 +153,13 @@ def ready_made(monkeypatch: pytest.MonkeyPatch, exported: Artifact, graph: onnx.
 
 def test_the_manifest_reports_the_parity_of_all_test_and_edge_images(exported: Artifact) -> None:
     parity = exported.variants["fp32"]
-    assert parity["images"] == len(IMAGES) + len(edge_images(1, 28))
-    assert parity["labels_changed"] == 0
-    assert 0 < parity["mean_probability_difference"] <= parity["max_probability_difference"] <= 1e-5
-    assert 0 < parity["mean_pose_difference"] <= parity["max_pose_difference"] <= 1e-5
-    assert parity["reference"] == f"PyTorch {torch.__version__}"
-    assert parity["runtime"].startswith("ONNX Runtime ")
-    assert parity["provider"] == "CPUExecutionProvider"
+    assert parity.images == len(IMAGES) + len(edge_images(1, 28))
+    assert parity.labels_changed == 0
+    assert 0 < parity.mean_probability_difference <= parity.max_probability_difference <= 1e-5
+    assert 0 < parity.mean_pose_difference <= parity.max_pose_difference <= 1e-5
+    assert parity.reference == f"PyTorch {torch.__version__}"
+    assert parity.runtime.startswith("ONNX Runtime ")
+    assert parity.provider == "CPUExecutionProvider"
 
 
 def test_what_export_wrote_is_what_serving_loads(exported: Artifact) -> None:
@@ -194,24 +195,24 @@ def test_a_network_of_overlapping_digits_is_measured_by_pairs(trained: Checkpoin
     artifact, failures = export_checkpoint(replace(trained, figures=figures), dataset, tmp_path, NAME, "1")
 
     assert not failures
-    assert artifact.variants["fp32"]["labels_changed"] == 0
+    assert artifact.variants["fp32"].labels_changed == 0
     with pytest.raises(CheckpointError, match="the checkpoint's figures are not those of its weights"):
         export_checkpoint(trained, dataset, tmp_path, NAME, "2")
 
 
 def test_the_manifest_says_how_the_network_was_trained(exported: Artifact, trained: Checkpoint) -> None:
-    assert exported.training["dataset"] == "mnist"
-    assert exported.training["recipe"] == trained.recipe
-    assert exported.training["figures"] == trained.figures
-    config = exported.training["config"]
-    assert CapsNetConfig(**config | {"decoder_widths": tuple(config["decoder_widths"])}) == TINY
+    assert exported.training.dataset == "mnist"
+    assert exported.training.recipe == trained.recipe
+    assert exported.training.figures == trained.figures
+    config = exported.training.config
+    assert CapsNetConfig(**{**config, "decoder_widths": tuple(config["decoder_widths"])}) == TINY
 
 
 def test_the_onnx_file_says_what_it_is(exported: Artifact, graph: onnx.ModelProto) -> None:
     properties = {entry.key: entry.value for entry in graph.metadata_props}
-    assert properties.pop("config") == json.dumps(exported.training["config"])
+    assert properties.pop("config") == json.dumps(exported.training.config)
     digest = hashlib.sha256(IMAGES.numpy().tobytes() + LABELS.numpy().tobytes()).hexdigest()
-    assert properties.pop("export_commit") == exported.training["export_commit"]
+    assert properties.pop("export_commit") == exported.training.export_commit
     assert properties == {
         "name": NAME, "version": "1", "dataset": "mnist", "test_data_sha256": digest, "training_commit": "abc",
     }  # fmt: skip
@@ -512,12 +513,12 @@ def test_a_further_graph_with_a_wrong_output_is_a_parity_error(
     monkeypatch.setattr("export.verify.onnxruntime", lambda: Mock(InferenceSession=Spoiled))
     graph = exported.graphs["decoder" if output == "image" else "explain"]
     check = certify_decoder if output == "image" else certify_explanation
-    with pytest.raises(ParityError, match=f"{graph['file']}: {output} differ from PyTorch's by"):
-        check(trained.model(), exported.folder / graph["file"], expected)
+    with pytest.raises(ParityError, match=f"{graph.file}: {output} differ from PyTorch's by"):
+        check(trained.model(), exported.folder / graph.file, expected)
 
 
 def test_the_explanation_is_compared_on_the_test_images_and_each_edge_image_once(exported: Artifact) -> None:
-    assert exported.graphs["explain"]["images"] == 20 + 15
+    assert exported.graphs["explain"].images == 20 + 15
 
 
 def test_a_precision_that_cannot_be_made_is_left_out_and_told(
@@ -580,11 +581,11 @@ def test_the_certificate_has_the_manifests_numbers(exported: Artifact) -> None:
     page = (exported.folder / CERTIFICATE).read_text()
     for precision, variant in exported.variants.items():
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {precision} | `"))
-        assert f"| {variant['bytes']:,} |" in line
-        assert f"{100 * variant['test_errors'] / 20:.2f} % ({variant['test_errors']})" in line
-        assert f"{variant['max_pose_difference']:.2g}, {variant['mean_pose_difference']:.2g}" in line
-        assert set(variant["images_per_second"]) == {str(batch) for batch in BATCHES}
-        assert all(speed > 0 for speed in variant["images_per_second"].values())
+        assert f"| {variant.bytes:,} |" in line
+        assert f"{100 * variant.test_errors / 20:.2f} % ({variant.test_errors})" in line
+        assert f"{variant.max_pose_difference:.2g}, {variant.mean_pose_difference:.2g}" in line
+        assert set(variant.images_per_second) == {str(batch) for batch in BATCHES}
+        assert all(speed > 0 for speed in variant.images_per_second.values())
     for name, sha256 in exported.files.items():
         assert name == CERTIFICATE or f"| `{name}` | `{sha256}` |" in page
     assert "**Not run:** CUDA and TensorRT" in page
@@ -592,7 +593,7 @@ def test_the_certificate_has_the_manifests_numbers(exported: Artifact) -> None:
 
 
 def test_half_precision_takes_half_the_space_and_int8_less_than_all(exported: Artifact) -> None:
-    sizes = {precision: variant["bytes"] for precision, variant in exported.variants.items()}
+    sizes = {precision: variant.bytes for precision, variant in exported.variants.items()}
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
     assert sizes["int8"] < sizes["fp32"]
 
@@ -607,25 +608,26 @@ def test_the_explanation_tells_the_couplings_of_the_last_iteration(exported: Art
     np.testing.assert_allclose(couplings, expected_couplings, atol=1e-5, rtol=0)
     np.testing.assert_allclose(probabilities, np.linalg.norm(poses, axis=-1), atol=1e-5)
     np.testing.assert_allclose(couplings.sum(1), 1, atol=1e-5)
-    assert exported.graphs["explain"]["max_couplings_difference"] <= 1e-5
+    assert exported.graphs["explain"].differences["couplings"] <= 1e-5
 
 
 def test_the_receptive_field_is_the_pixels_that_change_a_primary_capsule(
     exported: Artifact, trained: Checkpoint
 ) -> None:
-    field = exported.graphs["explain"]["receptive_field"]
+    field = exported.graphs["explain"].receptive_field
+    assert field is not None
     assert field == receptive_field(TINY)
     model, generator = trained.model().double(), torch.Generator().manual_seed(0)
     image = torch.rand(1, 1, 28, 28, generator=generator, dtype=torch.float64, requires_grad=True)
-    grid = field["grid"]
+    grid = field.grid
     for kind, row, column in ((0, 0, 0), (1, 2, 4), (0, grid - 1, grid - 1)):
         capsule = (kind * grid + row) * grid + column
         (gradient,) = torch.autograd.grad(model.primary_capsules(image)[0, capsule].sum(), image)
         seen = gradient[0, 0] != 0
         rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
         for indices, place in ((rows, row), (columns, column)):
-            first = field["stride"] * place
-            assert indices.tolist() == list(range(first, first + field["size"]))
+            first = field.stride * place
+            assert indices.tolist() == list(range(first, first + field.size))
 
 
 def test_the_decoder_reconstructs_from_the_live_pose_alone(exported: Artifact, trained: Checkpoint) -> None:
@@ -671,8 +673,8 @@ def test_an_engine_that_was_built_is_in_the_manifest_and_not_said_to_be_compared
 ) -> None:
     monkeypatch.setattr("export.build.build_engine", lambda model, engine, profile: engine.write_bytes(b"engine"))
     artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
-    assert artifact.graphs["tensorrt"] == {"file": "model.plan"}
-    assert artifact.batches == {"min": 1, "opt": 8, "max": 32}
+    assert artifact.graphs["tensorrt"] == Graph("model.plan")
+    assert artifact.batches == BatchProfile(1, 8, 32)
     assert "| tensorrt | `model.plan` | none | not compared |" in (artifact.folder / CERTIFICATE).read_text()
     assert artifacts.load(artifact.folder).files["model.plan"] == hashlib.sha256(b"engine").hexdigest()
 
@@ -766,7 +768,7 @@ def test_the_command_writes_one_version_after_another_and_prints_what_it_measure
     assert versions == {f"{NAME}/1", f"{NAME}/2", f"{NAME}/10", f"{NAME}/11", "other/1"}
     first = artifacts.load(out / NAME / "1")
     assert f"wrote {first.folder}: {', '.join(first.files)}\n" in printed.out
-    figures = first.training["figures"]["test_errors"]
+    figures = first.training.figures["test_errors"]
     for precision in artifacts.PRECISIONS:
         assert re.search(rf"^{precision}: test error \d+\.\d\d % \(\d+ of 20\), \d+ labels changed", printed.out, re.M)
     assert f"fp32: test error {100 * figures / 20:.2f} % ({figures} of 20), 0 labels changed" in printed.out

@@ -17,7 +17,7 @@ from serving.metrics.registry import Metrics
 from serving.repository.served_model import ServedModel
 from serving.runtime import Runtime, RuntimeSetupError, saturates
 from serving.settings import Settings
-from serving.tensorrt_options import TENSORRT, BatchProfile, execution_provider_options
+from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
 
 
@@ -32,7 +32,7 @@ def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certifica
     classes = np.concatenate([part.probabilities.argmax(1) for part in parts])
     errors = int((classes != digits.labels).sum())
     # Another processor may round another way in the last digit, where two classes are as good as equal.
-    assert abs(errors - artifact.variants[precision]["test_errors"]) <= (0 if precision == "fp32" else 3)
+    assert abs(errors - artifact.variants[precision].test_errors) <= (0 if precision == "fp32" else 3)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], p
     described = running.stub.GetModel(pb.GetModelRequest(), timeout=20)
     assert described.precision == precision
     assert described.sha256 == running.model.artifact.sha256(precision)
-    assert described.test_errors == running.model.artifact.variants[precision]["test_errors"]
+    assert described.test_errors == running.model.artifact.variants[precision].test_errors
     image = pb.Image(pixels=digits.images[0].tobytes())
     assert running.classify(image).results[0].label == str(digits.labels[0])
 
@@ -98,7 +98,7 @@ def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_ap
     assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     folder = tmp_path / artifact.sha256(precision)
     assert folder.is_dir()
-    profile = BatchProfile(**artifact.batches)
+    profile = artifact.batches
     assert first == (
         TENSORRT, execution_provider_options(profile, artifact.image_shape, folder, fp16=precision == "fp16"),
     )  # fmt: skip

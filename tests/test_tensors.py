@@ -9,15 +9,28 @@ import pytest
 from numpy.typing import NDArray
 
 from protos.inference import inference_pb2 as pb
-from serving.artifact import Artifact
+from serving.artifact import Artifact, Training
 from serving.errors import InvalidRequest
 from serving.runtime import Prediction
 from serving.services.open_inference_codec import Output, TensorMessages, refused, schedule
+from serving.tensorrt_options import BatchProfile
 
 LABELS = ("circle", "a:b", "größe", "")
 MOST = 5
 MESSAGES = TensorMessages(
-    Artifact(Path(), "shapes", "7", LABELS, (3, 4, 5), 2, files={}, variants={}, graphs={}, batches={}, training={}),
+    Artifact(
+        folder=Path(),
+        name="shapes",
+        version="7",
+        labels=LABELS,
+        image_shape=(3, 4, 5),
+        pose_size=2,
+        files={},
+        variants={},
+        graphs={},
+        batches=BatchProfile(1, 1, 1),
+        training=Training("shapes"),
+    ),
     MOST,
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)

@@ -36,8 +36,8 @@ class ServedModel:
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics, plan: Plan | None = None) -> None:
         self.artifact: Artifact = artifacts.load(folder)
         self.settings = settings
-        if settings.device == "tensorrt" and settings.max_batch > self.artifact.batches["max"]:
-            most = self.artifact.batches["max"]
+        if settings.device == "tensorrt" and settings.max_batch > self.artifact.batches.max:
+            most = self.artifact.batches.max
             raise RuntimeSetupError(
                 f"max_batch: {settings.max_batch}; this model was exported for batches of up to {most} in TensorRT"
             )
@@ -138,7 +138,7 @@ class ServedModel:
         settings = self.settings
         most = settings.max_batch or _MOST_TUNED
         if settings.device == "tensorrt":
-            most = min(most, self.artifact.batches["max"])
+            most = min(most, self.artifact.batches.max)
         if plan:
             pairs, max_batch = [(plan.threads, plan.runtimes)], plan.max_batch
         else:
@@ -161,8 +161,7 @@ class ServedModel:
     @property
     def _info(self) -> tuple[str, ...]:
         artifact, precision = self.artifact, self.settings.precision
-        dataset = str(artifact.training["dataset"])
-        return artifact.name, artifact.version, dataset, precision, artifact.sha256(precision)
+        return artifact.name, artifact.version, artifact.training.dataset, precision, artifact.sha256(precision)
 
     def _tell(self) -> None:
         """Set what the metrics say of it as it is."""

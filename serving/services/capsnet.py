@@ -70,7 +70,7 @@ class CapsNetService:
         model = self._pipeline.repository.get(request.model_name, request.model_version)
         artifact, settings, plan = model.artifact, self.settings, model.plan
         channels, height, width = artifact.image_shape
-        figures = artifact.variants[settings.precision]
+        variant = artifact.variant(settings.precision)
         response = pb.GetModelResponse(
             model_name=artifact.name,
             model_version=artifact.version,
@@ -84,9 +84,9 @@ class CapsNetService:
             execution_provider=model.runtime.provider,
             sha256=artifact.sha256(settings.precision),
             precision=settings.precision,
-            dataset=artifact.training["dataset"],
-            test_errors=figures["test_errors"],
-            test_images=figures["test_images"],
+            dataset=artifact.training.dataset,
+            test_errors=variant.test_errors,
+            test_images=variant.test_images,
             tuning=pb.Tuning(
                 threads=plan.threads,
                 runtimes=plan.runtimes,
