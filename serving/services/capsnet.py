@@ -10,11 +10,11 @@ import numpy as np
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.batching.batcher import Images
 from serving.errors import InvalidRequest
-from serving.files.images import from_encoded, from_pixels
 from serving.metrics.registry import Metrics
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, check_size, parse
 from serving.runtime import Answer
+from serving.services.encoded_images import from_encoded, from_pixels
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import delimited
 from serving.settings import Settings
