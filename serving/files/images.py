@@ -28,6 +28,7 @@ _TURNS = {
 }
 
 Shape = tuple[int, int, int]
+Images = NDArray[np.uint8]
 
 
 def limit_metadata() -> None:
