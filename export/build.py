@@ -166,7 +166,7 @@ def _with_variant(
         files=artifact.files | {file: digest(artifact.folder / file)},
         variants={**artifact.variants, precision: Variant(file)},
     )
-    runtime = Runtime(written, "cpu", usable_cores(), precision)
+    runtime = Runtime(written.file(precision), "cpu", usable_cores(), quantized=precision == "int8")
     figures = certify(expected, runtime, precision)
     return replace(written, variants={**artifact.variants, precision: Variant(file, **figures)}), runtime
 

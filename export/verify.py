@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.artifact import Graph
-from serving.runtime import CPU, Prediction, Runtime, onnxruntime
+from serving.runtime import CPU, Runtime, onnxruntime
 from training.evaluate import most_probable, predict, wrong
 from training.model import CapsNet, lengths, to_pixels
 
@@ -50,6 +50,13 @@ TOLERANCES = {
     # Wide enough for 8 bits, and far below what another network, or a pose with a wrong sign, differs by.
     "int8": Tolerance(0.2, 0.02, None, 1e-3),
 }
+
+
+class Prediction(NamedTuple):
+    """probabilities: (B, J) float32, the poses' lengths; poses: (B, J, E) float32."""
+
+    probabilities: NDArray[np.float32]
+    poses: NDArray[np.float32]
 
 
 class Reference(NamedTuple):
@@ -98,8 +105,10 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
     """
     count = len(reference.labels)
     images, edges = reference.images[:count], reference.images[count:]
-    parts = [runtime.predict(batch.numpy()) for batch in (*images.split(_BATCH_SIZE), *edges.split(1))]  # type: ignore[no-untyped-call]
-    found = Prediction(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    parts = [runtime.run({"images": batch.numpy()}) for batch in (*images.split(_BATCH_SIZE), *edges.split(1))]  # type: ignore[no-untyped-call]
+    found = Prediction(
+        *(np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in Prediction._fields)
+    )
     _check_finite("the exported model", found)
     differences = [np.abs(one - other) for one, other in zip(found, reference.prediction, strict=True)]
     objects = reference.labels.shape[1] if reference.labels.ndim == 2 else 1
@@ -176,11 +185,11 @@ def speeds(runtimes: Mapping[str, Runtime], images: Tensor) -> dict[str, dict[st
     """
     result: dict[str, dict[str, float]] = {name: {} for name in runtimes}
     for batch in BATCHES:
-        given = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].numpy()
+        given = {"images": images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].numpy()}
         samples: dict[str, list[float]] = {name: [] for name in runtimes}
         for _ in range(_ROUNDS):
             for name, runtime in runtimes.items():
-                samples[name].append(batch * _calls_per_second(partial(runtime.predict, given)))
+                samples[name].append(batch * _calls_per_second(partial(runtime.run, given)))
         for name, values in samples.items():
             result[name][str(batch)] = round(statistics.median(values), 1)
     return result

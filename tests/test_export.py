@@ -29,6 +29,7 @@ from export.triton import TritonError
 from export.verify import (
     BATCHES,
     ParityError,
+    Prediction,
     Reference,
     certify,
     certify_decoder,
@@ -38,7 +39,7 @@ from export.verify import (
 )
 from serving import artifact as artifacts
 from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact, Graph, Training, Variant
-from serving.runtime import Prediction, Runtime, onnxruntime
+from serving.runtime import Arrays, Runtime, onnxruntime, rows
 from serving.tensorrt_options import BatchProfile
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint, CheckpointError
@@ -261,10 +262,10 @@ def test_the_weights_are_stored_once_and_the_decoder_not_at_all(exported: Artifa
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, trained: Checkpoint, batch: int) -> None:
     images = random_images(TINY, batch)
-    found = Runtime(exported, device="cpu").predict(images.numpy())
+    found = Runtime(exported.file(), device="cpu").run({"images": images.numpy()})
     probabilities, poses = predict(trained.model(), images)
-    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(found.poses, poses, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.asarray(found["probabilities"], np.float32), probabilities, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.asarray(found["poses"], np.float32), poses, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(
     network = random_network(config)
     model = to_onnx(network, opset)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
-    runtime = Runtime(unverified(model, config, tmp_path), device="cpu")
+    runtime = Runtime(unverified(model, config, tmp_path).file(), device="cpu")
     images = random_images(config, 3)
     figures = certify(reference(network, images, torch.zeros(3, dtype=torch.int64)), runtime, "fp32")
     assert figures["max_pose_difference"] < 1e-5
@@ -371,14 +372,14 @@ def test_a_perturbed_weight_is_a_parity_error_with_the_numbers(exported: Artifac
         r"probabilities differ by up to 0\.0\d+ and poses by up to .*; tolerated are 0 labels changed, 0 errors more, "
         "differences of 1e-05, 1e-05 in the mean",
     ):
-        certify(expected, Runtime(exported, device="cpu"), "fp32")
+        certify(expected, Runtime(exported.file(), device="cpu"), "fp32")
 
 
 def test_a_tampered_graph_is_a_parity_error(expected: Reference, tampered: onnx.ModelProto, tmp_path: Path) -> None:
     (bias,) = (tensor for tensor in tampered.graph.initializer if tensor.name.endswith("primary.bias"))
     values = onnx.numpy_helper.to_array(bias) + np.float32(0.01)
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
-    runtime = Runtime(unverified(tampered, TINY, tmp_path), device="cpu")
+    runtime = Runtime(unverified(tampered, TINY, tmp_path).file(), device="cpu")
     with pytest.raises(ParityError, match="differ"):
         certify(expected, runtime, "fp32")
 
@@ -392,17 +393,17 @@ def test_changed_labels_are_a_parity_error_however_close_the_probabilities_are(
     tie[:, 1] = 0.5 - 1e-6
     poses = np.zeros((35, TINY.classes, TINY.digit_dim), np.float32)
     right = expected._replace(labels=torch.full((20,), 2), prediction=Prediction(tie, poses))  # always wrong
-    runtime = Runtime(exported, device="cpu")
+    runtime = Runtime(exported.file(), device="cpu")
     for changed in range(21):
         swapped = tie.copy()
         swapped[:changed, :2] = swapped[:changed, 1::-1]
         swapped[20:, :2] = swapped[20:, 1::-1]  # the edge images have no label to change
         answers = iter([swapped[:20], *swapped[20:, None]])
 
-        def answer(runtime: Runtime, images: NDArray[np.uint8], answers: Any = answers) -> Prediction:
-            return Prediction(next(answers), poses[: len(images)])
+        def answer(runtime: Runtime, arrays: Arrays, answers: Any = answers) -> Arrays:
+            return {"probabilities": next(answers), "poses": poses[: rows(arrays)]}
 
-        monkeypatch.setattr(Runtime, "predict", answer)
+        monkeypatch.setattr(Runtime, "run", answer)
         if changed <= tolerated:
             assert certify(right, runtime, precision)["labels_changed"] == changed
         else:
@@ -421,8 +422,10 @@ def test_more_errors_than_int8_may_make_are_a_parity_error(
     swapped = tie.copy()
     swapped[:errors, :2] = swapped[:errors, 1::-1]
     answers = iter([swapped[:20], *swapped[20:, None]])
-    runtime = Runtime(exported, "cpu")
-    monkeypatch.setattr(Runtime, "predict", lambda self, images: Prediction(next(answers), poses[: len(images)]))
+    runtime = Runtime(exported.file(), "cpu")
+    monkeypatch.setattr(
+        Runtime, "run", lambda self, arrays: {"probabilities": next(answers), "poses": poses[: rows(arrays)]}
+    )
     if errors == 1:  # a share of a thousand, rounded up
         assert certify(right, runtime, "int8")["test_errors"] == 1
     else:
@@ -431,19 +434,19 @@ def test_more_errors_than_int8_may_make_are_a_parity_error(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("output", ["probabilities", "poses"])
 def test_a_value_that_is_not_finite_is_a_parity_error(
-    expected: Reference, exported: Artifact, monkeypatch: pytest.MonkeyPatch, value: float, output: int
+    expected: Reference, exported: Artifact, monkeypatch: pytest.MonkeyPatch, value: float, output: str
 ) -> None:
-    honest = Runtime.predict
+    honest = Runtime.run
 
-    def spoiled(runtime: Runtime, images: NDArray[np.uint8]) -> Prediction:
-        prediction = honest(runtime, images)
-        prediction[output].flat[-1] = value
-        return prediction
+    def spoiled(runtime: Runtime, arrays: Arrays) -> Arrays:
+        outputs: dict[str, Any] = honest(runtime, arrays)
+        outputs[output].flat[-1] = value
+        return outputs
 
-    runtime = Runtime(exported, device="cpu")
-    monkeypatch.setattr(Runtime, "predict", spoiled)
+    runtime = Runtime(exported.file(), device="cpu")
+    monkeypatch.setattr(Runtime, "run", spoiled)
     for precision in artifacts.PRECISIONS:
         with pytest.raises(ParityError, match="the exported model computes 16 values that are not finite"):
             certify(expected, runtime, precision)
@@ -460,13 +463,13 @@ def test_weights_that_are_not_finite_are_a_parity_error() -> None:
 def test_nothing_is_left_of_an_export_that_fails_its_verification(
     trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Runtime.predict
+    honest = Runtime.run
 
-    def off(runtime: Runtime, images: NDArray[np.uint8]) -> Prediction:
-        prediction = honest(runtime, images)
-        return prediction._replace(poses=prediction.poses + np.float32(2e-5))
+    def off(runtime: Runtime, arrays: Arrays) -> Arrays:
+        outputs: dict[str, Any] = honest(runtime, arrays)
+        return outputs | {"poses": outputs["poses"] + np.float32(2e-5)}
 
-    monkeypatch.setattr(Runtime, "predict", off)
+    monkeypatch.setattr(Runtime, "run", off)
     with pytest.raises(ParityError, match=r"0 of 20 labels changed.*poses by up to 2e-05"):
         export_checkpoint(trained, DATASET, tmp_path, NAME, "1")
     assert not (tmp_path / NAME / "1").exists()
@@ -488,10 +491,15 @@ def test_nothing_is_left_of_an_export_that_is_interrupted(
 def test_poses_with_a_wrong_sign_are_a_parity_error_in_every_precision(
     expected: Reference, exported: Artifact, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    honest = Runtime.predict
-    monkeypatch.setattr(Runtime, "predict", lambda *given: honest(*given)._replace(poses=-honest(*given).poses))
+    honest = Runtime.run
+
+    def opposite(runtime: Runtime, arrays: Arrays) -> Arrays:
+        outputs: dict[str, Any] = honest(runtime, arrays)
+        return outputs | {"poses": -outputs["poses"]}
+
+    monkeypatch.setattr(Runtime, "run", opposite)
     with pytest.raises(ParityError, match=f"{precision} and PyTorch differ: 0 of 20 labels changed"):
-        certify(expected, Runtime(exported, "cpu"), precision)
+        certify(expected, Runtime(exported.file(), "cpu"), precision)
 
 
 @pytest.mark.parametrize("damage", [lambda array: array + np.float32(1e-4), lambda array: array * np.nan])

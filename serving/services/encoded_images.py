@@ -13,6 +13,7 @@ from serving.files.images import to_pixels
 _FORMATS = {b"\x89PNG\r\n\x1a\n": ("PNG", PngImageFile), b"\xff\xd8\xff": ("JPEG", JpegImageFile)}
 
 Shape = tuple[int, int, int]
+Images = NDArray[np.uint8]
 
 
 def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
