@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,9 +19,10 @@ from benchmarks.load import LoadError, Sample, framed, h2load, in_own_process
 from export.to_int8 import to_int8
 from export.to_onnx import to_onnx
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.artifact import MODEL, Artifact, digest, find, write_manifest
+from serving.artifact import MODEL, Artifact, Training, Variant, digest, find, write_manifest
 from serving.artifact import load as load_artifact
 from serving.settings import embedded_models
+from serving.tensorrt_options import BatchProfile
 from training.model import CONFIGS, CapsNet
 
 #: The network that comes with weights; the others get random ones.
@@ -146,16 +146,15 @@ def repository(config: str, precision: str, folder: Path) -> Path:
     version.mkdir(parents=True)
     model = to_onnx(network)
     onnx.save_model(model, version / MODEL)
-    figures = {"test_errors": 0, "test_images": 1}
-    variants: dict[str, dict[str, Any]] = {"fp32": {"file": MODEL, **figures}}
+    variants = {"fp32": Variant(MODEL, test_images=1)}
     if precision == "int8":
         images = torch.randint(0, 256, (64, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         onnx.save_model(to_int8(model, images), version / "int8.onnx")
-        variants["int8"] = {"file": "int8.onnx", **figures}
+        variants["int8"] = Variant("int8.onnx", test_images=1)
     labels = tuple(map(str, range(network.config.classes)))
-    files = {str(one["file"]): digest(version / str(one["file"])) for one in variants.values()}
-    batches = {"min": 1, "opt": 8, "max": 32}
-    training = {"dataset": "none: random weights"}
+    files = {variant.file: digest(version / variant.file) for variant in variants.values()}
+    batches = BatchProfile(1, 8, 32)
+    training = Training("none: random weights")
     write_manifest(
         Artifact(version, name, "1", labels, shape, network.config.digit_dim, files, variants, {}, batches, training)
     )

@@ -94,11 +94,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"wrote {artifact.folder}: {', '.join(artifact.files)}")
     for precision, variant in artifact.variants.items():
-        errors, images, changed = (variant[name] for name in ("test_errors", "test_images", "labels_changed"))
         print(
-            f"{precision}: test error {100 * errors / images:.2f} % ({errors} of {images}), {changed} labels changed, "
-            f"probabilities differ from PyTorch's by up to {variant['max_probability_difference']:.2g}, "
-            f"poses by up to {variant['max_pose_difference']:.2g}"
+            f"{precision}: test error {variant.test_error}, {variant.labels_changed} labels changed, "
+            f"probabilities differ from PyTorch's by up to {variant.max_probability_difference:.2g}, "
+            f"poses by up to {variant.max_pose_difference:.2g}"
         )
     for text in failures.values():
         print(f"not written: {text}", file=sys.stderr)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx
 import torch
@@ -20,7 +20,7 @@ from export.to_int8 import to_int8
 from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
 from export.verify import ParityError, Reference, certify, certify_decoder, certify_explanation, reference, speeds
-from serving.artifact import MODEL, PRECISIONS, Artifact, digest, write_manifest
+from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant, digest, write_manifest
 from serving.runtime import Runtime, RuntimeSetupError
 from serving.settings import usable_cores
 from serving.tensorrt_options import BatchProfile
@@ -100,7 +100,7 @@ def export_checkpoint(
         {},
         {},
         {},
-        asdict(batches),
+        batches,
         training,
     )
     try:
@@ -113,7 +113,7 @@ def export_checkpoint(
             artifact = replace(
                 artifact,
                 files=artifact.files | {ENGINE: digest(work / ENGINE)},
-                graphs={"tensorrt": {"file": ENGINE}},
+                graphs={"tensorrt": Graph(ENGINE)},
             )
         runtimes = {PRECISIONS[0]: runtime}
         failures: dict[str, str] = {}
@@ -164,26 +164,26 @@ def _with_variant(
     written = replace(
         artifact,
         files=artifact.files | {file: digest(artifact.folder / file)},
-        variants=artifact.variants | {precision: {"file": file}},
+        variants={**artifact.variants, precision: Variant(file)},
     )
-    runtime = Runtime(written, "cpu", usable_cores(), precision)
+    runtime = Runtime(written.file(precision), "cpu", usable_cores(), quantized=precision == "int8")
     figures = certify(expected, runtime, precision)
-    return replace(written, variants=artifact.variants | {precision: {"file": file, **figures}}), runtime
+    return replace(written, variants={**artifact.variants, precision: Variant(file, **figures)}), runtime
 
 
 def _write_graph(artifact: Artifact, file: str, model: onnx.ModelProto, what: str) -> None:
     training = artifact.training
     model.doc_string = (
-        f"Capsule network {artifact.name}, version {artifact.version}, trained on {training['dataset']}, {what}."
+        f"Capsule network {artifact.name}, version {artifact.version}, trained on {training.dataset}, {what}."
     )
     properties = {
         "name": artifact.name,
         "version": artifact.version,
-        "dataset": training["dataset"],
-        "test_data_sha256": training["test_data_sha256"],
-        "training_commit": str(training["figures"].get("commit", "")),
-        "export_commit": training["export_commit"],
-        "config": json.dumps(training["config"]),
+        "dataset": training.dataset,
+        "test_data_sha256": training.test_data_sha256,
+        "training_commit": str(training.figures.get("commit", "")),
+        "export_commit": training.export_commit,
+        "config": json.dumps(training.config),
     }
     onnx.helper.set_model_props(model, properties)
     # Of the graph's name, since TensorRT's engine cache tells models apart by it and not by their weights.
@@ -196,16 +196,13 @@ def _with_extras(artifact: Artifact, network: CapsNet, expected: Reference, opse
     files, graphs = dict(artifact.files), dict(artifact.graphs)
     file = f"{EXPLAIN}.onnx"
     _write_graph(artifact, file, explanation_to_onnx(network, opset), "with the couplings of its routing")
-    graphs[EXPLAIN] = {
-        "file": file,
-        **certify_explanation(network, artifact.folder / file, expected),
-        "receptive_field": receptive_field(network.config),
-    }
+    explained = certify_explanation(network, artifact.folder / file, expected)
+    graphs[EXPLAIN] = replace(explained, receptive_field=receptive_field(network.config))
     files[file] = digest(artifact.folder / file)
     if network.decoder is not None:
         file = f"{DECODER}.onnx"
         _write_graph(artifact, file, decoder_to_onnx(network, opset), "its decoder, from a pose to an image")
-        graphs[DECODER] = {"file": file, **certify_decoder(network, artifact.folder / file, expected)}
+        graphs[DECODER] = certify_decoder(network, artifact.folder / file, expected)
         files[file] = digest(artifact.folder / file)
     return replace(artifact, files=files, graphs=graphs)
 
@@ -216,19 +213,19 @@ def _with_speeds(artifact: Artifact, runtimes: dict[str, Runtime], images: Tenso
     return replace(
         artifact,
         variants={
-            precision: {
-                **variant,
-                "bytes": (artifact.folder / variant["file"]).stat().st_size,
-                "images_per_second": measured[precision],
-                "device": device,
-            }
+            precision: replace(
+                variant,
+                bytes=(artifact.folder / variant.file).stat().st_size,
+                images_per_second=measured[precision],
+                device=device,
+            )
             for precision, variant in artifact.variants.items()
         },
     )
 
 
-def _check_figures(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
-    measured = {name: figures[name] for name in ("test_errors", "test_images")}
+def _check_figures(checkpoint: Checkpoint, variant: Variant) -> None:
+    measured = {"test_errors": variant.test_errors, "test_images": variant.test_images}
     recorded = {name: checkpoint.figures.get(name) for name in measured}
     if measured != recorded:
         raise CheckpointError(
@@ -236,8 +233,8 @@ def _check_figures(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
         )
 
 
-def _training(checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
-    """What the manifest says of the training run and the data, exactly as it will be read back."""
+def _training(checkpoint: Checkpoint, dataset: Dataset) -> Training:
+    """Return what the manifest says of the training run and the data, exactly as it will be read back."""
     data = hashlib.sha256(dataset.test_images.numpy().tobytes() + dataset.test_labels.numpy().tobytes())
     content = {
         "dataset": checkpoint.dataset,
@@ -248,7 +245,6 @@ def _training(checkpoint: Checkpoint, dataset: Dataset) -> dict[str, Any]:
         "export_commit": commit(),
     }
     try:
-        result: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False))
+        return Training(**json.loads(json.dumps(content, allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's recipe or figures cannot be written as JSON: {error}") from error
-    return result

@@ -1,9 +1,8 @@
 """``CERTIFICATE.md``: what was compared of an artifact, with what result, and what was not run."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from serving.artifact import Artifact
+from serving.artifact import Artifact, Graph, Variant
 
 CERTIFICATE = "CERTIFICATE.md"
 
@@ -14,22 +13,22 @@ def certificate(artifact: Artifact, failures: Mapping[str, str]) -> str:
     first = next(iter(variants.values()))
     parts = [
         f"# {artifact.name}, version {artifact.version}",
-        f"Each graph that classifies was run by {first['runtime']} ({first['provider']}) over all "
-        f"{first['test_images']:,} test images of {artifact.training['dataset']} and "
-        f"{first['images'] - first['test_images']} others (blank, saturated, single pixels, noise), and compared with "
-        f"{first['reference']} in single precision on the same network. "
+        f"Each graph that classifies was run by {first.runtime} ({first.provider}) over all "
+        f"{first.test_images:,} test images of {artifact.training.dataset} and "
+        f"{first.images - first.test_images} others (blank, saturated, single pixels, noise), and compared with "
+        f"{first.reference} in single precision on the same network. "
         "Every value was finite. A graph that differs by more than is tolerated is not written.",
         _table(
             ("precision", "file", "bytes", "test error", "labels changed",
              "probabilities: largest, mean difference", "poses: largest, mean difference", "tolerated"),
             [(precision, *_compared(variant)) for precision, variant in variants.items()],
         ),
-        f"Images a second on {first['device']}, all graphs in turns:",
+        f"Images a second on {first.device}, all graphs in turns:",
         _speeds(variants),
     ]  # fmt: skip
     parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
     graphs = [
-        (name, f"`{graph['file']}`", str(graph.get("images", "none")), _differences(graph) or "not compared")
+        (name, f"`{graph.file}`", str(graph.images or "none"), _differences(graph) or "not compared")
         for name, graph in artifact.graphs.items()
     ]
     parts += [
@@ -41,13 +40,13 @@ def certificate(artifact: Artifact, failures: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _compared(variant: Mapping[str, Any]) -> tuple[str, ...]:
-    errors, images = variant["test_errors"], variant["test_images"]
+def _compared(variant: Variant) -> tuple[str, ...]:
+    errors, images = variant.test_errors, variant.test_images
     pairs = (
-        f"{variant[f'max_{what}_difference']:.2g}, {variant[f'mean_{what}_difference']:.2g}"
-        for what in ("probability", "pose")
+        f"{variant.max_probability_difference:.2g}, {variant.mean_probability_difference:.2g}",
+        f"{variant.max_pose_difference:.2g}, {variant.mean_pose_difference:.2g}",
     )
-    tolerance = variant["tolerance"]
+    tolerance = variant.tolerance
     texts = {
         "difference": "differences of {:g}",
         "mean_difference": "{:g} in the mean",
@@ -56,24 +55,23 @@ def _compared(variant: Mapping[str, Any]) -> tuple[str, ...]:
     }
     tolerated = ", ".join(text.format(tolerance[name]) for name, text in texts.items() if tolerance[name] is not None)
     return (
-        f"`{variant['file']}`", f"{variant['bytes']:,}", f"{100 * errors / images:.2f} % ({errors:,})",
-        f"{variant['labels_changed']:,}", *pairs, tolerated,
+        f"`{variant.file}`", f"{variant.bytes:,}", f"{100 * errors / images:.2f} % ({errors:,})",
+        f"{variant.labels_changed:,}", *pairs, tolerated,
     )  # fmt: skip
 
 
-def _speeds(variants: Mapping[str, Mapping[str, Any]]) -> str:
-    batches = list(next(iter(variants.values()))["images_per_second"])
-    first = next(iter(variants.values()))["images_per_second"]
+def _speeds(variants: Mapping[str, Variant]) -> str:
+    batches = list(next(iter(variants.values())).images_per_second)
+    first = next(iter(variants.values())).images_per_second
     rows = []
     for precision, variant in variants.items():
-        speed = variant["images_per_second"]
+        speed = variant.images_per_second
         rows.append((precision, *(f"{speed[batch]:,.0f} ({speed[batch] / first[batch]:.2f} x)" for batch in batches)))
     return _table(("precision", *(f"batch {batch}" for batch in batches)), rows)
 
 
-def _differences(graph: Mapping[str, Any]) -> str:
-    found = {name[4:-11]: value for name, value in graph.items() if name.startswith("max_")}
-    return ", ".join(f"{name} {value:.2g}" for name, value in found.items())
+def _differences(graph: Graph) -> str:
+    return ", ".join(f"{output} {value:.2g}" for output, value in graph.differences.items())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

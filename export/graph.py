@@ -4,12 +4,13 @@ Axes as in training/model.py: B images, C H W of an image, I primary capsules, J
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx
 import torch
 from torch import Tensor, nn
 
+from serving.artifact import ReceptiveField
 from training.model import KERNEL, PRIMARY_STRIDE, CapsNet, CapsNetConfig, lengths, to_pixels
 
 BATCH = "batch"
@@ -118,19 +119,15 @@ class LiveDecoder(nn.Module):
         return pixels.reshape(-1, *self.shape)
 
 
-def receptive_field(config: CapsNetConfig) -> dict[str, Any]:
-    """Which pixels each primary capsule sees, for reading couplings.
-
-    Capsule ``(type * grid + row) * grid + column`` sees the ``size`` x ``size`` pixels from row ``stride * row`` and
-    column ``stride * column`` on.
-    """
-    return {
-        "order": "type, row, column",
-        "types": config.primary_types,
-        "grid": config.primary_grid,
-        "stride": PRIMARY_STRIDE,
-        "size": 2 * KERNEL - 1,
-    }
+def receptive_field(config: CapsNetConfig) -> ReceptiveField:
+    """Return which pixels each primary capsule sees, for reading couplings."""
+    return ReceptiveField(
+        order="type, row, column",
+        types=config.primary_types,
+        grid=config.primary_grid,
+        stride=PRIMARY_STRIDE,
+        size=2 * KERNEL - 1,
+    )
 
 
 def check(model: onnx.ModelProto, signature: Signature) -> None:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serving.runtime import CPU, Prediction, Runtime, onnxruntime
+from serving.artifact import Graph
+from serving.runtime import CPU, Runtime, onnxruntime
 from training.evaluate import most_probable, predict, wrong
 from training.model import CapsNet, lengths, to_pixels
 
@@ -49,6 +50,13 @@ TOLERANCES = {
     # Wide enough for 8 bits, and far below what another network, or a pose with a wrong sign, differs by.
     "int8": Tolerance(0.2, 0.02, None, 1e-3),
 }
+
+
+class Prediction(NamedTuple):
+    """probabilities: (B, J) float32, the poses' lengths; poses: (B, J, E) float32."""
+
+    probabilities: NDArray[np.float32]
+    poses: NDArray[np.float32]
 
 
 class Reference(NamedTuple):
@@ -97,8 +105,10 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
     """
     count = len(reference.labels)
     images, edges = reference.images[:count], reference.images[count:]
-    parts = [runtime.predict(batch.numpy()) for batch in (*images.split(_BATCH_SIZE), *edges.split(1))]  # type: ignore[no-untyped-call]
-    found = Prediction(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    parts = [runtime.run({"images": batch.numpy()}) for batch in (*images.split(_BATCH_SIZE), *edges.split(1))]  # type: ignore[no-untyped-call]
+    found = Prediction(
+        *(np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in Prediction._fields)
+    )
     _check_finite("the exported model", found)
     differences = [np.abs(one - other) for one, other in zip(found, reference.prediction, strict=True)]
     objects = reference.labels.shape[1] if reference.labels.ndim == 2 else 1
@@ -144,10 +154,10 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
     return figures
 
 
-def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> dict[str, Any]:
+def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> Graph:
     """Compare the explanation's three outputs with PyTorch's on some of the test images and the edge images.
 
-    Returns figures for the manifest; raises ParityError where a value is not finite or differs by more than fp32 may.
+    Returns the manifest's entry; raises ParityError where a value is not finite or differs by more than fp32 may.
     """
     tests = len(reference.labels)
     chosen = torch.cat((reference.images[: min(tests, _EXPLAINED_IMAGES)], reference.images[tests:]))
@@ -157,7 +167,7 @@ def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> d
     return _compare(file, {"images": chosen.numpy()}, expected)
 
 
-def certify_decoder(network: CapsNet, file: Path, reference: Reference) -> dict[str, Any]:
+def certify_decoder(network: CapsNet, file: Path, reference: Reference) -> Graph:
     """Compare the decoder graph's reconstructions, from each image's longest capsule, with PyTorch's; else as above."""
     assert network.decoder is not None
     poses = torch.from_numpy(reference.prediction.poses[:_EXPLAINED_IMAGES])
@@ -175,11 +185,11 @@ def speeds(runtimes: Mapping[str, Runtime], images: Tensor) -> dict[str, dict[st
     """
     result: dict[str, dict[str, float]] = {name: {} for name in runtimes}
     for batch in BATCHES:
-        given = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].numpy()
+        given = {"images": images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].numpy()}
         samples: dict[str, list[float]] = {name: [] for name in runtimes}
         for _ in range(_ROUNDS):
             for name, runtime in runtimes.items():
-                samples[name].append(batch * _calls_per_second(partial(runtime.predict, given)))
+                samples[name].append(batch * _calls_per_second(partial(runtime.run, given)))
         for name, values in samples.items():
             result[name][str(batch)] = round(statistics.median(values), 1)
     return result
@@ -193,19 +203,19 @@ def _calls_per_second(call: Callable[[], object]) -> float:
     return calls / elapsed
 
 
-def _compare(file: Path, inputs: dict[str, NDArray[Any]], expected: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
+def _compare(file: Path, inputs: dict[str, NDArray[Any]], expected: dict[str, NDArray[np.float32]]) -> Graph:
     session = onnxruntime().InferenceSession(str(file), providers=[CPU])
     found = session.run(list(expected), inputs)
     difference = TOLERANCES["fp32"].difference
-    figures: dict[str, Any] = {"images": len(next(iter(inputs.values())))}
+    differences: dict[str, float] = {}
     for name, array in zip(expected, found, strict=True):
         largest = float(np.abs(array - expected[name]).max())
         if not largest <= difference:  # nor where it is no number
             raise ParityError(
                 f"{file.name}: {name} differ from PyTorch's by {largest:.2g}; tolerated are {difference:g}"
             )
-        figures[f"max_{name}_difference"] = largest
-    return figures
+        differences[name] = largest
+    return Graph(file.name, len(next(iter(inputs.values()))), differences)
 
 
 def _check_finite(source: str, prediction: Prediction) -> None:

@@ -7,9 +7,14 @@ manifest names; ``manifest.json`` with the digest of each file; and ``manifest.s
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from serving.tensorrt_options import BatchProfile
 
 FORMAT = "capsnet-artifact-2"
 MANIFEST = "manifest.json"
@@ -18,9 +23,88 @@ MODEL = "model.onnx"
 #: The precisions that a network may be there in; the first always is.
 PRECISIONS = ("fp32", "int8", "fp16")
 
+_DIFFERENCE = re.compile("max_(.*)_difference")
+
 
 class ArtifactError(ValueError):
     """A model folder that is missing, unfinished, changed or of another format; the text names the file."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A graph that classifies, in one precision, and the figures of its certificate.
+
+    test_errors, test_images: what was measured on the test images; 0 images before the graph is certified.
+    images: how many images it was compared on with ``reference``, in ``runtime`` by ``provider``; the differences are
+    absolute. tolerance: by figure, the largest that was accepted, None for any. bytes: size of the file.
+    images_per_second: by batch size, on ``device``.
+    """
+
+    file: str
+    reference: str = ""
+    runtime: str = ""
+    provider: str = ""
+    images: int = 0
+    max_probability_difference: float = 0.0
+    mean_probability_difference: float = 0.0
+    max_pose_difference: float = 0.0
+    mean_pose_difference: float = 0.0
+    labels_changed: int = 0
+    test_errors: int = 0
+    test_images: int = 0
+    tolerance: Mapping[str, float | None] = field(default_factory=dict)
+    bytes: int = 0
+    images_per_second: Mapping[str, float] = field(default_factory=dict)
+    device: str = ""
+
+    @property
+    def test_error(self) -> str:
+        """The measured test error, for people: ``0.42 % (42 of 10000)``."""
+        return f"{100 * self.test_errors / self.test_images:.2f} % ({self.test_errors} of {self.test_images})"
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """The pixels that each primary capsule sees, for reading couplings.
+
+    Capsule ``(type * grid + row) * grid + column`` of ``types * grid * grid`` sees the ``size`` x ``size`` pixels from
+    row ``stride * row`` and column ``stride * column`` on.
+    """
+
+    order: str
+    types: int
+    grid: int
+    stride: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A further graph, such as ``explain`` and ``decoder``.
+
+    images: how many images it was compared on with PyTorch; None where it was not. differences: by output, the largest
+    absolute difference. receptive_field: of a graph that tells its couplings.
+    """
+
+    file: str
+    images: int | None = None
+    differences: Mapping[str, float] = field(default_factory=dict)
+    receptive_field: ReceptiveField | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training run, and the data that it was tested on.
+
+    config, recipe and figures: as the checkpoint has them; their names are those of ``training``.
+    """
+
+    dataset: str
+    test_data_sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    export_commit: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,10 +114,9 @@ class Artifact:
     image_shape: (C, H, W) of the uint8 input ``images``, (B, C, H, W).
     pose_size: E, of the output ``poses``, (B, J, E); J is the number of labels, and ``probabilities`` is (B, J).
     files: the SHA-256 of each file but the manifest's two, hexadecimal, by name.
-    variants: by precision, what each graph that classifies is: its ``file``, and the figures of its certificate.
-    graphs: by name, what further graphs are, ``explain`` and ``decoder``.
-    batches: what TensorRT is to expect, ``min``, ``opt`` and ``max`` images.
-    training: dataset, config, recipe and figures of the training run.
+    variants: by precision, the graphs that classify.
+    graphs: by name, the further ones, ``explain`` and ``decoder``.
+    batches: sizes that TensorRT is to expect.
     """
 
     folder: Path
@@ -43,26 +126,29 @@ class Artifact:
     image_shape: tuple[int, int, int]
     pose_size: int
     files: dict[str, str]
-    variants: dict[str, dict[str, Any]]
-    graphs: dict[str, dict[str, Any]]
-    batches: dict[str, int]
-    training: dict[str, Any]
+    variants: Mapping[str, Variant]
+    graphs: Mapping[str, Graph]
+    batches: BatchProfile
+    training: Training
 
-    def file(self, precision: str = PRECISIONS[0]) -> Path:
-        """The graph that classifies in this precision. Raises ArtifactError where there is none."""
+    def variant(self, precision: str = PRECISIONS[0]) -> Variant:
+        """Return the graph that classifies in this precision. Raises ArtifactError where there is none."""
         if precision not in self.variants:
             known = ", ".join(self.variants)
             raise ArtifactError(f"{self.folder / MANIFEST}: has no graph in {precision}; there is: {known}")
-        return self.folder / str(self.variants[precision]["file"])
+        return self.variants[precision]
+
+    def file(self, precision: str = PRECISIONS[0]) -> Path:
+        """Return the file of the graph that classifies in this precision. Raises ArtifactError where there is none."""
+        return self.folder / self.variant(precision).file
 
     def sha256(self, precision: str = PRECISIONS[0]) -> str:
-        """Of the graph in this precision, hexadecimal."""
-        return self.files[self.file(precision).name]
+        """SHA-256 of the graph in this precision, hexadecimal."""
+        return self.files[self.variant(precision).file]
 
     def test_error(self, precision: str = PRECISIONS[0]) -> str:
-        """The measured test error in this precision, for people: ``0.42 % (42 of 10000)``."""
-        errors, images = (self.variants[precision][name] for name in ("test_errors", "test_images"))
-        return f"{100 * errors / images:.2f} % ({errors} of {images})"
+        """Measured test error in this precision, for people: ``0.42 % (42 of 10000)``."""
+        return self.variant(precision).test_error
 
 
 def digest(path: Path) -> str:
@@ -88,11 +174,21 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
             name: {"sha256": sha256, "bytes": (artifact.folder / name).stat().st_size}
             for name, sha256 in artifact.files.items()
         },
-        "variants": artifact.variants,
-        "graphs": artifact.graphs,
-        "tensorrt": {"batches": artifact.batches},
-        "training": artifact.training,
+        "variants": {precision: asdict(variant) for precision, variant in artifact.variants.items()},
+        "graphs": {name: _graph_content(graph) for name, graph in artifact.graphs.items()},
+        "tensorrt": {"batches": asdict(artifact.batches)},
+        "training": asdict(artifact.training),
     }
+
+
+def _graph_content(graph: Graph) -> dict[str, Any]:
+    content: dict[str, Any] = {"file": graph.file}
+    if graph.images is not None:
+        content["images"] = graph.images
+    content |= {f"max_{output}_difference": value for output, value in graph.differences.items()}
+    if graph.receptive_field:
+        content["receptive_field"] = asdict(graph.receptive_field)
+    return content
 
 
 def write_manifest(artifact: Artifact) -> None:
@@ -107,35 +203,202 @@ def write_manifest(artifact: Artifact) -> None:
 def load(folder: Path) -> Artifact:
     """Read and verify one version's folder.
 
-    Raises ArtifactError naming the file: no manifest, not JSON, another format, a field missing, or a file whose
-    SHA-256 is not the one written down.
+    Raises ArtifactError naming the file: no manifest, not JSON, another format, a field that is missing or not what
+    was expected, or a file whose SHA-256 is not the one written down. Fields that are not known are passed over.
     """
     path = folder / MANIFEST
-    content = _read_manifest(path)
-    try:
-        _, channels, height, width = content["inputs"]["images"]["shape"]
-        result = Artifact(
-            folder=folder,
-            name=content["name"],
-            version=content["version"],
-            labels=tuple(content["labels"]) if isinstance(content["labels"], list) else (),
-            image_shape=(channels, height, width),
-            pose_size=content["outputs"]["poses"]["shape"][2],
-            files={name: file["sha256"] for name, file in content["files"].items()},
-            variants=content["variants"],
-            graphs=content["graphs"],
-            batches=content["tensorrt"]["batches"],
-            training=content["training"],
-        )
-        named = {str(part["file"]) for part in (*result.variants.values(), *result.graphs.values())}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ArtifactError(f"{path}: a field is missing or malformed ({error!r})") from error
-    _check(result, path)
-    if unknown := named - result.files.keys():
+    content = _Section(path, "", _read_manifest(path))
+    files = _files(content)
+    result = Artifact(
+        folder=folder,
+        name=content.exactly("name", folder.parent.name, "the name of its folder"),
+        version=content.exactly("version", folder.name, "the name of its folder"),
+        labels=_labels(content),
+        image_shape=_image_shape(content),
+        pose_size=_pose_size(content),
+        files=files,
+        variants=_variants(content),
+        graphs={name: _graph(section) for name, section in content.sections("graphs").items()},
+        batches=_batches(content),
+        training=_training(content.section("training")),
+    )
+    named_files = {variant.file for variant in result.variants.values()}
+    named_files |= {graph.file for graph in result.graphs.values()}
+    if unknown := named_files - files.keys():
         raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(unknown))}")
-    for name, sha256 in result.files.items():
+    for name, sha256 in files.items():
         _check_digest(folder / name, sha256, MANIFEST)
     return result
+
+
+class _Section:
+    """A JSON object of the manifest, read field by field; each error names the field by its path from the top.
+
+    Every method raises ArtifactError where the field is missing, without a default, or of another type.
+    """
+
+    def __init__(self, path: Path, name: str, content: object) -> None:
+        """path: the manifest. name: of the section, with a dot at its end; empty for all of the manifest."""
+        self._path = path
+        self._name = name
+        if not isinstance(content, dict):
+            raise ArtifactError(f"{path}: {name.removesuffix('.')} is {content!r}; expected an object")
+        self.content: dict[str, object] = content
+
+    def error(self, field: str, value: object, expected: str) -> ArtifactError:
+        return ArtifactError(f"{self._path}: {self._name}{field} is {value!r}; expected {expected}")
+
+    def section(self, field: str, default: object = None) -> "_Section":
+        return _Section(self._path, f"{self._name}{field}.", self.content.get(field, default))
+
+    def sections(self, field: str) -> dict[str, "_Section"]:
+        section = self.section(field)
+        return {name: section.section(name) for name in section.content}
+
+    def text(self, field: str, default: object = None) -> str:
+        value = self.content.get(field, default)
+        if not _is_text(value):
+            raise self.error(field, value, "a text")
+        return value
+
+    def exactly(self, field: str, wanted: str, expected: str) -> str:
+        if (value := self.content.get(field)) != wanted:
+            raise self.error(field, value, expected)
+        return wanted
+
+    def count(self, field: str, default: object = None) -> int:
+        value = self.content.get(field, default)
+        if not _is_count(value):
+            raise self.error(field, value, "a whole number above 0")
+        return value
+
+    def count_or_zero(self, field: str, default: object = None) -> int:
+        value = self.content.get(field, default)
+        if value == 0 and type(value) is int:
+            return 0
+        return self.count(field, default)
+
+    def number(self, field: str, default: object = None) -> float:
+        value = self.content.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(field, value, "a number")
+        return value
+
+    def shape(self, field: str, axes: int) -> list[object]:
+        """The sizes after the batch axis, unchecked, of a tensor with so many axes."""
+        value = self.section(field).content.get("shape")
+        if not isinstance(value, list) or len(value) != axes:
+            raise self.error(f"{field}.shape", value, f"a list of {axes} sizes")
+        return value[1:]
+
+
+def _files(content: _Section) -> dict[str, str]:
+    """The SHA-256 of each file by its name."""
+    files = content.sections("files")
+    if wrong := [name for name in files if not _is_text(name) or Path(name).name != name or name in ("", "..")]:
+        raise content.error("files", wrong, "names without folders")
+    return {name: file.text("sha256") for name, file in files.items()}
+
+
+def _labels(content: _Section) -> tuple[str, ...]:
+    found = content.content.get("labels")
+    labels = tuple(found) if isinstance(found, list) else ()
+    if not labels or not all(_is_text(label) and label for label in labels) or len(set(labels)) != len(labels):
+        raise content.error("labels", labels, "different texts, one at least")
+    return labels
+
+
+def _image_shape(content: _Section) -> tuple[int, int, int]:
+    shape = tuple(content.section("inputs").shape("images", 4))
+    channels, height, width = shape
+    if _is_count(channels) and channels in (1, 3) and _is_count(height) and _is_count(width):
+        return channels, height, width
+    raise content.error("inputs.images.shape", shape, "1 or 3 channels, and a height and a width")
+
+
+def _pose_size(content: _Section) -> int:
+    size = content.section("outputs").shape("poses", 3)[1]
+    if not _is_count(size):
+        raise content.error("outputs.poses.shape[2]", size, "a whole number above 0")
+    return size
+
+
+def _variants(content: _Section) -> dict[str, Variant]:
+    variants = content.sections("variants")
+    if PRECISIONS[0] not in variants or not set(variants) <= set(PRECISIONS):
+        raise content.error("variants", list(variants), f"{PRECISIONS[0]}, and of {', '.join(PRECISIONS)}")
+    return {precision: _variant(section) for precision, section in variants.items()}
+
+
+def _variant(section: _Section) -> Variant:
+    images = section.count("test_images")
+    errors = section.content.get("test_errors")
+    if not (_is_count(errors) or (errors == 0 and type(errors) is int)) or errors > images:
+        raise section.error("test_errors", errors, "a whole number up to test_images")
+    tolerance = section.section("tolerance", {})
+    speeds = section.section("images_per_second", {})
+    return Variant(
+        file=section.text("file"),
+        reference=section.text("reference", ""),
+        runtime=section.text("runtime", ""),
+        provider=section.text("provider", ""),
+        images=section.count_or_zero("images", 0),
+        max_probability_difference=section.number("max_probability_difference", 0.0),
+        mean_probability_difference=section.number("mean_probability_difference", 0.0),
+        max_pose_difference=section.number("max_pose_difference", 0.0),
+        mean_pose_difference=section.number("mean_pose_difference", 0.0),
+        labels_changed=section.count_or_zero("labels_changed", 0),
+        test_errors=errors,
+        test_images=images,
+        tolerance={
+            name: None if value is None else tolerance.number(name) for name, value in tolerance.content.items()
+        },
+        bytes=section.count_or_zero("bytes", 0),
+        images_per_second={batch: speeds.number(batch) for batch in speeds.content},
+        device=section.text("device", ""),
+    )
+
+
+def _graph(section: _Section) -> Graph:
+    found = {name: _DIFFERENCE.fullmatch(name) for name in section.content}
+    return Graph(
+        file=section.text("file"),
+        images=section.count("images") if "images" in section.content else None,
+        differences={match[1]: section.number(name) for name, match in found.items() if match},
+        receptive_field=_receptive_field(section) if "receptive_field" in section.content else None,
+    )
+
+
+def _receptive_field(graph: _Section) -> ReceptiveField:
+    section = graph.section("receptive_field")
+    return ReceptiveField(
+        order=section.text("order"),
+        types=section.count("types"),
+        grid=section.count("grid"),
+        stride=section.count("stride"),
+        size=section.count("size"),
+    )
+
+
+def _batches(content: _Section) -> BatchProfile:
+    section = content.section("tensorrt")
+    found = section.content.get("batches")
+    if isinstance(found, dict) and found.keys() == {"min", "opt", "max"} and all(map(_is_count, found.values())):
+        with suppress(ValueError):
+            return BatchProfile(**found)
+    expected = "min, opt and max, each a whole number above 0 and none less than the one before"
+    raise section.error("batches", found, expected)
+
+
+def _training(section: _Section) -> Training:
+    return Training(
+        dataset=section.text("dataset"),
+        test_data_sha256=section.text("test_data_sha256", ""),
+        config=section.section("config", {}).content,
+        recipe=section.section("recipe", {}).content,
+        figures=section.section("figures", {}).content,
+        export_commit=section.text("export_commit", ""),
+    )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -165,60 +428,11 @@ def _check_digest(path: Path, expected: str, source: str) -> None:
         raise ArtifactError(f"{path}: SHA-256 is {found}, {source} says {expected}")
 
 
-def _check(artifact: Artifact, path: Path) -> None:
-    """Raises ArtifactError at the first field that is not what serving relies on."""
-    training = artifact.training if isinstance(artifact.training, dict) else {}
-    labels, channels = artifact.labels, artifact.image_shape[0]
-    files = [name for name in artifact.files if not _is_text(name) or Path(name).name != name or name in ("", "..")]
-    rules: dict[str, tuple[object, str, object]] = {
-        "files": (files, "names without folders", not files),
-        "variants": (
-            list(artifact.variants),
-            f"{PRECISIONS[0]}, and of {', '.join(PRECISIONS)}",
-            PRECISIONS[0] in artifact.variants and set(artifact.variants) <= set(PRECISIONS),
-        ),
-        "name": (artifact.name, "the name of its folder", artifact.name == path.parent.parent.name),
-        "version": (artifact.version, "the name of its folder", artifact.version == path.parent.name),
-        "labels": (
-            labels,
-            "different texts, one at least",
-            labels and all(_is_text(label) and label for label in labels) and len(set(labels)) == len(labels),
-        ),
-        "inputs.images.shape": (
-            artifact.image_shape,
-            "1 or 3 channels, and a height and a width",
-            channels in (1, 3) and all(_is_count(size) for size in artifact.image_shape),
-        ),
-        "tensorrt.batches": (
-            artifact.batches,
-            "min, opt and max, each a whole number above 0 and none less than the one before",
-            isinstance(artifact.batches, dict)
-            and artifact.batches.keys() == {"min", "opt", "max"}
-            and all(_is_count(size) for size in artifact.batches.values())
-            and artifact.batches["min"] <= artifact.batches["opt"] <= artifact.batches["max"],
-        ),
-        "outputs.poses.shape[2]": (artifact.pose_size, "a whole number above 0", _is_count(artifact.pose_size)),
-        "training.dataset": (training.get("dataset"), "a text", _is_text(training.get("dataset"))),
-    }
-    for precision, variant in artifact.variants.items():
-        errors: Any = variant.get("test_errors")
-        images: Any = variant.get("test_images")
-        rules[f"variants.{precision}.test_images"] = (images, "a whole number above 0", _is_count(images))
-        rules[f"variants.{precision}.test_errors"] = (
-            errors,
-            "a whole number up to test_images",
-            _is_count(images) and (_is_count(errors) or errors == 0) and errors <= images,
-        )
-    for name, (value, expected, holds) in rules.items():
-        if not holds:
-            raise ArtifactError(f"{path}: {name} is {value!r}; expected {expected}")
-
-
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**32
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     """A text that a file's name or a message can hold: no null character, and no half of a surrogate pair."""
     return isinstance(value, str) and "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
 

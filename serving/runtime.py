@@ -1,8 +1,8 @@
-"""The model in ONNX Runtime: the one place where a batch is computed."""
+"""ONNX Runtime: the one place where a batch of any graph is computed."""
 
 import importlib
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,16 +10,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.artifact import PRECISIONS, Artifact
-from serving.files.cache import cache_folder
-from serving.tensorrt_options import TENSORRT, BatchProfile, execution_provider_options
+from serving.tensorrt_options import TENSORRT
+
+Array = NDArray[np.generic]
+#: Arrays by name, all with the same number of rows: the first axis is the batch.
+Arrays = Mapping[str, Array]
+#: Computes a graph's outputs from its inputs. Blocks.
+Run = Callable[[Arrays], Arrays]
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
-#: Of a probability or a component of a pose, in any precision.
-_TOLERANCE = 0.01
+#: ONNX Runtime's names of element types, and numpy's.
+_DTYPES = {
+    "tensor(bool)": "bool",
+    "tensor(double)": "float64",
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+}
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -39,32 +52,40 @@ def saturates(cpu_info: Path) -> bool:
     return not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
-class Prediction(NamedTuple):
-    """probabilities: (B, J) float32, the poses' lengths; poses: (B, J, E) float32."""
+class TensorSpec(NamedTuple):
+    """An input or output of a graph: its element type, and the shape of one row, with None for a free axis."""
 
-    probabilities: NDArray[np.float32]
-    poses: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """The part of a batch's prediction that is about one request: of ``batch``, from ``start`` to before ``stop``."""
-
-    batch: Prediction
-    start: int
-    stop: int
-
-    @property
-    def probabilities(self) -> NDArray[np.float32]:
-        return self.batch.probabilities[self.start : self.stop]
-
-    @property
-    def poses(self) -> NDArray[np.float32]:
-        return self.batch.poses[self.start : self.stop]
+    dtype: "np.dtype[np.generic]"
+    shape: tuple[int | None, ...]
 
 
-#: To one request: either has ``probabilities``, (n, J), and ``poses``, (n, J, E).
-Answer = Prediction | Share
+class TensorRtSetup(NamedTuple):
+    """How TensorRT builds one graph's engine: the provider's options, by the folder that keeps what it builds."""
+
+    cache: Path
+    options: Callable[[Path], dict[str, str]]
+
+
+def rows(arrays: Arrays) -> int:
+    """Return the number of rows, the same in each array."""
+    return len(next(iter(arrays.values())))
+
+
+def example(inputs: Mapping[str, TensorSpec], count: int, generator: np.random.Generator) -> dict[str, Array]:
+    """Return inputs of so many rows: any bytes, floats from 0 to 1, and else zeros, since whole numbers may be indices.
+
+    A free axis gets the length 1.
+    """
+    arrays: dict[str, Array] = {}
+    for name, (dtype, shape) in inputs.items():
+        size = (count, *(length or 1 for length in shape))
+        if dtype == np.uint8:
+            arrays[name] = generator.integers(0, 256, size, np.uint8)
+        elif np.issubdtype(dtype, np.floating):
+            arrays[name] = generator.random(size, np.float32).astype(dtype)
+        else:
+            arrays[name] = np.zeros(size, dtype)
+    return arrays
 
 
 def onnxruntime() -> Any:
@@ -81,102 +102,87 @@ def onnxruntime() -> Any:
 
 
 class Runtime:
-    """An ONNX Runtime session for one artifact's graph in one precision.
+    """An ONNX Runtime session for one graph file.
 
     device: ``auto`` takes CUDA where it works and else the CPU; ``cuda`` and ``tensorrt`` fail where these do not
     work, since ONNX Runtime by itself would fall back to the CPU without a word. threads: for one call, 0 for ONNX
-    Runtime's choice. engine_cache: a folder for what TensorRT builds, in which each graph gets one of its own.
-    Raises RuntimeSetupError, and ArtifactError where the artifact has no graph in this precision.
+    Runtime's choice. quantized: the graph multiplies 8-bit integers. tensorrt: needed for that device alone.
+    Raises RuntimeSetupError.
     """
 
     def __init__(
         self,
-        artifact: Artifact,
+        file: Path,
         device: str = "auto",
         threads: int = 0,
-        precision: str = PRECISIONS[0],
-        engine_cache: Path | None = None,
+        quantized: bool = False,
+        tensorrt: TensorRtSetup | None = None,
     ) -> None:
-        file = artifact.file(precision)
         ort = onnxruntime()
         self.description = f"ONNX Runtime {ort.__version__}"
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         # Threads that spin between calls take the cores from the event loop and from other processes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if precision == "int8" and saturates(_CPU_INFO):
+        if quantized and saturates(_CPU_INFO):
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3
-        wanted: list[Any] = [CPU]
-        available = ort.get_available_providers()
-        if device != "cpu" and CUDA in available:
-            ort.preload_dlls()
-            wanted = [CUDA, CPU]
-        if device == "tensorrt":
-            if TENSORRT not in available:
-                raise RuntimeSetupError(
-                    f"device tensorrt was asked for, but this ONNX Runtime has only {', '.join(available)}; it needs "
-                    "the extra gpu and TensorRT's own libraries"
-                )
-            # By the graph's digest, since TensorRT's cache tells engines apart by names and not by weights.
-            cache = (engine_cache or cache_folder() / "tensorrt") / artifact.sha256(precision)
-            try:
-                cache.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RuntimeSetupError(
-                    f"{cache}: cannot be made: {error.strerror}; engine_cache names another"
-                ) from error
-            profile = BatchProfile(**artifact.batches)
-            options_of = execution_provider_options(profile, artifact.image_shape, cache, fp16=precision == "fp16")
-            wanted = [(TENSORRT, options_of), *wanted]
+        providers = _providers(ort, device, tensorrt)
         # As bytes, what was verified is what runs: a graph in a file could have its weights in others. TensorRT's cache
         # needs the file.
         source = str(file) if device == "tensorrt" else file.read_bytes()
         try:
-            self._session = ort.InferenceSession(source, options, providers=wanted)
+            self._session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise RuntimeSetupError(f"{file}: ONNX Runtime cannot load it: {error}") from error
         #: The provider that ONNX Runtime really uses first, by its own name.
         self.provider: str = self._session.get_providers()[0]
         #: CUDA could have been had by this installation but did not start.
-        self.fell_back = len(wanted) > 1 and self.provider == CPU
+        self.fell_back = len(providers) > 1 and self.provider == CPU
         needed = {"cuda": CUDA, "tensorrt": TENSORRT}.get(device, self.provider)
         if self.provider != needed:
             raise RuntimeSetupError(f"device {device} was asked for, but ONNX Runtime here runs on {self.provider}")
-        try:
-            self._test(artifact)
-        except RuntimeSetupError:
-            raise
-        except Exception as error:
-            raise RuntimeSetupError(f"{file}: cannot compute two images: {error}") from error
+        self.inputs = _specs(self._session.get_inputs())
+        self.outputs = _specs(self._session.get_outputs())
+        self._output_names = list(self.outputs)
 
-    def _test(self, artifact: Artifact) -> None:
-        """Hold the graph to its manifest and to what serving relies on, before any client's image meets it.
+    def run(self, arrays: Arrays) -> dict[str, Array]:
+        """Compute all outputs of the graph from its inputs. Blocks; releases Python's lock while it computes."""
+        outputs: list[Array] = self._session.run(self._output_names, dict(arrays))
+        return dict(zip(self._output_names, outputs, strict=True))
 
-        Raises RuntimeSetupError, or whatever ONNX Runtime raises.
-        """
-        blank = np.zeros(artifact.image_shape, np.uint8)
-        noise = np.random.default_rng(0).integers(0, 256, artifact.image_shape, np.uint8)
-        answer = self.predict(np.stack([blank, noise]))
-        where = f"{artifact.folder}: in its self-test the graph"
-        expected = (2, len(artifact.labels), artifact.pose_size)
-        if not all(np.isfinite(array).all() for array in answer):
-            raise RuntimeSetupError(f"{where} answers with values that are not finite")
-        if answer.poses.shape != expected or answer.probabilities.shape != expected[:2]:
-            raise RuntimeSetupError(
-                f"{where} answers poses {answer.poses.shape} and probabilities "
-                f"{answer.probabilities.shape}; its manifest says {expected} and {expected[:2]}"
-            )
-        lengths = np.linalg.norm(answer.poses, axis=-1)
-        if (difference := float(np.abs(lengths - answer.probabilities).max())) > _TOLERANCE:
-            raise RuntimeSetupError(
-                f"{where} answers probabilities up to {difference:.2g} off the lengths of its poses"
-            )
-        alone = self.predict(noise[np.newaxis])
-        if (difference := float(np.abs(alone.poses[0] - answer.poses[1]).max())) > _TOLERANCE:
-            raise RuntimeSetupError(f"{where} answers an image alone and in a batch with poses {difference:.2g} apart")
 
-    def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        """uint8 images (B, C, H, W) to probabilities and poses. Blocks; releases Python's lock while it computes."""
-        probabilities, poses = self._session.run(["probabilities", "poses"], {"images": images})
-        return Prediction(probabilities, poses)
+def _providers(ort: Any, device: str, tensorrt: TensorRtSetup | None) -> list[Any]:
+    """Return the execution providers to ask for, the best first. Raises RuntimeSetupError."""
+    available = ort.get_available_providers()
+    providers: list[Any] = [CPU]
+    if device != "cpu" and CUDA in available:
+        ort.preload_dlls()
+        providers = [CUDA, CPU]
+    if device != "tensorrt":
+        return providers
+    if TENSORRT not in available:
+        raise RuntimeSetupError(
+            f"device tensorrt was asked for, but this ONNX Runtime has only {', '.join(available)}; it needs "
+            "the extra gpu and TensorRT's own libraries"
+        )
+    if tensorrt is None:
+        raise RuntimeSetupError("device tensorrt was asked for, but this graph has no batch sizes to build it for")
+    try:
+        tensorrt.cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeSetupError(
+            f"{tensorrt.cache}: cannot be made: {error.strerror}; engine_cache names another"
+        ) from error
+    return [(TENSORRT, tensorrt.options(tensorrt.cache)), *providers]
+
+
+def _specs(tensors: Any) -> dict[str, TensorSpec]:
+    """Read inputs or outputs as a session describes them. Raises RuntimeSetupError for element types not known here."""
+    specs = {}
+    for tensor in tensors:
+        if tensor.type not in _DTYPES:
+            raise RuntimeSetupError(f"{tensor.name} is a {tensor.type}; known are {', '.join(_DTYPES)}")
+        shape = tuple(length if isinstance(length, int) else None for length in tensor.shape[1:])
+        specs[tensor.name] = TensorSpec(np.dtype(_DTYPES[tensor.type]), shape)
+    return specs

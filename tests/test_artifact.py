@@ -28,7 +28,7 @@ def write(folder: Path, manifest: str) -> None:
 def test_the_embedded_model_is_sound(copy: Path) -> None:
     artifact = load(copy)
     assert (artifact.name, artifact.version) == ("capsnet-mnist", "1")
-    assert artifact.training["figures"]["test_errors"] == len(artifact.training["figures"]["test_mistakes"])
+    assert artifact.training.figures["test_errors"] == len(artifact.training.figures["test_mistakes"])
     assert artifact.test_error() == "0.34 % (34 of 10000)"
 
 
@@ -47,7 +47,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
             "inputs.images.shape is (2, 28, 28); expected 1 or 3 channels",
         ),
         (["inputs", "images", "shape"], [None, 1, "28", 28], "expected 1 or 3 channels, and a height and a width"),
-        (["inputs", "images", "shape"], [28, 28], "a field is missing or malformed"),
+        (["inputs", "images", "shape"], [28, 28], "inputs.images.shape is [28, 28]; expected a list of 4 sizes"),
         (["outputs", "poses", "shape"], [None, 10, 0], "outputs.poses.shape[2] is 0; expected a whole number above 0"),
         (["training", "dataset"], 3, "training.dataset is 3; expected a text"),
         (["variants", "fp16"], {"file": "fp16.onnx"}, "variants.fp16.test_images is None"),
@@ -55,8 +55,8 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         (["variants", "fp32", "test_images"], 2**40, "variants.fp32.test_images is 1099511627776"),
         (["variants", "int8", "test_errors"], -1, "variants.int8.test_errors is -1"),
         (["variants", "int8", "test_errors"], True, "variants.int8.test_errors is True"),
-        (["variants", "int8", "file"], ["int8.onnx"], "files has no digest of ['int8.onnx']"),
-        (["variants", "int8", "file"], {}, "files has no digest of {}"),
+        (["variants", "int8", "file"], ["int8.onnx"], "variants.int8.file is ['int8.onnx']; expected a text"),
+        (["variants", "int8", "file"], {}, "variants.int8.file is {}; expected a text"),
         (["files", "a\0b"], {"sha256": "0"}, "expected names without folders"),
         (["files", "\ud800"], {"sha256": "0"}, "expected names without folders"),
         (["labels"], "0123456789", "labels is (); expected different texts"),
@@ -64,7 +64,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         (["training", "dataset"], "\ud800", "expected a text"),
         (["files"], {"../model.onnx": {"sha256": "0"}}, "files is ['../model.onnx']; expected names without folders"),
         (["files"], {}, "files has no digest of explain.onnx, fp16.onnx, int8.onnx, model.onnx"),
-        (["files"], None, "a field is missing or malformed"),
+        (["files"], None, "files is None; expected an object"),
         (["variants"], {}, "variants is []; expected fp32"),
         (
             ["variants"],
@@ -73,7 +73,16 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         ),
         (["tensorrt", "batches"], {"min": 1, "opt": 9, "max": 8}, "tensorrt.batches is {'min': 1, 'opt': 9, 'max': 8}"),
         (["tensorrt", "batches"], {"min": 1, "max": 8}, "expected min, opt and max"),
-        (["variants", "int8"], 3, "a field is missing or malformed"),
+        (["variants", "int8"], 3, "variants.int8 is 3; expected an object"),
+        (
+            ["variants", "int8", "max_pose_difference"],
+            "0",
+            "variants.int8.max_pose_difference is '0'; expected a number",
+        ),
+        (["variants", "int8", "tolerance"], {"difference": "0"}, "variants.int8.tolerance.difference is '0'"),
+        (["graphs", "explain", "file"], None, "graphs.explain.file is None; expected a text"),
+        (["graphs", "explain", "receptive_field", "grid"], 0, "graphs.explain.receptive_field.grid is 0"),
+        (["training", "figures"], [], "training.figures is []; expected an object"),
     ],
 )
 def test_a_wrong_field_is_told_by_name(copy: Path, keys: list[str], value: Any, message: str) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.batching.batcher import Batcher, Limits, Promise
+from serving.batching.batcher import Batcher, Limits
 from serving.batching.cost import BatchCost
+from serving.batching.ticket import Share, State, Ticket, settle
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics.registry import Metrics, ModelMetrics
+from serving.repository.classifier import finite_rows
 from serving.repository.tuning import good_batch
-from serving.runtime import Answer, Prediction
+from tests.predictions import Prediction, as_run
 
 POISON = 255
 NOT_FINITE = 254
@@ -25,7 +27,7 @@ QUICK = BatchCost([(1, 0.0001), (4, 0.0004)])
 
 
 class FakeModel:
-    """Answers each image's first pixel. It can be held up, and fails where an image's first pixel is POISON."""
+    """Shares each image's first pixel. It can be held up, and fails where an image's first pixel is POISON."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -69,14 +71,14 @@ class Setting:
     def value(self, name: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, {"model": "m", "version": "1"})
 
-    async def occupy(self) -> "asyncio.Task[Answer]":
+    async def occupy(self) -> "asyncio.Task[Share]":
         """Hold the model up in a batch of one image, 0."""
         self.model.hold()
         task = asyncio.create_task(submit(self.batcher, _images(0)))
         assert await asyncio.to_thread(self.model.begun.wait, 10)
         return task
 
-    async def queue(self, *values: int, urgent: bool = False) -> "asyncio.Task[Answer]":
+    async def queue(self, *values: int, urgent: bool = False) -> "asyncio.Task[Share]":
         task = asyncio.create_task(submit(self.batcher, _images(*values), urgent=urgent))
         await asyncio.sleep(0.001)
         return task
@@ -84,16 +86,22 @@ class Setting:
 
 async def submit(
     batcher: Batcher, images: NDArray[np.uint8], deadline: float | None = None, urgent: bool = False
-) -> Answer:
-    return await batcher.wait(batcher.enqueue(images, deadline, urgent))
+) -> Share:
+    answer: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
+    ticket = batcher.enqueue({"images": images}, then=settle(answer), deadline=deadline, urgent=urgent)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        batcher.give_up(ticket)
+        raise
 
 
 def _images(*values: int) -> NDArray[np.uint8]:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1)
 
 
-def _values(prediction: Answer) -> list[int]:
-    return [int(value) for value in prediction.probabilities[:, 0]]
+def _values(share: Share) -> list[int]:
+    return [int(value) for value in share["probabilities"][:, 0]]
 
 
 def _run(
@@ -112,7 +120,9 @@ def _run(
     async def main() -> None:
         metrics = Metrics()
         limits = Limits(max_batch, good_batch or max_batch, max_queue, timeout, ageing)
-        batcher = Batcher(model.predict, ModelMetrics(metrics, "m", "1", ["only"]), limits, cost, slots)
+        batcher = Batcher(
+            as_run(model.predict), finite_rows, ModelMetrics(metrics, "m", "1", ["only"]), limits, cost, slots
+        )
         try:
             await test(Setting(batcher, model, metrics))
         finally:
@@ -182,18 +192,19 @@ def test_what_any_request_would_be_refused_with_is_known_without_it() -> None:
 
 def test_an_answer_can_be_told_at_once_and_once() -> None:
     async def test(setting: Setting) -> None:
-        told: list[Promise] = []
+        told: list[Ticket] = []
         setting.model.hold()
-        first = setting.batcher.enqueue(_images(1), then=told.append)
-        given_up = setting.batcher.enqueue(_images(2), then=told.append)
-        late = setting.batcher.enqueue(_images(3), deadline=time.monotonic() + 0.01, then=told.append)
+        first = setting.batcher.enqueue({"images": _images(1)}, then=told.append)
+        given_up = setting.batcher.enqueue({"images": _images(2)}, then=told.append)
+        soon = time.monotonic() + 0.01
+        late = setting.batcher.enqueue({"images": _images(3)}, then=told.append, deadline=soon)
         setting.batcher.give_up(given_up)
-        assert told == [given_up.future] and told[0].cancelled()
+        assert told == [given_up] and given_up.state is State.GIVEN_UP
         setting.batcher.give_up(given_up)
         setting.model.go.set()
         await asyncio.sleep(0.1)
-        assert set(map(id, told[1:])) == {id(first.future), id(late.future)} and len(told) == 3
-        assert isinstance(first.future, Promise) and _values(first.future.result()) == [1]
+        assert set(map(id, told[1:])) == {id(first), id(late)} and len(told) == 3
+        assert first.state is State.ANSWERED and _values(first.result()) == [1]
 
     _run(test, max_batch=1)
 
@@ -267,10 +278,12 @@ def test_streams_wait_for_half_the_queue_in_the_order_they_came() -> None:
         tasks = [await setting.occupy()]
         order: list[int] = []
 
-        async def patient(value: int) -> Answer:
-            ticket = await setting.batcher.enqueue_patiently(_images(value, value, value))
+        async def patient(value: int) -> Share:
+            answer: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
+            arrays = {"images": _images(value, value, value)}
+            await setting.batcher.enqueue_patiently(arrays, then=settle(answer))
             order.append(value)
-            return await setting.batcher.wait(ticket)
+            return await answer
 
         tasks += [asyncio.create_task(patient(value)) for value in range(1, 6)]
         await asyncio.sleep(0.01)
@@ -327,10 +340,11 @@ def test_what_is_ahead_counts_towards_a_deadline_and_an_urgent_request_is_not_be
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(1, 2, 3)]
         with pytest.raises(DeadlineUnmeetable):
-            setting.batcher.enqueue(_images(4), deadline=time.monotonic() + 0.65)
-        ticket = setting.batcher.enqueue(_images(5), deadline=time.monotonic() + 0.65, urgent=True)
+            await submit(setting.batcher, _images(4), deadline=time.monotonic() + 0.65)
+        tasks.append(asyncio.create_task(submit(setting.batcher, _images(5), time.monotonic() + 0.65, urgent=True)))
+        await asyncio.sleep(0)
         setting.model.go.set()
-        await asyncio.gather(*tasks, setting.batcher.wait(ticket))
+        await asyncio.gather(*tasks)
 
     _run(test, cost=BatchCost([(1, 0.1), (2, 0.2)]))
 
@@ -338,13 +352,13 @@ def test_what_is_ahead_counts_towards_a_deadline_and_an_urgent_request_is_not_be
 def test_a_request_whose_time_ran_out_in_the_queue_is_dropped_and_told() -> None:
     async def test(setting: Setting) -> None:
         first = await setting.occupy()
-        late = setting.batcher.enqueue(_images(1), deadline=time.monotonic() + 0.05)
-        kept = setting.batcher.enqueue(_images(2))
+        late = asyncio.create_task(submit(setting.batcher, _images(1), deadline=time.monotonic() + 0.05))
+        kept = asyncio.create_task(submit(setting.batcher, _images(2)))
         await asyncio.sleep(0.06)
         setting.model.go.set()
-        await asyncio.gather(first, setting.batcher.wait(kept))
+        await asyncio.gather(first, kept)
         with pytest.raises(DeadlineUnmeetable):
-            await setting.batcher.wait(late)
+            await late
         assert setting.value("capsnet_expired_images_total") == 1
         assert setting.batcher.queued == 0
 
@@ -377,7 +391,7 @@ def test_one_poisoned_member_fails_alone() -> None:
         await first
         answers = await asyncio.gather(*others, return_exceptions=True)
         assert isinstance(answers[5], InferenceFailed)
-        values = [_values(answer) for answer in answers if isinstance(answer, Answer)]
+        values = [_values(answer) for answer in answers if isinstance(answer, Share)]
         assert values == [[value] for value in range(32) if value != 5]
         assert _values(await submit(setting.batcher, _images(50))) == [50]
         assert setting.value("capsnet_inference_failures_total") == 2
@@ -394,7 +408,7 @@ def test_an_answer_that_is_not_finite_fails_alone_and_nothing_is_computed_again(
         setting.model.go.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(answers[2], InferenceFailed)
-        assert [_values(answer) for answer in answers if isinstance(answer, Answer)] == [[0], [1], [3]]
+        assert [_values(answer) for answer in answers if isinstance(answer, Share)] == [[0], [1], [3]]
         assert setting.value("capsnet_non_finite_images_total") == 1
 
     assert _run(test).batches == [[0], [1, value, 3]]
@@ -407,7 +421,7 @@ def test_an_answer_of_another_shape_fails_alone() -> None:
         setting.model.go.set()
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(answers[2], InferenceFailed)
-        assert [_values(answer) for answer in answers if isinstance(answer, Answer)] == [[0], [1], [3]]
+        assert [_values(answer) for answer in answers if isinstance(answer, Share)] == [[0], [1], [3]]
 
     _run(test)
 

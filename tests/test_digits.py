@@ -24,7 +24,7 @@ def _image(digits: Digits, index: int) -> pb.Image:
 
 
 def _expected(running: Running) -> list[int]:
-    expected: list[int] = running.model.artifact.training["figures"]["test_mistakes"]
+    expected: list[int] = running.model.artifact.training.figures["test_mistakes"]
     return expected
 
 

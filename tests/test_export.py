@@ -29,6 +29,7 @@ from export.triton import TritonError
 from export.verify import (
     BATCHES,
     ParityError,
+    Prediction,
     Reference,
     certify,
     certify_decoder,
@@ -37,8 +38,9 @@ from export.verify import (
     reference,
 )
 from serving import artifact as artifacts
-from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact
-from serving.runtime import Prediction, Runtime, onnxruntime
+from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact, Graph, Training, Variant
+from serving.runtime import Arrays, Runtime, onnxruntime, rows
+from serving.tensorrt_options import BatchProfile
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data import datasets
@@ -76,10 +78,10 @@ def unverified(model: onnx.ModelProto, config: CapsNetConfig, folder: Path) -> A
         image_shape=(config.image_channels, config.image_size, config.image_size),
         pose_size=config.digit_dim,
         files={MODEL: artifacts.digest(folder / MODEL)},
-        variants={"fp32": {"file": MODEL}},
+        variants={"fp32": Variant(MODEL)},
         graphs={},
-        batches={},
-        training={},
+        batches=BatchProfile(1, 8, 32),
+        training=Training("mnist"),
     )
 
 
@@ -153,13 +155,13 @@ def ready_made(monkeypatch: pytest.MonkeyPatch, exported: Artifact, graph: onnx.
 
 def test_the_manifest_reports_the_parity_of_all_test_and_edge_images(exported: Artifact) -> None:
     parity = exported.variants["fp32"]
-    assert parity["images"] == len(IMAGES) + len(edge_images(1, 28))
-    assert parity["labels_changed"] == 0
-    assert 0 < parity["mean_probability_difference"] <= parity["max_probability_difference"] <= 1e-5
-    assert 0 < parity["mean_pose_difference"] <= parity["max_pose_difference"] <= 1e-5
-    assert parity["reference"] == f"PyTorch {torch.__version__}"
-    assert parity["runtime"].startswith("ONNX Runtime ")
-    assert parity["provider"] == "CPUExecutionProvider"
+    assert parity.images == len(IMAGES) + len(edge_images(1, 28))
+    assert parity.labels_changed == 0
+    assert 0 < parity.mean_probability_difference <= parity.max_probability_difference <= 1e-5
+    assert 0 < parity.mean_pose_difference <= parity.max_pose_difference <= 1e-5
+    assert parity.reference == f"PyTorch {torch.__version__}"
+    assert parity.runtime.startswith("ONNX Runtime ")
+    assert parity.provider == "CPUExecutionProvider"
 
 
 def test_what_export_wrote_is_what_serving_loads(exported: Artifact) -> None:
@@ -195,24 +197,24 @@ def test_a_network_of_overlapping_digits_is_measured_by_pairs(trained: Checkpoin
     artifact, failures = export_checkpoint(replace(trained, figures=figures), dataset, tmp_path, NAME, "1")
 
     assert not failures
-    assert artifact.variants["fp32"]["labels_changed"] == 0
+    assert artifact.variants["fp32"].labels_changed == 0
     with pytest.raises(CheckpointError, match="the checkpoint's figures are not those of its weights"):
         export_checkpoint(trained, dataset, tmp_path, NAME, "2")
 
 
 def test_the_manifest_says_how_the_network_was_trained(exported: Artifact, trained: Checkpoint) -> None:
-    assert exported.training["dataset"] == "mnist"
-    assert exported.training["recipe"] == trained.recipe
-    assert exported.training["figures"] == trained.figures
-    config = exported.training["config"]
-    assert CapsNetConfig(**config | {"decoder_widths": tuple(config["decoder_widths"])}) == TINY
+    assert exported.training.dataset == "mnist"
+    assert exported.training.recipe == trained.recipe
+    assert exported.training.figures == trained.figures
+    config = exported.training.config
+    assert CapsNetConfig(**{**config, "decoder_widths": tuple(config["decoder_widths"])}) == TINY
 
 
 def test_the_onnx_file_says_what_it_is(exported: Artifact, graph: onnx.ModelProto) -> None:
     properties = {entry.key: entry.value for entry in graph.metadata_props}
-    assert properties.pop("config") == json.dumps(exported.training["config"])
+    assert properties.pop("config") == json.dumps(exported.training.config)
     digest = hashlib.sha256(IMAGES.numpy().tobytes() + LABELS.numpy().tobytes()).hexdigest()
-    assert properties.pop("export_commit") == exported.training["export_commit"]
+    assert properties.pop("export_commit") == exported.training.export_commit
     assert properties == {
         "name": NAME, "version": "1", "dataset": "mnist", "test_data_sha256": digest, "training_commit": "abc",
     }  # fmt: skip
@@ -261,10 +263,10 @@ def test_the_weights_are_stored_once_and_the_decoder_not_at_all(exported: Artifa
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, trained: Checkpoint, batch: int) -> None:
     images = random_images(TINY, batch)
-    found = Runtime(exported, device="cpu").predict(images.numpy())
+    found = Runtime(exported.file(), device="cpu").run({"images": images.numpy()})
     probabilities, poses = predict(trained.model(), images)
-    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(found.poses, poses, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.asarray(found["probabilities"], np.float32), probabilities, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.asarray(found["poses"], np.float32), poses, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(
     network = random_network(config)
     model = to_onnx(network, opset)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
-    runtime = Runtime(unverified(model, config, tmp_path), device="cpu")
+    runtime = Runtime(unverified(model, config, tmp_path).file(), device="cpu")
     images = random_images(config, 3)
     figures = certify(reference(network, images, torch.zeros(3, dtype=torch.int64)), runtime, "fp32")
     assert figures["max_pose_difference"] < 1e-5
@@ -371,14 +373,14 @@ def test_a_perturbed_weight_is_a_parity_error_with_the_numbers(exported: Artifac
         r"probabilities differ by up to 0\.0\d+ and poses by up to .*; tolerated are 0 labels changed, 0 errors more, "
         "differences of 1e-05, 1e-05 in the mean",
     ):
-        certify(expected, Runtime(exported, device="cpu"), "fp32")
+        certify(expected, Runtime(exported.file(), device="cpu"), "fp32")
 
 
 def test_a_tampered_graph_is_a_parity_error(expected: Reference, tampered: onnx.ModelProto, tmp_path: Path) -> None:
     (bias,) = (tensor for tensor in tampered.graph.initializer if tensor.name.endswith("primary.bias"))
     values = onnx.numpy_helper.to_array(bias) + np.float32(0.01)
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
-    runtime = Runtime(unverified(tampered, TINY, tmp_path), device="cpu")
+    runtime = Runtime(unverified(tampered, TINY, tmp_path).file(), device="cpu")
     with pytest.raises(ParityError, match="differ"):
         certify(expected, runtime, "fp32")
 
@@ -392,17 +394,17 @@ def test_changed_labels_are_a_parity_error_however_close_the_probabilities_are(
     tie[:, 1] = 0.5 - 1e-6
     poses = np.zeros((35, TINY.classes, TINY.digit_dim), np.float32)
     right = expected._replace(labels=torch.full((20,), 2), prediction=Prediction(tie, poses))  # always wrong
-    runtime = Runtime(exported, device="cpu")
+    runtime = Runtime(exported.file(), device="cpu")
     for changed in range(21):
         swapped = tie.copy()
         swapped[:changed, :2] = swapped[:changed, 1::-1]
         swapped[20:, :2] = swapped[20:, 1::-1]  # the edge images have no label to change
         answers = iter([swapped[:20], *swapped[20:, None]])
 
-        def answer(runtime: Runtime, images: NDArray[np.uint8], answers: Any = answers) -> Prediction:
-            return Prediction(next(answers), poses[: len(images)])
+        def answer(runtime: Runtime, arrays: Arrays, answers: Any = answers) -> Arrays:
+            return {"probabilities": next(answers), "poses": poses[: rows(arrays)]}
 
-        monkeypatch.setattr(Runtime, "predict", answer)
+        monkeypatch.setattr(Runtime, "run", answer)
         if changed <= tolerated:
             assert certify(right, runtime, precision)["labels_changed"] == changed
         else:
@@ -421,8 +423,10 @@ def test_more_errors_than_int8_may_make_are_a_parity_error(
     swapped = tie.copy()
     swapped[:errors, :2] = swapped[:errors, 1::-1]
     answers = iter([swapped[:20], *swapped[20:, None]])
-    runtime = Runtime(exported, "cpu")
-    monkeypatch.setattr(Runtime, "predict", lambda self, images: Prediction(next(answers), poses[: len(images)]))
+    runtime = Runtime(exported.file(), "cpu")
+    monkeypatch.setattr(
+        Runtime, "run", lambda self, arrays: {"probabilities": next(answers), "poses": poses[: rows(arrays)]}
+    )
     if errors == 1:  # a share of a thousand, rounded up
         assert certify(right, runtime, "int8")["test_errors"] == 1
     else:
@@ -431,19 +435,19 @@ def test_more_errors_than_int8_may_make_are_a_parity_error(
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("output", ["probabilities", "poses"])
 def test_a_value_that_is_not_finite_is_a_parity_error(
-    expected: Reference, exported: Artifact, monkeypatch: pytest.MonkeyPatch, value: float, output: int
+    expected: Reference, exported: Artifact, monkeypatch: pytest.MonkeyPatch, value: float, output: str
 ) -> None:
-    honest = Runtime.predict
+    honest = Runtime.run
 
-    def spoiled(runtime: Runtime, images: NDArray[np.uint8]) -> Prediction:
-        prediction = honest(runtime, images)
-        prediction[output].flat[-1] = value
-        return prediction
+    def spoiled(runtime: Runtime, arrays: Arrays) -> Arrays:
+        outputs: dict[str, Any] = honest(runtime, arrays)
+        outputs[output].flat[-1] = value
+        return outputs
 
-    runtime = Runtime(exported, device="cpu")
-    monkeypatch.setattr(Runtime, "predict", spoiled)
+    runtime = Runtime(exported.file(), device="cpu")
+    monkeypatch.setattr(Runtime, "run", spoiled)
     for precision in artifacts.PRECISIONS:
         with pytest.raises(ParityError, match="the exported model computes 16 values that are not finite"):
             certify(expected, runtime, precision)
@@ -460,13 +464,13 @@ def test_weights_that_are_not_finite_are_a_parity_error() -> None:
 def test_nothing_is_left_of_an_export_that_fails_its_verification(
     trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Runtime.predict
+    honest = Runtime.run
 
-    def off(runtime: Runtime, images: NDArray[np.uint8]) -> Prediction:
-        prediction = honest(runtime, images)
-        return prediction._replace(poses=prediction.poses + np.float32(2e-5))
+    def off(runtime: Runtime, arrays: Arrays) -> Arrays:
+        outputs: dict[str, Any] = honest(runtime, arrays)
+        return outputs | {"poses": outputs["poses"] + np.float32(2e-5)}
 
-    monkeypatch.setattr(Runtime, "predict", off)
+    monkeypatch.setattr(Runtime, "run", off)
     with pytest.raises(ParityError, match=r"0 of 20 labels changed.*poses by up to 2e-05"):
         export_checkpoint(trained, DATASET, tmp_path, NAME, "1")
     assert not (tmp_path / NAME / "1").exists()
@@ -488,10 +492,15 @@ def test_nothing_is_left_of_an_export_that_is_interrupted(
 def test_poses_with_a_wrong_sign_are_a_parity_error_in_every_precision(
     expected: Reference, exported: Artifact, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    honest = Runtime.predict
-    monkeypatch.setattr(Runtime, "predict", lambda *given: honest(*given)._replace(poses=-honest(*given).poses))
+    honest = Runtime.run
+
+    def opposite(runtime: Runtime, arrays: Arrays) -> Arrays:
+        outputs: dict[str, Any] = honest(runtime, arrays)
+        return outputs | {"poses": -outputs["poses"]}
+
+    monkeypatch.setattr(Runtime, "run", opposite)
     with pytest.raises(ParityError, match=f"{precision} and PyTorch differ: 0 of 20 labels changed"):
-        certify(expected, Runtime(exported, "cpu"), precision)
+        certify(expected, Runtime(exported.file(), "cpu"), precision)
 
 
 @pytest.mark.parametrize("damage", [lambda array: array + np.float32(1e-4), lambda array: array * np.nan])
@@ -513,12 +522,12 @@ def test_a_further_graph_with_a_wrong_output_is_a_parity_error(
     monkeypatch.setattr("export.verify.onnxruntime", lambda: Mock(InferenceSession=Spoiled))
     graph = exported.graphs["decoder" if output == "image" else "explain"]
     check = certify_decoder if output == "image" else certify_explanation
-    with pytest.raises(ParityError, match=f"{graph['file']}: {output} differ from PyTorch's by"):
-        check(trained.model(), exported.folder / graph["file"], expected)
+    with pytest.raises(ParityError, match=f"{graph.file}: {output} differ from PyTorch's by"):
+        check(trained.model(), exported.folder / graph.file, expected)
 
 
 def test_the_explanation_is_compared_on_the_test_images_and_each_edge_image_once(exported: Artifact) -> None:
-    assert exported.graphs["explain"]["images"] == 20 + 15
+    assert exported.graphs["explain"].images == 20 + 15
 
 
 def test_a_precision_that_cannot_be_made_is_left_out_and_told(
@@ -581,11 +590,11 @@ def test_the_certificate_has_the_manifests_numbers(exported: Artifact) -> None:
     page = (exported.folder / CERTIFICATE).read_text()
     for precision, variant in exported.variants.items():
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {precision} | `"))
-        assert f"| {variant['bytes']:,} |" in line
-        assert f"{100 * variant['test_errors'] / 20:.2f} % ({variant['test_errors']})" in line
-        assert f"{variant['max_pose_difference']:.2g}, {variant['mean_pose_difference']:.2g}" in line
-        assert set(variant["images_per_second"]) == {str(batch) for batch in BATCHES}
-        assert all(speed > 0 for speed in variant["images_per_second"].values())
+        assert f"| {variant.bytes:,} |" in line
+        assert f"{100 * variant.test_errors / 20:.2f} % ({variant.test_errors})" in line
+        assert f"{variant.max_pose_difference:.2g}, {variant.mean_pose_difference:.2g}" in line
+        assert set(variant.images_per_second) == {str(batch) for batch in BATCHES}
+        assert all(speed > 0 for speed in variant.images_per_second.values())
     for name, sha256 in exported.files.items():
         assert name == CERTIFICATE or f"| `{name}` | `{sha256}` |" in page
     assert "**Not run:** CUDA and TensorRT" in page
@@ -593,7 +602,7 @@ def test_the_certificate_has_the_manifests_numbers(exported: Artifact) -> None:
 
 
 def test_half_precision_takes_half_the_space_and_int8_less_than_all(exported: Artifact) -> None:
-    sizes = {precision: variant["bytes"] for precision, variant in exported.variants.items()}
+    sizes = {precision: variant.bytes for precision, variant in exported.variants.items()}
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
     assert sizes["int8"] < sizes["fp32"]
 
@@ -608,25 +617,26 @@ def test_the_explanation_tells_the_couplings_of_the_last_iteration(exported: Art
     np.testing.assert_allclose(couplings, expected_couplings, atol=1e-5, rtol=0)
     np.testing.assert_allclose(probabilities, np.linalg.norm(poses, axis=-1), atol=1e-5)
     np.testing.assert_allclose(couplings.sum(1), 1, atol=1e-5)
-    assert exported.graphs["explain"]["max_couplings_difference"] <= 1e-5
+    assert exported.graphs["explain"].differences["couplings"] <= 1e-5
 
 
 def test_the_receptive_field_is_the_pixels_that_change_a_primary_capsule(
     exported: Artifact, trained: Checkpoint
 ) -> None:
-    field = exported.graphs["explain"]["receptive_field"]
+    field = exported.graphs["explain"].receptive_field
+    assert field is not None
     assert field == receptive_field(TINY)
     model, generator = trained.model().double(), torch.Generator().manual_seed(0)
     image = torch.rand(1, 1, 28, 28, generator=generator, dtype=torch.float64, requires_grad=True)
-    grid = field["grid"]
+    grid = field.grid
     for kind, row, column in ((0, 0, 0), (1, 2, 4), (0, grid - 1, grid - 1)):
         capsule = (kind * grid + row) * grid + column
         (gradient,) = torch.autograd.grad(model.primary_capsules(image)[0, capsule].sum(), image)
         seen = gradient[0, 0] != 0
         rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
         for indices, place in ((rows, row), (columns, column)):
-            first = field["stride"] * place
-            assert indices.tolist() == list(range(first, first + field["size"]))
+            first = field.stride * place
+            assert indices.tolist() == list(range(first, first + field.size))
 
 
 def test_the_decoder_reconstructs_from_the_live_pose_alone(exported: Artifact, trained: Checkpoint) -> None:
@@ -672,8 +682,8 @@ def test_an_engine_that_was_built_is_in_the_manifest_and_not_said_to_be_compared
 ) -> None:
     monkeypatch.setattr("export.build.build_engine", lambda model, engine, profile: engine.write_bytes(b"engine"))
     artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
-    assert artifact.graphs["tensorrt"] == {"file": "model.plan"}
-    assert artifact.batches == {"min": 1, "opt": 8, "max": 32}
+    assert artifact.graphs["tensorrt"] == Graph("model.plan")
+    assert artifact.batches == BatchProfile(1, 8, 32)
     assert "| tensorrt | `model.plan` | none | not compared |" in (artifact.folder / CERTIFICATE).read_text()
     assert artifacts.load(artifact.folder).files["model.plan"] == hashlib.sha256(b"engine").hexdigest()
 
@@ -767,7 +777,7 @@ def test_the_command_writes_one_version_after_another_and_prints_what_it_measure
     assert versions == {f"{NAME}/1", f"{NAME}/2", f"{NAME}/10", f"{NAME}/11", "other/1"}
     first = artifacts.load(out / NAME / "1")
     assert f"wrote {first.folder}: {', '.join(first.files)}\n" in printed.out
-    figures = first.training["figures"]["test_errors"]
+    figures = first.training.figures["test_errors"]
     for precision in artifacts.PRECISIONS:
         assert re.search(rf"^{precision}: test error \d+\.\d\d % \(\d+ of 20\), \d+ labels changed", printed.out, re.M)
     assert f"fp32: test error {100 * figures / 20:.2f} % ({figures} of 20), 0 labels changed" in printed.out

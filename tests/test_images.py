@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from serving.errors import InvalidRequest
-from serving.files.images import from_encoded
+from serving.services.encoded_images import from_encoded
 
 GREY = (1, 28, 28)
 RAMP = np.arange(784, dtype=np.uint16).reshape(28, 28)

@@ -23,7 +23,7 @@ from protos.capsnet.v1 import capsnet_pb2
 from protos.inference import inference_pb2 as pb
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.repository.served_model import ServedModel
-from serving.runtime import Prediction
+from serving.runtime import Arrays
 from serving.server import Server
 from tests.conftest import ROOT, Digits, InThread, Running, settings
 
@@ -92,13 +92,13 @@ def _request(digits: Digits, images: int = 1) -> pb.ModelInferRequest:
 
 def _slow(model: ServedModel) -> None:
     """Half a second for a batch."""
-    predict = model.predict
+    run = model.run
 
-    def slowly(images: Any) -> Prediction:
+    def slowly(arrays: Arrays) -> Arrays:
         time.sleep(0.5)
-        return predict(images)
+        return run(arrays)
 
-    model.batcher._predict = slowly
+    model.batcher._run = slowly
 
 
 @pytest.mark.parametrize("call", INFER)

@@ -16,16 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving import artifact
-from serving.runtime import Prediction
+from serving.runtime import Arrays
 from serving.server import Server
 from tests.conftest import DATA, ROOT, InThread, settings
 
@@ -300,14 +298,14 @@ def test_the_drains_limit_holds_even_where_the_model_hangs() -> None:
     go = threading.Event()
     server = Server(settings(max_batch=1, runtimes=1, drain_seconds=0.5, batch_timeout=15.0))
 
-    def hang(images: NDArray[np.uint8]) -> Prediction:
+    def hang(arrays: Arrays) -> Arrays:
         go.wait(20)
         raise RuntimeError
 
     running = InThread(server)
     running.__enter__()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        server.repository.get("", "").batcher._predict = hang
+        server.repository.get("", "").batcher._run = hang
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         call = stub.Classify.future(pb.ClassifyRequest(images=[DIGIT]), timeout=30)
         time.sleep(0.3)

@@ -10,6 +10,7 @@ import pytest
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.logs import FIELDS, JsonFormatter, RefusalLog, TextFormatter
 from serving.repository.served_model import ServedModel
+from serving.runtime import Arrays
 from tests.conftest import DATA, Running
 
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
@@ -53,10 +54,10 @@ def test_a_fault_is_an_error_with_its_traceback_and_the_request_id(
     start: Callable[..., Running], caplog: pytest.LogCaptureFixture
 ) -> None:
     def patch(model: ServedModel) -> None:
-        def fail(images: object) -> None:
+        def fail(arrays: Arrays) -> Arrays:
             raise RuntimeError("inner text")
 
-        model.batcher._predict = fail  # type: ignore[assignment]
+        model.batcher._run = fail
 
     faulty = start(patch)
     with pytest.raises(grpc.RpcError):

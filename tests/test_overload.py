@@ -22,9 +22,11 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.batching.batcher import Batcher, Limits
 from serving.batching.cost import BatchCost
 from serving.metrics.registry import Metrics, ModelMetrics
+from serving.repository.classifier import finite_rows
 from serving.repository.served_model import ServedModel
-from serving.runtime import Prediction
+from serving.runtime import Arrays
 from tests.conftest import Running
+from tests.predictions import Prediction, as_run
 from tests.test_batcher import submit
 from tests.test_pipeline import Gate, detail, image, later, refusal, trailers, under_way, until, value, with_predict
 
@@ -36,15 +38,15 @@ SECONDS = 3.0
 
 def slow(model: ServedModel) -> None:
     """A batch takes the same time, however many images it has."""
-    predict = model.batcher._predict
+    run = model.batcher._run
 
-    def slowly(images: NDArray[np.uint8]) -> Prediction:
+    def slowly(arrays: Arrays) -> Arrays:
         begin = time.perf_counter()
-        answer = predict(images)
+        answer = run(arrays)
         time.sleep(max(0.0, BATCH_SECONDS - (time.perf_counter() - begin)))
         return answer
 
-    model.batcher._predict = slowly
+    model.batcher._run = slowly
 
 
 @dataclass
@@ -219,7 +221,7 @@ def test_a_request_that_is_given_up_just_when_its_time_runs_out_harms_no_other()
     async def main() -> None:
         metrics = ModelMetrics(Metrics(), "m", "1", ["only"])
         cost = BatchCost([(1, 0.0001), (4, 0.0004)])
-        batcher = Batcher(predict, metrics, Limits(4, 4, 100, timeout=10, ageing=1), cost, slots=1)
+        batcher = Batcher(as_run(predict), finite_rows, metrics, Limits(4, 4, 100, timeout=10, ageing=1), cost, slots=1)
         images = np.zeros((1, 1, 1, 1), np.uint8)
         first = asyncio.create_task(submit(batcher, images))
         assert await asyncio.to_thread(begun.wait, 10)

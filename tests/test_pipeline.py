@@ -23,10 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.batching.batcher import Predict
 from serving.repository.served_model import ServedModel
-from serving.runtime import Prediction
 from tests.conftest import Running
+from tests.predictions import Predict, Prediction, change_predict
 
 SECRET = "what only the log may say"
 POISON = 255
@@ -59,7 +58,7 @@ def with_predict(change: Callable[[Predict], Predict]) -> Callable[[ServedModel]
     """A patch for ``start``."""
 
     def patch(model: ServedModel) -> None:
-        model.batcher._predict = change(model.batcher._predict)
+        change_predict(model.batcher, change)
 
     return patch
 

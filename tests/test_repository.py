@@ -31,7 +31,7 @@ from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import artifact
 from serving.repository.served_model import ServedModel
-from serving.runtime import Prediction
+from serving.runtime import Arrays
 from tests.conftest import DATA, ROOT, Running
 from tests.test_lifecycle import failed_start, server_process
 
@@ -624,14 +624,14 @@ def test_the_admin_methods_are_on_a_port_of_their_own_and_by_default_on_none(sta
 
 def _hold(model: ServedModel) -> tuple[threading.Event, threading.Event]:
     """Let the model's next batches wait; (a batch has begun, let them go)."""
-    predict, begun, go = model.batcher._predict, threading.Event(), threading.Event()
+    run, begun, go = model.batcher._run, threading.Event(), threading.Event()
 
-    def held(images: NDArray[np.uint8]) -> Prediction:
+    def held(arrays: Arrays) -> Arrays:
         begun.set()
         assert go.wait(PATIENCE)
-        return predict(images)
+        return run(arrays)
 
-    model.batcher._predict = held
+    model.batcher._run = held
     return begun, go
 
 

@@ -14,10 +14,11 @@ import pytest
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import PRECISIONS, find, load
 from serving.metrics.registry import Metrics
+from serving.repository.classifier import open_classifier
 from serving.repository.served_model import ServedModel
 from serving.runtime import Runtime, RuntimeSetupError, saturates
 from serving.settings import Settings
-from serving.tensorrt_options import TENSORRT, BatchProfile, execution_provider_options
+from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
 
 
@@ -26,13 +27,13 @@ def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certifica
     precision: str, digits: Digits
 ) -> None:
     artifact = load(find(ROOT / "models"))
-    runtime = Runtime(artifact, "cpu", precision=precision)
+    runtime = Runtime(artifact.file(precision), "cpu", quantized=precision == "int8")
     images = digits.images[:, None]
-    parts = [runtime.predict(images[start : start + 250]) for start in range(0, len(images), 250)]
-    classes = np.concatenate([part.probabilities.argmax(1) for part in parts])
+    parts = [runtime.run({"images": images[start : start + 250]}) for start in range(0, len(images), 250)]
+    classes = np.concatenate([part["probabilities"].argmax(1) for part in parts])
     errors = int((classes != digits.labels).sum())
     # Another processor may round another way in the last digit, where two classes are as good as equal.
-    assert abs(errors - artifact.variants[precision]["test_errors"]) <= (0 if precision == "fp32" else 3)
+    assert abs(errors - artifact.variants[precision].test_errors) <= (0 if precision == "fp32" else 3)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], p
     described = running.stub.GetModel(pb.GetModelRequest(), timeout=20)
     assert described.precision == precision
     assert described.sha256 == running.model.artifact.sha256(precision)
-    assert described.test_errors == running.model.artifact.variants[precision]["test_errors"]
+    assert described.test_errors == running.model.artifact.variants[precision].test_errors
     image = pb.Image(pixels=digits.images[0].tobytes())
     assert running.classify(image).results[0].label == str(digits.labels[0])
 
@@ -75,6 +76,21 @@ class FakeSession:
     def get_providers(self) -> list[str]:
         return self.providers
 
+    def get_inputs(self) -> list[Any]:
+        return [self._tensor("images", "tensor(uint8)", ["batch", 1, 28, 28])]
+
+    def get_outputs(self) -> list[Any]:
+        return [
+            self._tensor("probabilities", "tensor(float)", ["batch", 10]),
+            self._tensor("poses", "tensor(float)", ["batch", 10, 16]),
+        ]
+
+    @staticmethod
+    def _tensor(name: str, kind: str, shape: list[Any]) -> Mock:
+        tensor = Mock(type=kind, shape=shape)
+        tensor.name = name
+        return tensor
+
     def run(self, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
         count = len(inputs["images"])
         return [np.zeros((count, 10), np.float32), np.zeros((count, 10, 16), np.float32)]
@@ -89,7 +105,7 @@ def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_ap
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
     artifact = load(find(ROOT / "models"))
 
-    runtime = Runtime(artifact, "tensorrt", precision=precision, engine_cache=tmp_path)
+    runtime = open_classifier(artifact, "tensorrt", 0, precision, tmp_path)
 
     assert runtime.provider == TENSORRT
     assert not runtime.fell_back
@@ -98,7 +114,7 @@ def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_ap
     assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     folder = tmp_path / artifact.sha256(precision)
     assert folder.is_dir()
-    profile = BatchProfile(**artifact.batches)
+    profile = artifact.batches
     assert first == (
         TENSORRT, execution_provider_options(profile, artifact.image_shape, folder, fp16=precision == "fp16"),
     )  # fmt: skip
@@ -106,7 +122,7 @@ def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_ap
 
 def test_tensorrt_that_is_not_there_is_an_error_and_no_silent_fallback(tmp_path: Path) -> None:
     with pytest.raises(RuntimeSetupError, match=r"device tensorrt was asked for, but this ONNX Runtime has only .*CPU"):
-        Runtime(load(find(ROOT / "models")), "tensorrt", engine_cache=tmp_path)
+        open_classifier(load(find(ROOT / "models")), "tensorrt", 0, "fp32", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -116,7 +132,7 @@ def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeSetupError, match="cannot be made: Not a directory; engine_cache names another"):
-        Runtime(load(find(ROOT / "models")), "tensorrt", engine_cache=tmp_path / "file")
+        open_classifier(load(find(ROOT / "models")), "tensorrt", 0, "fp32", tmp_path / "file")
 
 
 def test_a_batch_larger_than_tensorrt_was_told_of_is_refused_before_anything_is_built() -> None:
@@ -131,4 +147,4 @@ def test_weights_outside_the_verified_file_are_not_read(tmp_path: Path) -> None:
     onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
     artifact = load(find(ROOT / "models"))
     with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
-        Runtime(replace(artifact, folder=folder), "cpu")
+        Runtime(replace(artifact, folder=folder).file(), "cpu")

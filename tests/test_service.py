@@ -17,7 +17,7 @@ from PIL import Image
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.files.images import limit_metadata
 from serving.repository.served_model import ServedModel
-from serving.runtime import Prediction
+from serving.runtime import Arrays
 from tests.conftest import DATA, Digits, Running
 
 SEVEN = (DATA / "seven.png").read_bytes()
@@ -231,14 +231,14 @@ def test_a_client_that_leaves_its_stream_harms_no_other(running: Running) -> Non
 
 def test_a_fault_of_the_model_is_internal_and_tells_no_inner_text(start: Callable[..., Running]) -> None:
     def patch(model: ServedModel) -> None:
-        real = model.predict
+        real = model.run
 
-        def predict(images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Prediction:
-            if (images == 255).all(axis=(1, 2, 3)).any():
+        def run(arrays: Arrays) -> Arrays:
+            if (np.asarray(arrays["images"]) == 255).all(axis=(1, 2, 3)).any():
                 raise RuntimeError("secret /inner/path")
-            return real(images)
+            return real(arrays)
 
-        model.batcher._predict = predict
+        model.batcher._run = run
 
     faulty = start(patch)
     code, details = _refusal(faulty, pb.Image(pixels=b"\xff" * 784))

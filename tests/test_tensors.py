@@ -9,15 +9,28 @@ import pytest
 from numpy.typing import NDArray
 
 from protos.inference import inference_pb2 as pb
-from serving.artifact import Artifact
+from serving.artifact import Artifact, Training
+from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.runtime import Prediction
 from serving.services.open_inference_codec import Output, TensorMessages, refused, schedule
+from serving.tensorrt_options import BatchProfile
 
 LABELS = ("circle", "a:b", "größe", "")
 MOST = 5
 MESSAGES = TensorMessages(
-    Artifact(Path(), "shapes", "7", LABELS, (3, 4, 5), 2, files={}, variants={}, graphs={}, batches={}, training={}),
+    Artifact(
+        folder=Path(),
+        name="shapes",
+        version="7",
+        labels=LABELS,
+        image_shape=(3, 4, 5),
+        pose_size=2,
+        files={},
+        variants={},
+        graphs={},
+        batches=BatchProfile(1, 1, 1),
+        training=Training("shapes"),
+    ),
     MOST,
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
@@ -36,9 +49,13 @@ def _typed(pixels: NDArray[np.uint8] = PIXELS) -> pb.ModelInferRequest:
     return request
 
 
-def _prediction(images: int, seed: int = 0) -> Prediction:
+def _prediction(images: int, seed: int = 0) -> Share:
     rng = np.random.default_rng(seed)
-    return Prediction(rng.random((images, 4), np.float32), rng.standard_normal((images, 4, 2), np.float32))
+    return _share(rng.random((images, 4), np.float32), rng.standard_normal((images, 4, 2), np.float32))
+
+
+def _share(probabilities: NDArray[np.float32], poses: NDArray[np.float32]) -> Share:
+    return Share({"probabilities": probabilities, "poses": poses}, 0, len(probabilities))
 
 
 def _asking(*outputs: tuple[str, dict[str, pb.InferParameter]]) -> pb.ModelInferRequest:
@@ -254,20 +271,24 @@ SELECTIONS: list[tuple[Output, ...]] = [
 ]
 
 
-def _plain(identifier: str, outputs: tuple[Output, ...], prediction: Prediction) -> pb.ModelInferResponse:
+def _plain(identifier: str, outputs: tuple[Output, ...], prediction: Share) -> pb.ModelInferResponse:
     """The answer as protobuf's own classes build it."""
-    images = len(prediction.probabilities)
+    images = len(prediction)
     response = pb.ModelInferResponse(model_name="shapes", model_version="7", id=identifier)
     for output in outputs:
         if output.classes:
             response.outputs.add(name=output.name, datatype="BYTES", shape=(images, output.classes))
             data = b""
-            for row in prediction.probabilities:
+            for row in np.asarray(prediction["probabilities"], np.float32):
                 for index in sorted(range(4), key=lambda index: -row[index])[: output.classes]:
                     text = f"{row[index]:f}:{index}:{LABELS[index]}".encode()
                     data += struct.pack("<I", len(text)) + text
         else:
-            array = prediction.probabilities if output.name == "probabilities" else prediction.poses
+            array = (
+                np.asarray(prediction["probabilities"], np.float32)
+                if output.name == "probabilities"
+                else prediction["poses"]
+            )
             response.outputs.add(name=output.name, datatype="FP32", shape=array.shape)
             data = array.tobytes()
         response.raw_output_contents.append(data)
@@ -290,13 +311,13 @@ def test_an_answers_bytes_are_those_of_the_plain_message(
 
 def test_a_part_of_a_larger_batch_is_answered_as_it_would_be_alone() -> None:
     whole = _prediction(9)
-    part = Prediction(whole.probabilities[::2], whole.poses[::2])
-    alone = Prediction(part.probabilities.copy(), part.poses.copy())
+    part = Share(whole.batch, 2, 7)
+    alone = Share({name: part[name].copy() for name in whole.batch}, 0, len(part))
     assert MESSAGES.encode("", SELECTIONS[0], part) == MESSAGES.encode("", SELECTIONS[0], alone)
 
 
 def test_the_most_probable_classes_come_first_and_of_equal_ones_the_lower() -> None:
-    prediction = Prediction(np.array([[0.25, 1, 0.5, 0.5]], np.float32), np.zeros((1, 4, 2), np.float32))
+    prediction = _share(np.array([[0.25, 1, 0.5, 0.5]], np.float32), np.zeros((1, 4, 2), np.float32))
     response = pb.ModelInferResponse.FromString(MESSAGES.encode("", (Output("probabilities", 4),), prediction))
     (data,) = response.raw_output_contents
     texts = []

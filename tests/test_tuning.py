@@ -8,17 +8,16 @@ from collections.abc import Callable
 import grpc
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.batching.batcher import Predict
 from serving.repository.tuning import Plan, Timing, candidates, tune
-from serving.runtime import Prediction, Runtime
+from serving.runtime import Array, Arrays, Run, Runtime, TensorSpec, rows
 from tests.conftest import Digits, Running
 from tests.test_lifecycle import server_process
 
 SHAPE = (1, 28, 28)
+INPUTS = {"images": TensorSpec(np.dtype(np.uint8), SHAPE)}
 MILLISECOND = 0.001
 
 
@@ -36,19 +35,20 @@ class FakeMachine:
     def perf_counter(self) -> float:
         return getattr(self._clock, "now", 0.0)
 
-    def open(self, threads: int) -> Predict:
+    def open(self, threads: int) -> Run:
         self.opened.append(threads)
 
-        def predict(images: NDArray[np.uint8]) -> Prediction:
+        def run(arrays: Arrays) -> Arrays:
+            images = arrays["images"]
             assert images.shape[1:] == SHAPE
             assert images.dtype == np.uint8
             count = len(images)
             with self._lock:
                 self.calls[threads, count] += 1
             self._clock.now = self.perf_counter() + self._seconds(threads, count)
-            return Prediction(np.zeros((count, 10), np.float32), np.zeros((count, 10, 16), np.float32))
+            return {"probabilities": np.zeros((count, 10)), "poses": np.zeros((count, 10, 16))}
 
-        return predict
+        return run
 
 
 @pytest.fixture
@@ -88,20 +88,20 @@ def test_the_pairs_that_are_compared_use_the_cores_and_keep_what_is_set(
 
 def test_a_batch_that_costs_much_by_itself_makes_batches_large(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND * (1 + 0.1 * images))
-    _, tuned = tune(fake.open, SHAPE, [(1, 1)], max_batch=0, most=64)
+    _, tuned = tune(fake.open, INPUTS, [(1, 1)], max_batch=0, most=64)
     assert tuned.plan == Plan(threads=1, runtimes=1, max_batch=64)
 
 
 def test_where_size_gains_next_to_nothing_the_smallest_batch_that_is_nearly_as_good_is_chosen(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND * (0.01 + images))
-    _, tuned = tune(fake.open, SHAPE, [(1, 1)], max_batch=0, most=64)
+    _, tuned = tune(fake.open, INPUTS, [(1, 1)], max_batch=0, most=64)
     # With 0.75 ms that the server adds, batches of 8 lose 7.6 % and batches of 16 3.4 % of the rate of batches of 64.
     assert tuned.plan.max_batch == 16
 
 
 def test_a_runtime_that_slows_with_size_is_given_small_batches(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND * images * (1 if images <= 4 else 3))
-    _, tuned = tune(fake.open, SHAPE, [(1, 1)], max_batch=0, most=64)
+    _, tuned = tune(fake.open, INPUTS, [(1, 1)], max_batch=0, most=64)
     assert tuned.plan.max_batch == 4
 
 
@@ -114,13 +114,13 @@ def test_of_the_ways_to_use_the_cores_that_are_nearly_as_good_the_one_whose_batc
     machine: Make, gains: dict[int, float], expected: tuple[int, int]
 ) -> None:
     fake = machine(lambda threads, images: 10 * MILLISECOND * (4 + images) / gains[threads])
-    _, tuned = tune(fake.open, SHAPE, candidates(4, 0, 0), max_batch=8, most=64)
+    _, tuned = tune(fake.open, INPUTS, candidates(4, 0, 0), max_batch=8, most=64)
     assert tuned.plan == Plan(*expected, max_batch=8)
 
 
 def test_what_was_compared_is_told_and_its_times_are_right(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND * images)
-    _, tuned = tune(fake.open, SHAPE, [(1, 2), (2, 1)], max_batch=0, most=5)
+    _, tuned = tune(fake.open, INPUTS, [(1, 2), (2, 1)], max_batch=0, most=5)
     assert [(timing.threads, timing.runtimes, timing.batch) for timing in tuned.compared] == [
         (threads, runtimes, batch) for threads, runtimes in ((1, 2), (2, 1)) for batch in (1, 2, 4, 5)
     ]
@@ -132,7 +132,7 @@ def test_what_was_compared_is_told_and_its_times_are_right(machine: Make) -> Non
 @pytest.mark.parametrize(("max_batch", "most"), [(0, 24), (7, 64), (1, 64)])
 def test_every_batch_size_of_the_plan_is_warm_in_every_runtime(machine: Make, max_batch: int, most: int) -> None:
     fake = machine(lambda threads, images: MILLISECOND * (1 + 0.1 * images))
-    predict, tuned = tune(fake.open, SHAPE, [(1, 3), (3, 1)], max_batch, most)
+    run, tuned = tune(fake.open, INPUTS, [(1, 3), (3, 1)], max_batch, most)
     plan = tuned.plan
     assert [timing.batch for timing in tuned.timings] == [*range(1, plan.max_batch + 1)]
     for size in range(1, plan.max_batch + 1):
@@ -140,13 +140,13 @@ def test_every_batch_size_of_the_plan_is_warm_in_every_runtime(machine: Make, ma
     assert max(size for _, size in fake.calls) <= (max_batch or most)
     assert sorted(fake.opened) == [1, 3], "each runtime is opened once"
     before = fake.calls[plan.threads, 1]
-    predict(np.zeros((1, *SHAPE), np.uint8))
+    run({"images": np.zeros((1, *SHAPE), np.uint8)})
     assert fake.calls[plan.threads, 1] == before + 1, "the runtime that is warm is the one that serves"
 
 
 def test_what_is_set_in_full_is_not_compared_but_warmed(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND)
-    _, tuned = tune(fake.open, SHAPE, [(2, 2)], max_batch=6, most=64)
+    _, tuned = tune(fake.open, INPUTS, [(2, 2)], max_batch=6, most=64)
     assert tuned.compared == ()
     assert tuned.plan == Plan(2, 2, 6)
     assert {size for _, size in fake.calls} == set(range(1, 7))
@@ -160,7 +160,7 @@ def test_a_measurement_that_other_load_disturbed_does_not_count(machine: Make) -
         calls[images] += 1
         return MILLISECOND * images * (50 if calls[images] <= 2 else 1)
 
-    _, tuned = tune(machine(seconds).open, SHAPE, [(1, 1)], max_batch=4, most=64)
+    _, tuned = tune(machine(seconds).open, INPUTS, [(1, 1)], max_batch=4, most=64)
     assert [timing.seconds for timing in tuned.timings] == pytest.approx([MILLISECOND * size for size in (1, 2, 3, 4)])
 
 
@@ -168,13 +168,13 @@ def test_a_server_is_ready_only_after_all_its_batch_sizes_were_computed(
     start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = Counter[int]()
-    predict = Runtime.predict
+    run = Runtime.run
 
-    def count(runtime: Runtime, images: NDArray[np.uint8]) -> Prediction:
-        sizes[len(images)] += 1
-        return predict(runtime, images)
+    def count(runtime: Runtime, arrays: Arrays) -> dict[str, Array]:
+        sizes[rows(arrays)] += 1
+        return run(runtime, arrays)
 
-    monkeypatch.setattr(Runtime, "predict", count)
+    monkeypatch.setattr(Runtime, "run", count)
     running = start(threads=1, runtimes=2, max_batch=5)
     assert set(sizes) == {1, 2, 3, 4, 5}
     assert min(sizes.values()) >= 2

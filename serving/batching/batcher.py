@@ -8,9 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -18,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batching.cost import BatchCost
+from serving.batching.ticket import Share, Ticket
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics.registry import ModelMetrics
-from serving.runtime import Answer, Prediction, Share
+from serving.runtime import Array, Arrays, Run, rows
 
-Images = NDArray[np.uint8]
-Predict = Callable[[Images], Prediction]
+#: Looks at a batch's outputs: for each row whether its answer is good, None where all are. Raises where the batch as a
+#: whole is wrong; its members are then computed again, each by itself.
+Check = Callable[[Arrays], NDArray[np.bool_] | None]
 
 _NICE = 5
 _AHEAD = 2  # batches that a slot may have, with the one that it computes
@@ -36,75 +37,12 @@ _QUEUE_MARGIN = 1.25
 _LAG_SECONDS = 0.002
 _JOINED_AT_ONCE = 2**20  # bytes
 _ERRORS = 1024  # that are kept to be used again
-_OPEN, _DONE, _CANCELLED = "open", "done", "cancelled"
 
 _logger = logging.getLogger(__name__)
 
 
-class Promise:
-    """Like a future, but tells of its end at once, and only to one: ``then``, which must not raise."""
-
-    __slots__ = ("_error", "_result", "_state", "_then")
-
-    def __init__(self, then: "Callable[[Promise], None]") -> None:
-        self._then: Callable[[Promise], None] | None = then
-        self._state = _OPEN
-        self._result: Answer | None = None
-        self._error: Exception | None = None
-
-    def done(self) -> bool:
-        return self._state is not _OPEN
-
-    def cancelled(self) -> bool:
-        return self._state is _CANCELLED
-
-    def result(self) -> Answer:
-        """Raises what was set; only once done and not cancelled."""
-        if self._error:
-            raise self._error
-        assert self._result
-        return self._result
-
-    def set_result(self, result: Answer) -> None:
-        self._result = result
-        self._end(_DONE)
-
-    def set_exception(self, error: Exception) -> None:
-        self._error = error
-        self._end(_DONE)
-
-    def cancel(self) -> None:
-        self._end(_CANCELLED)
-
-    def _end(self, state: str) -> None:
-        self._state = state
-        then, self._then = self._then, None  # else the two would keep each other
-        assert then
-        then(self)
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A request in the batcher: its images (n, C, H, W) and the future of its answer.
-
-    deadline: of the clock of ``time.monotonic``. waited: seconds until its first image was taken. input_time and
-    infer_time: seconds of the batches that it was in.
-    """
-
-    images: Images
-    future: "asyncio.Future[Answer] | Promise"
-    deadline: float | None
-    urgent: bool
-    queued_at: float
-    waited: float = 0.0
-    input_time: float = 0.0
-    infer_time: float = 0.0
-    taken: int = 0  # how many of its images are in batches
-    answers: list[tuple[int, Share]] = field(default_factory=list)  # by where they begin
-
-
 class _Part(NamedTuple):
-    """The images of a request that are in one batch."""
+    """Rows of a request that are in one batch."""
 
     ticket: Ticket
     start: int
@@ -112,9 +50,10 @@ class _Part(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """Of a batch: its answer or what went wrong, and the seconds it took."""
+    """The outputs of a batch, or what went wrong; which rows are good, None for all; and the seconds that it took."""
 
-    prediction: Prediction | Exception
+    outputs: Arrays | Exception
+    good: NDArray[np.bool_] | None
     input_time: float
     infer_time: float
 
@@ -140,11 +79,14 @@ class Batcher:
     When a slot is free it takes of what waits, at once and up to ``max_batch`` images; there is no timer. While all
     compute, requests gather for the next batch; once there are ``good_batch``, it is handed to a slot ahead, so that it
     does not idle while answers go out and the next requests come in.
-    Lives on one event loop; only ``predict`` is called from the threads.
+    Lives on one event loop; only ``run`` is called from the threads.
     """
 
-    def __init__(self, predict: Predict, metrics: ModelMetrics, limits: Limits, cost: BatchCost, slots: int) -> None:
-        self._predict = predict
+    def __init__(
+        self, run: Run, check: Check, metrics: ModelMetrics, limits: Limits, cost: BatchCost, slots: int
+    ) -> None:
+        self._run = run
+        self._check = check
         self._metrics = metrics
         self._limits = limits
         self._cost = cost
@@ -163,20 +105,21 @@ class Batcher:
 
     def enqueue(
         self,
-        images: Images,
+        arrays: Arrays,
+        *,
+        then: Callable[[Ticket], None],
         deadline: float | None = None,
         urgent: bool = False,
-        then: Callable[[Promise], None] | None = None,
     ) -> Ticket:
-        """Queue images (n, C, H, W), contiguous, n at least 1, to be computed in one or several batches.
+        """Queue the inputs of a request, contiguous and of one row at least, for one or several batches.
 
-        deadline: of the clock of ``time.monotonic``; a request that would be answered later is refused, or dropped
-        once that shows. then: told of the answer at once, in place of a future that wakes a task. Raises QueueFull,
-        DeadlineUnmeetable or Draining; the future may also raise InferenceFailed.
+        deadline: by the clock of ``time.monotonic``; a request that would be answered later is refused, or dropped
+        once that shows. then: called with the ticket once, at its end, on the event loop; must not raise. Raises
+        QueueFull, DeadlineUnmeetable or Draining; the ticket may end with DeadlineUnmeetable or InferenceFailed.
         """
         if self._closing:
             raise Draining
-        now, count = time.monotonic(), len(images)
+        now, count = time.monotonic(), rows(arrays)
         if self.queued + count > self._limits.max_queue:
             raise QueueFull(
                 f"the queue holds {self.queued} images, {count} more would pass its limit of {self._limits.max_queue}; "
@@ -187,8 +130,7 @@ class Batcher:
             needed = self._needed(count, urgent, now)
             if now + needed > deadline and not self._is_probe(now):
                 raise _unmeetable(needed, deadline - now)
-        future = Promise(then) if then else self._loop.create_future()
-        ticket = Ticket(images, future, deadline, urgent, now)
+        ticket = Ticket(arrays, then, deadline, urgent, now)
         self._waiting[urgent].append(ticket)
         self._count(count)
         # Not at once: what else has arrived in this turn of the event loop belongs in the same batch.
@@ -211,40 +153,34 @@ class Batcher:
         needed = self._needed(1, urgent, now, 0 if urgent else expected)
         return _hopeless(_rounded(needed)) if needed > timeout else None
 
-    async def wait(self, ticket: Ticket) -> Answer:
-        """The answer to what was queued; a caller that is cancelled gives its request up. Raises as the future does."""
-        assert not isinstance(ticket.future, Promise)
-        try:
-            return await ticket.future
-        except asyncio.CancelledError:
-            self.give_up(ticket)
-            raise
-
     def give_up(self, ticket: Ticket) -> None:
         """Forget a request whose client has gone: what of it is not in a batch yet is never computed."""
-        if not ticket.future.done():
-            ticket.future.cancel()
-        if left := len(ticket.images) - ticket.taken:
-            ticket.taken = len(ticket.images)
+        if ticket.ended:
+            return
+        ticket.give_up()
+        if left := ticket.left:
+            ticket.taken = ticket.size
             self._metrics.cancelled.inc(left)
             self._count(-left)
 
-    async def enqueue_patiently(self, images: Images, deadline: float | None = None, urgent: bool = False) -> Ticket:
+    async def enqueue_patiently(
+        self, arrays: Arrays, *, then: Callable[[Ticket], None], deadline: float | None = None, urgent: bool = False
+    ) -> Ticket:
         """As ``enqueue``, but wait, first come first served, until half of the queue stays free, or it is empty.
 
         For streams, which can simply be read more slowly, and leave the other half to those that cannot.
         """
         async with self._turn:
-            while self.queued and self.queued + len(images) > self._limits.max_queue // 2:
+            while self.queued and self.queued + rows(arrays) > self._limits.max_queue // 2:
                 self._room.clear()
                 await self._room.wait()
-            return self.enqueue(images, deadline, urgent)
+            return self.enqueue(arrays, then=then, deadline=deadline, urgent=urgent)
 
     @property
     def pending(self) -> int:
         """Requests that wait."""
         # A copy, since the metrics page asks from its own thread; those at the head may be all in batches already.
-        return sum(ticket.taken < len(ticket.images) for queue in self._waiting for ticket in tuple(queue))
+        return sum(ticket.left > 0 for queue in self._waiting for ticket in tuple(queue))
 
     async def close(self) -> None:
         """Refuse new requests from now on, and return once those in the queue are answered."""
@@ -267,7 +203,7 @@ class Batcher:
 
     def _urgent_ahead(self) -> int:
         """Images that are computed before an urgent request that comes now."""
-        return sum(len(ticket.images) - ticket.taken for ticket in self._waiting[True])
+        return sum(ticket.left for ticket in self._waiting[True])
 
     def _needed(self, images: int, urgent: bool, now: float, expected: int = 0) -> float:
         """Seconds that a request which comes now, of so many images, may take until it is answered.
@@ -322,18 +258,15 @@ class Batcher:
         batch: list[_Part] = []
         room = size
         while room and (ticket := self._next()):
-            left = len(ticket.images) - ticket.taken
-            if ticket.future.done():  # its caller is cancelled in this turn of the event loop, and has yet to say so
-                self.give_up(ticket)
-                continue
+            left = ticket.left
             if ticket.deadline is not None:
                 needed = self._cost(min(size, self.queued))
                 if left > size:
                     needed = max(needed, self._time_for(left))
                 needed = _at_most(begin - now + needed)
                 if now + needed > ticket.deadline and not self._is_probe(now):
-                    ticket.taken = len(ticket.images)
-                    ticket.future.set_exception(_unmeetable(needed, ticket.deadline - now))
+                    ticket.taken = ticket.size
+                    ticket.fail(_unmeetable(needed, ticket.deadline - now))
                     self._metrics.expired.inc(left)
                     self._count(-left)
                     continue
@@ -351,7 +284,7 @@ class Batcher:
     def _next(self) -> Ticket | None:
         """The first request with images to take: an urgent one, unless another has waited longer by ``ageing``."""
         for queue in self._waiting:
-            while queue and queue[0].taken == len(queue[0].images):
+            while queue and not queue[0].left:
                 queue.popleft()
         others, urgent = self._waiting
         if urgent and not (others and others[0].queued_at + self._limits.ageing < urgent[0].queued_at):
@@ -362,18 +295,19 @@ class Batcher:
         """On a slot's thread: one call of the runtime. An exception is a result here: it must not end the thread."""
         start = stacked = time.perf_counter()
         try:
-            parts = [part.ticket.images[part.start : part.stop] for part in batch]
-            images = parts[0] if len(parts) == 1 else _joined(parts)
+            arrays = _stacked(batch)
             stacked = time.perf_counter()
-            prediction = self._predict(images)
+            outputs = self._run(arrays)
             done = time.perf_counter()
-            shape, poses = prediction.probabilities.shape, prediction.poses.shape
-            if len(shape) != 2 or shape[0] != len(images) or poses[:-1] != shape:
-                raise ValueError(f"{len(images)} images were answered with probabilities {shape} and poses {poses}")
+            size = rows(arrays)
+            if any(not array.ndim or len(array) != size for array in outputs.values()):
+                shapes = {name: array.shape for name, array in outputs.items()}
+                raise ValueError(f"{size} rows were answered with {shapes}")
+            good = self._check(outputs)
         except Exception as error:
-            _logger.exception("a batch of %d images failed", _size(batch))
-            return _Outcome(error, stacked - start, time.perf_counter() - stacked)
-        return _Outcome(prediction, stacked - start, done - stacked)
+            _logger.exception("a batch of %d rows failed", _size(batch))
+            return _Outcome(error, None, stacked - start, time.perf_counter() - stacked)
+        return _Outcome(outputs, good, stacked - start, done - stacked)
 
     def _finish(self, slot: "_Slot", batch: list[_Part], outcome: _Outcome) -> None:
         """Answer each member of a batch, once its slot has the next."""
@@ -384,45 +318,29 @@ class Batcher:
         if slot.batches:
             self._watch(slot)
         self._dispatch()
-        prediction, size = outcome.prediction, _size(batch)
-        if isinstance(prediction, Exception):
+        outputs, size = outcome.outputs, _size(batch)
+        if isinstance(outputs, Exception):
             self._fail(batch)
         else:
             self._cost.learn(size, outcome.input_time + outcome.infer_time)
-            # The sum is finite almost always, and takes far less time than a look at each number.
-            with np.errstate(all="ignore"):
-                good = isfinite(prediction.probabilities.sum() + prediction.poses.sum())
-            self._answer(batch, outcome, prediction, None if good else _finite(prediction))
-            self._metrics.batch(prediction, outcome.input_time, outcome.infer_time)
-            if good:
-                self._metrics.quality.add(prediction)
+            self._answer(batch, outcome, outputs)
+            self._metrics.batch(size, outcome.input_time, outcome.infer_time)
         self._empty.set()
 
-    def _answer(
-        self, batch: list[_Part], outcome: _Outcome, prediction: Prediction, finite: NDArray[np.bool_] | None
-    ) -> None:
-        """finite: of each image's answer, whether all of it is; None where all are."""
+    def _answer(self, batch: list[_Part], outcome: _Outcome, outputs: Arrays) -> None:
         end = 0
         for ticket, start, stop in batch:
             begin, end = end, end + stop - start
-            if ticket.future.done():
+            if ticket.ended:
                 continue
-            if finite is not None and not finite[begin:end].all():
+            if outcome.good is not None and not outcome.good[begin:end].all():
                 _logger.error("an answer held values that are not finite")
-                self._metrics.non_finite.inc(end - begin - int(finite[begin:end].sum()))
+                self._metrics.non_finite.inc(end - begin - int(outcome.good[begin:end].sum()))
                 self._refuse(ticket)
                 continue
             ticket.input_time += outcome.input_time
             ticket.infer_time += outcome.infer_time
-            part = Share(prediction, begin, end)
-            if stop - start == len(ticket.images):
-                ticket.future.set_result(part)
-                continue
-            ticket.answers.append((start, part))
-            if sum(answer.stop - answer.start for _, answer in ticket.answers) == len(ticket.images):
-                answers = [answer for _, answer in sorted(ticket.answers, key=lambda answer: answer[0])]
-                probabilities = np.concatenate([answer.probabilities for answer in answers])
-                ticket.future.set_result(Prediction(probabilities, np.concatenate([one.poses for one in answers])))
+            ticket.answer(start, Share(outputs, begin, end))
 
     def _fail(self, batch: list[_Part]) -> None:
         """Members of a batch that failed are computed again one by one, so that one bad member fails alone."""
@@ -431,15 +349,15 @@ class Batcher:
             self._refuse(batch[0].ticket)
             return
         self._metrics.retries.inc(len(batch))
-        self._again.extend(part for part in batch if not part.ticket.future.done())
+        self._again.extend(part for part in batch if not part.ticket.ended)
         self._dispatch()
 
     def _refuse(self, ticket: Ticket) -> None:
-        if ticket.future.done():
+        if ticket.ended:
             return
-        ticket.future.set_exception(InferenceFailed())
-        if left := len(ticket.images) - ticket.taken:
-            ticket.taken = len(ticket.images)
+        ticket.fail(InferenceFailed())
+        if left := ticket.left:
+            ticket.taken = ticket.size
             self._count(-left)
 
     def _watch(self, slot: "_Slot") -> None:
@@ -524,20 +442,27 @@ def _hopeless(hundredths: int) -> DeadlineUnmeetable:
     return DeadlineUnmeetable(f"deadline: the answer may take {10 * hundredths} ms")
 
 
-def _joined(parts: list[Images]) -> Images:
-    """In one batch, contiguous each.
+def _stacked(batch: list[_Part]) -> Arrays:
+    """Return the inputs of a batch."""
+    if len(batch) == 1:
+        ticket, start, stop = batch[0]
+        return {name: array[start:stop] for name, array in ticket.arrays.items()}
+    return {
+        name: _joined([part.ticket.arrays[name][part.start : part.stop] for part in batch])
+        for name in batch[0].ticket.arrays
+    }
+
+
+def _joined(parts: list[Array]) -> Array:
+    """Join arrays, each contiguous and all of one type, along their first axis.
 
     Small ones, unlike by ``np.concatenate``, with Python's lock kept: the event loop would take it, and a batch's
     computation wait for it, as often as there are parts. While large ones are copied, the event loop is to go on.
     """
     if sum(part.nbytes for part in parts) > _JOINED_AT_ONCE:
         return np.concatenate(parts)
-    return np.frombuffer(b"".join([part.data for part in parts]), np.uint8).reshape(-1, *parts[0].shape[1:])
-
-
-def _finite(prediction: Prediction) -> NDArray[np.bool_]:
-    """Of each image, whether all of its answer is finite."""
-    return np.asarray(np.isfinite(prediction.probabilities).all(1) & np.isfinite(prediction.poses).all((1, 2)))
+    data = b"".join([part.data for part in parts])
+    return np.frombuffer(data, parts[0].dtype).reshape(-1, *parts[0].shape[1:])
 
 
 def _at_most(expected: float) -> float:

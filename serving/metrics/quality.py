@@ -6,8 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.runtime import Prediction
-
 #: Upper bounds of the buckets of a length or of a difference of lengths.
 LENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 #: A capsule that is longer is active: its object is there.
@@ -52,11 +50,11 @@ class Quality:
         self._new_images = 0
         self._lock = threading.Lock()
 
-    def add(self, prediction: Prediction) -> None:
-        """A batch's answers, all finite; they show after ``update``."""
+    def add(self, probabilities: NDArray[np.float32]) -> None:
+        """Take in a batch's probabilities (B, J), all finite; from any thread. They show after ``update``."""
         with self._lock:
-            self._new.append(prediction.probabilities)
-            self._new_images += len(prediction.probabilities)
+            self._new.append(probabilities)
+            self._new_images += len(probabilities)
             many = self._new_images >= _AT_ONCE
         if many:
             self.update()

@@ -16,7 +16,6 @@ from serving.metrics.instruments import Counter as FastCounter
 from serving.metrics.instruments import Histogram
 from serving.metrics.quality import Quality
 from serving.metrics.triton_statistics import BACKEND, CANCELED, OTHER, REJECTED, BatchStatistics, Statistics
-from serving.runtime import Prediction
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 STEP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1, 1)
@@ -188,9 +187,8 @@ class ModelMetrics:
         self._stack_time = metrics.stack_time.labels(*labels)
         self._inference_time = metrics.inference_time.labels(*labels)
 
-    def batch(self, prediction: Prediction, input_time: float, infer_time: float) -> None:
-        """A batch was computed, in so many seconds."""
-        images = len(prediction.probabilities)
+    def batch(self, images: int, input_time: float, infer_time: float) -> None:
+        """A batch of so many images was computed, in so many seconds."""
         self._batch_size.observe(images)
         self._stack_time.observe(input_time)
         self._inference_time.observe(infer_time)

@@ -5,13 +5,17 @@ import logging
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from serving import artifact as artifacts
 from serving.artifact import Artifact
-from serving.batching.batcher import Batcher, Limits, Predict
+from serving.batching.batcher import Batcher, Limits
 from serving.batching.cost import BatchCost
 from serving.metrics.registry import Metrics, ModelMetrics
+from serving.repository.classifier import PROBABILITIES, finite_rows, open_classifier
 from serving.repository.tuning import Plan, Tuned, candidates, good_batch, tune
-from serving.runtime import CPU, Runtime, RuntimeSetupError
+from serving.runtime import CPU, Arrays, Run, Runtime, RuntimeSetupError
 from serving.services.classify_request import PixelReader
 from serving.services.classify_response import AnswerWriter
 from serving.services.open_inference_codec import TensorMessages
@@ -36,13 +40,13 @@ class ServedModel:
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics, plan: Plan | None = None) -> None:
         self.artifact: Artifact = artifacts.load(folder)
         self.settings = settings
-        if settings.device == "tensorrt" and settings.max_batch > self.artifact.batches["max"]:
-            most = self.artifact.batches["max"]
+        if settings.device == "tensorrt" and settings.max_batch > self.artifact.batches.max:
+            most = self.artifact.batches.max
             raise RuntimeSetupError(
                 f"max_batch: {settings.max_batch}; this model was exported for batches of up to {most} in TensorRT"
             )
         self._opened: dict[int, Runtime] = {}
-        self.predict, self.tuned = self._tune(plan)
+        self.run, self.tuned = self._tune(plan)
         self.runtime = self._opened[self.tuned.plan.threads]
         self._opened.clear()
         self._all_metrics = metrics
@@ -77,7 +81,7 @@ class ServedModel:
             settings.batch_timeout,
             settings.priority_ageing,
         )
-        self.batcher = Batcher(self.predict, self.metrics, limits, self.cost, self.plan.runtimes)
+        self.batcher = Batcher(self.run, self._check, self.metrics, limits, self.cost, self.plan.runtimes)
         self._all_metrics.queued.labels(name, version).set_function(lambda: self.batcher.queued)
         self._tell()
 
@@ -134,11 +138,18 @@ class ServedModel:
         if self.runtime.fell_back:
             _logger.warning("CUDA is installed but did not start: the model runs on the CPU")
 
-    def _tune(self, plan: Plan | None) -> tuple[Predict, Tuned]:
+    def _check(self, outputs: Arrays) -> NDArray[np.bool_] | None:
+        """Return which images' answers are finite, None where all are; those of a good batch go into the quality."""
+        good = finite_rows(outputs)
+        if good is None:
+            self.metrics.quality.add(np.asarray(outputs[PROBABILITIES], np.float32))
+        return good
+
+    def _tune(self, plan: Plan | None) -> tuple[Run, Tuned]:
         settings = self.settings
         most = settings.max_batch or _MOST_TUNED
         if settings.device == "tensorrt":
-            most = min(most, self.artifact.batches["max"])
+            most = min(most, self.artifact.batches.max)
         if plan:
             pairs, max_batch = [(plan.threads, plan.runtimes)], plan.max_batch
         else:
@@ -149,20 +160,20 @@ class ServedModel:
                 runtimes = (settings.runtimes,) if settings.runtimes else _GPU_RUNTIMES
                 pairs = [(pairs[0][0], count) for count in runtimes]
             max_batch = settings.max_batch
-        return tune(lambda threads: self._open(threads).predict, self.artifact.image_shape, pairs, max_batch, most)
+        inputs = self._open(pairs[0][0]).inputs
+        return tune(lambda threads: self._open(threads).run, inputs, pairs, max_batch, most)
 
     def _open(self, threads: int) -> Runtime:
         if threads not in self._opened:
             settings = self.settings
             cache = Path(settings.engine_cache) if settings.engine_cache else None
-            self._opened[threads] = Runtime(self.artifact, settings.device, threads, settings.precision, cache)
+            self._opened[threads] = open_classifier(self.artifact, settings.device, threads, settings.precision, cache)
         return self._opened[threads]
 
     @property
     def _info(self) -> tuple[str, ...]:
         artifact, precision = self.artifact, self.settings.precision
-        dataset = str(artifact.training["dataset"])
-        return artifact.name, artifact.version, dataset, precision, artifact.sha256(precision)
+        return artifact.name, artifact.version, artifact.training.dataset, precision, artifact.sha256(precision)
 
     def _tell(self) -> None:
         """Set what the metrics say of it as it is."""

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic, sleep  # real ones, also where tests give the tuning a clock of their own
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serving.batching.batcher import Images, Predict
 from serving.batching.cost import BatchCost
+from serving.runtime import Arrays, Run, TensorSpec, example
 
 # What a batch costs beside its computation and beside what each request does: the way to a thread and back, what runs
 # between two batches under the lock of Python, caches that others have filled meanwhile. By the difference of what the
@@ -83,19 +83,20 @@ def good_batch(cost: BatchCost, max_batch: int) -> int:
 
 
 def tune(
-    open_runtime: Callable[[int], Predict],
-    image_shape: tuple[int, int, int],
+    open_runtime: Callable[[int], Run],
+    inputs: Mapping[str, TensorSpec],
     pairs: Sequence[tuple[int, int]],
     max_batch: int,
     most: int,
-) -> tuple[Predict, Tuned]:
+) -> tuple[Run, Tuned]:
     """Choose a plan, and warm every batch size that it can meet.
 
-    open_runtime: makes a runtime with so many threads a call. pairs: of threads and runtimes, as ``candidates`` gives
-    them. max_batch: 0 to choose one, up to ``most``. Takes about two seconds on a small network.
+    open_runtime: makes a runtime with so many threads a call. inputs: those of its graph. pairs: of threads and
+    runtimes, as ``candidates`` gives them. max_batch: 0 to choose one, up to ``most``. Takes about two seconds on a
+    small network.
     """
     compared: list[Timing] = []
-    opened: dict[int, Predict] = {}
+    opened: dict[int, Run] = {}
     if len(pairs) > 1 or not max_batch:
         for threads in {threads: None for threads, _ in pairs}:
             opened[threads] = open_runtime(threads)
@@ -105,7 +106,7 @@ def tune(
             [
                 timing
                 for threads, runtimes in pairs
-                for timing in _time(opened[threads], image_shape, threads, runtimes, sizes, _mean_of, warm, busy=True)
+                for timing in _time(opened[threads], inputs, threads, runtimes, sizes, _mean_of, warm, busy=True)
             ]
             for warm in (False, True)
         )
@@ -117,9 +118,9 @@ def tune(
         plan = Plan(chosen.threads, chosen.runtimes, max_batch or chosen.batch)
     else:
         plan = Plan(*pairs[0], max_batch)
-    predict = opened[plan.threads] if opened else open_runtime(plan.threads)
-    timings = _time(predict, image_shape, plan.threads, plan.runtimes, range(1, plan.max_batch + 1), _least_of)
-    return predict, Tuned(plan, tuple(compared), tuple(timings))
+    run = opened[plan.threads] if opened else open_runtime(plan.threads)
+    timings = _time(run, inputs, plan.threads, plan.runtimes, range(1, plan.max_batch + 1), _least_of)
+    return run, Tuned(plan, tuple(compared), tuple(timings))
 
 
 def _sizes(most: int) -> list[int]:
@@ -128,12 +129,12 @@ def _sizes(most: int) -> list[int]:
 
 
 def _time(
-    predict: Predict,
-    image_shape: tuple[int, int, int],
+    run: Run,
+    inputs: Mapping[str, TensorSpec],
     threads: int,
     runtimes: int,
     sizes: Iterable[int],
-    sample: Callable[[Predict, Images], float],
+    sample: Callable[[Run, Arrays], float],
     warm: bool = False,
     busy: bool = False,
 ) -> list[Timing]:
@@ -145,8 +146,8 @@ def _time(
     timings = []
     with ThreadPoolExecutor(runtimes) as pool:
         for size in sizes:
-            images = generator.integers(0, 256, (size, *image_shape), np.uint8)
-            work = [pool.submit(_sample, predict, images, sample, warm) for _ in range(runtimes)]
+            arrays = example(inputs, size, generator)
+            work = [pool.submit(_sample, run, arrays, sample, warm) for _ in range(runtimes)]
             if busy:
                 _be_busy_until(work)
             timings.append(Timing(threads, runtimes, size, statistics.fmean(one.result() for one in work)))
@@ -165,14 +166,14 @@ def _be_busy_until(work: "Sequence[Future[float]]") -> None:
         sleep(_PAUSE_SECONDS)
 
 
-def _sample(predict: Predict, images: Images, sample: Callable[[Predict, Images], float], warm: bool) -> float:
+def _sample(run: Run, arrays: Arrays, sample: Callable[[Run, Arrays], float], warm: bool) -> float:
     """The first call, which allocates, is left out."""
     if not warm:
-        predict(images)
-    return sample(predict, images)
+        run(arrays)
+    return sample(run, arrays)
 
 
-def _mean_of(predict: Predict, images: Images) -> float:
+def _mean_of(run: Run, arrays: Arrays) -> float:
     """Mean seconds of a call over about as long for each size.
 
     Of the least, small batches would have more to choose from, and look better than they are on a machine that others
@@ -180,16 +181,16 @@ def _mean_of(predict: Predict, images: Images) -> float:
     """
     calls, begin = 0, time.perf_counter()
     while (seconds := time.perf_counter() - begin) < _SAMPLE_SECONDS:
-        predict(images)
+        run(arrays)
         calls += 1
     return seconds / calls
 
 
-def _least_of(predict: Predict, images: Images) -> float:
+def _least_of(run: Run, arrays: Arrays) -> float:
     """Least seconds of two calls: what else the machine does only adds to them."""
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()
-        predict(images)
+        run(arrays)
         seconds.append(time.perf_counter() - begin)
     return min(seconds)

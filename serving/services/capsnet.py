@@ -8,13 +8,14 @@ import grpc
 import numpy as np
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.batching.batcher import Images
+from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.files.images import from_encoded, from_pixels
 from serving.metrics.registry import Metrics
+from serving.repository.classifier import IMAGES
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, check_size, parse
-from serving.runtime import Answer
+from serving.runtime import Arrays
+from serving.services.encoded_images import Images, from_encoded, from_pixels
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import delimited
 from serving.settings import Settings
@@ -70,7 +71,7 @@ class CapsNetService:
         model = self._pipeline.repository.get(request.model_name, request.model_version)
         artifact, settings, plan = model.artifact, self.settings, model.plan
         channels, height, width = artifact.image_shape
-        figures = artifact.variants[settings.precision]
+        variant = artifact.variant(settings.precision)
         response = pb.GetModelResponse(
             model_name=artifact.name,
             model_version=artifact.version,
@@ -84,9 +85,9 @@ class CapsNetService:
             execution_provider=model.runtime.provider,
             sha256=artifact.sha256(settings.precision),
             precision=settings.precision,
-            dataset=artifact.training["dataset"],
-            test_errors=figures["test_errors"],
-            test_images=figures["test_images"],
+            dataset=artifact.training.dataset,
+            test_errors=variant.test_errors,
+            test_images=variant.test_images,
             tuning=pb.Tuning(
                 threads=plan.threads,
                 runtimes=plan.runtimes,
@@ -126,8 +127,8 @@ class _Item:
     timeout: float | None = None
     urgent = False
 
-    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
-        return model.write_answer(prediction)
+    def encode(self, model: ServedModel, share: Share) -> bytes:
+        return model.write_answer(share)
 
 
 class _Pixels(_Item):
@@ -140,12 +141,13 @@ class _Pixels(_Item):
         self.images = len(images)
         self._images = images
 
-    def decode(self, model: ServedModel) -> Images:
+    def decode(self, model: ServedModel) -> Arrays:
         shape = model.artifact.image_shape
         if self._images.shape[1:] == shape:
-            return self._images
+            return {IMAGES: self._images}
         # The default model has become another meanwhile.
-        return np.stack([from_pixels(one.tobytes(), shape, _field(index)) for index, one in enumerate(self._images)])
+        images = [from_pixels(one.tobytes(), shape, _field(index)) for index, one in enumerate(self._images)]
+        return {IMAGES: np.stack(images)}
 
 
 class _Request(_Item):
@@ -159,13 +161,13 @@ class _Request(_Item):
         self.images = len(request.images)
         self.slow = any(image.encoded for image in request.images)
 
-    def decode(self, model: ServedModel) -> Images:
+    def decode(self, model: ServedModel) -> Arrays:
         limit, shape = self._settings.max_images_per_request, model.artifact.image_shape
         if not 1 <= self.images <= limit:
             raise InvalidRequest("images", f"{self.images}; expected 1 to {limit} (max_images_per_request)")
         pixels = [image.pixels for image in self._request.images]
         if set(map(len, pixels)) == {math.prod(shape)}:  # for many of which one step takes far less than one for each
-            return np.frombuffer(b"".join(pixels), np.uint8).reshape(self.images, *shape)
+            return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.images, *shape)}
         images = []
         for index, image in enumerate(self._request.images):
             match image.WhichOneof("content"):
@@ -175,7 +177,7 @@ class _Request(_Item):
                     images.append(from_encoded(image.encoded, shape, f"images[{index}].encoded"))
                 case _:
                     raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
-        return np.stack(images)
+        return {IMAGES: np.stack(images)}
 
 
 def _field(index: int) -> str:
@@ -198,9 +200,9 @@ class _StreamItem(_Item):
         self._id = identifier
         self.error: Exception | None = error
 
-    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
+    def encode(self, model: ServedModel, share: Share) -> bytes:
         identifier = delimited(_ID, self._id.encode()) if self._id else b""
-        return identifier + delimited(_RESPONSE, super().encode(model, prediction))
+        return identifier + delimited(_RESPONSE, super().encode(model, share))
 
     def encode_error(self, error: Exception, call: Call, seconds: float) -> bytes:
         refusal = self._service.refusal(error, call, seconds)

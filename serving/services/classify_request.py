@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.batching.batcher import Images
+from serving.services.encoded_images import Images
 from serving.services.protobuf_wire import BYTES, tag, varint
 
 _ID = tag(pb.ClassifyStreamRequest.ID_FIELD_NUMBER, BYTES)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from serving.artifact import Artifact
-from serving.runtime import Answer, Prediction, Share
+from serving.batching.ticket import Share
+from serving.runtime import Arrays
 from serving.services.protobuf_wire import BYTES, FIXED32, VARINT, delimited, tag, varint
 
 
@@ -55,31 +56,28 @@ class AnswerWriter:
             if index:
                 head += tag(2, VARINT) + varint(index)
             self._heads.append(tag(3, BYTES) + varint(len(head) + len(template)) + head)
-        self._batch: Prediction | None = None
+        self._batch: Arrays | None = None
         self._written = b""  # the capsules of all of its images
         self._winners: list[int] = []
 
-    def __call__(self, answer: Answer) -> bytes:
+    def __call__(self, share: Share) -> bytes:
         """The predictions of n images as a ``ClassifyResponse``."""
-        if isinstance(answer, Share):
-            batch, start, stop = answer.batch, answer.start, answer.stop
-        else:
-            batch, start, stop = answer, 0, len(answer.probabilities)
-        if batch is not self._batch:  # written once for all requests that it answers, one after the other
-            self._write(batch)
+        if share.batch is not self._batch:  # written once for all requests that it answers, one after the other
+            self._write(share.batch)
         parts = [self._prefix]
         width = self._layout.itemsize
-        at = start * width
-        for winner in self._winners[start:stop]:
+        at = share.start * width
+        for winner in self._winners[share.start : share.stop]:
             parts += self._heads[winner], self._written[at : at + width]
             at += width
         return b"".join(parts)
 
-    def _write(self, batch: Prediction) -> None:
-        written = bytearray(self._template * len(batch.probabilities))
+    def _write(self, batch: Arrays) -> None:
+        probabilities, poses = batch["probabilities"], batch["poses"]
+        written = bytearray(self._template * len(probabilities))
         images = np.frombuffer(written, self._layout)
         for number, classes in enumerate(self._classes):
             capsules = images[str(number)]
-            capsules["probability"] = batch.probabilities[:, classes]
-            capsules["pose"] = batch.poses[:, classes]
-        self._batch, self._written, self._winners = batch, bytes(written), batch.probabilities.argmax(1).tolist()
+            capsules["probability"] = probabilities[:, classes]
+            capsules["pose"] = poses[:, classes]
+        self._batch, self._written, self._winners = batch, bytes(written), probabilities.argmax(1).tolist()

@@ -10,14 +10,14 @@ from importlib.metadata import version
 import grpc
 
 from protos.inference import inference_pb2 as pb
-from serving.batching.batcher import Images
+from serving.batching.ticket import Share
 from serving.errors import InvalidRequest, UnknownModel
 from serving.metrics.registry import Metrics
 from serving.metrics.triton_statistics import Duration
 from serving.repository.repository import Repository, State
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, parse
-from serving.runtime import CPU, Answer
+from serving.runtime import CPU, Arrays
 from serving.services.open_inference_codec import INPUT, POSES, PROBABILITIES, refused, schedule
 from serving.services.pipeline import Pipeline
 from serving.settings import Settings
@@ -229,12 +229,12 @@ class _Item:
         self.images = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0
         self.slow = size >= _SLOW_BYTES and not request.raw_input_contents
 
-    def decode(self, model: ServedModel) -> Images:
+    def decode(self, model: ServedModel) -> Arrays:
         self._outputs = model.tensors.outputs(self._request)
-        return model.tensors.images(self._request)
+        return {INPUT: model.tensors.images(self._request)}
 
-    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
-        return model.tensors.encode(self._request.id, self._outputs, prediction)
+    def encode(self, model: ServedModel, share: Share) -> bytes:
+        return model.tensors.encode(self._request.id, self._outputs, share)
 
 
 class _StreamItem(_Item):
@@ -251,8 +251,8 @@ class _StreamItem(_Item):
             self.error = wrong
             self.images = 0
 
-    def encode(self, model: ServedModel, prediction: Answer) -> bytes:
-        return model.tensors.encode_for_stream(self._request.id, self._outputs, prediction)
+    def encode(self, model: ServedModel, share: Share) -> bytes:
+        return model.tensors.encode_for_stream(self._request.id, self._outputs, share)
 
     def encode_error(self, error: Exception, call: Call, seconds: float) -> bytes:
         return refused(self._request.id, self._service.refusal(error, call, seconds))

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from protos.inference import inference_pb2 as pb
 from serving.artifact import Artifact
+from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.runtime import Answer
 from serving.services.protobuf_wire import BYTES, delimited, tag, varint
 
 INPUT, PROBABILITIES, POSES = "images", "probabilities", "poses"
@@ -86,13 +86,13 @@ class TensorMessages:
             chosen[name] = Output(name, self._classes(output, field) if output.parameters else 0)
         return tuple(chosen.values())
 
-    def encode(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> bytes:
+    def encode(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> bytes:
         """A ModelInferResponse with these outputs; identifier: the request's."""
-        return b"".join(self._parts(identifier, outputs, prediction))
+        return b"".join(self._parts(identifier, outputs, share))
 
-    def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> bytes:
+    def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> bytes:
         """A ModelStreamInferResponse with these outputs; identifier: the request's."""
-        parts = self._final, *self._parts(identifier, outputs, prediction)
+        parts = self._final, *self._parts(identifier, outputs, share)
         return b"".join((tag(_RESPONSE, BYTES), varint(sum(map(len, parts))), *parts))
 
     def _about_shape(self, shape: tuple[int, ...]) -> str:
@@ -148,17 +148,17 @@ class TensorMessages:
             raise InvalidRequest(field, f"{classes}; expected 1 to {len(self._labels)}, the number of classes")
         return classes
 
-    def _parts(self, identifier: str, outputs: tuple[Output, ...], prediction: Answer) -> list[bytes]:
+    def _parts(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> list[bytes]:
         """The bytes of a ModelInferResponse."""
         parts = [self._head]
         if identifier:
             parts.append(delimited(_ID, identifier.encode()))
-        parts.append(self._described(len(prediction.probabilities), outputs))
+        parts.append(self._described(len(share), outputs))
         for output in outputs:
             if output.classes:
-                data = self._classified(prediction.probabilities, output.classes)
+                data = self._classified(np.asarray(share[PROBABILITIES], np.float32), output.classes)
             else:
-                data = (prediction.probabilities if output.name == PROBABILITIES else prediction.poses).tobytes()
+                data = share[output.name].tobytes()
             parts += self._raw + varint(len(data)), data  # not in one piece yet, as large data would be copied twice
         return parts
 

@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from serving.batching.batcher import Images, Promise, Ticket
+from serving.batching.ticket import Share, Ticket, settle
 from serving.errors import Draining, ServingError
 from serving.metrics.registry import ModelMetrics
 from serving.repository.repository import Repository
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Steps
-from serving.runtime import Answer
+from serving.runtime import Arrays
 
 
 class Item(Protocol):
@@ -29,10 +29,10 @@ class Item(Protocol):
     #: Decoding takes long enough to hold up other requests.
     slow: bool
 
-    def decode(self, model: ServedModel, /) -> Images:
-        """The images, (n, C, H, W), n at least 1. Raises InvalidRequest."""
+    def decode(self, model: ServedModel, /) -> Arrays:
+        """The inputs of the model's graph, of one row at least. Raises InvalidRequest."""
 
-    def encode(self, model: ServedModel, prediction: Answer, /) -> bytes:
+    def encode(self, model: ServedModel, share: Share, /) -> bytes:
         """The answer's bytes."""
 
 
@@ -53,6 +53,7 @@ class _Pending:
     item: StreamItem
     model: ServedModel
     ticket: Ticket
+    answer: "asyncio.Future[Share]"
     began: float
     decode_time: float
 
@@ -147,9 +148,12 @@ class Pipeline:
             return item.encode_error(error, call, 0.0)
         model.acquire()
         try:
-            images = await asyncio.to_thread(item.decode, model) if item.slow else item.decode(model)
+            arrays = await asyncio.to_thread(item.decode, model) if item.slow else item.decode(model)
             decode_time = time.perf_counter() - began
-            ticket = await model.batcher.enqueue_patiently(images, _deadline(item, None), item.urgent)
+            answer: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
+            ticket = await model.batcher.enqueue_patiently(
+                arrays, then=settle(answer), deadline=_deadline(item, None), urgent=item.urgent
+            )
         except Exception as error:
             model.release()
             seconds = time.perf_counter() - began
@@ -159,17 +163,18 @@ class Pipeline:
             model.release()
             model.metrics.failed(error, time.perf_counter() - began)
             raise
-        return _Pending(item, model, ticket, began, decode_time)
+        return _Pending(item, model, ticket, answer, began, decode_time)
 
     async def _end(self, pending: _Pending, call: Call) -> bytes:
         model = pending.model
         try:
-            prediction = await model.batcher.wait(pending.ticket)
-            data, steps = _encode(pending.item, model, pending.ticket, prediction, pending.decode_time, call.traced)
+            share = await pending.answer
+            data, steps = _encode(pending.item, model, pending.ticket, share, pending.decode_time, call.traced)
             if steps:
                 call.answered(time.perf_counter() - pending.began, steps)
             return data
         except asyncio.CancelledError as error:
+            model.batcher.give_up(pending.ticket)
             model.metrics.failed(error, time.perf_counter() - pending.began)
             raise
         except Exception as error:
@@ -211,33 +216,34 @@ class _Request:
         except Exception as error:
             self._fail(error)
 
-    def _decoded(self, decoding: "asyncio.Future[Images]") -> None:
+    def _decoded(self, decoding: "asyncio.Future[Arrays]") -> None:
         if decoding.cancelled():
             self._give_up()
             return
         try:
-            images = decoding.result()
+            arrays = decoding.result()
             if self._call.over:
                 self._give_up()
             else:
-                self._queue(images)
+                self._queue(arrays)
         except Exception as error:
             self._fail(error)
 
-    def _queue(self, images: Images) -> None:
+    def _queue(self, arrays: Arrays) -> None:
         self._decode_time = time.perf_counter() - self._began
         batcher = self._model.batcher
         deadline = _deadline(self._item, self._call)
-        self._ticket = batcher.enqueue(images, deadline, self._item.urgent, self._computed)
+        self._ticket = batcher.enqueue(arrays, then=self._computed, deadline=deadline, urgent=self._item.urgent)
         self._call.when_given_up(lambda: batcher.give_up(self._ticket))
 
-    def _computed(self, computing: Promise) -> None:
-        if computing.cancelled():
+    def _computed(self, ticket: Ticket) -> None:
+        call = self._call
+        try:
+            share = ticket.result()
+            data, steps = _encode(self._item, self._model, ticket, share, self._decode_time, call.traced)
+        except asyncio.CancelledError:
             self._give_up()
             return
-        try:
-            prediction, ticket, call = computing.result(), self._ticket, self._call
-            data, steps = _encode(self._item, self._model, ticket, prediction, self._decode_time, call.traced)
         except Exception as error:
             self._fail(error)
             return
@@ -265,16 +271,16 @@ def _deadline(item: Item, call: Call | None) -> float | None:
 
 
 def _encode(
-    item: Item, model: ServedModel, ticket: Ticket, prediction: Answer, decode_time: float, traced: bool
+    item: Item, model: ServedModel, ticket: Ticket, share: Share, decode_time: float, traced: bool
 ) -> tuple[bytes, Steps | None]:
     begin = time.perf_counter()
-    data = item.encode(model, prediction)
+    data = item.encode(model, share)
     encode_time = time.perf_counter() - begin
     model.metrics.answered(decode_time, ticket.waited, ticket.input_time, ticket.infer_time, encode_time)
     if not traced:
         return data, None
     artifact = model.artifact
-    return data, Steps(artifact.name, artifact.version, len(ticket.images), decode_time, ticket.waited, encode_time)
+    return data, Steps(artifact.name, artifact.version, ticket.size, decode_time, ticket.waited, encode_time)
 
 
 class _Window:

@@ -1,0 +1,128 @@
+"""A request in the batcher, and its part of a batch's outputs."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+
+from serving.runtime import Array, Arrays, rows
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The rows of a batch's outputs that belong to one request: of ``batch``, from ``start`` to before ``stop``."""
+
+    batch: Arrays
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.stop - self.start
+
+    def __getitem__(self, name: str) -> Array:
+        """Return the rows of one output. Raises KeyError."""
+        return self.batch[name][self.start : self.stop]
+
+
+class State(Enum):
+    """Stages of a ticket. It leaves OPEN once, for one of the others."""
+
+    OPEN = auto()
+    ANSWERED = auto()
+    FAILED = auto()
+    GIVEN_UP = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request in the batcher: its input arrays, and how and when it ended.
+
+    then: called with the ticket once, at its end; must not raise. deadline: by the clock of ``time.monotonic``.
+    waited: seconds until its first row was taken into a batch. input_time and infer_time: seconds of the batches that
+    it was in. taken: number of its rows that are in batches.
+    """
+
+    arrays: Arrays
+    then: "Callable[[Ticket], None]"
+    deadline: float | None
+    urgent: bool
+    queued_at: float
+    size: int = field(init=False)
+    state: State = field(default=State.OPEN, init=False)
+    waited: float = field(default=0.0, init=False)
+    input_time: float = field(default=0.0, init=False)
+    infer_time: float = field(default=0.0, init=False)
+    taken: int = field(default=0, init=False)
+    _shares: list[tuple[int, Share]] = field(default_factory=list, init=False)  # by their first row
+    _result: Share | None = field(default=None, init=False)
+    _error: Exception | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.size = rows(self.arrays)
+
+    @property
+    def ended(self) -> bool:
+        return self.state is not State.OPEN
+
+    @property
+    def left(self) -> int:
+        """Rows that are in no batch yet."""
+        return self.size - self.taken
+
+    def result(self) -> Share:
+        """Return the outputs of a ticket that has ended.
+
+        Raises the error that it ended with, and asyncio.CancelledError where it was given up.
+        """
+        if self.state is State.GIVEN_UP:
+            raise asyncio.CancelledError
+        if self._error:
+            raise self._error
+        assert self._result
+        return self._result
+
+    def answer(self, start: int, share: Share) -> None:
+        """Take in the outputs of the rows from ``start`` on; the ticket ends once it has those of all rows."""
+        if len(share) == self.size:
+            self._result = share
+        else:
+            self._shares.append((start, share))
+            if sum(len(part) for _, part in self._shares) < self.size:
+                return
+            parts = [part for _, part in sorted(self._shares, key=lambda entry: entry[0])]
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in share.batch}
+            self._result = Share(joined, 0, self.size)
+        self._end(State.ANSWERED)
+
+    def fail(self, error: Exception) -> None:
+        """End the ticket with an error."""
+        self._error = error
+        self._end(State.FAILED)
+
+    def give_up(self) -> None:
+        """End the ticket, since nobody waits for its answer."""
+        self._end(State.GIVEN_UP)
+
+    def _end(self, state: State) -> None:
+        self.state = state
+        self.then(self)
+
+
+def settle(future: "asyncio.Future[Share]") -> Callable[[Ticket], None]:
+    """Return a callback for a ticket that passes its end to a future, which is left alone where it is done already."""
+
+    def then(ticket: Ticket) -> None:
+        if future.done():
+            return
+        try:
+            future.set_result(ticket.result())
+        except asyncio.CancelledError:
+            future.cancel()
+        except Exception as error:
+            future.set_exception(error)
+            future.exception()  # else it would be logged where nobody awaits the future any longer
+
+    return then

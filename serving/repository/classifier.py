@@ -1,0 +1,89 @@
+"""The graph that classifies: how it is opened, tested before it serves, and its answers checked."""
+
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.artifact import Artifact
+from serving.files.cache import cache_folder
+from serving.runtime import Arrays, Runtime, RuntimeSetupError, TensorRtSetup
+from serving.tensorrt_options import execution_provider_options
+
+IMAGES, PROBABILITIES, POSES = "images", "probabilities", "poses"
+#: Largest difference of a probability or of a component of a pose, in any precision.
+_TOLERANCE = 0.01
+
+
+def open_classifier(
+    artifact: Artifact, device: str, threads: int, precision: str, engine_cache: Path | None = None
+) -> Runtime:
+    """Open the artifact's graph in this precision, and test it.
+
+    engine_cache: a folder for what TensorRT builds, in which each graph gets one of its own. Raises RuntimeSetupError,
+    and ArtifactError where the artifact has no graph in this precision.
+    """
+    file = artifact.file(precision)
+    tensorrt = None
+    if device == "tensorrt":
+        profile = artifact.batches
+        # By the graph's digest, since TensorRT's cache tells engines apart by names and not by weights.
+        tensorrt = TensorRtSetup(
+            (engine_cache or cache_folder() / "tensorrt") / artifact.sha256(precision),
+            lambda folder: execution_provider_options(profile, artifact.image_shape, folder, fp16=precision == "fp16"),
+        )
+    runtime = Runtime(file, device, threads, quantized=precision == "int8", tensorrt=tensorrt)
+    try:
+        self_test(runtime, artifact)
+    except RuntimeSetupError:
+        raise
+    except Exception as error:
+        raise RuntimeSetupError(f"{file}: cannot compute two images: {error}") from error
+    return runtime
+
+
+def self_test(runtime: Runtime, artifact: Artifact) -> None:
+    """Hold the graph to its manifest and to what serving relies on, before any client's image meets it.
+
+    Raises RuntimeSetupError, or whatever ONNX Runtime raises.
+    """
+    blank = np.zeros(artifact.image_shape, np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, artifact.image_shape, np.uint8)
+    probabilities, poses = _predict(runtime, np.stack([blank, noise]))
+    where = f"{artifact.folder}: in its self-test the graph"
+    expected = (2, len(artifact.labels), artifact.pose_size)
+    if not (np.isfinite(probabilities).all() and np.isfinite(poses).all()):
+        raise RuntimeSetupError(f"{where} answers with values that are not finite")
+    if poses.shape != expected or probabilities.shape != expected[:2]:
+        raise RuntimeSetupError(
+            f"{where} answers poses {poses.shape} and probabilities {probabilities.shape}; "
+            f"its manifest says {expected} and {expected[:2]}"
+        )
+    lengths = np.linalg.norm(poses, axis=-1)
+    if (difference := float(np.abs(lengths - probabilities).max())) > _TOLERANCE:
+        raise RuntimeSetupError(f"{where} answers probabilities up to {difference:.2g} off the lengths of its poses")
+    _, alone = _predict(runtime, noise[np.newaxis])
+    if (difference := float(np.abs(alone[0] - poses[1]).max())) > _TOLERANCE:
+        raise RuntimeSetupError(f"{where} answers an image alone and in a batch with poses {difference:.2g} apart")
+
+
+def finite_rows(outputs: Arrays) -> NDArray[np.bool_] | None:
+    """Return which images' answers are finite, (B,); None where all are.
+
+    Raises ValueError where the shapes are not those of probabilities (B, J) and poses (B, J, E).
+    """
+    probabilities, poses = outputs[PROBABILITIES], outputs[POSES]
+    shape = probabilities.shape
+    if len(shape) != 2 or poses.shape[:-1] != shape:
+        raise ValueError(f"images were answered with probabilities {shape} and poses {poses.shape}")
+    # The sum is finite almost always, and takes far less time than a look at each number.
+    with np.errstate(all="ignore"):
+        if isfinite(probabilities.sum() + poses.sum()):
+            return None
+    return np.asarray(np.isfinite(probabilities).all(1) & np.isfinite(poses).all((1, 2)))
+
+
+def _predict(runtime: Runtime, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    outputs = runtime.run({IMAGES: images})
+    return np.asarray(outputs[PROBABILITIES], np.float32), np.asarray(outputs[POSES], np.float32)
