@@ -7,8 +7,7 @@ from typing import Any
 
 import grpc
 
-from serving.runtime import onnxruntime
-from serving.settings import usable_cores
+from serving.runtime import onnxruntime, usable_cores
 from training.provenance import commit, processor
 
 

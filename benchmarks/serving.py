@@ -31,7 +31,7 @@ from benchmarks.load import H2LOAD_MISSING, LoadError, Sample, h2load, h2load_ve
 from benchmarks.server import Case, Page, Served, load, prepare, serve
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.settings import usable_cores
+from serving.runtime import usable_cores
 from training.model import CONFIGS
 
 TRANSPORTS = ("tcp", "unix")

@@ -21,8 +21,7 @@ from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
 from export.verify import ParityError, Reference, certify, certify_decoder, certify_explanation, reference, speeds
 from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant, digest, write_manifest
-from serving.runtime import Runtime, RuntimeSetupError
-from serving.settings import usable_cores
+from serving.runtime import Runtime, RuntimeSetupError, usable_cores
 from serving.tensorrt_options import BatchProfile
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data.compose import scenes

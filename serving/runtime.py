@@ -52,6 +52,16 @@ def saturates(cpu_info: Path) -> bool:
     return not {"avx512_vnni", "avx_vnni"} & set(flags)
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use, by its affinity and by its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or no quota ("max")
+        return cores
+
+
 class TensorSpec(NamedTuple):
     """An input or output of a graph: its element type, and the shape of one row, with None for a free axis."""
 

@@ -154,13 +154,3 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         return Settings(**values)
     except ValueError as error:
         parser.error(str(error))
-
-
-def usable_cores() -> int:
-    """How many cores this process may use, by its affinity and by its control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control groups, or no quota ("max")
-        return cores

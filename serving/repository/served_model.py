@@ -15,11 +15,11 @@ from serving.batching.cost import BatchCost
 from serving.metrics.registry import Metrics, ModelMetrics
 from serving.repository.classifier import PROBABILITIES, finite_rows, open_classifier
 from serving.repository.tuning import Plan, Tuned, candidates, good_batch, tune
-from serving.runtime import CPU, Arrays, Run, Runtime, RuntimeSetupError
+from serving.runtime import CPU, Arrays, Run, Runtime, RuntimeSetupError, usable_cores
 from serving.services.classify_request import PixelReader
 from serving.services.classify_response import AnswerWriter
 from serving.services.open_inference_codec import TensorMessages
-from serving.settings import Settings, usable_cores
+from serving.settings import Settings
 
 # On a GPU two calls overlap copies with computation; more only divide it.
 _GPU_RUNTIMES = (1, 2)
