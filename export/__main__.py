@@ -1,90 +1,76 @@
-"""``python -m export``: turn a checkpoint into a verified ONNX artifact for the service."""
+"""``python -m export``: turn a checkpoint into a verified ONNX artifact for the service.
+
+PyTorch takes seconds to import: everything that can be refused without it is refused before.
+"""
 
 import argparse
 import re
 import sys
 from pathlib import Path
 
-from export.build import BATCHES, export_checkpoint
-from export.graph import GraphError
-from export.to_onnx import OPSET, OPSETS
-from export.to_tensorrt import EngineError, TensorRTMissing
-from export.triton import TritonError
-from export.verify import ParityError
-from serving.runtime import RuntimeSetupError
-from serving.tensorrt_options import BatchProfile
-from training import checkpoint
-from training.data.matching import load_matching
+from export.options import ExportOptions
+from serving.files.options import add_flags, read
+from training.data.folder import find_images
 from training.data.sources import DatasetError
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch("[a-z0-9][a-z0-9-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected lower-case letters, digits and hyphens")
-    return text
-
-
-def _version(text: str) -> str:
-    if not re.fullmatch("[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive integer")
-    return text
-
-
-def _next_version(folder: Path) -> str:
-    """One more than the highest version in a model's folder, finished or not."""
-    versions = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
-    return str(max(versions, default=0) + 1)
-
-
-def _default_name(dataset: str) -> str:
-    plain = re.sub("[^a-z0-9]+", "-", dataset.removeprefix("folder:").lower()).strip("-")
-    return f"capsnet-{plain or 'folder'}"
+from training.run_folder import checkpoint_path
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="python -m export", description="Turn a checkpoint into a verified ONNX artifact for the server."
+        prog="python -m export",
+        allow_abbrev=False,
+        description="Turn a checkpoint into a verified ONNX artifact for the server.",
     )
-    result.add_argument("checkpoint", type=Path, help="the checkpoint that training wrote, capsnet.pt")
+    result.add_argument("checkpoint", type=Path, help="the run's folder, or the checkpoint capsnet.pt in it")
     result.add_argument("out", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION")
-    result.add_argument("--name", type=_name, help="the model's name (default: capsnet-DATASET)")
-    result.add_argument("--version", type=_version, help="the version (default: one more than the highest there)")
-    result.add_argument("--data-dir", type=Path, help="a folder with the dataset's files, or to store them in")
-    result.add_argument("--data", type=Path, metavar="FOLDER", help="the folder of images that it was trained on")
-    result.add_argument(
-        "--tensorrt", action="store_true", help="also build a TensorRT engine, for the GPU of this machine"
-    )
-    result.add_argument(
-        "--batches",
-        type=int,
-        nargs=2,
-        default=(BATCHES.opt, BATCHES.max),
-        metavar=("OPT", "MAX"),
-        help="what TensorRT and Triton are to expect: batches of up to MAX images, fastest at OPT (default: 8 32)",
-    )
-    result.add_argument(
-        "--opset", type=int, choices=OPSETS, default=OPSET, help=f"version of the ONNX operators (default: {OPSET})"
-    )
+    add_flags(result, ExportOptions)
     return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     command = parser()
-    options = command.parse_args(arguments)
+    parsed = command.parse_args(arguments)
     try:
-        batches = BatchProfile(1, *options.batches)
+        options = read(ExportOptions, parsed)
     except ValueError as error:
-        command.error(f"--batches: {error}")
+        command.error(str(error))
+    path = checkpoint_path(parsed.checkpoint)
     try:
-        trained = checkpoint.load(options.checkpoint)
+        if not path.exists():
+            print(f"{path}: no such file", file=sys.stderr)
+            return 1
+        if options.data is not None:
+            find_images(options.data)
+        return _export(path, parsed.out, options)
+    except DatasetError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing of the export is left", file=sys.stderr)
+        return 130
+
+
+def _export(path: Path, out: Path, options: ExportOptions) -> int:
+    """Export with PyTorch and print what was measured. Returns the command's exit status."""
+    from export.build import export_checkpoint
+    from export.graph import GraphError
+    from export.to_tensorrt import EngineError, TensorRTMissing
+    from export.triton import TritonError
+    from export.verify import ParityError
+    from serving.runtime import RuntimeSetupError
+    from training import checkpoint
+    from training.data.matching import load_matching
+
+    try:
+        trained = checkpoint.load(path)
         try:
             dataset = load_matching(trained, options.data, options.data_dir)
         except (checkpoint.CheckpointError, DatasetError) as error:
-            raise type(error)(f"{options.checkpoint}: {error}") from error
+            raise type(error)(f"{path}: {error}") from error
         name = options.name or _default_name(trained.dataset)
-        version = options.version or _next_version(options.out / name)
+        version = options.version or _next_version(out / name)
         artifact, failures = export_checkpoint(
-            trained, dataset, options.out, name, version, options.opset, batches, options.tensorrt
+            trained, dataset, out, name, version, options.opset, options.profile, options.tensorrt
         )
     except (
         checkpoint.CheckpointError, DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
@@ -92,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     ) as error:  # fmt: skip
         print(error, file=sys.stderr)
         return 1
+    if options.version is None and version != "1":
+        print(f"{name} has a version {int(version) - 1} already, so this is version {version}")
     print(f"wrote {artifact.folder}: {', '.join(artifact.files)}")
     for precision, variant in artifact.variants.items():
         print(
@@ -102,6 +90,17 @@ def main(arguments: list[str] | None = None) -> int:
     for text in failures.values():
         print(f"not written: {text}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _default_name(dataset: str) -> str:
+    plain = re.sub("[^a-z0-9]+", "-", dataset.removeprefix("folder:").lower()).strip("-")
+    return f"capsnet-{plain or 'folder'}"
+
+
+def _next_version(folder: Path) -> str:
+    """Return one more than the highest version in a model's folder, finished or not."""
+    versions = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    return str(max(versions, default=0) + 1)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +12,16 @@ import torch
 from torch import Tensor
 
 from export import triton
+from export.artifact_writer import ArtifactWriter
 from export.certificate import CERTIFICATE, certificate
 from export.graph import GraphError, receptive_field
+from export.options import BATCHES, OPSET
 from export.to_fp16 import to_fp16
 from export.to_int8 import to_int8
-from export.to_onnx import OPSET, decoder_to_onnx, explanation_to_onnx, to_onnx
+from export.to_onnx import decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
 from export.verify import ParityError, Reference, certify, certify_decoder, certify_explanation, reference, speeds
-from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant, digest, write_manifest
+from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant
 from serving.runtime import Runtime, RuntimeSetupError, usable_cores
 from serving.tensorrt_options import BatchProfile
 from training.checkpoint import Checkpoint, CheckpointError
@@ -32,7 +33,6 @@ from training.provenance import commit, processor
 CALIBRATION_IMAGES = 1024
 EXPLAIN, DECODER = "explain", "decoder"
 ENGINE = "model.plan"
-BATCHES = BatchProfile(1, 8, 32)
 
 
 class Export(NamedTuple):
@@ -67,79 +67,45 @@ def export_checkpoint(
     EngineError, RuntimeSetupError and ParityError as the functions called do; OSError where files cannot be written.
     """
     network = checkpoint.model()
-    config = checkpoint.config
-    if dataset.image_shape != config.image_shape:
-        raise CheckpointError(
-            f"the network takes images {config.image_shape}, the test set's are {dataset.image_shape}"
-        )
-    if len(checkpoint.labels) != config.classes:
-        raise CheckpointError(f"the checkpoint has {config.classes} classes but {len(checkpoint.labels)} labels")
+    _check_fit(checkpoint, dataset)
     options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
     triton.check_labels(checkpoint.labels)
     training = _training(checkpoint, dataset)
-    folder = out / name / version
-    # Under a name that neither our server nor Triton takes for a version, until it is whole.
-    work = out / name / f".{version}.partial"
-    try:
-        if folder.exists():
-            raise FileExistsError
-        work.mkdir(parents=True)
-    except FileExistsError as error:
-        reason = "exists already, and a version is never overwritten"
-        if not folder.exists():
-            reason = f"another export of it is under way, or was killed; in the latter case remove {work}"
-        raise FileExistsError(f"{folder}: {reason}") from error
-    artifact = Artifact(
-        work,
-        name,
-        version,
-        checkpoint.labels,
-        config.image_shape,
-        config.digit_dim,
-        {},
-        {},
-        {},
-        batches,
-        training,
-    )
-    try:
+    with ArtifactWriter(out, name, version) as writer:
         expected = reference(network, dataset.test_images, dataset.test_labels)
+        graphs = _Graphs(writer, _Title(name, version, training), expected)
         model = to_onnx(network, opset)
-        artifact, runtime = _with_variant(artifact, PRECISIONS[0], model, expected)
-        _check_figures(checkpoint, artifact.variants[PRECISIONS[0]])
+        graphs.add_variant(PRECISIONS[0], model)
+        _check_figures(checkpoint, graphs.variants[PRECISIONS[0]])
         if engine:  # soon, since it is the most likely to fail
-            build_engine(artifact.file(), work / ENGINE, batches)
-            artifact = replace(
-                artifact,
-                files=artifact.files | {ENGINE: digest(work / ENGINE)},
-                graphs={"tensorrt": Graph(ENGINE)},
+            graphs.add_engine(batches)
+        graphs.try_variant("int8", lambda: to_int8(model, calibration_images(dataset)))
+        graphs.try_variant("fp16", lambda: to_fp16(model))
+        graphs.add_explanation(network, opset)
+        if network.decoder is not None:
+            graphs.add_decoder(network, opset)
+        graphs.measure_speeds(dataset.test_images)
+        page = certificate(name, version, training, graphs.variants, graphs.graphs, writer.files, graphs.failures)
+        writer.write_text(CERTIFICATE, page)
+        artifact = writer.finish(
+            Artifact(
+                folder=writer.folder,
+                name=name,
+                version=version,
+                labels=checkpoint.labels,
+                image_shape=network.config.image_shape,
+                pose_size=network.config.digit_dim,
+                files=writer.files,
+                variants=graphs.variants,
+                graphs=graphs.graphs,
+                batches=batches,
+                training=training,
             )
-        runtimes = {PRECISIONS[0]: runtime}
-        failures: dict[str, str] = {}
-        others: dict[str, Callable[[], onnx.ModelProto]] = {
-            "int8": lambda: to_int8(model, calibration_images(dataset)),
-            "fp16": lambda: to_fp16(model),
-        }
-        for precision, make in others.items():
-            try:
-                artifact, runtimes[precision] = _with_variant(artifact, precision, make(), expected)
-            except GraphError as error:
-                failures[precision] = f"{precision}: {error}"
-            except (ParityError, RuntimeSetupError) as error:
-                (work / _file(precision)).unlink()
-                failures[precision] = str(error)
-        artifact = _with_extras(artifact, network, expected, opset)
-        artifact = _with_speeds(artifact, runtimes, dataset.test_images)
-        (work / CERTIFICATE).write_text(certificate(artifact, failures), encoding="utf-8")
-        artifact = replace(artifact, files=artifact.files | {CERTIFICATE: digest(work / CERTIFICATE)})
-        write_manifest(artifact)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if not any(int(other.name) > int(version) for other in folder.parent.iterdir() if other.name.isdecimal()):
-        triton.write(folder.parent, artifact.labels, artifact.image_shape, artifact.pose_size, options)
-    return Export(replace(artifact, folder=folder), failures)
+        )
+    model_folder = artifact.folder.parent
+    if not any(int(other.name) > int(version) for other in model_folder.iterdir() if other.name.isdecimal()):
+        triton.write(model_folder, artifact.labels, artifact.image_shape, artifact.pose_size, options)
+    return Export(artifact, graphs.failures)
 
 
 def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Tensor:
@@ -150,77 +116,112 @@ def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Ten
     return scenes(images, labels, dataset.objects, dataset.canvas, generator)[0] if dataset.canvas else images
 
 
+@dataclass(frozen=True)
+class _Title:
+    """What every graph of an artifact says of itself."""
+
+    name: str
+    version: str
+    training: Training
+
+    def write_into(self, model: onnx.ModelProto, file: str, what: str) -> None:
+        """Write it into a graph; what: the graph's own part of the description."""
+        training = self.training
+        model.doc_string = (
+            f"Capsule network {self.name}, version {self.version}, trained on {training.dataset}, {what}."
+        )
+        properties = {
+            "name": self.name,
+            "version": self.version,
+            "dataset": training.dataset,
+            "test_data_sha256": training.test_data_sha256,
+            "training_commit": str(training.figures.get("commit", "")),
+            "export_commit": training.export_commit,
+            "config": json.dumps(training.config),
+        }
+        onnx.helper.set_model_props(model, properties)
+        # Of the graph's name, since TensorRT's engine cache tells models apart by it and not by their weights.
+        model.graph.name = f"{self.name}-{self.version}-{Path(file).stem}"
+
+
+class _Graphs:
+    """The graphs of an artifact: each is written, certified as it will be served, and kept for the manifest.
+
+    variants: the graphs that classify, by precision; graphs: the others, by name; failures: why a precision is not
+    there. Every method raises ParityError where a graph differs from PyTorch by more than is tolerated.
+    """
+
+    def __init__(self, writer: ArtifactWriter, title: _Title, expected: Reference) -> None:
+        self._writer, self._title, self._expected = writer, title, expected
+        self._runtimes: dict[str, Runtime] = {}
+        self.variants: dict[str, Variant] = {}
+        self.graphs: dict[str, Graph] = {}
+        self.failures: dict[str, str] = {}
+
+    def add_variant(self, precision: str, model: onnx.ModelProto) -> None:
+        """Add a graph that classifies."""
+        file = _file(precision)
+        path = self._save(file, model, f"in {precision}")
+        runtime = Runtime(path, "cpu", usable_cores(), quantized=precision == "int8")
+        self.variants[precision] = Variant(file, **certify(self._expected, runtime, precision))
+        self._runtimes[precision] = runtime
+
+    def try_variant(self, precision: str, make: Callable[[], onnx.ModelProto]) -> None:
+        """Add a graph that classifies, or the reason why it cannot be made or served."""
+        try:
+            self.add_variant(precision, make())
+        except GraphError as error:
+            self.failures[precision] = f"{precision}: {error}"
+        except (ParityError, RuntimeSetupError) as error:
+            self._writer.remove(_file(precision))
+            self.failures[precision] = str(error)
+
+    def add_engine(self, batches: BatchProfile) -> None:
+        """Add a TensorRT engine of the graph in single precision, compared with nothing."""
+        folder = self._writer.folder
+        build_engine(folder / _file(PRECISIONS[0]), folder / ENGINE, batches)
+        self._writer.add(ENGINE)
+        self.graphs["tensorrt"] = Graph(ENGINE)
+
+    def add_explanation(self, network: CapsNet, opset: int) -> None:
+        """Add the graph that tells its couplings."""
+        path = self._save(f"{EXPLAIN}.onnx", explanation_to_onnx(network, opset), "with the couplings of its routing")
+        certified = certify_explanation(network, path, self._expected)
+        self.graphs[EXPLAIN] = replace(certified, receptive_field=receptive_field(network.config))
+
+    def add_decoder(self, network: CapsNet, opset: int) -> None:
+        """Add the graph that reconstructs."""
+        path = self._save(f"{DECODER}.onnx", decoder_to_onnx(network, opset), "its decoder, from a pose to an image")
+        self.graphs[DECODER] = certify_decoder(network, path, self._expected)
+
+    def measure_speeds(self, images: Tensor) -> None:
+        """Measure all graphs that classify, in turns, on test images, uint8 (B, C, H, W)."""
+        measured = speeds(self._runtimes, images)
+        device = f"{processor()}, {usable_cores()} threads"
+        for precision, variant in self.variants.items():
+            size = (self._writer.folder / variant.file).stat().st_size
+            self.variants[precision] = replace(
+                variant, bytes=size, images_per_second=measured[precision], device=device
+            )
+
+    def _save(self, file: str, model: onnx.ModelProto, what: str) -> Path:
+        self._title.write_into(model, file, what)
+        return self._writer.save_graph(file, model)
+
+
 def _file(precision: str) -> str:
     return MODEL if precision == PRECISIONS[0] else f"{precision}.onnx"
 
 
-def _with_variant(
-    artifact: Artifact, precision: str, model: onnx.ModelProto, expected: Reference
-) -> tuple[Artifact, Runtime]:
-    """The artifact with a further graph that classifies, written and certified, and the runtime that it ran in."""
-    file = _file(precision)
-    _write_graph(artifact, file, model, f"in {precision}")
-    written = replace(
-        artifact,
-        files=artifact.files | {file: digest(artifact.folder / file)},
-        variants={**artifact.variants, precision: Variant(file)},
-    )
-    runtime = Runtime(written.file(precision), "cpu", usable_cores(), quantized=precision == "int8")
-    figures = certify(expected, runtime, precision)
-    return replace(written, variants={**artifact.variants, precision: Variant(file, **figures)}), runtime
-
-
-def _write_graph(artifact: Artifact, file: str, model: onnx.ModelProto, what: str) -> None:
-    training = artifact.training
-    model.doc_string = (
-        f"Capsule network {artifact.name}, version {artifact.version}, trained on {training.dataset}, {what}."
-    )
-    properties = {
-        "name": artifact.name,
-        "version": artifact.version,
-        "dataset": training.dataset,
-        "test_data_sha256": training.test_data_sha256,
-        "training_commit": str(training.figures.get("commit", "")),
-        "export_commit": training.export_commit,
-        "config": json.dumps(training.config),
-    }
-    onnx.helper.set_model_props(model, properties)
-    # Of the graph's name, since TensorRT's engine cache tells models apart by it and not by their weights.
-    model.graph.name = f"{artifact.name}-{artifact.version}-{Path(file).stem}"
-    onnx.save_model(model, artifact.folder / file)
-
-
-def _with_extras(artifact: Artifact, network: CapsNet, expected: Reference, opset: int) -> Artifact:
-    """The artifact with the graphs that explain and reconstruct, certified."""
-    files, graphs = dict(artifact.files), dict(artifact.graphs)
-    file = f"{EXPLAIN}.onnx"
-    _write_graph(artifact, file, explanation_to_onnx(network, opset), "with the couplings of its routing")
-    explained = certify_explanation(network, artifact.folder / file, expected)
-    graphs[EXPLAIN] = replace(explained, receptive_field=receptive_field(network.config))
-    files[file] = digest(artifact.folder / file)
-    if network.decoder is not None:
-        file = f"{DECODER}.onnx"
-        _write_graph(artifact, file, decoder_to_onnx(network, opset), "its decoder, from a pose to an image")
-        graphs[DECODER] = certify_decoder(network, artifact.folder / file, expected)
-        files[file] = digest(artifact.folder / file)
-    return replace(artifact, files=files, graphs=graphs)
-
-
-def _with_speeds(artifact: Artifact, runtimes: dict[str, Runtime], images: Tensor) -> Artifact:
-    measured = speeds(runtimes, images)
-    device = f"{processor()}, {usable_cores()} threads"
-    return replace(
-        artifact,
-        variants={
-            precision: replace(
-                variant,
-                bytes=(artifact.folder / variant.file).stat().st_size,
-                images_per_second=measured[precision],
-                device=device,
-            )
-            for precision, variant in artifact.variants.items()
-        },
-    )
+def _check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """Raise CheckpointError where the network takes other images than the data has, or has other classes."""
+    config = checkpoint.config
+    if dataset.image_shape != config.image_shape:
+        raise CheckpointError(
+            f"the network takes images {config.image_shape}, the test set's are {dataset.image_shape}"
+        )
+    if len(checkpoint.labels) != config.classes:
+        raise CheckpointError(f"the checkpoint has {config.classes} classes but {len(checkpoint.labels)} labels")
 
 
 def _check_figures(checkpoint: Checkpoint, variant: Variant) -> None:

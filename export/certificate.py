@@ -2,19 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 
-from serving.artifact import Artifact, Graph, Variant
+from serving.artifact import Graph, Training, Variant
 
 CERTIFICATE = "CERTIFICATE.md"
 
 
-def certificate(artifact: Artifact, failures: Mapping[str, str]) -> str:
-    """The page for an artifact whose variants and graphs have their figures; failures: why others are not in it."""
-    variants = artifact.variants
+def certificate(
+    name: str,
+    version: str,
+    training: Training,
+    variants: Mapping[str, Variant],
+    graphs: Mapping[str, Graph],
+    files: Mapping[str, str],
+    failures: Mapping[str, str],
+) -> str:
+    """Return the page for graphs that have their figures.
+
+    variants: the graphs that classify, by precision; graphs: the others, by name; files: the SHA-256 of each, by file
+    name; failures: why a precision is not there.
+    """
     first = next(iter(variants.values()))
     parts = [
-        f"# {artifact.name}, version {artifact.version}",
+        f"# {name}, version {version}",
         f"Each graph that classifies was run by {first.runtime} ({first.provider}) over all "
-        f"{first.test_images:,} test images of {artifact.training.dataset} and "
+        f"{first.test_images:,} test images of {training.dataset} and "
         f"{first.images - first.test_images} others (blank, saturated, single pixels, noise), and compared with "
         f"{first.reference} in single precision on the same network. "
         "Every value was finite. A graph that differs by more than is tolerated is not written.",
@@ -27,15 +38,15 @@ def certificate(artifact: Artifact, failures: Mapping[str, str]) -> str:
         _speeds(variants),
     ]  # fmt: skip
     parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
-    graphs = [
-        (name, f"`{graph.file}`", str(graph.images or "none"), _differences(graph) or "not compared")
-        for name, graph in artifact.graphs.items()
+    others = [
+        (graph_name, f"`{graph.file}`", str(graph.images or "none"), _differences(graph) or "not compared")
+        for graph_name, graph in graphs.items()
     ]
     parts += [
         "Further graphs:",
-        _table(("graph", "file", "images compared", "largest differences"), graphs),
+        _table(("graph", "file", "images compared", "largest differences"), others),
         "**Not run:** CUDA and TensorRT. All graphs were compared, and timed, on the CPU alone.",
-        _table(("file", "SHA-256"), [(f"`{name}`", f"`{sha256}`") for name, sha256 in artifact.files.items()]),
+        _table(("file", "SHA-256"), [(f"`{file}`", f"`{sha256}`") for file, sha256 in files.items()]),
     ]
     return "\n\n".join(parts) + "\n"
 

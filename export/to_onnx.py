@@ -20,10 +20,9 @@ from export.graph import (
     explain_signature,
     served_signature,
 )
+from export.options import OPSET
 from training.model import CapsNet
 
-OPSETS = range(18, 26)  # those that PyTorch's exporter converts to by itself
-OPSET = 20
 # The exporter takes an axis of length 1 for a fixed one.
 _EXAMPLES = 2
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor
 
-from export.to_onnx import OPSET, to_onnx
+from export.options import OPSET
+from export.to_onnx import to_onnx
 from serving.runtime import onnxruntime, saturates
 from training.model import CapsNet, CapsNetConfig
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export import __main__ as command
+from export.artifact_writer import ArtifactWriter
 from export.build import calibration_images, export_checkpoint
 from export.certificate import CERTIFICATE
 from export.graph import BATCH, GraphError, check, receptive_field, served_signature
@@ -473,7 +474,7 @@ def test_nothing_is_left_of_an_export_that_fails_its_verification(
     monkeypatch.setattr(Runtime, "run", off)
     with pytest.raises(ParityError, match=r"0 of 20 labels changed.*poses by up to 2e-05"):
         export_checkpoint(trained, DATASET, tmp_path, NAME, "1")
-    assert not (tmp_path / NAME / "1").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_of_an_export_that_is_interrupted(
@@ -485,7 +486,7 @@ def test_nothing_is_left_of_an_export_that_is_interrupted(
     monkeypatch.setattr("export.build.certify", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(trained, DATASET, tmp_path, NAME, "1")
-    assert not (tmp_path / NAME / "1").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("precision", artifacts.PRECISIONS)
@@ -549,15 +550,31 @@ def test_tritons_files_are_those_of_the_highest_version(trained: Checkpoint, tmp
         assert (tmp_path / NAME / "labels.txt").read_text().startswith(f"{first}\n")
 
 
-def test_a_killed_export_leaves_no_version_and_is_told_where_it_lies(
+def test_what_killed_exports_have_left_is_removed_by_the_next_one(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
-    partial = tmp_path / NAME / ".1.partial"
-    partial.mkdir(parents=True)
-    with pytest.raises(FileExistsError, match=rf"was killed; in the latter case remove {re.escape(str(partial))}"):
-        export_checkpoint(trained, DATASET, tmp_path, NAME, "1")
-    export_checkpoint(trained, DATASET, tmp_path, NAME, "2")
-    assert artifacts.find(tmp_path).name == "2"
+    for version in ("1", "7"):
+        partial = tmp_path / NAME / f".{version}.partial"
+        (partial / "folder").mkdir(parents=True)
+        (partial / "left.onnx").write_text("half a graph")
+    artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1")
+    assert artifacts.load(artifact.folder) == artifact
+    assert not (artifact.folder / "left.onnx").exists()
+    assert not [path for path in (tmp_path / NAME).iterdir() if path.name.startswith(".")]
+    assert artifacts.find(tmp_path).name == "1"
+
+
+def test_a_version_that_another_process_is_writing_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path, NAME, "1") as writer:
+        writer.write_text("a.txt", "text")
+        with (
+            pytest.raises(FileExistsError, match="another export of it is under way"),
+            ArtifactWriter(tmp_path, NAME, "1"),
+        ):
+            pass
+        with ArtifactWriter(tmp_path, NAME, "2"):
+            assert (writer.folder / "a.txt").read_text() == "text"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_label_that_triton_cannot_read_is_refused_before_anything_is_written(

@@ -21,8 +21,9 @@ Parse = Callable[[str], Any]
 class Option:
     """A field's part of its command, beside its name and its default.
 
-    parse: from a flag's text to the value; raises ValueError or ArgumentTypeError. shown: the default as the help names
-    it, empty for not at all. minimum and maximum are allowed values; above and below are the first that are not.
+    parse: from a flag's text to the value; raises ValueError or ArgumentTypeError. count: how many texts the flag
+    takes; its value is a tuple then. shown: the default as the help names it, empty for not at all. minimum and maximum
+    are allowed values; above and below are the first that are not.
     """
 
     help: str
@@ -32,7 +33,8 @@ class Option:
     above: float | None = None
     maximum: float | None = None
     below: float | None = None
-    metavar: str = ""
+    metavar: str | tuple[str, ...] = ""
+    count: int | None = None
     shown: str | None = None
 
 
@@ -81,13 +83,13 @@ def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
             continue
         parse = said.parse or (str if one.default is None else type(one.default))
         metavar = said.metavar or ("{" + ",".join(said.choices) + "}" if said.choices else _DEFAULT_METAVARS.get(parse))
-        parser.add_argument(flag, type=parse, metavar=metavar, default=argparse.SUPPRESS, help=text)
+        parser.add_argument(flag, type=parse, nargs=said.count, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
 
 def read(cls: type[T], parsed: argparse.Namespace) -> T:
     """Make the dataclass of the flags that were given. Raises ValueError as its check does."""
-    given = vars(parsed)
-    return cls(**{one.name: given[one.name] for one, _ in _options(cls) if one.name in given})
+    given = {one.name: value for one, _ in _options(cls) if (value := getattr(parsed, one.name, None)) is not None}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _options(cls: type) -> list[tuple[Field[Any], Option]]:

@@ -1,0 +1,75 @@
+"""Everything that can be chosen of an export, each choice said once: its flag, default, choices, help and check.
+
+Nothing here needs PyTorch, whose import takes seconds, so that a wrong choice is refused at once.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.files.options import check, option
+from serving.tensorrt_options import BatchProfile
+
+OPSETS = range(18, 26)  # those that PyTorch's exporter converts to by itself
+OPSET = 20
+BATCHES = BatchProfile(1, 8, 32)
+
+
+def parse_name(text: str) -> str:
+    if not re.fullmatch("[a-z0-9][a-z0-9-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected lower-case letters, digits and hyphens")
+    return text
+
+
+def parse_version(text: str) -> str:
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive integer")
+    return text
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported. Raises ValueError where options are wrong.
+
+    batches: the usual and the largest, as ``--batches`` takes them.
+    """
+
+    name: str | None = option(None, "the model's name", parse=parse_name, metavar="NAME", shown="capsnet-DATASET")
+    version: str | None = option(
+        None, "the version", parse=parse_version, metavar="N", shown="one more than the highest there"
+    )
+    data_dir: Path | None = option(
+        None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
+    )
+    data: Path | None = option(
+        None, "the folder of images that it was trained on", parse=Path, metavar="FOLDER", shown=""
+    )
+    tensorrt: bool = option(False, "also build a TensorRT engine, for the GPU of this machine", shown="")
+    batches: tuple[int, int] = option(
+        (BATCHES.opt, BATCHES.max),
+        "what TensorRT and Triton are to expect: batches of up to MAX images, fastest at OPT",
+        parse=int,
+        count=2,
+        metavar=("OPT", "MAX"),
+        shown=f"{BATCHES.opt} {BATCHES.max}",
+    )
+    opset: int = option(
+        OPSET,
+        "version of the ONNX operators",
+        minimum=OPSETS[0],
+        maximum=OPSETS[-1],
+        metavar=f"{OPSETS[0]}-{OPSETS[-1]}",
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        try:
+            _ = self.profile
+        except ValueError as error:
+            raise ValueError(f"batches: {error}") from error
+
+    @property
+    def profile(self) -> BatchProfile:
+        """The sizes of batches that TensorRT is to expect."""
+        return BatchProfile(1, *self.batches)
