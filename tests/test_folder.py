@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
 
 from export.__main__ import main as export
 from serving.client.__main__ import main as client
+from serving.files.images import to_pixels
 from tests.conftest import Running
 from training.__main__ import main as train
 from training.data.datasets import load_folder
@@ -98,6 +102,129 @@ def test_what_is_wrong_with_a_folder_is_told_by_name(tmp_path: Path) -> None:
         load_folder(tmp_path, progress=False)
     broken.write_text("no image")
     with pytest.raises(DatasetError, match=r"1\.png: not a readable image"):
+        load_folder(tmp_path, progress=False)
+
+
+def test_folders_without_an_image_are_told_by_name(colours: Path) -> None:
+    (colours / "logs").mkdir()
+    (colours / "logs" / "events.txt").write_text("no image")
+    (colours / "bird").mkdir()
+    with pytest.raises(DatasetError, match="each folder in it is a class, and there is no image in bird, logs;"):
+        load_folder(colours, progress=False)
+
+
+def test_hidden_files_and_folders_are_left_out(colours: Path) -> None:
+    clean = load_folder(colours, progress=False)
+    for hidden in (".git/a.png", "__MACOSX/blue/._00.png", "blue/.thumbnails/0.png"):
+        _save(colours / hidden)
+    for broken in ("blue/._00.png", "green/.DS_Store", ".DS_Store"):
+        (colours / broken).write_bytes(b"\0\5\x16\7 no image")
+    dataset = load_folder(colours, progress=False)
+    assert dataset.labels == ("blue", "green", "red")
+    assert dataset.train_images.equal(clean.train_images)
+    assert dataset.notes == clean.notes
+
+
+def test_images_in_sub_folders_of_a_class_are_read_and_told(colours: Path) -> None:
+    for index in range(3):
+        _save(colours / "red" / "more" / "red" / f"{index}.png")
+    dataset = load_folder(colours, progress=False)
+    assert len(dataset.train_labels) + len(dataset.test_labels) == 63
+    assert (dataset.train_labels == 2).sum() + (dataset.test_labels == 2).sum() == 23
+    assert any("images in sub-folders of a class are read as that class's: red (3)" in note for note in dataset.notes)
+
+
+def test_a_folder_one_level_too_high_is_told(colours: Path) -> None:
+    with pytest.raises(DatasetError, match=r"its only folder colours has .*\(blue, green, red\).*give .*colours"):
+        load_folder(colours.parent, progress=False)
+
+
+def test_half_of_a_split_is_told_and_a_class_may_be_called_so(tmp_path: Path) -> None:
+    _save(tmp_path / "half" / "train" / "a" / "1.png")
+    with pytest.raises(DatasetError, match="has train alone of train and test"):
+        load_folder(tmp_path / "half", progress=False)
+    for name in ("bus", "train"):
+        for index in range(2):
+            _save(tmp_path / "vehicles" / name / f"{index}.png")
+    assert load_folder(tmp_path / "vehicles", progress=False).labels == ("bus", "train")
+
+
+def test_files_that_are_left_out_are_told(colours: Path) -> None:
+    _save(colours / "loose.png")
+    (colours / "blue" / "photo.heic").write_bytes(b"ftypheic")
+    (colours / "blue" / "README").write_text("no image")
+    notes = load_folder(colours, progress=False).notes
+    assert any("images that are in no class's folder are left out: 1" in note for note in notes)
+    assert any("no images by their ending are left out: .heic (1), no ending (1)" in note for note in notes)
+
+
+def test_a_split_with_a_third_part_or_loose_images_is_told(tmp_path: Path) -> None:
+    for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "valid/a/1.png", "test/loose.png"):
+        _save(tmp_path / path)
+    notes = load_folder(tmp_path, progress=False).notes
+    assert any("beside train and test, left out: valid" in note for note in notes)
+    assert any("in no class's folder are left out: 1" in note for note in notes)
+
+
+def test_classes_of_few_images_are_told(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for index in range(2):
+            _save(tmp_path / name / f"{index}.png")
+    (few,) = load_folder(tmp_path, progress=False).notes
+    assert "few images to learn from: cat (1), dog (1); a network needs 10 of each class" in few
+    assert "measured on 2 test images says little" in few
+    for name in ("cat", "dog"):
+        for index in range(2, 13):
+            _save(tmp_path / name / f"{index:02}.png")
+    assert load_folder(tmp_path, progress=False).notes == ()
+
+
+def test_scaling_is_told_with_the_sizes_and_whether_proportions_are_lost(colours: Path, tmp_path: Path) -> None:
+    (note,) = load_folder(colours, progress=False).notes
+    assert note.endswith(
+        "images of 20 x 24 to 39 x 24 pixels are scaled to 32 x 32; what is not square is squashed; "
+        "--image-size chooses another size"
+    )
+    for index in range(13):
+        _save(tmp_path / "square" / "one" / f"{index:02}.png", (20, 20))
+    assert load_folder(tmp_path / "square", progress=False).notes == ()
+    (note,) = load_folder(tmp_path / "square", 24, progress=False).notes
+    assert "images of 20 x 20 pixels are scaled to 24 x 24; --image-size" in note
+
+
+GREY = Image.linear_gradient("L").resize((20, 20))
+SIXTEEN_BITS = np.asarray(GREY).astype(np.uint16) * 257
+LAB = ImageCms.createProfile("LAB")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(GREY.convert(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")),
+        GREY.convert("P").convert("PA"),
+        GREY.convert("LA").convert("La"),
+        GREY.convert("RGBA").convert("RGBa"),
+        ImageCms.profileToProfile(GREY.convert("RGB"), ImageCms.createProfile("sRGB"), LAB, outputMode="LAB"),
+        Image.fromarray(SIXTEEN_BITS),
+        Image.fromarray(SIXTEEN_BITS.astype(np.int32)),
+        Image.frombytes("I;16B", (20, 20), SIXTEEN_BITS.astype(">u2").tobytes()),
+    ],
+    ids=lambda image: image.mode,
+)
+def test_an_image_of_any_mode_becomes_the_same_pixels(image: Image.Image, channels: int) -> None:
+    pixels = to_pixels(image, channels)
+    assert pixels.shape == (channels, 20, 20)
+    expected = np.asarray(GREY.convert("1") if image.mode == "1" else GREY).astype(np.float32)
+    expected *= 255 if image.mode == "1" else 1
+    assert np.abs(pixels.astype(np.float32) - expected).max() <= 6  # LAB and HSV round
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((20, 20), np.float32), np.full((20, 20), 2**16, np.int32)])
+def test_an_image_whose_range_is_not_known_is_told_by_name(tmp_path: Path, pixels: NDArray[Any]) -> None:
+    _save(tmp_path / "class" / "0.png")
+    Image.fromarray(pixels).save(tmp_path / "class" / "1.tif")
+    with pytest.raises(DatasetError, match=r"1\.tif: .*; save them with 8 or 16 bits each"):
         load_folder(tmp_path, progress=False)
 
 

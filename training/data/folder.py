@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from serving.files.images import to_pixels
+from serving.files.images import UnknownRange, to_pixels
 from training.data.sources import DatasetError
 from training.data.specs import Arrays
 
@@ -224,6 +224,8 @@ def _read(paths: Sequence[Path], size: int, channels: int, progress: bool) -> ND
         with _open(path) as image:
             try:
                 images[index] = to_pixels(image, channels, (size, size))
+            except UnknownRange as error:
+                raise DatasetError(f"{path}: {error}") from error
             except Exception as error:  # damaged files make Pillow raise almost anything
                 raise DatasetError(f"{path}: a damaged or cut-off image") from error
     return images
