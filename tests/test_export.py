@@ -831,6 +831,36 @@ def test_the_command_refuses_a_checkpoint_that_is_not_there(tmp_path: Path, caps
     assert "no such file" in capsys.readouterr().err
 
 
+def test_the_command_finds_the_checkpoint_of_a_run(
+    checkpoint_file: Path, tmp_path: Path, test_set: None, ready_made: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(checkpoint_file.parent), str(tmp_path / "models")]) == 0
+    assert artifacts.load(tmp_path / "models" / NAME / "1").name == NAME
+    (tmp_path / "empty").mkdir()
+    assert command.main([str(tmp_path / "empty"), str(tmp_path / "models")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'empty' / 'capsnet.pt'}: no such file\n"
+
+
+def test_the_command_says_which_version_it_writes_beside_others(
+    checkpoint_file: Path, tmp_path: Path, test_set: None, ready_made: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(checkpoint_file), str(tmp_path / "models")]
+    assert command.main(arguments) == 0
+    assert "already" not in capsys.readouterr().out
+    assert command.main(arguments) == 0
+    assert f"{NAME} has a version 1 already, so this is version 2\n" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_an_export_is_one_line_and_leaves_no_folder(
+    checkpoint_file: Path, tmp_path: Path, test_set: None, ready_made: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("export.build.certify", Mock(side_effect=KeyboardInterrupt))
+    assert command.main([str(checkpoint_file), str(tmp_path / "new" / "models")]) == 130
+    assert capsys.readouterr().err == "\ninterrupted; nothing of the export is left\n"
+    assert list(tmp_path.iterdir()) == [checkpoint_file]
+
+
 def test_the_command_refuses_a_checkpoint_of_an_unknown_data_set(
     trained: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

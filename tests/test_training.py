@@ -1,8 +1,12 @@
 """Tests of training runs: what they learn, select, test and write, and that an interrupted one loses nothing."""
 
 import csv
+import math
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
@@ -19,6 +23,7 @@ from torch import Tensor
 import training.data.datasets
 import training.evaluate
 import training.train
+from tests.conftest import ROOT
 from training import checkpoint as checkpoints
 from training import model
 from training import recipe as recipe_choices
@@ -884,6 +889,108 @@ def test_the_choices_that_are_known_before_pytorch_is_imported_are_those_of_the_
     assert recipe_choices.INITIALIZATION_NAMES == model.INITIALIZATIONS
     assert recipe_choices.AGREEMENT_NAMES == model.AGREEMENTS
     assert recipe_choices.NORMALIZATION_NAMES == model.NORMALIZATIONS
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_what_can_be_refused_without_pytorch_is_refused_before_it_is_imported(tmp_path: Path) -> None:
+    for name in ("finished", "begun"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "finished" / CHECKPOINT_FILE).touch()
+    (tmp_path / "begun" / RESUME_FILE).touch()
+    (tmp_path / "data" / "empty").mkdir(parents=True)
+    refused = [
+        (2, "--image-size=-5 --data=.", "image_size: -5; expected 1 or more"),
+        (2, "--image-size=0 --data=.", "image_size: 0; expected 1 or more"),
+        (2, "--image-size=28", "--image-size goes with --data"),
+        (2, "--epoch=3", "unrecognized arguments: --epoch=3"),
+        (2, "--data=. --dataset=mnist", "--data takes the place of --dataset"),
+        (2, "--config=big", "config: 'big'; expected one of paper, authors, compact"),
+        (2, "--dataset=cifar", "dataset: 'cifar'; expected one of mnist"),
+        (2, "--augment=flip", "augment: 'flip'; expected one of affine"),
+        (2, "--learning-rate=inf", "learning_rate: inf; expected a finite number"),
+        (2, "--ema-decay=1", "ema_decay: 1.0; expected a number below 1"),
+        (2, "--routing-iterations=0", "routing_iterations: 0; expected 1 or more"),
+        (2, f"--out={tmp_path}/finished", "holds a finished run; --out chooses another folder"),
+        (2, f"--out={tmp_path}/begun", "holds a run; --resume continues it"),
+        (2, f"--out={tmp_path}/none --resume", "nothing to resume"),
+        (1, f"--data={tmp_path}/nowhere", "no such folder"),
+        (1, f"--data={tmp_path}/data", "there is no image in empty"),
+    ]
+    code = """if True:
+        import sys
+        from training.__main__ import main
+        for flags in sys.argv[1:]:
+            try:
+                status = main(flags.split())
+            except SystemExit as error:
+                status = error.code
+            print("status", status, file=sys.stderr)
+        sys.exit("torch" in sys.modules)
+    """
+    result = run_python(code, *(flags for _, flags, _ in refused))
+    assert result.returncode == 0, result.stderr
+    answers = re.split(r"status (\d)\n", result.stderr)
+    for (status, flags, text), answer, found in zip(refused, answers[::2], answers[1::2], strict=False):
+        assert (flags, int(found)) == (flags, status)
+        assert text in answer
+        assert "Traceback" not in answer
+
+
+@pytest.mark.parametrize("command_line", ["training --epochs=1", "export {} models"])
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(tmp_path: Path, command_line: str) -> None:
+    checkpoint = tmp_path / CHECKPOINT_FILE
+    checkpoint.touch()
+    code = """if True:
+        import importlib.abc, os, runpy, signal, sys
+
+        class Interrupting(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "torch":
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupting())
+        os.chdir(sys.argv.pop())
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__")
+    """
+    result = run_python(code, *command_line.format(checkpoint).split(), str(tmp_path))
+    assert result.returncode == 130, result.stderr
+    assert [line.partition(";")[0] for line in result.stderr.split("\n") if line] == ["interrupted"]
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(
+    command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Training, "configure_optimizers", lambda self: interrupt())
+    try:
+        assert main([*FLAGS, f"--out={command}"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # which Lightning leaves ignored
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    monkeypatch.undo()
+
+
+def test_the_command_says_what_is_to_know_of_the_data(
+    command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted = replace(DATASET, notes=("images are scaled", "few images"))
+    monkeypatch.setattr(training.data.datasets, "load", lambda *_, **__: noted)
+    monkeypatch.setattr(training.train, "run", Mock(return_value=None))
+    assert main([*FLAGS, f"--out={command}"]) == 0
+    assert capsys.readouterr().err == "note: images are scaled\nnote: few images\n"
+
+
+def test_a_held_out_loss_that_is_never_a_number_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_held_out_losses(monkeypatch, [math.nan, math.inf, math.nan])
+    with pytest.raises(TrainingError, match="held-out loss was a finite number in none of the 3 epochs"):
+        train(tmp_path)
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
 
 
 def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, Path]) -> None:
