@@ -10,7 +10,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from training.model import KERNEL, PRIMARY_STRIDE, CapsNet, CapsNetConfig, lengths, to_pixels
+from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 
 BATCH = "batch"
 
@@ -119,17 +119,23 @@ class LiveDecoder(nn.Module):
 
 
 def receptive_field(config: CapsNetConfig) -> dict[str, Any]:
-    """Which pixels each primary capsule sees, for reading couplings.
+    """Return which pixels each primary capsule sees, for reading couplings.
 
-    Capsule ``(type * grid + row) * grid + column`` sees the ``size`` x ``size`` pixels from row ``stride * row`` and
-    column ``stride * column`` on.
+    Capsule ``(type * grid + row) * grid + column`` sees the ``size`` x ``size`` pixels from row
+    ``stride * row + offset`` and column ``stride * column + offset`` on; a negative offset begins in the padding.
     """
+    size, step, offset = 1, 1, 0
+    for _, kernel, stride, padding in (*config.convolutions, (0, config.primary_kernel, config.primary_stride, 0)):
+        size += (kernel - 1) * step
+        offset -= padding * step
+        step *= stride
     return {
         "order": "type, row, column",
         "types": config.primary_types,
         "grid": config.primary_grid,
-        "stride": PRIMARY_STRIDE,
-        "size": 2 * KERNEL - 1,
+        "stride": step,
+        "size": size,
+        "offset": offset,
     }
 
 
