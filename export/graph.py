@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.artifact import ReceptiveField
-from training.model import KERNEL, PRIMARY_STRIDE, CapsNet, CapsNetConfig, lengths, to_pixels
+from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 
 BATCH = "batch"
 
@@ -121,12 +121,18 @@ class LiveDecoder(nn.Module):
 
 def receptive_field(config: CapsNetConfig) -> ReceptiveField:
     """Return which pixels each primary capsule sees, for reading couplings."""
+    size, step, offset = 1, 1, 0
+    for _, kernel, stride, padding in (*config.convolutions, (0, config.primary_kernel, config.primary_stride, 0)):
+        size += (kernel - 1) * step
+        offset -= padding * step
+        step *= stride
     return ReceptiveField(
         order="type, row, column",
         types=config.primary_types,
         grid=config.primary_grid,
-        stride=PRIMARY_STRIDE,
-        size=2 * KERNEL - 1,
+        stride=step,
+        size=size,
+        offset=offset,
     )
 
 

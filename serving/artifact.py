@@ -68,7 +68,7 @@ class ReceptiveField:
     """The pixels that each primary capsule sees, for reading couplings.
 
     Capsule ``(type * grid + row) * grid + column`` of ``types * grid * grid`` sees the ``size`` x ``size`` pixels from
-    row ``stride * row`` and column ``stride * column`` on.
+    row ``stride * row + offset`` and column ``stride * column + offset`` on; a negative offset begins in the padding.
     """
 
     order: str
@@ -76,6 +76,7 @@ class ReceptiveField:
     grid: int
     stride: int
     size: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -371,12 +372,16 @@ def _graph(section: _Section) -> Graph:
 
 def _receptive_field(graph: _Section) -> ReceptiveField:
     section = graph.section("receptive_field")
+    offset = section.content.get("offset", 0)
+    if type(offset) is not int:
+        raise section.error("offset", offset, "a whole number")
     return ReceptiveField(
         order=section.text("order"),
         types=section.count("types"),
         grid=section.count("grid"),
         stride=section.count("stride"),
         size=section.count("size"),
+        offset=offset,
     )
 
 

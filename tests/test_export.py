@@ -208,7 +208,7 @@ def test_the_manifest_says_how_the_network_was_trained(exported: Artifact, train
     assert exported.training.recipe == trained.recipe
     assert exported.training.figures == trained.figures
     config = exported.training.config
-    assert CapsNetConfig(**{**config, "decoder_widths": tuple(config["decoder_widths"])}) == TINY
+    assert CapsNetConfig(**{**config, "decoder_widths": tuple(config["decoder_widths"]), "stem": ()}) == TINY
 
 
 def test_the_onnx_file_says_what_it_is(exported: Artifact, graph: onnx.ModelProto) -> None:

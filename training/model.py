@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-KERNEL = 9  # both convolutions of the paper are 9x9 without padding
-PRIMARY_STRIDE = 2
+KERNEL = 9  # the paper's first convolution is 9x9 with stride 1, without padding
 BIAS = 0.1  # every bias of the authors' code begins with it
 AGREEMENTS = ("scalar-product", "euclidean")
 NORMALIZATIONS = ("softmax", "max-min")
@@ -27,6 +26,10 @@ INITIALIZATIONS = ("pytorch", "authors")
 @dataclass(frozen=True)
 class CapsNetConfig:
     """The shape of a network, and its choices. The defaults are the paper's MNIST network by its text (section 4).
+
+    stem: the convolutions before the primary capsules, each as (channels, kernel, stride, padding), with batch
+    normalisation and ReLU; empty for the paper's one, 9x9 with ``conv_channels`` channels, a bias and no normalisation.
+    primary_kernel, primary_stride: of the convolution that makes the primary capsules, without padding.
 
     The rest are choices in which the code of the paper's authors (Sarasra/models, research/capsules) or later work
     differs from the text:
@@ -55,11 +58,14 @@ class CapsNetConfig:
     agreement: str = "scalar-product"
     normalization: str = "softmax"
     routing_gradient: bool = True
+    stem: tuple[tuple[int, int, int, int], ...] = ()
+    primary_kernel: int = 9
+    primary_stride: int = 2
 
     def __post_init__(self) -> None:
         for name in (
             "image_channels", "classes", "conv_channels", "primary_types", "primary_dim", "digit_dim",
-            "routing_iterations",
+            "routing_iterations", "primary_kernel", "primary_stride",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; expected 1 or more")
@@ -74,11 +80,18 @@ class CapsNetConfig:
             raise ValueError(f"decoder_widths: {self.decoder_widths}; expected 1 or more each")
         if not 0 < self.primary_divisor < math.inf:
             raise ValueError(f"primary_divisor: {self.primary_divisor}; expected a number above 0")
-        smallest = 2 * KERNEL - 1
-        if self.image_size < smallest:
-            raise ValueError(
-                f"image_size: {self.image_size}; two 9x9 convolutions without padding need {smallest} or more"
-            )
+        for layer in self.stem:
+            if len(layer) != 4 or min(layer[:3]) < 1 or layer[3] < 0:
+                raise ValueError(f"stem: {layer}; expected channels, kernel and stride of 1 or more, and a padding")
+        if self.initialization == "authors" and self.stem:
+            raise ValueError("initialization: 'authors' is of the paper's one convolution; expected an empty stem")
+        if self.primary_grid < 1:
+            raise ValueError(f"image_size: {self.image_size}; the convolutions leave no position for a primary capsule")
+
+    @property
+    def convolutions(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(channels, kernel, stride, padding) of each convolution before the primary capsules' one."""
+        return self.stem or ((self.conv_channels, KERNEL, 1, 0),)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -88,7 +101,10 @@ class CapsNetConfig:
     @property
     def primary_grid(self) -> int:
         """Height and width of the primary capsules' grid, in positions."""
-        return (self.image_size - 2 * KERNEL + 1) // PRIMARY_STRIDE + 1
+        size = self.image_size
+        for _, kernel, stride, padding in self.convolutions:
+            size = (size + 2 * padding - kernel) // stride + 1
+        return (size - self.primary_kernel) // self.primary_stride + 1
 
     @property
     def primary_capsules(self) -> int:
@@ -100,6 +116,26 @@ CONFIGS = {
     "paper": CapsNetConfig(),
     "authors": CapsNetConfig(digit_bias=True, primary_divisor=32.0, initialization="authors"),
     "compact": CapsNetConfig(conv_channels=64, primary_types=8),
+    "fast": CapsNetConfig(
+        stem=((32, 5, 2, 2), (32, 3, 1, 1), (64, 3, 2, 1), (64, 3, 1, 1)),
+        primary_types=4,
+        primary_kernel=3,
+        primary_stride=1,
+    ),
+    "accurate": CapsNetConfig(
+        stem=((32, 3, 1, 1), (48, 3, 2, 1), (48, 3, 1, 1), (96, 3, 2, 1), (96, 3, 1, 1), (96, 3, 1, 1)),
+        primary_types=4,
+        primary_kernel=3,
+        primary_stride=1,
+    ),
+    # For two digits that overlap on 36x36 pixels, which take more context to part than one wide convolution sees.
+    "pairs": CapsNetConfig(
+        image_size=36,
+        stem=((32, 5, 2, 2), (64, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1), (128, 3, 1, 1)),
+        primary_types=4,
+        primary_kernel=3,
+        primary_stride=1,
+    ),
 }
 
 
@@ -242,7 +278,7 @@ class Decoder(nn.Module):
 
 
 class CapsNet(nn.Module):
-    """Conv1 and ReLU, primary capsules, digit capsules by routing; and the decoder, for training.
+    """Convolutions, primary capsules, digit capsules by routing; and the decoder, for training.
 
     ``forward`` takes images (B, C, H, W), float pixels from 0 to 1, and returns the poses (B, J, E). A class's
     probability is its pose's length (``lengths``). The decoder is called apart; ``decoder_widths=()`` leaves it out.
@@ -253,9 +289,15 @@ class CapsNet(nn.Module):
         super().__init__()
         self.config = config
         self.vote_blocks = vote_blocks
-        self.conv1 = nn.Conv2d(config.image_channels, config.conv_channels, KERNEL)
+        if config.stem:
+            self.stem = _stem(config)
+        else:
+            self.conv1 = nn.Conv2d(config.image_channels, config.conv_channels, KERNEL)
         self.primary = nn.Conv2d(
-            config.conv_channels, config.primary_types * config.primary_dim, KERNEL, stride=PRIMARY_STRIDE
+            config.convolutions[-1][0],
+            config.primary_types * config.primary_dim,
+            config.primary_kernel,
+            stride=config.primary_stride,
         )
         shape = (config.primary_capsules, config.primary_dim, config.classes, config.digit_dim)
         self.weight = nn.Parameter(torch.empty(shape))  # (I, D, J, E)
@@ -271,7 +313,7 @@ class CapsNet(nn.Module):
     def primary_capsules(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to primary capsules (B, I, D), each the D channels of one type at one position."""
         divisor = self.config.primary_divisor
-        features = torch.relu(self.conv1(images))
+        features = self.stem(images) if self.config.stem else torch.relu(self.conv1(images))
         # Dividing what goes into a convolution divides what comes out, and leaves the bias as it is.
         maps = self.primary(features if divisor == 1 else features / divisor)  # (B, T*D, h, w)
         grouped = maps.unflatten(1, (self.config.primary_types, self.config.primary_dim))  # (B, T, D, h, w)
@@ -293,6 +335,20 @@ class CapsNet(nn.Module):
             config.routing_gradient,
             self.vote_blocks,
         )
+
+
+def _stem(config: CapsNetConfig) -> nn.Sequential:
+    """Convolutions without bias, each with batch normalisation and ReLU."""
+    layers: list[nn.Module] = []
+    fan_in = config.image_channels
+    for channels, kernel, stride, padding in config.stem:
+        layers += [
+            nn.Conv2d(fan_in, channels, kernel, stride, padding, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+        ]
+        fan_in = channels
+    return nn.Sequential(*layers)
 
 
 def _truncated_normal(weight: Tensor, deviation: float) -> None:

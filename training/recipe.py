@@ -10,7 +10,7 @@ from pathlib import Path
 from serving.files.options import check, option
 from training.data.specs import NAMES
 
-CONFIG_NAMES = ("paper", "authors", "compact")
+CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
 AUGMENTATION_NAMES = ("affine", "shift", "all-shifts", "none")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 INITIALIZATION_NAMES = ("pytorch", "authors")
@@ -30,6 +30,16 @@ def parse_widths(text: str) -> tuple[int, ...]:
         return () if text == "none" else tuple(int(width) for width in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers, as 512,1024, or none") from error
+
+
+def parse_stem(text: str) -> tuple[tuple[int, ...], ...]:
+    """Return the convolutions (channels, kernel, stride, padding) that ``32x5x2x2,64x3x1x1`` or ``none`` names."""
+    try:
+        return () if text == "none" else tuple(tuple(map(int, layer.split("x"))) for layer in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected channels, kernel, stride and padding, as 32x5x2x2,64x3x1x1, or none"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -131,8 +141,23 @@ class NetworkChanges:
         None, "let gradients flow through the couplings (the authors' code)", parse=bool, shown=""
     )
 
+    stem: tuple[tuple[int, ...], ...] | None = option(
+        None,
+        "small convolutions with batch normalization in place of the first one: channels, kernel, stride and padding of "
+        "each, as 32x5x2x2,64x3x1x1, or none",
+        parse=parse_stem,
+        metavar="NxNxNxN,...",
+        shown="",
+    )
+    primary_kernel: int | None = option(
+        None, "kernel of the convolution that makes the primary capsules", parse=int, minimum=1, shown=""
+    )
+    primary_stride: int | None = option(None, "stride of that convolution", parse=int, minimum=1, shown="")
+
     def __post_init__(self) -> None:
         check(self)
+        if any(len(layer) != 4 or min(layer[:3]) < 1 or layer[3] < 0 for layer in self.stem or ()):
+            raise ValueError(f"stem: {self.stem}; expected channels, kernel and stride of 1 or more, and a padding")
         if self.decoder_widths and min(self.decoder_widths) < 1:
             raise ValueError(f"decoder_widths: {self.decoder_widths}; expected 1 or more each")
 

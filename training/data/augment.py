@@ -15,7 +15,7 @@ SCALE_RANGE = (0.85, 1.15)  # of each axis
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return torch.empty(count).uniform_(low, high, generator=generator)
+    return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
 
 
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:

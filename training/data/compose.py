@@ -22,11 +22,12 @@ def place(objects: Tensor, canvas: int, generator: torch.Generator) -> Tensor:
     middle, as in the paper's MultiMNIST; on 40x40 it is the paper's training set for affNIST (both section 6).
     """
     count, channels, height, width = objects.shape
-    top = torch.randint(canvas - height + 1, (count, 1, 1), generator=generator)
-    left = torch.randint(canvas - width + 1, (count, 1, 1), generator=generator)
-    rows, columns = top + torch.arange(height)[:, None], left + torch.arange(width)
+    device = generator.device
+    top = torch.randint(canvas - height + 1, (count, 1, 1), generator=generator, device=device)
+    left = torch.randint(canvas - width + 1, (count, 1, 1), generator=generator, device=device)
+    rows, columns = top + torch.arange(height, device=device)[:, None], left + torch.arange(width, device=device)
     placed = objects.new_zeros(count, channels, canvas, canvas)
-    placed[torch.arange(count)[:, None, None], :, rows, columns] = objects.permute(0, 2, 3, 1)
+    placed[torch.arange(count, device=device)[:, None, None], :, rows, columns] = objects.permute(0, 2, 3, 1)
     return placed
 
 
@@ -43,14 +44,15 @@ def members(labels: Tensor, objects: int, generator: torch.Generator) -> Tensor:
     labels: (N,) int64; objects: K, 1 or 2. The second is any image of another class, all as likely. Raises ValueError
     where pairs are asked for and all labels are the same.
     """
-    first = torch.arange(len(labels))
+    first = torch.arange(len(labels), device=labels.device)
     if objects == 1:
         return first[:, None]
     if (labels == labels[:1]).all():
         raise ValueError("pairs of different classes need images of two classes at least")
     second = first.clone()
     while (same := labels[second] == labels).any():
-        second[same] = torch.randint(len(labels), (int(same.sum()),), generator=generator)
+        count = int(same.sum())
+        second[same] = torch.randint(len(labels), (count,), generator=generator, device=labels.device)
     return torch.stack([first, second], 1)
 
 

@@ -1,0 +1,185 @@
+"""One network's training step, recorded once as a CUDA graph and replayed; on a processor it runs as it is.
+
+A step of a small network is hundreds of kernels of a few microseconds each: launched one by one they leave a GPU idle.
+The data of many steps lie on the device, and the step itself counts which of them is next.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.epochs import Chunk
+from training.data.non_objects import NONE
+from training.loss import ABSENT, DOWN_WEIGHT, PRESENT
+from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+
+WARMUP_STEPS = 3  # before a graph is recorded, so that all kernels are built and all memory is there
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """weight_decay: of matrices and kernels alone. ema_decay: at most; it grows from 0.1 on. distil: weight of the
+    squared difference to the teachers' lengths, 0 for none."""
+
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    warmup_share: float = 0.01
+    ema_decay: float = 0.9995
+    pixel_weight: float = 0.0005
+    distil: float = 0.0
+
+
+def total_loss(
+    model: CapsNet, images: Tensor, parts: Tensor, labels: Tensor, targets: Tensor | None, settings: Hyperparameters
+) -> Tensor:
+    """Return the margin, reconstruction and distillation losses of a batch, added.
+
+    images: (B, C, H, W) uint8; parts: (B, K, C, H, W) uint8; labels: (B, K), NONE for an image of none of the classes;
+    targets: (B, J), the lengths that the teachers give.
+    """
+    poses = model(to_pixels(images)).float()
+    probabilities = lengths(poses)  # (B, J)
+    classes = torch.arange(model.config.classes, device=labels.device)
+    one_hot = (labels.unsqueeze(-1) == classes).to(poses.dtype)  # (B, K, J); all 0 for NONE
+    present = one_hot.sum(1)
+    short, long = torch.relu(PRESENT - probabilities).square(), torch.relu(probabilities - ABSENT).square()
+    loss = (present * short + DOWN_WEIGHT * (1 - present) * long).sum(1).mean()
+    if targets is not None:
+        loss = loss + settings.distil * (probabilities - targets).square().sum(1).mean()
+    if model.decoder is not None:
+        masked = (poses.unsqueeze(1) * one_hot.unsqueeze(-1)).flatten(0, 1).flatten(1)  # (B*K, J*E)
+        pixels = model.decoder.layers(masked).float()
+        errors = (pixels - to_pixels(parts).flatten(0, 1).flatten(1)).square().sum(1)
+        loss = loss + settings.pixel_weight * (errors * (labels != NONE).flatten()).sum() / len(images)
+    return loss
+
+
+class Learner:
+    """A network, its optimizer, its averaged weights and its recorded step.
+
+    Learning rate: linear from 0, then half a cosine down to 0 at ``steps``. ``model`` has the newest weights;
+    ``averaged`` returns the network with the averaged ones.
+    """
+
+    def __init__(
+        self,
+        config: CapsNetConfig,
+        seed: int,
+        settings: Hyperparameters,
+        steps: int,
+        device: torch.device,
+        *,
+        compiled: bool = True,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.config, self.settings, self.steps, self.device = config, settings, steps, device
+        self.model = CapsNet(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._loss = torch.compile(total_loss) if compiled else total_loss
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        self._rate = torch.zeros((), device=device)
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self._rate,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        warmup = max(1, round(settings.warmup_share * steps))
+        number = torch.arange(steps + 1, device=device)
+        cosine = 0.5 + 0.5 * torch.cos(math.pi * (number - warmup).clamp(min=0) / max(1, steps - warmup))
+        self._rates = settings.learning_rate * torch.minimum((number + 1) / warmup, cosine)
+        self._state = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        self._average = [value.clone() for value in self._state]
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=device)  # which batch of the chunk is next
+        self.loss = torch.zeros((), device=device)  # summed since it was last set to 0
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def prepare(self, chunk: Chunk, targets: Tensor | None = None, *, graph: bool = True) -> None:
+        """Take the buffers whose content the steps will read, and record the step.
+
+        targets: (S, B, J). The steps that warm up count as none: weights, averages and counters are put back.
+        """
+        self._chunk, self._targets = chunk, targets
+        self.batch = chunk.images.shape[1]
+        before = [value.clone() for value in (*self._state, *self._average)]
+        if self.device.type != "cuda":
+            return
+        assert self.stream
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARMUP_STEPS):
+                self._run()
+        torch.cuda.synchronize()
+        if graph:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self.stream):
+                self._run()
+        torch.cuda.synchronize()
+        with torch.no_grad():
+            for value, old in zip((*self._state, *self._average), before, strict=True):
+                value.copy_(old)
+            for slots in self._optimizer.state.values():
+                for slot in slots.values():
+                    slot.zero_()
+        for counter in (self._step, self._next, self.loss):
+            counter.zero_()
+        torch.cuda.synchronize()
+
+    def begin_chunk(self) -> None:
+        """Start again with the first batch of the chunk, whose content is new."""
+        self._next.zero_()
+
+    def step(self) -> None:
+        """Learn from the next batch of the chunk."""
+        if self.stream is None:
+            self._run()
+            return
+        with torch.cuda.stream(self.stream):
+            if self._graph:
+                self._graph.replay()
+            else:
+                self._run()
+
+    def _run(self) -> None:
+        self._rate.copy_(self._rates.index_select(0, self._step.clamp(max=self.steps).reshape(1))[0])
+        images, parts, labels = (values.index_select(0, self._next)[0] for values in self._chunk)
+        targets = None if self._targets is None else self._targets.index_select(0, self._next)[0]
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self._loss(self.model, images, parts, labels, targets, self.settings)
+        loss.backward()
+        self._optimizer.step()
+        with torch.no_grad():
+            self.loss += loss.detach()
+            self._step += 1
+            self._next += 1
+            self._next.remainder_(len(self._chunk.images))
+            count = self._step.float()
+            weight = 1 - torch.clamp((1 + count) / (10 + count), max=self.settings.ema_decay)
+            change = torch._foreach_sub(self._state, self._average)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(self._average, change)
+
+    def averaged(self) -> CapsNet:
+        """Return a copy of the network with the averaged weights, in evaluation mode."""
+        model = CapsNet(self.config).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        floating = [value for value in model.state_dict().values() if value.is_floating_point()]
+        with torch.no_grad():
+            for value, average in zip(floating, self._average, strict=True):
+                value.copy_(average)
+        return model.eval()
+
+
+@torch.no_grad()
+def mean_lengths(models: list[nn.Module], images: Tensor, part: int = 8192) -> Tensor:
+    """Return the mean of the networks' lengths for uint8 images (N, C, H, W): (N, J), in bfloat16 arithmetic."""
+    means = []
+    for some in torch.split(images, part):
+        with torch.autocast(some.device.type, torch.bfloat16):
+            means.append(torch.stack([lengths(model(to_pixels(some)).float()) for model in models]).mean(0))
+    return torch.cat(means)

@@ -1,0 +1,328 @@
+"""``python -m benchmarks.gpu.training``: train several networks side by side on one device, in a box of time.
+
+Networks of one cohort are trained at once, each on a stream of its own, since one small network leaves most of a GPU
+idle. The test images are read once a network, after its last step; nothing is chosen by them.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.epochs import Chunk, Digits, Pairs
+from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths
+from training.checkpoint import Checkpoint, load, save
+from training.data.compose import scenes
+from training.data.datasets import Dataset
+from training.data.datasets import load as load_dataset
+from training.evaluate import predict, wrong
+from training.model import CONFIGS, CapsNetConfig
+from training.provenance import commit
+
+BATCH = 128
+PAIR_BATCH = 1024
+PAIR_CANVAS = 36
+PAIRS = "multimnist"
+PAIR_STEPS = 64  # of a chunk
+TEST_PAIRS = 100_000
+MAX_SHIFT = 2.5  # pixels
+PROBE_STEPS = 60  # which tell how many epochs the time is for
+_TEST_SEED = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train: on ``dataset``, with a seed for weights and data."""
+
+    name: str
+    config: str
+    seed: int
+    settings: Hyperparameters
+    dataset: str = "mnist"
+    max_shift: float = MAX_SHIFT
+    none: bool = True
+
+
+@dataclass(frozen=True)
+class Box:
+    """A time to train in. epochs: at most (for pairs: chunks)."""
+
+    seconds: float
+    epochs: int
+
+
+def data_of(job: Job, mnist: Dataset, device: torch.device, pair_batch: int) -> Digits | Pairs:
+    images, labels = mnist.train_images.to(device), mnist.train_labels.to(device)
+    if job.dataset == PAIRS:
+        return Pairs(images, labels, pair_batch, job.seed, PAIR_CANVAS, PAIR_STEPS)
+    return Digits(images, labels, BATCH, job.seed, job.max_shift, job.none)
+
+
+def buffers(chunk: Chunk) -> Chunk:
+    return Chunk(*(values.clone() for values in chunk))
+
+
+def run(
+    jobs: Sequence[Job],
+    mnist: Dataset,
+    box: Box,
+    device: torch.device,
+    teachers: Sequence[nn.Module] = (),
+    *,
+    compiled: bool = True,
+    graph: bool = True,
+    pair_batch: int = PAIR_BATCH,
+) -> list[dict[str, Any]]:
+    """Train the jobs at once for as many epochs as the box holds, and return each one's network and figures.
+
+    Jobs of the same seed share their data and their teachers' lengths.
+    """
+    begin = time.perf_counter()
+    streams = {job.seed: data_of(job, mnist, device, pair_batch) for job in jobs}
+    chunks = {seed: buffers(data()) for seed, data in streams.items()}
+    targets: dict[int, Tensor | None] = {seed: _targets(teachers, chunk) for seed, chunk in chunks.items()}
+    steps = next(iter(streams.values())).steps
+    learners = [
+        Learner(_config(job), job.seed, job.settings, box.epochs * steps, device, compiled=compiled) for job in jobs
+    ]
+    for job, learner in zip(jobs, learners, strict=True):
+        learner.prepare(chunks[job.seed], targets[job.seed], graph=graph)
+    _say(f"prepared in {time.perf_counter() - begin:.1f} s")
+    epochs = _epochs_that_fit(learners, streams, chunks, teachers, box, steps, begin)
+    learners = [_again(learner, job, epochs * steps, compiled) for learner, job in zip(learners, jobs, strict=True)]
+    for job, learner in zip(jobs, learners, strict=True):
+        learner.prepare(chunks[job.seed], targets[job.seed], graph=graph)
+    started = time.perf_counter()
+    curves: list[list[float]] = [[] for _ in jobs]
+    for epoch in range(epochs):
+        for seed, data in streams.items():
+            fresh = data()
+            for buffer, values in zip(chunks[seed], fresh, strict=True):
+                buffer.copy_(values)
+            if (buffer := targets[seed]) is not None:
+                made = _targets(teachers, fresh)
+                assert made is not None
+                buffer.copy_(made)
+        _wait(device)
+        for learner in learners:
+            learner.begin_chunk()
+            learner.loss.zero_()
+        _wait(device)
+        for _ in range(steps):
+            for learner in learners:
+                learner.step()
+        _wait(device)
+        for curve, learner in zip(curves, learners, strict=True):
+            curve.append(round(float(learner.loss) / steps, 5))
+        if epoch % max(1, epochs // 10) == 0 or epoch == epochs - 1:
+            _say(
+                f"epoch {epoch + 1} of {epochs}: {[curve[-1] for curve in curves]} {time.perf_counter() - started:.0f} s"
+            )
+    seconds = time.perf_counter() - started
+    return [
+        _finished(job, learner, mnist, curve, epochs, steps, seconds, device)
+        for job, learner, curve in zip(jobs, learners, curves, strict=True)
+    ]
+
+
+def _config(job: Job) -> CapsNetConfig:
+    return replace(CONFIGS[job.config], image_size=PAIR_CANVAS) if job.dataset == PAIRS else CONFIGS[job.config]
+
+
+def _again(learner: Learner, job: Job, steps: int, compiled: bool) -> Learner:
+    return Learner(_config(job), job.seed, job.settings, steps, learner.device, compiled=compiled)
+
+
+def _targets(teachers: Sequence[nn.Module], chunk: Chunk) -> Tensor | None:
+    if not teachers:
+        return None
+    steps, batch = chunk.images.shape[:2]
+    return mean_lengths(list(teachers), chunk.images.flatten(0, 1)).reshape(steps, batch, -1)
+
+
+def _epochs_that_fit(
+    learners: Sequence[Learner],
+    streams: dict[int, Digits | Pairs],
+    chunks: dict[int, Chunk],
+    teachers: Sequence[nn.Module],
+    box: Box,
+    steps: int,
+    begin: float,
+) -> int:
+    """Return how many epochs the rest of the box holds, by the time of some steps and of one epoch's data."""
+    device = learners[0].device
+    count = min(PROBE_STEPS, steps)
+    start = time.perf_counter()
+    for _ in range(count):
+        for learner in learners:
+            learner.step()
+    _wait(device)
+    learning = (time.perf_counter() - start) / count * steps
+    start = time.perf_counter()
+    for data in streams.values():
+        _targets(teachers, data())
+    _wait(device)
+    making = time.perf_counter() - start
+    left = box.seconds - (time.perf_counter() - begin)
+    epochs = max(1, min(box.epochs, int(0.94 * left / (learning + making))))
+    _say(f"an epoch learns {learning:.2f} s and makes data {making:.2f} s: {epochs} epochs in {left:.0f} s")
+    return epochs
+
+
+def _finished(
+    job: Job,
+    learner: Learner,
+    mnist: Dataset,
+    curve: list[float],
+    epochs: int,
+    steps: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    model = learner.averaged()
+    pairs = job.dataset == PAIRS
+    images, labels = test_pairs(mnist) if pairs else (mnist.test_images, mnist.test_labels)
+    # On the processor where it is quick, so that a certificate's count, made on one too, is the same.
+    probabilities, _ = predict(model if pairs else model.cpu(), images, 1000)
+    mistakes = wrong(probabilities, labels).nonzero().flatten().tolist()
+    figures = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_images": len(mnist.train_images),
+        "epochs": epochs,
+        "steps": epochs * steps,
+        "images_seen": epochs * steps * learner.batch,
+        "test_errors": len(mistakes),
+        "test_images": len(labels),
+        "test_mistakes": mistakes,
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": str(torch.__version__),
+        "commit": commit(),
+        "curve": curve,
+    }
+    _say(f"{job.name}: {len(mistakes)} of {len(labels)} wrong, {100 * len(mistakes) / len(labels):.3f} %")
+    return {"job": job, "model": model, "figures": figures, "labels": mnist.labels, "batch": learner.batch}
+
+
+def test_pairs(mnist: Dataset) -> tuple[Tensor, Tensor]:
+    """Return 100,000 pairs of test digits from a fixed seed; the first 10,000 are the test set of multimnist."""
+    generator = torch.Generator().manual_seed(_TEST_SEED)
+    made = [
+        scenes(mnist.test_images, mnist.test_labels, 2, PAIR_CANVAS, generator)
+        for _ in range(-(-TEST_PAIRS // len(mnist.test_images)))
+    ]
+    images, labels = (torch.cat(values)[:TEST_PAIRS] for values in zip(*made, strict=True))
+    return images, labels
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write a network's checkpoint, which says how it was trained, and its figures beside it."""
+    job: Job = result["job"]
+    model, figures = result["model"], result["figures"]
+    state = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
+    recipe = {
+        **asdict(job.settings),
+        "seed": job.seed,
+        "epochs": figures["epochs"],
+        "batch_size": result["batch"],
+        "max_shift": job.max_shift,
+        "none": job.none,
+        "held_out": 0,
+        "precision": "bf16-mixed",
+    }
+    told = {name: value for name, value in figures.items() if name != "curve"}
+    folder.mkdir(parents=True, exist_ok=True)
+    save(Checkpoint(model.config, job.dataset, result["labels"], recipe, told, state), folder / f"{job.name}.pt")
+    line = {"name": job.name, "config": job.config, "dataset": job.dataset, "recipe": recipe, **figures}
+    (folder / f"{job.name}.json").write_text(json.dumps(line))
+
+
+def jobs_of(phase: str, seeds: Sequence[int]) -> list[Job]:
+    """Return what each phase trains; the students learn from the teachers too."""
+    paper = Hyperparameters(learning_rate=1e-3, weight_decay=0.0, warmup_share=0.02, ema_decay=0.999)
+    student = Hyperparameters(distil=1.0)
+    match phase:
+        case "teachers":
+            return [Job(f"accurate-{seed}", "accurate", seed, Hyperparameters()) for seed in seeds]
+        case "students":
+            return [
+                Job(f"{config}-distilled-{seed}", config, seed, student)
+                for seed in (10 * seed for seed in seeds)
+                for config in ("accurate", "fast")
+            ]
+        case "fast":
+            return [Job(f"fast-{seed}", "fast", seed, Hyperparameters()) for seed in seeds]
+        case "pairs":
+            return [
+                Job(f"pairs-{seed}", "pairs", seed, Hyperparameters(warmup_share=0.02), PAIRS) for seed in seeds[:1]
+            ]
+        case "paper":
+            return [
+                Job(f"{config}-{seeds[0]}", config, seeds[0], paper, max_shift=2.0, none=False)
+                for config in ("paper", "authors")
+            ]
+    raise ValueError(f"phase: {phase!r}; expected teachers, students, fast, pairs or paper")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", allow_abbrev=False)
+    parser.add_argument("phase", choices=("teachers", "students", "fast", "pairs", "paper"))
+    parser.add_argument("--seconds", type=float, required=True, help="time to train in, preparation included")
+    parser.add_argument("--epochs", type=int, default=100, help="at most (default: 100); for pairs, chunks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
+    parser.add_argument("--eager", action="store_true", help="neither compile nor record the step")
+    parser.add_argument("--no-graph", action="store_true", help="compile, but do not record the step")
+    parser.add_argument("--limit", type=int, help="train on the first N images alone, to try the command out")
+    parser.add_argument("--pair-batch", type=int, default=PAIR_BATCH)
+    options = parser.parse_args(arguments)
+    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mnist = load_dataset("mnist", options.data_dir, progress=False)
+    if options.limit:
+        mnist = replace(
+            mnist,
+            train_images=mnist.train_images[: options.limit],
+            train_labels=mnist.train_labels[: options.limit],
+        )
+    teachers: list[nn.Module] = []
+    if options.phase == "students":
+        files = [options.out / f"accurate-{seed}.pt" for seed in options.seeds]
+        teachers = [load(file).model().to(device, memory_format=torch.channels_last) for file in files]
+    results = run(
+        jobs_of(options.phase, options.seeds),
+        mnist,
+        Box(options.seconds, options.epochs),
+        device,
+        teachers,
+        compiled=not options.eager,
+        graph=not (options.eager or options.no_graph),
+        pair_batch=options.pair_batch,
+    )
+    for result in results:
+        write(result, options.out)
+    return 0
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
