@@ -58,7 +58,7 @@ class Server:
     def __init__(self, settings: Settings, spans: "SpanExporter | None" = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.repository = Repository(settings, self.metrics)
+        self.repository = Repository(settings, self.metrics, {*CapsNetService.GRAPHS, *InferenceService.GRAPHS})
         self.port = self.metrics_port = self.admin_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
@@ -169,9 +169,9 @@ class Server:
             (
                 model.artifact.name,
                 model.artifact.version,
-                model.metrics.statistics,
-                model.metrics.quality,
-                model.batcher.pending,
+                model.classify.metrics.statistics,
+                model.classify.metrics.quality,
+                model.classify.batcher.pending,
             )
             for model in self.repository.models()
         ]

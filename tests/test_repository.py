@@ -624,14 +624,14 @@ def test_the_admin_methods_are_on_a_port_of_their_own_and_by_default_on_none(sta
 
 def _hold(model: ServedModel) -> tuple[threading.Event, threading.Event]:
     """Let the model's next batches wait; (a batch has begun, let them go)."""
-    run, begun, go = model.batcher._run, threading.Event(), threading.Event()
+    run, begun, go = model.classify.batcher._run, threading.Event(), threading.Event()
 
     def held(arrays: Arrays) -> Arrays:
         begun.set()
         assert go.wait(PATIENCE)
         return run(arrays)
 
-    model.batcher._run = held
+    model.classify.batcher._run = held
     return begun, go
 
 
