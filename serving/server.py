@@ -15,10 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from prometheus_client import start_http_server
 
-from serving.metrics.collectors import ModelCollector
-from serving.metrics.quality import Quality
 from serving.metrics.registry import Metrics
-from serving.metrics.triton_statistics import Statistics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
 from serving.services.capsnet import SERVICE, CapsNetService
@@ -64,8 +61,8 @@ class Server:
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
         self._rescans: set[asyncio.Task[None]] = set()
         self._pipeline = Pipeline(self.repository, settings.stream_window)
-        self.metrics.in_flight.set_function(lambda: self._edge.under_way)
-        self.metrics.registry.register(ModelCollector(self._figures))
+        self.metrics.in_flight.labels().read(lambda: self._edge.under_way)
+        self.metrics.ready.labels().read(lambda: self._edge.ready)
 
     async def start(self) -> None:
         """Load and warm the models, then open the ports and take requests.
@@ -120,13 +117,11 @@ class Server:
         for name in ("", SERVICE, INFERENCE_SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._edge.ready = True
-        self.metrics.ready.set(1)
         self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let requests under way finish, then stop everything."""
         self._edge.ready = False
-        self.metrics.ready.set(0)
         for task in (self._watching, *self._rescans):
             task.cancel()
         await self._health.enter_graceful_shutdown()
@@ -162,19 +157,6 @@ class Server:
             await self.repository.scan()
         except Exception:
             _logger.exception("the model repository could not be read")
-
-    def _figures(self) -> list[tuple[str, str, Statistics, Quality, int]]:
-        """Of each version that is served, for the metrics page, whose thread asks."""
-        return [
-            (
-                model.artifact.name,
-                model.artifact.version,
-                model.metrics.statistics,
-                model.metrics.quality,
-                model.batcher.pending,
-            )
-            for model in self.repository.models()
-        ]
 
     def announce(self) -> None:
         """Log where it serves."""

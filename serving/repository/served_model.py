@@ -78,7 +78,6 @@ class ServedModel:
             settings.priority_ageing,
         )
         self.batcher = Batcher(self.predict, self.metrics, limits, self.cost, self.plan.runtimes)
-        self._all_metrics.queued.labels(name, version).set_function(lambda: self.batcher.queued)
         self._tell()
 
     def acquire(self) -> None:
@@ -100,7 +99,8 @@ class ServedModel:
     def withdraw(self, successor: "ServedModel") -> None:
         """Remove what the metrics say of this one alone, since another of its name and version has taken over."""
         if self._info != successor._info:
-            self._all_metrics.model_info.remove(*self._info)
+            labels = self._all_metrics.model_info.declaration.labels
+            self._all_metrics.model_info.remove(dict(zip(labels, self._info, strict=True)))
 
     def announce(self) -> None:
         """Log what it is and how it was tuned."""
@@ -165,14 +165,17 @@ class ServedModel:
         return artifact.name, artifact.version, dataset, precision, artifact.sha256(precision)
 
     def _tell(self) -> None:
-        """Set what the metrics say of it as it is."""
-        metrics, labels = self._all_metrics, (self.artifact.name, self.artifact.version)
-        metrics.model_info.labels(*self._info).set(1)
-        metrics.provider.labels(*labels, self.runtime.provider, self.runtime.description).set(1)
-        metrics.fallback.labels(*labels).set(self.runtime.fell_back)
-        metrics.max_batch.labels(*labels).set(self.plan.max_batch)
-        metrics.threads.labels(*labels).set(self.plan.threads)
-        metrics.runtimes.labels(*labels).set(self.plan.runtimes)
-        metrics.cost_of_image.labels(*labels).set_function(lambda: self.cost.per_image)
-        metrics.cost_of_batch.labels(*labels).set_function(lambda: self.cost.per_batch)
-        metrics.model_ready.labels(*labels).set(1)
+        """Have the metrics page read off this version's figures."""
+        metrics, labels = self._all_metrics, self.metrics.labels
+        name, version, graph = labels
+        metrics.model_info.labels(*self._info).read(lambda: 1)
+        metrics.model_ready.labels(name, version).read(lambda: 1)
+        metrics.provider.labels(*labels, self.runtime.provider, self.runtime.description).read(lambda: 1)
+        metrics.fallback.labels(*labels).read(lambda: self.runtime.fell_back)
+        metrics.max_batch.labels(*labels).read(lambda: self.plan.max_batch)
+        metrics.threads.labels(*labels).read(lambda: self.plan.threads)
+        metrics.runtimes.labels(*labels).read(lambda: self.plan.runtimes)
+        metrics.cost_of_image.labels(*labels).read(lambda: self.cost.per_image)
+        metrics.cost_of_batch.labels(*labels).read(lambda: self.cost.per_batch)
+        metrics.queued.labels(*labels).read(lambda: self.batcher.queued)
+        metrics.triton_pending.labels(name, version).read(lambda: self.batcher.pending, graph)
