@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from prometheus_client import start_http_server
 
+from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
@@ -63,6 +63,8 @@ class Server:
         self._pipeline = Pipeline(self.repository, settings.stream_window)
         self.metrics.in_flight.labels().read(lambda: self._edge.under_way)
         self.metrics.ready.labels().read(lambda: self._edge.ready)
+        self._page = Page(self.metrics.registry, self._unready)
+        self._stopping = False
 
     async def start(self) -> None:
         """Load and warm the models, then open the ports and take requests.
@@ -96,15 +98,12 @@ class Server:
             self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         try:
-            self._metrics_server, self._metrics_thread = start_http_server(
-                settings.metrics_port, settings.host, self.metrics.registry
-            )
+            self.metrics_port = self._page.open(settings.host, settings.metrics_port)
         except OSError as error:
             raise StartError(
                 f"port {settings.metrics_port} (metrics) cannot be opened on host {settings.host!r}: {error.strerror} "
                 "(--metrics-port chooses another)"
             ) from error
-        self.metrics_port = self._metrics_server.server_port
         # What is there now stays: collecting garbage need not look through it again and hold up requests.
         gc.collect()
         gc.freeze()
@@ -121,6 +120,7 @@ class Server:
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let requests under way finish, then stop everything."""
+        self._stopping = True
         self._edge.ready = False
         for task in (self._watching, *self._rescans):
             task.cancel()
@@ -141,9 +141,7 @@ class Server:
             await asyncio.wait_for(self.repository.close(), max(0.0, end - time.monotonic()) + _LAST_ANSWERS_SECONDS)
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
-        await asyncio.to_thread(self._metrics_server.shutdown)
-        self._metrics_server.server_close()
-        self._metrics_thread.join()
+        await asyncio.to_thread(self._page.close)
 
     def rescan_soon(self) -> None:
         """Bring what is served in line with the repository folder; once the server has started."""
@@ -157,6 +155,12 @@ class Server:
             await self.repository.scan()
         except Exception:
             _logger.exception("the model repository could not be read")
+
+    def _unready(self) -> str:
+        """Return why no request is taken now, for the health page and from its thread; empty if requests are taken."""
+        if not self._edge.ready:
+            return "the server is stopping" if self._stopping else "the server is starting"
+        return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
         """Log where it serves."""
