@@ -8,13 +8,12 @@ from numpy.typing import NDArray
 from serving.artifact import Artifact
 from serving.batching.batcher import Check
 from serving.files.cache import cache_folder
-from serving.metrics.registry import ModelMetrics
+from serving.metrics.registry import CLASSIFY, ModelMetrics
 from serving.repository.served_graph import all_finite
 from serving.runtime import Arrays, Runtime, RuntimeSetupError, TensorRtSetup
 from serving.settings import Settings
 from serving.tensorrt_options import execution_provider_options
 
-CLASSIFY = "classify"
 IMAGES, PROBABILITIES, POSES = "images", "probabilities", "poses"
 #: Largest difference of a probability or of a component of a pose, in any precision.
 _TOLERANCE = 0.01

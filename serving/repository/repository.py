@@ -12,8 +12,7 @@ from pathlib import Path
 from serving import artifact as artifacts
 from serving.artifact import MANIFEST, ArtifactError
 from serving.errors import InvalidRequest, ServingError, UnknownModel
-from serving.metrics.registry import Metrics
-from serving.repository.classifier import CLASSIFY
+from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.served_model import ServedModel
 from serving.runtime import RuntimeSetupError
 from serving.settings import Settings

@@ -66,7 +66,7 @@ class ServedGraph:
     def start(self, metrics: Metrics, model: str, version: str) -> None:
         """Take requests; on the event loop that is to serve them."""
         settings, plan, source = self._settings, self.plan, self._source
-        self.metrics = ModelMetrics(metrics, model, version, source.labels)
+        self.metrics = ModelMetrics(metrics, model, version, source.labels, self.name)
         limits = Limits(
             plan.max_batch,
             good_batch(self.cost, plan.max_batch),
@@ -75,7 +75,7 @@ class ServedGraph:
             settings.priority_ageing,
         )
         self.batcher = Batcher(self._run, source.check(self.metrics), self.metrics, limits, self.cost, plan.runtimes)
-        self._show(metrics, model, version)
+        self._show(metrics)
 
     async def close(self) -> None:
         """Answer what is queued, and end the threads."""
@@ -124,17 +124,18 @@ class ServedGraph:
             max_batch = settings.max_batch
         return tune(lambda threads: runtime(threads).run, runtime(pairs[0][0]).inputs, pairs, max_batch, most)
 
-    def _show(self, metrics: Metrics, model: str, version: str) -> None:
-        """Show on the metrics page how it is, and what waits for it."""
-        labels = (model, version)
-        metrics.queued.labels(*labels).set_function(lambda: self.batcher.queued)
-        metrics.provider.labels(*labels, self.runtime.provider, self.runtime.description).set(1)
-        metrics.fallback.labels(*labels).set(self.runtime.fell_back)
-        metrics.max_batch.labels(*labels).set(self.plan.max_batch)
-        metrics.threads.labels(*labels).set(self.plan.threads)
-        metrics.runtimes.labels(*labels).set(self.plan.runtimes)
-        metrics.cost_of_image.labels(*labels).set_function(lambda: self.cost.per_image)
-        metrics.cost_of_batch.labels(*labels).set_function(lambda: self.cost.per_batch)
+    def _show(self, metrics: Metrics) -> None:
+        """Let the metrics page read off how it is, and what waits for it."""
+        labels = model, version, graph = self.metrics.labels
+        metrics.provider.labels(*labels, self.runtime.provider, self.runtime.description).read(lambda: 1)
+        metrics.fallback.labels(*labels).read(lambda: self.runtime.fell_back)
+        metrics.max_batch.labels(*labels).read(lambda: self.plan.max_batch)
+        metrics.threads.labels(*labels).read(lambda: self.plan.threads)
+        metrics.runtimes.labels(*labels).read(lambda: self.plan.runtimes)
+        metrics.cost_of_image.labels(*labels).read(lambda: self.cost.per_image)
+        metrics.cost_of_batch.labels(*labels).read(lambda: self.cost.per_batch)
+        metrics.queued.labels(*labels).read(lambda: self.batcher.queued)
+        metrics.triton_pending.labels(model, version).read(lambda: self.batcher.pending, graph)
 
 
 def all_finite(outputs: Arrays) -> NDArray[np.bool_] | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from serving import artifact as artifacts
 from serving.artifact import Artifact
 from serving.errors import UnknownModel
-from serving.metrics.registry import Metrics
-from serving.repository.classifier import CLASSIFY, Classifier
+from serving.metrics.registry import CLASSIFY, Metrics
+from serving.repository.classifier import Classifier
 from serving.repository.further_graph import FurtherGraph
 from serving.repository.served_graph import ServedGraph
 from serving.repository.tuning import Plan
@@ -71,8 +71,8 @@ class ServedModel:
         name, version = self.artifact.name, self.artifact.version
         for graph in self.graphs.values():
             graph.start(self._metrics, name, version)
-        self._metrics.model_info.labels(*self._info).set(1)
-        self._metrics.model_ready.labels(name, version).set(1)
+        self._metrics.model_info.labels(*self._info).read(lambda: 1)
+        self._metrics.model_ready.labels(name, version).read(lambda: 1)
 
     def acquire(self) -> None:
         """Keep the model open for one request, until ``release``."""
@@ -95,7 +95,8 @@ class ServedModel:
     def withdraw(self, successor: "ServedModel") -> None:
         """Remove what the metrics say of this one alone, since another of its name and version has taken over."""
         if self._info != successor._info:
-            self._metrics.model_info.remove(*self._info)
+            info = self._metrics.model_info
+            info.remove(dict(zip(info.declaration.labels, self._info, strict=True)))
 
     def announce(self) -> None:
         """Log what it is and how it was tuned."""

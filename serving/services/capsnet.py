@@ -10,8 +10,8 @@ import numpy as np
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.metrics.registry import Metrics
-from serving.repository.classifier import CLASSIFY, IMAGES
+from serving.metrics.registry import CLASSIFY, Metrics
+from serving.repository.classifier import IMAGES
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, check_size, parse
 from serving.runtime import Arrays

@@ -12,9 +12,9 @@ import grpc
 from protos.inference import inference_pb2 as pb
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest, UnknownModel
-from serving.metrics.registry import Metrics
+from serving.metrics.registry import CLASSIFY, Metrics
 from serving.metrics.triton_statistics import Duration
-from serving.repository.classifier import CLASSIFY, IMAGES, POSES, PROBABILITIES
+from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
 from serving.repository.repository import Repository, State
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, parse

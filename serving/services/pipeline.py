@@ -3,8 +3,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from serving.errors import ServingError
-from serving.metrics.registry import ModelMetrics
-from serving.repository.classifier import CLASSIFY
+from serving.metrics.registry import CLASSIFY, ModelMetrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Call
 from serving.services.request import Query, Reply, Request
