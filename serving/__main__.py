@@ -5,7 +5,6 @@ import sys
 import warnings
 
 import uvloop
-from prometheus_client import disable_created_metrics
 
 from serving.artifact import ArtifactError
 from serving.files.images import limit_metadata
@@ -23,7 +22,6 @@ def main() -> int:
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, in words that clients choose
     sys.setswitchinterval(_SWITCH_SECONDS)
     limit_metadata()
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each that nobody asks for
     set_up(settings.log_format, settings.log_level)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from prometheus_client import start_http_server
 
-from serving.metrics.collectors import ModelCollector
-from serving.metrics.quality import Quality
+from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
-from serving.metrics.triton_statistics import Statistics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
 from serving.services.capsnet import SERVICE, CapsNetService
@@ -58,14 +55,16 @@ class Server:
     def __init__(self, settings: Settings, spans: "SpanExporter | None" = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.repository = Repository(settings, self.metrics)
+        self.repository = Repository(settings, self.metrics, {*CapsNetService.GRAPHS, *InferenceService.GRAPHS})
         self.port = self.metrics_port = self.admin_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
         self._rescans: set[asyncio.Task[None]] = set()
         self._pipeline = Pipeline(self.repository, settings.stream_window)
-        self.metrics.in_flight.set_function(lambda: self._edge.under_way)
-        self.metrics.registry.register(ModelCollector(self._figures))
+        self.metrics.in_flight.labels().read(lambda: self._edge.under_way)
+        self.metrics.ready.labels().read(lambda: self._edge.ready)
+        self._page = Page(self.metrics.registry, self._unready)
+        self._stopping = False
 
     async def start(self) -> None:
         """Load and warm the models, then open the ports and take requests.
@@ -99,15 +98,12 @@ class Server:
             self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         try:
-            self._metrics_server, self._metrics_thread = start_http_server(
-                settings.metrics_port, settings.host, self.metrics.registry
-            )
+            self.metrics_port = self._page.open(settings.host, settings.metrics_port)
         except OSError as error:
             raise StartError(
                 f"port {settings.metrics_port} (metrics) cannot be opened on host {settings.host!r}: {error.strerror} "
                 "(--metrics-port chooses another)"
             ) from error
-        self.metrics_port = self._metrics_server.server_port
         # What is there now stays: collecting garbage need not look through it again and hold up requests.
         gc.collect()
         gc.freeze()
@@ -120,13 +116,12 @@ class Server:
         for name in ("", SERVICE, INFERENCE_SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._edge.ready = True
-        self.metrics.ready.set(1)
         self._watching = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let requests under way finish, then stop everything."""
+        self._stopping = True
         self._edge.ready = False
-        self.metrics.ready.set(0)
         for task in (self._watching, *self._rescans):
             task.cancel()
         await self._health.enter_graceful_shutdown()
@@ -146,9 +141,7 @@ class Server:
             await asyncio.wait_for(self.repository.close(), max(0.0, end - time.monotonic()) + _LAST_ANSWERS_SECONDS)
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
-        await asyncio.to_thread(self._metrics_server.shutdown)
-        self._metrics_server.server_close()
-        self._metrics_thread.join()
+        await asyncio.to_thread(self._page.close)
 
     def rescan_soon(self) -> None:
         """Bring what is served in line with the repository folder; once the server has started."""
@@ -163,18 +156,11 @@ class Server:
         except Exception:
             _logger.exception("the model repository could not be read")
 
-    def _figures(self) -> list[tuple[str, str, Statistics, Quality, int]]:
-        """Of each version that is served, for the metrics page, whose thread asks."""
-        return [
-            (
-                model.artifact.name,
-                model.artifact.version,
-                model.metrics.statistics,
-                model.metrics.quality,
-                model.batcher.pending,
-            )
-            for model in self.repository.models()
-        ]
+    def _unready(self) -> str:
+        """Return why no request is taken now, for the health page and from its thread; empty if requests are taken."""
+        if not self._edge.ready:
+            return "the server is stopping" if self._stopping else "the server is starting"
+        return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
         """Log where it serves."""

@@ -69,7 +69,7 @@ class Setting:
     metrics: Metrics = field(default_factory=Metrics)
 
     def value(self, name: str) -> float | None:
-        return self.metrics.registry.get_sample_value(name, {"model": "m", "version": "1"})
+        return self.metrics.registry.get_sample_value(name, {"model": "m", "version": "1", "graph": "classify"})
 
     async def occupy(self) -> "asyncio.Task[Share]":
         """Hold the model up in a batch of one image, 0."""

@@ -92,13 +92,13 @@ def _request(digits: Digits, images: int = 1) -> pb.ModelInferRequest:
 
 def _slow(model: ServedModel) -> None:
     """Half a second for a batch."""
-    run = model.run
+    run = model.classify.runtime.run
 
     def slowly(arrays: Arrays) -> Arrays:
         time.sleep(0.5)
         return run(arrays)
 
-    model.batcher._run = slowly
+    model.classify.batcher._run = slowly
 
 
 @pytest.mark.parametrize("call", INFER)

@@ -189,8 +189,10 @@ def test_ports_are_those_that_the_server_opens() -> None:
     assert [(port["name"], port["containerPort"]) for port in runtime["ports"]] == [("h2c", settings.port)]
     assert _one("ServingRuntime")["spec"]["annotations"]["prometheus.kserve.io/port"] == str(settings.metrics_port)
     for container in (server, runtime):
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        for probe in ("startupProbe", "readinessProbe"):
             assert container[probe]["grpc"] == {"port": settings.port}, probe
+    assert server["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "metrics"}
+    assert runtime["livenessProbe"]["grpc"] == {"port": settings.port}
 
 
 def test_no_service_can_set_a_setting() -> None:

@@ -305,7 +305,7 @@ def test_the_drains_limit_holds_even_where_the_model_hangs() -> None:
     running = InThread(server)
     running.__enter__()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        server.repository.get("", "").batcher._run = hang
+        server.repository.get("", "").classify.batcher._run = hang
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         call = stub.Classify.future(pb.ClassifyRequest(images=[DIGIT]), timeout=30)
         time.sleep(0.3)

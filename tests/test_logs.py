@@ -57,7 +57,7 @@ def test_a_fault_is_an_error_with_its_traceback_and_the_request_id(
         def fail(arrays: Arrays) -> Arrays:
             raise RuntimeError("inner text")
 
-        model.batcher._run = fail
+        model.classify.batcher._run = fail
 
     faulty = start(patch)
     with pytest.raises(grpc.RpcError):

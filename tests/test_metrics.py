@@ -6,10 +6,13 @@ import urllib.request
 from collections.abc import Callable
 
 import grpc
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.metrics.instruments import Kind
+from serving.metrics.registry import Metrics, ModelMetrics
 from tests.conftest import DATA, Running
 
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
@@ -41,6 +44,73 @@ def used(start: Callable[..., Running]) -> Running:
     with pytest.raises(grpc.RpcError):
         running.classify()
     return running
+
+
+def test_the_page_has_every_declared_metric_with_its_type_labels_and_buckets_and_no_other(used: Running) -> None:
+    list(used.stub.ClassifyStream(iter([pb.ClassifyStreamRequest()]), timeout=20))  # an error within a stream
+    families = [
+        family
+        for family in text_string_to_metric_families(_scrape(used))
+        if not family.name.startswith(("process_", "python_"))
+    ]
+    declared = Metrics().declarations
+    names = [family.name + ("_total" if family.type == "counter" else "") for family in families]
+    assert names == [metric.name for metric in declared]
+    for family, metric in zip(families, declared, strict=True):
+        assert family.documentation == metric.meaning
+        assert family.type == ("unknown" if metric.kind is Kind.UNTYPED else metric.kind.value)
+        assert {sample.name for sample in family.samples} == set(metric.samples)
+        labels = {frozenset(sample.labels) - {"le"} for sample in family.samples}
+        assert labels == {frozenset(metric.labels)}, metric.name
+        if metric.buckets:
+            bounds = {float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels}
+            assert bounds == {*metric.buckets, float("inf")}
+
+
+def test_each_graph_has_series_of_its_own_and_tritons_names_count_all_graphs() -> None:
+    metrics = Metrics()
+    graphs = {
+        "classify": ModelMetrics(metrics, "m", "1", ["a", "b"]),
+        "explain": ModelMetrics(metrics, "m", "1", [], graph="explain"),
+    }
+    ModelMetrics(metrics, "m", "2", ["a", "b"])
+    for times, one in enumerate(graphs.values(), 1):
+        for _ in range(times):
+            one.batch(3, 0.001, 0.01)
+            one.answered(0.001, 0.002, 0.003, 0.004, 0.005)
+            one.failed(ValueError(), 0.001)
+    graphs["classify"].quality.add(np.full((3, 2), 0.25, np.float32))
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, {"model": "m", "version": "1", **labels})
+
+    for times, graph in enumerate(graphs, 1):
+        assert value("capsnet_batch_size_images_sum", graph=graph) == 3 * times
+        assert value("capsnet_inference_seconds_count", graph=graph) == times
+    assert value("nv_inference_count") == 9
+    assert value("nv_inference_request_success") == 3
+    assert value("nv_inference_request_failure", reason="OTHER") == 3
+    assert value("nv_inference_queue_duration_us") == 6000
+    assert value("capsnet_winner_length_count", graph="classify") == 3
+    assert value("capsnet_winner_length_count", graph="explain") is None, "it classifies nothing"
+    metrics.forget("m", "1")
+    kept = {
+        (sample.labels["model"], sample.labels["version"])
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if "version" in sample.labels and "model" in sample.labels
+    }
+    assert kept == {("m", "2")}
+
+
+def test_a_version_that_is_loaded_again_counts_from_zero_in_tritons_names() -> None:
+    metrics = Metrics()
+    for requests in (5, 2):
+        again = ModelMetrics(metrics, "m", "1", ["a"])
+        for _ in range(requests):
+            again.answered(0.001, 0.001, 0.001, 0.001, 0.001)
+    labels = {"model": "m", "version": "1"}
+    assert metrics.registry.get_sample_value("nv_inference_request_success", labels) == 2
 
 
 def test_requests_are_counted_by_method_and_code(used: Running) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from tests.conftest import DATA, ROOT, Running
+from serving.metrics.registry import Metrics
+from tests.conftest import DATA, ROOT
 from tests.test_lifecycle import server_process
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -31,7 +31,14 @@ RULES = (PROMETHEUS / "rules.yml").read_text()
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "capsnet.json").read_text())
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 #: What Grafana puts in their place.
-VARIABLES = {"$job": "capsnet", "$instance": ".+", "$model": ".+", "$version": ".+", "$__rate_interval": "10s"}
+VARIABLES = {
+    "$job": "capsnet",
+    "$instance": ".+",
+    "$model": ".+",
+    "$version": ".+",
+    "$graph": ".+",
+    "$__rate_interval": "10s",
+}
 PATIENCE = 30.0
 
 needs_prometheus = pytest.mark.skipif(
@@ -212,20 +219,46 @@ def test_killing_the_server_raises_its_alert_and_no_other_of_availability(tmp_pa
         assert raised.isdisjoint({"CapsnetAbsent", "CapsnetNotReady", "CapsnetRestarts", "CapsnetHang"})
 
 
-def test_every_metric_of_rules_and_dashboard_is_on_the_metrics_page(running: Running) -> None:
-    with pytest.raises(grpc.RpcError):
-        running.classify()
-    with urllib.request.urlopen(running.metrics_url, timeout=10) as response:
-        families = list(text_string_to_metric_families(response.read().decode()))
-    text = "\n".join(
-        [RULES, *_targets().values(), *(json.dumps(DASHBOARD[key]) for key in ("templating", "annotations"))]
+def _queries() -> list[str]:
+    """Every query of the rules, panels, variables and annotations; the rules' comments are no queries."""
+    variables = [
+        variable["query"]["query"] for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"
+    ]
+    annotations = [one["expr"] for one in DASHBOARD["annotations"]["list"] if "expr" in one]
+    return [re.sub(r"(?m)^ *#.*", "", RULES), *_targets().values(), *map(_filled, (*variables, *annotations))]
+
+
+def test_every_metric_of_rules_and_dashboard_is_declared() -> None:
+    of_the_process = {sample.name for family in Metrics().registry.collect() for sample in family.samples}
+    declared = {sample for metric in Metrics().declarations for sample in metric.samples}
+    names = set(
+        re.findall(r"(?<![\w:])(?:capsnet|grpc_server|nv_inference|process|python)_\w+(?![\w:])", "\n".join(_queries()))
     )
-    names = set(re.findall(r"(?<![\w:])(?:capsnet|grpc_server|nv_inference|process|python)_\w+(?![\w:])", text))
     assert len(names) > 40
-    assert names - {sample.name for family in families for sample in family.samples} == set()
+    assert names - declared - of_the_process == set()
     recorded = set(re.findall(r"(?<![\w:])\w+:\w+(?::\w+)?", "\n".join(_targets().values())))
     assert recorded
     assert recorded - set(re.findall(r"record: (\S+)", RULES)) == set()
+
+
+def _selectors(queries: Iterable[str]) -> list[tuple[str, set[str]]]:
+    """Name of a declared metric's sample and names of the labels that it is selected by, for each selector."""
+    declared = {sample for metric in Metrics().declarations for sample in metric.samples}
+    return [
+        (name, set(re.findall(r"(\w+)=", selector)) - {"job", "instance"})
+        for name, selector in re.findall(r"(?<![\w:])(\w+)\{([^}]*)\}", "\n".join(queries))
+        if name in declared
+    ]
+
+
+def test_rules_and_dashboard_select_by_labels_that_the_metrics_have() -> None:
+    known = {sample: {*metric.labels, "le"} for metric in Metrics().declarations for sample in metric.samples}
+    selectors = _selectors(_queries())
+    assert len(selectors) > 100
+    assert [(name, given - known[name]) for name, given in selectors if not given <= known[name]] == []
+    # What is chosen at the top of the dashboard holds for every panel that shows models.
+    for name, given in _selectors(_targets().values()):
+        assert given >= known[name] & {"model", "version", "graph"} or name == "nv_inference_request_success", name
 
 
 def test_every_alert_has_a_severity_a_runbook_and_the_runbook_a_section() -> None:

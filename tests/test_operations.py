@@ -4,19 +4,15 @@ import re
 import subprocess
 import sys
 import tomllib
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-import grpc
 import pytest
 from packaging.requirements import Requirement
-from prometheus_client.parser import text_string_to_metric_families
 
-from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.metrics.registry import Metrics
 from serving.settings import ENVIRONMENT_PREFIX, Settings
-from tests.conftest import DATA, ROOT, Running
+from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 BIN = Path(sys.executable).parent
@@ -42,37 +38,13 @@ def test_the_settings_table_is_that_of_the_settings() -> None:
     assert _rows("Settings") == expected
 
 
-def test_the_metrics_table_is_that_of_the_metrics_page(running: Running) -> None:
-    digit = pb.Image(encoded=(DATA / "seven.png").read_bytes())
-    running.classify(digit)
-    with pytest.raises(grpc.RpcError):
-        running.classify()
-    list(running.stub.ClassifyStream(iter([pb.ClassifyStreamRequest()]), timeout=20))
-    with urllib.request.urlopen(running.metrics_url, timeout=10) as response:
-        page = response.read().decode()
-    assert [row[:1] + row[3:5] for row in _rows("Metrics")] == sorted(_families(page), key=_place)
-
-
-def _families(page: str) -> Iterator[list[str]]:
-    """Name, labels and meaning of each metric of a page that is ours."""
-    for family in text_string_to_metric_families(page):
-        name = family.name + ("_total" if family.type == "counter" else "")
-        if name.startswith(("process_", "python_")) or name.endswith("_created"):
-            continue
-        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-        yield [f"`{name}`", ", ".join(sorted(labels, key=_LABELS.index)), family.documentation]
-
-
-_LABELS = (
-    "grpc_type", "grpc_service", "grpc_method", "grpc_code", "model", "version", "label", "reason", "result", "dataset",
-    "precision", "sha256", "provider", "runtime",
-)  # fmt: skip
-
-
-def _place(row: list[str]) -> int:
-    """Where the table has a metric; at its end, if it has none."""
-    names = [known[0] for known in _rows("Metrics")]
-    return names.index(row[0]) if row[0] in names else len(names)
+def test_the_metrics_table_is_that_of_the_declared_metrics() -> None:
+    expected = [
+        [f"`{metric.name}`", metric.kind.value, metric.unit, ", ".join(metric.labels), metric.meaning]
+        for metric in Metrics().declarations
+    ]
+    assert [row[:5] for row in _rows("Metrics")] == expected
+    assert {len(row) for row in _rows("Metrics")} == {6}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ SECONDS = 3.0
 
 def slow(model: ServedModel) -> None:
     """A batch takes the same time, however many images it has."""
-    run = model.batcher._run
+    run = model.classify.batcher._run
 
     def slowly(arrays: Arrays) -> Arrays:
         begin = time.perf_counter()
@@ -46,7 +46,7 @@ def slow(model: ServedModel) -> None:
         time.sleep(max(0.0, BATCH_SECONDS - (time.perf_counter() - begin)))
         return answer
 
-    model.batcher._run = slowly
+    model.classify.batcher._run = slowly
 
 
 @dataclass
@@ -83,7 +83,7 @@ def send(running: Running, rate: float, timeout: float | None) -> Load:
         time.sleep(max(0.0, begin + index / rate - time.monotonic()))
         calls.append(running.stub.Classify.future(request, timeout=timeout))
         calls[-1].add_done_callback(partial(ended, sent=time.monotonic()))
-        load.longest = max(load.longest, running.model.batcher.queued)
+        load.longest = max(load.longest, running.model.classify.batcher.queued)
     for _ in range(count):
         assert under.acquire(timeout=20)
     return load
@@ -101,7 +101,7 @@ def slowed(start: Callable[..., Running]) -> Callable[..., Running]:
         running = start(slow, max_batch=BATCH, runtimes=1, **chosen)
         for _ in range(200):
             for size in (1, BATCH):
-                running.model.cost.learn(size, BATCH_SECONDS)
+                running.model.classify.cost.learn(size, BATCH_SECONDS)
         return running
 
     return begin
@@ -194,7 +194,7 @@ def test_of_a_thousand_clients_half_of_whom_leave_only_the_others_images_are_com
     for call in calls[::2]:
         assert call.cancel()
     # The batch that was handed over before is computed whole.
-    until(lambda: running.model.batcher.queued <= 500, "the end of those that left")
+    until(lambda: running.model.classify.batcher.queued <= 500, "the end of those that left")
     until(lambda: value(running, "capsnet_cancelled_images_total") >= 492, "the end of those that left")
     gate.go.set()
     assert len(first.result().results) == 1

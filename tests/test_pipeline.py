@@ -58,7 +58,7 @@ def with_predict(change: Callable[[Predict], Predict]) -> Callable[[ServedModel]
     """A patch for ``start``."""
 
     def patch(model: ServedModel) -> None:
-        change_predict(model.batcher, change)
+        change_predict(model.classify.batcher, change)
 
     return patch
 
@@ -121,7 +121,7 @@ def value(running: Running, metric: str, **labels: str) -> float:
 
 def under_way(running: Running) -> int:
     """Images that wait or are in a batch that is not computed."""
-    batcher = running.model.batcher
+    batcher = running.model.classify.batcher
     batches = [batch for slot in batcher._slots for batch in list(slot.batches)]
     return batcher.queued + sum(part.stop - part.start for batch in batches for part in batch)
 
@@ -230,7 +230,9 @@ def test_of_a_batch_of_32_with_a_poisoned_member_31_are_answered(start: Callable
 
     def patch(model: ServedModel) -> None:
         with_predict(lambda predict: gate(fail_on_poison(predict)))(model)
-        model.batcher._limits = replace(model.batcher._limits, good_batch=32)  # one batch, not several that are good
+        model.classify.batcher._limits = replace(
+            model.classify.batcher._limits, good_batch=32
+        )  # one batch, not several that are good
 
     running = start(patch, max_batch=32, runtimes=1)
     first = later(running)
@@ -383,7 +385,7 @@ def test_a_client_that_leaves_its_stream_takes_what_waits_with_it(
     gate.wait()
     until(lambda: under_way(running) == 60, "the stream's requests")
     stream.cancel()
-    until(lambda: running.model.batcher.queued == 0, "the end of what waits")
+    until(lambda: running.model.classify.batcher.queued == 0, "the end of what waits")
     gate.go.set()
     stop.set()
     assert len(running.classify(image()).results) == 1

@@ -217,7 +217,7 @@ def test_a_new_version_is_picked_up_by_polling_and_the_series_of_the_old_one_van
     until(lambda: label(running) == "7 of 2", "version 2")
     until(lambda: 'version="1"' not in page(running), "the end of version 1's series")
     assert index(running.channel) == {("digits", "2"): ("READY", "")}
-    assert 'capsnet_queue_seconds_count{model="digits",version="2"}' in page(running)
+    assert 'capsnet_queue_seconds_count{graph="classify",model="digits",version="2"}' in page(running)
 
 
 def test_without_polling_a_new_version_waits_for_a_sighup(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_a_change_in_the_folder_that_is_served_is_served(start: Callable[..., Ru
     assert index(running.channel) == {("digits", "1"): ("READY", "")}
     text = page(running)
     assert f'sha256="{running.model.artifact.sha256()}"' in text
-    assert 'capsnet_queue_seconds_count{model="digits",version="1"}' in text
+    assert 'capsnet_queue_seconds_count{graph="classify",model="digits",version="1"}' in text
     until(lambda: old not in page(running), "the end of the series of the graph before")
 
 
@@ -624,14 +624,14 @@ def test_the_admin_methods_are_on_a_port_of_their_own_and_by_default_on_none(sta
 
 def _hold(model: ServedModel) -> tuple[threading.Event, threading.Event]:
     """Let the model's next batches wait; (a batch has begun, let them go)."""
-    run, begun, go = model.batcher._run, threading.Event(), threading.Event()
+    run, begun, go = model.classify.batcher._run, threading.Event(), threading.Event()
 
     def held(arrays: Arrays) -> Arrays:
         begun.set()
         assert go.wait(PATIENCE)
         return run(arrays)
 
-    model.batcher._run = held
+    model.classify.batcher._run = held
     return begun, go
 
 

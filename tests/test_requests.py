@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.services.classify_request import PixelReader
+from serving.services.capsnet_codec import PixelReader
 
 SHAPES = [(1, 28, 28), (1, 2, 2), (3, 8, 8), (1, 12, 12), (2, 100, 100)]
 MOST = 70

@@ -231,14 +231,14 @@ def test_a_client_that_leaves_its_stream_harms_no_other(running: Running) -> Non
 
 def test_a_fault_of_the_model_is_internal_and_tells_no_inner_text(start: Callable[..., Running]) -> None:
     def patch(model: ServedModel) -> None:
-        real = model.run
+        real = model.classify.runtime.run
 
         def run(arrays: Arrays) -> Arrays:
             if (np.asarray(arrays["images"]) == 255).all(axis=(1, 2, 3)).any():
                 raise RuntimeError("secret /inner/path")
             return real(arrays)
 
-        model.batcher._run = run
+        model.classify.batcher._run = run
 
     faulty = start(patch)
     code, details = _refusal(faulty, pb.Image(pixels=b"\xff" * 784))

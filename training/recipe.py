@@ -143,8 +143,8 @@ class NetworkChanges:
 
     stem: tuple[tuple[int, ...], ...] | None = option(
         None,
-        "small convolutions with batch normalization in place of the first one: channels, kernel, stride and padding of "
-        "each, as 32x5x2x2,64x3x1x1, or none",
+        "small convolutions with batch normalization in place of the first one, each as channels, kernel, stride and "
+        "padding: 32x5x2x2,64x3x1x1, or none",
         parse=parse_stem,
         metavar="NxNxNxN,...",
         shown="",

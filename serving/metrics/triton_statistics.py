@@ -1,4 +1,4 @@
-"""What a model has done since it was loaded, in the terms of Triton's statistics extension."""
+"""Statistics of a model since it was loaded, in the terms of Triton's statistics extension."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ REJECTED, CANCELED, BACKEND, OTHER = FAILURES = ("REJECTED", "CANCELED", "BACKEN
 
 @dataclass(slots=True)
 class Duration:
-    """How many, and how many seconds they took in all."""
+    """Number of events, and the seconds that they took in all."""
 
     count: int = 0
     seconds: float = 0.0
@@ -18,6 +18,11 @@ class Duration:
         """The same in nanoseconds."""
         return round(self.seconds * 1e9)
 
+    @property
+    def us(self) -> int:
+        """The same in whole microseconds, rounded down."""
+        return self.ns // 1000
+
     def add(self, seconds: float, times: int = 1) -> None:
         self.count += times
         self.seconds += seconds * times
@@ -25,7 +30,7 @@ class Duration:
 
 @dataclass(slots=True)
 class BatchStatistics:
-    """Of all batches of one size: bringing the images together, and ONNX Runtime's call."""
+    """Times of all batches of one size: bringing the images together, and ONNX Runtime's call."""
 
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
@@ -33,8 +38,9 @@ class BatchStatistics:
 
 @dataclass(slots=True)
 class Statistics:
-    """last_inference: milliseconds since 1970. inference_count: images computed. execution_count: batches computed.
+    """Statistics of one graph of a version.
 
+    last_inference: milliseconds since 1970. inference_count: images computed. execution_count: batches computed.
     success and fail: requests, from their arrival to their answer. failures: those that failed, by Triton's reasons.
     queue, compute_input, compute_infer and compute_output: the parts of the time of requests that succeeded.
     """
@@ -52,7 +58,7 @@ class Statistics:
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
 
     def answered(self, queue: float, compute_input: float, compute_infer: float, compute_output: float) -> None:
-        """A request succeeded; seconds of each part of its time."""
+        """Count a request that succeeded, with the seconds of each part of its time."""
         self.success.add(queue + compute_input + compute_infer + compute_output)
         self.queue.add(queue)
         self.compute_input.add(compute_input)

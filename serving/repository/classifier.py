@@ -1,19 +1,51 @@
 """The graph that classifies: how it is opened, tested before it serves, and its answers checked."""
 
-from math import isfinite
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.artifact import Artifact
+from serving.batching.batcher import Check
 from serving.files.cache import cache_folder
+from serving.metrics.registry import CLASSIFY, ModelMetrics
+from serving.repository.served_graph import all_finite
 from serving.runtime import Arrays, Runtime, RuntimeSetupError, TensorRtSetup
+from serving.settings import Settings
 from serving.tensorrt_options import execution_provider_options
 
 IMAGES, PROBABILITIES, POSES = "images", "probabilities", "poses"
 #: Largest difference of a probability or of a component of a pose, in any precision.
 _TOLERANCE = 0.01
+
+
+class Classifier:
+    """The graph that every model has, in the precision that the settings choose.
+
+    Its check is that every answer is finite; the answers that are go into the quality figures.
+    """
+
+    name = CLASSIFY
+
+    def __init__(self, artifact: Artifact, settings: Settings) -> None:
+        self.labels = artifact.labels
+        self.max_batch = artifact.batches.max if settings.device == "tensorrt" else 0
+        self._artifact = artifact
+        self._settings = settings
+
+    def open(self, threads: int) -> Runtime:
+        settings = self._settings
+        cache = Path(settings.engine_cache) if settings.engine_cache else None
+        return open_classifier(self._artifact, settings.device, threads, settings.precision, cache)
+
+    def check(self, metrics: ModelMetrics) -> Check:
+        def check(outputs: Arrays) -> NDArray[np.bool_] | None:
+            good = finite_rows(outputs)
+            if good is None:
+                metrics.quality.add(np.asarray(outputs[PROBABILITIES], np.float32))
+            return good
+
+        return check
 
 
 def open_classifier(
@@ -77,11 +109,7 @@ def finite_rows(outputs: Arrays) -> NDArray[np.bool_] | None:
     shape = probabilities.shape
     if len(shape) != 2 or poses.shape[:-1] != shape:
         raise ValueError(f"images were answered with probabilities {shape} and poses {poses.shape}")
-    # The sum is finite almost always, and takes far less time than a look at each number.
-    with np.errstate(all="ignore"):
-        if isfinite(probabilities.sum() + poses.sum()):
-            return None
-    return np.asarray(np.isfinite(probabilities).all(1) & np.isfinite(poses).all((1, 2)))
+    return all_finite(outputs)
 
 
 def _predict(runtime: Runtime, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

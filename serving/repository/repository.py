@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +12,7 @@ from pathlib import Path
 from serving import artifact as artifacts
 from serving.artifact import MANIFEST, ArtifactError
 from serving.errors import InvalidRequest, ServingError, UnknownModel
-from serving.metrics.registry import Metrics
+from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.served_model import ServedModel
 from serving.runtime import RuntimeSetupError
 from serving.settings import Settings
@@ -59,8 +59,10 @@ class Repository:
     tried again until its folder changes.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, graphs: Iterable[str] = (CLASSIFY,)) -> None:
+        """graphs: names of those that the services need; of each model no others are opened."""
         self._settings = settings
+        self._graphs = frozenset(graphs)
         self._metrics = metrics
         self._folder = settings.repository
         self._entries: dict[tuple[str, str], Entry] = {}
@@ -214,9 +216,9 @@ class Repository:
         old = self._entries.get((name, version))
         entry = self._entries[name, version] = Entry(name, version, State.LOADING, look=look)
         folder = self._folder / name / version
-        plan = before[0].plan if before else None
+        plan = before[0].classify.plan if before else None
         try:
-            model = await _in_thread(lambda: ServedModel(folder, self._settings, self._metrics, plan))
+            model = await _in_thread(lambda: ServedModel(folder, self._settings, self._metrics, plan, self._graphs))
         except asyncio.CancelledError:  # to be tried again
             entry.state, entry.look = State.UNAVAILABLE, ""
             raise

@@ -1,4 +1,4 @@
-"""``capsnet.v1.CapsNetService``, as a translation onto the pipeline."""
+"""``capsnet.v1.CapsNetService``: its messages to queries for the pipeline, and the description of a model."""
 
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -10,14 +10,17 @@ import numpy as np
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.metrics.registry import Metrics
+from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.classifier import IMAGES
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, check_size, parse
 from serving.runtime import Arrays
+from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.encoded_images import Images, from_encoded, from_pixels
+from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import delimited
+from serving.services.stream import StreamRefusals
 from serving.settings import Settings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
@@ -28,17 +31,18 @@ _ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
 class CapsNetService:
     """The project's own service."""
 
+    #: Graphs that it needs of each model.
+    GRAPHS = (CLASSIFY,)
+
     def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics, settings: Settings) -> None:
         self._pipeline = pipeline
         self._edge = edge
-        self.settings = settings
-        self._stream_errors = {
-            code: metrics.stream_errors.labels("bidi_stream", SERVICE, "ClassifyStream", code.name)
-            for code in grpc.StatusCode
-        }
+        self._settings = settings
+        self._codecs = PerModel(lambda model: CapsNetCodec(model.artifact, settings.max_images_per_request))
+        self._refuse = StreamRefusals(edge, metrics, SERVICE, "ClassifyStream")
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        """The service's methods, for the server's ``add_generic_rpc_handlers``."""
         edge = self._edge
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -52,93 +56,64 @@ class CapsNetService:
         )
 
     def classify(self, data: bytes, call: Call) -> None:
-        """A ClassifyRequest's bytes to a ClassifyResponse's. Raises InvalidRequest and UnknownModel."""
-        limit = self.settings.max_request_bytes
+        """Answer a ClassifyRequest with a ClassifyResponse. Raises InvalidRequest and UnknownModel."""
+        limit = self._settings.max_request_bytes
         check_size(data, limit)
         model = self._pipeline.repository.default
-        if model and (images := model.pixels.read(data)) is not None:
-            self._pipeline.begin(_Pixels(images), call)
+        if model and (images := self._codecs(model).pixels.read(data)) is not None:
+            self._pipeline.begin(_Pixels(images, self._codecs), call)
         else:
-            self._pipeline.begin(_Request(parse(data, pb.ClassifyRequest, limit), self.settings), call)
+            message = parse(data, pb.ClassifyRequest, limit)
+            self._pipeline.begin(_Message(message, self._settings, self._codecs), call)
 
     def classify_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
-        """ClassifyStreamRequests' bytes to ClassifyStreamResponses'."""
-        return self._pipeline.answer_stream(messages, self._open, call)
+        """Answer ClassifyStreamRequests with ClassifyStreamResponses."""
+        return self._pipeline.answer_stream(messages, self._parse_streamed, call, self._refuse)
 
     async def get_model(self, data: bytes, call: Call) -> bytes:
-        """A GetModelRequest's bytes to a GetModelResponse's."""
-        request = parse(data, pb.GetModelRequest, self.settings.max_request_bytes)
+        """Answer a GetModelRequest with a GetModelResponse. Raises InvalidRequest and UnknownModel."""
+        request = parse(data, pb.GetModelRequest, self._settings.max_request_bytes)
         model = self._pipeline.repository.get(request.model_name, request.model_version)
-        artifact, settings, plan = model.artifact, self.settings, model.plan
-        channels, height, width = artifact.image_shape
-        variant = artifact.variant(settings.precision)
-        response = pb.GetModelResponse(
-            model_name=artifact.name,
-            model_version=artifact.version,
-            labels=artifact.labels,
-            image_channels=channels,
-            image_height=height,
-            image_width=width,
-            pose_size=artifact.pose_size,
-            max_images_per_request=settings.max_images_per_request,
-            max_request_bytes=settings.max_request_bytes,
-            execution_provider=model.runtime.provider,
-            sha256=artifact.sha256(settings.precision),
-            precision=settings.precision,
-            dataset=artifact.training.dataset,
-            test_errors=variant.test_errors,
-            test_images=variant.test_images,
-            tuning=pb.Tuning(
-                threads=plan.threads,
-                runtimes=plan.runtimes,
-                max_batch=plan.max_batch,
-                image_seconds=model.cost.per_image,
-                batch_seconds=model.cost.per_batch,
-                compared=[pb.Timing(**timing._asdict()) for timing in model.tuned.compared],
-            ),
-        )
-        return response.SerializeToString()
+        return _description(model, self._settings).SerializeToString()
 
-    def _open(self, data: bytes) -> "_StreamItem":
-        """Never raises: an item that cannot be read holds the error."""
-        limit = self.settings.max_request_bytes
+    def _parse_streamed(self, data: bytes) -> "_Streamed":
+        limit = self._settings.max_request_bytes
         try:
             check_size(data, limit)
             model = self._pipeline.repository.default
-            if model and (read := model.pixels.read_of_stream(data)):
+            if model and (read := self._codecs(model).pixels.read_of_stream(data)):
                 identifier, images = read
-                return _StreamItem(self, identifier, _Pixels(images))
+                return _Streamed(identifier, _Pixels(images, self._codecs))
             message = parse(data, pb.ClassifyStreamRequest, limit)
         except InvalidRequest as error:
-            return _StreamItem(self, "", _Request(pb.ClassifyRequest(), self.settings), error)
-        return _StreamItem(self, message.id, _Request(message.request, self.settings))
-
-    def refusal(self, error: Exception, call: Call, seconds: float) -> pb.Error:
-        """What a stream's client is told in place of an answer."""
-        code, text = self._edge.to_status(error)
-        call.refused(seconds, code, text)
-        self._stream_errors[code].inc()
-        return pb.Error(code=code.value[0], message=text)
+            nothing = _Message(pb.ClassifyRequest(), self._settings, self._codecs)
+            return _Streamed("", nothing, error)
+        return _Streamed(message.id, _Message(message.request, self._settings, self._codecs))
 
 
-class _Item:
-    """A request in this protocol, which says nothing of when, or how urgently, it is to be answered."""
+class _ClassifyQuery:
+    """A request in this protocol, which does not say when, or how urgently, it is to be answered."""
 
+    graph = CLASSIFY
     timeout: float | None = None
     urgent = False
 
+    def __init__(self, codecs: PerModel[CapsNetCodec]) -> None:
+        self._codecs = codecs
+
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return model.write_answer(share)
+        return self._codecs(model).write(share)
 
 
-class _Pixels(_Item):
+class _Pixels(_ClassifyQuery):
     """A request of raw pixels for the default model."""
 
     model_name = model_version = ""
     slow = False
 
-    def __init__(self, images: Images) -> None:
-        self.images = len(images)
+    def __init__(self, images: Images, codecs: PerModel[CapsNetCodec]) -> None:
+        super().__init__(codecs)
+        self.size = len(images)
         self._images = images
 
     def decode(self, model: ServedModel) -> Arrays:
@@ -150,24 +125,25 @@ class _Pixels(_Item):
         return {IMAGES: np.stack(images)}
 
 
-class _Request(_Item):
+class _Message(_ClassifyQuery):
     """Any ClassifyRequest."""
 
-    def __init__(self, request: pb.ClassifyRequest, settings: Settings) -> None:
+    def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
+        super().__init__(codecs)
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self._request = request
-        self._settings = settings
-        self.images = len(request.images)
+        self.size = len(request.images)
         self.slow = any(image.encoded for image in request.images)
+        self._request = request
+        self._max_images = settings.max_images_per_request
 
     def decode(self, model: ServedModel) -> Arrays:
-        limit, shape = self._settings.max_images_per_request, model.artifact.image_shape
-        if not 1 <= self.images <= limit:
-            raise InvalidRequest("images", f"{self.images}; expected 1 to {limit} (max_images_per_request)")
+        limit, shape = self._max_images, model.artifact.image_shape
+        if not 1 <= self.size <= limit:
+            raise InvalidRequest("images", f"{self.size}; expected 1 to {limit} (max_images_per_request)")
         pixels = [image.pixels for image in self._request.images]
-        if set(map(len, pixels)) == {math.prod(shape)}:  # for many of which one step takes far less than one for each
-            return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.images, *shape)}
+        if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
+            return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}
         images = []
         for index, image in enumerate(self._request.images):
             match image.WhichOneof("content"):
@@ -180,30 +156,63 @@ class _Request(_Item):
         return {IMAGES: np.stack(images)}
 
 
-def _field(index: int) -> str:
-    """The name of the field with an image's pixels."""
-    return f"images[{index}].pixels"
+class _Streamed:
+    """A ClassifyStreamRequest: a query and the id that its answer gets; error: why it could not be parsed."""
 
+    graph = CLASSIFY
+    timeout: float | None = None
+    urgent = False
 
-class _StreamItem(_Item):
-    """A ClassifyStreamRequest: a request and its id; error: why it could not be parsed."""
-
-    def __init__(
-        self, service: CapsNetService, identifier: str, request: _Pixels | _Request, error: InvalidRequest | None = None
-    ) -> None:
-        self.model_name = request.model_name
-        self.model_version = request.model_version
-        self.images = request.images
-        self.slow = request.slow
-        self.decode = request.decode
-        self._service = service
-        self._id = identifier
+    def __init__(self, identifier: str, query: _Pixels | _Message, error: InvalidRequest | None = None) -> None:
+        self.model_name = query.model_name
+        self.model_version = query.model_version
+        self.size = query.size
+        self.slow = query.slow
+        self.decode = query.decode
         self.error: Exception | None = error
+        self._query = query
+        self._id = identifier
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
         identifier = delimited(_ID, self._id.encode()) if self._id else b""
-        return identifier + delimited(_RESPONSE, super().encode(model, share))
+        return identifier + delimited(_RESPONSE, self._query.encode(model, share))
 
-    def encode_error(self, error: Exception, call: Call, seconds: float) -> bytes:
-        refusal = self._service.refusal(error, call, seconds)
-        return pb.ClassifyStreamResponse(id=self._id, error=refusal).SerializeToString()
+    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
+        error = pb.Error(code=code.value[0], message=text)
+        return pb.ClassifyStreamResponse(id=self._id, error=error).SerializeToString()
+
+
+def _field(index: int) -> str:
+    """Return the name of the field with an image's pixels."""
+    return f"images[{index}].pixels"
+
+
+def _description(model: ServedModel, settings: Settings) -> pb.GetModelResponse:
+    artifact, classify = model.artifact, model.classify
+    channels, height, width = artifact.image_shape
+    variant, plan = artifact.variant(settings.precision), classify.plan
+    return pb.GetModelResponse(
+        model_name=artifact.name,
+        model_version=artifact.version,
+        labels=artifact.labels,
+        image_channels=channels,
+        image_height=height,
+        image_width=width,
+        pose_size=artifact.pose_size,
+        max_images_per_request=settings.max_images_per_request,
+        max_request_bytes=settings.max_request_bytes,
+        execution_provider=classify.runtime.provider,
+        sha256=artifact.sha256(settings.precision),
+        precision=settings.precision,
+        dataset=artifact.training.dataset,
+        test_errors=variant.test_errors,
+        test_images=variant.test_images,
+        tuning=pb.Tuning(
+            threads=plan.threads,
+            runtimes=plan.runtimes,
+            max_batch=plan.max_batch,
+            image_seconds=classify.cost.per_image,
+            batch_seconds=classify.cost.per_batch,
+            compared=[pb.Timing(**timing._asdict()) for timing in classify.tuned.compared],
+        ),
+    )

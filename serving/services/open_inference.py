@@ -1,6 +1,6 @@
-"""``inference.GRPCInferenceService``: the Open Inference Protocol and Triton's extensions, as a translation.
+"""``inference.GRPCInferenceService``: the Open Inference Protocol and Triton's extensions.
 
-Requests for inference go onto the pipeline; what else a client asks is answered from the repository.
+Requests for inference go onto the pipeline; all other questions are answered from the repository.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -12,14 +12,17 @@ import grpc
 from protos.inference import inference_pb2 as pb
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest, UnknownModel
-from serving.metrics.registry import Metrics
+from serving.metrics.registry import CLASSIFY, Metrics
 from serving.metrics.triton_statistics import Duration
+from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
 from serving.repository.repository import Repository, State
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, parse
 from serving.runtime import CPU, Arrays
-from serving.services.open_inference_codec import INPUT, POSES, PROBABILITIES, refused, schedule
+from serving.services.open_inference_codec import TensorMessages, refused, schedule
+from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
+from serving.services.stream import StreamRefusals
 from serving.settings import Settings
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -40,7 +43,10 @@ _SHOWN = 64  # characters of a name that a client sent
 
 
 class InferenceService:
-    """The protocol, but for what changes the repository."""
+    """The protocol without the methods that change the repository."""
+
+    #: Graphs that it needs of each model.
+    GRAPHS = (CLASSIFY,)
 
     def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics, settings: Settings) -> None:
         self._pipeline = pipeline
@@ -49,13 +55,11 @@ class InferenceService:
         self._settings = settings
         self._max_bytes = settings.max_request_bytes
         self._version = version(NAME)
-        self._stream_errors = {
-            code: metrics.stream_errors.labels("bidi_stream", SERVICE, "ModelStreamInfer", code.name)
-            for code in grpc.StatusCode
-        }
+        self._codecs = PerModel(lambda model: TensorMessages(model.artifact, settings.max_images_per_request))
+        self._refuse = StreamRefusals(edge, metrics, SERVICE, "ModelStreamInfer")
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        """The service's methods, for the server's ``add_generic_rpc_handlers``."""
         unary = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -104,18 +108,19 @@ class InferenceService:
         classes = len(artifact.labels)
         response = pb.ModelMetadataResponse(name=artifact.name, versions=self._versions(artifact.name))
         response.platform = PLATFORM
-        response.inputs.add(name=INPUT, datatype="UINT8", shape=(-1, *artifact.image_shape))
+        response.inputs.add(name=IMAGES, datatype="UINT8", shape=(-1, *artifact.image_shape))
         response.outputs.add(name=PROBABILITIES, datatype="FP32", shape=(-1, classes))
         response.outputs.add(name=POSES, datatype="FP32", shape=(-1, classes, artifact.pose_size))
         return response.SerializeToString()
 
     def model_infer(self, data: bytes, call: Call) -> None:
         """A ModelInferRequest to a ModelInferResponse. Raises InvalidRequest and UnknownModel."""
-        self._pipeline.begin(_Item(parse(data, pb.ModelInferRequest, self._max_bytes), len(data)), call)
+        message = parse(data, pb.ModelInferRequest, self._max_bytes)
+        self._pipeline.begin(_InferQuery(message, len(data), self._codecs), call)
 
     def model_stream_infer(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """ModelInferRequests to ModelStreamInferResponses."""
-        return self._pipeline.answer_stream(messages, self._open, call)
+        return self._pipeline.answer_stream(messages, self._parse_streamed, call, self._refuse)
 
     async def model_config(self, data: bytes, call: Call) -> bytes:
         """A ModelConfigRequest to a ModelConfigResponse. Raises InvalidRequest and UnknownModel."""
@@ -139,20 +144,13 @@ class InferenceService:
         """A RepositoryIndexRequest to a RepositoryIndexResponse. Raises InvalidRequest."""
         return _index(parse(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
 
-    def refusal(self, error: Exception, call: Call, seconds: float) -> str:
-        """What the client of a stream is told of a request that cannot be answered."""
-        code, text = self._edge.to_status(error)
-        call.refused(seconds, code, text)
-        self._stream_errors[code].inc()
-        return text
-
     def _versions(self, name: str) -> list[str]:
         """Those of the model that are served, the lowest first."""
         served = (model.artifact for model in self._repository.models())
         return sorted((artifact.version for artifact in served if artifact.name == name), key=int)
 
     def _config(self, model: ServedModel) -> pb.ModelConfig:
-        artifact, settings = model.artifact, model.settings
+        artifact, settings, classify = model.artifact, model.settings, model.classify
         classes = len(artifact.labels)
         config = pb.ModelConfig(
             name=artifact.name,
@@ -162,23 +160,23 @@ class InferenceService:
             # Of a request, as clients take it; what is more than a batch is computed in several.
             max_batch_size=settings.max_images_per_request,
         )
-        config.input.add(name=INPUT, data_type=pb.TYPE_UINT8, dims=artifact.image_shape)
+        config.input.add(name=IMAGES, data_type=pb.TYPE_UINT8, dims=artifact.image_shape)
         config.output.add(name=PROBABILITIES, data_type=pb.TYPE_FP32, dims=(classes,), label_filename=LABELS)
         config.output.add(name=POSES, data_type=pb.TYPE_FP32, dims=(classes, artifact.pose_size))
-        on_cpu = model.runtime.provider == CPU
+        on_cpu = classify.runtime.provider == CPU
         kind = pb.ModelInstanceGroup.KIND_CPU if on_cpu else pb.ModelInstanceGroup.KIND_GPU
-        config.instance_group.add(kind=kind, count=model.plan.runtimes)
-        config.dynamic_batching.preferred_batch_size.append(model.plan.max_batch)
+        config.instance_group.add(kind=kind, count=classify.plan.runtimes)
+        config.dynamic_batching.preferred_batch_size.append(classify.plan.max_batch)
         config.dynamic_batching.priority_levels = 2
         config.dynamic_batching.default_priority_level = 2
         return config
 
-    def _open(self, data: bytes) -> "_StreamItem":
+    def _parse_streamed(self, data: bytes) -> "_StreamedQuery":
         try:
             message = parse(data, pb.ModelInferRequest, self._max_bytes)
         except InvalidRequest as error:
-            return _StreamItem(pb.ModelInferRequest(), 0, self, error)
-        return _StreamItem(message, len(data), self)
+            return _StreamedQuery(pb.ModelInferRequest(), 0, self._codecs, error)
+        return _StreamedQuery(message, len(data), self._codecs)
 
 
 class AdminService:
@@ -190,7 +188,7 @@ class AdminService:
         self._max_bytes = settings.max_request_bytes
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        """The service's methods, for the server's ``add_generic_rpc_handlers``."""
         unary = {"RepositoryIndex": self.index, "RepositoryModelLoad": self.load, "RepositoryModelUnload": self.unload}
         methods = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -218,44 +216,51 @@ class AdminService:
         return pb.RepositoryModelUnloadResponse().SerializeToString()
 
 
-class _Item:
+class _InferQuery:
     """A ModelInferRequest of so many bytes. Raises InvalidRequest."""
 
-    def __init__(self, request: pb.ModelInferRequest, size: int) -> None:
-        self._request = request
+    graph = CLASSIFY
+
+    def __init__(self, request: pb.ModelInferRequest, size: int, codecs: PerModel[TensorMessages]) -> None:
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self.timeout, self.urgent = schedule(request)
-        self.images = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0
+        self.size = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0
         self.slow = size >= _SLOW_BYTES and not request.raw_input_contents
+        self._request = request
+        self._codecs = codecs
+        self.timeout, self.urgent = schedule(request)
 
     def decode(self, model: ServedModel) -> Arrays:
-        self._outputs = model.tensors.outputs(self._request)
-        return {INPUT: model.tensors.images(self._request)}
+        codec = self._codecs(model)
+        self._outputs = codec.outputs(self._request)
+        return {IMAGES: codec.images(self._request)}
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return model.tensors.encode(self._request.id, self._outputs, share)
+        return self._codecs(model).encode(self._request.id, self._outputs, share)
 
 
-class _StreamItem(_Item):
+class _StreamedQuery(_InferQuery):
     """A ModelInferRequest of a stream; error: why it could not be parsed."""
 
     def __init__(
-        self, request: pb.ModelInferRequest, size: int, service: InferenceService, error: InvalidRequest | None = None
+        self,
+        request: pb.ModelInferRequest,
+        size: int,
+        codecs: PerModel[TensorMessages],
+        error: InvalidRequest | None = None,
     ) -> None:
         self.error: Exception | None = error
-        self._service = service
         try:
-            super().__init__(request, size)
+            super().__init__(request, size, codecs)
         except InvalidRequest as wrong:
             self.error = wrong
-            self.images = 0
+            self.size = 0
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return model.tensors.encode_for_stream(self._request.id, self._outputs, share)
+        return self._codecs(model).encode_for_stream(self._request.id, self._outputs, share)
 
-    def encode_error(self, error: Exception, call: Call, seconds: float) -> bytes:
-        return refused(self._request.id, self._service.refusal(error, call, seconds))
+    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
+        return refused(self._request.id, text)
 
 
 def _index(request: pb.RepositoryIndexRequest, repository: Repository) -> bytes:
@@ -280,7 +285,7 @@ def _model_name(name: str) -> str:
 
 
 def _statistics(model: ServedModel) -> pb.ModelStatistics:
-    statistics = model.metrics.statistics
+    statistics = model.classify.metrics.statistics
     return pb.ModelStatistics(
         name=model.artifact.name,
         version=model.artifact.version,

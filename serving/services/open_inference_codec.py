@@ -11,9 +11,9 @@ from protos.inference import inference_pb2 as pb
 from serving.artifact import Artifact
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
+from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
 from serving.services.protobuf_wire import BYTES, delimited, tag, varint
 
-INPUT, PROBABILITIES, POSES = "images", "probabilities", "poses"
 SHARED_MEMORY = "shared_memory_region"
 SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 _ID = pb.ModelInferResponse.ID_FIELD_NUMBER
@@ -56,10 +56,10 @@ class TensorMessages:
     def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
         """The images, (n, C, H, W), not to be written to. Raises InvalidRequest."""
         if len(request.inputs) != 1:
-            raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {INPUT!r}")
+            raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {IMAGES!r}")
         tensor = request.inputs[0]
-        if tensor.name != INPUT:
-            raise InvalidRequest("inputs[0].name", f"{tensor.name[:_SHOWN]!r}; expected {INPUT!r}")
+        if tensor.name != IMAGES:
+            raise InvalidRequest("inputs[0].name", f"{tensor.name[:_SHOWN]!r}; expected {IMAGES!r}")
         if tensor.datatype != "UINT8":
             raise InvalidRequest(
                 "inputs[0].datatype", f"{tensor.datatype[:_SHOWN]!r}; expected 'UINT8', pixels from 0 to 255 as bytes"
@@ -112,14 +112,14 @@ class TensorMessages:
             if tensor.HasField("contents"):
                 raise InvalidRequest("inputs[0].contents", "came with raw_input_contents; expected one of the two")
             if len(raw) != 1:
-                raise InvalidRequest("raw_input_contents", f"{len(raw)}; expected one, for {INPUT!r}")
+                raise InvalidRequest("raw_input_contents", f"{len(raw)}; expected one, for {IMAGES!r}")
             data: bytes = raw[0]
             if len(data) != size:
                 raise InvalidRequest("raw_input_contents[0]", f"{len(data)} bytes; expected {self._about_size(images)}")
             return data
         kinds = [field.name for field, _ in tensor.contents.ListFields()]
         if not kinds:
-            raise InvalidRequest("raw_input_contents", f"none; expected one, of {size} bytes, for {INPUT!r}")
+            raise InvalidRequest("raw_input_contents", f"none; expected one, of {size} bytes, for {IMAGES!r}")
         for kind in kinds:
             if kind != "uint_contents":
                 raise InvalidRequest(f"inputs[0].contents.{kind}", "not for UINT8; expected uint_contents")

@@ -1,22 +1,78 @@
-"""Answers of ``capsnet.v1`` written straight to bytes: building them message by message costs ten times as much.
+"""The messages of ``capsnet.v1`` that every request needs, read and written as bytes without protobuf's classes.
 
-The bytes are those of a ``ClassifyResponse`` as protobuf's own encoding has them, but for a probability or component
-of exactly 0, which is written out here and left out there.
+Only bytes that can mean nothing else are read here, as protobuf itself writes them; all others are left to protobuf.
+Answers are those of protobuf's own encoding, but for a probability or component of exactly 0, which is written out here
+and left out there.
 """
 
+import math
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.batching.ticket import Share
+from serving.repository.classifier import POSES, PROBABILITIES
 from serving.runtime import Arrays
+from serving.services.encoded_images import Images
 from serving.services.protobuf_wire import BYTES, FIXED32, VARINT, delimited, tag, varint
+
+_ID = tag(pb.ClassifyStreamRequest.ID_FIELD_NUMBER, BYTES)
+_REQUEST = tag(pb.ClassifyStreamRequest.REQUEST_FIELD_NUMBER, BYTES)
+_IMAGE = tag(pb.ClassifyRequest.IMAGES_FIELD_NUMBER, BYTES)
+_PIXELS = tag(pb.Image.PIXELS_FIELD_NUMBER, BYTES)
+_ONE_BYTE = 0x80  # lengths below it take one
+
+
+class PixelReader:
+    """Reads requests of raw pixels that name no model."""
+
+    def __init__(self, image_shape: tuple[int, int, int], max_images: int) -> None:
+        """image_shape: (C, H, W) of the model that the requests are for. max_images: most images in one request."""
+        self._shape = image_shape
+        self._max_images = max_images
+        size = math.prod(image_shape)
+        before_pixels = _PIXELS + varint(size)
+        #: What comes before each image's pixels.
+        self._head = _IMAGE + varint(len(before_pixels) + size) + before_pixels
+        self._head_array = np.frombuffer(self._head, np.uint8)
+        self._width = len(self._head) + size
+
+    def read(self, data: bytes, start: int = 0) -> Images | None:
+        """Return the images (n, C, H, W) of the ``ClassifyRequest`` that begins there; None if protobuf must."""
+        count, rest = divmod(len(data) - start, self._width)
+        if rest or not data.startswith(self._head, start) or count > self._max_images:
+            return None
+        if count == 1:
+            return np.frombuffer(data, np.uint8, offset=start + len(self._head)).reshape(1, *self._shape)
+        rows = np.frombuffer(data, np.uint8, offset=start).reshape(count, self._width)
+        if (rows[:, : len(self._head)] != self._head_array).any():
+            return None
+        return np.ascontiguousarray(rows[:, len(self._head) :]).reshape(count, *self._shape)
+
+    def read_of_stream(self, data: bytes) -> tuple[str, Images] | None:
+        """Return the id and the images of a ``ClassifyStreamRequest``; None if protobuf must read it."""
+        identifier, start = "", 0
+        if data.startswith(_ID) and len(data) > 1 and data[1] < _ONE_BYTE:
+            start = 2 + data[1]
+            try:
+                identifier = data[2:start].decode()
+            except UnicodeDecodeError:
+                return None
+        size = (len(data) - start) // self._width * self._width
+        if size <= 0:
+            return None
+        head = _REQUEST + varint(size)
+        if not data.startswith(head, start) or len(data) != start + len(head) + size:
+            return None
+        images = self.read(data, start + len(head))
+        return None if images is None else (identifier, images)
 
 
 class AnswerWriter:
-    """Writes predictions of one version of one model."""
+    """Writes the answers of one version of one model."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._prefix = delimited(1, artifact.name.encode()) + delimited(2, artifact.version.encode())
@@ -61,7 +117,7 @@ class AnswerWriter:
         self._winners: list[int] = []
 
     def __call__(self, share: Share) -> bytes:
-        """The predictions of n images as a ``ClassifyResponse``."""
+        """Return the ``ClassifyResponse`` for the images of a share."""
         if share.batch is not self._batch:  # written once for all requests that it answers, one after the other
             self._write(share.batch)
         parts = [self._prefix]
@@ -73,7 +129,7 @@ class AnswerWriter:
         return b"".join(parts)
 
     def _write(self, batch: Arrays) -> None:
-        probabilities, poses = batch["probabilities"], batch["poses"]
+        probabilities, poses = batch[PROBABILITIES], batch[POSES]
         written = bytearray(self._template * len(probabilities))
         images = np.frombuffer(written, self._layout)
         for number, classes in enumerate(self._classes):
@@ -81,3 +137,12 @@ class AnswerWriter:
             capsules["probability"] = probabilities[:, classes]
             capsules["pose"] = poses[:, classes]
         self._batch, self._written, self._winners = batch, bytes(written), probabilities.argmax(1).tolist()
+
+
+class CapsNetCodec:
+    """Reads requests for one version of a model, and writes its answers."""
+
+    def __init__(self, artifact: Artifact, max_images: int) -> None:
+        """max_images: most images in one request."""
+        self.pixels = PixelReader(artifact.image_shape, max_images)
+        self.write = AnswerWriter(artifact)

@@ -1,0 +1,275 @@
+"""HTTP for Prometheus and for health probes: ``/metrics``, ``/livez`` and ``/readyz``, on a thread of their own.
+
+To write the metrics takes some 10 ms of Python, for which the event loop that serves requests must not wait. The thread
+has an event loop of its own, so a client that is slow or silent holds up nobody. Each connection gets one answer.
+"""
+
+import asyncio
+import gzip
+import logging
+import os
+import re
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder, gzip_accepted
+
+_MAX_CONNECTIONS = 32
+_BACKLOG = 128  # connections that wait to be accepted
+_MAX_HEAD_BYTES = 8192
+_CONNECTION_SECONDS = 10.0
+#: Time in which the event loop that serves requests must show that it runs; far more than overload holds it up.
+_ALIVE_SECONDS = 5.0
+_BACK_OFF_SECONDS = 0.1
+_RESERVED_FILES = 3
+_RECEIVE_BYTES = 4096
+_REASONS = {
+    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 431: "Request Header Fields Too Large",
+    500: "Internal Server Error", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
+}  # fmt: skip
+_EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
+_TEXT = {"Content-Type": "text/plain; charset=utf-8"}
+
+_logger = logging.getLogger(__name__)
+
+
+class _Response(NamedTuple):
+    """Status, further headers, and body of an answer."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = _TEXT
+
+    def encode(self, with_body: bool) -> bytes:
+        fields = {**self.headers, "Content-Length": str(len(self.body)), "Connection": "close"}
+        lines = [f"HTTP/1.1 {self.status} {_REASONS[self.status]}", *(f"{name}: {fields[name]}" for name in fields)]
+        return "\r\n".join((*lines, "", "")).encode() + (self.body if with_body else b"")
+
+
+class _Refusal(Exception):
+    """A request that is answered with an error at once."""
+
+    def __init__(self, status: int, text: str, **headers: str) -> None:
+        super().__init__(text)
+        self.response = _Response(status, f"{text}\n".encode(), {**_TEXT, **headers})
+
+
+class _Request(NamedTuple):
+    """Head of a request; fields: by their names in lower case."""
+
+    method: str
+    path: str
+    query: str
+    fields: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, head: bytes) -> "_Request":
+        """Read a head without its empty line (RFC 9112, sections 3 and 5). Raises _Refusal."""
+        if len(head) > _MAX_HEAD_BYTES:
+            raise _Refusal(431, f"expected at most {_MAX_HEAD_BYTES} bytes before the empty line")
+        first, *lines = (line.rstrip("\r") for line in head.decode("latin-1").split("\n"))
+        words = first.split(" ")
+        if len(words) != 3 or not words[2].startswith("HTTP/"):
+            raise _Refusal(400, "this is no request of HTTP/1.1")
+        method, target, version = words
+        if not version.startswith("HTTP/1."):
+            raise _Refusal(505, "this port speaks HTTP/1.1, for metrics and health; gRPC has a port of its own")
+        try:
+            url = urlsplit(target)
+        except ValueError:
+            raise _Refusal(400, "this is no target of a request") from None
+        fields: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            name = name.lower()
+            fields[name] = f"{fields[name]},{value.strip()}" if name in fields else value.strip()
+        return cls(method, url.path, url.query, fields)
+
+
+class Page:
+    """The metrics of a registry and the health of the server, on an HTTP port.
+
+    unready: returns why the server takes no requests now, empty if it does; called from the page's thread.
+    """
+
+    def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
+        self._registry = registry
+        self._unready = unready
+
+    def open(self, host: str, port: int) -> int:
+        """Listen, answer from a thread of its own, and return the port; on the event loop that serves requests.
+
+        host: a name or an address, an IPv6 one with or without brackets. Raises OSError.
+        """
+        self._serving = asyncio.get_running_loop()
+        family, *_, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener.setblocking(False)
+        self._loop = asyncio.new_event_loop()
+        self._accepting = self._loop.create_task(_Door(listener, self._answer).run())
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+        number: int = listener.getsockname()[1]
+        return number
+
+    def close(self) -> None:
+        """Close the port and every connection; from any thread but the page's own."""
+        self._loop.call_soon_threadsafe(self._accepting.cancel)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._accepting)
+        self._loop.close()
+
+    async def _answer(self, head: bytes) -> bytes:
+        """Return the whole answer to a request, of which head has the bytes before the empty line."""
+        try:
+            response = await self._respond(_Request.parse(head))
+        except _Refusal as refusal:
+            response = refusal.response
+        except Exception:
+            _logger.exception("the metrics page could not be written")
+            response = _Response(500, b"internal error; see the server's log\n")
+        return response.encode(with_body=not head.startswith(b"HEAD "))
+
+    async def _respond(self, request: _Request) -> _Response:
+        if request.method not in ("GET", "HEAD"):
+            raise _Refusal(405, f"{request.method[:20]}: expected GET or HEAD", Allow="GET, HEAD")
+        match request.path:
+            case "/metrics":
+                return self._metrics(request)
+            case "/livez":
+                return await self._liveness()
+            case "/readyz":
+                if reason := self._unready():
+                    raise _Refusal(503, f"not ready: {reason}")
+                return _Response(200, b"ready\n")
+        raise _Refusal(404, "not here; there is: /metrics, /livez, /readyz")
+
+    def _metrics(self, request: _Request) -> _Response:
+        encode, content_type = choose_encoder(request.fields.get("accept", ""))
+        names = parse_qs(request.query).get("name[]")
+        body = encode(self._registry.restricted_registry(names) if names else self._registry)
+        headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
+        if gzip_accepted(request.fields.get("accept-encoding", "")):
+            body = gzip.compress(body)
+            headers["Content-Encoding"] = "gzip"
+        return _Response(200, body, headers)
+
+    async def _liveness(self) -> _Response:
+        dead = _Refusal(503, f"not alive: the server has done nothing for {_ALIVE_SECONDS:g} seconds")
+        turn = asyncio.sleep(0)
+        try:
+            answer = asyncio.run_coroutine_threadsafe(turn, self._serving)
+        except RuntimeError:  # it is closed
+            turn.close()
+            raise dead from None
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(answer), _ALIVE_SECONDS)
+        except TimeoutError:
+            raise dead from None
+        return _Response(200, b"alive\n")
+
+
+class _Door:
+    """Accept connections and end each in time, not too many at once, and even where no more files can be opened.
+
+    answer: from what a client sent before the empty line to all that it gets.
+    """
+
+    def __init__(self, listener: socket.socket, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
+        self._listener = listener
+        self._answer = answer
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}  # the oldest first
+        self._reserve: list[int] = []
+
+    async def run(self) -> None:
+        """Accept until cancelled, then close everything."""
+        self._refill_reserve()
+        try:
+            while True:
+                connection = await self._accept()
+                task = asyncio.create_task(self._serve(connection))
+                self._connections[task] = connection
+                task.add_done_callback(self._close)
+                await asyncio.sleep(0)  # to accept does not wait while others knock
+                while len(self._connections) > _MAX_CONNECTIONS:
+                    self._end_oldest()
+                    await asyncio.sleep(0)
+        finally:
+            self._listener.close()
+            for task in self._connections:
+                task.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
+            self._empty_reserve()
+
+    async def _accept(self) -> socket.socket:
+        """Return the next connection.
+
+        Where the process can open no more files, the connection takes the place of those held in reserve, or else of
+        the oldest connection. A port that cannot accept stays readable, so it is looked at again only after a pause.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+                return connection
+            except OSError:
+                self._empty_reserve()
+            try:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                return connection
+            except OSError:
+                self._end_oldest()
+                await asyncio.sleep(_BACK_OFF_SECONDS)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_CONNECTION_SECONDS):
+                if head := await self._head(connection):
+                    await loop.sock_sendall(connection, await self._answer(head))
+                    connection.shutdown(socket.SHUT_WR)
+                    # To close with bytes unread would reset the connection, and the answer could be lost.
+                    while await loop.sock_recv(connection, _RECEIVE_BYTES):
+                        pass
+
+    async def _head(self, connection: socket.socket) -> bytes:
+        """Return what comes before the empty line, or more than is allowed; empty if the client ends before that."""
+        loop, head = asyncio.get_running_loop(), b""
+        while len(head) <= _MAX_HEAD_BYTES:
+            received = await loop.sock_recv(connection, _RECEIVE_BYTES)
+            if not received:
+                return b""
+            head += received
+            if end := _EMPTY_LINE.search(head):
+                return head[: end.start()]
+        return head
+
+    def _close(self, task: asyncio.Task[None]) -> None:
+        self._connections.pop(task).close()
+        if not self._connections:  # else an answer that is written now may need to open a file
+            self._refill_reserve()
+
+    def _end_oldest(self) -> None:
+        for task in self._connections:
+            task.cancel()
+            return
+
+    def _refill_reserve(self) -> None:
+        with suppress(OSError):
+            while len(self._reserve) < _RESERVED_FILES:
+                self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+    def _empty_reserve(self) -> None:
+        while self._reserve:
+            os.close(self._reserve.pop())

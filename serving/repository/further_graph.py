@@ -1,0 +1,49 @@
+"""Graphs beside the one that classifies, such as ``explain`` and ``decoder``: opened where a service needs them."""
+
+import numpy as np
+
+from serving.artifact import Artifact
+from serving.batching.batcher import Check
+from serving.metrics.registry import ModelMetrics
+from serving.repository.served_graph import all_finite
+from serving.runtime import Runtime, RuntimeSetupError, example, rows
+from serving.settings import Settings
+
+#: Largest difference between an output of a row alone and in a batch.
+_TOLERANCE = 0.01
+
+
+class FurtherGraph:
+    """A graph that the artifact names, in single precision. Its check is that every answer is finite."""
+
+    labels: tuple[str, ...] = ()
+    max_batch = 0
+
+    def __init__(self, name: str, artifact: Artifact, settings: Settings) -> None:
+        self.name = name
+        self._file = artifact.folder / artifact.graphs[name].file
+        # TensorRT is told the shapes of the classifying graph alone.
+        self._device = "auto" if settings.device == "tensorrt" else settings.device
+
+    def open(self, threads: int) -> Runtime:
+        runtime = Runtime(self._file, self._device, threads)
+        try:
+            self._test(runtime)
+        except RuntimeSetupError:
+            raise
+        except Exception as error:
+            raise RuntimeSetupError(f"{self._file}: cannot compute two rows: {error}") from error
+        return runtime
+
+    def check(self, metrics: ModelMetrics) -> Check:
+        return all_finite
+
+    def _test(self, runtime: Runtime) -> None:
+        """Compute two rows together, and one of them alone. Raises RuntimeSetupError where the answers are wrong."""
+        inputs = example(runtime.inputs, 2, np.random.default_rng(0))
+        together, alone = runtime.run(inputs), runtime.run({name: array[1:] for name, array in inputs.items()})
+        if all_finite(together) is not None:
+            raise RuntimeSetupError(f"{self._file}: in its self-test it answers with values that are not finite")
+        for name, array in together.items():
+            if rows({name: array}) != 2 or not np.allclose(array[1:], alone[name], rtol=0, atol=_TOLERANCE):
+                raise RuntimeSetupError(f"{self._file}: in its self-test {name} of a row alone and in a batch differ")

@@ -1,0 +1,149 @@
+"""A graph of a served version: its runtime, tuned and warm, the cost of its batches, its batcher and its metrics."""
+
+import logging
+from math import isfinite
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.batching.batcher import Batcher, Check, Limits
+from serving.batching.cost import BatchCost
+from serving.metrics.registry import Metrics, ModelMetrics
+from serving.repository.tuning import Plan, Tuned, candidates, good_batch, tune
+from serving.runtime import CPU, Arrays, Run, Runtime, usable_cores
+from serving.settings import Settings
+
+# On a GPU two calls overlap copies with computation; more only divide it.
+_GPU_RUNTIMES = (1, 2)
+_MAX_TUNED_IMAGES = 64
+# Each size up to the one that is chosen is computed at the start, and larger ones gain a processor nothing.
+_MAX_TUNED_IMAGES_ON_CPU = 32
+
+_logger = logging.getLogger(__name__)
+
+
+class GraphSource(Protocol):
+    """Where a graph comes from, and what it brings with it."""
+
+    #: Name of the graph.
+    name: str
+    #: Names of the classes of a graph that classifies; empty for any other.
+    labels: tuple[str, ...]
+    #: Most images that a batch may have, 0 for any number.
+    max_batch: int
+
+    def open(self, threads: int, /) -> Runtime:
+        """Open the graph with so many threads a call, and test it. Raises RuntimeSetupError and ArtifactError."""
+
+    def check(self, metrics: ModelMetrics, /) -> Check:
+        """Return what looks at each batch's outputs before they are answers."""
+
+
+class ServedGraph:
+    """A graph that is opened, tuned and warm. The constructor blocks; the batcher and the metrics begin with ``start``.
+
+    plan: as the graph was tuned before, to be taken over; None to tune it.
+    """
+
+    metrics: ModelMetrics
+    batcher: Batcher
+
+    def __init__(self, source: GraphSource, settings: Settings, plan: Plan | None = None) -> None:
+        """Raises RuntimeSetupError and ArtifactError."""
+        self.name = source.name
+        self._source = source
+        self._settings = settings
+        opened: dict[int, Runtime] = {}
+        self._run, self.tuned = self._tune(plan, opened)
+        self.runtime = opened[self.plan.threads]
+        self.cost = BatchCost((timing.batch, timing.seconds) for timing in self.tuned.timings)
+
+    @property
+    def plan(self) -> Plan:
+        return self.tuned.plan
+
+    def start(self, metrics: Metrics, model: str, version: str) -> None:
+        """Take requests; on the event loop that is to serve them."""
+        settings, plan, source = self._settings, self.plan, self._source
+        self.metrics = ModelMetrics(metrics, model, version, source.labels, self.name)
+        limits = Limits(
+            plan.max_batch,
+            good_batch(self.cost, plan.max_batch),
+            settings.max_queue,
+            settings.batch_timeout,
+            settings.priority_ageing,
+        )
+        self.batcher = Batcher(self._run, source.check(self.metrics), self.metrics, limits, self.cost, plan.runtimes)
+        self._show(metrics)
+
+    async def close(self) -> None:
+        """Answer what is queued, and end the threads."""
+        await self.batcher.close()
+
+    def announce(self) -> None:
+        """Log how it was tuned."""
+        _logger.info(
+            "%s: %s on %s: %d batch(es) in parallel, of up to %d images and on %d thread(s) each; "
+            "a batch of n takes about %.3g ms * n + %.3g ms",
+            self.name,
+            self.runtime.description,
+            self.runtime.provider,
+            self.plan.runtimes,
+            self.plan.max_batch,
+            self.plan.threads,
+            1000 * self.cost.per_image,
+            1000 * self.cost.per_batch,
+        )
+        for timing in self.tuned.compared:
+            _logger.debug("tuning: %s, %.0f images a second", timing, timing.images_per_second)
+        if self.runtime.fell_back:
+            _logger.warning("CUDA is installed but did not start: the model runs on the CPU")
+
+    def _tune(self, plan: Plan | None, opened: dict[int, Runtime]) -> tuple[Run, Tuned]:
+        """opened: by threads, gets the runtimes that were opened."""
+
+        def runtime(threads: int) -> Runtime:
+            if threads not in opened:
+                opened[threads] = self._source.open(threads)
+            return opened[threads]
+
+        settings = self._settings
+        most = settings.max_batch or _MAX_TUNED_IMAGES
+        if self._source.max_batch:
+            most = min(most, self._source.max_batch)
+        if plan:
+            pairs, max_batch = [(plan.threads, plan.runtimes)], plan.max_batch
+        else:
+            pairs = candidates(usable_cores(), settings.threads, settings.runtimes)
+            if runtime(pairs[0][0]).provider == CPU:
+                most = min(most, _MAX_TUNED_IMAGES_ON_CPU)
+            else:
+                runtimes = (settings.runtimes,) if settings.runtimes else _GPU_RUNTIMES
+                pairs = [(pairs[0][0], count) for count in runtimes]
+            max_batch = settings.max_batch
+        return tune(lambda threads: runtime(threads).run, runtime(pairs[0][0]).inputs, pairs, max_batch, most)
+
+    def _show(self, metrics: Metrics) -> None:
+        """Let the metrics page read off how it is, and what waits for it."""
+        labels = model, version, graph = self.metrics.labels
+        metrics.provider.labels(*labels, self.runtime.provider, self.runtime.description).read(lambda: 1)
+        metrics.fallback.labels(*labels).read(lambda: self.runtime.fell_back)
+        metrics.max_batch.labels(*labels).read(lambda: self.plan.max_batch)
+        metrics.threads.labels(*labels).read(lambda: self.plan.threads)
+        metrics.runtimes.labels(*labels).read(lambda: self.plan.runtimes)
+        metrics.cost_of_image.labels(*labels).read(lambda: self.cost.per_image)
+        metrics.cost_of_batch.labels(*labels).read(lambda: self.cost.per_batch)
+        metrics.queued.labels(*labels).read(lambda: self.batcher.queued)
+        metrics.triton_pending.labels(model, version).read(lambda: self.batcher.pending, graph)
+
+
+def all_finite(outputs: Arrays) -> NDArray[np.bool_] | None:
+    """Return which rows of a batch are finite in every output of floating numbers, (B,); None where all are."""
+    numbers = [array for array in outputs.values() if np.issubdtype(array.dtype, np.floating)]
+    # The sum is finite almost always, and takes far less time than a look at each number.
+    with np.errstate(all="ignore"):
+        if isfinite(sum(float(array.sum()) for array in numbers)):
+            return None
+    good = [np.isfinite(array).all(tuple(range(1, array.ndim))) for array in numbers]
+    return np.asarray(np.logical_and.reduce(good))

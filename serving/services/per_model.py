@@ -1,0 +1,25 @@
+"""What a service prepares once for each served version of a model, such as its codec."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from serving.repository.served_model import ServedModel
+
+Prepared = TypeVar("Prepared")
+
+
+class PerModel(Generic[Prepared]):
+    """Makes something for each served model at its first use, and forgets it with the model."""
+
+    def __init__(self, make: Callable[[ServedModel], Prepared]) -> None:
+        self._make: Callable[[ServedModel], Prepared] = make
+        self._made: WeakKeyDictionary[ServedModel, Prepared] = WeakKeyDictionary()
+
+    def __call__(self, model: ServedModel) -> Prepared:
+        """Return what was made for this model."""
+        try:
+            return self._made[model]
+        except KeyError:
+            made = self._made[model] = self._make(model)
+            return made

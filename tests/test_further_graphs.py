@@ -1,0 +1,216 @@
+"""A service over a graph that does not classify, added here alone: the engine serves it as it is."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from functools import partial
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serving.artifact import find, load
+from serving.batching.ticket import Share
+from serving.errors import InvalidRequest
+from serving.metrics.registry import CLASSIFY, Metrics
+from serving.repository.repository import Repository
+from serving.repository.served_model import ServedModel
+from serving.rpc.edge import Call, Edge
+from serving.runtime import Arrays, onnxruntime
+from serving.services.pipeline import Pipeline
+from serving.services.stream import StreamRefusals
+from serving.transport.call import Budget, Limits
+from serving.transport.server import GrpcServer
+from tests.conftest import ROOT, Digits, settings
+
+SERVICE = "toy.v1.ExplainService"
+EXPLAIN = "explain"
+PATIENCE = 20.0
+
+
+class ExplainQuery:
+    """The pixels of one image, answered with its couplings (J, I) as float32; an empty message is an error."""
+
+    model_name = model_version = ""
+    graph = EXPLAIN
+    size = 1
+    timeout: float | None = None
+    urgent = slow = False
+    error: Exception | None = None
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def decode(self, model: ServedModel) -> Arrays:
+        if not self._data:
+            raise InvalidRequest("image", "empty; expected its pixels")
+        return {"images": np.frombuffer(self._data, np.uint8).reshape(1, *model.artifact.image_shape)}
+
+    def encode(self, model: ServedModel, share: Share) -> bytes:
+        return share["couplings"].tobytes()
+
+    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
+        return text.encode()
+
+
+class ExplainService:
+    """Two methods: Explain and its stream."""
+
+    def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics) -> None:
+        self._pipeline = pipeline
+        self._edge = edge
+        self._refuse = StreamRefusals(edge, metrics, SERVICE, "ExplainStream")
+
+    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
+        refusal = partial(self._pipeline.refusal, urgent=False, graph=EXPLAIN)
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Explain": self._edge.unary_at_once(SERVICE, "Explain", self.explain, refusal),
+                "ExplainStream": self._edge.stream(SERVICE, "ExplainStream", self.explain_stream),
+            },
+        )
+
+    def explain(self, data: bytes, call: Call) -> None:
+        self._pipeline.begin(ExplainQuery(data), call)
+
+    def explain_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
+        return self._pipeline.answer_stream(messages, ExplainQuery, call, self._refuse)
+
+
+class Serving:
+    """A server of the toy service, as its tests see it."""
+
+    def __init__(self, repository: Repository, metrics: Metrics, channel: grpc.aio.Channel) -> None:
+        self.model = repository.get("", "")
+        self.metrics = metrics
+        self.explain = channel.unary_unary(f"/{SERVICE}/Explain", None, None)
+        self.explain_stream = channel.stream_stream(f"/{SERVICE}/ExplainStream", None, None)
+
+    def value(self, name: str, graph: str) -> float | None:
+        labels = {"model": "capsnet-mnist", "version": "1", "graph": graph}
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+def serve(test: Callable[[Serving], Coroutine[None, None, None]], graphs: set[str]) -> None:
+    """Run a test against a server that opens these graphs."""
+
+    async def run() -> None:
+        chosen, metrics = settings(max_batch=4, runtimes=1), Metrics()
+        edge = Edge(metrics)
+        repository = Repository(chosen, metrics, graphs)
+        await repository.open()
+        server = GrpcServer(Limits(2**20, "", Budget(2**24), ""))
+        service = ExplainService(Pipeline(repository, chosen.stream_window), edge, metrics)
+        server.add_generic_rpc_handlers((service.handler(),))
+        port = await server.listen("127.0.0.1", 0)
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                await test(Serving(repository, metrics, channel))
+        finally:
+            await server.stop(0)
+            await repository.close()
+
+    asyncio.run(run())
+
+
+def expected(digits: Digits, count: int) -> dict[str, NDArray[np.float32]]:
+    """What ONNX Runtime itself computes for the first digits."""
+    session = onnxruntime().InferenceSession(find(ROOT / "models") / "explain.onnx")
+    names = ["probabilities", "couplings"]
+    return dict(zip(names, session.run(names, {"images": digits.images[:count, None]}), strict=True))
+
+
+def couplings(answer: bytes) -> NDArray[np.float32]:
+    """Couplings (J, I) from an answer's bytes."""
+    return np.frombuffer(answer, np.float32).reshape(10, -1)
+
+
+def test_a_digit_is_explained_by_a_graph_that_only_its_service_knows(digits: Digits) -> None:
+    field = load(find(ROOT / "models")).graphs[EXPLAIN].receptive_field
+    assert field
+
+    async def test(serving: Serving) -> None:
+        answer = couplings(await serving.explain(digits.images[0].tobytes(), timeout=PATIENCE))
+        assert answer.shape == (10, field.types * field.grid**2)
+        np.testing.assert_allclose(answer.sum(0), 1, atol=1e-5)
+        np.testing.assert_allclose(answer, expected(digits, 1)["couplings"][0], atol=1e-5, rtol=0)
+        assert list(serving.model.graphs) == [CLASSIFY, EXPLAIN]
+        assert serving.value("capsnet_batch_size_images_sum", EXPLAIN) == 1
+        assert serving.value("capsnet_batch_size_images_sum", CLASSIFY) == 0
+        assert serving.value("capsnet_decode_seconds_count", EXPLAIN) == 1
+        assert serving.value("capsnet_winner_length_count", EXPLAIN) is None, "it classifies nothing"
+
+    serve(test, {EXPLAIN})
+
+
+def test_its_unary_calls_share_batches_and_its_streams_keep_their_order(digits: Digits) -> None:
+    count = 24
+    right = expected(digits, count)["couplings"]
+    pixels = [digits.images[index].tobytes() for index in range(count)]
+
+    async def test(serving: Serving) -> None:
+        answers = await asyncio.gather(*(serving.explain(one, timeout=PATIENCE) for one in pixels))
+        np.testing.assert_allclose([couplings(one) for one in answers], right, atol=1e-5, rtol=0)
+        streamed = [one async for one in serving.explain_stream(iter([*pixels, b""]), timeout=PATIENCE)]
+        assert streamed.pop() == b"image: empty; expected its pixels"
+        np.testing.assert_allclose([couplings(one) for one in streamed], right, atol=1e-5, rtol=0)
+        assert serving.value("capsnet_batch_size_images_sum", EXPLAIN) == 2 * count
+        batches = serving.value("capsnet_batch_size_images_count", EXPLAIN)
+        assert batches and batches < 2 * count
+
+    serve(test, {EXPLAIN})
+
+
+def test_its_errors_are_those_of_every_service(digits: Digits) -> None:
+    async def test(serving: Serving) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await serving.explain(b"", timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == "image: empty; expected its pixels"
+
+        def fail(arrays: Arrays) -> Arrays:
+            raise RuntimeError("only the log may say this")
+
+        serving.model.graphs[EXPLAIN].batcher._run = fail
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await serving.explain(digits.images[0].tobytes(), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert caught.value.details() == "the model could not compute this request"
+        assert serving.value("capsnet_inference_failures_total", EXPLAIN) == 1
+        assert serving.value("capsnet_inference_failures_total", CLASSIFY) == 0
+
+    serve(test, {EXPLAIN})
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The files that ONNX Runtime was given."""
+    from serving import runtime
+
+    names: list[str] = []
+    real = runtime.Runtime.__init__
+
+    def note(self: runtime.Runtime, file: Path, *rest: object, **named: object) -> None:
+        names.append(file.name)
+        real(self, file, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runtime.Runtime, "__init__", note)
+    yield names
+
+
+@pytest.mark.parametrize("wanted", [set(), {CLASSIFY}, {"decoder"}], ids=["none", "classify", "one-that-is-not-there"])
+def test_a_graph_that_no_service_needs_is_never_opened(digits: Digits, opened: list[str], wanted: set[str]) -> None:
+    async def test(serving: Serving) -> None:
+        assert list(serving.model.graphs) == [CLASSIFY]
+        assert opened == ["model.onnx"]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await serving.explain(digits.images[0].tobytes(), timeout=PATIENCE)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert caught.value.details() == (
+            "model_name: 'capsnet-mnist' version '1' has no graph 'explain'; there is: classify"
+        )
+
+    serve(test, wanted)
