@@ -42,6 +42,7 @@ from serving import artifact as artifacts
 from serving.artifact import MANIFEST, MANIFEST_DIGEST, MODEL, Artifact, Graph, Training, Variant
 from serving.runtime import Arrays, Runtime, onnxruntime, rows
 from serving.tensorrt_options import BatchProfile
+from tests import graphs
 from training import checkpoint as checkpoints
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data import datasets
@@ -51,6 +52,7 @@ from training.evaluate import predict
 from training.model import CONFIGS, CapsNet, CapsNetConfig, to_pixels
 
 TINY = CapsNetConfig(conv_channels=8, primary_types=2, decoder_widths=(4,))
+BARE = graphs.TINY
 NAME = "capsnet-mnist"
 
 
@@ -188,7 +190,9 @@ def test_the_manifest_is_written_after_all_graphs_were_verified(
     assert seen == [[MODEL], ["int8.onnx", MODEL], ["fp16.onnx", "int8.onnx", MODEL]]
 
 
-def test_a_network_of_overlapping_digits_is_measured_by_pairs(trained: Checkpoint, tmp_path: Path) -> None:
+def test_a_network_of_overlapping_digits_is_measured_by_pairs(
+    trained: Checkpoint, tmp_path: Path, ready_made: None
+) -> None:
     probabilities, _ = predict(trained.model(), IMAGES)
     pairs = probabilities.topk(2).indices  # most probable first, in whatever order the classes are
     pairs[:3, 1] = probabilities.argmin(1)[:3]
@@ -273,20 +277,21 @@ def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, traine
 @pytest.mark.parametrize(
     ("config", "opset"),
     [
-        pytest.param(replace(TINY, image_channels=3, image_size=36, classes=3, routing_iterations=5), 20, id="36x36x3"),
-        pytest.param(replace(TINY, image_size=17, classes=1, digit_dim=1, routing_iterations=1), 18, id="smallest"),
-        pytest.param(replace(TINY, routing_iterations=2), 25, id="two-iterations"),
+        # Several are those of the tests of int8 and fp16, so that each graph is made once.
+        pytest.param(replace(BARE, image_channels=3, image_size=36, classes=3, routing_iterations=5), 20, id="36x36x3"),
+        pytest.param(replace(BARE, image_size=17, classes=1, digit_dim=1, routing_iterations=1), 18, id="smallest"),
+        pytest.param(replace(BARE, routing_iterations=2), 25, id="two-iterations"),
         pytest.param(replace(CONFIGS["paper"], decoder_widths=()), 20, id="paper"),
-        pytest.param(replace(CONFIGS["authors"], decoder_widths=(), conv_channels=8), 20, id="authors"),
-        pytest.param(replace(TINY, agreement="euclidean"), 20, id="euclidean"),
-        pytest.param(replace(TINY, normalization="max-min"), 20, id="max-min"),
+        pytest.param(replace(BARE, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
+        pytest.param(replace(BARE, agreement="euclidean"), 25, id="euclidean"),
+        pytest.param(replace(BARE, normalization="max-min"), 20, id="max-min"),
     ],
 )
 def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(
     config: CapsNetConfig, opset: int, tmp_path: Path
 ) -> None:
-    network = random_network(config)
-    model = to_onnx(network, opset)
+    network = graphs.random_network(config)
+    model = graphs.exported(config, opset)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
     runtime = Runtime(unverified(model, config, tmp_path).file(), device="cpu")
     images = random_images(config, 3)
@@ -667,7 +672,9 @@ def test_the_decoder_reconstructs_from_the_live_pose_alone(exported: Artifact, t
         np.testing.assert_allclose(image, model.decoder(poses, classes), atol=1e-5, rtol=0)
 
 
-def test_a_network_without_a_decoder_has_no_decoder_graph(tmp_path: Path, trained: Checkpoint) -> None:
+def test_a_network_without_a_decoder_has_no_decoder_graph(
+    tmp_path: Path, trained: Checkpoint, ready_made: None
+) -> None:
     state = {name: value for name, value in trained.state_dict.items() if not name.startswith("decoder")}
     bare = replace(trained, config=replace(TINY, decoder_widths=()), state_dict=state)
     artifact, failures = export_checkpoint(bare, DATASET, tmp_path, NAME, "1")

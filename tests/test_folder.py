@@ -40,11 +40,17 @@ def colours(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_three_colours_trains_exports_and_serves(
-    colours: Path, tmp_path: Path, start: Callable[..., Running], capsys: pytest.CaptureFixture[str]
+    colours: Path,
+    tmp_path: Path,
+    start: Callable[..., Running],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("export.verify._SECONDS", 0.0)
     run, models = tmp_path / "run", tmp_path / "models"
     flags = ["--data", str(colours), "--out", str(run), "--image-size", "20", "--epochs", "12", "--batch-size", "8"]
-    assert train([*flags, "--ema-decay", "0.5", "--augment", "none"]) == 0
+    small = ["--conv-channels", "16", "--primary-types", "2", "--decoder-widths", "16"]
+    assert train([*flags, *small, "--ema-decay", "0.5", "--augment", "none"]) == 0
     assert export([str(run / "capsnet.pt"), str(models)]) == 1
     assert "trained on folder:colours; give it with --data FOLDER" in capsys.readouterr().err
     assert export([str(run / "capsnet.pt"), str(models), "--data", str(colours)]) == 0

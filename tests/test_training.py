@@ -22,6 +22,7 @@ from torch import Tensor
 
 import training.data.datasets
 import training.evaluate
+import training.report
 import training.train
 from tests.conftest import ROOT
 from training import checkpoint as checkpoints
@@ -39,14 +40,15 @@ from training.evaluate import mistakes, predict
 from training.loss import margin_loss
 from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, to_pixels
 from training.recipe import NetworkChanges, Recipe
+from training.report import write_report
 from training.run_folder import BEST_FILE, CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE
 from training.train import Training, TrainingError, run
 
 CONFIG = CapsNetConfig(image_size=20, classes=3, conv_channels=8, primary_types=2, decoder_widths=(16,))
 RECIPE = Recipe(
-    epochs=3, batch_size=16, learning_rate=5e-3, warmup_epochs=0.5, ema_decay=0.8, augment="affine", held_out=20, seed=3
+    epochs=3, batch_size=32, learning_rate=2e-2, warmup_epochs=0.5, ema_decay=0.7, augment="affine", held_out=20, seed=3
 )
-STEPS_PER_EPOCH = 8  # of 140 - 20 images
+STEPS_PER_EPOCH = 4  # of 140 - 20 images
 FLAGS = [
     "--config=compact",
     *(
@@ -643,9 +645,10 @@ def test_a_run_on_few_images_learns_from_so_many_of_each_class_and_holds_out_oth
 
 
 def test_a_report_that_cannot_be_written_leaves_the_network_and_its_error(
-    command: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (command / REPORT_FILE).mkdir(parents=True)
+    monkeypatch.setattr(training.report, "write_report", write_report)
     assert main([*FLAGS, "--epochs=1", f"--out={command}"]) == 0
     assert f"{command / REPORT_FILE} could not be written: " in caplog.text
     output = capsys.readouterr().out
@@ -722,12 +725,17 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """``python -m training`` with a tiny network and a tiny data set; returns the folder for its run."""
     monkeypatch.setitem(CONFIGS, "compact", CONFIG)
     monkeypatch.setattr(training.data.datasets, "load", lambda name, folder, **_: replace(DATASET, name=name))
+    monkeypatch.setattr(training.report, "write_report", lambda folder, *_: (folder / REPORT_FILE).touch())
     return tmp_path / "runs" / "tiny"
 
 
 def test_the_command_trains_and_prints_the_test_error_and_where_the_network_is(
-    command: Path, finished: tuple[Checkpoint, Path], capsys: pytest.CaptureFixture[str]
+    command: Path,
+    finished: tuple[Checkpoint, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(training.report, "write_report", write_report)
     assert main([*FLAGS, f"--out={command}"]) == 0
 
     expected = replace(finished[0], dataset="mnist")
@@ -735,7 +743,8 @@ def test_the_command_trains_and_prints_the_test_error_and_where_the_network_is(
     errors = expected.figures["test_errors"]
     output = capsys.readouterr().out
     assert f"test error {errors / 0.6:.2f} % ({errors} of 60 images)" in output
-    assert f"wrote {command / CHECKPOINT_FILE}" in output
+    assert f"wrote {command / CHECKPOINT_FILE} and {command / REPORT_FILE}\n" in output
+    assert "test error" in (command / REPORT_FILE).read_text()
 
 
 def test_the_command_trains_in_a_folder_named_after_dataset_network_and_seed(
