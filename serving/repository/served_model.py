@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from serving import artifact as artifacts
 from serving.artifact import Artifact
-from serving.batching.batcher import Batcher, Limits
+from serving.batching.admission import BatchPolicy
+from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
 from serving.metrics.registry import Metrics, ModelMetrics
 from serving.repository.classifier import PROBABILITIES, finite_rows, open_classifier
@@ -74,14 +75,14 @@ class ServedModel:
         """Take requests; on the event loop that is to serve them."""
         name, version, settings = self.artifact.name, self.artifact.version, self.settings
         self.metrics = ModelMetrics(self._all_metrics, name, version, self.artifact.labels)
-        limits = Limits(
+        policy = BatchPolicy(
             self.plan.max_batch,
             good_batch(self.cost, self.plan.max_batch),
             settings.max_queue,
             settings.batch_timeout,
             settings.priority_ageing,
         )
-        self.batcher = Batcher(self.run, self._check, self.metrics, limits, self.cost, self.plan.runtimes)
+        self.batcher = Batcher(self.run, self._check, self.metrics, policy, self.cost, self.plan.runtimes)
         self._all_metrics.queued.labels(name, version).set_function(lambda: self.batcher.queued)
         self._tell()
 
