@@ -11,7 +11,8 @@ from typing import cast
 import numpy as np
 import pytest
 
-from serving.batching.batcher import Batcher, Limits
+from serving.batching.admission import BatchPolicy
+from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
 from serving.batching.ticket import Share
 from serving.errors import InferenceFailed, InvalidRequest, QueueFull, UnknownModel
@@ -34,8 +35,8 @@ class FakeGraph:
         self.go.set()
         self.begun = threading.Event()
         self.metrics = ModelMetrics(Metrics(), "m", "1", [])
-        limits = Limits(max_batch=4, good_batch=4, max_queue=8, timeout=PATIENCE, ageing=1)
-        self.batcher = Batcher(self.run, all_finite, self.metrics, limits, BatchCost([(1, 1e-3)]), slots=1)
+        policy = BatchPolicy(max_batch=4, good_batch=4, max_queue=8, timeout=PATIENCE, ageing=1)
+        self.batcher = Batcher(self.run, all_finite, self.metrics, policy, BatchCost([(1, 1e-3)]), slots=1)
 
     def run(self, arrays: Arrays) -> Arrays:
         self.begun.set()
