@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scrape``: what it costs the server, at full load, that its metrics are fetched."""
+"""``python -m benchmarks.scrape``: the cost of fetching the metrics, to a server at full load."""
 
 import argparse
 import shlex
@@ -23,7 +23,7 @@ from benchmarks.overload import CAPACITY
 from benchmarks.server import Served, load, prepare, serve
 from training.model import CONFIGS
 
-#: What Prometheus sends: it takes OpenMetrics before its own text format, and compressed pages.
+#: Headers as Prometheus sends them: it takes OpenMetrics before its own text format, and compressed pages.
 HEADERS = {
     "Accept": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
     "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,"
@@ -46,7 +46,7 @@ _SHOWN = (
 def scraping(served: Served, interval: float) -> Iterator[list[float]]:
     """Fetch the metrics at once and then every ``interval`` seconds, in a thread, until the block ends.
 
-    The list that it gives grows by the milliseconds that each took. Raises LoadError where one fails.
+    Yields a list that grows by the milliseconds that each took. Raises LoadError if one fails.
     """
     milliseconds: list[float] = []
     ending = threading.Event()
@@ -72,9 +72,9 @@ def scraping(served: Served, interval: float) -> Iterator[list[float]]:
 
 
 def cpu_of_a_scrape(served: Served) -> float:
-    """Seconds of CPU time that the server, without any other work, takes for a scrape.
+    """Return the seconds of CPU time that a scrape takes the server, which has no other work.
 
-    Raises LoadError where its metrics do not tell, or where a scrape fails.
+    Raises LoadError if its metrics lack that time, or if a scrape fails.
     """
     try:
         before = served.page().total(_CPU)
@@ -102,7 +102,7 @@ class Collected:
     cpu_seconds: list[float] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, str]]:
-        """The figures by their columns: of nobody scraping, of each interval, and of the usual interval.
+        """Return the figures by their columns: a row for nobody scraping, for each interval, and for the usual one.
 
         Ratios are taken in each round. ``loss`` is the share of the throughput that scraping took by its median ratio.
         ``loss_scaled`` is that of the shortest interval by the number of scrapes, which the noise of samples spoils
@@ -149,7 +149,7 @@ def _row(interval: str, samples: Sequence[Sample], ratios: Sequence[float]) -> d
 def measure(
     served: Served, body: Path, intervals: Sequence[float], rounds: int, seconds: float, name: str
 ) -> Collected:
-    """All samples, of ``seconds`` each. Raises LoadError where a call or a scrape fails."""
+    """Take all samples, of ``seconds`` each. Raises LoadError if a call or a scrape fails."""
     collected = Collected()
     target = served.targets["tcp"]
     with tqdm(total=rounds * (len(intervals) + 2), desc=name, leave=False) as bar:
@@ -176,7 +176,7 @@ def measure(
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows of one network as a table, and beneath it what is the same for all of them."""
+    """Print the rows of one network as a table, and beneath it what they have in common."""
     print(f"\n{rows[0]['config']} ({rows[0]['precision']}), {CAPACITY}; seconds between scrapes:")
     print("".join(f"{name:>20}" for name in _SHOWN))
     for row in rows:

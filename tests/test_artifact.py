@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from serving.artifact import MANIFEST, MANIFEST_DIGEST, ArtifactError, find, load
+from serving.artifact import (
+    MANIFEST,
+    MANIFEST_DIGEST,
+    ArtifactError,
+    Graph,
+    Training,
+    find,
+    load,
+    manifest,
+    write_manifest,
+)
 from tests.conftest import ROOT
 
 
@@ -19,10 +29,10 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(find(ROOT / "models"), tmp_path / "capsnet-mnist" / "1"))
 
 
-def write(folder: Path, manifest: str) -> None:
+def write(folder: Path, text: str) -> None:
     """A manifest with the digest that belongs to it."""
-    (folder / MANIFEST).write_text(manifest)
-    (folder / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(manifest.encode()).hexdigest()}  {MANIFEST}\n")
+    (folder / MANIFEST).write_text(text)
+    (folder / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n")
 
 
 def test_the_embedded_model_is_sound(copy: Path) -> None:
@@ -96,6 +106,30 @@ def test_a_wrong_field_is_told_by_name(copy: Path, keys: list[str], value: Any, 
         load(copy)
     assert str(caught.value).startswith(str(copy))
     assert message in str(caught.value)
+
+
+def test_a_manifest_is_read_and_written_without_loss(copy: Path) -> None:
+    content = json.loads((copy / MANIFEST).read_text())
+    artifact = load(copy)
+    assert manifest(artifact) == content
+    write_manifest(artifact)
+    assert load(copy) == artifact
+
+
+def test_an_older_manifest_and_one_with_fields_that_are_not_known_are_read(copy: Path) -> None:
+    content = json.loads((copy / MANIFEST).read_text())
+    needed = ("file", "test_errors", "test_images")
+    content["variants"] = {
+        precision: {name: variant[name] for name in needed} for precision, variant in content["variants"].items()
+    }
+    content["graphs"] = {"explain": {"file": "explain.onnx", "colour": "red"}}
+    content["training"] = {"dataset": "mnist", "teacher": {"name": "x"}}
+    content["more"] = [1]
+    write(copy, json.dumps(content))
+    artifact = load(copy)
+    assert artifact.test_error("int8") == "0.33 % (33 of 10000)"
+    assert artifact.graphs == {"explain": Graph("explain.onnx")}
+    assert artifact.training == Training("mnist")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])

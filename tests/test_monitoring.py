@@ -1,5 +1,6 @@
 """Rules, alerts and dashboard, checked by Prometheus's own tools and run by a Prometheus that watches a real server."""
 
+import itertools
 import json
 import math
 import re
@@ -11,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,49 @@ def test_the_rules_pass_their_own_tests_and_each_alert_has_one() -> None:
     _promtool("test", "rules", "rules_test.yml")
     tests = (PROMETHEUS / "rules_test.yml").read_text()
     assert [name for name in re.findall(r"alert: (\w+)", RULES) if f'alertname="{name}"' not in tests] == []
+
+
+@needs_prometheus
+def test_every_panel_has_data_of_models_of_several_versions_and_graphs(tmp_path: Path) -> None:
+    """A query that joins series may be right for one graph and wrong for two."""
+    expressions = [query.replace("[10s]", "[5m]") for query in _targets().values()]
+    panels = [{"record": f"panel:{number}", "expr": query} for number, query in enumerate(expressions)]
+    rules, tests = tmp_path / "panels.yml", tmp_path / "tests.yml"
+    rules.write_text(json.dumps({"groups": [{"name": "panels", "rules": panels}]}))
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": series, "values": "1+60x30"} for series in _series_of_two_graphs()],
+        # With an empty answer promtool also tells which rule could not be evaluated.
+        "promql_expr_test": [
+            {"expr": f"absent({panel['record']})", "eval_time": "20m", "exp_samples": []} for panel in panels
+        ],
+    }
+    files = [str(PROMETHEUS / "rules.yml"), str(rules)]
+    tests.write_text(json.dumps({"rule_files": files, "evaluation_interval": "1m", "tests": [test]}))
+    _promtool("test", "rules", str(tests))
+
+
+def _series_of_two_graphs() -> Iterator[str]:
+    """Series of two servers that serve two versions of a model, each with two graphs."""
+    values: dict[str, tuple[str, ...]] = {
+        "version": ("1", "2"), "graph": ("classify", "explain"), "grpc_code": ("OK", "INTERNAL"),
+        "grpc_type": ("unary",), "grpc_method": ("Classify", "GetModel"),
+    }  # fmt: skip
+    for metric in Metrics().declarations:
+        buckets = [*map(str, map(float, metric.buckets or (0, 1, 2))), "+Inf"]
+        for sample in metric.samples:
+            choices = {name: values.get(name, ("x",)) for name in metric.labels}
+            yield from _series(sample, choices | ({"le": buckets} if sample.endswith("_bucket") else {}))
+    others = set(re.findall(r"\b(?:process|python)_\w+", " ".join(_queries())))
+    for name in ("up", "scrape_duration_seconds", *sorted(others)):
+        yield from _series(name, {"generation": ("0",)} if name.startswith("python") else {})
+
+
+def _series(name: str, labels: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    choices = {"job": ("capsnet",), "instance": ("a", "b"), **labels}
+    for values in itertools.product(*choices.values()):
+        selected = ", ".join(f'{label}="{value}"' for label, value in zip(choices, values, strict=True))
+        yield f"{name}{{{selected}}}"
 
 
 @needs_prometheus

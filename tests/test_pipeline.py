@@ -122,8 +122,8 @@ def value(running: Running, metric: str, **labels: str) -> float:
 def under_way(running: Running) -> int:
     """Images that wait or are in a batch that is not computed."""
     batcher = running.model.classify.batcher
-    batches = [batch for slot in batcher._slots for batch in list(slot.batches)]
-    return batcher.queued + sum(part.stop - part.start for batch in batches for part in batch)
+    batches = [slot.batch for slot in batcher._slots._slots]
+    return batcher.queued + sum(batch.rows for batch in batches if batch)
 
 
 def until(condition: Callable[[], object], what: str) -> None:
@@ -230,9 +230,8 @@ def test_of_a_batch_of_32_with_a_poisoned_member_31_are_answered(start: Callable
 
     def patch(model: ServedModel) -> None:
         with_predict(lambda predict: gate(fail_on_poison(predict)))(model)
-        model.classify.batcher._limits = replace(
-            model.classify.batcher._limits, good_batch=32
-        )  # one batch, not several that are good
+        slots = model.classify.batcher._slots
+        slots._policy = replace(slots._policy, good_batch=32)  # one batch, not several that are good
 
     running = start(patch, max_batch=32, runtimes=1)
     first = later(running)

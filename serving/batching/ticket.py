@@ -1,6 +1,7 @@
-"""A request in the batcher, and its part of a batch's outputs."""
+"""A request in the batcher, and its share of a batch's outputs."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -8,6 +9,8 @@ from enum import Enum, auto
 import numpy as np
 
 from serving.runtime import Array, Arrays, rows
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +43,22 @@ class State(Enum):
 class Ticket:
     """A request in the batcher: its input arrays, and how and when it ended.
 
-    then: called with the ticket once, at its end; must not raise. deadline: by the clock of ``time.monotonic``.
-    waited: seconds until its first row was taken into a batch. input_time and infer_time: seconds of the batches that
-    it was in. taken: number of its rows that are in batches.
+    arrays: empty once it has ended. then: called with the ticket once, at its end. deadline: by the clock of
+    ``time.monotonic``. waited: seconds until its first row was taken into a batch. input_time and infer_time: seconds
+    of the batches that it was in. size: number of its rows; taken: of those that are in batches.
     """
 
     arrays: Arrays
-    then: "Callable[[Ticket], None]"
+    then: "Callable[[Ticket], None] | None"
     deadline: float | None
     urgent: bool
     queued_at: float
     size: int = field(init=False)
+    taken: int = field(default=0, init=False)
     state: State = field(default=State.OPEN, init=False)
     waited: float = field(default=0.0, init=False)
     input_time: float = field(default=0.0, init=False)
     infer_time: float = field(default=0.0, init=False)
-    taken: int = field(default=0, init=False)
     _shares: list[tuple[int, Share]] = field(default_factory=list, init=False)  # by their first row
     _result: Share | None = field(default=None, init=False)
     _error: Exception | None = field(default=None, init=False)
@@ -69,7 +72,7 @@ class Ticket:
 
     @property
     def left(self) -> int:
-        """Rows that are in no batch yet."""
+        """Number of rows that are in no batch yet."""
         return self.size - self.taken
 
     def result(self) -> Share:
@@ -108,7 +111,14 @@ class Ticket:
 
     def _end(self, state: State) -> None:
         self.state = state
-        self.then(self)
+        self.arrays = {}
+        self._shares.clear()
+        then, self.then = self.then, None  # else the ticket and its owner would keep each other alive
+        assert then
+        try:
+            then(self)
+        except Exception:  # a fault in the code that answers one request must not reach the others of its batch
+            _logger.exception("the end of a request could not be told to its owner")
 
 
 def settle(future: "asyncio.Future[Share]") -> Callable[[Ticket], None]:

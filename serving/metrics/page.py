@@ -113,7 +113,7 @@ class Page:
         listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
         listener.setblocking(False)
         self._loop = asyncio.new_event_loop()
-        self._accepting = self._loop.create_task(_Door(listener, self._answer).run())
+        self._accepting = self._loop.create_task(_Acceptor(listener, self._answer).run())
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
         number: int = listener.getsockname()[1]
@@ -179,7 +179,7 @@ class Page:
         return _Response(200, b"alive\n")
 
 
-class _Door:
+class _Acceptor:
     """Accept connections and end each in time, not too many at once, and even where no more files can be opened.
 
     answer: from what a client sent before the empty line to all that it gets.
@@ -200,7 +200,7 @@ class _Door:
                 task = asyncio.create_task(self._serve(connection))
                 self._connections[task] = connection
                 task.add_done_callback(self._close)
-                await asyncio.sleep(0)  # to accept does not wait while others knock
+                await asyncio.sleep(0)  # sock_accept does not yield while connections wait
                 while len(self._connections) > _MAX_CONNECTIONS:
                     self._end_oldest()
                     await asyncio.sleep(0)

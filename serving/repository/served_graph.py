@@ -7,8 +7,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.batching.batcher import Batcher, Check, Limits
+from serving.batching.admission import BatchPolicy
+from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
+from serving.batching.slots import Check
 from serving.metrics.registry import Metrics, ModelMetrics
 from serving.repository.tuning import Plan, Tuned, candidates, good_batch, tune
 from serving.runtime import CPU, Arrays, Run, Runtime, usable_cores
@@ -67,14 +69,14 @@ class ServedGraph:
         """Take requests; on the event loop that is to serve them."""
         settings, plan, source = self._settings, self.plan, self._source
         self.metrics = ModelMetrics(metrics, model, version, source.labels, self.name)
-        limits = Limits(
+        policy = BatchPolicy(
             plan.max_batch,
             good_batch(self.cost, plan.max_batch),
             settings.max_queue,
             settings.batch_timeout,
             settings.priority_ageing,
         )
-        self.batcher = Batcher(self._run, source.check(self.metrics), self.metrics, limits, self.cost, plan.runtimes)
+        self.batcher = Batcher(self._run, source.check(self.metrics), self.metrics, policy, self.cost, plan.runtimes)
         self._show(metrics)
 
     async def close(self) -> None:

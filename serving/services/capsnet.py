@@ -60,11 +60,12 @@ class CapsNetService:
         limit = self._settings.max_request_bytes
         check_size(data, limit)
         model = self._pipeline.repository.default
-        if model and (images := self._codecs(model).pixels.read(data)) is not None:
-            self._pipeline.begin(_Pixels(images, self._codecs), call)
+        query: _Pixels | _Message
+        if model and (images := (codec := self._codecs(model)).pixels.read(data)) is not None:
+            query = _Pixels(images, codec, self._codecs)
         else:
-            message = parse(data, pb.ClassifyRequest, limit)
-            self._pipeline.begin(_Message(message, self._settings, self._codecs), call)
+            query = _Message(parse(data, pb.ClassifyRequest, limit), self._settings, self._codecs)
+        self._pipeline.begin(query, call)
 
     def classify_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """Answer ClassifyStreamRequests with ClassifyStreamResponses."""
@@ -81,9 +82,9 @@ class CapsNetService:
         try:
             check_size(data, limit)
             model = self._pipeline.repository.default
-            if model and (read := self._codecs(model).pixels.read_of_stream(data)):
+            if model and (read := (codec := self._codecs(model)).pixels.read_of_stream(data)):
                 identifier, images = read
-                return _Streamed(identifier, _Pixels(images, self._codecs))
+                return _Streamed(identifier, _Pixels(images, codec, self._codecs))
             message = parse(data, pb.ClassifyStreamRequest, limit)
         except InvalidRequest as error:
             nothing = _Message(pb.ClassifyRequest(), self._settings, self._codecs)
@@ -97,12 +98,10 @@ class _ClassifyQuery:
     graph = CLASSIFY
     timeout: float | None = None
     urgent = False
-
-    def __init__(self, codecs: PerModel[CapsNetCodec]) -> None:
-        self._codecs = codecs
+    _codec: CapsNetCodec
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codecs(model).write(share)
+        return self._codec.write(share)
 
 
 class _Pixels(_ClassifyQuery):
@@ -111,33 +110,35 @@ class _Pixels(_ClassifyQuery):
     model_name = model_version = ""
     slow = False
 
-    def __init__(self, images: Images, codecs: PerModel[CapsNetCodec]) -> None:
-        super().__init__(codecs)
+    def __init__(self, images: Images, codec: CapsNetCodec, codecs: PerModel[CapsNetCodec]) -> None:
+        """codec: of the default model as it is now."""
         self.size = len(images)
         self._images = images
+        self._codec = codec
+        self._codecs = codecs
 
     def decode(self, model: ServedModel) -> Arrays:
-        shape = model.artifact.image_shape
-        if self._images.shape[1:] == shape:
-            return {IMAGES: self._images}
-        # The default model has become another meanwhile.
-        images = [from_pixels(one.tobytes(), shape, _field(index)) for index, one in enumerate(self._images)]
-        return {IMAGES: np.stack(images)}
+        if model.artifact is not self._codec.artifact:  # the default model has become another meanwhile
+            self._codec, shape = self._codecs(model), model.artifact.image_shape
+            images = [from_pixels(one.tobytes(), shape, _field(index)) for index, one in enumerate(self._images)]
+            return {IMAGES: np.stack(images)}
+        return {IMAGES: self._images}
 
 
 class _Message(_ClassifyQuery):
     """Any ClassifyRequest."""
 
     def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
-        super().__init__(codecs)
         self.model_name = request.model_name
         self.model_version = request.model_version
         self.size = len(request.images)
         self.slow = any(image.encoded for image in request.images)
         self._request = request
         self._max_images = settings.max_images_per_request
+        self._codecs = codecs
 
     def decode(self, model: ServedModel) -> Arrays:
+        self._codec = self._codecs(model)
         limit, shape = self._max_images, model.artifact.image_shape
         if not 1 <= self.size <= limit:
             raise InvalidRequest("images", f"{self.size}; expected 1 to {limit} (max_images_per_request)")

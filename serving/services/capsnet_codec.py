@@ -144,5 +144,6 @@ class CapsNetCodec:
 
     def __init__(self, artifact: Artifact, max_images: int) -> None:
         """max_images: most images in one request."""
+        self.artifact = artifact
         self.pixels = PixelReader(artifact.image_shape, max_images)
         self.write = AnswerWriter(artifact)

@@ -231,12 +231,12 @@ class _InferQuery:
         self.timeout, self.urgent = schedule(request)
 
     def decode(self, model: ServedModel) -> Arrays:
-        codec = self._codecs(model)
+        codec = self._codec = self._codecs(model)
         self._outputs = codec.outputs(self._request)
         return {IMAGES: codec.images(self._request)}
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codecs(model).encode(self._request.id, self._outputs, share)
+        return self._codec.encode(self._request.id, self._outputs, share)
 
 
 class _StreamedQuery(_InferQuery):
@@ -257,7 +257,7 @@ class _StreamedQuery(_InferQuery):
             self.size = 0
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codecs(model).encode_for_stream(self._request.id, self._outputs, share)
+        return self._codec.encode_for_stream(self._request.id, self._outputs, share)
 
     def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
         return refused(self._request.id, text)

@@ -20,7 +20,7 @@ class Pipeline:
 
     def begin(self, query: Query, reply: Reply) -> None:
         """Answer a query, then or later, by its reply. Raises UnknownModel and InvalidRequest where no model fits."""
-        self._request(query, reply).begin()
+        Request(query, self.repository.get(query.model_name, query.model_version), reply).begin()
 
     def refusal(
         self, timeout: float | None, expected: int, urgent: bool, graph: str = CLASSIFY

@@ -81,7 +81,7 @@ class Request:
     def begin(self) -> None:
         """Decode and queue the request now, or in a task of its own where decoding is slow."""
         if self._query.slow:
-            task = asyncio.get_running_loop().create_task(self._begin_slowly(patient=False))
+            task = asyncio.get_running_loop().create_task(self.begin_slowly(patient=False))
             self._reply.when_given_up(task.cancel)
             return
         try:
@@ -89,19 +89,18 @@ class Request:
         except Exception as error:
             self._fail(error)
 
-    async def begin_patiently(self) -> None:
-        """Decode and queue the request, and wait while decoding is slow or the queue has little room.
+    async def begin_slowly(self, patient: bool = True) -> None:
+        """Decode and queue the request, and wait for what takes long: decoding, and where patient, room in the queue.
 
-        For streams, which can simply be read more slowly. Raises nothing but what cancels it.
+        Patience is for streams, which can simply be read more slowly. Raises asyncio.CancelledError alone.
         """
-        await self._begin_slowly(patient=True)
-
-    async def _begin_slowly(self, patient: bool) -> None:
+        query, batcher = self._query, self._graph.batcher
         try:
-            arrays = await asyncio.to_thread(self._decode) if self._query.slow else self._decode()
+            arrays = await asyncio.to_thread(self._decode) if query.slow else self._decode()
             if patient:
-                batcher, deadline, urgent = self._graph.batcher, self._deadline(), self._query.urgent
-                ticket = await batcher.enqueue_patiently(arrays, then=self._computed, deadline=deadline, urgent=urgent)
+                ticket = await batcher.enqueue_patiently(
+                    arrays, then=self._computed, deadline=self._deadline(), urgent=query.urgent
+                )
                 self._reply.when_given_up(partial(batcher.give_up, ticket))
             else:
                 self._queue(arrays)

@@ -136,7 +136,7 @@ class Stream:
             except Exception as error:
                 reply.fail(error)
             else:
-                await request.begin_patiently()
+                await request.begin_slowly()
 
 
 class _StreamReply:

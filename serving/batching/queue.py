@@ -1,0 +1,103 @@
+"""The rule that makes batches: which of the requests that wait are computed next, and how many of their rows.
+
+Nothing here knows of deadlines, threads, clocks or metrics.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import NamedTuple
+
+from serving.batching.ticket import Ticket
+from serving.runtime import Arrays
+
+
+class Part(NamedTuple):
+    """Rows of a request that are in one batch: of ``arrays``, from ``start`` to before ``stop``."""
+
+    ticket: Ticket
+    arrays: Arrays
+    start: int
+    stop: int
+
+
+class TicketQueue:
+    """Requests that wait, in the order of their arrival in each of two lanes: urgent ones, and the others.
+
+    ageing: seconds by which an urgent request overtakes others; one that came earlier by more is not overtaken.
+    """
+
+    def __init__(self, ageing: float) -> None:
+        self._ageing = ageing
+        self._urgent: OrderedDict[Ticket, None] = OrderedDict()
+        self._others: OrderedDict[Ticket, None] = OrderedDict()
+        #: Rows that wait, and those of urgent requests among them.
+        self.rows = 0
+        self.urgent_rows = 0
+
+    def __len__(self) -> int:
+        """Return the number of requests that wait."""
+        return len(self._urgent) + len(self._others)
+
+    def push(self, ticket: Ticket) -> None:
+        """Let a request wait."""
+        (self._urgent if ticket.urgent else self._others)[ticket] = None
+        self._count(ticket, ticket.left)
+
+    def remove(self, ticket: Ticket) -> int:
+        """Take a request out, and return how many of its rows waited; 0 where it does not wait."""
+        lane = self._urgent if ticket.urgent else self._others
+        if ticket not in lane:
+            return 0
+        del lane[ticket]
+        left = ticket.left
+        ticket.taken = ticket.size
+        self._count(ticket, -left)
+        return left
+
+    def first(self) -> Ticket | None:
+        """Return the request whose turn it is: the first urgent one, unless another has waited for too long."""
+        urgent, other = next(iter(self._urgent), None), next(iter(self._others), None)
+        if urgent and not (other and other.queued_at + self._ageing < urgent.queued_at):
+            return urgent
+        return other
+
+    def take(self, room: int, drops: Callable[[Ticket], bool]) -> list[Part]:
+        """Take up to ``room`` rows in turn; a request that is larger than what is left of the room is split.
+
+        drops: called with each request whose turn comes; where it returns True, it has removed the request.
+        """
+        batch: list[Part] = []
+        while room and (ticket := self.first()):
+            if drops(ticket):
+                continue
+            count = min(room, ticket.left)
+            batch.append(Part(ticket, ticket.arrays, ticket.taken, ticket.taken + count))
+            if count == ticket.left:
+                self.remove(ticket)
+            else:
+                ticket.taken += count
+                self._count(ticket, -count)
+            room -= count
+        return batch
+
+    def _count(self, ticket: Ticket, rows: int) -> None:
+        self.rows += rows
+        if ticket.urgent:
+            self.urgent_rows += rows
+
+
+def batch_room(waiting: int, ahead: Sequence[float], good_batch: int, max_batch: int) -> int:
+    """Return how many of the rows that wait a free slot takes, so that all slots would end at the same time.
+
+    ahead: the rows that each other slot has yet to compute, 0 for one that is free too. A batch smaller than a good one
+    is taken only where it leaves as much for the other slots that are free.
+    """
+    level, total = float(waiting), float(waiting)
+    for slots, rows in enumerate(sorted(ahead), start=2):
+        if rows >= level:
+            break
+        total += rows
+        level = total / slots
+    free = 1 + sum(not rows for rows in ahead)
+    return min(max_batch, max(ceil(level), min(good_batch, ceil(waiting / free))))

@@ -1,0 +1,303 @@
+"""The one path of a request without a transport: how it ends, what it releases, and that it leaves nothing behind."""
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from typing import cast
+
+import numpy as np
+import pytest
+
+from serving.batching.admission import BatchPolicy
+from serving.batching.batcher import Batcher
+from serving.batching.cost import BatchCost
+from serving.batching.ticket import Share
+from serving.errors import InferenceFailed, InvalidRequest, QueueFull, UnknownModel
+from serving.metrics.registry import Metrics, ModelMetrics
+from serving.repository.served_graph import ServedGraph, all_finite
+from serving.repository.served_model import ServedModel
+from serving.rpc.edge import Steps
+from serving.runtime import Arrays
+from serving.services.request import Request
+
+PATIENCE = 10.0
+POISON = 255
+
+
+class FakeGraph:
+    """Doubles its input once ``go`` is set."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.begun = threading.Event()
+        self.metrics = ModelMetrics(Metrics(), "m", "1", [])
+        policy = BatchPolicy(max_batch=4, good_batch=4, max_queue=8, timeout=PATIENCE, ageing=1)
+        self.batcher = Batcher(self.run, all_finite, self.metrics, policy, BatchCost([(1, 1e-3)]), slots=1)
+
+    def run(self, arrays: Arrays) -> Arrays:
+        self.begun.set()
+        assert self.go.wait(PATIENCE)
+        if (arrays["numbers"] == POISON).any():
+            raise RuntimeError
+        return {"doubled": np.asarray(arrays["numbers"], np.float32) * 2}
+
+
+class FakeModel:
+    """A model of one graph that counts who uses it."""
+
+    class artifact:
+        name, version = "m", "1"
+
+    def __init__(self) -> None:
+        self.only = FakeGraph()
+        self.in_use = 0
+
+    def graph(self, name: str) -> ServedGraph:
+        if name != "double":
+            raise UnknownModel("no such graph")
+        return cast(ServedGraph, self.only)
+
+    def acquire(self) -> None:
+        self.in_use += 1
+
+    def release(self) -> None:
+        self.in_use -= 1
+
+
+class NumberQuery:
+    """Numbers to double, negative ones are refused; decoding waits for ``decoding`` where it is slow."""
+
+    model_name = model_version = ""
+    timeout: float | None = None
+    urgent = False
+
+    def __init__(self, *numbers: int, graph: str = "double", slow: bool = False) -> None:
+        self.graph = graph
+        self.size = len(numbers)
+        self.slow = slow
+        self.decoding = threading.Event()
+        self._numbers = numbers
+
+    def decode(self, model: ServedModel) -> Arrays:
+        if self.slow:
+            assert self.decoding.wait(PATIENCE)
+        if min(self._numbers) < 0:
+            raise InvalidRequest("numbers", "negative")
+        return {"numbers": np.array(self._numbers, np.int64)}
+
+    def encode(self, model: ServedModel, share: Share) -> bytes:
+        if share["doubled"][0] == 14:
+            raise ValueError("cannot be written")
+        return b",".join(b"%d" % number for number in share["doubled"].tolist())
+
+
+class Note:
+    """A reply that keeps what it is told."""
+
+    deadline: float | None = None
+
+    def __init__(self, traced: bool = False) -> None:
+        self.traced = traced
+        self.told: list[bytes | Exception | None] = []
+        self.steps: Steps | None = None
+        self.given_up: Callable[[], object] | None = None
+
+    def when_given_up(self, then: Callable[[], object]) -> None:
+        self.given_up = then
+
+    def succeed(self, data: bytes, steps: Steps | None = None) -> None:
+        self.steps = steps
+        self._tell(data)
+
+    def fail(self, error: Exception) -> None:
+        self._tell(error)
+
+    def end(self) -> None:
+        self._tell(None)
+
+    async def wait(self) -> bytes | Exception | None:
+        """What it is told at the end, and that it is told once."""
+        end = time.monotonic() + PATIENCE
+        while not self.told:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        (told,) = self.told
+        return told
+
+    def _tell(self, what: bytes | Exception | None) -> None:
+        self.given_up = None
+        self.told.append(what)
+
+
+def run(test: Callable[[FakeModel], Coroutine[None, None, None]]) -> FakeModel:
+    """Run a test with a model; it is used by nobody in the end."""
+
+    async def main() -> FakeModel:
+        model = FakeModel()
+        await test(model)
+        model.only.go.set()
+        await model.only.batcher.close()
+        return model
+
+    model = asyncio.run(main())
+    assert model.in_use == 0
+    return model
+
+
+def request(model: FakeModel, query: NumberQuery, reply: Note) -> Request:
+    return Request(query, cast(ServedModel, model), reply)
+
+
+async def begin(request: Request, way: str) -> None:
+    """Begin a request as unary calls do, or as streams do."""
+    if way == "unary":
+        request.begin()
+    else:
+        await request.begin_slowly()
+
+
+@pytest.mark.parametrize("way", ["unary", "stream"])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_request_is_answered_once_and_counted(way: str, slow: bool) -> None:
+    async def test(model: FakeModel) -> None:
+        query, reply = NumberQuery(1, 2, slow=slow), Note(traced=True)
+        query.decoding.set()
+        await begin(request(model, query, reply), way)
+        assert model.in_use == 1
+        assert await reply.wait() == b"2,4"
+        assert reply.steps and (reply.steps.model, reply.steps.images) == ("m", 2)
+
+    statistics = run(test).only.metrics.statistics
+    assert (statistics.success.count, statistics.fail.count) == (1, 0)
+
+
+@pytest.mark.parametrize("way", ["unary", "stream"])
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    ("number", "kind", "reason"),
+    [(-1, InvalidRequest, "OTHER"), (POISON, InferenceFailed, "BACKEND"), (7, ValueError, "OTHER")],
+    ids=["decoding", "computing", "encoding"],
+)
+def test_an_error_of_any_step_is_its_answer_and_counted(
+    way: str, slow: bool, number: int, kind: type[Exception], reason: str
+) -> None:
+    async def test(model: FakeModel) -> None:
+        query, reply = NumberQuery(number, slow=slow), Note()
+        query.decoding.set()
+        await begin(request(model, query, reply), way)
+        assert isinstance(await reply.wait(), kind)
+
+    statistics = run(test).only.metrics.statistics
+    assert (statistics.success.count, statistics.fail.count, statistics.failures[reason]) == (0, 1, 1)
+
+
+def test_a_graph_that_is_not_there_is_no_use_of_the_model() -> None:
+    async def test(model: FakeModel) -> None:
+        with pytest.raises(UnknownModel):
+            request(model, NumberQuery(1, graph="none"), Note())
+        assert model.in_use == 0
+
+    run(test)
+
+
+def test_a_full_queue_refuses_a_unary_call_and_lets_a_stream_wait() -> None:
+    async def test(model: FakeModel) -> None:
+        model.only.go.clear()
+        replies = [Note() for _ in range(4)]
+        request(model, NumberQuery(1), replies[0]).begin()
+        await asyncio.to_thread(model.only.begun.wait, PATIENCE)
+        request(model, NumberQuery(*range(1, 4)), replies[1]).begin()
+        request(model, NumberQuery(*range(1, 9)), replies[2]).begin()
+        assert isinstance(await replies[2].wait(), QueueFull)
+        patient = asyncio.create_task(request(model, NumberQuery(*range(1, 7)), replies[3]).begin_slowly())
+        await asyncio.sleep(0.05)
+        assert not patient.done() and not replies[3].told
+        model.only.go.set()
+        assert await replies[3].wait() == b"2,4,6,8,10,12"
+        assert [await reply.wait() for reply in replies[:2]] == [b"2", b"2,4,6"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("way", ["unary", "stream"])
+def test_a_request_that_is_given_up_while_it_waits_is_never_computed(way: str) -> None:
+    async def test(model: FakeModel) -> None:
+        model.only.go.clear()
+        first, reply = Note(), Note()
+        request(model, NumberQuery(1), first).begin()
+        await asyncio.to_thread(model.only.begun.wait, PATIENCE)
+        await begin(request(model, NumberQuery(2), reply), way)
+        assert reply.given_up
+        reply.given_up()
+        assert await reply.wait() is None
+        assert (model.in_use, model.only.batcher.queued) == (1, 0)
+        model.only.go.set()
+        assert await first.wait() == b"2"
+
+    statistics = run(test).only.metrics.statistics
+    assert (statistics.inference_count, statistics.failures["CANCELED"]) == (1, 1)
+
+
+def test_a_unary_request_that_is_given_up_while_it_is_decoded_never_gets_into_the_queue() -> None:
+    async def test(model: FakeModel) -> None:
+        query, reply = NumberQuery(1, slow=True), Note()
+        request(model, query, reply).begin()
+        await asyncio.sleep(0.02)
+        assert reply.given_up
+        reply.given_up()
+        assert await reply.wait() is None
+        query.decoding.set()
+
+    assert run(test).only.metrics.statistics.inference_count == 0
+
+
+def test_a_stream_that_ends_while_it_waits_for_room_releases_the_model() -> None:
+    async def test(model: FakeModel) -> None:
+        model.only.go.clear()
+        first, second, reply = Note(), Note(), Note()
+        request(model, NumberQuery(1), first).begin()
+        await asyncio.to_thread(model.only.begun.wait, PATIENCE)
+        request(model, NumberQuery(*range(1, 4)), second).begin()
+        patient = asyncio.create_task(request(model, NumberQuery(*range(1, 7)), reply).begin_slowly())
+        await asyncio.sleep(0.05)
+        patient.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await patient
+        assert await reply.wait() is None
+        assert model.in_use == 2
+        model.only.go.set()
+        await asyncio.gather(first.wait(), second.wait())
+
+    run(test)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("end", ["answer", "give up"])
+def test_an_ended_request_goes_without_the_garbage_collector(no_collection: None, end: str) -> None:
+    async def test(model: FakeModel) -> None:
+        reply = Note()
+        one = request(model, NumberQuery(1), reply)
+        one.begin()
+        ended = weakref.ref(reply), weakref.ref(one._query)
+        if end == "give up":
+            assert reply.given_up
+            reply.given_up()
+        await reply.wait()
+        del reply, one
+        later = Note()
+        request(model, NumberQuery(1), later).begin()  # a slot's thread keeps its last batch until the next
+        await later.wait()
+        assert [reference() for reference in ended] == [None, None]
+
+    run(test)
