@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,16 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.autograd.profiler import profile
 from tqdm import tqdm
 
-from training.model import CONFIGS, CapsNetConfig, route, squash, votes
+from training.model import CONFIGS, CapsNetConfig, Routing, route, squash, votes
 from training.provenance import provenance
 
 TOLERANCE = 1e-5  # greatest difference from the plain loop's result, relative to its greatest value
 SAMPLE_SECONDS = 0.02  # a sample repeats its pass until it lasts about so long
 BLOCKS = 8
+_PAPER = Routing()
 PASSES = ("forward", "forward+backward")
 
-Routing = Callable[[Tensor, Tensor, int], Tensor]  # (B, I, D), (I, D, J, E), iterations -> (B, J, E)
+Route = Callable[[Tensor, Tensor, int], Tensor]  # (B, I, D), (I, D, J, E), iterations -> (B, J, E)
 
 
 def plain(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
@@ -77,9 +78,9 @@ def broadcast(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
     return v[:, 0, :, 0]
 
 
-def ours(u: Tensor, weight: Tensor, iterations: int, **choices: Any) -> Tensor:
-    """The poses, (B, J, E), by the network's own routing; choices as ``training.model.route`` takes them."""
-    return route(u, weight, iterations, **choices)[0]
+def ours(u: Tensor, weight: Tensor, iterations: int, choices: Routing = _PAPER, blocks: int = 1) -> Tensor:
+    """Return the poses, (B, J, E), by the network's own routing; blocks as ``training.model.route`` takes them."""
+    return route(u, weight, replace(choices, iterations=iterations), blocks=blocks)[0]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Variant:
     """One way to compute routing; the first of VARIANTS is the one that the others are compared with."""
 
     name: str
-    routing: Routing
+    routing: Route
     compiled: bool = False
 
 
@@ -130,12 +131,12 @@ class Inputs:
             config.routing_iterations,
         )
 
-    def forward(self, routing: Routing) -> tuple[Tensor, ...]:
+    def forward(self, routing: Route) -> tuple[Tensor, ...]:
         """The poses, computed as for classification, with nothing kept for gradients."""
         with torch.no_grad():
             return (routing(self.u, self.weight, self.iterations),)
 
-    def forward_backward(self, routing: Routing) -> tuple[Tensor, ...]:
+    def forward_backward(self, routing: Route) -> tuple[Tensor, ...]:
         """The poses and the gradients of u and weight."""
         poses = routing(self.u, self.weight, self.iterations)
         return (poses.detach(), *torch.autograd.grad(poses, (self.u, self.weight), self.upstream))
@@ -232,7 +233,7 @@ def compiler_fault(device: torch.device) -> str:
 
 
 def measure(
-    inputs: Inputs, routings: dict[str, Routing], rounds: int, device: torch.device, bar: "tqdm[Any]"
+    inputs: Inputs, routings: dict[str, Route], rounds: int, device: torch.device, bar: "tqdm[Any]"
 ) -> dict[tuple[str, str], dict[str, float]]:
     """Figures of each (pass, variant), by their names in Row; the first routing is what ratios refer to.
 
@@ -327,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         for config, batch in cases:
             bar.set_description(f"{config}, batch {batch}")
             torch.compiler.reset()  # each shape is compiled for itself; past a limit no more would be
-            routings: dict[str, Routing] = {
+            routings: dict[str, Route] = {
                 variant.name: torch.compile(variant.routing, fullgraph=True, dynamic=False)
                 if variant.compiled
                 else variant.routing

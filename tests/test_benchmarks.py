@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import export, routing
 from benchmarks.routing import PASSES, VARIANTS, Variant, main, ours, peak_bytes
-from training.model import CONFIGS, CapsNetConfig
+from training.model import CONFIGS, CapsNetConfig, Routing
 
 QUICK = ["--configs", "compact", "--rounds", "1", "--threads", "1"]
 
@@ -47,7 +47,7 @@ def test_every_variant_is_measured_in_both_passes(tmp_path: Path, capsys: pytest
 def test_a_variant_that_computes_something_else_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    other = Variant("other", partial(ours, agreement="euclidean"))
+    other = Variant("other", partial(ours, choices=Routing(agreement="euclidean")))
     monkeypatch.setattr(routing, "VARIANTS", (VARIANTS[0], other))
     assert main([*QUICK, "--batches", "1", "--out", str(tmp_path / "routing.csv")]) == 1
     assert "compact, batch 1: other: poses differ from the plain loop's by" in capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_a_variant_that_computes_something_else_is_refused(
 def test_a_variant_with_other_gradients_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = Variant("other", partial(ours, gradient=False))
+    other = Variant("other", partial(ours, choices=Routing(gradient=False)))
     monkeypatch.setattr(routing, "VARIANTS", (VARIANTS[0], other))
     assert main([*QUICK, "--batches", "1"]) == 1
     assert "compact, batch 1: other: gradient of u differ from the plain loop's by" in capsys.readouterr().err

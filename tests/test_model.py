@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.model import (
-    AGREEMENTS,
     CONFIGS,
-    NORMALIZATIONS,
     CapsNet,
     CapsNetConfig,
+    Routing,
     lengths,
     max_min,
     route,
     squash,
     to_pixels,
 )
+from training.recipe import AGREEMENTS, NORMALIZATIONS
 
 Array = NDArray[np.float64]
 
@@ -136,7 +136,7 @@ def couplings(iterations: int) -> Tensor:
     for i in range(primaries):
         weight[i, 0, :, i] = VOTE_SIZES[i]
     u = torch.ones(1, primaries, 1, dtype=torch.float64)
-    return unsquashed(route(u, weight, iterations)[0])[0].T / VOTE_SIZES
+    return unsquashed(route(u, weight, Routing(iterations))[0])[0].T / VOTE_SIZES
 
 
 def test_the_papers_network_has_the_papers_parameters() -> None:
@@ -230,7 +230,7 @@ def test_squash_has_the_gradient_of_its_formula() -> None:
 def test_routing_is_procedure_1_of_the_paper(iterations: int) -> None:
     u, weight = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2)
 
-    v = route(u, weight, iterations)[0]
+    v = route(u, weight, Routing(iterations))[0]
 
     expected = np.stack([paper_routing(image, weight.numpy(), iterations) for image in u.numpy()])
     np.testing.assert_allclose(v.numpy(), expected, rtol=0, atol=1e-6)
@@ -243,7 +243,7 @@ def test_routing_with_a_bias_and_other_choices_is_procedure_1_with_these(
 ) -> None:
     u, weight, bias = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2), normal(5, 6, seed=3)
 
-    v = route(u, weight, iterations, bias, agreement, normalization)[0]
+    v = route(u, weight, Routing(iterations, agreement, normalization), bias)[0]
 
     choices = (iterations, bias.numpy(), agreement, normalization)
     expected = [paper_routing(image, weight.numpy(), *choices) for image in u.numpy()]
@@ -259,7 +259,7 @@ def test_the_gradients_of_routing_flow_through_every_iteration(
     # Three parents: of two, Max-Min couples one with 1 and the other with 0, which has no slope.
     inputs = [normal(*shape, seed=seed) for seed, shape in enumerate([(1, 3, 2), (3, 2, 3, 2), (3, 2)])]
     assert torch.autograd.gradcheck(
-        lambda u, weight, bias: route(u, weight, iterations, bias, agreement, normalization, blocks=blocks)[0],
+        lambda u, weight, bias: route(u, weight, Routing(iterations, agreement, normalization), bias, blocks)[0],
         [tensor.requires_grad_() for tensor in inputs],
     )
 
@@ -274,7 +274,7 @@ def test_routing_without_stored_votes_has_the_same_poses_and_gradients(
     results = []
     for count in (1, blocks):
         u, weight = normal(3, 7, 4, seed=1).requires_grad_(), normal(7, 4, 5, 6, seed=2).requires_grad_()
-        v = route(u, weight, iterations, None, agreement, normalization, gradient, count)[0]
+        v = route(u, weight, Routing(iterations, agreement, normalization, gradient), blocks=count)[0]
         results.append((v, *torch.autograd.grad(v.square().sum(), (u, weight))))
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
 
@@ -289,7 +289,7 @@ def test_votes_are_kept_for_the_gradient_only_where_they_are_stored(blocks: int)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        route(u, weight, 3, blocks=blocks)
+        route(u, weight, Routing(), blocks=blocks)
     votes = 3 * 8 * 5 * 6
     assert (votes in kept) == (blocks == 1)
 
@@ -306,7 +306,7 @@ def test_the_poses_in_single_precision_are_those_of_the_plain_loop(
         for image in u.double().numpy()
     ]
     for blocks in (1, 5):
-        v = route(u, weight, iterations, None, agreement, normalization, blocks=blocks)[0]
+        v = route(u, weight, Routing(iterations, agreement, normalization), blocks=blocks)[0]
         np.testing.assert_allclose(v.numpy(), np.stack(plain), rtol=0, atol=1e-5)
 
 
@@ -328,8 +328,8 @@ def test_max_min_of_equal_logits_is_one_and_its_gradient_finite() -> None:
 @ITERATIONS
 def test_without_the_routing_gradient_poses_are_the_same_and_the_couplings_are_constants(iterations: int) -> None:
     u, weight = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2).requires_grad_()
-    whole = route(u, weight, iterations)[0]
-    v = route(u, weight, iterations, gradient=False)[0]
+    whole = route(u, weight, Routing(iterations))[0]
+    v = route(u, weight, Routing(iterations, gradient=False))[0]
     torch.testing.assert_close(v, whole)
 
     # Poses of constant couplings are a function of s = sum_i c_ij W_ij u_i alone: found by scaling the weights.
@@ -370,9 +370,7 @@ def test_a_network_routes_with_the_choices_of_its_config() -> None:
         model.digit_bias.copy_(normal(*model.digit_bias.shape, seed=3))
     batch = images(config, 2)
     u = model.primary_capsules(batch)
-    expected, _ = route(
-        u, model.weight, config.routing_iterations, model.digit_bias, "euclidean", "max-min", gradient=False
-    )
+    expected, _ = route(u, model.weight, Routing(3, "euclidean", "max-min", gradient=False), model.digit_bias)
 
     poses = model(batch)
 
@@ -395,7 +393,7 @@ def test_a_choice_that_does_not_exist_is_refused() -> None:
 def test_one_iteration_is_the_squashed_mean_of_the_votes_over_the_parents() -> None:
     u, weight = normal(2, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2)
     closed_form = squash((u[:, :, :, None, None] * weight).sum(2).sum(1) / 5)
-    torch.testing.assert_close(route(u, weight, 1)[0], closed_form)
+    torch.testing.assert_close(route(u, weight, Routing(1))[0], closed_form)
 
 
 @ITERATIONS
@@ -424,7 +422,7 @@ def test_the_couplings_that_are_told_are_those_that_weigh_the_votes(
     agreement: str, normalization: str, iterations: int, blocks: int
 ) -> None:
     u, weight, bias = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2), normal(5, 6, seed=3)
-    v, c = route(u, weight, iterations, bias, agreement, normalization, blocks=blocks)
+    v, c = route(u, weight, Routing(iterations, agreement, normalization), bias, blocks)
     assert c.shape == (3, 5, 7)
     torch.testing.assert_close(squash(torch.einsum("bji,bid,idje->bje", c, u, weight) + bias), v)
 
@@ -433,7 +431,7 @@ def test_the_couplings_that_are_told_are_those_that_weigh_the_votes(
 def test_a_single_parent_gets_every_vote_whole(iterations: int) -> None:
     u, weight = normal(2, 7, 4, seed=1), normal(7, 4, 1, 6, seed=2)
     every_vote = torch.einsum("bid,idje->bje", u, weight)
-    torch.testing.assert_close(route(u, weight, iterations)[0], squash(every_vote))
+    torch.testing.assert_close(route(u, weight, Routing(iterations))[0], squash(every_vote))
 
 
 @ITERATIONS
@@ -441,8 +439,8 @@ def test_silent_primary_capsules_change_nothing(iterations: int) -> None:
     u, weight = normal(2, 7, 4, seed=1), normal(9, 4, 5, 6, seed=2)
     silent = torch.zeros(2, 2, 4, dtype=torch.float64)
     torch.testing.assert_close(
-        route(torch.cat([u, silent], 1), weight, iterations)[0],
-        route(u, weight[:7], iterations)[0],
+        route(torch.cat([u, silent], 1), weight, Routing(iterations))[0],
+        route(u, weight[:7], Routing(iterations))[0],
         rtol=1e-12,
         atol=1e-12,
     )

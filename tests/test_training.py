@@ -26,7 +26,6 @@ import training.report
 import training.train
 from tests.conftest import ROOT
 from training import checkpoint as checkpoints
-from training import model
 from training import recipe as recipe_choices
 from training.__main__ import main
 from training.callbacks import Interrupted, StopBetweenSteps
@@ -895,9 +894,6 @@ def test_the_help_names_every_setting_of_a_recipe_with_its_default(capsys: pytes
 def test_the_choices_that_are_known_before_pytorch_is_imported_are_those_of_the_code() -> None:
     assert tuple(CONFIGS) == recipe_choices.CONFIG_NAMES
     assert tuple(AUGMENTATIONS) == recipe_choices.AUGMENTATION_NAMES
-    assert recipe_choices.INITIALIZATION_NAMES == model.INITIALIZATIONS
-    assert recipe_choices.AGREEMENT_NAMES == model.AGREEMENTS
-    assert recipe_choices.NORMALIZATION_NAMES == model.NORMALIZATIONS
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,19 +8,16 @@ I = T*h*w primary capsules, D their dimension, J classes (one digit capsule each
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from training.recipe import AGREEMENTS, INITIALIZATIONS, NORMALIZATIONS
+
 KERNEL = 9  # the paper's first convolution is 9x9 with stride 1, without padding
 BIAS = 0.1  # every bias of the authors' code begins with it
-AGREEMENTS = ("scalar-product", "euclidean")
-NORMALIZATIONS = ("softmax", "max-min")
-INITIALIZATIONS = ("pytorch", "authors")
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def votes(u: Tensor, weight: Tensor) -> Tensor:
 def max_min(b: Tensor) -> Tensor:
     """Logits b (B, J, I) to couplings ``(b - min b) / (max b - min b)``, least and greatest over the J parents.
 
-    Max-Min normalisation (Zhao et al., "Capsule Networks with Max-Min Normalization", arXiv 1903.09662) between the
+    Max-Min normalization (Zhao et al., "Capsule Networks with Max-Min Normalization", arXiv 1903.09662) between the
     bounds 0 and 1: of each primary capsule's parents one is coupled with 1 and one with 0, and they need not sum to
     1. Where all logits are equal, as of an only parent, all couplings are 1, as they are before the first update;
     bounds and beginning are our reading, the paper's abstract leaves them open.
@@ -179,44 +176,63 @@ def max_min(b: Tensor) -> Tensor:
     return torch.where(equal, torch.ones_like(b), (b - low) / span)
 
 
-def _weigh(
-    u_hat: Tensor, total: Tensor, squares: Tensor, updates: int, agreement: str, normalization: str, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """What votes (B, J, I, E) bring to s, (B, J, E), coupled by c, (B, J, I), as the poses so far say; see route."""
-    compared = u_hat if gradient else u_hat.detach()  # what the couplings are made from
+@dataclass(frozen=True)
+class Routing:
+    """How votes become poses; agreement, normalization and gradient are those of CapsNetConfig."""
+
+    iterations: int = 3
+    agreement: str = "scalar-product"
+    normalization: str = "softmax"
+    gradient: bool = True
+
+
+#: From the sums over the poses so far, (B, J, E), and over their squares, (B, J, 1), and how many poses they are, to s,
+#: (B, J, E), and its couplings, (B, J, I).
+Weigh = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _weigh(u_hat: Tensor, total: Tensor, squares: Tensor, updates: int, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Return the part of s that votes (B, J, I, E) bring, and their couplings; see Weigh and route."""
+    compared = u_hat if routing.gradient else u_hat.detach()  # what the couplings are made from
     b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
-    if agreement == "euclidean":
+    if routing.agreement == "euclidean":
         b = 2 * b - updates * compared.square().sum(-1) - squares
-    c = max_min(b) if normalization == "max-min" else b.softmax(dim=1)  # over the J parents of each primary capsule
+    # Over the J parents of each primary capsule.
+    c = max_min(b) if routing.normalization == "max-min" else b.softmax(dim=1)
     return (c.unsqueeze(2) @ u_hat).squeeze(2), c
 
 
-def _vote_and_weigh(u: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _weigh(votes(u, weight), *rest)
+def _stored(u: Tensor, weight: Tensor, routing: Routing) -> Weigh:
+    """Compute the votes once, for all iterations."""
+    u_hat = votes(u, weight)
+    return lambda total, squares, updates: _weigh(u_hat, total, squares, updates, routing)
 
 
-def _weigh_by_blocks(blocks: list[tuple[Tensor, Tensor]], *rest: Any) -> tuple[Tensor, Tensor]:
-    """As _weigh, of blocks of u and weight one after the other, keeping no votes for the gradient."""
-    results = [checkpoint(_vote_and_weigh, *block, *rest, use_reentrant=False) for block in blocks]
-    sums, couplings = zip(*results, strict=True)
-    s: Tensor = sum(sums)
-    return s, torch.cat(couplings, 2)
+def _by_blocks(u: Tensor, weight: Tensor, routing: Routing, blocks: int) -> Weigh:
+    """Compute the votes of one block of primary capsules after the other, and keep none for the gradient."""
+    size = math.ceil(len(weight) / blocks)
+    # Split once and not in each iteration: what a split gives back to the gradient is as large as all weights.
+    parts = list(zip(torch.split(u, size, 1), torch.split(weight, size), strict=True))
+
+    def weigh_block(u: Tensor, weight: Tensor, total: Tensor, squares: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+        return _weigh(votes(u, weight), total, squares, updates, routing)
+
+    def weigh(total: Tensor, squares: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+        results = [checkpoint(weigh_block, *part, total, squares, updates, use_reentrant=False) for part in parts]
+        sums, couplings = zip(*results, strict=True)
+        s: Tensor = sum(sums)
+        return s, torch.cat(couplings, 2)
+
+    return weigh
 
 
 def route(
-    u: Tensor,
-    weight: Tensor,
-    iterations: int,
-    bias: Tensor | None = None,
-    agreement: str = "scalar-product",
-    normalization: str = "softmax",
-    gradient: bool = True,
-    blocks: int = 1,
+    u: Tensor, weight: Tensor, routing: Routing, bias: Tensor | None = None, blocks: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Routing by agreement (procedure 1), unrolled for a fixed number of iterations.
 
-    u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s; agreement, normalization and gradient as in
-    CapsNetConfig. Returns the digit capsules' poses v, (B, J, E), and the couplings c of the last iteration, (B, J, I).
+    u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s. Returns the digit capsules' poses v, (B, J, E), and
+    the couplings c of the last iteration, (B, J, I).
 
     Two identities shorten it and change no result; what they save is memory, no time that could be measured. Before
     the first update all couplings are the same, 1/J, so the first iteration is one matrix product that needs no votes.
@@ -229,26 +245,21 @@ def route(
     gradient. Memory for the votes, (B, J, I, E), falls by that factor; the result is the same.
     """
     i, d, j, e = weight.shape
+    softmax = routing.normalization == "softmax"
     s = (u.reshape(-1, i * d) @ weight.reshape(i * d, j * e)).reshape(-1, j, e)  # (B, J, E)
-    if normalization == "softmax":
+    if softmax:
         s = s / j
     v = squash(s if bias is None else s + bias)
-    if iterations == 1:
-        return v, u.new_full((1, j, i), 1 / j if normalization == "softmax" else 1).expand(u.shape[0], j, i)
-    weigh: Callable[..., tuple[Tensor, Tensor]]
-    if blocks == 1:
-        weigh = partial(_weigh, votes(u, weight))
-    else:
-        size = math.ceil(i / blocks)
-        # Split once and not in each iteration: what a split gives back to the gradient is as large as all weights.
-        weigh = partial(_weigh_by_blocks, list(zip(torch.split(u, size, 1), torch.split(weight, size), strict=True)))
-    pose = v if gradient else v.detach()
+    if routing.iterations == 1:
+        return v, u.new_full((1, j, i), 1 / j if softmax else 1).expand(u.shape[0], j, i)
+    weigh = _stored(u, weight, routing) if blocks == 1 else _by_blocks(u, weight, routing, blocks)
+    pose = v if routing.gradient else v.detach()
     total, squares = pose, pose.square().sum(-1, keepdim=True)  # sums over the poses so far: (B, J, E), (B, J, 1)
-    for update in range(1, iterations):
-        s, c = weigh(total, squares, update, agreement, normalization, gradient)
+    for update in range(1, routing.iterations):
+        s, c = weigh(total, squares, update)
         v = squash(s if bias is None else s + bias)
-        if update < iterations - 1:
-            pose = v if gradient else v.detach()
+        if update < routing.iterations - 1:
+            pose = v if routing.gradient else v.detach()
             total, squares = total + pose, squares + pose.square().sum(-1, keepdim=True)
     return v, c
 
@@ -325,16 +336,8 @@ class CapsNet(nn.Module):
     def with_couplings(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The poses, (B, J, E), and the couplings of the last routing iteration, (B, J, I)."""
         config = self.config
-        return route(
-            self.primary_capsules(images),
-            self.weight,
-            config.routing_iterations,
-            self.digit_bias,
-            config.agreement,
-            config.normalization,
-            config.routing_gradient,
-            self.vote_blocks,
-        )
+        routing = Routing(config.routing_iterations, config.agreement, config.normalization, config.routing_gradient)
+        return route(self.primary_capsules(images), self.weight, routing, self.digit_bias, self.vote_blocks)
 
 
 def _stem(config: CapsNetConfig) -> nn.Sequential:

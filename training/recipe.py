@@ -13,9 +13,9 @@ from training.data.specs import NAMES
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
 AUGMENTATION_NAMES = ("affine", "shift", "all-shifts", "none")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-INITIALIZATION_NAMES = ("pytorch", "authors")
-AGREEMENT_NAMES = ("scalar-product", "euclidean")
-NORMALIZATION_NAMES = ("softmax", "max-min")
+INITIALIZATIONS = ("pytorch", "authors")
+AGREEMENTS = ("scalar-product", "euclidean")
+NORMALIZATIONS = ("softmax", "max-min")
 
 DEFAULT_DATASET = "mnist"
 HELD_OUT_SHARE = 12  # MNIST's 60,000 training images hold out 5,000
@@ -132,11 +132,9 @@ class NetworkChanges:
         above=0,
         shown="",
     )
-    initialization: str | None = option(None, "of the convolutions", choices=INITIALIZATION_NAMES, shown="")
-    agreement: str | None = option(None, "of a vote with a pose", choices=AGREEMENT_NAMES, shown="")
-    normalization: str | None = option(
-        None, "of the routing logits to couplings", choices=NORMALIZATION_NAMES, shown=""
-    )
+    initialization: str | None = option(None, "of the convolutions", choices=INITIALIZATIONS, shown="")
+    agreement: str | None = option(None, "of a vote with a pose", choices=AGREEMENTS, shown="")
+    normalization: str | None = option(None, "of the routing logits to couplings", choices=NORMALIZATIONS, shown="")
     routing_gradient: bool | None = option(
         None, "let gradients flow through the couplings (the authors' code)", parse=bool, shown=""
     )
