@@ -60,7 +60,7 @@ class EinsumNetwork(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """What comes before routing and squash, as ``poses``, to tell how much of the time the rest takes."""
+    """The layers before routing and squash, as ``poses``, to tell how much of the time the rest takes."""
 
     def __init__(self, network: CapsNet) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def in_pytorch(module: Callable[[Tensor], Tensor]) -> Predict:
 
 
 def in_openvino(file: Path, threads: int) -> Predict | None:
-    """None where OpenVINO is not installed."""
+    """Compile the graph with OpenVINO; None where that is not installed."""
     if importlib.util.find_spec("openvino") is None:
         return None
     openvino = importlib.import_module("openvino")
@@ -137,7 +137,7 @@ def export_plainly(module: nn.Module, outputs: list[str], config: CapsNetConfig,
 
 
 def variants(network: CapsNet, folder: Path, threads: int, compile_: bool) -> dict[str, Predict | str]:
-    """What is compared, by name; a text in the place of what cannot be run here says why."""
+    """Make what is compared, by name; a text in the place of what cannot be run here says why."""
     torch.set_num_threads(threads)
     model = to_onnx(network)
     config = network.config

@@ -109,7 +109,7 @@ class DifferentResult(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What routing is run on. u: (B, I, D); weight: (I, D, J, E); upstream, the poses' gradient: (B, J, E)."""
+    """The inputs of routing. u: (B, I, D); weight: (I, D, J, E); upstream, the poses' gradient: (B, J, E)."""
 
     u: Tensor
     weight: Tensor

@@ -1,1 +1,1 @@
-"""From a trained checkpoint to a verified ONNX artifact."""
+"""Export of a trained checkpoint as a verified ONNX artifact."""

@@ -74,17 +74,7 @@ def export_checkpoint(
     with ArtifactWriter(out, name, version) as writer:
         expected = reference(network, dataset.test_images, dataset.test_labels)
         graphs = _Graphs(writer, _Title(name, version, training), expected)
-        model = to_onnx(network, opset)
-        graphs.add_variant(PRECISIONS[0], model)
-        _check_figures(checkpoint, graphs.variants[PRECISIONS[0]])
-        if engine:  # soon, since it is the most likely to fail
-            graphs.add_engine(batches)
-        graphs.try_variant("int8", lambda: to_int8(model, calibration_images(dataset)))
-        graphs.try_variant("fp16", lambda: to_fp16(model))
-        graphs.add_explanation(network, opset)
-        if network.decoder is not None:
-            graphs.add_decoder(network, opset)
-        graphs.measure_speeds(dataset.test_images)
+        graphs.add_all(network, checkpoint, dataset, opset, batches if engine else None)
         page = certificate(name, version, training, graphs.variants, graphs.graphs, writer.files, graphs.failures)
         writer.write_text(CERTIFICATE, page)
         artifact = writer.finish(
@@ -118,7 +108,7 @@ def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Ten
 
 @dataclass(frozen=True)
 class _Title:
-    """What every graph of an artifact says of itself."""
+    """The description that every graph of an artifact carries."""
 
     name: str
     version: str
@@ -157,6 +147,25 @@ class _Graphs:
         self.variants: dict[str, Variant] = {}
         self.graphs: dict[str, Graph] = {}
         self.failures: dict[str, str] = {}
+
+    def add_all(
+        self, network: CapsNet, checkpoint: Checkpoint, dataset: Dataset, opset: int, engine: BatchProfile | None
+    ) -> None:
+        """Add every graph of a network; engine: the batches of a TensorRT engine, None for no engine.
+
+        Raises CheckpointError where the figures of the checkpoint are not those of its weights.
+        """
+        model = to_onnx(network, opset)
+        self.add_variant(PRECISIONS[0], model)
+        _check_figures(checkpoint, self.variants[PRECISIONS[0]])
+        if engine:  # soon, since it is the most likely to fail
+            self.add_engine(engine)
+        self.try_variant("int8", lambda: to_int8(model, calibration_images(dataset)))
+        self.try_variant("fp16", lambda: to_fp16(model))
+        self.add_explanation(network, opset)
+        if network.decoder is not None:
+            self.add_decoder(network, opset)
+        self.measure_speeds(dataset.test_images)
 
     def add_variant(self, precision: str, model: onnx.ModelProto) -> None:
         """Add a graph that classifies."""

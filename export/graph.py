@@ -15,7 +15,7 @@ from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 
 BATCH = "batch"
 
-_LARGEST_MATMUL_RANK = 4
+_MAX_MATMUL_RANK = 4
 
 
 class GraphError(RuntimeError):
@@ -31,14 +31,14 @@ class Value(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What a graph takes and gives, by name and in order; every value has the open batch axis in front."""
+    """Inputs and outputs of a graph, by name and in order; every value has the open batch axis in front."""
 
     inputs: Mapping[str, Value]
     outputs: Mapping[str, Value]
 
 
 def served_signature(config: CapsNetConfig) -> Signature:
-    """Of the graphs that classify."""
+    """Return the signature of the graphs that classify."""
     return Signature(
         {"images": Value("UINT8", config.image_shape, "Pixels from 0 to 255; the graph brings them to 0 to 1.")},
         {
@@ -49,7 +49,7 @@ def served_signature(config: CapsNetConfig) -> Signature:
 
 
 def explain_signature(config: CapsNetConfig) -> Signature:
-    """Of the graph that classifies and tells its couplings."""
+    """Return the signature of the graph that classifies and tells its couplings."""
     served = served_signature(config)
     shape = (config.classes, config.primary_capsules)
     meaning = "How much of each primary capsule's vote each class got in the last routing iteration, c."
@@ -57,7 +57,7 @@ def explain_signature(config: CapsNetConfig) -> Signature:
 
 
 def decoder_signature(config: CapsNetConfig) -> Signature:
-    """Of the graph that reconstructs."""
+    """Return the signature of the graph that reconstructs."""
     return Signature(
         {
             "pose": Value("FLOAT", (config.digit_dim,), "The pose of one class."),
@@ -68,7 +68,7 @@ def decoder_signature(config: CapsNetConfig) -> Signature:
 
 
 class ServedNetwork(nn.Module):
-    """What is served: the network without its decoder, with the normalisation of pixels inside.
+    """The served network: without its decoder, with the normalization of pixels inside.
 
     ``forward`` takes uint8 images (B, C, H, W), 0 to 255, and returns the probabilities (B, J) and the poses
     (B, J, E), both float32.
@@ -84,7 +84,7 @@ class ServedNetwork(nn.Module):
 
 
 class Explanation(nn.Module):
-    """As ServedNetwork, with the couplings of the last routing iteration, (B, J, I), as a third output."""
+    """A ServedNetwork with the couplings of the last routing iteration, (B, J, I), as a third output."""
 
     def __init__(self, network: CapsNet) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def check(model: onnx.ModelProto, signature: Signature) -> None:
             raise GraphError(f"the graph holds an Einsum ({node.name})")
         if node.op_type == "MatMul":
             rank = max(ranks[name] for name in (*node.input, *node.output))
-            if rank > _LARGEST_MATMUL_RANK:
+            if rank > _MAX_MATMUL_RANK:
                 raise GraphError(f"the graph holds a MatMul over {rank} axes ({node.name})")
 
 

@@ -30,7 +30,7 @@ def parse_version(text: str) -> str:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a checkpoint is exported. Raises ValueError where options are wrong.
+    """The choices of an export. Raises ValueError where options are wrong.
 
     batches: the usual and the largest, as ``--batches`` takes them.
     """
@@ -71,5 +71,5 @@ class ExportOptions:
 
     @property
     def profile(self) -> BatchProfile:
-        """The sizes of batches that TensorRT is to expect."""
+        """Return the sizes of batches that TensorRT is to expect."""
         return BatchProfile(1, *self.batches)

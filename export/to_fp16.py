@@ -60,7 +60,7 @@ def to_fp16(model: ModelProto) -> ModelProto:
 
 
 def _half(graph: GraphProto) -> tuple[set[str], set[str]]:
-    """What is float16 in a graph with all shapes: the first outputs of the nodes, and all values and initializers."""
+    """Return what becomes float16 in a graph with all shapes: nodes, by their first outputs, and values."""
     initializers = {tensor.name for tensor in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}

@@ -22,18 +22,18 @@ _BEGINNINGS = (
     ("Cast", "Div", "Conv", "Relu", "Conv"),
     ("Cast", "Div", "Conv", "Relu", "Div", "Conv"),  # with a primary divisor
 )
-_LARGEST = 255  # of uint8
-_LARGEST_WEIGHT = 127  # of int8, made symmetric
+_MAX_ACTIVATION = 255  # of uint8
+_MAX_WEIGHT = 127  # of int8, made symmetric
 # An int32 sum begins with the bias. This leaves half of its range to the products.
-_LARGEST_BIAS = 2**30
-_SMALLEST_STEP = 1e-12  # where all activations are 0
+_MAX_BIAS = 2**30
+_MIN_STEP = 1e-12  # where all activations are 0
 _BATCH_SIZE = 64
 
 _Floats = NDArray[np.float64]
 
 
 class _Layers(NamedTuple):
-    """What the graph begins with: its nodes in order, and their constants.
+    """The beginning of the graph: its nodes in order, and their constants.
 
     255, by which pixels are divided; the divisor of the features; weights (O, I, 9, 9) and bias (O,) of each
     convolution O channels from I; the second convolution's stride.
@@ -48,7 +48,7 @@ class _Layers(NamedTuple):
 
 
 class _Ranges(NamedTuple):
-    """Of the activations: the greatest feature after ReLU and division; least and greatest of each channel (T*D,)."""
+    """Ranges of the activations: the greatest feature after ReLU and division; the ends of each channel's, (T*D,)."""
 
     feature: float
     low: _Floats
@@ -169,8 +169,8 @@ class _Beginning:
         self.constants: list[TensorProto] = []
         first, second = (node for node in layers.nodes if node.op_type == "Conv")
         pixel = 1 / layers.pixel_divisor
-        feature = max(ranges.feature / _LARGEST, _SMALLEST_STEP)
-        steps = np.maximum((ranges.high - ranges.low) / _LARGEST, _SMALLEST_STEP)  # (T*D,)
+        feature = max(ranges.feature / _MAX_ACTIVATION, _MIN_STEP)
+        steps = np.maximum((ranges.high - ranges.low) / _MAX_ACTIVATION, _MIN_STEP)  # (T*D,)
         zeros = np.rint(-ranges.low / steps)  # what stands for 0, (T*D,)
         zero = self._constant("zero", np.uint8(0))
 
@@ -188,8 +188,8 @@ class _Beginning:
 
     def _convolve(self, layer: NodeProto, value: str, weight: _Floats, bias: _Floats, step: float) -> str:
         """``layer`` on a value with the given step, with another weight and bias; returns the output's name."""
-        steps = np.maximum(np.abs(weight).max((1, 2, 3)) / _LARGEST_WEIGHT, np.abs(bias) / (step * _LARGEST_BIAS))
-        steps = np.maximum(steps, _SMALLEST_STEP).astype(np.float32)
+        steps = np.maximum(np.abs(weight).max((1, 2, 3)) / _MAX_WEIGHT, np.abs(bias) / (step * _MAX_BIAS))
+        steps = np.maximum(steps, _MIN_STEP).astype(np.float32)
         bias_steps = np.float32(step) * steps  # exactly the product, as ONNX Runtime takes it to be
         integers = np.rint(weight / steps[:, None, None, None]).astype(np.int8)
         bias_integers = np.rint(bias / bias_steps).astype(np.int32)

@@ -24,7 +24,7 @@ from export.options import OPSET
 from training.model import CapsNet
 
 # The exporter takes an axis of length 1 for a fixed one.
-_EXAMPLES = 2
+_EXAMPLE_IMAGES = 2
 
 
 def to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
@@ -36,7 +36,7 @@ def to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
 
 
 def explanation_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
-    """As ``to_onnx``, with the couplings of the last routing iteration as a third output."""
+    """Export as ``to_onnx`` does, with the couplings of the last routing iteration as a third output."""
     return _export(Explanation(network), _images(network), explain_signature(network.config), opset)
 
 
@@ -44,14 +44,14 @@ def decoder_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
     """The decoder, which the network must have, as a graph from a pose and its class to an image."""
     config = network.config
     example = {
-        "pose": torch.zeros(_EXAMPLES, config.digit_dim),
-        "class": torch.zeros(_EXAMPLES, dtype=torch.int64),
+        "pose": torch.zeros(_EXAMPLE_IMAGES, config.digit_dim),
+        "class": torch.zeros(_EXAMPLE_IMAGES, dtype=torch.int64),
     }
     return _export(LiveDecoder(network), example, decoder_signature(config), opset)
 
 
 def _images(network: CapsNet) -> dict[str, Tensor]:
-    return {"images": torch.zeros((_EXAMPLES, *network.config.image_shape), dtype=torch.uint8)}
+    return {"images": torch.zeros((_EXAMPLE_IMAGES, *network.config.image_shape), dtype=torch.uint8)}
 
 
 def _export(module: nn.Module, example: Mapping[str, Tensor], signature: Signature, opset: int) -> onnx.ModelProto:

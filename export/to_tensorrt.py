@@ -14,7 +14,7 @@ from typing import Any
 
 from serving.tensorrt_options import BatchProfile
 
-_OLDEST = 10
+_MIN_MAJOR_VERSION = 10
 _INSTALL = (
     "install tensorrt-cu13 (for a driver of CUDA 13; tensorrt-cu12 for one of CUDA 12) from NVIDIA's package index, as "
     "its documentation says, or work in NVIDIA's TensorRT container"
@@ -90,9 +90,9 @@ def _tensorrt() -> Any:
             "the Python package tensorrt is installed, but the libraries that it needs (libnvinfer, libnvonnxparser "
             f"of the same version, NVIDIA's driver) do not load: {error}; {_INSTALL}"
         ) from error
-    if int(tensorrt.__version__.partition(".")[0]) < _OLDEST:
+    if int(tensorrt.__version__.partition(".")[0]) < _MIN_MAJOR_VERSION:
         raise TensorRTMissing(
-            f"TensorRT {tensorrt.__version__} is installed, and {_OLDEST} or newer is needed: {_INSTALL}"
+            f"TensorRT {tensorrt.__version__} is installed, and {_MIN_MAJOR_VERSION} or newer is needed: {_INSTALL}"
         )
     return tensorrt
 

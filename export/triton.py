@@ -30,7 +30,7 @@ class TritonError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """How Triton serves the model.
+    """Triton's settings for the model.
 
     model_file: the model's file in a version's folder.
     max_batch_size: most images in one batch; usual_batch_size: what TensorRT is to be fastest at.
@@ -75,7 +75,7 @@ def config(
     pose_size: int,
     options: Options = _DEFAULTS,
 ) -> str:
-    """The model's configuration, the text of ``config.pbtxt``.
+    """Return the model's configuration, the text of ``config.pbtxt``.
 
     name: that of the model's folder. labels: J of them. image_shape: (C, H, W) of the uint8 input ``images``;
     pose_size: E of the output ``poses``, (J, E). Triton's shapes are without the batch axis.
@@ -87,17 +87,7 @@ def config(
     if not labels:
         raise TritonError("there are no labels")
     image, classes = _dims(image_shape), len(labels)
-    warmups = "\n".join(
-        f"""model_warmup {{
-  name: "random pixels, batch of {size}"
-  batch_size: {size}
-  inputs {{
-    key: {_quoted(INPUT)}
-    value {{ data_type: TYPE_UINT8 dims: {image} random_data: true }}
-  }}
-}}"""
-        for size in sorted({1, min(2, options.max_batch_size), options.max_batch_size})
-    )
+    warmups = _warmups(image, options.max_batch_size)
     text = f"""name: {_quoted(name)}
 backend: "onnxruntime"
 default_model_filename: {_quoted(options.model_file)}
@@ -156,10 +146,25 @@ def write(
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raises TritonError where a label has a line break, since Triton reads one label a line."""
+    """Raise TritonError where a label has a line break, since Triton reads one label a line."""
     for label in labels:
         if "\n" in label or "\r" in label:
             raise TritonError(f"the label {label!r} has a line break; Triton reads one label a line")
+
+
+def _warmups(image: str, max_batch_size: int) -> str:
+    """Return requests of random pixels, of small batches and the largest, that Triton computes at its start."""
+    return "\n".join(
+        f"""model_warmup {{
+  name: "random pixels, batch of {size}"
+  batch_size: {size}
+  inputs {{
+    key: {_quoted(INPUT)}
+    value {{ data_type: TYPE_UINT8 dims: {image} random_data: true }}
+  }}
+}}"""
+        for size in sorted({1, min(2, max_batch_size), max_batch_size})
+    )
 
 
 def _accelerator(image_shape: tuple[int, int, int], options: Options) -> str:

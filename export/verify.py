@@ -32,7 +32,7 @@ class ParityError(RuntimeError):
 
 
 class Tolerance(NamedTuple):
-    """What a graph may differ by from PyTorch in single precision; None for anything.
+    """The largest differences from PyTorch in single precision that are accepted of a graph; None for any.
 
     difference: of a probability or a component of a pose, and mean_difference the mean of them all; labels_changed and
     more_errors: shares of the test images. A share of a small test set is rounded up to whole images.
@@ -60,7 +60,7 @@ class Prediction(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What PyTorch computes: probabilities (B, J) and poses (B, J, E) of the test images and then the edge images.
+    """The results of PyTorch: probabilities (B, J) and poses (B, J, E) of the test images and then the edge images.
 
     images: uint8 (B, C, H, W); labels: int64 (M,) or (M, K), of the test images alone.
     """

@@ -919,7 +919,7 @@ def test_what_can_be_refused_without_pytorch_is_refused_before_it_is_imported(tm
         (2, "--learning-rate=inf", "learning_rate: inf; expected a finite number"),
         (2, "--ema-decay=1", "ema_decay: 1.0; expected a number below 1"),
         (2, "--routing-iterations=0", "routing_iterations: 0; expected 1 or more"),
-        (2, f"--out={tmp_path}/finished", "holds a finished run; --out chooses another folder"),
+        (2, f"--out={tmp_path}/finished", "holds a finished run; --resume with more --epochs goes on"),
         (2, f"--out={tmp_path}/begun", "holds a run; --resume continues it"),
         (2, f"--out={tmp_path}/none --resume", "nothing to resume"),
         (1, f"--data={tmp_path}/nowhere", "no such folder"),
@@ -996,6 +996,49 @@ def test_a_held_out_loss_that_is_never_a_number_is_told(tmp_path: Path, monkeypa
     with pytest.raises(TrainingError, match="held-out loss was a finite number in none of the 3 epochs"):
         train(tmp_path)
     assert not (tmp_path / CHECKPOINT_FILE).exists()
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_keeps_its_first_network(
+    command: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*FLAGS, f"--out={command}"]
+    assert main([*flags, "--epochs=1"]) == 0
+    first = checkpoints.load(command / CHECKPOINT_FILE)
+    assert main([*flags, "--epochs=1", "--resume"]) == 2
+    assert "this run is finished" in capsys.readouterr().err
+    assert main([*flags, "--epochs=2", "--seed=4", "--resume"]) == 2
+    assert "the settings differ" in capsys.readouterr().err
+
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(patch, STEPS_PER_EPOCH + 2, interrupt)
+        assert main([*flags, "--epochs=2", "--resume"]) == 130
+    assert_same(checkpoints.load(command / "capsnet-1.pt"), first)
+    assert main([*flags, "--epochs=2", "--resume"]) == 0
+
+    last = torch.load(command / RESUME_FILE, weights_only=True)
+    assert last["global_step"] == 2 * STEPS_PER_EPOCH
+    assert len(epoch_figures(command, "held_out_loss")) == 2
+    assert checkpoints.load(command / CHECKPOINT_FILE).recipe["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_where_memory_runs_out_the_flags_that_need_less_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(training.train, "margin_loss", Mock(side_effect=error))
+    with pytest.raises(TrainingError, match="out of memory; a smaller --batch-size, --vote-blocks 8 or --precision"):
+        train(tmp_path)
+    monkeypatch.setattr(training.train, "margin_loss", Mock(side_effect=RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        train(tmp_path / "another")
 
 
 def test_the_resume_file_is_no_checkpoint_to_export(finished: tuple[Checkpoint, Path]) -> None:

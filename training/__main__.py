@@ -10,12 +10,17 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from serving.files.options import add_flags, read
 from training.data.folder import find_images
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
 from training.run_folder import CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE, SETTINGS_FILE
+
+if TYPE_CHECKING:
+    from training.data.datasets import Dataset
+    from training.train import Result
 
 _logger = logging.getLogger(__name__)
 
@@ -85,15 +90,36 @@ def _check_folder(folder: Path, settings: str, resume: bool) -> None:
     written = folder / SETTINGS_FILE
     if not resume:
         if finished:
-            raise Refused(f"{folder}: holds a finished run; --out chooses another folder (--resume continues none)")
+            raise Refused(
+                f"{folder}: holds a finished run; --resume with more --epochs goes on, --out chooses another folder"
+            )
         if begun:
             raise Refused(f"{folder}: holds a run; --resume continues it, --out chooses another folder")
-    elif finished:
-        raise Refused(f"{folder}: this run is finished, {CHECKPOINT_FILE} is there; nothing to resume")
     elif not begun:
         raise Refused(f"{folder}: nothing to resume, there is no {RESUME_FILE}")
-    elif not written.exists() or written.read_text() != settings:
+    elif finished and written.exists() and written.read_text() == settings:
+        raise Refused(
+            f"{folder}: this run is finished, {CHECKPOINT_FILE} is there; nothing to resume, but more --epochs go on"
+        )
+    elif not written.exists() or (written.read_text() != settings and not (finished and _goes_on(written, settings))):
         raise Refused(f"--resume: the settings differ from those in {written}; give the same ones")
+
+
+def _goes_on(written: Path, settings: str) -> bool:
+    """Tell whether the settings are those of a run's folder with more epochs."""
+    before, now = (_without_epochs(text) for text in (written.read_text(), settings))
+    return before[0] < now[0] and before[1] == now[1]
+
+
+def _without_epochs(settings: str) -> tuple[int, dict[str, Any]]:
+    content = json.loads(settings)
+    return content["recipe"].pop("epochs"), content
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep a finished run's network under the number of its epochs, so that the run counts as begun again."""
+    epochs, _ = _without_epochs((folder / SETTINGS_FILE).read_text())
+    (folder / CHECKPOINT_FILE).rename(folder / f"capsnet-{epochs}.pt")
 
 
 def _train(
@@ -105,7 +131,7 @@ def _train(
     settings: str,
 ) -> int:
     """Train with PyTorch, print what was measured, and write the report. Returns the command's exit status."""
-    from training import report, train
+    from training import train
     from training.callbacks import Interrupted
     from training.data import datasets
     from training.model import CONFIGS
@@ -127,7 +153,9 @@ def _train(
         channels, size, _ = dataset.image_shape
         config = replace(config, image_channels=channels, image_size=size, classes=len(dataset.labels))
         folder.mkdir(parents=True, exist_ok=True)
-        if first and not options.resume:
+        if first:
+            if options.resume and (folder / CHECKPOINT_FILE).exists():
+                _set_aside(folder)
             (folder / SETTINGS_FILE).write_text(settings)
         result = train.run(config, dataset, recipe, folder, resume=options.resume)
     except (DatasetError, train.TrainingError, ValueError, OSError) as error:
@@ -141,6 +169,14 @@ def _train(
         return 130
     if result is None:
         return 0
+    _tell(folder, result, dataset)
+    return 0
+
+
+def _tell(folder: Path, result: "Result", dataset: "Dataset") -> None:
+    """Print the test error, and write the report."""
+    from training import report
+
     figures = result.checkpoint.figures
     percent = 100 * figures["test_errors"] / figures["test_images"]
     print(f"test error {percent:.2f} % ({figures['test_errors']} of {figures['test_images']} images)")
@@ -151,7 +187,6 @@ def _train(
     except Exception as error:  # drawing can fail in many ways, and what counts is written
         _logger.warning("%s could not be written: %s", folder / REPORT_FILE, error)
     print(f"wrote {' and '.join(map(str, written))}")
-    return 0
 
 
 if __name__ == "__main__":

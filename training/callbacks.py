@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: interruption, keeping the best epoch, writing whole files."""
+"""Callbacks around the steps of a run: interruption, keeping the best epoch, writing whole files."""
 
 import math
 import signal

@@ -33,7 +33,7 @@ class Checkpoint:
     state_dict: dict[str, torch.Tensor]
 
     def model(self) -> CapsNet:
-        """The network with its weights, in evaluation mode. Raises CheckpointError where the weights do not fit."""
+        """Return the network, in evaluation mode. Raises CheckpointError where the weights do not fit its config."""
         model = CapsNet(self.config)
         try:
             model.load_state_dict(self.state_dict)

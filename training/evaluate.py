@@ -22,7 +22,7 @@ def most_probable(probabilities: Tensor, count: int = 1) -> Tensor:
 
 
 def wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Which images get other classes than their labels, (B,) bool.
+    """Mark the images that get other classes than their labels, (B,) bool.
 
     probabilities: (B, J); labels: int64 (B,), or (B, K) of images with K objects of different classes, of which the K
     most probable classes must be all (the paper's measure for overlapping digits, section 6).
@@ -39,7 +39,7 @@ def mistakes(model: CapsNet, images: Tensor, labels: Tensor) -> list[int]:
 
 
 def confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """How often each class (row) was taken for each class (column): (J, J) int64.
+    """Count how often each class (row) was taken for each class (column): (J, J) int64.
 
     probabilities: (M, J); labels: (M,), or (M, K), of which the K most probable classes are the answer. Of these, what
     is both a label and in the answer counts on the diagonal; the labels missed count in the columns of the classes

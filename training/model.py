@@ -178,7 +178,7 @@ def max_min(b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """How votes become poses; agreement, normalization and gradient are those of CapsNetConfig."""
+    """The choices of routing; agreement, normalization and gradient are those of CapsNetConfig."""
 
     iterations: int = 3
     agreement: str = "scalar-product"

@@ -33,7 +33,7 @@ from training.model import CapsNet
 from training.run_folder import checkpoint_path
 
 OFFSETS = tuple(step / 20 for step in range(-5, 6))  # added to a pose's dimension: -0.25 to +0.25 (section 5.1)
-RECONSTRUCTED_CLASSES = 10
+MAX_RECONSTRUCTED_CLASSES = 10
 MAX_DRAWN_MISTAKES = 40
 MISTAKES_A_ROW = 8
 DPI = 120
@@ -116,16 +116,16 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     return figure.add_axes(place)
 
 
-def first_of_each_class(labels: Tensor, classes: int, most: int = RECONSTRUCTED_CLASSES) -> list[int]:
-    """The first image of each of the first ``most`` classes that have one; labels: (M,) or (M, K)."""
+def first_of_each_class(labels: Tensor, classes: int, maximum: int = MAX_RECONSTRUCTED_CLASSES) -> list[int]:
+    """Return the first image of each of the first ``maximum`` classes that have one; labels: (M,) or (M, K)."""
     labels = labels.reshape(len(labels), -1)
     present = (torch.nonzero((labels == one).any(1)).flatten() for one in range(classes))
     firsts = [int(indices[0]) for indices in present if len(indices)]
-    return list(dict.fromkeys(firsts))[:most]  # an image of several objects may be the first of two classes
+    return list(dict.fromkeys(firsts))[:maximum]  # an image of several objects may be the first of two classes
 
 
 def first_right(model: CapsNet, images: Tensor, labels: Tensor, category: int | None = None) -> int | None:
-    """The first image, of a class if given, that is classified right; None where there is none.
+    """Find the first image, of a class if given, that is classified right; None where there is none.
 
     images: uint8 (M, C, H, W); labels: (M,) or (M, K). Runs the network no further than to that image's batch.
     """
@@ -141,7 +141,7 @@ def first_right(model: CapsNet, images: Tensor, labels: Tensor, category: int | 
 
 @torch.inference_mode()
 def reconstruct(model: CapsNet, poses: Tensor, classes: Tensor) -> Tensor:
-    """What the decoder makes of the poses (B, J, E) of the classes (B,): (B, C, H, W), 0 to 1, on the CPU.
+    """Decode the poses (B, J, E) of the classes (B,) to images (B, C, H, W), 0 to 1, on the CPU.
 
     Raises PictureError for a network without a decoder.
     """
@@ -218,7 +218,7 @@ def decoder_picture(model: CapsNet, names: Sequence[str], images: Tensor, labels
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """To two digits, with no negative zero."""
+    """Round to two digits, with no negative zero."""
     return [round(value, 2) + 0.0 for value in values.tolist()]
 
 
@@ -304,7 +304,7 @@ def curves_picture(curves: dict[str, dict[int, float]], selected: int | None = N
 
 
 def confusion_picture(counts: Tensor, names: Sequence[str]) -> Figure:
-    """The confusion matrix (J, J) with its counts, rows for labels.
+    """Draw the confusion matrix (J, J) with its counts, rows for labels.
 
     Only mistakes have a colour, by the square root of their number, so that neither the diagonal drowns them nor a
     frequent one the rare.

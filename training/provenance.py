@@ -1,4 +1,4 @@
-"""Where a run's figures come from: the command, the commit and the device."""
+"""The origin of a run's figures: the command, the commit and the device."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ import torch
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What one needs to repeat a run: ``command``, ``commit``, ``device`` and ``torch``, all texts.
+    """Collect the facts that one needs to repeat a run: ``command``, ``commit``, ``device`` and ``torch``, all texts.
 
     commit: of the source as git knows it, with ``+changes`` where files differ from it; empty outside a checkout.
     """
@@ -33,7 +33,7 @@ def _command() -> str:
 
 
 def process_count(variable: str = "WORLD_SIZE") -> int:
-    """How many processes torchrun has started, on all machines or, by ``LOCAL_WORLD_SIZE``, on this one; else 1."""
+    """Count torchrun's processes, on all machines or, by ``LOCAL_WORLD_SIZE``, on this one; 1 without torchrun."""
     return int(os.environ.get(variable, 1))
 
 

@@ -44,7 +44,7 @@ def parse_stem(text: str) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Every field is a flag of ``python -m training``. Raises ValueError on a wrong one.
+    """The choices of a training. Every field is a flag of ``python -m training``. Raises ValueError on a wrong one.
 
     augment: None for the data set's own: ``none`` where images are composed of objects at random places, as they are
     in the papers, else ``affine``. per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
@@ -162,7 +162,7 @@ class NetworkChanges:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is trained, on what, and where the run is kept. Raises ValueError where options do not go together."""
+    """The network, the data and the folder of a run. Raises ValueError where options do not go together."""
 
     config: str = option("compact", "the network", choices=CONFIG_NAMES)
     dataset: str | None = option(None, "what it learns", choices=NAMES, shown=DEFAULT_DATASET)

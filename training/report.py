@@ -1,4 +1,4 @@
-"""What a finished run leaves to be read: one page, ``report.md``, and its pictures.
+"""The report of a finished run: one page, ``report.md``, and its pictures.
 
 ``python -m training.report RUN`` writes them again.
 """
@@ -68,7 +68,7 @@ def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabi
 
 
 def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of a share of which ``count`` of ``total`` were seen, as two numbers from 0 to 1.
+    """Return the interval of a share of which ``count`` of ``total`` were seen, as two numbers from 0 to 1.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference" (1927). Raises ValueError
     where count is not between 0 and total, or total is 0.
@@ -83,7 +83,7 @@ def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def epoch_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """What was logged by epoch, ``{name: {epoch: value}}`` with epochs from 1, of a run and its resumptions.
+    """Read the figures that a run and its resumptions logged by epoch: ``{name: {epoch: value}}``, epochs from 1.
 
     Each resumption has its own ``logs/version_N/metrics.csv``; where an epoch is in several, the latest counts. A
     line that was cut off is left out.
@@ -187,14 +187,14 @@ def _facts(checkpoint: Checkpoint, dataset: Dataset, network: str) -> list[tuple
 
 
 def _network(checkpoint: Checkpoint) -> str:
-    """The name of the config, whatever the sizes that follow from the data."""
+    """Return the name of the config; the sizes that follow from the data do not count."""
     config = checkpoint.config
     sizes = {name: getattr(config, name) for name in ("image_channels", "image_size", "classes")}
     return next((name for name, known in CONFIGS.items() if replace(known, **sizes) == config), "own config")
 
 
 def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
-    """The section with the errors of each class, the worst first where there are many."""
+    """Return the section with the errors of each class, the worst first where there are many."""
     totals = counts.sum(1).tolist()
     missed = (counts.sum(1) - counts.diagonal()).tolist()
     off_diagonal = counts.clone().fill_diagonal_(0)

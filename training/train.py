@@ -179,11 +179,7 @@ def run(
     model = module.model.eval()
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "train_images": len(train)}
     if selection:
-        figures |= {
-            "selected_epoch": kept["epoch"] + 1,
-            "held_out_errors": len(mistakes(model, *selection)),
-            "held_out_images": len(held_out),
-        }
+        figures |= _selection_figures(model, selection, kept["epoch"] + 1)
     probabilities, tested = _test(model, dataset)
     figures |= {**tested, "seconds": round(timer.time_elapsed("train"), 1), **origin}
     state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
@@ -202,6 +198,12 @@ def _held_out_images(dataset: Dataset, held_out: Tensor, seed: int) -> Labelled 
     return scenes(images, labels, dataset.objects, dataset.canvas, seeded(seed, -1))
 
 
+def _selection_figures(model: CapsNet, selection: Labelled, epoch: int) -> dict[str, int]:
+    """Return the figures of the selection of an epoch, counted from 1, on the held-out images."""
+    errors = len(mistakes(model, *selection))
+    return {"selected_epoch": epoch, "held_out_errors": errors, "held_out_images": len(selection[1])}
+
+
 def _fit(
     trainer: lightning.Trainer,
     module: Training,
@@ -209,7 +211,10 @@ def _fit(
     selection: Labelled | None,
     resume_from: Path | None,
 ) -> None:
-    """Have Lightning train; a Ctrl-C that comes before the first step stays a KeyboardInterrupt."""
+    """Have Lightning train.
+
+    Raises TrainingError where memory runs out, and KeyboardInterrupt on a Ctrl-C that comes before the first step.
+    """
     with warnings.catch_warnings():
         # Advice on worker processes and logging intervals, which data held in memory has no use for.
         warnings.filterwarnings("ignore", module="lightning")
@@ -223,6 +228,17 @@ def _fit(
             )
         except SystemExit as error:  # which Lightning makes of it
             raise KeyboardInterrupt from error
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                "out of memory; a smaller --batch-size, --vote-blocks 8 or --precision bf16-mixed take less"
+            ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether PyTorch or Python found no memory; on a CPU PyTorch says so in the text alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _test(model: CapsNet, dataset: Dataset) -> tuple[Tensor, dict[str, Any]]:

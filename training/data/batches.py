@@ -42,7 +42,7 @@ class Batches:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The rest of the epoch that the steps done lead into."""
+        """Yield the rest of the epoch that the steps done lead into."""
         epoch, position = divmod(self.steps_done(), len(self))
         drawn = generator(self.seed, epoch)
         order = torch.randperm(len(self.images), generator=drawn)

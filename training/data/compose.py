@@ -39,7 +39,7 @@ def combine(parts: Tensor) -> Tensor:
 
 
 def members(labels: Tensor, objects: int, generator: torch.Generator) -> Tensor:
-    """Which images each composed image is made of: indices (N, K), the first of image n being n.
+    """Choose the images that each composed image is made of: indices (N, K), the first of image n being n.
 
     labels: (N,) int64; objects: K, 1 or 2. The second is any image of another class, all as likely. Raises ValueError
     where pairs are asked for and all labels are the same.
@@ -82,7 +82,7 @@ def affnist_spec(digits: Tensor, canvas: int, generator: torch.Generator) -> Ten
 
 
 def _move(ink: Tensor, generator: torch.Generator) -> Tensor:
-    """Where each row comes from when the rows with ink, (N, S) bool, are shifted as far as they may: indices (N, S)."""
+    """Shift the rows with ink, (N, S) bool, as far as they may go; return the row that each comes from, (N, S)."""
     size = ink.shape[1]
     first = ink.to(torch.uint8).argmax(1)
     last = size - 1 - ink.flip(1).to(torch.uint8).argmax(1)

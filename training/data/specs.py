@@ -44,7 +44,7 @@ def read_mnist_files(files: Mapping[str, bytes]) -> Arrays:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a data set is made of.
+    """The parts of a data set.
 
     Attributes:
         labels: The class names.
