@@ -1,5 +1,6 @@
 """The rules between the parts of the project."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -43,3 +44,29 @@ def test_the_two_builds_of_onnx_runtime_are_never_asked_for_together() -> None:
     assert not any("onnxruntime" in requirement for requirement in project["dependencies"])
     bringing = {name for name, wanted in extras.items() if any("onnxruntime" in one for one in wanted)}
     assert bringing == {"cpu", "gpu"}
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("training/train.py", "from serving.batching.batcher import Batcher", "training takes from serving its files"),
+        ("export/build.py", "from serving.settings import Settings", "export takes from serving the artifact"),
+        ("serving/client/base.py", "from serving.artifact import Artifact", "the client takes from serving its files"),
+        ("serving/files/idx.py", "from serving.errors import InvalidRequest", "serving is built in layers"),
+        ("serving/transport/frames.py", "import serving.metrics", "serving is built in layers"),
+        ("serving/runtime.py", "import torch", "serving needs no training framework"),
+    ],
+)
+def test_an_import_from_the_wrong_room_breaks_its_contract(
+    tmp_path: Path, module: str, line: str, contract: str
+) -> None:
+    for package in ("protos", "serving", "training", "export"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    result = subprocess.run(
+        [BIN / "lint-imports", "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    broken = [name for name in result.stdout.splitlines() if "BROKEN" in name]
+    assert [name.startswith(contract) for name in broken] == [True]

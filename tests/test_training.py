@@ -1006,6 +1006,11 @@ def test_a_finished_run_goes_on_with_more_epochs_and_keeps_its_first_network(
     first = checkpoints.load(command / CHECKPOINT_FILE)
     assert main([*flags, "--epochs=1", "--resume"]) == 2
     assert "this run is finished" in capsys.readouterr().err
+    settings = (command / "settings.json").read_text()
+    (command / "settings.json").write_text("not ours")
+    assert main([*flags, "--epochs=2", "--resume"]) == 2
+    assert "the settings differ" in capsys.readouterr().err
+    (command / "settings.json").write_text(settings)
     assert main([*flags, "--epochs=2", "--seed=4", "--resume"]) == 2
     assert "the settings differ" in capsys.readouterr().err
 

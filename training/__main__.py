@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        begun = (folder / RESUME_FILE).exists()
+        print("\ninterrupted" + ("; --resume goes on from the last whole epoch" if begun else ""), file=sys.stderr)
         return 130
 
 
@@ -107,7 +108,10 @@ def _check_folder(folder: Path, settings: str, resume: bool) -> None:
 
 def _goes_on(written: Path, settings: str) -> bool:
     """Tell whether the settings are those of a run's folder with more epochs."""
-    before, now = (_without_epochs(text) for text in (written.read_text(), settings))
+    try:
+        before, now = (_without_epochs(text) for text in (written.read_text(), settings))
+    except (KeyError, TypeError, ValueError):  # a file that training has not written
+        return False
     return before[0] < now[0] and before[1] == now[1]
 
 
