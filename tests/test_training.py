@@ -24,6 +24,7 @@ import training.data.datasets
 import training.evaluate
 import training.report
 import training.train
+from serving.files.options import option_of
 from tests.conftest import ROOT
 from training import checkpoint as checkpoints
 from training import recipe as recipe_choices
@@ -882,7 +883,7 @@ def test_the_help_names_every_setting_of_a_recipe_with_its_default(capsys: pytes
     text = " ".join(capsys.readouterr().out.split())
     for field in fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in text
-        shown = field.metadata["option"].shown
+        shown = option_of(field).shown
         assert f"(default: {field.default if shown is None else shown})" in text
     from_data = {"image_channels", "image_size", "classes"}
     of_network = [field.name for field in fields(NetworkChanges)]

@@ -94,3 +94,9 @@ def read(cls: type[T], parsed: argparse.Namespace) -> T:
 
 def _options(cls: type) -> list[tuple[Field[Any], Option]]:
     return [(one, one.metadata[_KEY]) for one in fields(cls) if _KEY in one.metadata]
+
+
+def option_of(one: Field[Any]) -> Option:
+    """Return what ``option`` was told for a field."""
+    said: Option = one.metadata[_KEY]
+    return said
