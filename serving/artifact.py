@@ -1,4 +1,4 @@
-"""The artifact: the folder that passes from export to serving, its manifest, and its verification.
+"""Artifact: the folder that passes from export to serving, its manifest, and its verification.
 
 ``<repository>/<name>/<version>/`` holds ``model.onnx``, the network in single precision; further graphs, which the
 manifest names; ``manifest.json`` with the digest of each file; and ``manifest.sha256`` with the manifest's own, as
@@ -23,6 +23,7 @@ MODEL = "model.onnx"
 #: The precisions that a network may be there in; the first always is.
 PRECISIONS = ("fp32", "int8", "fp16")
 
+_MAX_SHOWN_CHARACTERS = 200  # of a value: clients may read it, in a header of limited size
 _DIFFERENCE = re.compile("max_(.*)_difference")
 
 
@@ -59,13 +60,13 @@ class Variant:
 
     @property
     def test_error(self) -> str:
-        """The measured test error, for people: ``0.42 % (42 of 10000)``."""
+        """Measured test error, for people: ``0.42 % (42 of 10000)``."""
         return f"{100 * self.test_errors / self.test_images:.2f} % ({self.test_errors} of {self.test_images})"
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """The pixels that each primary capsule sees, for reading couplings.
+    """Pixels that each primary capsule sees, for reading couplings.
 
     Capsule ``(type * grid + row) * grid + column`` of ``types * grid * grid`` sees the ``size`` x ``size`` pixels from
     row ``stride * row + offset`` and column ``stride * column + offset`` on; a negative offset begins in the padding.
@@ -95,7 +96,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Training:
-    """The training run, and the data that it was tested on.
+    """Training run, and the data that it was tested on.
 
     config, recipe and figures: as the checkpoint has them; their names are those of ``training``.
     """
@@ -159,7 +160,7 @@ def digest(path: Path) -> str:
 
 
 def manifest(artifact: Artifact) -> dict[str, Any]:
-    """The manifest's content for an artifact whose files are written."""
+    """Return the manifest's content for an artifact whose files are written."""
     classes, pose = len(artifact.labels), artifact.pose_size
     return {
         "format": FORMAT,
@@ -243,11 +244,11 @@ class _Section:
         self._path = path
         self._name = name
         if not isinstance(content, dict):
-            raise ArtifactError(f"{path}: {name.removesuffix('.')} is {content!r}; expected an object")
+            raise ArtifactError(f"{path}: {name.removesuffix('.')} is {_shown(content)}; expected an object")
         self.content: dict[str, object] = content
 
     def error(self, field: str, value: object, expected: str) -> ArtifactError:
-        return ArtifactError(f"{self._path}: {self._name}{field} is {value!r}; expected {expected}")
+        return ArtifactError(f"{self._path}: {self._name}{field} is {_shown(value)}; expected {expected}")
 
     def section(self, field: str, default: object = None) -> "_Section":
         return _Section(self._path, f"{self._name}{field}.", self.content.get(field, default))
@@ -286,7 +287,7 @@ class _Section:
         return value
 
     def shape(self, field: str, axes: int) -> list[object]:
-        """The sizes after the batch axis, unchecked, of a tensor with so many axes."""
+        """Return the sizes after the batch axis, unchecked, of a tensor with so many axes."""
         value = self.section(field).content.get("shape")
         if not isinstance(value, list) or len(value) != axes:
             raise self.error(f"{field}.shape", value, f"a list of {axes} sizes")
@@ -294,7 +295,7 @@ class _Section:
 
 
 def _files(content: _Section) -> dict[str, str]:
-    """The SHA-256 of each file by its name."""
+    """Return the SHA-256 of each file by its name."""
     files = content.sections("files")
     if wrong := [name for name in files if not _is_text(name) or Path(name).name != name or name in ("", "..")]:
         raise content.error("files", wrong, "names without folders")
@@ -407,7 +408,10 @@ def _training(section: _Section) -> Training:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ArtifactError where the file is missing, another than was written, or not of our format."""
+    """Return the manifest's content.
+
+    Raises ArtifactError where the file is missing, another than was written, or not of our format.
+    """
     if not path.exists():
         raise ArtifactError(f"{path}: missing; not a model's version folder, or its export did not finish")
     try:
@@ -433,17 +437,25 @@ def _check_digest(path: Path, expected: str, source: str) -> None:
         raise ArtifactError(f"{path}: SHA-256 is {found}, {source} says {expected}")
 
 
+def _shown(value: object) -> str:
+    """Return a value as an error shows it."""
+    return repr(value)[:_MAX_SHOWN_CHARACTERS]
+
+
 def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**32
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """A text that a file's name or a message can hold: no null character, and no half of a surrogate pair."""
+    """Tell whether it is a text that a file's name or a message can hold.
+
+    Such a text has no null character, and no half of a surrogate pair.
+    """
     return isinstance(value, str) and "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
 
 
 def find(repository: Path, name: str = "", version: str = "") -> Path:
-    """The folder ``<repository>/<name>/<version>``; by default the only model, and its highest version.
+    """Return the folder ``<repository>/<name>/<version>``; by default the only model, and its highest version.
 
     Raises ArtifactError where there is none, or several models and no name, saying which there are.
     """

@@ -1,1 +1,1 @@
-"""The models that are served: found, loaded, tuned, swapped and unloaded."""
+"""Models that are served: found, loaded, tuned, swapped and unloaded."""

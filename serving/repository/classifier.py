@@ -1,4 +1,4 @@
-"""The graph that classifies: how it is opened, tested before it serves, and its answers checked."""
+"""Graph that classifies: how it is opened, tested before it serves, and its answers checked."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ _TOLERANCE = 0.01
 
 
 class Classifier:
-    """The graph that every model has, in the precision that the settings choose.
+    """Graph that every model has, in the precision that the settings choose.
 
     Its check is that every answer is finite; the answers that are go into the quality figures.
     """

@@ -1,4 +1,4 @@
-"""The models that are served: those of a repository folder, as it is now and as it changes."""
+"""Models that are served: those of a repository folder, as it is now and as it changes."""
 
 import asyncio
 import logging
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 class State(StrEnum):
-    """Of a version, in Triton's words."""
+    """States of a version, in Triton's words."""
 
     LOADING = "LOADING"
     READY = "READY"
@@ -33,19 +33,19 @@ class State(StrEnum):
 
 @dataclass
 class Entry:
-    """A version of a model: its state, why it is so, and what is served."""
+    """A version of a model: its state, the reason of it, and the model that is served."""
 
     name: str
     version: str
     state: State
     reason: str = ""
     model: ServedModel | None = None
-    #: How its folder looked when it was loaded or could not be.
+    #: Look of its folder when it was loaded or could not be.
     look: str = ""
 
 
 class LoadError(ServingError):
-    """A model that was asked for could not be loaded; the text says why."""
+    """A model that a client wants loaded cannot be; the text says why."""
 
     code = InvalidRequest.code
     reason = "invalid"
@@ -96,7 +96,10 @@ class Repository:
                 await self._scan_model(name)
 
     def get(self, name: str, version: str) -> ServedModel:
-        """name: empty for the only model. version: empty for the highest. Raises InvalidRequest or UnknownModel."""
+        """Return a model that is served. Raises InvalidRequest or UnknownModel.
+
+        name: empty for the only model. version: empty for the highest.
+        """
         if not name:
             if self.default and not version:
                 return self.default
@@ -113,12 +116,12 @@ class Repository:
         raise UnknownModel(f"model_name, model_version: {wanted} is not served; there is: {self._known() or 'none'}")
 
     def models(self) -> list[ServedModel]:
-        """All that are served."""
+        """Return all versions that are served."""
         # A copy, since the metrics page asks from its own thread.
         return [model for models in list(self._current.values()) for model in models]
 
     def index(self) -> list[Entry]:
-        """All versions that are served, are on their way, or could not be loaded."""
+        """Return all versions that are served, are on their way, or could not be loaded."""
         return [entry for _, entry in sorted(self._entries.items(), key=lambda item: (item[0][0], int(item[0][1])))]
 
     async def load(self, name: str) -> None:
@@ -139,7 +142,7 @@ class Repository:
                 )
 
     async def unload(self, name: str) -> None:
-        """Serve a model no more, until it is loaded by request. Raises UnknownModel."""
+        """Stop serving a model, until it is loaded by request. Raises UnknownModel."""
         async with self._changing:
             if name not in self._current:
                 raise UnknownModel(f"model_name: {name[:_SHOWN]!r} is not served; there is: {self._known() or 'none'}")
@@ -147,7 +150,7 @@ class Repository:
             await self._scan_model(name)
 
     async def close(self) -> None:
-        """End all, once the requests that use them are answered."""
+        """Close all models, once the requests that use them are answered."""
         async with self._changing:
             for model in self.models():
                 self._leave(model)
@@ -206,13 +209,13 @@ class Repository:
                 self._leave(model)
 
     def _choose_default(self) -> None:
-        """Beforehand, since nearly every request asks for it, more than once."""
+        """Find the default model beforehand, since nearly every request asks for it, more than once."""
         models = next(iter(self._current.values())) if len(self._current) == 1 else []
         self.default = models[0] if models else None
         self.only = self.default if len(models) == 1 else None
 
     async def _load(self, name: str, version: str, look: str, before: list[ServedModel]) -> Entry:
-        """Load a version beside what is served; what cannot be is no error of the caller's."""
+        """Load a version beside those that are served. An error is logged and kept in the entry."""
         old = self._entries.get((name, version))
         entry = self._entries[name, version] = Entry(name, version, State.LOADING, look=look)
         folder = self._folder / name / version
@@ -241,7 +244,7 @@ class Repository:
         return entry
 
     def _leave(self, model: ServedModel) -> None:
-        """Let a model go that takes no new requests any more."""
+        """Close a model that takes no further requests, without waiting for those that it has."""
         task = asyncio.create_task(self._close(model))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
@@ -263,7 +266,7 @@ class Repository:
 
 
 async def _in_thread(load: Callable[[], ServedModel]) -> ServedModel:
-    """In a thread that does not keep the process from ending, as those of ``asyncio.to_thread`` do."""
+    """Load in a daemon thread; one of ``asyncio.to_thread`` would keep the process from ending."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[ServedModel] = loop.create_future()
 

@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 class GraphSource(Protocol):
-    """Where a graph comes from, and what it brings with it."""
+    """Source of a graph, with all that sets it apart from other graphs."""
 
     #: Name of the graph.
     name: str

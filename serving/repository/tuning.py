@@ -50,13 +50,13 @@ class Timing(NamedTuple):
 
     @property
     def served_per_second(self) -> float:
-        """As above, with what the server adds to each batch."""
+        """Images a second with the time that the server adds to each batch."""
         return self.runtimes * self.batch / (self.seconds + _OVERHEAD_SECONDS)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The plan, what it was chosen from, and the time of every batch size that it can meet."""
+    """A plan, the timings that it was chosen from, and the time of every batch size that it can meet."""
 
     plan: Plan
     compared: tuple[Timing, ...]
@@ -64,7 +64,10 @@ class Tuned:
 
 
 def candidates(cores: int, threads: int, runtimes: int) -> list[tuple[int, int]]:
-    """(threads, runtimes) to compare: one call on all cores, a call a core, and halves; 0 leaves the choice open."""
+    """Return pairs of threads and runtimes to compare: one call on all cores, one a core, and halves.
+
+    threads, runtimes: 0 leaves the choice open.
+    """
     if threads and runtimes:
         return [(threads, runtimes)]
     if threads:
@@ -75,7 +78,7 @@ def candidates(cores: int, threads: int, runtimes: int) -> list[tuple[int, int]]
 
 
 def good_batch(cost: BatchCost, max_batch: int) -> int:
-    """Images from which on a larger batch takes hardly less time an image, ``max_batch`` at most."""
+    """Return the images from which on a larger batch takes hardly less time an image, ``max_batch`` at most."""
     if not cost.per_image:
         return max_batch
     of_each_batch = cost.per_batch + _OVERHEAD_SECONDS
@@ -124,7 +127,7 @@ def tune(
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 4, ..., and ``most`` itself."""
+    """Return 1, 2, 4, ..., and ``most`` itself."""
     return sorted({*(2**power for power in range(most.bit_length())), most})
 
 
@@ -138,7 +141,7 @@ def _time(
     warm: bool = False,
     busy: bool = False,
 ) -> list[Timing]:
-    """Of each size in turn, what ``sample`` says that a call takes.
+    """Measure a call of each size in turn, by ``sample``.
 
     warm: all have been computed before. busy: beside a thread that takes what an event loop takes.
     """
@@ -167,14 +170,14 @@ def _be_busy_until(work: "Sequence[Future[float]]") -> None:
 
 
 def _sample(run: Run, arrays: Arrays, sample: Callable[[Run, Arrays], float], warm: bool) -> float:
-    """The first call, which allocates, is left out."""
+    """Measure by ``sample`` without the first call, which allocates."""
     if not warm:
         run(arrays)
     return sample(run, arrays)
 
 
 def _mean_of(run: Run, arrays: Arrays) -> float:
-    """Mean seconds of a call over about as long for each size.
+    """Return the mean seconds of a call; each size is measured for about the same time.
 
     Of the least, small batches would have more to choose from, and look better than they are on a machine that others
     use too.
@@ -187,7 +190,7 @@ def _mean_of(run: Run, arrays: Arrays) -> float:
 
 
 def _least_of(run: Run, arrays: Arrays) -> float:
-    """Least seconds of two calls: what else the machine does only adds to them."""
+    """Return the least seconds of two calls: all else that the machine does only adds to them."""
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()

@@ -1,1 +1,1 @@
-"""The services, each with its codec: protobuf messages to named arrays and back."""
+"""Services, each with its codec: protobuf messages to named arrays and back."""

@@ -29,7 +29,7 @@ _ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
 
 
 class CapsNetService:
-    """The project's own service."""
+    """Project's own service: classification, and the description of a model."""
 
     #: Graphs that it needs of each model.
     GRAPHS = (CLASSIFY,)
@@ -42,7 +42,7 @@ class CapsNetService:
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ClassifyStream")
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """The service's methods, for the server's ``add_generic_rpc_handlers``."""
+        """Return the service's methods, for the server's ``add_generic_rpc_handlers``."""
         edge = self._edge
         return grpc.method_handlers_generic_handler(
             SERVICE,
@@ -126,7 +126,7 @@ class _Pixels(_ClassifyQuery):
 
 
 class _Message(_ClassifyQuery):
-    """Any ClassifyRequest."""
+    """A ClassifyRequest of any kind."""
 
     def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
         self.model_name = request.model_name

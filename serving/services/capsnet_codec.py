@@ -1,4 +1,4 @@
-"""The messages of ``capsnet.v1`` that every request needs, read and written as bytes without protobuf's classes.
+"""Messages of ``capsnet.v1`` that every request needs, read and written as bytes without protobuf's classes.
 
 Only bytes that can mean nothing else are read here, as protobuf itself writes them; all others are left to protobuf.
 Answers are those of protobuf's own encoding, but for a probability or component of exactly 0, which is written out here
@@ -35,7 +35,7 @@ class PixelReader:
         self._max_images = max_images
         size = math.prod(image_shape)
         before_pixels = _PIXELS + varint(size)
-        #: What comes before each image's pixels.
+        #: Bytes before each image's pixels.
         self._head = _IMAGE + varint(len(before_pixels) + size) + before_pixels
         self._head_array = np.frombuffer(self._head, np.uint8)
         self._width = len(self._head) + size
@@ -76,11 +76,11 @@ class AnswerWriter:
 
     def __init__(self, artifact: Artifact) -> None:
         self._prefix = delimited(1, artifact.name.encode()) + delimited(2, artifact.version.encode())
-        # All capsules of one image, as bytes that differ from image to image only where the numbers lie. Labels of the
-        # same length have their numbers at equal distances, which are written in one step.
+        # All capsules of one image, as bytes that differ from image to image only at the places of the numbers. Labels
+        # of the same length have their numbers at equal distances, which are written in one step.
         numbers = 4 * artifact.pose_size
         template = bytearray()
-        runs: list[tuple[slice, int, np.dtype[np.void]]] = []  # of classes: which, where they begin, and how they lie
+        runs: list[tuple[slice, int, np.dtype[np.void]]] = []  # of classes: which, their first byte, and their layout
         labels = [label.encode() for label in artifact.labels]
         for _, group in groupby(range(len(labels)), lambda index: len(labels[index])):
             classes, begin = list(group), len(template)
@@ -105,7 +105,7 @@ class AnswerWriter:
             "itemsize": len(template),
         }
         self._layout = np.dtype(layout_of_all)
-        # By winner, what comes before the capsules.
+        # By winner, the bytes before the capsules.
         self._heads = []
         for index, label in enumerate(artifact.labels):
             head = delimited(1, label.encode())
@@ -118,7 +118,7 @@ class AnswerWriter:
 
     def __call__(self, share: Share) -> bytes:
         """Return the ``ClassifyResponse`` for the images of a share."""
-        if share.batch is not self._batch:  # written once for all requests that it answers, one after the other
+        if share.batch is not self._batch:  # written once for all requests of a batch, which are answered in a row
             self._write(share.batch)
         parts = [self._prefix]
         width = self._layout.itemsize

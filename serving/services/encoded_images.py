@@ -1,4 +1,4 @@
-"""The images of a request: raw pixels or an encoded file, to the pixels that a model takes."""
+"""Images of a request: raw pixels or an encoded file, to the pixels that a model takes."""
 
 import io
 

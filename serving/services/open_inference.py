@@ -59,7 +59,7 @@ class InferenceService:
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ModelStreamInfer")
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """The service's methods, for the server's ``add_generic_rpc_handlers``."""
+        """Return the service's methods, for the server's ``add_generic_rpc_handlers``."""
         unary = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -78,16 +78,16 @@ class InferenceService:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def server_live(self, data: bytes, call: Call) -> bytes:
-        """A ServerLiveResponse."""
+        """Return a ServerLiveResponse."""
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
     async def server_ready(self, data: bytes, call: Call) -> bytes:
-        """A ServerReadyResponse: ready where a model is served, and until the server begins to stop."""
+        """Return a ServerReadyResponse: ready while a model is served, until the server begins to stop."""
         ready = self._edge.ready and bool(self._repository.models())
         return pb.ServerReadyResponse(ready=ready).SerializeToString()
 
     async def model_ready(self, data: bytes, call: Call) -> bytes:
-        """A ModelReadyRequest to a ModelReadyResponse. Raises InvalidRequest."""
+        """Answer a ModelReadyRequest. Raises InvalidRequest."""
         request = parse(data, pb.ModelReadyRequest, self._max_bytes)
         try:
             self._repository.get(request.name, request.version)
@@ -96,13 +96,13 @@ class InferenceService:
         return pb.ModelReadyResponse(ready=True).SerializeToString()
 
     async def server_metadata(self, data: bytes, call: Call) -> bytes:
-        """A ServerMetadataResponse."""
+        """Return a ServerMetadataResponse."""
         extensions = [*EXTENSIONS, "model_repository"] if self._settings.admin_port >= 0 else EXTENSIONS
         response = pb.ServerMetadataResponse(name=NAME, version=self._version, extensions=extensions)
         return response.SerializeToString()
 
     async def model_metadata(self, data: bytes, call: Call) -> bytes:
-        """A ModelMetadataRequest to a ModelMetadataResponse. Raises InvalidRequest and UnknownModel."""
+        """Answer a ModelMetadataRequest. Raises InvalidRequest and UnknownModel."""
         request = parse(data, pb.ModelMetadataRequest, self._max_bytes)
         artifact = self._repository.get(request.name, request.version).artifact
         classes = len(artifact.labels)
@@ -114,22 +114,22 @@ class InferenceService:
         return response.SerializeToString()
 
     def model_infer(self, data: bytes, call: Call) -> None:
-        """A ModelInferRequest to a ModelInferResponse. Raises InvalidRequest and UnknownModel."""
+        """Answer a ModelInferRequest. Raises InvalidRequest and UnknownModel."""
         message = parse(data, pb.ModelInferRequest, self._max_bytes)
         self._pipeline.begin(_InferQuery(message, len(data), self._codecs), call)
 
     def model_stream_infer(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
-        """ModelInferRequests to ModelStreamInferResponses."""
+        """Answer ModelInferRequests with ModelStreamInferResponses."""
         return self._pipeline.answer_stream(messages, self._parse_streamed, call, self._refuse)
 
     async def model_config(self, data: bytes, call: Call) -> bytes:
-        """A ModelConfigRequest to a ModelConfigResponse. Raises InvalidRequest and UnknownModel."""
+        """Answer a ModelConfigRequest. Raises InvalidRequest and UnknownModel."""
         request = parse(data, pb.ModelConfigRequest, self._max_bytes)
         model = self._repository.get(request.name, request.version)
         return pb.ModelConfigResponse(config=self._config(model)).SerializeToString()
 
     async def model_statistics(self, data: bytes, call: Call) -> bytes:
-        """A ModelStatisticsRequest to a ModelStatisticsResponse. Raises UnknownModel."""
+        """Answer a ModelStatisticsRequest. Raises UnknownModel."""
         request = parse(data, pb.ModelStatisticsRequest, self._max_bytes)
         models = [
             model
@@ -137,15 +137,15 @@ class InferenceService:
             if request.name in ("", model.artifact.name) and request.version in ("", model.artifact.version)
         ]
         if request.name and not models:
-            self._repository.get(request.name, request.version)  # tells what there is
+            self._repository.get(request.name, request.version)  # its error tells which models there are
         return pb.ModelStatisticsResponse(model_stats=map(_statistics, models)).SerializeToString()
 
     async def repository_index(self, data: bytes, call: Call) -> bytes:
-        """A RepositoryIndexRequest to a RepositoryIndexResponse. Raises InvalidRequest."""
+        """Answer a RepositoryIndexRequest. Raises InvalidRequest."""
         return _index(parse(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
 
     def _versions(self, name: str) -> list[str]:
-        """Those of the model that are served, the lowest first."""
+        """Return the versions of a model that are served, the lowest first."""
         served = (model.artifact for model in self._repository.models())
         return sorted((artifact.version for artifact in served if artifact.name == name), key=int)
 
@@ -157,7 +157,7 @@ class InferenceService:
             platform=PLATFORM,
             backend=BACKEND,
             default_model_filename=artifact.file(settings.precision).name,
-            # Of a request, as clients take it; what is more than a batch is computed in several.
+            # Clients take it for the most images of a request; those of several batches are computed in several.
             max_batch_size=settings.max_images_per_request,
         )
         config.input.add(name=IMAGES, data_type=pb.TYPE_UINT8, dims=artifact.image_shape)
@@ -180,7 +180,7 @@ class InferenceService:
 
 
 class AdminService:
-    """What changes the repository, and its index: for a port of its own."""
+    """Methods that change the repository, and its index; for a port of its own."""
 
     def __init__(self, repository: Repository, edge: Edge, settings: Settings) -> None:
         self._repository = repository
@@ -188,17 +188,17 @@ class AdminService:
         self._max_bytes = settings.max_request_bytes
 
     def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """The service's methods, for the server's ``add_generic_rpc_handlers``."""
+        """Return the service's methods, for the server's ``add_generic_rpc_handlers``."""
         unary = {"RepositoryIndex": self.index, "RepositoryModelLoad": self.load, "RepositoryModelUnload": self.unload}
         methods = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def index(self, data: bytes, call: Call) -> bytes:
-        """A RepositoryIndexRequest to a RepositoryIndexResponse. Raises InvalidRequest."""
+        """Answer a RepositoryIndexRequest. Raises InvalidRequest."""
         return _index(parse(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
 
     async def load(self, data: bytes, call: Call) -> bytes:
-        """A RepositoryModelLoadRequest to its response. Raises InvalidRequest and LoadError."""
+        """Answer a RepositoryModelLoadRequest. Raises InvalidRequest and LoadError."""
         request = parse(data, pb.RepositoryModelLoadRequest, self._max_bytes)
         _check_repository(request.repository_name)
         for name in request.parameters:
@@ -209,7 +209,7 @@ class AdminService:
         return pb.RepositoryModelLoadResponse().SerializeToString()
 
     async def unload(self, data: bytes, call: Call) -> bytes:
-        """A RepositoryModelUnloadRequest to its response. Raises InvalidRequest and UnknownModel."""
+        """Answer a RepositoryModelUnloadRequest. Raises InvalidRequest and UnknownModel."""
         request = parse(data, pb.RepositoryModelUnloadRequest, self._max_bytes)
         _check_repository(request.repository_name)
         await self._repository.unload(_model_name(request.model_name))
@@ -278,7 +278,7 @@ def _check_repository(name: str) -> None:
 
 
 def _model_name(name: str) -> str:
-    """Raises InvalidRequest where it would lead out of the repository's folder."""
+    """Return the name of a model. Raises InvalidRequest where it would lead out of the repository's folder."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise InvalidRequest("model_name", f"{name[:_SHOWN]!r}; expected the name of a folder in the repository")
     return name

@@ -1,4 +1,4 @@
-"""The messages of ``inference.GRPCInferenceService.ModelInfer``: requests to images, predictions to answers."""
+"""Messages of ``inference.GRPCInferenceService.ModelInfer``: requests to images, outputs to answers."""
 
 import struct
 from functools import lru_cache
@@ -32,13 +32,10 @@ class Output(NamedTuple):
 
 
 class TensorMessages:
-    """The messages for one version of a model.
-
-    Answers are put together from bytes that are prepared, since to build the message and serialise it takes longer.
-    """
+    """Reads requests for one version of a model, and writes its answers from bytes that are prepared."""
 
     def __init__(self, artifact: Artifact, max_images: int) -> None:
-        """max_images: the most images in one request."""
+        """max_images: most images in one request."""
         self._image_shape = artifact.image_shape
         self._image_bytes = artifact.image_shape[0] * artifact.image_shape[1] * artifact.image_shape[2]
         self._max_images = max_images
@@ -54,7 +51,7 @@ class TensorMessages:
         self._described = lru_cache(1024)(self._describe)
 
     def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
-        """The images, (n, C, H, W), not to be written to. Raises InvalidRequest."""
+        """Return the images (n, C, H, W), read-only. Raises InvalidRequest."""
         if len(request.inputs) != 1:
             raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {IMAGES!r}")
         tensor = request.inputs[0]
@@ -72,7 +69,7 @@ class TensorMessages:
         return np.frombuffer(self._content(request, tensor, shape[0]), np.uint8).reshape(shape)
 
     def outputs(self, request: pb.ModelInferRequest) -> tuple[Output, ...]:
-        """The outputs that are asked for, in the order of the request. Raises InvalidRequest."""
+        """Return the outputs that are asked for, in the order of the request. Raises InvalidRequest."""
         if not request.outputs:
             return self._all
         chosen: dict[str, Output] = {}
@@ -87,11 +84,11 @@ class TensorMessages:
         return tuple(chosen.values())
 
     def encode(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> bytes:
-        """A ModelInferResponse with these outputs; identifier: the request's."""
+        """Return a ModelInferResponse with these outputs. identifier: of the request."""
         return b"".join(self._parts(identifier, outputs, share))
 
     def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> bytes:
-        """A ModelStreamInferResponse with these outputs; identifier: the request's."""
+        """Return a ModelStreamInferResponse with these outputs. identifier: of the request."""
         parts = self._final, *self._parts(identifier, outputs, share)
         return b"".join((tag(_RESPONSE, BYTES), varint(sum(map(len, parts))), *parts))
 
@@ -106,7 +103,7 @@ class TensorMessages:
     def _content(
         self, request: pb.ModelInferRequest, tensor: pb.ModelInferRequest.InferInputTensor, images: int
     ) -> bytes:
-        """The pixels of so many images."""
+        """Return the pixels of so many images. Raises InvalidRequest."""
         raw, size = request.raw_input_contents, images * self._image_bytes
         if raw:
             if tensor.HasField("contents"):
@@ -136,7 +133,7 @@ class TensorMessages:
             raise InvalidRequest(field, f"{value}; expected 0 to 255") from error
 
     def _classes(self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str) -> int:
-        """How many classes are asked for in place of the numbers; 0 for none."""
+        """Return how many classes are asked for in place of the numbers; 0 for the numbers. Raises InvalidRequest."""
         _refuse_shared_memory(output, field)
         if "classification" not in output.parameters:
             return 0
@@ -149,7 +146,7 @@ class TensorMessages:
         return classes
 
     def _parts(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> list[bytes]:
-        """The bytes of a ModelInferResponse."""
+        """Return the bytes of a ModelInferResponse, in parts."""
         parts = [self._head]
         if identifier:
             parts.append(delimited(_ID, identifier.encode()))
@@ -163,7 +160,7 @@ class TensorMessages:
         return parts
 
     def _describe(self, images: int, outputs: tuple[Output, ...]) -> bytes:
-        """The outputs' names, types and shapes, as they stand in a ModelInferResponse."""
+        """Return the outputs' names, types and shapes, as they stand in a ModelInferResponse."""
         response = pb.ModelInferResponse()
         for output in outputs:
             if output.classes:
@@ -173,7 +170,7 @@ class TensorMessages:
         return response.SerializeToString()
 
     def _classified(self, probabilities: NDArray[np.float32], classes: int) -> bytes:
-        """For each row of (n, J) its most probable classes, ``value:index:label``, as BYTES in raw contents."""
+        """Return for each row of (n, J) its most probable classes, ``value:index:label``, as BYTES in raw contents."""
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :classes]
         values = np.take_along_axis(probabilities, order, axis=1)
         parts: list[bytes] = []
@@ -184,14 +181,14 @@ class TensorMessages:
 
 
 def refused(identifier: str, text: str) -> bytes:
-    """A ModelStreamInferResponse for a request that cannot be answered."""
+    """Return a ModelStreamInferResponse for a request that cannot be answered."""
     final = pb.InferParameter(bool_param=True)
     response = pb.ModelInferResponse(id=identifier, parameters={"triton_final_response": final})
     return pb.ModelStreamInferResponse(error_message=text, infer_response=response).SerializeToString()
 
 
 def schedule(request: pb.ModelInferRequest) -> tuple[float | None, bool]:
-    """Seconds that the client gives the request, None for any; and whether it is to go ahead of others.
+    """Return the seconds that the client gives the request, None for any, and whether it goes ahead of others.
 
     Raises InvalidRequest.
     """
@@ -218,7 +215,7 @@ def _refuse_shared_memory(
 
 
 def _whole_number(parameter: pb.InferParameter, field: str) -> int:
-    """A number from 0 up; clients send it in different kinds of parameter. Raises InvalidRequest."""
+    """Return a number from 0 up; clients send it in different kinds of parameter. Raises InvalidRequest."""
     value = _value(parameter)
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
         value = int(value)

@@ -1,4 +1,4 @@
-"""What a service prepares once for each served version of a model, such as its codec."""
+"""Things that a service prepares once for each served version of a model, such as its codec."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar

@@ -1,4 +1,4 @@
-"""From a service to the models and back: single requests, and streams of them."""
+"""Way from a service to the models and back, for single requests and for streams."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 

@@ -1,4 +1,4 @@
-"""Protobuf's encoding, as far as it is written and read here by hand (protobuf.dev, "Encoding")."""
+"""Protobuf's encoding, for the messages that are written and read here by hand (protobuf.dev, "Encoding")."""
 
 from functools import lru_cache
 
@@ -8,7 +8,7 @@ VARINT, BYTES, FIXED32 = 0, 2, 5
 
 @lru_cache(1024)
 def varint(value: int) -> bytes:
-    """A whole number from 0 on in protobuf's variable-length encoding."""
+    """Return a whole number from 0 on in protobuf's variable-length encoding."""
     groups = bytearray()
     while value > 0x7F:
         groups.append(value & 0x7F | 0x80)
@@ -18,10 +18,10 @@ def varint(value: int) -> bytes:
 
 
 def tag(number: int, wire_type: int) -> bytes:
-    """What goes before the value of a field with this number."""
+    """Return the bytes before the value of a field with this number."""
     return varint(number << 3 | wire_type)
 
 
 def delimited(number: int, content: bytes) -> bytes:
-    """A field that holds text, bytes or a message."""
+    """Return a field that holds text, bytes or a message."""
     return tag(number, BYTES) + varint(len(content)) + content

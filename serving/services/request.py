@@ -1,4 +1,4 @@
-"""The one path of a request, whichever protocol and method it came by: decode, queue, compute, encode."""
+"""Path of every request, whichever protocol and method it came by: decode, queue, compute, encode."""
 
 import asyncio
 import time
