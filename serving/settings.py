@@ -108,6 +108,10 @@ class Settings:
             choices = setting.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{setting.name}: {value!r}; expected one of {', '.join(choices)}")
+        if self.metrics_port == self.port > 0:
+            raise ValueError(f"metrics_port: {self.metrics_port}; it is the port of gRPC (port) already")
+        if self.admin_port in (self.port, self.metrics_port) and self.admin_port > 0:
+            raise ValueError(f"admin_port: {self.admin_port}; it is the port of gRPC or of the metrics already")
         if self.max_images_per_request > self.max_queue:
             raise ValueError(
                 f"max_images_per_request: {self.max_images_per_request}; the queue holds only {self.max_queue} "

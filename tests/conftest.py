@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,19 +73,28 @@ class InThread:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._ready = threading.Event()
+        self._started: Future[None] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
 
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        await self._server.start()
-        self._ready.set()
+        try:
+            await self._server.start()
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
         await self._stopping.wait()
         await self._server.stop()
 
     def __enter__(self) -> Server:
+        """Wait until the server has started. Raises what its start raises."""
         self._thread.start()
-        assert self._ready.wait(20), "the server did not start"
+        try:
+            self._started.result(60)
+        except BaseException:
+            self._thread.join()
+            raise
         return self._server
 
     def __exit__(self, *_: object) -> None:

@@ -26,7 +26,7 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving import artifact
 from serving.runtime import Prediction
-from serving.server import Server
+from serving.server import Server, StartError
 from tests.conftest import DATA, ROOT, InThread, settings
 
 PIXELS = pb.Image(pixels=bytes(784))
@@ -137,6 +137,130 @@ def test_two_servers_do_not_share_a_port() -> None:
     assert "the port is taken (--port chooses another)" in text
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def test_one_port_for_two_purposes_is_refused_by_name() -> None:
+    port = str(free_port())
+    code, text = failed_start("--port", port, "--metrics-port", port)
+    assert code == 2
+    assert f"metrics_port: {port}; it is the port of gRPC (port) already" in text
+
+
+def test_of_servers_started_at_the_same_moment_on_one_port_one_serves_and_the_other_says_why_not() -> None:
+    port = free_port()
+    flags = ["--port", str(port), "--metrics-port", "0", "--threads", "1", "--runtimes", "1", "--max-batch", "1"]
+    both = [
+        subprocess.Popen([sys.executable, "-m", "serving", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        for _ in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while not any(ended := [process.poll() is not None for process in both]):
+            assert time.monotonic() < deadline, "both serve"
+            time.sleep(0.05)
+        loser, winner = both if ended[0] else both[::-1]
+        assert loser.stderr
+        assert f"cannot start: port {port} (gRPC)" in loser.stderr.read()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+            assert stub.GetModel(pb.GetModelRequest(), timeout=60, wait_for_ready=True).model_name == "capsnet-mnist"
+        assert winner.poll() is None
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def refused_start(server: Server) -> Exception:
+    with pytest.raises((StartError, artifact.ArtifactError)) as caught, InThread(server):
+        pass
+    return caught.value
+
+
+@pytest.mark.parametrize("purpose", ["gRPC", "admin", "metrics"])
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded_and_leaves_no_port_open(
+    monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    monkeypatch.setattr("serving.repository.repository.ServedModel", None)  # to call it would be an error
+    ports = {"port": free_port(), "admin_port": free_port(), "metrics_port": free_port()}
+    name = "port" if purpose == "gRPC" else f"{purpose}_port"
+    with socket.create_server(("127.0.0.1", ports[name])):
+        error = refused_start(Server(settings(**ports)))
+    flag = name.replace("_", "-")
+    assert str(error) == (
+        f"port {ports[name]} ({purpose}) cannot be opened on host '127.0.0.1': "
+        f"the port is taken (--{flag} chooses another)"
+    )
+    for port in ports.values():
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_start_that_fails_once_a_model_is_loaded_leaves_no_port_open_and_no_model_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def fail(server: Server, started: object) -> None:
+        assert server.repository.models()
+        raise StartError("no more to be had")
+
+    monkeypatch.setattr(Server, "_take_requests", fail)
+    ports, path = {"port": free_port(), "metrics_port": free_port()}, tmp_path / "socket"
+    server, threads = Server(settings(unix_socket=str(path), **ports)), threading.active_count()
+    assert str(refused_start(server)) == "no more to be had"
+    assert server.repository.models() == []
+    assert threading.active_count() == threads, "of the batcher and of the metrics"
+    assert not path.exists()
+    for port in ports.values():
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_start_without_a_model_leaves_no_port_open(tmp_path: Path) -> None:
+    ports = {"port": free_port(), "metrics_port": free_port()}
+    error = refused_start(Server(settings(models=str(tmp_path), **ports)))
+    assert "no model there" in str(error)
+    for port in ports.values():
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_host_is_served_with_brackets_and_without(host: str) -> None:
+    server = Server(settings(host=host))
+    with InThread(server), grpc.insecure_channel(f"[::1]:{server.port}") as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        assert stub.GetModel(pb.GetModelRequest(), timeout=20).model_name == "capsnet-mnist"
+        with urllib.request.urlopen(f"http://[::1]:{server.metrics_port}/metrics", timeout=10) as response:
+            assert "capsnet_ready 1.0" in response.read().decode()
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6, 1.0])
+def test_ctrl_c_while_the_server_starts_prints_one_line(seconds: float) -> None:
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", "--log-level", "info"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=_mind_interrupts)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=20)[1]
+    assert "Traceback" not in text
+    if "gRPC on" not in text:  # else it had started already
+        assert [line for line in text.splitlines() if "stopped before" in line] == text.splitlines()
+
+
+def _mind_interrupts() -> None:
+    """What runs in the background of a shell ignores them from the beginning."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
     assert failed_start("--models", str(tmp_path)) == (
         1,
@@ -209,10 +333,16 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
         assert process.wait(5) == -signal.SIGTERM
 
 
-def test_a_wrong_host_is_named() -> None:
-    code, text = failed_start("--host", "203.0.113.7")
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [("203.0.113.7", "the host is not an address of this machine"), ("no.such.host.invalid", "name is not known")],
+)
+def test_a_wrong_host_is_named(host: str, reason: str) -> None:
+    code, text = failed_start("--host", host)
     assert code == 1
-    assert "on host '203.0.113.7'" in text
+    assert f"on host {host!r}" in text
+    assert reason in text
+    assert "--host chooses another" in text
 
 
 REFUSALS = ("the server is stopping; send the request to another one", "failed to connect to all addresses")
