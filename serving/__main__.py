@@ -1,5 +1,6 @@
 """``python -m serving``: serve a model."""
 
+import logging
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ def main() -> int:
     from serving.logs import set_up
     from serving.runtime import RuntimeSetupError
     from serving.server import StartError, serve
-    from serving.settings import read
+    from serving.settings import read, service_links
 
     settings = read(sys.argv[1:])
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, in words that clients choose
@@ -33,6 +34,12 @@ def main() -> int:
     limit_metadata()
     disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each that nobody asks for
     set_up(settings.log_format, settings.log_level)
+    if links := service_links(os.environ):
+        logging.getLogger(__name__).warning(
+            "passed over, since Kubernetes sets them for a Service and they are no settings: %s "
+            "(enableServiceLinks: false in the pod leaves them out)",
+            ", ".join(links),
+        )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings))

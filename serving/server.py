@@ -131,7 +131,7 @@ class Server:
             try:
                 await self._grpc.listen_unix(settings.unix_socket)
             except OSError as error:
-                reason = _SOCKET_REASONS.get(error.errno, error.strerror)
+                reason = _SOCKET_REASONS.get(error.errno or 0) or error.strerror
                 raise StartError(f"unix_socket: {settings.unix_socket!r} cannot be opened: {reason}") from error
         self._admin = self._new_grpc_server()
         if settings.admin_port >= 0:

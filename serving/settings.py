@@ -2,16 +2,22 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from serving.artifact import PRECISIONS
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
 
 ENVIRONMENT_PREFIX = "CAPSNET_"
+# What docker-compose.yml reads, which may be set where a server is started without it too.
+_OTHER_VARIABLES = ("CAPSNET_CPUS", "CAPSNET_TRAINING_")
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT|PORT_\w+)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 def embedded_models() -> Path:
@@ -124,10 +130,46 @@ class Settings:
 
 
 def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
-    """The settings from command line and environment; a flag wins over its variable.
+    """Return the settings from command line and environment; a flag wins over its variable.
 
-    Ends the process with a message, as argparse does, on a wrong one.
+    Ends the process with a message, as argparse does, on a wrong one, and on one that is not known.
     """
+    parser = _parser()
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(name, _flag)}")
+    names = {_variable(setting): setting for setting in fields(Settings)}
+    made_by_kubernetes = service_links(environment)
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in made_by_kubernetes:
+            continue
+        if variable in names:
+            if text:  # an empty one is as none, as compose files have it
+                values[names[variable].name] = _value(parser, names[variable], variable, text)
+        elif not variable.startswith(_OTHER_VARIABLES):
+            parser.error(f"environment variable {variable} is no setting{_suggestion(variable, _variable)}")
+    try:
+        return Settings(**values | vars(flags))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def service_links(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that no user set: those by which Kubernetes tells every pod of a Service named capsnet.
+
+    Its documentation calls them service links. ``CAPSNET_PORT=tcp://10.96.12.7:8001`` is one, and no setting.
+    """
+    return sorted(
+        name
+        for name, text in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and (_SERVICE_LINK.search(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.match(text)))
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         allow_abbrev=False,
@@ -136,28 +178,45 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         "A flag wins over its variable.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
-    values: dict[str, Any] = {}
     for setting in fields(Settings):
-        kind: type[int] | type[float] | type[str] = type(setting.default)  # type: ignore[assignment]
+        kind = _kind(setting)
         default = f" (default: {setting.default})" if setting.default != "" else ""
         parser.add_argument(
-            "--" + setting.name.replace("_", "-"),
-            type=kind,
+            _flag(setting),
+            type=str.lower if setting.metadata.get("choices") else kind,
             metavar=setting.metadata.get("metavar", "SECONDS" if kind is float else "N"),
             help=setting.metadata["help"] + default,
             default=argparse.SUPPRESS,
         )
-        variable = ENVIRONMENT_PREFIX + setting.name.upper()
-        if environment.get(variable):  # an empty one is as none, as compose files have it
-            try:
-                values[setting.name] = kind(environment[variable])
-            except ValueError:
-                parser.error(f"environment variable {variable}: {environment[variable]!r} is not a number")
-    values |= vars(parser.parse_args(arguments))
+    return parser
+
+
+def _kind(setting: "Field[Any]") -> type[int] | type[float] | type[str]:
+    return cast("type[int] | type[float] | type[str]", type(setting.default))
+
+
+def _flag(setting: "Field[Any]") -> str:
+    return "--" + setting.name.replace("_", "-")
+
+
+def _variable(setting: "Field[Any]") -> str:
+    return ENVIRONMENT_PREFIX + setting.name.upper()
+
+
+def _value(parser: argparse.ArgumentParser, setting: "Field[Any]", variable: str, text: str) -> int | float | str:
+    """Return what a variable says, a choice in any case as the setting has it."""
     try:
-        return Settings(**values)
-    except ValueError as error:
-        parser.error(str(error))
+        return _kind(setting)(text.lower() if setting.metadata.get("choices") else text)
+    except ValueError:
+        parser.error(f"environment variable {variable}: {text!r} is not a number")
+
+
+def _suggestion(name: str, spell: "Callable[[Field[Any]], str]") -> str:
+    """Return the end of a message about a name that is not known: the nearest setting, spelt as it should have been."""
+    plain = name.removeprefix(ENVIRONMENT_PREFIX).lstrip("-").lower().replace("-", "_")
+    known = {setting.name: setting for setting in fields(Settings)}
+    nearest = get_close_matches(plain, known, 1)
+    return f"; did you mean {spell(known[nearest[0]])}?" if nearest else "; --help lists the settings"
 
 
 def usable_cores() -> int:

@@ -286,6 +286,13 @@ def test_a_wrong_setting_in_the_environment_is_named() -> None:
     assert "CAPSNET_MAX_BATCH: 'many' is not a number" in text
 
 
+def test_the_log_says_what_kubernetes_set_and_the_server_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_PORT", "tcp://10.96.12.7:8001")
+    with server_process("--threads", "1", "--runtimes", "1", "--max-batch", "1") as (_, _, lines):
+        assert "WARNING passed over" in lines[0]
+        assert "CAPSNET_PORT" in lines[0]
+
+
 def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> None:
     source = artifact.find(ROOT / "models")
     copy = tmp_path / "capsnet-mnist" / "1"
