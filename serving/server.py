@@ -26,7 +26,7 @@ from serving.services.capsnet import SERVICE, CapsNetService
 from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
 from serving.services.open_inference import AdminService, InferenceService
 from serving.services.pipeline import Pipeline
-from serving.settings import Settings
+from serving.settings import Settings, usable_cores
 from serving.transport.call import Budget, Limits
 from serving.transport.server import GrpcServer
 
@@ -205,7 +205,14 @@ class Server:
         ]
 
     def announce(self) -> None:
-        """Log where it serves."""
+        """Log where it serves, and a warning if the settings ask for more threads than there are cores."""
+        asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
+        if asked > cores and self.settings.device in ("auto", "cpu"):
+            _logger.warning(
+                "threads and runtimes ask for %d threads on %d core(s): on a CPU they only hinder each other",
+                asked,
+                cores,
+            )
         host = f"[{self._host}]" if ":" in self._host else self._host
         if self.admin_port:
             _logger.info("loading and unloading of models on %s:%d", host, self.admin_port)

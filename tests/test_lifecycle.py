@@ -293,6 +293,28 @@ def test_the_log_says_what_kubernetes_set_and_the_server_passed_over(monkeypatch
         assert "CAPSNET_PORT" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "warned"),
+    [
+        ({"threads": 64, "runtimes": 64}, True),
+        ({"threads": 0, "runtimes": 3}, True),
+        ({"threads": 3, "runtimes": 0}, True),
+        ({"threads": 2, "runtimes": 1}, False),
+        ({"threads": 0, "runtimes": 0}, False),
+        ({"threads": 64, "runtimes": 64, "device": "cuda"}, False),
+    ],
+)
+def test_more_threads_than_cores_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chosen: dict[str, object], warned: bool
+) -> None:
+    monkeypatch.setattr("serving.server.usable_cores", lambda: 2)
+    with caplog.at_level("WARNING"):
+        Server(settings(**chosen)).announce()
+    assert (len(caplog.messages) == 1) is warned
+    if warned:
+        assert "threads on 2 core(s): on a CPU they only hinder each other" in caplog.messages[0]
+
+
 def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> None:
     source = artifact.find(ROOT / "models")
     copy = tmp_path / "capsnet-mnist" / "1"
