@@ -147,7 +147,7 @@ def test_one_port_for_two_purposes_is_refused_by_name() -> None:
     port = str(free_port())
     code, text = failed_start("--port", port, "--metrics-port", port)
     assert code == 2
-    assert f"metrics_port: {port}; it is the port of gRPC (port) already" in text
+    assert f"metrics_port: {port}; gRPC has that port (--metrics-port chooses another)" in text
 
 
 def test_of_servers_started_at_the_same_moment_on_one_port_one_serves_and_the_other_says_why_not() -> None:

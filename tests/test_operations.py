@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from prometheus_client.parser import text_string_to_metric_families
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.files.options import option_of
 from serving.settings import ENVIRONMENT_PREFIX, Settings
 from tests.conftest import DATA, ROOT, Running
 
@@ -35,7 +36,7 @@ def test_the_settings_table_is_that_of_the_settings() -> None:
             f"`--{setting.name.replace('_', '-')}`",
             f"`{ENVIRONMENT_PREFIX}{setting.name.upper()}`",
             "" if setting.default == "" else f"`{setting.default}`",
-            setting.metadata["help"],
+            option_of(setting).help,
         ]
         for setting in fields(Settings)
     ]
