@@ -109,14 +109,15 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
     assert other_failures == []
 
 
-def test_a_request_under_way_at_sigterm_is_answered() -> None:
-    with server_process("--max-batch", "1") as (process, address, _), grpc.insecure_channel(address) as channel:
+def test_requests_under_way_at_sigterm_are_answered() -> None:
+    flags = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000")
+    with server_process(*flags) as (process, address, _), grpc.insecure_channel(address) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
-        call = stub.Classify.future(pb.ClassifyRequest(images=[DIGIT] * 1000), timeout=60)
-        threading.Event().wait(0.3)
-        assert not call.done(), "too fast to test: send more images"
+        calls = [stub.Classify.future(pb.ClassifyRequest(images=[PIXELS] * 1000), timeout=60) for _ in range(6)]
+        assert len(calls[0].result().results) == 1000
         process.send_signal(signal.SIGTERM)
-        assert len(call.result().results) == 1000
+        assert not calls[-1].done(), "too fast to test: send more images"
+        assert [len(call.result().results) for call in calls] == [1000] * 6
         assert process.wait(20) == 0
 
 
