@@ -1,12 +1,14 @@
 """Fixtures: the repository's real digits, and a real server on free ports with the embedded model."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import CodeType
+from typing import NamedTuple, cast
 
 import grpc
 import numpy as np
@@ -131,3 +133,45 @@ def running() -> Iterator[Running]:
     server = Server(settings())
     with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a server, so that ``make check`` can leave it out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and _starts_a_server(item):
+            item.add_marker(pytest.mark.server)
+
+
+def _starts_a_server(item: pytest.Function) -> bool:
+    """Tell whether a test, or a fixture of it, reaches a function of the tests that makes a server or runs one."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]
+    seen: set[int] = set()
+    while pending:
+        function = inspect.unwrap(cast("Callable[..., object]", pending.pop()))
+        names, constants = _names_and_constants(getattr(function, "__code__", None))
+        if {"-m", "serving"} <= constants:
+            return True
+        for name in names:
+            found = getattr(function, "__globals__", {}).get(name)
+            if found is Server:
+                return True
+            module = str(getattr(found, "__module__", ""))
+            if module.startswith(("tests.", "test_")) and id(found) not in seen:
+                seen.add(id(found))
+                pending += vars(found).values() if inspect.isclass(found) else [found]
+    return False
+
+
+def _names_and_constants(code: CodeType | None) -> tuple[set[str], set[object]]:
+    """Return the names and the texts in a function's code, and in that of the functions inside it."""
+    names, constants = set(code.co_names if code else ()), set[object]()
+    for constant in code.co_consts if code else ():
+        if isinstance(constant, CodeType):
+            inner = _names_and_constants(constant)
+            names, constants = names | inner[0], constants | inner[1]
+        elif isinstance(constant, tuple):
+            constants |= set(constant)
+        else:
+            constants.add(constant)
+    return names, constants
