@@ -6,9 +6,10 @@ PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := $(DEV)/uv pip compile --quiet pyproject.toml --upgrade --generate-hashes --python-version 3.12 \
 	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
-# Tests that run at the same time, each file in one process; the processes leave PyTorch one thread each.
+# How many processes run tests. The tests of one file, or of one group (tests/conftest.py), share a process, and each
+# process leaves PyTorch one thread.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(DEV)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(DEV)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
 .PHONY: help serve dev train export check test lint format protos requirements clean

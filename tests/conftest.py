@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import grpc
 import numpy as np
@@ -25,6 +25,10 @@ from serving.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
+# Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
+EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
+# Begun first, so that no process is left with one of them while the others are done.
+LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport", "test_lifecycle")
 
 
 class Digits(NamedTuple):
@@ -67,7 +71,7 @@ class Running:
 
 def settings(**chosen: object) -> Settings:
     """On free ports, and with a plan of its own rather than one that is measured at each start."""
-    return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 32, **chosen})  # type: ignore[arg-type]
+    return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
 
 
 class InThread:
@@ -135,8 +139,22 @@ def running() -> Iterator[Running]:
         yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Have the tests of one file in one process, and those that use the exporter in the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it has no types
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0]).stem
+            return "exporter" if file in EXPORTING else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts a server, so that ``make check`` can leave it out."""
+    """Begin with what takes longest, and mark what starts a server, so that ``make check`` can leave it out."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if isinstance(item, pytest.Function) and _starts_a_server(item):
             item.add_marker(pytest.mark.server)

@@ -30,13 +30,18 @@ from serving.server import Server, StartError
 from tests.conftest import DATA, ROOT, InThread, settings
 
 PIXELS = pb.Image(pixels=bytes(784))
+PLAN = ("--threads", "1", "--runtimes", "2", "--max-batch", "8")
+MEASURED = ("--threads", "0", "--runtimes", "0", "--max-batch", "0")
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 
 
 @contextmanager
 def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports."""
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
+    """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports.
+
+    With a plan of its own, rather than one that is measured, unless the arguments say otherwise.
+    """
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stderr
@@ -54,7 +59,7 @@ def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str
 
 
 def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=60, check=False
     )
@@ -62,7 +67,7 @@ def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
-    with server_process() as (_, _, lines):
+    with server_process(*MEASURED) as (_, _, lines):
         text = "".join(lines)
     assert re.search(r"capsnet-mnist version 1 in fp32: 28 x 28 images .* test error 0\.\d\d %", text)
     assert re.search(r"ONNX Runtime [\d.]+ on CPUExecutionProvider", text)
