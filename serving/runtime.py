@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.fixed_batches import FixedBatches, Session
 from serving.tensorrt_options import TENSORRT
 
 Array = NDArray[np.generic]
@@ -142,23 +143,26 @@ class Runtime:
         # needs the file.
         source = str(file) if device == "tensorrt" else file.read_bytes()
         try:
-            self._session = ort.InferenceSession(source, options, providers=providers)
+            session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise RuntimeSetupError(f"{file}: ONNX Runtime cannot load it: {error}") from error
         #: The provider that ONNX Runtime really uses first, by its own name.
-        self.provider: str = self._session.get_providers()[0]
+        self.provider: str = session.get_providers()[0]
         #: CUDA could have been had by this installation but did not start.
         self.fell_back = len(providers) > 1 and self.provider == CPU
         needed = {"cuda": CUDA, "tensorrt": TENSORRT}.get(device, self.provider)
         if self.provider != needed:
             raise RuntimeSetupError(f"device {device} was asked for, but ONNX Runtime here runs on {self.provider}")
-        self.inputs = _specs(self._session.get_inputs())
-        self.outputs = _specs(self._session.get_outputs())
+        self.inputs = _specs(session.get_inputs())
+        self.outputs = _specs(session.get_outputs())
         self._output_names = list(self.outputs)
+        self._session: Session = session
+        if self.provider == CUDA:
+            self._session = FixedBatches(lambda: ort.InferenceSession(source, options, providers=providers))
 
     def run(self, arrays: Arrays) -> dict[str, Array]:
         """Compute all outputs of the graph from its inputs. Blocks; releases Python's lock while it computes."""
-        outputs: list[Array] = self._session.run(self._output_names, dict(arrays))
+        outputs = self._session.run(self._output_names, arrays)
         return dict(zip(self._output_names, outputs, strict=True))
 
 
