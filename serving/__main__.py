@@ -1,28 +1,43 @@
 """``python -m serving``: serve a model."""
 
-import asyncio
+import logging
+import os
+import signal
 import sys
-import warnings
+from types import FrameType
 
-import uvloop
-
-from serving.artifact import ArtifactError
-from serving.files.images import limit_metadata
-from serving.logs import set_up
-from serving.runtime import RuntimeSetupError
-from serving.server import StartError, serve
-from serving.settings import read
-
-# That the event loop, or a thread with a batch, waits for another's Python; a page of metrics takes 20 ms to write.
+# How long the event loop, or a thread with a batch, waits for another's Python; a page of metrics takes 20 ms to write.
 _SWITCH_SECONDS = 0.0005
 
 
 def main() -> int:
+    """Serve until a signal, and return the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the server listens for them
+        signal.signal(number, _end_at_once)
+    # Imported only now, since it takes a second, in which Ctrl-C would print a traceback.
+    import asyncio
+    import warnings
+
+    import uvloop
+
+    from serving.artifact import ArtifactError
+    from serving.files.images import limit_metadata
+    from serving.logs import set_up
+    from serving.runtime import RuntimeSetupError
+    from serving.server import StartError, serve
+    from serving.settings import read, service_links
+
     settings = read(sys.argv[1:])
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, in words that clients choose
     sys.setswitchinterval(_SWITCH_SECONDS)
     limit_metadata()
     set_up(settings.log_format, settings.log_level)
+    if links := service_links(os.environ):
+        logging.getLogger(__name__).warning(
+            "passed over, since Kubernetes sets them for a Service and they are no settings: %s "
+            "(enableServiceLinks: false in the pod leaves them out)",
+            ", ".join(links),
+        )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings))
@@ -30,8 +45,14 @@ def main() -> int:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     return 0
+
+
+def _end_at_once(number: int, _: FrameType | None) -> None:
+    """End a process that serves nobody yet, and not by the interpreter, which would print what it was doing."""
+    print("stopped before the start", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -462,7 +462,7 @@ def find(repository: Path, name: str = "", version: str = "") -> Path:
 
     Raises ArtifactError where there is none, or several models and no name, saying which there are.
     """
-    models = sorted({path.parent.parent.name for path in repository.glob(f"*/*/{MANIFEST}")})
+    models = sorted({path.parent.parent.name for path in repository.glob(f"[!.]*/*/{MANIFEST}")})
     if not models:
         raise ArtifactError(f"{repository}: no model there (expected NAME/VERSION/{MANIFEST})")
     if not name and len(models) > 1:

@@ -1,13 +1,14 @@
 """The server's life: start, serve, drain, stop."""
 
 import asyncio
+import errno
 import gc
 import logging
-import os
 import signal
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
+from serving.runtime import usable_cores
 from serving.services.capsnet import SERVICE, CapsNetService
 from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
 from serving.services.open_inference import AdminService, InferenceService
@@ -34,10 +36,19 @@ if TYPE_CHECKING:
 # What is read of a message before it is refused, in terms of max_request_bytes: what is only somewhat too large gets
 # its answer from a service, in a stream in its turn.
 _TRANSPORT_LIMIT = 2
-_LONGEST_SOCKET = 107  # bytes of its path; a limit of the system's
-_GARBAGE = 20_000  # objects more than there were
+_GARBAGE_THRESHOLD = 20_000  # objects more than there were
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5
+_PORT_REASONS = {
+    errno.EADDRINUSE: "the port is taken ({flag} chooses another)",
+    errno.EACCES: "this user may not open it ({flag} chooses another)",
+    errno.EADDRNOTAVAIL: "the host is not an address of this machine (--host chooses another)",
+}
+_SOCKET_REASONS = {
+    errno.EADDRINUSE: "another server has it, or it is no socket",
+    errno.ENOENT: "its folder is missing",
+    errno.EACCES: "its folder is not writable",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -55,100 +66,119 @@ class Server:
     def __init__(self, settings: Settings, spans: "SpanExporter | None" = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.repository = Repository(settings, self.metrics, {*CapsNetService.GRAPHS, *InferenceService.GRAPHS})
+        self.repository = Repository(settings, self.metrics)
         self.port = self.metrics_port = self.admin_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
-        self._rescans: set[asyncio.Task[None]] = set()
+        self._scanning: set[asyncio.Task[None]] = set()
         self._pipeline = Pipeline(self.repository, settings.stream_window)
+        self._started = AsyncExitStack()  # closes what was started, the last first
+        self._drain_end = 0.0  # of the clock of time.monotonic
+        self._stopping = False
         self.metrics.in_flight.labels().read(lambda: self._edge.under_way)
         self.metrics.ready.labels().read(lambda: self._edge.ready)
-        self._page = Page(self.metrics.registry, self._unready)
-        self._stopping = False
 
     async def start(self) -> None:
-        """Load and warm the models, then open the ports and take requests.
+        """Open the ports, load and warm the models, then take requests.
 
-        Raises ArtifactError and RuntimeSetupError where no model can be served, StartError where a port cannot be had.
+        A start that fails or is cancelled leaves no port open and no model loaded. Raises StartError if a port or a
+        socket cannot be opened, ArtifactError or RuntimeSetupError if no model can be served.
         """
-        settings = self.settings
-        await self.repository.open()
-        self._grpc = self._server()
-        service = CapsNetService(self._pipeline, self._edge, self.metrics, settings)
-        inference = InferenceService(self._pipeline, self._edge, self.metrics, settings)
-        self._grpc.add_generic_rpc_handlers((service.handler(), inference.handler()))
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack it
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflected = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # its stubs lack it
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._grpc)
-        self.port = await self._listen(self._grpc, settings.port, "gRPC", "--port")
-        if settings.unix_socket:
-            _check_socket(settings.unix_socket)
-            try:
-                await self._grpc.listen_unix(settings.unix_socket)
-            except OSError as error:
-                raise StartError(
-                    f"unix_socket: {settings.unix_socket!r} cannot be opened: another server has it, or its folder "
-                    "is missing or not writable"
-                ) from error
-        self._admin = None
-        if settings.admin_port >= 0:
-            self._admin = self._server()
-            self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
-            self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
-        try:
-            self.metrics_port = self._page.open(settings.host, settings.metrics_port)
-        except OSError as error:
-            raise StartError(
-                f"port {settings.metrics_port} (metrics) cannot be opened on host {settings.host!r}: {error.strerror} "
-                "(--metrics-port chooses another)"
-            ) from error
-        # What is there now stays: collecting garbage need not look through it again and hold up requests.
-        gc.collect()
-        gc.freeze()
-        # Nor, again and again, through requests that wait: they leave no cycles behind, and under overload that took a
-        # tenth of the event loop's time.
-        gc.set_threshold(_GARBAGE, *gc.get_threshold()[1:])
-        await self._grpc.start()
-        if self._admin:
-            await self._admin.start()
-        for name in ("", SERVICE, INFERENCE_SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._edge.ready = True
-        self._watching = asyncio.create_task(self._watch())
+        async with AsyncExitStack() as started:
+            self._start_tracing(started)
+            started.push_async_callback(self._close_models)
+            await self._open_ports(started)
+            await self.repository.open()
+            _set_garbage_apart()
+            await self._take_requests(started)
+            self._started = started.pop_all()
 
     async def stop(self) -> None:
         """Report NOT_SERVING, let requests under way finish, then stop everything."""
         self._stopping = True
         self._edge.ready = False
-        for task in (self._watching, *self._rescans):
+        for task in self._scanning:
             task.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self.settings.drain_delay)
-        end = time.monotonic() + self.settings.drain_seconds
+        self._drain_end = time.monotonic() + self.settings.drain_seconds
+        await self._drain()
+        await self._started.aclose()
+
+    def _add_services(self) -> None:
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack it
+        service = CapsNetService(self._pipeline, self._edge, self.metrics, self.settings)
+        inference = InferenceService(self._pipeline, self._edge, self.metrics, self.settings)
+        self._grpc.add_generic_rpc_handlers((service.handler(), inference.handler()))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        names = (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflected = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # its stubs lack it
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._grpc)
+
+    def _start_tracing(self, started: AsyncExitStack) -> None:
+        if self._tracing:
+            started.push_async_callback(asyncio.to_thread, self._tracing.close)
+
+    async def _open_ports(self, started: AsyncExitStack) -> None:
+        """Open every port before any model is loaded, so that a port that is taken is told at once."""
+        settings = self.settings
+        self._grpc = self._new_grpc_server()
+        self._add_services()
+        started.push_async_callback(self._grpc.stop, 0)
+        self.port = await self._listen(self._grpc, settings.port, "gRPC", "--port")
+        if settings.unix_socket:
+            try:
+                await self._grpc.listen_unix(settings.unix_socket)
+            except OSError as error:
+                reason = _SOCKET_REASONS.get(error.errno or 0) or error.strerror
+                raise StartError(f"unix_socket: {settings.unix_socket!r} cannot be opened: {reason}") from error
+        self._admin = self._new_grpc_server()
+        if settings.admin_port >= 0:
+            self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
+            started.push_async_callback(self._admin.stop, 0)
+            self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
+        self._serve_metrics(started)
+
+    def _serve_metrics(self, started: AsyncExitStack) -> None:
+        settings, page = self.settings, Page(self.metrics.registry, self._unready)
+        try:
+            self.metrics_port = page.open(self._host, settings.metrics_port)
+        except OSError as error:
+            raise self._port_error(error, settings.metrics_port, "metrics", "--metrics-port") from error
+        started.push_async_callback(asyncio.to_thread, page.close)
+
+    async def _take_requests(self, started: AsyncExitStack) -> None:
+        for name in ("", SERVICE, INFERENCE_SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._edge.ready = True
+        await self._grpc.start()
+        await self._admin.start()
+        self._scan_beside(self._watch())
+
+    async def _drain(self) -> None:
+        """Let what is under way finish, by the end of the drain; turn away what comes after the clients were told."""
         self._pipeline.end_streams()
         await self._grpc.drain(self.settings.drain_seconds)
         self._pipeline.end_streams()  # those that were on their way
-        while self._edge.under_way and time.monotonic() < end:
+        while self._edge.under_way and time.monotonic() < self._drain_end:
             await asyncio.sleep(_CHECK_SECONDS)
-        # Not waiting for the watches of the health service, which would never end by themselves.
-        await self._grpc.stop(0)
-        if self._admin:
-            await self._admin.stop(0)
-        # What still computes then hangs; its thread ends with the process.
+
+    async def _close_models(self) -> None:
+        """Close them; what still computes at the drain's end hangs, and its thread ends with the process."""
+        left = max(0.0, self._drain_end - time.monotonic()) + _LAST_ANSWERS_SECONDS
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.repository.close(), max(0.0, end - time.monotonic()) + _LAST_ANSWERS_SECONDS)
-        if self._tracing:
-            await asyncio.to_thread(self._tracing.close)
-        await asyncio.to_thread(self._page.close)
+            await asyncio.wait_for(self.repository.close(), left)
 
     def rescan_soon(self) -> None:
         """Bring what is served in line with the repository folder; once the server has started."""
         if self._edge.ready:
-            task = asyncio.create_task(self._rescan())
-            self._rescans.add(task)
-            task.add_done_callback(self._rescans.discard)
+            self._scan_beside(self._rescan())
+
+    def _scan_beside(self, scan: Coroutine[None, None, None]) -> None:
+        """Run it beside the requests, until it ends or the server stops."""
+        task = asyncio.create_task(scan)
+        self._scanning.add(task)
+        task.add_done_callback(self._scanning.discard)
 
     async def _rescan(self) -> None:
         try:
@@ -163,15 +193,22 @@ class Server:
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log where it serves."""
-        host = self._host
+        """Log where it serves, and a warning if the settings ask for more threads than there are cores."""
+        asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
+        if asked > cores and self.settings.device in ("auto", "cpu"):
+            _logger.warning(
+                "threads and runtimes ask for %d threads on %d core(s): on a CPU they only hinder each other",
+                asked,
+                cores,
+            )
+        host = f"[{self._host}]" if ":" in self._host else self._host
         if self.admin_port:
             _logger.info("loading and unloading of models on %s:%d", host, self.admin_port)
         if self.settings.unix_socket:
             _logger.info("gRPC on unix:%s", self.settings.unix_socket)
         _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
 
-    def _server(self) -> GrpcServer:
+    def _new_grpc_server(self) -> GrpcServer:
         settings = self.settings
         limits = Limits(
             message=_TRANSPORT_LIMIT * settings.max_request_bytes,
@@ -184,14 +221,21 @@ class Server:
         return GrpcServer(limits, settings.connection_seconds, settings.drain_seconds)
 
     async def _listen(self, server: GrpcServer, port: int, purpose: str, flag: str) -> int:
-        host = self.settings.host
         try:
-            return await server.listen(host.strip("[]"), port)
+            return await server.listen(self._host, port)
         except OSError as error:
-            raise StartError(
-                f"port {port} ({purpose}) cannot be opened on host {host!r}: the port is taken ({flag} "
-                "chooses another) or the host is not an address of this machine (--host)"
-            ) from error
+            raise self._port_error(error, port, purpose, flag) from error
+
+    def _port_error(self, error: OSError, port: int, purpose: str, flag: str) -> StartError:
+        """Return the error that says why a port cannot be opened, and which flag to change."""
+        if isinstance(error, socket.gaierror):
+            reason = "the host's name is not known (--host chooses another)"
+        else:
+            reason = _PORT_REASONS.get(error.errno or 0, f"{error.strerror} ({{flag}} chooses another)")
+        host = self.settings.host
+        return StartError(
+            f"port {port} ({purpose}) cannot be opened on host {host!r}: {reason.replace('{flag}', flag)}"
+        )
 
     async def _watch(self) -> None:
         while self.settings.poll_seconds:
@@ -200,20 +244,18 @@ class Server:
 
     @property
     def _host(self) -> str:
-        """The host as an address has it, an IPv6 one in brackets."""
-        host = self.settings.host
-        return f"[{host}]" if ":" in host and not host.startswith("[") else host
+        """The host without the brackets that an IPv6 address may come in."""
+        return self.settings.host.strip("[]")
 
 
-def _check_socket(path: str) -> None:
-    """Raises StartError where a Unix socket cannot lie; gRPC would take it from another server without a word."""
-    if len(os.fsencode(path)) > _LONGEST_SOCKET:
-        raise StartError(
-            f"unix_socket: {path!r} has {len(os.fsencode(path))} bytes; expected {_LONGEST_SOCKET} at most"
-        )
-    with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(path) == 0:
-            raise StartError(f"unix_socket: {path!r} cannot be opened: another server has it")
+def _set_garbage_apart() -> None:
+    """Keep the garbage collector from holding up requests."""
+    # What is there now stays: collecting garbage need not look through it again.
+    gc.collect()
+    gc.freeze()
+    # Nor, again and again, through requests that wait: they leave no cycles behind, and under overload that took a
+    # tenth of the event loop's time.
+    gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
 
 
 def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":

@@ -2,16 +2,23 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from serving.artifact import PRECISIONS
+from serving.files.options import add_flags, check, option, option_of
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
 
 ENVIRONMENT_PREFIX = "CAPSNET_"
+# What docker-compose.yml reads, which may be set where a server is started without it too.
+_OTHER_VARIABLES = ("CAPSNET_CPUS", "CAPSNET_TRAINING_")
+_SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT|PORT_\w+)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 def embedded_models() -> Path:
@@ -21,93 +28,104 @@ def embedded_models() -> Path:
     return inside if inside.is_dir() else package.parent / "models"
 
 
-def _setting(default: Any, text: str, **options: Any) -> Any:
-    return field(default=default, metadata={"help": text, **options})
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything that can be set. Raises ValueError where settings do not fit together."""
 
-    host: str = _setting(
+    host: str = option(
         "127.0.0.1", "address to listen on, for gRPC and metrics; 0.0.0.0 for every interface", metavar="ADDRESS"
     )
-    port: int = _setting(8001, "port of gRPC; 0 for any free one", least=0, most=65535)
-    metrics_port: int = _setting(8002, "port of the Prometheus metrics (HTTP); 0 for any free one", least=0, most=65535)
-    models: str = _setting(
+    port: int = option(8001, "port of gRPC; 0 for any free one", minimum=0, maximum=65535)
+    metrics_port: int = option(
+        8002, "port of the Prometheus metrics (HTTP); 0 for any free one", minimum=0, maximum=65535
+    )
+    models: str = option(
         "",
         "model repository, a folder of NAME/VERSION/ folders (default: the one that comes with the server)",
         metavar="FOLDER",
     )
-    model: str = _setting("", "name of the only model to serve (default: all of the repository)", metavar="NAME")
-    model_version: str = _setting("", "only version to serve (default: the highest)", metavar="N")
-    versions: int = _setting(1, "how many of a model's versions to serve at once, from the highest down", least=1)
-    poll_seconds: float = _setting(
-        5.0, "seconds between looks at the repository for new versions; 0 for looks at a SIGHUP alone", least=0
+    model: str = option("", "name of the only model to serve (default: all of the repository)", metavar="NAME")
+    model_version: str = option("", "only version to serve (default: the highest)", metavar="N")
+    versions: int = option(1, "how many of a model's versions to serve at once, from the highest down", minimum=1)
+    poll_seconds: float = option(
+        5.0,
+        "seconds between looks at the repository for new versions; 0 for looks at a SIGHUP alone",
+        minimum=0,
+        metavar="SECONDS",
     )
-    admin_port: int = _setting(
+    admin_port: int = option(
         -1,
         "port of RepositoryModelLoad and RepositoryModelUnload; 0 for any free one, -1 for none",
-        least=-1,
-        most=65535,
+        minimum=-1,
+        maximum=65535,
     )
-    connection_seconds: float = _setting(
+    connection_seconds: float = option(
         0.0,
         "age at which a client's connection is renewed, so that it can find new servers; 0 for never",
-        least=0,
-        most=86400 * 365,
+        minimum=0,
+        maximum=86400 * 365,
+        metavar="SECONDS",
     )
-    unix_socket: str = _setting("", "path of a Unix socket to serve gRPC on, beside the port", metavar="PATH")
-    device: str = _setting(
+    unix_socket: str = option("", "path of a Unix socket to serve gRPC on, beside the port", metavar="PATH")
+    device: str = option(
         "auto",
         "auto takes CUDA where it works and else the CPU; cuda and tensorrt fail where these do not work",
         choices=DEVICES,
+        parse=str.lower,
         metavar="DEVICE",
     )
-    precision: str = _setting(
+    precision: str = option(
         "fp32",
         "fp32; int8, faster on a CPU; or fp16, for a GPU; the model's CERTIFICATE.md says what each costs",
         choices=PRECISIONS,
+        parse=str.lower,
         metavar="PRECISION",
     )
-    engine_cache: str = _setting(
+    engine_cache: str = option(
         "", "folder for the engines that TensorRT builds (default: ~/.cache/capsnet/tensorrt)", metavar="FOLDER"
     )
-    threads: int = _setting(0, "threads of one batch; 0 to choose by measurement", least=0, most=256)
-    runtimes: int = _setting(0, "batches computed in parallel; 0 to choose by measurement", least=0, most=256)
-    max_batch: int = _setting(0, "most images in one batch; 0 to choose by measurement", least=0, most=4096)
-    batch_timeout: float = _setting(30.0, "seconds after which a batch that is not computed is given up", least=0.001)
-    priority_ageing: float = _setting(
-        0.25, "seconds of waiting after which a request is not overtaken by those of high priority", least=0
+    threads: int = option(0, "threads of one batch; 0 to choose by measurement", minimum=0, maximum=256)
+    runtimes: int = option(0, "batches computed in parallel; 0 to choose by measurement", minimum=0, maximum=256)
+    max_batch: int = option(0, "most images in one batch; 0 to choose by measurement", minimum=0, maximum=4096)
+    batch_timeout: float = option(
+        30.0, "seconds after which a batch that is not computed is given up", minimum=0.001, metavar="SECONDS"
     )
-    max_queue: int = _setting(2048, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", least=1)
-    max_images_per_request: int = _setting(1024, "most images in one request", least=1)
-    max_request_bytes: int = _setting(4 * 2**20, "largest request, in bytes", least=1024, most=2**29)
-    max_bytes_under_way: int = _setting(
-        2**28, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", least=2**16
+    priority_ageing: float = option(
+        0.25,
+        "seconds of waiting after which a request is not overtaken by those of high priority",
+        minimum=0,
+        metavar="SECONDS",
     )
-    stream_window: int = _setting(512, "most images of one stream under way; reading waits beyond", least=1)
-    log_format: str = _setting("text", "text, or json for programs", choices=FORMATS, metavar="FORMAT")
-    log_level: str = _setting("info", "debug, info, warning or error", choices=LEVELS, metavar="LEVEL")
-    trace_endpoint: str = _setting(
+    max_queue: int = option(2048, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", minimum=1)
+    max_images_per_request: int = option(1024, "most images in one request", minimum=1)
+    max_request_bytes: int = option(4 * 2**20, "largest request, in bytes", minimum=1024, maximum=2**29)
+    max_bytes_under_way: int = option(
+        2**28, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", minimum=2**16
+    )
+    stream_window: int = option(512, "most images of one stream under way; reading waits beyond", minimum=1)
+    log_format: str = option("text", "text, or json for programs", choices=FORMATS, parse=str.lower, metavar="FORMAT")
+    log_level: str = option("info", "debug, info, warning or error", choices=LEVELS, parse=str.lower, metavar="LEVEL")
+    trace_endpoint: str = option(
         "", "OpenTelemetry collector to send traces to, by OTLP over gRPC; needs the extra tracing", metavar="URL"
     )
-    drain_delay: float = _setting(
-        0.0, "seconds between reporting NOT_SERVING and refusing new requests, for balancers to notice", least=0
+    drain_delay: float = option(
+        0.0,
+        "seconds between reporting NOT_SERVING and refusing new requests, for balancers to notice",
+        minimum=0,
+        metavar="SECONDS",
     )
-    drain_seconds: float = _setting(30.0, "most seconds that requests under way get to finish at a stop", least=0)
+    drain_seconds: float = option(
+        30.0, "most seconds that requests under way get to finish at a stop", minimum=0, metavar="SECONDS"
+    )
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value, least = getattr(self, setting.name), setting.metadata.get("least")
-            if least is not None and not value >= least:
-                raise ValueError(f"{setting.name}: {value}; expected {least} or more")
-            most = setting.metadata.get("most")
-            if most is not None and value > most:
-                raise ValueError(f"{setting.name}: {value}; expected {most} or less")
-            choices = setting.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{setting.name}: {value!r}; expected one of {', '.join(choices)}")
+        check(self)
+        if self.metrics_port == self.port > 0:
+            raise ValueError(f"metrics_port: {self.metrics_port}; gRPC has that port (--metrics-port chooses another)")
+        if self.admin_port in (self.port, self.metrics_port) and self.admin_port > 0:
+            raise ValueError(
+                f"admin_port: {self.admin_port}; another purpose has that port (--admin-port chooses another)"
+            )
         if self.max_images_per_request > self.max_queue:
             raise ValueError(
                 f"max_images_per_request: {self.max_images_per_request}; the queue holds only {self.max_queue} "
@@ -120,10 +138,46 @@ class Settings:
 
 
 def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
-    """The settings from command line and environment; a flag wins over its variable.
+    """Return the settings from command line and environment; a flag wins over its variable.
 
-    Ends the process with a message, as argparse does, on a wrong one.
+    Ends the process with a message, as argparse does, on a wrong one, and on one that is not known.
     """
+    parser = _parser()
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(name, _flag)}")
+    names = {_variable(setting): setting for setting in fields(Settings)}
+    made_by_kubernetes = service_links(environment)
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in made_by_kubernetes:
+            continue
+        if variable in names:
+            if text:  # an empty one is as none, as compose files have it
+                values[names[variable].name] = _value(parser, names[variable], variable, text)
+        elif not variable.startswith(_OTHER_VARIABLES):
+            parser.error(f"environment variable {variable} is no setting{_suggestion(variable, _variable)}")
+    try:
+        return Settings(**values | vars(flags))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def service_links(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that no user set: those by which Kubernetes tells every pod of a Service named capsnet.
+
+    Its documentation calls them service links. ``CAPSNET_PORT=tcp://10.96.12.7:8001`` is one, and no setting.
+    """
+    return sorted(
+        name
+        for name, text in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and (_SERVICE_LINK.search(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.match(text)))
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         allow_abbrev=False,
@@ -132,25 +186,29 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         "A flag wins over its variable.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
-    values: dict[str, Any] = {}
-    for setting in fields(Settings):
-        kind: type[int] | type[float] | type[str] = type(setting.default)  # type: ignore[assignment]
-        default = f" (default: {setting.default})" if setting.default != "" else ""
-        parser.add_argument(
-            "--" + setting.name.replace("_", "-"),
-            type=kind,
-            metavar=setting.metadata.get("metavar", "SECONDS" if kind is float else "N"),
-            help=setting.metadata["help"] + default,
-            default=argparse.SUPPRESS,
-        )
-        variable = ENVIRONMENT_PREFIX + setting.name.upper()
-        if environment.get(variable):  # an empty one is as none, as compose files have it
-            try:
-                values[setting.name] = kind(environment[variable])
-            except ValueError:
-                parser.error(f"environment variable {variable}: {environment[variable]!r} is not a number")
-    values |= vars(parser.parse_args(arguments))
+    add_flags(parser, Settings)
+    return parser
+
+
+def _flag(setting: "Field[Any]") -> str:
+    return "--" + setting.name.replace("_", "-")
+
+
+def _variable(setting: "Field[Any]") -> str:
+    return ENVIRONMENT_PREFIX + setting.name.upper()
+
+
+def _value(parser: argparse.ArgumentParser, setting: "Field[Any]", variable: str, text: str) -> Any:
+    parse = option_of(setting).parse or cast(Callable[[str], Any], type(setting.default))
     try:
-        return Settings(**values)
-    except ValueError as error:
-        parser.error(str(error))
+        return parse(text)
+    except ValueError:
+        parser.error(f"environment variable {variable}: {text!r} is not a number")
+
+
+def _suggestion(name: str, spell: "Callable[[Field[Any]], str]") -> str:
+    """Return the end of a message about a name that is not known: the nearest setting, spelt as it should have been."""
+    plain = name.removeprefix(ENVIRONMENT_PREFIX).lstrip("-").lower().replace("-", "_")
+    known = {setting.name: setting for setting in fields(Settings)}
+    nearest = get_close_matches(plain, known, 1)
+    return f"; did you mean {spell(known[nearest[0]])}?" if nearest else "; --help lists the settings"

@@ -1,11 +1,14 @@
 """Fixtures: the repository's real digits, and a real server on free ports with the embedded model."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import CodeType
+from typing import Any, NamedTuple, cast
 
 import grpc
 import numpy as np
@@ -22,6 +25,10 @@ from serving.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
+# Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
+EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
+# Begun first, so that no process is left with one of them while the others are done.
+LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport", "test_lifecycle")
 
 
 class Digits(NamedTuple):
@@ -64,7 +71,7 @@ class Running:
 
 def settings(**chosen: object) -> Settings:
     """On free ports, and with a plan of its own rather than one that is measured at each start."""
-    return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 32, **chosen})  # type: ignore[arg-type]
+    return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
 
 
 class InThread:
@@ -72,19 +79,28 @@ class InThread:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._ready = threading.Event()
+        self._started: Future[None] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
 
     async def _main(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        await self._server.start()
-        self._ready.set()
+        try:
+            await self._server.start()
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
         await self._stopping.wait()
         await self._server.stop()
 
     def __enter__(self) -> Server:
+        """Wait until the server has started. Raises what its start raises."""
         self._thread.start()
-        assert self._ready.wait(20), "the server did not start"
+        try:
+            self._started.result(60)
+        except BaseException:
+            self._thread.join()
+            raise
         return self._server
 
     def __exit__(self, *_: object) -> None:
@@ -121,3 +137,59 @@ def running() -> Iterator[Running]:
     server = Server(settings())
     with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Have the tests of one file in one process, and those that use the exporter in the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it has no types
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0]).stem
+            return "exporter" if file in EXPORTING else file
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, and mark what starts a server, so that ``make check`` can leave it out."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    for item in items:
+        if isinstance(item, pytest.Function) and _starts_a_server(item):
+            item.add_marker(pytest.mark.server)
+
+
+def _starts_a_server(item: pytest.Function) -> bool:
+    """Tell whether a test, or a fixture of it, reaches a function of the tests that makes a server or runs one."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]
+    seen: set[int] = set()
+    while pending:
+        function = inspect.unwrap(cast("Callable[..., object]", pending.pop()))
+        names, constants = _names_and_constants(getattr(function, "__code__", None))
+        if {"-m", "serving"} <= constants:
+            return True
+        for name in names:
+            found = getattr(function, "__globals__", {}).get(name)
+            if found is Server:
+                return True
+            module = str(getattr(found, "__module__", ""))
+            if module.startswith(("tests.", "test_")) and id(found) not in seen:
+                seen.add(id(found))
+                pending += vars(found).values() if inspect.isclass(found) else [found]
+    return False
+
+
+def _names_and_constants(code: CodeType | None) -> tuple[set[str], set[object]]:
+    """Return the names and the texts in a function's code, and in that of the functions inside it."""
+    names, constants = set(code.co_names if code else ()), set[object]()
+    for constant in code.co_consts if code else ():
+        if isinstance(constant, CodeType):
+            inner = _names_and_constants(constant)
+            names, constants = names | inner[0], constants | inner[1]
+        elif isinstance(constant, tuple):
+            constants |= set(constant)
+        else:
+            constants.add(constant)
+    return names, constants

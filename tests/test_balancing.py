@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,12 +137,15 @@ async def _call(target: str, options: list[tuple[str, Any]], disturb: Callable[[
     return outcome
 
 
-def _balanced(members: list[Member], disturb: Callable[[], object], retries: bool) -> Outcome:
-    """By the client itself, as the service config of the repository has it, or without its retries."""
+def _of_client(members: list[Member], retries: bool) -> tuple[str, list[tuple[str, Any]]]:
+    """Return the target and options of a client that balances as the service config has it, or without its retries."""
     target = "ipv4:" + ",".join(member.address for member in members)
     config = {name: value for name, value in SERVICE_CONFIG.items() if retries or name != "methodConfig"}
-    options = [("grpc.service_config", json.dumps(config)), ("grpc.enable_retries", int(retries))]
-    return asyncio.run(_call(target, options, disturb))
+    return target, [("grpc.service_config", json.dumps(config)), ("grpc.enable_retries", int(retries))]
+
+
+def _balanced(members: list[Member], disturb: Callable[[], object], retries: bool) -> Outcome:
+    return asyncio.run(_call(*_of_client(members, retries), disturb))
 
 
 def _end(member: Member, number: signal.Signals) -> Callable[[], object]:
@@ -154,39 +156,49 @@ def _end(member: Member, number: signal.Signals) -> Callable[[], object]:
     return end
 
 
-class Tally:
-    """Counts what each server answers, from when all are connected."""
+def _counts(members: list[Member]) -> list[int]:
+    return [_answered(_page(member.metrics_url)) for member in members]
 
-    def __init__(self, members: list[Member]) -> None:
-        self._members = members
-        self._before = self._counts()
 
-    def _counts(self) -> list[int]:
-        # All pages at the same time, and read only then: meanwhile calls go on.
-        with ThreadPoolExecutor(len(self._members)) as pool:
-            pages = list(pool.map(_page, [member.metrics_url for member in self._members]))
-        return [_answered(page) for page in pages]
+async def _shares(target: str, options: list[tuple[str, Any]], members: list[Member], calls: int) -> list[int]:
+    """Return how many of so many calls each server answers, once a client is connected to all of them.
 
-    def begin(self) -> None:
-        start = self._before
-        deadline = time.monotonic() + 10
-        while not all(now > before for now, before in zip(self._counts(), start, strict=True)):
+    Counted while no call is under way, so that the machine may be as slow as it likes. Raises what a call raises.
+    """
+
+    async def send(stub: CapsNetServiceStub, count: int) -> None:
+        async def caller() -> None:
+            for _ in range(count // CALLERS):
+                assert (await stub.Classify(REQUEST, timeout=20)).results[0].label == "7"
+
+        await asyncio.gather(*(caller() for _ in range(CALLERS)))
+
+    async with grpc.aio.insecure_channel(
+        target, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1), *options]
+    ) as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        unconnected = await asyncio.to_thread(_counts, members)
+        deadline = time.monotonic() + 20
+        while True:
+            await send(stub, CALLERS)
+            before = await asyncio.to_thread(_counts, members)
+            if all(now > then for now, then in zip(before, unconnected, strict=True)):
+                break
             assert time.monotonic() < deadline, "a server gets no calls"
-            time.sleep(0.05)
-        self._before = self._counts()
+        await send(stub, calls)
+        after = await asyncio.to_thread(_counts, members)
+    return [now - then for now, then in zip(after, before, strict=True)]
 
-    def assert_even(self, tolerance: float) -> None:
-        counts = [now - before for now, before in zip(self._counts(), self._before, strict=True)]
-        mean = sum(counts) / len(counts)
-        assert mean > 0
-        assert all(abs(count - mean) <= tolerance * mean for count in counts), counts
+
+def _assert_even(counts: list[int], tolerance: float) -> None:
+    mean = sum(counts) / len(counts)
+    assert all(abs(count - mean) <= tolerance * mean for count in counts), counts
 
 
 def test_a_client_with_the_service_config_sends_each_server_its_share(three: list[Member]) -> None:
-    tally = Tally(three)
-    outcome = _balanced(three, tally.begin, retries=False)
-    assert not outcome.failures
-    tally.assert_even(0.2)
+    counts = asyncio.run(_shares(*_of_client(three, retries=False), three, calls=600))
+    assert sum(counts) == 600
+    _assert_even(counts, 0.2)
 
 
 def test_a_server_killed_under_load_costs_its_clients_nothing_where_they_retry(
@@ -267,11 +279,10 @@ def _servers_up(metrics_url: str) -> list[str]:
 
 @needs_haproxy
 def test_haproxy_spreads_the_calls_of_one_connection_over_all_servers(three: list[Member]) -> None:
-    tally = Tally(three)
     with _haproxy(three) as (target, _):
-        outcome = _proxied(target, tally.begin)
-    assert not outcome.failures
-    tally.assert_even(0.5)  # whoever is slower for a while gets fewer
+        counts = asyncio.run(_shares(target, [("grpc.enable_retries", 0)], three, calls=1200))
+    assert sum(counts) == 1200
+    _assert_even(counts, 0.5)  # whoever is slower for a while gets fewer
 
 
 @needs_haproxy

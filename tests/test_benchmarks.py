@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx import ModelProto
+from torch import nn
 
 from benchmarks import export, routing
 from benchmarks.routing import PASSES, VARIANTS, Variant, main, ours, peak_bytes
-from training.model import CONFIGS, CapsNetConfig, Routing
+from export.to_onnx import to_onnx
+from training.model import CONFIGS, CapsNet, CapsNetConfig, Routing
 
 QUICK = ["--configs", "compact", "--rounds", "1", "--threads", "1"]
 
@@ -103,8 +106,29 @@ def test_numbers_below_one_are_refused(arguments: list[str], message: str, capsy
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, bytes]:
+    """Graphs by their files' names, so that each is exported once, which takes seconds."""
+    return {}
+
+
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch, made: dict[str, bytes]) -> None:
+    export_plainly = export.export_plainly
+
+    def to_onnx_once(network: CapsNet) -> ModelProto:
+        if "fp32" not in made:
+            made["fp32"] = to_onnx(network).SerializeToString()
+        return ModelProto.FromString(made["fp32"])
+
+    def export_plainly_once(module: nn.Module, outputs: list[str], config: CapsNetConfig, file: Path) -> None:
+        if file.name not in made:
+            export_plainly(module, outputs, config, file)
+            made[file.name] = file.read_bytes()
+        file.write_bytes(made[file.name])
+
+    monkeypatch.setattr(export, "to_onnx", to_onnx_once)
+    monkeypatch.setattr(export, "export_plainly", export_plainly_once)
     config = CapsNetConfig(image_size=20, classes=3, conv_channels=4, primary_types=2, decoder_widths=())
     monkeypatch.setitem(CONFIGS, "tiny", config)
     monkeypatch.setattr(export, "_SAMPLE_SECONDS", 0.0)

@@ -9,13 +9,16 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.__main__ import main
 from tests.conftest import DATA, ROOT, Running
-from tests.fake_server import FakeServer, numbered
+from tests.fake_server import FakeServer, answer, numbered
 
 SEVEN = str(DATA / "seven.png")
 IDX = str(DATA / "t10k-images-idx3-ubyte.gz")
@@ -140,12 +143,22 @@ class _Terminal:
         return self._process.wait(20)
 
 
-def test_a_terminal_shows_progress_until_an_interrupt(running: Running, tmp_path: Path) -> None:
+def test_a_terminal_shows_progress_until_an_interrupt(tmp_path: Path) -> None:
     output = tmp_path / "answers"
-    terminal = _Terminal(output, IDX, SEVEN, "--json", "--address", running.address)
-    terminal.wait_for("/10001 [")
-    terminal.interrupt()
-    assert terminal.end() == 130
+    with FakeServer() as server:
+        server.shape = (1, 28, 28)
+
+        def stream(requests: Iterator[pb.ClassifyStreamRequest], context: Any) -> Iterator[pb.ClassifyStreamResponse]:
+            for one in requests:
+                server.stopping.wait(0.02)  # all would take minutes, so that no interrupt comes too late
+                blank = pb.ClassifyRequest(images=[pb.Image(pixels=b"")] * len(one.request.images))
+                yield pb.ClassifyStreamResponse(id=one.id, response=answer(blank))
+
+        server.stream = stream
+        terminal = _Terminal(output, IDX, SEVEN, "--json", "--address", server.address)
+        terminal.wait_for("/10001 [")
+        terminal.interrupt()
+        assert terminal.end() == 130
     assert terminal.shown.endswith("interrupted\r\n")
     assert "Traceback" not in terminal.shown
     assert 0 < len(output.read_text().splitlines()) < 10_001

@@ -24,17 +24,22 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving import artifact
 from serving.runtime import Arrays
-from serving.server import Server
+from serving.server import Server, StartError
 from tests.conftest import DATA, ROOT, InThread, settings
 
 PIXELS = pb.Image(pixels=bytes(784))
+PLAN = ("--threads", "1", "--runtimes", "2", "--max-batch", "8")
+MEASURED = ("--threads", "0", "--runtimes", "0", "--max-batch", "0")
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 
 
 @contextmanager
 def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports."""
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
+    """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports.
+
+    With a plan of its own, rather than one that is measured, unless the arguments say otherwise.
+    """
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stderr
@@ -52,7 +57,7 @@ def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str
 
 
 def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *arguments]
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=60, check=False
     )
@@ -60,7 +65,7 @@ def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
-    with server_process() as (_, _, lines):
+    with server_process(*MEASURED) as (_, _, lines):
         text = "".join(lines)
     assert re.search(r"capsnet-mnist version 1 in fp32: 28 x 28 images .* test error 0\.\d\d %", text)
     assert re.search(r"ONNX Runtime [\d.]+ on CPUExecutionProvider", text)
@@ -107,14 +112,15 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
     assert other_failures == []
 
 
-def test_a_request_under_way_at_sigterm_is_answered() -> None:
-    with server_process("--max-batch", "1") as (process, address, _), grpc.insecure_channel(address) as channel:
+def test_requests_under_way_at_sigterm_are_answered() -> None:
+    flags = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000")
+    with server_process(*flags) as (process, address, _), grpc.insecure_channel(address) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
-        call = stub.Classify.future(pb.ClassifyRequest(images=[DIGIT] * 1000), timeout=60)
-        threading.Event().wait(0.3)
-        assert not call.done(), "too fast to test: send more images"
+        calls = [stub.Classify.future(pb.ClassifyRequest(images=[PIXELS] * 1000), timeout=60) for _ in range(6)]
+        assert len(calls[0].result().results) == 1000
         process.send_signal(signal.SIGTERM)
-        assert len(call.result().results) == 1000
+        assert not calls[-1].done(), "too fast to test: send more images"
+        assert [len(call.result().results) for call in calls] == [1000] * 6
         assert process.wait(20) == 0
 
 
@@ -133,6 +139,130 @@ def test_two_servers_do_not_share_a_port() -> None:
         code, text = failed_start("--port", address.split(":")[1])
     assert code == 1
     assert "the port is taken (--port chooses another)" in text
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def test_one_port_for_two_purposes_is_refused_by_name() -> None:
+    port = str(free_port())
+    code, text = failed_start("--port", port, "--metrics-port", port)
+    assert code == 2
+    assert f"metrics_port: {port}; gRPC has that port (--metrics-port chooses another)" in text
+
+
+def test_of_servers_started_at_the_same_moment_on_one_port_one_serves_and_the_other_says_why_not() -> None:
+    port = free_port()
+    flags = ["--port", str(port), "--metrics-port", "0", "--threads", "1", "--runtimes", "1", "--max-batch", "1"]
+    both = [
+        subprocess.Popen([sys.executable, "-m", "serving", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        for _ in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while not any(ended := [process.poll() is not None for process in both]):
+            assert time.monotonic() < deadline, "both serve"
+            time.sleep(0.05)
+        loser, winner = both if ended[0] else both[::-1]
+        assert loser.stderr
+        assert f"cannot start: port {port} (gRPC)" in loser.stderr.read()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+            assert stub.GetModel(pb.GetModelRequest(), timeout=60, wait_for_ready=True).model_name == "capsnet-mnist"
+        assert winner.poll() is None
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def refused_start(server: Server) -> Exception:
+    with pytest.raises((StartError, artifact.ArtifactError)) as caught, InThread(server):
+        pass
+    return caught.value
+
+
+@pytest.mark.parametrize("purpose", ["gRPC", "admin", "metrics"])
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded_and_leaves_no_port_open(
+    monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    monkeypatch.setattr("serving.repository.repository.ServedModel", None)  # to call it would be an error
+    ports = {"port": free_port(), "admin_port": free_port(), "metrics_port": free_port()}
+    name = "port" if purpose == "gRPC" else f"{purpose}_port"
+    with socket.create_server(("127.0.0.1", ports[name])):
+        error = refused_start(Server(settings(**ports)))
+    flag = name.replace("_", "-")
+    assert str(error) == (
+        f"port {ports[name]} ({purpose}) cannot be opened on host '127.0.0.1': "
+        f"the port is taken (--{flag} chooses another)"
+    )
+    for port in ports.values():
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_start_that_fails_once_a_model_is_loaded_leaves_no_port_open_and_no_model_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def fail(server: Server, started: object) -> None:
+        assert server.repository.models()
+        raise StartError("no more to be had")
+
+    monkeypatch.setattr(Server, "_take_requests", fail)
+    ports, path = {"port": free_port(), "metrics_port": free_port()}, tmp_path / "socket"
+    server, threads = Server(settings(unix_socket=str(path), **ports)), threading.active_count()
+    assert str(refused_start(server)) == "no more to be had"
+    assert server.repository.models() == []
+    assert threading.active_count() == threads, "of the batcher and of the metrics"
+    assert not path.exists()
+    for port in ports.values():
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_start_without_a_model_leaves_no_port_open(tmp_path: Path) -> None:
+    ports = {"port": free_port(), "metrics_port": free_port()}
+    error = refused_start(Server(settings(models=str(tmp_path), **ports)))
+    assert "no model there" in str(error)
+    for port in ports.values():
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_host_is_served_with_brackets_and_without(host: str) -> None:
+    server = Server(settings(host=host))
+    with InThread(server), grpc.insecure_channel(f"[::1]:{server.port}") as channel:
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        assert stub.GetModel(pb.GetModelRequest(), timeout=20).model_name == "capsnet-mnist"
+        with urllib.request.urlopen(f"http://[::1]:{server.metrics_port}/metrics", timeout=10) as response:
+            assert "capsnet_ready 1.0" in response.read().decode()
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6, 1.0])
+def test_ctrl_c_while_the_server_starts_prints_one_line(seconds: float) -> None:
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", "--log-level", "info"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=_mind_interrupts)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=20)[1]
+    assert "Traceback" not in text
+    if "gRPC on" not in text:  # else it had started already
+        assert [line for line in text.splitlines() if "stopped before" in line] == text.splitlines()
+
+
+def _mind_interrupts() -> None:
+    """What runs in the background of a shell ignores them from the beginning."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
@@ -158,6 +288,35 @@ def test_a_wrong_setting_in_the_environment_is_named() -> None:
     code, text = failed_start(CAPSNET_MAX_BATCH="many")
     assert code == 2
     assert "CAPSNET_MAX_BATCH: 'many' is not a number" in text
+
+
+def test_the_log_says_what_kubernetes_set_and_the_server_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_PORT", "tcp://10.96.12.7:8001")
+    with server_process("--threads", "1", "--runtimes", "1", "--max-batch", "1") as (_, _, lines):
+        assert "WARNING passed over" in lines[0]
+        assert "CAPSNET_PORT" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "warned"),
+    [
+        ({"threads": 64, "runtimes": 64}, True),
+        ({"threads": 0, "runtimes": 3}, True),
+        ({"threads": 3, "runtimes": 0}, True),
+        ({"threads": 2, "runtimes": 1}, False),
+        ({"threads": 0, "runtimes": 0}, False),
+        ({"threads": 64, "runtimes": 64, "device": "cuda"}, False),
+    ],
+)
+def test_more_threads_than_cores_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chosen: dict[str, object], warned: bool
+) -> None:
+    monkeypatch.setattr("serving.server.usable_cores", lambda: 2)
+    with caplog.at_level("WARNING"):
+        Server(settings(**chosen)).announce()
+    assert (len(caplog.messages) == 1) is warned
+    if warned:
+        assert "threads on 2 core(s): on a CPU they only hinder each other" in caplog.messages[0]
 
 
 def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> None:
@@ -207,10 +366,16 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
         assert process.wait(5) == -signal.SIGTERM
 
 
-def test_a_wrong_host_is_named() -> None:
-    code, text = failed_start("--host", "203.0.113.7")
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [("203.0.113.7", "the host is not an address of this machine"), ("no.such.host.invalid", "name is not known")],
+)
+def test_a_wrong_host_is_named(host: str, reason: str) -> None:
+    code, text = failed_start("--host", host)
     assert code == 1
-    assert "on host '203.0.113.7'" in text
+    assert f"on host {host!r}" in text
+    assert reason in text
+    assert "--host chooses another" in text
 
 
 REFUSALS = ("the server is stopping; send the request to another one", "failed to connect to all addresses")

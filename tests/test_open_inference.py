@@ -294,7 +294,7 @@ def test_a_model_is_described(ask: str, triton: Ask, running: Running) -> None:
     ]
     assert [(group["kind"], group["count"]) for group in config["instance_group"]] == [("KIND_CPU", 2)]
     batching = config["dynamic_batching"]
-    assert (batching["preferred_batch_size"], batching["priority_levels"]) == ([32], "2")
+    assert (batching["preferred_batch_size"], batching["priority_levels"]) == ([settings().max_batch], "2")
     assert batching["default_priority_level"] == "2"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from serving.files.options import option_of
 from serving.metrics.registry import Metrics
 from serving.settings import ENVIRONMENT_PREFIX, Settings
 from tests.conftest import ROOT
@@ -31,7 +32,7 @@ def test_the_settings_table_is_that_of_the_settings() -> None:
             f"`--{setting.name.replace('_', '-')}`",
             f"`{ENVIRONMENT_PREFIX}{setting.name.upper()}`",
             "" if setting.default == "" else f"`{setting.default}`",
-            setting.metadata["help"],
+            option_of(setting).help,
         ]
         for setting in fields(Settings)
     ]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -43,28 +45,50 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return kept | {"HOME": str(tmp_path_factory.mktemp("home"))}
 
 
+@dataclass(frozen=True)
+class Served:
+    """A clone in which the README's first command runs, on free ports in the place of those that the README names."""
+
+    clone: Path
+    environment: dict[str, str]
+    port: int
+
+    def run(self, command: str) -> str:
+        """Run a command or a piece of code of the README in the clone, and return what it prints."""
+        return _run(command, self.clone, self.environment)
+
+    def at_its_port(self, text: str) -> str:
+        return text.replace("127.0.0.1:8001", f"127.0.0.1:{self.port}")
+
+
 @pytest.fixture(scope="module")
-def served(clone: Path, environment: dict[str, str]) -> Iterator[Path]:
+def served(clone: Path, environment: dict[str, str]) -> Iterator[Served]:
     """The clone, while the README's first command runs in it."""
-    for port in (8001, 8002):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                pytest.fail(f"port {port} is taken; the README's server needs it")
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        port, metrics_port = one.getsockname()[1], other.getsockname()[1]
+    ports = {"CAPSNET_PORT": str(port), "CAPSNET_METRICS_PORT": str(metrics_port)}
     log = clone / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            SHELL[0], shell=True, cwd=clone, env=environment, stdout=output, stderr=output, start_new_session=True
+            SHELL[0],
+            shell=True,
+            cwd=clone,
+            env=environment | ports,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
-        try:
-            deadline = time.monotonic() + 120
-            while "gRPC on" not in log.read_text():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, f"not serving after two minutes: {log.read_text()}"
-                time.sleep(0.2)
-            yield clone
-        finally:
+    try:
+        deadline = time.monotonic() + 300
+        while f"gRPC on 127.0.0.1:{port}" not in log.read_text():
+            assert process.poll() is None, f"`{SHELL[0]}` ended with {process.returncode}:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"`{SHELL[0]}` does not serve after 5 minutes:\n{log.read_text()}"
+            time.sleep(0.2)
+        yield Served(clone, environment, port)
+    finally:
+        with suppress(ProcessLookupError):  # it has ended by itself, and the test says why
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
+        process.wait(60)
 
 
 def _run(command: str, clone: Path, environment: dict[str, str]) -> str:
@@ -89,28 +113,34 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_make_serve_answers_as_the_readme_shows(served: Path, environment: dict[str, str]) -> None:
+@pytest.mark.server
+def test_make_serve_answers_as_the_readme_shows(served: Served) -> None:
     shown = next(text for language, text in BLOCKS if language == "text")
-    _assert_alike(shown, _run(SHELL[2], served, environment))
+    assert "serving.client" in SHELL[2]
+    _assert_alike(shown, served.run(f"{SHELL[2]} --address 127.0.0.1:{served.port}"))
 
 
-def test_the_serving_environment_has_no_torch(served: Path, environment: dict[str, str]) -> None:
-    installed = _run(".venv/bin/python -m pip list --format=freeze", served, environment).lower()
+@pytest.mark.server
+def test_the_serving_environment_has_no_torch(served: Served) -> None:
+    installed = served.run(".venv/bin/python -m pip list --format=freeze").lower()
     assert "onnxruntime==" in installed
     assert not re.search(r"^(torch|lightning|onnx)==", installed, re.MULTILINE)
 
 
-def test_the_python_blocks_run(served: Path, environment: dict[str, str]) -> None:
+@pytest.mark.server
+def test_the_python_blocks_run(served: Served) -> None:
     for number, text in enumerate(text for language, text in BLOCKS if language == "python"):
-        script = served / f"block{number}.py"
-        script.write_text(text)
-        _run(f"PYTHONPATH=. .venv/bin/python {script.name}", served, environment)
+        assert "127.0.0.1:8001" in text
+        script = served.clone / f"block{number}.py"
+        script.write_text(served.at_its_port(text))
+        served.run(f"PYTHONPATH=. .venv/bin/python {script.name}")
 
 
-def test_the_other_commands_run_in_order(served: Path, environment: dict[str, str]) -> None:
+@pytest.mark.server
+def test_the_other_commands_run_in_order(served: Served) -> None:
     for command in SHELL[3:]:
-        _run(command, served, environment)
-    assert list((served / "runs" / "models").glob("*/1/manifest.json"))
+        served.run(command)
+    assert list((served.clone / "runs" / "models").glob("*/1/manifest.json"))
 
 
 DOCUMENTS = sorted(path for path in ROOT.glob("**/README.md") if "/." not in str(path.relative_to(ROOT.parent)))

@@ -478,6 +478,53 @@ def test_a_bad_change_in_the_folder_that_is_served_harms_nobody(start: Callable[
     until(lambda: index(running.channel) == {("digits", "1"): ("READY", "")}, "a clean index")
 
 
+def test_other_files_in_the_folder_that_is_served_do_not_load_it_anew(
+    start: Callable[..., Running], tmp_path: Path
+) -> None:
+    folder = put(tmp_path)
+    running = start(models=str(tmp_path), poll_seconds=0.0, admin_port=0, **QUICK)
+    model = running.model
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "._manifest.json"):
+        (folder / name).write_text("a system's, or an editor's")
+        (tmp_path / name).write_text("a system's, or an editor's")
+    (folder / "folder").mkdir()
+    with admin_of(running) as admin:
+        load(admin, "digits")  # a look at the folder, at once
+        assert running.model is model
+        os.utime(folder / artifact.MODEL, ns=(1, 1))
+        load(admin, "digits")
+        assert running.model is not model
+
+
+def test_hidden_folders_are_no_models(start: Callable[..., Running], tmp_path: Path) -> None:
+    put(tmp_path)
+    put(tmp_path, name=".trash")
+    running = start(models=str(tmp_path), poll_seconds=0.0, **QUICK)
+    assert index(running.channel) == {("digits", "1"): ("READY", "")}
+    shutil.rmtree(tmp_path / "digits")
+    code, text = failed_start("--models", str(tmp_path), *QUICK_FLAGS)
+    assert code == 1
+    assert f"cannot start: {tmp_path}: no model there" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("by", ["polling", "loading"])
+def test_a_model_that_could_not_be_loaded_and_is_gone_is_forgotten(
+    start: Callable[..., Running], tmp_path: Path, by: str
+) -> None:
+    put(tmp_path)
+    running = start(models=str(tmp_path), poll_seconds=0.05 if by == "polling" else 0.0, admin_port=0, **QUICK)
+    _flip_a_byte(put(tmp_path, name="others"))
+    with admin_of(running) as admin:
+        if by == "loading":
+            assert "cannot be served" in refused(load, admin, "others")[1]
+        until(lambda: ("others", "1") in index(running.channel), "the attempt to load it")
+        shutil.rmtree(tmp_path / "others")
+        if by == "loading":
+            assert refused(load, admin, "others")[1] == "model_name: 'others' is not there"
+        until(lambda: index(running.channel) == {("digits", "1"): ("READY", "")}, "its end in the index")
+
+
 def test_one_of_two_versions_that_is_removed_goes(start: Callable[..., Running], tmp_path: Path) -> None:
     put(tmp_path, "1")
     put(tmp_path, "2")

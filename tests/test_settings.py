@@ -1,10 +1,12 @@
 """Settings: one definition for flag, environment variable, default and help."""
 
+import re
 from dataclasses import fields
 
 import pytest
 
-from serving.settings import Settings, read
+from serving.settings import ENVIRONMENT_PREFIX, Settings, read, service_links
+from tests.conftest import ROOT
 
 
 def test_a_flag_wins_over_its_variable_and_the_variable_over_the_default() -> None:
@@ -41,3 +43,71 @@ def test_wrong_settings_are_refused_by_name(
         read(arguments, {})
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, nearest in [
+        ("CAPSNET_PRECISON", "CAPSNET_PRECISION"),
+        ("CAPSNET_MAXBATCH", "CAPSNET_MAX_BATCH"),
+        ("CAPSNET_LOGLEVEL", "CAPSNET_LOG_LEVEL"),
+    ]:
+        with pytest.raises(SystemExit) as caught:
+            read([], {name: "int8"})
+        assert caught.value.code == 2
+        assert f"environment variable {name} is no setting; did you mean {nearest}?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read([], {"CAPSNET_XYZZY": ""})
+    assert "CAPSNET_XYZZY is no setting; --help lists the settings" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_not_known_is_refused_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read(["--precison=int8"], {})
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --precison=int8; did you mean --precision?" in capsys.readouterr().err
+
+
+def test_choices_are_taken_in_any_case() -> None:
+    assert read([], {"CAPSNET_LOG_LEVEL": "INFO"}).log_level == "info"
+    assert read(["--log-level", "Warning", "--precision", "INT8"], {}).precision == "int8"
+
+
+def test_an_empty_variable_is_as_none() -> None:
+    assert read([], {"CAPSNET_PRECISION": "", "CAPSNET_MAX_BATCH": ""}) == Settings()
+
+
+def test_what_kubernetes_sets_for_services_is_passed_over() -> None:
+    links = {
+        "CAPSNET_PORT": "tcp://10.96.12.7:8001",
+        "CAPSNET_METRICS_PORT": "tcp://10.96.12.8:8002",
+        "CAPSNET_SERVICE_HOST": "10.96.12.7",
+        "CAPSNET_SERVICE_PORT": "8001",
+        "CAPSNET_SERVICE_PORT_GRPC": "8001",
+        "CAPSNET_PORT_8001_TCP": "tcp://10.96.12.7:8001",
+        "CAPSNET_PORT_8001_TCP_PROTO": "tcp",
+        "CAPSNET_PORT_8001_TCP_PORT": "8001",
+        "CAPSNET_PORT_8001_TCP_ADDR": "10.96.12.7",
+        "CAPSNET_METRICS_SERVICE_HOST": "10.96.12.8",
+        "CAPSNET_METRICS_PORT_8002_TCP": "tcp://10.96.12.8:8002",
+    }
+    own = {"CAPSNET_ADMIN_PORT": "9001", "PATH": "/bin", "OTHER_PORT": "tcp://10.96.12.9:80"}
+    assert service_links(links | own) == sorted(links)
+    assert read([], links | own) == Settings(admin_port=9001)
+    assert read(["--port", "22011"], links).port == 22011
+    assert service_links({"CAPSNET_PORT": "9000"}) == []
+
+
+def test_what_the_compose_file_reads_itself_does_not_keep_a_server_from_starting() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    variables = set(re.findall(rf"\$\{{({ENVIRONMENT_PREFIX}\w+)", text))
+    assert {"CAPSNET_TRAINING_EPOCHS", "CAPSNET_CPUS"} <= variables
+    read([], dict.fromkeys(variables, ""))
+
+
+def test_every_setting_can_be_given_to_compose_but_those_that_the_file_decides() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    environment = text.split("environment: &environment\n")[1].split("\n  # ")[0]
+    passed_on = set(re.findall(r"^    (\w+):", environment, re.MULTILINE))
+    decided = {"HOST", "PORT", "METRICS_PORT", "ADMIN_PORT", "MODELS", "UNIX_SOCKET", "DEVICE", "ENGINE_CACHE"}
+    expected = {f"{ENVIRONMENT_PREFIX}{setting.name.upper()}" for setting in fields(Settings)}
+    assert passed_on == expected - {ENVIRONMENT_PREFIX + name for name in decided}

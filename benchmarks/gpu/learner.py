@@ -56,6 +56,12 @@ def total_loss(
     return loss
 
 
+def on_device(model: CapsNet, device: torch.device) -> CapsNet:
+    """Move a network, its convolutions' weights with the channels last, as tensor cores take them."""
+    moved: CapsNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
+
+
 class Learner:
     """A network, its optimizer, its averaged weights and its recorded step.
 
@@ -75,7 +81,7 @@ class Learner:
     ) -> None:
         torch.manual_seed(seed)
         self.config, self.settings, self.steps, self.device = config, settings, steps, device
-        self.model = CapsNet(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = on_device(CapsNet(config), device)
         self._loss = torch.compile(total_loss) if compiled else total_loss
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -95,7 +101,7 @@ class Learner:
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)  # which batch of the chunk is next
         self.loss = torch.zeros((), device=device)  # summed since it was last set to 0
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def prepare(self, chunk: Chunk, targets: Tensor | None = None, *, graph: bool = True) -> None:
@@ -152,7 +158,7 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self._loss(self.model, images, parts, labels, targets, self.settings)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         with torch.no_grad():
             self.loss += loss.detach()
@@ -167,7 +173,7 @@ class Learner:
 
     def averaged(self) -> CapsNet:
         """Return a copy of the network with the averaged weights, in evaluation mode."""
-        model = CapsNet(self.config).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = on_device(CapsNet(self.config), self.device)
         floating = [value for value in model.state_dict().values() if value.is_floating_point()]
         with torch.no_grad():
             for value, average in zip(floating, self._average, strict=True):

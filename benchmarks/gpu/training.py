@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.epochs import Chunk, Digits, Pairs
-from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths
+from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device
 from training.checkpoint import Checkpoint, load, save
 from training.data.compose import scenes
 from training.data.datasets import Dataset
@@ -106,10 +106,9 @@ def run(
             fresh = data()
             for buffer, values in zip(chunks[seed], fresh, strict=True):
                 buffer.copy_(values)
-            if (buffer := targets[seed]) is not None:
-                made = _targets(teachers, fresh)
-                assert made is not None
-                buffer.copy_(made)
+            lengths_there, made = targets[seed], _targets(teachers, fresh)
+            if lengths_there is not None and made is not None:
+                lengths_there.copy_(made)
         _wait(device)
         for learner in learners:
             learner.begin_chunk()
@@ -122,9 +121,8 @@ def run(
         for curve, learner in zip(curves, learners, strict=True):
             curve.append(round(float(learner.loss) / steps, 5))
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs - 1:
-            _say(
-                f"epoch {epoch + 1} of {epochs}: {[curve[-1] for curve in curves]} {time.perf_counter() - started:.0f} s"
-            )
+            took = time.perf_counter() - started
+            _say(f"epoch {epoch + 1} of {epochs}: {[curve[-1] for curve in curves]} {took:.0f} s")
     seconds = time.perf_counter() - started
     return [
         _finished(job, learner, mnist, curve, epochs, steps, seconds, device)
@@ -299,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     teachers: list[nn.Module] = []
     if options.phase == "students":
         files = [options.out / f"accurate-{seed}.pt" for seed in options.seeds]
-        teachers = [load(file).model().to(device, memory_format=torch.channels_last) for file in files]
+        teachers = [on_device(load(file).model(), device) for file in files]
     results = run(
         jobs_of(options.phase, options.seeds),
         mnist,

@@ -52,38 +52,44 @@ class Admission:
         self._policy = policy
         self._cost = cost
         self._slots = slots
-        # The errors of ``refusal``, to be used again.
+        # Errors to be used again.
         self._full = lru_cache(_MAX_KEPT_ERRORS)(_full)
         self._hopeless = lru_cache(_MAX_KEPT_ERRORS)(_hopeless)
 
-    def admit(self, rows: int, left: float | None, urgent: bool, load: Load) -> None:
-        """Let a request of so many rows in, or raise QueueFull or DeadlineUnmeetable.
-
-        left: seconds until its deadline, None for none. Where the load is outdated, a deadline is no reason to refuse:
-        computing is the only way to learn what it takes now.
-        """
-        if load.rows + rows > self._policy.max_queue:
+    def check_room(self, rows: int, waiting: int) -> None:
+        """Raise QueueFull where a request of so many rows does not fit into a queue in which ``waiting`` rows wait."""
+        if waiting + rows > self._policy.max_queue:
             raise QueueFull(
-                f"the queue holds {load.rows} images, {rows} more would pass its limit of {self._policy.max_queue}; "
+                f"the queue holds {waiting} images, {rows} more would pass its limit of {self._policy.max_queue}; "
                 "try again later",
-                self._seconds(load.rows),
+                self._seconds(waiting),
             )
-        if left is not None and not load.outdated:
+
+    def check_deadline(self, rows: int, left: float, urgent: bool, load: Load) -> None:
+        """Raise DeadlineUnmeetable where a request of so many rows may take longer than the seconds that are left.
+
+        Where the load is outdated it does not: computing is the only way to learn what a batch takes now.
+        """
+        if not load.outdated:
             needed = self._needed(rows, urgent, load)
             if needed > left:
                 raise _unmeetable(needed, left)
 
-    def refusal(
-        self, left: float | None, urgent: bool, expected: int, load: Load
-    ) -> QueueFull | DeadlineUnmeetable | None:
-        """Return the error that a request of one row would get now, or None if it would be let in.
+    def full(self, waiting: int) -> QueueFull | None:
+        """Return the error that a request of one row gets behind ``waiting`` rows, None where it fits.
 
-        expected: requests that are about to be queued before it, taken to be not urgent. The numbers in the error are
-        rounded, so that under overload the same error serves many requests.
+        The numbers in it are rounded, so that under overload the same error serves many requests.
         """
-        if load.rows + expected >= self._policy.max_queue:
-            return self._full(self._policy.max_queue, _hundredths(self._seconds(load.rows + expected)))
-        if left is None or load.outdated:
+        if waiting < self._policy.max_queue:
+            return None
+        return self._full(self._policy.max_queue, _hundredths(self._seconds(waiting)))
+
+    def hopeless(self, left: float, urgent: bool, expected: int, load: Load) -> DeadlineUnmeetable | None:
+        """Return the error that a request of one row gets for its deadline, rounded as above, or None.
+
+        expected: requests that are about to be queued before it, taken to be not urgent.
+        """
+        if load.outdated:
             return None
         needed = self._needed(1, urgent, load, 0 if urgent else expected)
         return self._hopeless(_hundredths(needed)) if needed > left else None

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 
 from serving.batching.admission import BatchPolicy
+from serving.batching.batch import Batch, Check, Inputs, Outcome, compute
 from serving.batching.cost import BatchCost
 from serving.batching.queue import Part
-from serving.batching.slots import Batch, Check, Computed, Late, Outcome, Slots, compute
+from serving.batching.slots import Computed, Late, Slots
 from serving.batching.ticket import Share, Ticket
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics.registry import ModelMetrics
@@ -103,7 +104,7 @@ class Batcher:
 
         left: seconds until its deadline, None for none. expected: requests that are about to be queued before it.
         """
-        return self._slots.admission.refusal(left, urgent, expected, self._slots.load(time.monotonic()))
+        return self._slots.refusal(left, urgent, expected)
 
     def give_up(self, ticket: Ticket) -> None:
         """End a request whose client has gone: the rows that are in no batch yet are freed, and never computed."""
@@ -121,8 +122,8 @@ class Batcher:
             self._watchdog.cancel()
         self._slots.close()
 
-    def _compute(self, batch: Batch) -> Outcome:
-        return compute(batch, self._run, self._check)
+    def _compute(self, inputs: Inputs) -> Outcome:
+        return compute(inputs, self._run, self._check)
 
     def _deliver(self, computed: Computed | None, late: list[Late]) -> None:
         """Pass on from a slot's thread. Raises RuntimeError where the event loop was closed."""

@@ -4,8 +4,7 @@ Nothing here knows of deadlines, threads, clocks or metrics.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from math import ceil
+from collections.abc import Callable
 from typing import NamedTuple
 
 from serving.batching.ticket import Ticket
@@ -87,17 +86,16 @@ class TicketQueue:
             self.urgent_rows += rows
 
 
-def batch_room(waiting: int, ahead: Sequence[float], good_batch: int, max_batch: int) -> int:
-    """Return how many of the rows that wait a free slot takes, so that all slots would end at the same time.
+def batch_room(waiting: int, crowd: int, slots: int, free: int, good_batch: int, max_batch: int) -> int:
+    """Return how many of the rows that wait a free slot takes.
 
-    ahead: the rows that each other slot has yet to compute, 0 for one that is free too. A batch smaller than a good one
-    is taken only where it leaves as much for the other slots that are free.
+    crowd: the most rows that waited or were computed at one time lately. Of these each slot gets a part, and one part
+    is left over: those whose answers go out, or whose next requests come in, while the slots compute. A batch is
+    smaller than a good one only where no more waits, or where each of the slots that are free can have as much
+    (``free``, itself among them).
     """
-    level, total = float(waiting), float(waiting)
-    for slots, rows in enumerate(sorted(ahead), start=2):
-        if rows >= level:
-            break
-        total += rows
-        level = total / slots
-    free = 1 + sum(not rows for rows in ahead)
-    return min(max_batch, max(ceil(level), min(good_batch, ceil(waiting / free))))
+    return min(max_batch, max(_divided(crowd, slots + 1), min(good_batch, _divided(waiting, free))))
+
+
+def _divided(rows: int, by: int) -> int:
+    return -(-rows // by)

@@ -1,6 +1,5 @@
 """The threads that compute batches, and what they share with the event loop."""
 
-import logging
 import os
 import threading
 import time
@@ -11,48 +10,18 @@ from enum import Enum, auto
 from queue import SimpleQueue
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from serving.batching.admission import Admission, BatchPolicy, Load
+from serving.batching.batch import Batch, Inputs, Outcome, stack
 from serving.batching.cost import BatchCost
 from serving.batching.queue import Part, TicketQueue, batch_room
 from serving.batching.ticket import Ticket
-from serving.errors import DeadlineUnmeetable
-from serving.runtime import Array, Arrays, Run, rows
+from serving.errors import DeadlineUnmeetable, QueueFull
 
-#: Looks at a batch's outputs: which rows are good, (B,), or None where all are. Raises where the batch as a whole is
-#: wrong; its members are then computed again, each by itself.
-Check = Callable[[Arrays], NDArray[np.bool_] | None]
-
-_NICENESS = 5
-_MIN_ROW_SECONDS = 1e-6
+_ADDED_NICENESS = 5
+# What remains of the memory of a crowd with each batch: it is forgotten after about 50.
+_CROWD_KEPT = 0.98
 # Time after which the cost of a batch may be another.
 _COST_STALE_SECONDS = 10.0
-_MAX_JOINED_WITH_LOCK_BYTES = 2**20
-
-_logger = logging.getLogger(__name__)
-
-
-class Batch(NamedTuple):
-    """Requests that are computed together. again: it is one part of a batch that failed, by itself."""
-
-    parts: list[Part]
-    again: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of all parts."""
-        return sum(part.stop - part.start for part in self.parts)
-
-
-class Outcome(NamedTuple):
-    """Result of a batch: its outputs or what went wrong; which rows are good, None for all; and the seconds it took."""
-
-    outputs: Arrays | Exception
-    good: NDArray[np.bool_] | None
-    input_time: float
-    infer_time: float
 
 
 class Computed(NamedTuple):
@@ -83,24 +52,16 @@ class SlotState(Enum):
 
 
 class Slot:
-    """A thread that takes one batch after the other by itself; a daemon, so that one that hangs lets the process end.
+    """The state of a thread that takes one batch after the other; under the lock of ``Slots``."""
 
-    turn: called on the thread with what it has computed, None for nothing; returns the next batch, None for nothing.
-    All but the thread itself is changed under the lock of ``Slots``.
-    """
-
-    def __init__(
-        self, turn: Callable[["Slot", Computed | None], Batch | None], compute: Callable[[Batch], Outcome]
-    ) -> None:
-        self._turn = turn
-        self._compute = compute
-        self._wake: SimpleQueue[None] = SimpleQueue()
+    def __init__(self) -> None:
         self.state = SlotState.IDLE
         self.batch: Batch | None = None
         #: When its batch began, and when it is expected to end, by the clock of ``time.monotonic``.
         self.began = 0.0
         self.free_at = 0.0
-        threading.Thread(target=self._work, name="inference", daemon=True).start()
+        #: What its thread waits for while it is idle.
+        self.signal: SimpleQueue[None] = SimpleQueue()
 
     @property
     def idle(self) -> bool:
@@ -111,45 +72,34 @@ class Slot:
         """It takes no batch any more."""
         return self.state in (SlotState.ABANDONED, SlotState.CLOSED)
 
-    def begin(self, batch: Batch, now: float, free_at: float) -> None:
-        """Note the batch that the thread has just taken."""
-        self.state, self.batch, self.began, self.free_at = SlotState.COMPUTING, batch, now, free_at
-
-    def rest(self) -> None:
-        """Note that the thread has no batch."""
-        self.state, self.batch = SlotState.IDLE, None
-
     def wake(self) -> None:
         """Let an idle slot look for a batch."""
         self.state = SlotState.WOKEN
-        self._wake.put(None)
+        self.signal.put(None)
+
+    def begin(self, batch: Batch, now: float, free_at: float) -> None:
+        """Note the batch that it has taken."""
+        self.state, self.batch, self.began, self.free_at = SlotState.COMPUTING, batch, now, free_at
+
+    def rest(self) -> None:
+        """Note that it has no batch."""
+        self.state, self.batch = SlotState.IDLE, None
 
     def abandon(self) -> None:
-        """Leave the thread behind with the batch that it computes."""
+        """Leave its thread behind with the batch that it computes."""
         self.state, self.batch = SlotState.ABANDONED, None
 
     def close(self) -> None:
-        """End the thread, once it has no batch."""
+        """End its thread, once that has no batch."""
         self.state, self.batch = SlotState.CLOSED, None
-        self._wake.put(None)
-
-    def _work(self) -> None:
-        # The event loop, which has little to do at a time, need not wait for a core until a batch is computed.
-        with suppress(AttributeError, OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        computed: Computed | None = None
-        while not self.over:
-            if computed is None:
-                self._wake.get()
-            batch = self._turn(self, computed)
-            computed = Computed(batch, self._compute(batch)) if batch else None
+        self.signal.put(None)
 
 
 class Slots:
     """The threads that compute, the queue that they share with the event loop, and the lock around both.
 
-    deliver: called on a thread with what was computed, None for nothing, and with the requests that were dropped; it
-    passes them to the event loop, and raises RuntimeError where that has ended.
+    compute: called on the threads. deliver: called on a thread with what was computed, None for nothing, and with the
+    requests that were dropped; it passes them to the event loop, and raises RuntimeError where that has ended.
     """
 
     def __init__(
@@ -157,22 +107,23 @@ class Slots:
         count: int,
         policy: BatchPolicy,
         cost: BatchCost,
-        compute: Callable[[Batch], Outcome],
+        compute: Callable[[Inputs], Outcome],
         deliver: Callable[[Computed | None, list[Late]], object],
     ) -> None:
         self._policy = policy
         self._cost = cost
         self._compute = compute
         self._deliver = deliver
+        self._admission = Admission(policy, cost, count)
+        #: Somebody waits for room in the queue.
+        self.room_wanted = False
         self._lock = threading.Lock()
         self._queue = TicketQueue(policy.ageing)
         self._again: deque[Part] = deque()  # of batches that failed, each to be computed by itself
+        self._crowd = 0.0  # the most rows that waited or were computed at one time, fading
         self._under_way = 0  # batches that were taken, and whose outcome the event loop has not dealt with
         self._computed_at = time.monotonic()  # when a batch last began
-        self.admission = Admission(policy, cost, count)
-        #: Somebody waits for room in the queue.
-        self.room_wanted = False
-        self._slots = [Slot(self._next_batch, compute) for _ in range(count)]
+        self._slots = [self._start() for _ in range(count)]
 
     @property
     def rows(self) -> int:
@@ -189,20 +140,23 @@ class Slots:
         """Something waits, is computed, or was computed and not dealt with."""
         return bool(self._queue.rows or self._again or self._under_way)
 
-    def load(self, now: float) -> Load:
-        """Return what there is to compute."""
-        free_at = min([slot.free_at for slot in self._slots])
-        stale = now - self._computed_at > _COST_STALE_SECONDS
-        outdated = stale and all(slot.idle for slot in self._slots)
-        return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), outdated)
-
     def push(self, ticket: Ticket) -> None:
         """Queue a request. Raises QueueFull or DeadlineUnmeetable."""
         now = ticket.queued_at
-        left = None if ticket.deadline is None else ticket.deadline - now
         with self._lock:
-            self.admission.admit(ticket.size, left, ticket.urgent, self.load(now))
+            self._admission.check_room(ticket.size, self._queue.rows)
+            if ticket.deadline is not None:
+                self._admission.check_deadline(ticket.size, ticket.deadline - now, ticket.urgent, self._load(now))
             self._queue.push(ticket)
+
+    def refusal(self, left: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
+        """Return the error that a request of one row would get now, or None if it would be let in.
+
+        left: seconds until its deadline, None for none. expected: requests that are about to be queued before it.
+        """
+        if full := self._admission.full(self._queue.rows + expected):
+            return full
+        return None if left is None else self._admission.hopeless(left, urgent, expected, self._load(time.monotonic()))
 
     def remove(self, ticket: Ticket) -> int:
         """Take a request out of the queue, and return how many of its rows waited."""
@@ -238,7 +192,7 @@ class Slots:
                     hung.append(slot.batch)
                     slot.abandon()
                     self._under_way -= 1
-                    self._slots[index] = Slot(self._next_batch, self._compute)
+                    self._slots[index] = self._start()
                     self._slots[index].wake()
         return hung
 
@@ -256,44 +210,70 @@ class Slots:
             for slot in self._slots:
                 slot.close()
 
-    def _next_batch(self, slot: Slot, computed: Computed | None) -> Batch | None:
-        """Hand over what a slot has computed, and return what it computes next, None for nothing; on its thread."""
-        late: list[Late] = []
+    def _load(self, now: float) -> Load:
+        """Return what there is to compute."""
+        free_at = min([slot.free_at for slot in self._slots])
+        stale = now - self._computed_at > _COST_STALE_SECONDS
+        outdated = stale and all(slot.idle for slot in self._slots)
+        return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), outdated)
+
+    def _start(self) -> Slot:
+        """Start a thread; a daemon, so that one that hangs lets the process end."""
+        slot = Slot()
+        threading.Thread(target=self._work, args=(slot,), name="inference", daemon=True).start()
+        return slot
+
+    def _work(self, slot: Slot) -> None:
+        """Take and compute one batch after the other; on the slot's thread."""
+        # The event loop, which has little to do at a time, need not wait for a core until a batch is computed.
+        with suppress(AttributeError, OSError):
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _ADDED_NICENESS)
+        computed: Computed | None = None
+        while True:
+            if computed is None:
+                slot.signal.get()
+            late: list[Late] = []
+            batch = self._next_batch(slot, late)
+            if slot.over:
+                return
+            inputs = stack(batch) if batch else None
+            # Only now, shortly before this thread lets go of Python's lock, which the event loop needs to go on.
+            if computed or late or (batch and self.room_wanted):
+                try:
+                    self._deliver(computed, late)
+                except RuntimeError:
+                    return
+            computed = Computed(batch, self._compute(inputs)) if batch and inputs else None
+
+    def _next_batch(self, slot: Slot, late: list[Late]) -> Batch | None:
+        """Return what a slot computes next, None for nothing, and drop into ``late`` what can only be late."""
         with self._lock:
             if slot.over:
                 return None
             slot.rest()
             now = time.monotonic()
-            if batch := self._take(slot, now, late):
+            batch = self._take(now, late)
+            if batch:
                 self._computed_at = now
                 self._under_way += 1
                 slot.begin(batch, now, now + self._cost(batch.rows))
-        if computed or late or (batch and self.room_wanted):
-            try:
-                self._deliver(computed, late)
-            except RuntimeError:
-                slot.close()
-                return None
-        return batch
+            return batch
 
-    def _take(self, slot: Slot, now: float, late: list[Late]) -> Batch | None:
-        """Take the next batch, None for none, and drop into ``late`` the requests met on the way that can only be late.
-
-        Under the lock.
-        """
+    def _take(self, now: float, late: list[Late]) -> Batch | None:
+        """Take the next batch from the queue; with the lock held."""
         while self._again:
             part = self._again.popleft()
             if not part.ticket.ended:
                 return Batch([part], again=True)
         if not self._queue.rows:
             return None
-        load = self.load(now)
-        ahead = [self._rows_ahead(other, now) for other in self._slots if other is not slot]
-        room = batch_room(load.rows, ahead, self._policy.good_batch, self._policy.max_batch)
+        load = self._load(now)
+        room = self._room()
 
         def drops(ticket: Ticket) -> bool:
             if ticket.deadline is not None and (
-                error := self.admission.expiry(ticket.left, ticket.deadline - now, room, load)
+                error := self._admission.expiry(ticket.left, ticket.deadline - now, room, load)
             ):
                 late.append(Late(ticket, self._queue.remove(ticket), error))
                 return True
@@ -304,45 +284,10 @@ class Slots:
         parts = self._queue.take(room, drops)
         return Batch(parts) if parts else None
 
-    def _rows_ahead(self, slot: Slot, now: float) -> float:
-        """Rows that a slot has yet to compute, estimated from the time that it still needs; one at least if any."""
-        return 0.0 if slot.idle else max(1.0, (slot.free_at - now) / max(self._cost(1), _MIN_ROW_SECONDS))
-
-
-def compute(batch: Batch, run: Run, check: Check) -> Outcome:
-    """Compute a batch by one call of the runtime. An exception is a result here: it must not end the thread."""
-    start = stacked = time.perf_counter()
-    try:
-        arrays = _stacked(batch.parts)
-        stacked = time.perf_counter()
-        outputs = run(arrays)
-        done = time.perf_counter()
-        size = rows(arrays)
-        if any(not array.ndim or len(array) != size for array in outputs.values()):
-            shapes = {name: array.shape for name, array in outputs.items()}
-            raise ValueError(f"{size} rows were answered with arrays of the shapes {shapes}")
-        good = check(outputs)
-    except Exception as error:
-        _logger.exception("a batch of %d rows failed", batch.rows)
-        return Outcome(error, None, stacked - start, time.perf_counter() - stacked)
-    return Outcome(outputs, good, stacked - start, done - stacked)
-
-
-def _stacked(parts: list[Part]) -> Arrays:
-    """Return the inputs of a batch."""
-    if len(parts) == 1:
-        _, arrays, start, stop = parts[0]
-        return {name: array[start:stop] for name, array in arrays.items()}
-    return {name: _joined([arrays[name][start:stop] for _, arrays, start, stop in parts]) for name in parts[0].arrays}
-
-
-def _joined(parts: list[Array]) -> Array:
-    """Join arrays, each contiguous and all of one type, along their first axis.
-
-    Small ones, unlike by ``np.concatenate``, with Python's lock kept: the event loop would take it, and a batch's
-    computation wait for it, as often as there are parts. While large ones are copied, the event loop is to go on.
-    """
-    if sum(part.nbytes for part in parts) > _MAX_JOINED_WITH_LOCK_BYTES:
-        return np.concatenate(parts)
-    data = b"".join([part.data for part in parts])
-    return np.frombuffer(data, parts[0].dtype).reshape(-1, *parts[0].shape[1:])
+    def _room(self) -> int:
+        """Return how many rows a free slot takes now."""
+        policy, slots, waiting = self._policy, self._slots, self._queue.rows
+        present = waiting + sum([slot.batch.rows for slot in slots if slot.batch])
+        self._crowd = max(present, self._crowd * _CROWD_KEPT)
+        free = sum([slot.idle for slot in slots])
+        return batch_room(waiting, int(self._crowd), len(slots), free, policy.good_batch, policy.max_batch)

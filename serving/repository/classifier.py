@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.artifact import Artifact
-from serving.batching.slots import Check
+from serving.batching.batch import Check
 from serving.files.cache import cache_folder
 from serving.metrics.registry import CLASSIFY, ModelMetrics
 from serving.repository.served_graph import all_finite

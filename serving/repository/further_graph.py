@@ -3,7 +3,7 @@
 import numpy as np
 
 from serving.artifact import Artifact
-from serving.batching.slots import Check
+from serving.batching.batch import Check
 from serving.metrics.registry import ModelMetrics
 from serving.repository.served_graph import all_finite
 from serving.runtime import Runtime, RuntimeSetupError, example, rows

@@ -1,6 +1,7 @@
 """Models that are served: those of a repository folder, as it is now and as it changes."""
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from serving import artifact as artifacts
-from serving.artifact import MANIFEST, ArtifactError
+from serving.artifact import MANIFEST, MANIFEST_DIGEST, ArtifactError
 from serving.errors import InvalidRequest, ServingError, UnknownModel
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.served_model import ServedModel
@@ -92,7 +93,9 @@ class Repository:
         """Bring what is served in line with the folder."""
         async with self._changing:
             self._failures = []
-            for name in sorted({*await asyncio.to_thread(self._names), *self._current}):
+            # Also those that are gone, so that they are forgotten.
+            known = {name for name, _ in self._entries}
+            for name in sorted({*await asyncio.to_thread(self._names), *self._current, *known}):
                 await self._scan_model(name)
 
     def get(self, name: str, version: str) -> ServedModel:
@@ -132,7 +135,8 @@ class Repository:
                 if entry.name == name and not entry.model:
                     entry.look = ""
             self._failures = []
-            if name in await asyncio.to_thread(self._names):
+            found = await asyncio.to_thread(self._names)
+            if name in found or any(name == known for known, _ in self._entries):
                 await self._scan_model(name)
             if name not in self._current:
                 reasons = [entry.reason for entry in self._entries.values() if entry.name == name and entry.reason]
@@ -166,7 +170,7 @@ class Repository:
 
     def _names(self) -> list[str]:
         only = self._settings.model
-        found = {path.parent.parent.name for path in self._folder.glob(f"*/*/{MANIFEST}")}
+        found = {path.parent.parent.name for path in self._folder.glob(f"[!.]*/*/{MANIFEST}")}
         return sorted(found & {only} if only else found)
 
     def _versions(self, name: str) -> list[tuple[str, str]]:
@@ -260,9 +264,10 @@ class Repository:
         successor = self._entries[key].model if key in self._entries else None
         if successor:  # the same version, changed in its folder
             model.withdraw(successor)
+            _logger.info("%s version %s, as its folder was before, is unloaded", *key)
         else:
             self._metrics.forget(*key)
-        _logger.info("%s version %s is served no more", *key)
+            _logger.info("%s version %s is unloaded", *key)
 
 
 async def _in_thread(load: Callable[[], ServedModel]) -> ServedModel:
@@ -292,10 +297,21 @@ async def _in_thread(load: Callable[[], ServedModel]) -> ServedModel:
 
 
 def _look(folder: Path) -> str:
-    """What changes when a file of the folder is written: a version that could not be loaded may be whole by then."""
-    files = []
-    with suppress(OSError):  # gone between being listed and being looked at
-        for path in sorted(folder.iterdir()):
-            found = path.stat()
-            files.append(f"{path.name} {found.st_size} {found.st_mtime_ns}")
-    return "\n".join(files)
+    """Describe the files of a version, so that a change of one shows: what could not be loaded may be whole by then.
+
+    Others in the folder do not count, such as a ``.DS_Store``, or a note that somebody puts there.
+    """
+    found = []
+    for name in sorted({MANIFEST, MANIFEST_DIGEST, *_files_named_by(folder / MANIFEST)}):
+        with suppress(OSError, ValueError):  # missing, or no name of a file
+            state = (folder / name).stat()
+            found.append(f"{name} {state.st_size} {state.st_mtime_ns}")
+    return "\n".join(found)
+
+
+def _files_named_by(manifest: Path) -> list[str]:
+    """Return the names of a manifest's files, or none if it cannot be read."""
+    try:
+        return [name for name in json.loads(manifest.read_text())["files"] if Path(name).name == name]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batching.admission import BatchPolicy
+from serving.batching.batch import Check
 from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
-from serving.batching.slots import Check
 from serving.metrics.registry import Metrics, ModelMetrics
 from serving.repository.tuning import Plan, Tuned, candidates, good_batch, tune
 from serving.runtime import CPU, Arrays, Run, Runtime, usable_cores

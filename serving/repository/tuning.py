@@ -17,11 +17,12 @@ from serving.runtime import Arrays, Run, TensorSpec, example
 # What a batch costs beside its computation and beside what each request does: the way to a thread and back, what runs
 # between two batches under the lock of Python, caches that others have filled meanwhile. By the difference of what the
 # server takes for a request in batches of 4 and of 16.
-_OVERHEAD_SECONDS = 0.00075
+_OVERHEAD_SECONDS = 0.0005
 # A smaller batch is taken where it loses no more than this, since its members wait less for each other.
 _NEARLY = 0.95
-# What a good batch may lose of the rate of batches without end.
-_GOOD = 0.93
+# Part of the rate of batches without end that a good batch has. With larger ones, slots wait for answers to go out and
+# requests to come in.
+_GOOD = 0.85
 _SAMPLE_SECONDS = 0.025
 # A fifth of a core, which the event loop takes while a small network is served at full load.
 _BURST_SECONDS = 0.0005

@@ -4,15 +4,14 @@ import asyncio
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
 
 from serving.transport.call import Limits, Method
 from serving.transport.connection import Connection, Terms
+from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
 
-_BACKLOG = 1024
 _LAST_SECONDS = 0.2  # after the grace, for the last bytes to leave
 
 
@@ -39,7 +38,7 @@ class GrpcServer:
         self._generic: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._connections: set[Connection] = set()
         self._listening: list[asyncio.AbstractServer] = []
-        self._unix_paths: list[Path] = []
+        self._unix_sockets: list[UnixSocket] = []
         self._empty = asyncio.Event()
         self._terms = Terms(self._find, limits, self._opened, self._lost, connection_age, grace)
 
@@ -53,17 +52,27 @@ class GrpcServer:
         self._methods |= {f"/{service}/{name}": _method(handler) for name, handler in handlers.items()}
 
     async def listen(self, host: str, port: int) -> int:
-        """Bind a port, 0 for any free one, that takes connections from ``start`` on. Returns it. Raises OSError."""
-        listening = await self._loop.create_server(self._connection, host, port, backlog=_BACKLOG, start_serving=False)
-        self._listening.append(listening)
-        bound: int = listening.sockets[0].getsockname()[1]
+        """Open a port, 0 for any free one, and return it. Raises OSError.
+
+        It is this server's at once; connections that come before ``start`` wait for it.
+        """
+        opened = listen_tcp(host, port)
+        bound: int = opened[0].getsockname()[1]
+        for one in opened:
+            self._listening.append(
+                await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
+            )
         return bound
 
     async def listen_unix(self, path: str) -> None:
-        """Bind a Unix socket, in the place of one that nobody listens on. Raises OSError."""
-        listening = await self._loop.create_unix_server(self._connection, path, backlog=_BACKLOG, start_serving=False)
-        self._listening.append(listening)
-        self._unix_paths.append(Path(path))
+        """Open a Unix socket, in the place of one that nobody listens on. Raises OSError."""
+        opened = UnixSocket(path)
+        self._unix_sockets.append(opened)
+        self._listening.append(
+            await self._loop.create_unix_server(
+                self._connection, sock=opened.socket, backlog=BACKLOG, start_serving=False
+            )
+        )
 
     async def start(self) -> None:
         for listening in self._listening:
@@ -77,8 +86,8 @@ class GrpcServer:
         """
         for listening in self._listening:
             listening.close()
-        for path in self._unix_paths:
-            path.unlink(missing_ok=True)
+        while self._unix_sockets:
+            self._unix_sockets.pop().unlink()
         connections = list(self._connections)
         for connection in connections:
             connection.drain(grace)

@@ -1,0 +1,34 @@
+"""The commands of the Makefile: that they are listed, and what they run."""
+
+import os
+import re
+import subprocess
+
+from tests.conftest import ROOT
+
+TEXT = (ROOT / "Makefile").read_text()
+TARGETS = set(re.search(r"^\.PHONY: (.*)$", TEXT, re.MULTILINE)[1].split())  # type: ignore[index]
+
+
+def make(*arguments: str) -> str:
+    # Without what a make that runs these tests tells those below it.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_help_lists_every_target_with_what_it_does() -> None:
+    listed = dict(re.findall(r"^make ([a-z-]+) +(\S.*)$", make("help"), re.MULTILINE))
+    assert listed.keys() == TARGETS
+    assert {"dev", "train", "export", "check", "test", "serve"} <= TARGETS
+
+
+def test_training_and_export_take_their_arguments() -> None:
+    for target, command in (("train", "-m training --epochs 2"), ("export", "-m export --epochs 2")):
+        assert make("--dry-run", target, "ARGS=--epochs 2").strip().endswith(command)
+
+
+def test_the_check_lints_and_leaves_out_what_starts_a_server() -> None:
+    commands = make("--dry-run", "check")
+    assert "mypy" in commands
+    assert '-m "not server"' in commands
