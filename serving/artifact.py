@@ -189,7 +189,10 @@ def _graph_content(graph: Graph) -> dict[str, Any]:
         content["images"] = graph.images
     content |= {f"max_{output}_difference": value for output, value in graph.differences.items()}
     if graph.receptive_field:
-        content["receptive_field"] = asdict(graph.receptive_field)
+        seen = asdict(graph.receptive_field)
+        if not graph.receptive_field.offset:  # as manifests had it before there was padding
+            del seen["offset"]
+        content["receptive_field"] = seen
     return content
 
 

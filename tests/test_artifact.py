@@ -92,6 +92,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         (["variants", "int8", "tolerance"], {"difference": "0"}, "variants.int8.tolerance.difference is '0'"),
         (["graphs", "explain", "file"], None, "graphs.explain.file is None; expected a text"),
         (["graphs", "explain", "receptive_field", "grid"], 0, "graphs.explain.receptive_field.grid is 0"),
+        (["graphs", "explain", "receptive_field", "offset"], 0.5, "graphs.explain.receptive_field.offset is 0.5"),
         (["training", "figures"], [], "training.figures is []; expected an object"),
     ],
 )
@@ -108,8 +109,12 @@ def test_a_wrong_field_is_told_by_name(copy: Path, keys: list[str], value: Any, 
     assert message in str(caught.value)
 
 
-def test_a_manifest_is_read_and_written_without_loss(copy: Path) -> None:
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_manifest_is_read_and_written_without_loss(copy: Path, padding: int) -> None:
     content = json.loads((copy / MANIFEST).read_text())
+    if padding:  # the first capsule's receptive field begins outside the image
+        content["graphs"]["explain"]["receptive_field"]["offset"] = -padding
+        write(copy, json.dumps(content))
     artifact = load(copy)
     assert manifest(artifact) == content
     write_manifest(artifact)
