@@ -1,7 +1,7 @@
 """Sessions of one graph that each compute batches of one size, for ONNX Runtime's CUDA provider."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,10 +11,10 @@ _STEP = 8  # each size is so many times the one before: on a GPU 8 rows take har
 
 
 class Session(Protocol):
-    """What ONNX Runtime's InferenceSession offers here."""
+    """Computes a graph, as ``onnxruntime.InferenceSession`` does."""
 
     def run(
-        self, output_names: Sequence[str], inputs: Mapping[str, NDArray[np.generic]]
+        self, output_names: list[str], inputs: "dict[str, NDArray[np.generic]]", /
     ) -> "list[NDArray[np.generic]]": ...
 
 
@@ -40,9 +40,7 @@ class FixedBatches:
         self._sessions: dict[int, _Sized] = {}
         self._opening = threading.Lock()
 
-    def run(
-        self, output_names: Sequence[str], inputs: Mapping[str, NDArray[np.generic]]
-    ) -> "list[NDArray[np.generic]]":
+    def run(self, output_names: list[str], inputs: "dict[str, NDArray[np.generic]]", /) -> "list[NDArray[np.generic]]":
         """Compute the outputs of at least one row. Blocks while another batch of the same size is computed."""
         count = len(next(iter(inputs.values())))
         size = 1

@@ -1,7 +1,6 @@
 """Tests of the sessions that each compute batches of one size."""
 
 import threading
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from serving.artifact import find, load
-from serving.fixed_batches import FixedBatches
+from serving.fixed_batches import FixedBatches, Session
 from serving.runtime import onnxruntime
 from tests.conftest import ROOT, Digits
 
@@ -22,9 +21,7 @@ class Doubling:
         self.overlapped = False
         self._busy = threading.Lock()
 
-    def run(
-        self, output_names: Sequence[str], inputs: Mapping[str, NDArray[np.generic]]
-    ) -> "list[NDArray[np.generic]]":
+    def run(self, output_names: list[str], inputs: "dict[str, NDArray[np.generic]]", /) -> "list[NDArray[np.generic]]":
         self.overlapped |= not self._busy.acquire(blocking=False)
         values = inputs["x"].astype(np.float64)
         self.sizes.add(len(values))
@@ -75,11 +72,11 @@ def test_the_embedded_model_answers_the_same_in_a_filled_batch(digits: Digits, c
     source = load(find(ROOT / "models")).file("fp32").read_bytes()
     ort = onnxruntime()
 
-    def open_session() -> FixedBatches:
-        session: FixedBatches = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
+    def open_session() -> Session:
+        session: Session = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
         return session
 
-    images = {"images": digits.images[:count, None]}
+    images: dict[str, NDArray[np.generic]] = {"images": digits.images[:count, None]}
     [filled] = FixedBatches(open_session).run(["poses"], images)
     [plain] = open_session().run(["poses"], images)
-    assert np.abs(filled - plain).max() < 1e-6  # type: ignore[operator]
+    np.testing.assert_allclose(filled, plain, rtol=0, atol=1e-6)

@@ -138,7 +138,9 @@ class Slots:
     @property
     def busy(self) -> bool:
         """Something waits, is computed, or was computed and not dealt with."""
-        return bool(self._queue.rows or self._again or self._under_way)
+        with self._lock:
+            again = any(not part.ticket.ended for part in self._again)
+            return bool(self._queue.rows or again or self._under_way)
 
     def push(self, ticket: Ticket) -> None:
         """Queue a request. Raises QueueFull or DeadlineUnmeetable."""
@@ -238,7 +240,6 @@ class Slots:
             if slot.over:
                 return
             inputs = stack(batch) if batch else None
-            # Only now, shortly before this thread lets go of Python's lock, which the event loop needs to go on.
             if computed or late or (batch and self.room_wanted):
                 try:
                     self._deliver(computed, late)
