@@ -79,4 +79,4 @@ def test_the_embedded_model_answers_the_same_in_a_filled_batch(digits: Digits, c
     images: dict[str, NDArray[np.generic]] = {"images": digits.images[:count, None]}
     [filled] = FixedBatches(open_session).run(["poses"], images)
     [plain] = open_session().run(["poses"], images)
-    np.testing.assert_allclose(filled, plain, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(filled.astype(np.float64), plain.astype(np.float64), rtol=0, atol=1e-6)
