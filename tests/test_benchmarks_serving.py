@@ -299,7 +299,7 @@ def test_a_start_is_measured_with_the_plan_that_the_first_one_chose(tiny: None, 
     assert re.fullmatch(r"--threads=\d+ --runtimes=\d+ --max-batch=4", fixed["flags"])
     for row in (tuned, fixed):
         parts = [float(row[name]) for name in ("imports_s", "models_s", "ports_s")]
-        assert sum(parts) == pytest.approx(float(row["ready_s"]), abs=0.02)
+        assert sum(parts) == pytest.approx(float(row["ready_s"]), rel=0.01, abs=0.02)  # of 3 digits
         assert row["ready_least_s"] == row["ready_s"] == row["ready_most_s"]
         assert float(row["cpu_s"]) > 0
 
