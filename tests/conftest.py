@@ -27,8 +27,9 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
 EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
-# The markers of what is run as a process, by its package.
-PARTS = {"serving": "server", "training": "training"}
+# The markers of what is run as a process, by its package, and of what is run in the test's own.
+PROCESSES = {"serving": "server", "training": "training"}
+IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
 # Begun first, so that no process is left with one of them while the others are done.
 LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport", "test_lifecycle")
 
@@ -160,7 +161,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, and mark what ``make check`` leaves out: servers, and trainings as processes."""
+    """Begin with what takes longest, and mark what ``make check`` leaves out: servers and trainings."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if isinstance(item, pytest.Function):
@@ -169,9 +170,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _whole_parts(item: pytest.Function) -> set[str]:
-    """Return "server" and "training" if a test, or a fixture of it, makes a server or runs one of these as a process.
+    """Return "server" if a test, or a fixture of it, starts a server, and "training" if one trains a network.
 
-    It does if it reaches, through functions and classes of the tests, one that does.
+    It does if it reaches, through functions and classes of the tests, one that does, in its own process or another.
     """
     fixtures = item._fixtureinfo.name2fixturedefs.values()
     pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]
@@ -181,12 +182,12 @@ def _whole_parts(item: pytest.Function) -> set[str]:
         function = inspect.unwrap(cast("Callable[..., object]", pending.pop()))
         names, constants = _names_and_constants(getattr(function, "__code__", None))
         if "-m" in constants:
-            parts |= {part for package, part in PARTS.items() if package in constants}
+            parts |= {part for package, part in PROCESSES.items() if package in constants}
         for name in names:
             found = getattr(function, "__globals__", {}).get(name)
-            if found is Server:
-                parts.add("server")
             module = str(getattr(found, "__module__", ""))
+            if part := IN_PROCESS.get((module, name)):
+                parts.add(part)
             if module.startswith(("tests.", "test_")) and id(found) not in seen:
                 seen.add(id(found))
                 pending += vars(found).values() if inspect.isclass(found) else [found]
