@@ -222,9 +222,11 @@ class Slots:
     def _load(self, now: float) -> Load:
         """Return what there is to compute."""
         free_at = min([slot.free_at for slot in self._slots])
-        stale = now - self._computed_at > _COST_STALE_SECONDS
-        outdated = stale and all(slot.idle for slot in self._slots)
-        return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), outdated)
+        return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), self._outdated(now))
+
+    def _outdated(self, now: float) -> bool:
+        """Return True if nothing was computed lately, so that what a batch costs may have changed."""
+        return now - self._computed_at > _COST_STALE_SECONDS and all(slot.idle for slot in self._slots)
 
     def _start(self) -> Slot:
         """Start a thread; a daemon, so that one that hangs lets the process end."""
@@ -280,14 +282,14 @@ class Slots:
         """Take the next batch of those that wait, and drop into ``late`` what can only be late; with the lock held."""
         if not self._queue.rows:
             return None
-        load, room = self._load(now), self._room()
+        room = self._room()
+        batch, outdated = min(room, self._queue.rows), self._outdated(now)
 
         def drops(ticket: Ticket) -> bool:
-            if ticket.deadline is not None and (
-                error := self._admission.expiry(ticket.left, ticket.deadline - now, room, load)
-            ):
-                late.append(Late(ticket, self._queue.remove(ticket), error))
-                return True
+            if ticket.deadline is not None and not outdated:
+                if error := self._admission.expiry(ticket.left, ticket.deadline - now, room, batch):
+                    late.append(Late(ticket, self._queue.remove(ticket), error))
+                    return True
             if not ticket.taken:
                 ticket.waited = now - ticket.queued_at
             return False
@@ -298,7 +300,11 @@ class Slots:
     def _room(self) -> int:
         """Return how many rows a free slot takes now."""
         policy, slots, waiting = self._policy, self._slots, self._queue.rows
-        present = waiting + sum([slot.batch.rows for slot in slots if slot.batch])
-        self._crowd = max(present, self._crowd * _CROWD_KEPT)
-        free = sum([slot.idle for slot in slots])
+        computed, free = 0, 0
+        for slot in slots:
+            if slot.batch:
+                computed += slot.batch.rows
+            else:
+                free += 1
+        self._crowd = max(waiting + computed, self._crowd * _CROWD_KEPT)
         return batch_room(waiting, self._crowd, len(slots), free, policy.good_batch, policy.max_batch)
