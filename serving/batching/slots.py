@@ -286,10 +286,12 @@ class Slots:
         batch, outdated = min(room, self._queue.rows), self._outdated(now)
 
         def drops(ticket: Ticket) -> bool:
+            error = None
             if ticket.deadline is not None and not outdated:
-                if error := self._admission.expiry(ticket.left, ticket.deadline - now, room, batch):
-                    late.append(Late(ticket, self._queue.remove(ticket), error))
-                    return True
+                error = self._admission.expiry(ticket.left, ticket.deadline - now, room, batch)
+            if error:
+                late.append(Late(ticket, self._queue.remove(ticket), error))
+                return True
             if not ticket.taken:
                 ticket.waited = now - ticket.queued_at
             return False
