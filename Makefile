@@ -34,9 +34,9 @@ train: $(DEV_VENV)/.installed
 export: $(DEV_VENV)/.installed
 	$(DEV)/python -m export $(ARGS)
 
-## Run what takes little: lint, types and the tests that start no server. ARGS='-k NAME' chooses among the tests.
+## Run what takes little: lint, types and the tests that start no server and no training. ARGS='-k NAME' chooses tests.
 check: lint
-	$(PYTEST) -m "not server" $(LINTERS) $(ARGS)
+	$(PYTEST) -m "not server and not training" $(LINTERS) $(ARGS)
 
 ## Run all tests. ARGS='-k NAME' chooses among them, JOBS=1 runs one at a time.
 test: $(DEV_VENV)/.installed

@@ -2,10 +2,11 @@
 
 import argparse
 import csv
+import math
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from training import checkpoint
@@ -20,11 +21,8 @@ COLUMNS = (
 )  # fmt: skip
 # What a row leaves out of its command: where files lie changes no result, and the seed has a column.
 ASIDE = ("--seed", "--out", "--data-dir")
-# Sabour, Frosst and Hinton 2017, table 1 and section 6: the mean of three trials of their networks.
-PUBLISHED = {
-    "mnist": "0.25 % with 6,804,224 parameters",
-    "multimnist": "5.2 % with 11.36 million, of 10 million other pairs",
-}
+# Student's t, two-sided 95 %, by degrees of freedom.
+_T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 Row = dict[str, str]
 
@@ -77,26 +75,35 @@ def add(rows: Iterable[Row], path: Path = RESULTS) -> None:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown: a line for each command, with the mean test error of its seeds, and their deviation from two on."""
-    groups: dict[str, list[Row]] = {}
+    """Return Markdown: a line for each command and network, best first, with the mean test error of its seeds.
+
+    From two seeds on, the mean has its 95 % interval (Student's t).
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
     for one in rows:
-        groups.setdefault(one["command"], []).append(one)
+        groups.setdefault((one["command"], one["parameters"]), []).append(one)
     lines = [
-        "| data set | parameters | test error | each seed | the paper | command |",
+        "| data set | parameters | test error | each seed | device | command |",
         "|---|---|---|---|---|---|",
     ]
-    for command, runs in groups.items():
-        percents = [100 * int(run["test_errors"]) / int(run["test_images"]) for run in runs]
-        mean = f"**{percents[0]:.2f} %**"
+    for (command, parameters), runs in sorted(groups.items(), key=lambda item: (item[1][0]["dataset"], _mean(item[1]))):
+        percents = _percents(runs)
+        error = f"**{percents[0]:.2f} %**"
         if len(runs) > 1:
-            mean = f"**{statistics.mean(percents):.3f} %** ± {statistics.stdev(percents):.3f}"
+            margin = _T_QUANTILES[len(runs) - 1] * statistics.stdev(percents) / math.sqrt(len(runs))
+            error = f"**{statistics.mean(percents):.3f} %** ± {margin:.3f}"
         seeds = ", ".join(f"{run['seed']}: {percent:.2f}" for run, percent in zip(runs, percents, strict=True))
-        parameters = f"{int(runs[0]['parameters']):,}"
-        count = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        dataset = runs[0]["dataset"]
-        published = PUBLISHED.get(dataset, "not measured")
-        lines.append(f"| {dataset} | {parameters} | {mean}, {count} | {seeds} | {published} | `{command}` |")
+        told = f"{runs[0]['dataset']} | {int(parameters):,} | {error} | {seeds} | {runs[0]['device']}"
+        lines.append(f"| {told} | `{command}` |")
     return "\n".join(lines) + "\n"
+
+
+def _percents(runs: Sequence[Row]) -> list[float]:
+    return [100 * int(run["test_errors"]) / int(run["test_images"]) for run in runs]
+
+
+def _mean(runs: Sequence[Row]) -> float:
+    return statistics.mean(_percents(runs))
 
 
 def _served_parameters(model: CapsNet) -> int:

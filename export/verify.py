@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,10 +105,7 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
     """
     count = len(reference.labels)
     images, edges = reference.images[:count], reference.images[count:]
-    parts = [runtime.run({"images": batch.numpy()}) for batch in (*images.split(_BATCH_SIZE), *edges.split(1))]  # type: ignore[no-untyped-call]
-    found = Prediction(
-        *(np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in Prediction._fields)
-    )
+    found = _compute(runtime, [*images.split(_BATCH_SIZE), *edges.split(1)])  # type: ignore[no-untyped-call]
     _check_finite("the exported model", found)
     differences = [np.abs(one - other) for one, other in zip(found, reference.prediction, strict=True)]
     objects = reference.labels.shape[1] if reference.labels.ndim == 2 else 1
@@ -152,6 +149,17 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
             f"tolerated are {_tolerated(tolerance, count)}"
         )
     return figures
+
+
+def _compute(runtime: Runtime, batches: Sequence[Tensor]) -> Prediction:
+    """Run a graph over batches of images. Raises ParityError where it cannot compute them."""
+    try:
+        parts = [runtime.run({"images": batch.numpy()}) for batch in batches]
+        return Prediction(
+            *(np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in Prediction._fields)
+        )
+    except Exception as error:  # ONNX Runtime's errors have no common base class
+        raise ParityError(f"the exported model cannot compute its answers: {error!r}") from error
 
 
 def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> Graph:

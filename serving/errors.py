@@ -1,24 +1,25 @@
-"""What a request can be answered with instead of a result, each with its gRPC status code.
+"""Errors that answer a request, each with its gRPC status code.
 
-The text of these errors is written for the client. Any other exception is a fault of ours: it is logged, and the
-client is told no more than INTERNAL.
+Their texts are written for the client. Any other exception is a fault of the server: it is logged, and the client gets
+INTERNAL without its text.
 """
 
 import grpc
 
 
 class ServingError(Exception):
-    """Base of the errors that a client is told of."""
+    """Base of the errors that reach a client."""
 
     code = grpc.StatusCode.INTERNAL
-    #: What the metrics call it.
+    #: Its value of the label ``reason`` in the metrics.
     reason = "internal"
 
 
 class InvalidRequest(ServingError):
-    """The request cannot be answered as it is: what is wrong with a field of it, or of it as a whole.
+    """A field of the request, or the request as a whole, is wrong.
 
-    field: its path in the request, such as ``images[3].pixels``. description: what came, and what was expected.
+    field: path of the field in the request, such as ``images[3].pixels``. description: the value that came and the
+    values that are expected.
     """
 
     code = grpc.StatusCode.INVALID_ARGUMENT
@@ -31,14 +32,14 @@ class InvalidRequest(ServingError):
 
 
 class UnknownModel(ServingError):
-    """No such model or version is served."""
+    """The model or the version is not served."""
 
     code = grpc.StatusCode.NOT_FOUND
     reason = "unknown_model"
 
 
 class QueueFull(ServingError):
-    """The queue has no room for the request now. retry_after: seconds until it may have."""
+    """The queue has no room for the request. retry_after: seconds after which it may have room."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "queue_full"
@@ -56,7 +57,7 @@ class DeadlineUnmeetable(ServingError):
 
 
 class Draining(ServingError):
-    """The server is stopping and takes no more requests."""
+    """The server is stopping and refuses new requests."""
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "draining"
@@ -74,7 +75,7 @@ class InferenceFailed(ServingError):
         super().__init__("the model could not compute this request")
 
 
-#: The reason of what is refused before a service sees it: too large, too much at once, or no call of a method.
+#: Reason of a refusal before any service sees the call: too large, too much at once, or an unknown method.
 TRANSPORT = "transport"
-#: What the metrics call the reasons of a refusal.
+#: All values of the label ``reason``.
 REASONS = (ServingError.reason, *(error.reason for error in ServingError.__subclasses__()), TRANSPORT)

@@ -1,4 +1,4 @@
-"""The log: lines for people or for programs, and one line a request that was refused or failed."""
+"""The log: text for people or JSON for programs, and a line for each request that was refused or failed."""
 
 import json
 import logging
@@ -9,14 +9,14 @@ from itertools import islice
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
-#: The attribute of a record that holds what programs are told beside the message.
+#: Attribute of a record that holds a dictionary of further fields.
 FIELDS = "fields"
 
 _logger = logging.getLogger(__name__)
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON: time, level, logger, message, the record's fields, and a traceback."""
+    """Writes a record as one line of JSON: time, level, logger, message, the record's fields, and a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -32,7 +32,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A record as a line for people, its fields behind the message."""
+    """Writes a record as a line of text, with its fields after the message."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -43,16 +43,17 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up(format_: str, level: str) -> None:
-    """Send the log of this process to standard error."""
+    """Send the log of this process to standard error. format_: of FORMATS; level: of LEVELS."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 class RefusalLog:
-    """One line a request that was refused or failed, as long as they are not too many to be read.
+    """Writes a line for each request that was refused or failed, up to a limit.
 
-    limit: lines a second; of the rest only the number is logged. A flood of refusals must not cost what it saves.
+    limit: lines a second; of further requests only their number is logged, since a flood of refusals must not cost the
+    time that refusing saves.
     """
 
     def __init__(self, limit: int = 50) -> None:
@@ -61,7 +62,10 @@ class RefusalLog:
         self._lines = 0
 
     def write(self, level: int, method: str, code: str, text: str, request_ids: Iterable[str], requests: int) -> None:
-        """request_ids: of so many requests with the same error; read no further than lines are written."""
+        """Log requests that have the same error.
+
+        text: the error's. requests: how many they are. request_ids: theirs; read only as far as lines are written.
+        """
         second = int(time.monotonic())
         if second != self._second:
             if (more := self._lines - self._limit) > 0:
@@ -75,5 +79,5 @@ class RefusalLog:
 
 
 def _on_one_line(text: str) -> str:
-    """A text that may hold what a client chose, so that it cannot look like another line."""
+    """Escape what is not printable, so that a text that a client chose cannot look like another line."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

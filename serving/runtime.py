@@ -5,11 +5,12 @@ import os
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.fixed_batches import FixedBatches, Session
 from serving.tensorrt_options import TENSORRT
 
 Array = NDArray[np.generic]
@@ -41,9 +42,10 @@ class RuntimeSetupError(RuntimeError):
 
 
 def saturates(cpu_info: Path) -> bool:
-    """Whether this x86 processor, as /proc/cpuinfo has it, adds products of 8-bit integers in saturating 16 bits.
+    """Return True if this x86 processor adds products of 8-bit integers in 16 bits that saturate.
 
-    Those without VNNI instructions do, and need ONNX Runtime's precise, slower way, which slows the others down too.
+    cpu_info: a file as /proc/cpuinfo. Processors without VNNI instructions do, and need ONNX Runtime's precise, slower
+    way, which would slow the others down too.
     """
     try:
         flags = next(line for line in cpu_info.read_text().splitlines() if line.startswith("flags")).split()
@@ -111,6 +113,22 @@ def onnxruntime() -> Any:
     return importlib.import_module("onnxruntime")
 
 
+class _Tensor(Protocol):
+    """An input or output as ONNX Runtime describes it, with a number or a name for each axis."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
+
+
+class _Session(Session, Protocol):
+    """The part of ``onnxruntime.InferenceSession`` that is used here."""
+
+    def get_providers(self) -> list[str]: ...
+    def get_inputs(self) -> list[_Tensor]: ...
+    def get_outputs(self) -> list[_Tensor]: ...
+
+
 class Runtime:
     """An ONNX Runtime session for one graph file.
 
@@ -138,27 +156,30 @@ class Runtime:
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3
         providers = _providers(ort, device, tensorrt)
-        # As bytes, what was verified is what runs: a graph in a file could have its weights in others. TensorRT's cache
-        # needs the file.
+        # The bytes of the verified file, since a graph that is opened by its name may read weights from other files.
+        # TensorRT's cache needs the name.
         source = str(file) if device == "tensorrt" else file.read_bytes()
         try:
-            self._session = ort.InferenceSession(source, options, providers=providers)
+            session: _Session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise RuntimeSetupError(f"{file}: ONNX Runtime cannot load it: {error}") from error
         #: The provider that ONNX Runtime really uses first, by its own name.
-        self.provider: str = self._session.get_providers()[0]
-        #: CUDA could have been had by this installation but did not start.
+        self.provider: str = session.get_providers()[0]
+        #: CUDA is installed and was allowed, but did not start.
         self.fell_back = len(providers) > 1 and self.provider == CPU
         needed = {"cuda": CUDA, "tensorrt": TENSORRT}.get(device, self.provider)
         if self.provider != needed:
             raise RuntimeSetupError(f"device {device} was asked for, but ONNX Runtime here runs on {self.provider}")
-        self.inputs = _specs(self._session.get_inputs())
-        self.outputs = _specs(self._session.get_outputs())
+        self.inputs = _specs(session.get_inputs())
+        self.outputs = _specs(session.get_outputs())
         self._output_names = list(self.outputs)
+        self._session: Session = session
+        if self.provider == CUDA:
+            self._session = FixedBatches(lambda: ort.InferenceSession(source, options, providers=providers))
 
     def run(self, arrays: Arrays) -> dict[str, Array]:
         """Compute all outputs of the graph from its inputs. Blocks; releases Python's lock while it computes."""
-        outputs: list[Array] = self._session.run(self._output_names, dict(arrays))
+        outputs = self._session.run(self._output_names, dict(arrays))
         return dict(zip(self._output_names, outputs, strict=True))
 
 
@@ -187,8 +208,8 @@ def _providers(ort: Any, device: str, tensorrt: TensorRtSetup | None) -> list[An
     return [(TENSORRT, tensorrt.options(tensorrt.cache)), *providers]
 
 
-def _specs(tensors: Any) -> dict[str, TensorSpec]:
-    """Read inputs or outputs as a session describes them. Raises RuntimeSetupError for element types not known here."""
+def _specs(tensors: "list[_Tensor]") -> dict[str, TensorSpec]:
+    """Return the inputs or outputs that a session describes. Raises RuntimeSetupError for unknown element types."""
     specs = {}
     for tensor in tensors:
         if tensor.type not in _DTYPES:

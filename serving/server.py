@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from serving.rpc.tracing import Tracing
 
-# What is read of a message before it is refused, in terms of max_request_bytes: what is only somewhat too large gets
-# its answer from a service, in a stream in its turn.
+# The transport refuses messages of more than this many times max_request_bytes. Those between are refused by a service,
+# whose answer keeps its place in a stream.
 _TRANSPORT_LIMIT = 2
 _GARBAGE_THRESHOLD = 20_000  # objects more than there were
 _CHECK_SECONDS = 0.1
@@ -170,7 +170,7 @@ class Server:
             await asyncio.wait_for(self.repository.close(), left)
 
     def rescan_soon(self) -> None:
-        """Bring what is served in line with the repository folder; once the server has started."""
+        """Look at the repository folder again, if the server has started."""
         if self._edge.ready:
             self._scan_beside(self._rescan())
 

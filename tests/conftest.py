@@ -27,6 +27,9 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
 EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
+# The markers of what is run as a process, by its package, and of what is run in the test's own.
+PROCESSES = {"serving": "server", "training": "training"}
+IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
 # Begun first, so that no process is left with one of them while the others are done.
 LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport", "test_lifecycle")
 
@@ -152,33 +155,43 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     return Scheduling(config, log)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name compressed bytes without their time, since every process must find the same tests."""
+    return f"gzip of {len(val)} bytes" if isinstance(val, bytes) and b"\x1f\x8b" in val else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, and mark what starts a server, so that ``make check`` can leave it out."""
+    """Begin with what takes longest, and mark what ``make check`` leaves out: servers and trainings."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
-        if isinstance(item, pytest.Function) and _starts_a_server(item):
-            item.add_marker(pytest.mark.server)
+        if isinstance(item, pytest.Function):
+            for marker in _whole_parts(item):
+                item.add_marker(marker)
 
 
-def _starts_a_server(item: pytest.Function) -> bool:
-    """Tell whether a test, or a fixture of it, reaches a function of the tests that makes a server or runs one."""
+def _whole_parts(item: pytest.Function) -> set[str]:
+    """Return "server" if a test, or a fixture of it, starts a server, and "training" if one trains a network.
+
+    It does if it reaches, through functions and classes of the tests, one that does, in its own process or another.
+    """
     fixtures = item._fixtureinfo.name2fixturedefs.values()
     pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]
     seen: set[int] = set()
+    parts = set[str]()
     while pending:
         function = inspect.unwrap(cast("Callable[..., object]", pending.pop()))
         names, constants = _names_and_constants(getattr(function, "__code__", None))
-        if {"-m", "serving"} <= constants:
-            return True
+        if "-m" in constants:
+            parts |= {part for package, part in PROCESSES.items() if package in constants}
         for name in names:
             found = getattr(function, "__globals__", {}).get(name)
-            if found is Server:
-                return True
             module = str(getattr(found, "__module__", ""))
+            if part := IN_PROCESS.get((module, name)):
+                parts.add(part)
             if module.startswith(("tests.", "test_")) and id(found) not in seen:
                 seen.add(id(found))
                 pending += vars(found).values() if inspect.isclass(found) else [found]
-    return False
+    return parts
 
 
 def _names_and_constants(code: CodeType | None) -> tuple[set[str], set[object]]:

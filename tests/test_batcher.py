@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -18,12 +19,15 @@ from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueF
 from serving.metrics.registry import Metrics, ModelMetrics
 from serving.repository.classifier import finite_rows
 from serving.repository.tuning import good_batch
+from serving.runtime import Array, Arrays
 from tests.predictions import Prediction, as_run
 
 POISON = 255
 NOT_FINITE = 254
 BOTH_INFINITE = 253  # ways: their sum is no number, which numpy warns of
 MISSHAPEN = 252
+WIDE = 251  # answered with poses of another size
+POISON_FREE = 250
 QUICK = BatchCost([(1, 0.0001), (4, 0.0004)])
 
 
@@ -44,6 +48,8 @@ class FakeModel:
         if (values == POISON).any():
             raise RuntimeError("poisoned")
         poses = values[:, None, None]
+        if (values == WIDE).any():
+            poses = np.tile(poses, (1, 1, 3))
         if (values == MISSHAPEN).any():
             return Prediction(values[:, None], poses[:, 0])
         if (values == BOTH_INFINITE).any():
@@ -462,6 +468,172 @@ def test_a_runtime_that_hangs_is_given_up_and_others_are_computed() -> None:
         assert _values(await submit(setting.batcher, _images(6))) == [6]
 
     _run(test, timeout=0.2)
+
+
+def test_an_exception_in_the_code_that_answers_one_member_harms_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(ticket: Ticket) -> None:
+        raise RuntimeError("a fault of one service")
+
+    async def test(setting: Setting) -> None:
+        tasks = [await setting.occupy()]
+        faulty = setting.batcher.enqueue({"images": _images(1)}, then=fail)
+        tasks += [await setting.queue(2), await setting.queue(3, 4)]
+        setting.model.go.set()
+        assert [_values(answer) for answer in await asyncio.gather(*tasks)] == [[0], [2], [3, 4]]
+        assert faulty.state is State.ANSWERED
+        assert setting.value("capsnet_batch_size_images_count") == 2, "and the batch is counted"
+
+    assert _run(test).batches == [[0], [1, 2, 3, 4]]
+    assert "a fault of one service" in caplog.text
+
+
+def test_an_exception_in_the_code_that_is_told_of_a_lost_deadline_harms_no_other() -> None:
+    def fail(ticket: Ticket) -> None:
+        raise RuntimeError("a fault of one service")
+
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        setting.batcher.enqueue({"images": _images(1)}, then=fail, deadline=time.monotonic() + 0.02)
+        kept = await setting.queue(2)
+        await asyncio.sleep(0.03)
+        setting.model.go.set()
+        assert _values(await first) + _values(await kept) == [0, 2]
+
+    _run(test)
+
+
+def test_outputs_that_cannot_be_joined_fail_alone() -> None:
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        split, other = await setting.queue(1, 2, 3, 4, WIDE), await setting.queue(6)
+        setting.model.go.set()
+        with pytest.raises(InferenceFailed):
+            await split
+        assert _values(await first) + _values(await other) == [0, 6]
+
+    assert _run(test).batches == [[0], [1, 2, 3, 4], [WIDE, 6]]
+
+
+def test_what_is_given_up_is_freed_at_once_though_nobody_else_calls() -> None:
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        told: list[Ticket] = []
+        for _ in range(10):
+            images = _images(1, 2, 3)
+            alive = weakref.ref(images)
+            ticket = setting.batcher.enqueue({"images": images}, then=told.append)
+            del images
+            await asyncio.sleep(0)
+            assert alive() is not None and (setting.batcher.queued, setting.batcher.pending) == (3, 1)
+            setting.batcher.give_up(ticket)
+            assert alive() is None
+            assert (setting.batcher.queued, setting.batcher.pending) == (0, 0)
+        assert len(told) == 10 and setting.value("capsnet_cancelled_images_total") == 30
+        setting.model.go.set()
+        await first
+
+    assert _run(test, max_queue=4).batches == [[0]]
+
+
+def test_a_request_that_has_ended_holds_its_images_no_longer() -> None:
+    async def test(setting: Setting) -> None:
+        images = _images(1, 2)
+        alive = weakref.ref(images)
+        told: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
+        ticket = setting.batcher.enqueue({"images": images}, then=settle(told))
+        del images
+        assert _values(await told) == [1, 2]
+        await submit(setting.batcher, _images(3))  # the slot has let go of its batch
+        assert ticket.state is State.ANSWERED and alive() is None
+
+    _run(test)
+
+
+def test_a_request_that_is_given_up_between_its_batches_is_not_computed_any_further() -> None:
+    async def test(setting: Setting) -> None:
+        setting.model.hold()
+        told: list[Ticket] = []
+        ticket = setting.batcher.enqueue({"images": _images(1, 2, 3, 4, 5, 6)}, then=told.append)
+        await setting.until_begun(1)
+        assert setting.batcher.queued == 2
+        setting.batcher.give_up(ticket)
+        assert setting.batcher.queued == 0 and setting.value("capsnet_cancelled_images_total") == 2
+        setting.model.go.set()
+        assert _values(await submit(setting.batcher, _images(7))) == [7]
+        assert told == [ticket]
+
+    assert _run(test).batches == [[1, 2, 3, 4], [7]]
+
+
+@pytest.mark.parametrize("in_flight", [1, 64, 256])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_of_many_requests_at_once_none_is_lost_mixed_up_or_told_twice(in_flight: int, slots: int) -> None:
+    total, given_up = 2000, 0
+
+    async def test(setting: Setting) -> None:
+        nonlocal given_up
+        random = np.random.default_rng(in_flight)
+        told: dict[int, int] = {}
+        wrong: list[int] = []
+        done = asyncio.Event()
+
+        def begin(number: int) -> None:
+            nonlocal given_up
+            if number >= total:
+                return
+            values = [(number + row) % POISON_FREE for row in range(int(random.integers(1, 7)))]
+
+            def then(ticket: Ticket) -> None:
+                told[number] = told.get(number, 0) + 1
+                if ticket.state is not State.GIVEN_UP and _values(ticket.result()) != values:
+                    wrong.append(number)
+                asyncio.get_running_loop().call_soon(begin, number + in_flight)
+                if len(told) == total:
+                    done.set()
+
+            ticket = setting.batcher.enqueue(
+                {"images": _images(*values)}, then=then, urgent=bool(random.integers(2)), deadline=time.monotonic() + 60
+            )
+            if random.integers(10) == 0:
+                given_up += 1
+                asyncio.get_running_loop().call_soon(setting.batcher.give_up, ticket)
+
+        for number in range(in_flight):
+            begin(number)
+        await done.wait()
+        assert set(told.values()) == {1} and len(told) == total and not wrong
+        assert (setting.batcher.queued, setting.batcher.pending) == (0, 0)
+
+    _run(test, max_batch=16, good_batch=4, max_queue=10_000, slots=slots)
+    assert 0 < given_up < total
+
+
+def test_any_named_inputs_and_outputs_go_through_and_large_ones_are_joined_too() -> None:
+    def run(arrays: Arrays) -> Arrays:
+        poses, classes = np.asarray(arrays["pose"], np.float32), np.asarray(arrays["class"], np.int64)
+        return {"scaled": poses * classes[:, None], "class": classes}
+
+    async def main() -> None:
+        metrics = ModelMetrics(Metrics(), "m", "1", ["only"])
+        batcher = Batcher(run, lambda outputs: None, metrics, BatchPolicy(8, 8, 100, 10, 1), QUICK, slots=1)
+        requests: list[dict[str, Array]] = [
+            {"pose": np.full((rows, 2**17), rows, np.float32), "class": np.arange(rows, dtype=np.int64)}
+            for rows in (1, 3, 2)
+        ]
+        answers: list[asyncio.Future[Share]] = []
+        for arrays in requests:
+            answers.append(asyncio.get_running_loop().create_future())
+            batcher.enqueue(arrays, then=settle(answers[-1]))
+        for arrays, share in zip(requests, await asyncio.gather(*answers), strict=True):
+            assert len(share) == len(arrays["class"])
+            np.testing.assert_array_equal(np.asarray(share["class"], np.int64), arrays["class"])
+            np.testing.assert_array_equal(
+                np.asarray(share["scaled"], np.float32),
+                np.asarray(arrays["pose"], np.float32) * np.arange(len(share))[:, None],
+            )
+        await batcher.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
 
 
 def test_closing_answers_what_waits_and_refuses_what_comes() -> None:

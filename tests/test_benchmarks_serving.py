@@ -62,6 +62,7 @@ def test_refusals_are_told_apart_by_their_status(running: Running) -> None:
     assert {code: len(several) for code, several in probes.latencies_ms.items()} == {invalid: 20}
 
 
+@pytest.mark.server
 @needs_h2load
 def test_a_flood_comes_at_its_rate_and_is_answered_in_full(running: Running, tmp_path: Path) -> None:
     body = tmp_path / "body"
@@ -171,6 +172,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 SETTINGS = "--settings=--threads 1 --max-batch 8"
 
 
+@pytest.mark.server
 @needs_h2load
 def test_the_server_is_measured_beside_onnx_runtime(
     tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -195,6 +197,7 @@ def test_the_server_is_measured_beside_onnx_runtime(
     assert "tiny (fp32)" in capsys.readouterr().out
 
 
+@pytest.mark.server
 @needs_h2load
 def test_calls_that_the_server_refuses_end_the_measurement(
     tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -205,6 +208,7 @@ def test_calls_that_the_server_refuses_end_the_measurement(
     assert re.search(r"tiny: Classify: \d calls ended with OK", capsys.readouterr().err)
 
 
+@pytest.mark.server
 @needs_h2load
 def test_an_overload_is_measured_in_terms_of_the_capacity(tiny: None, tmp_path: Path) -> None:
     out = tmp_path / "overload.csv"
@@ -267,6 +271,7 @@ def test_a_scrape_that_fails_ends_the_measurement(running: Running) -> None:
         time.sleep(0.3)
 
 
+@pytest.mark.server
 @needs_h2load
 def test_scraping_is_measured_beside_nobody_scraping(
     tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -285,6 +290,7 @@ def test_scraping_is_measured_beside_nobody_scraping(
     assert scrape.main([*arguments, "--most=-100"]) == 1
 
 
+@pytest.mark.server
 def test_a_start_is_measured_with_the_plan_that_the_first_one_chose(tiny: None, tmp_path: Path) -> None:
     out = tmp_path / "start.csv"
     assert start.main(["--configs=tiny", "--rounds=1", "--settings=--max-batch 4", f"--out={out}"]) == 0
@@ -293,11 +299,12 @@ def test_a_start_is_measured_with_the_plan_that_the_first_one_chose(tiny: None, 
     assert re.fullmatch(r"--threads=\d+ --runtimes=\d+ --max-batch=4", fixed["flags"])
     for row in (tuned, fixed):
         parts = [float(row[name]) for name in ("imports_s", "models_s", "ports_s")]
-        assert sum(parts) == pytest.approx(float(row["ready_s"]), abs=0.02)
+        assert sum(parts) == pytest.approx(float(row["ready_s"]), rel=0.01, abs=0.02)  # of 3 digits
         assert row["ready_least_s"] == row["ready_s"] == row["ready_most_s"]
         assert float(row["cpu_s"]) > 0
 
 
+@pytest.mark.server
 def test_a_server_that_does_not_start_ends_the_measurement(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert start.main(["--configs=tiny", "--rounds=1", "--settings=--model none"]) == 1
     assert "tiny: the server did not start: cannot start: " in capsys.readouterr().err

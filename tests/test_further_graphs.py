@@ -2,22 +2,26 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
-from serving.artifact import find, load
+from serving.artifact import Graph, find, load
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY, Metrics
+from serving.repository.further_graph import FurtherGraph
 from serving.repository.repository import Repository
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge
-from serving.runtime import Arrays, onnxruntime
+from serving.runtime import Arrays, RuntimeSetupError, onnxruntime
 from serving.services.pipeline import Pipeline
 from serving.services.stream import StreamRefusals
 from serving.transport.call import Budget, Limits
@@ -214,3 +218,34 @@ def test_a_graph_that_no_service_needs_is_never_opened(digits: Digits, opened: l
         )
 
     serve(test, wanted)
+
+
+def a_graph(node: str, **attributes: Any) -> bytes:
+    """A graph of one operator, from ``numbers`` (B, 3) to ``result``."""
+    numbers = helper.make_tensor_value_info("numbers", TensorProto.FLOAT, ["B", 3])
+    result = helper.make_tensor_value_info("result", TensorProto.FLOAT, None)
+    nodes = [
+        helper.make_node("Sub", ["numbers", "numbers"], ["zero"]),
+        helper.make_node(node, ["numbers", "zero"] if node == "Div" else ["numbers"], ["result"], **attributes),
+    ]
+    graph = helper.make_graph(nodes, "wrong", [numbers], [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (a_graph("Div"), "answers with values that are not finite"),
+        (a_graph("Softmax", axis=0), "result of a row alone and in a batch differ"),
+        (a_graph("ReduceSum", keepdims=1), "result of a row alone and in a batch differ"),
+        (b"none", "ONNX Runtime cannot load it"),
+    ],
+    ids=["infinite", "across-rows", "one-row-for-all", "no-graph"],
+)
+def test_a_graph_that_answers_wrongly_is_refused_before_it_serves(tmp_path: Path, graph: bytes, message: str) -> None:
+    (tmp_path / "odd.onnx").write_bytes(graph)
+    artifact = replace(load(find(ROOT / "models")), folder=tmp_path, graphs={"odd": Graph("odd.onnx")})
+    with pytest.raises(RuntimeSetupError, match=message):
+        FurtherGraph("odd", artifact, settings()).open(1)

@@ -31,4 +31,4 @@ def test_training_and_export_take_their_arguments() -> None:
 def test_the_check_lints_and_leaves_out_what_starts_a_server() -> None:
     commands = make("--dry-run", "check")
     assert "mypy" in commands
-    assert '-m "not server"' in commands
+    assert '-m "not server and not training"' in commands

@@ -16,7 +16,7 @@ from serving.artifact import PRECISIONS, find, load
 from serving.metrics.registry import Metrics
 from serving.repository.classifier import open_classifier
 from serving.repository.served_model import ServedModel
-from serving.runtime import Runtime, RuntimeSetupError, saturates
+from serving.runtime import Runtime, RuntimeSetupError, TensorSpec, example, rows, saturates
 from serving.settings import Settings
 from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
@@ -34,6 +34,50 @@ def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certifica
     errors = int((classes != digits.labels).sum())
     # Another processor may round another way in the last digit, where two classes are as good as equal.
     assert abs(errors - artifact.variants[precision].test_errors) <= (0 if precision == "fp32" else 3)
+
+
+def test_a_runtime_opens_any_graph_and_tells_its_inputs_and_outputs(digits: Digits) -> None:
+    artifact = load(find(ROOT / "models"))
+    runtime = Runtime(artifact.folder / str(artifact.graphs["explain"].file), "cpu")
+    byte, real = np.dtype(np.uint8), np.dtype(np.float32)
+    assert runtime.inputs == {"images": TensorSpec(byte, (1, 28, 28))}
+    assert runtime.outputs == {
+        "probabilities": TensorSpec(real, (10,)),
+        "poses": TensorSpec(real, (10, 16)),
+        "couplings": TensorSpec(real, (10, 288)),
+    }
+    outputs = runtime.run({"images": digits.images[:3, None]})
+    assert {name: array.shape for name, array in outputs.items()} == {
+        "probabilities": (3, 10), "poses": (3, 10, 16), "couplings": (3, 10, 288),
+    }  # fmt: skip
+    (classified,) = [Runtime(artifact.file(), "cpu").run({"images": digits.images[:3, None]})["poses"]]
+    np.testing.assert_allclose(np.asarray(outputs["poses"], float), np.asarray(classified, float), atol=1e-5)
+
+
+def test_a_runtime_takes_several_inputs_of_different_types(tmp_path: Path) -> None:
+    pose = onnx.helper.make_tensor_value_info("pose", onnx.TensorProto.FLOAT, ["batch", 4])
+    number = onnx.helper.make_tensor_value_info("class", onnx.TensorProto.INT64, ["batch"])
+    picked = onnx.helper.make_tensor_value_info("picked", onnx.TensorProto.FLOAT, ["batch", 1])
+    nodes = [
+        onnx.helper.make_node("Unsqueeze", ["class", "axis"], ["index"]),
+        onnx.helper.make_node("GatherElements", ["pose", "index"], ["picked"], axis=1),
+    ]
+    axis = onnx.numpy_helper.from_array(np.array([1], np.int64), "axis")
+    graph = onnx.helper.make_graph(nodes, "pick", [pose, number], [picked], [axis])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save_model(model, tmp_path / "pick.onnx")
+
+    runtime = Runtime(tmp_path / "pick.onnx", "cpu")
+
+    assert runtime.inputs == {
+        "pose": TensorSpec(np.dtype(np.float32), (4,)),
+        "class": TensorSpec(np.dtype(np.int64), ()),
+    }
+    poses = np.arange(8, dtype=np.float32).reshape(2, 4)
+    outputs = runtime.run({"pose": poses, "class": np.array([1, 3])})
+    np.testing.assert_array_equal(np.asarray(outputs["picked"], float), [[1], [7]])
+    arrays = example(runtime.inputs, 5, np.random.default_rng(0))
+    assert rows(arrays) == 5 and len(runtime.run(arrays)["picked"]) == 5, "made-up inputs can be computed"
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,24 @@ def test_a_port_is_taken_from_when_it_is_opened_and_not_only_once_it_is_served(l
         runner.run(main())
 
 
+@pytest.mark.parametrize("loop", LOOPS, ids=["asyncio", "uvloop"])
+def test_who_connects_before_the_start_is_served_from_then_on(loop: Any) -> None:
+    async def main() -> None:
+        server = grpc_server()
+        port = await server.listen("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        greeting = asyncio.create_task(reader.read(1))
+        await asyncio.sleep(0.1)
+        assert not greeting.done()
+        await server.start()
+        assert await asyncio.wait_for(greeting, 10)
+        writer.close()
+        await server.stop(0)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main())
+
+
 def test_of_servers_that_open_a_port_at_the_same_moment_one_gets_it() -> None:
     for _ in range(20):
         with socket.create_server(("127.0.0.1", 0)) as free:

@@ -94,14 +94,13 @@ class Admission:
         needed = self._needed(1, urgent, load, 0 if urgent else expected)
         return self._hopeless(_hundredths(needed)) if needed > left else None
 
-    def expiry(self, rows: int, left: float, room: int, load: Load) -> DeadlineUnmeetable | None:
+    def expiry(self, rows: int, left: float, room: int, batch: int) -> DeadlineUnmeetable | None:
         """Return the error for a request that would be answered too late if it were computed from now on, or None.
 
-        rows: those of it that wait. room: rows of the batch that begins now.
+        rows: those of it that wait. left: seconds until its deadline. room: most rows of the batch that begins now;
+        batch: rows that this will have.
         """
-        if load.outdated:
-            return None
-        needed = self._cost(min(room, load.rows))
+        needed = self._cost(batch)
         if rows > room:
             needed = max(needed, self._seconds(rows))
         needed = _upper_estimate(needed)

@@ -90,9 +90,9 @@ class Batcher:
         For streams, which can simply be read more slowly, and leave the other half to those that cannot.
         """
         async with self._turn:
+            self._slots.room_wanted = True
             try:
                 while self.queued and self.queued + rows(arrays) > self._policy.max_queue // 2:
-                    self._slots.room_wanted = True
                     self._progress.clear()
                     await self._progress.wait()
             finally:
@@ -109,8 +109,9 @@ class Batcher:
     def give_up(self, ticket: Ticket) -> None:
         """End a request whose client has gone: the rows that are in no batch yet are freed, and never computed."""
         if not ticket.ended:
-            self._metrics.cancelled.inc(self._remove(ticket))
+            self._metrics.cancelled.inc(self._slots.remove(ticket))
             ticket.give_up()
+            self._progress.set()
 
     async def close(self) -> None:
         """Refuse new requests from now on, and return once those in the queue are answered."""
@@ -210,12 +211,5 @@ class Batcher:
 
     def _refuse(self, ticket: Ticket) -> None:
         if not ticket.ended:
-            self._remove(ticket)
+            self._slots.remove(ticket)
             ticket.fail(InferenceFailed())
-
-    def _remove(self, ticket: Ticket) -> int:
-        """Take a request out of the queue, and return how many of its rows waited."""
-        left = self._slots.remove(ticket)
-        if left:
-            self._progress.set()
-        return left

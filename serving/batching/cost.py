@@ -1,15 +1,14 @@
-"""How long a batch takes: ``t(n) = a * n + b``, fitted while batches are computed."""
+"""Cost of a batch of n rows: seconds ``t(n) = a * n + b``, fitted while batches are computed."""
 
 from collections.abc import Iterable
 
-_MEMORY = 0.98  # how much of its weight a measurement keeps at each later one: about 50 batches count
-_DRIFT = 0.1  # how much of a batch's surprise the earlier measurements take on, which may be of other sizes
-
-_MOST_SURPRISE = 20.0  # times longer or shorter than expected that a batch may count
+_WEIGHT_KEPT = 0.98  # by a measurement at each later one: about 50 batches count
+_DRIFT_TAKEN_ON = 0.1  # part of a batch's surprise that the earlier measurements take on, which may be of other sizes
+_MAX_SURPRISE = 20.0  # times longer or shorter than expected that a batch may count
 
 
 class BatchCost:
-    """Seconds that a batch of n images takes, by least squares over the latest batches, older ones counting less."""
+    """Seconds that a batch of n images takes, by least squares over the latest batches; older ones count less."""
 
     def __init__(self, measured: Iterable[tuple[int, float]]) -> None:
         """measured: images and seconds of batches computed before, one at least."""
@@ -29,14 +28,14 @@ class BatchCost:
         """Take in a batch of so many images that took so many seconds."""
         # A hiccup is no reason to refuse what follows; a machine that stays slow is believed after a few batches.
         expected = self(images)
-        seconds = min(max(seconds, expected / _MOST_SURPRISE), expected * _MOST_SURPRISE)
+        seconds = min(max(seconds, expected / _MAX_SURPRISE), expected * _MAX_SURPRISE)
         # A machine that has become slower has become so for batches of all sizes, of which there may be only one now.
-        drift = 1 + _DRIFT * (min(max(seconds / expected, 0.5), 2) - 1)
-        self._one *= _MEMORY
-        self._n *= _MEMORY
-        self._nn *= _MEMORY
-        self._t *= _MEMORY * drift
-        self._nt *= _MEMORY * drift
+        drift = 1 + _DRIFT_TAKEN_ON * (min(max(seconds / expected, 0.5), 2) - 1)
+        self._one *= _WEIGHT_KEPT
+        self._n *= _WEIGHT_KEPT
+        self._nn *= _WEIGHT_KEPT
+        self._t *= _WEIGHT_KEPT * drift
+        self._nt *= _WEIGHT_KEPT * drift
         self._add(images, seconds)
         self._fit()
 

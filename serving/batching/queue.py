@@ -5,6 +5,7 @@ Nothing here knows of deadlines, threads, clocks or metrics.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from math import ceil
 from typing import NamedTuple
 
 from serving.batching.ticket import Ticket
@@ -86,7 +87,7 @@ class TicketQueue:
             self.urgent_rows += rows
 
 
-def batch_room(waiting: int, crowd: int, slots: int, free: int, good_batch: int, max_batch: int) -> int:
+def batch_room(waiting: int, crowd: float, slots: int, free: int, good_batch: int, max_batch: int) -> int:
     """Return how many of the rows that wait a free slot takes.
 
     crowd: the most rows that waited or were computed at one time lately. Of these each slot gets a part, and one part
@@ -94,8 +95,4 @@ def batch_room(waiting: int, crowd: int, slots: int, free: int, good_batch: int,
     smaller than a good one only where no more waits, or where each of the slots that are free can have as much
     (``free``, itself among them).
     """
-    return min(max_batch, max(_divided(crowd, slots + 1), min(good_batch, _divided(waiting, free))))
-
-
-def _divided(rows: int, by: int) -> int:
-    return -(-rows // by)
+    return min(max_batch, max(ceil(crowd / (slots + 1)), min(good_batch, ceil(waiting / free))))

@@ -39,6 +39,13 @@ class Late(NamedTuple):
     error: DeadlineUnmeetable
 
 
+class Taken(NamedTuple):
+    """The next batch of a slot, None for none, and the requests that were dropped on the way to it."""
+
+    batch: Batch | None
+    late: list[Late]
+
+
 class SlotState(Enum):
     """Stages of a slot."""
 
@@ -138,7 +145,9 @@ class Slots:
     @property
     def busy(self) -> bool:
         """Something waits, is computed, or was computed and not dealt with."""
-        return bool(self._queue.rows or self._again or self._under_way)
+        with self._lock:
+            again = any(not part.ticket.ended for part in self._again)
+            return bool(self._queue.rows or again or self._under_way)
 
     def push(self, ticket: Ticket) -> None:
         """Queue a request. Raises QueueFull or DeadlineUnmeetable."""
@@ -213,9 +222,11 @@ class Slots:
     def _load(self, now: float) -> Load:
         """Return what there is to compute."""
         free_at = min([slot.free_at for slot in self._slots])
-        stale = now - self._computed_at > _COST_STALE_SECONDS
-        outdated = stale and all(slot.idle for slot in self._slots)
-        return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), outdated)
+        return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), self._outdated(now))
+
+    def _outdated(self, now: float) -> bool:
+        """Return True if nothing was computed lately, so that what a batch costs may have changed."""
+        return now - self._computed_at > _COST_STALE_SECONDS and all(slot.idle for slot in self._slots)
 
     def _start(self) -> Slot:
         """Start a thread; a daemon, so that one that hangs lets the process end."""
@@ -233,48 +244,52 @@ class Slots:
         while True:
             if computed is None:
                 slot.signal.get()
-            late: list[Late] = []
-            batch = self._next_batch(slot, late)
-            if slot.over:
+            taken = self._next_batch(slot)
+            if taken is None:
                 return
-            inputs = stack(batch) if batch else None
-            # Only now, shortly before this thread lets go of Python's lock, which the event loop needs to go on.
+            batch, late = taken
             if computed or late or (batch and self.room_wanted):
                 try:
                     self._deliver(computed, late)
                 except RuntimeError:
                     return
-            computed = Computed(batch, self._compute(inputs)) if batch and inputs else None
+            computed = Computed(batch, self._compute(stack(batch))) if batch else None
 
-    def _next_batch(self, slot: Slot, late: list[Late]) -> Batch | None:
-        """Return what a slot computes next, None for nothing, and drop into ``late`` what can only be late."""
+    def _next_batch(self, slot: Slot) -> Taken | None:
+        """Let a slot take its next batch; None once it is over."""
+        late: list[Late] = []
         with self._lock:
             if slot.over:
                 return None
             slot.rest()
             now = time.monotonic()
-            batch = self._take(now, late)
+            batch = self._retried() or self._from_queue(now, late)
             if batch:
                 self._computed_at = now
                 self._under_way += 1
                 slot.begin(batch, now, now + self._cost(batch.rows))
-            return batch
+        return Taken(batch, late)
 
-    def _take(self, now: float, late: list[Late]) -> Batch | None:
-        """Take the next batch from the queue; with the lock held."""
+    def _retried(self) -> Batch | None:
+        """Take the next part of a batch that failed; with the lock held."""
         while self._again:
             part = self._again.popleft()
             if not part.ticket.ended:
                 return Batch([part], again=True)
+        return None
+
+    def _from_queue(self, now: float, late: list[Late]) -> Batch | None:
+        """Take the next batch of those that wait, and drop into ``late`` what can only be late; with the lock held."""
         if not self._queue.rows:
             return None
-        load = self._load(now)
         room = self._room()
+        batch, outdated = min(room, self._queue.rows), self._outdated(now)
 
         def drops(ticket: Ticket) -> bool:
-            if ticket.deadline is not None and (
-                error := self._admission.expiry(ticket.left, ticket.deadline - now, room, load)
-            ):
+            error = None
+            if ticket.deadline is not None and not outdated:
+                error = self._admission.expiry(ticket.left, ticket.deadline - now, room, batch)
+            if error:
                 late.append(Late(ticket, self._queue.remove(ticket), error))
                 return True
             if not ticket.taken:
@@ -287,7 +302,11 @@ class Slots:
     def _room(self) -> int:
         """Return how many rows a free slot takes now."""
         policy, slots, waiting = self._policy, self._slots, self._queue.rows
-        present = waiting + sum([slot.batch.rows for slot in slots if slot.batch])
-        self._crowd = max(present, self._crowd * _CROWD_KEPT)
-        free = sum([slot.idle for slot in slots])
-        return batch_room(waiting, int(self._crowd), len(slots), free, policy.good_batch, policy.max_batch)
+        computed, free = 0, 0
+        for slot in slots:
+            if slot.batch:
+                computed += slot.batch.rows
+            else:
+                free += 1
+        self._crowd = max(waiting + computed, self._crowd * _CROWD_KEPT)
+        return batch_room(waiting, self._crowd, len(slots), free, policy.good_batch, policy.max_batch)

@@ -1,0 +1,118 @@
+"""The rule that makes batches, by itself: no threads, no clock, no deadlines."""
+
+import numpy as np
+import pytest
+
+from serving.batching.queue import Part, TicketQueue, batch_room
+from serving.batching.ticket import Ticket
+
+
+def _ticket(rows: int, queued_at: float = 0.0, urgent: bool = False) -> Ticket:
+    return Ticket({"x": np.zeros((rows, 1))}, lambda ticket: None, None, urgent, queued_at)
+
+
+def _queue(*tickets: Ticket, ageing: float = 1.0) -> TicketQueue:
+    queue = TicketQueue(ageing)
+    for ticket in tickets:
+        queue.push(ticket)
+    return queue
+
+
+def _keep(ticket: Ticket) -> bool:
+    return False
+
+
+def _take(queue: TicketQueue, room: int) -> list[tuple[Ticket, int, int]]:
+    return [(part.ticket, part.start, part.stop) for part in queue.take(room, _keep)]
+
+
+def test_requests_are_taken_in_the_order_they_came_until_the_room_is_full() -> None:
+    first, second, third = (_ticket(2, queued_at) for queued_at in (0.0, 0.1, 0.2))
+    queue = _queue(first, second, third)
+    assert (len(queue), queue.rows) == (3, 6)
+    assert _take(queue, 4) == [(first, 0, 2), (second, 0, 2)]
+    assert (len(queue), queue.rows) == (1, 2)
+    assert _take(queue, 4) == [(third, 0, 2)]
+    assert _take(queue, 4) == []
+    assert (len(queue), queue.rows) == (0, 0)
+
+
+def test_a_request_larger_than_the_room_is_split_and_keeps_its_turn() -> None:
+    large, small = _ticket(5), _ticket(1)
+    queue = _queue(large, small)
+    assert _take(queue, 2) == [(large, 0, 2)]
+    assert (len(queue), queue.rows) == (2, 4)
+    assert _take(queue, 2) == [(large, 2, 4)]
+    assert _take(queue, 2) == [(large, 4, 5), (small, 0, 1)]
+    assert queue.rows == 0
+
+
+def test_an_urgent_request_goes_ahead_of_the_others() -> None:
+    other, urgent = _ticket(1, 0.0), _ticket(1, 0.9, urgent=True)
+    queue = _queue(other, urgent)
+    assert queue.urgent_rows == 1
+    assert [part[0] for part in _take(queue, 2)] == [urgent, other]
+    assert queue.urgent_rows == 0
+
+
+def test_an_urgent_request_does_not_overtake_one_that_came_earlier_by_more_than_the_ageing() -> None:
+    other, urgent = _ticket(1, 0.0), _ticket(1, 1.1, urgent=True)
+    assert [part[0] for part in _take(_queue(other, urgent), 2)] == [other, urgent]
+
+
+def test_an_urgent_request_does_not_wait_for_the_rest_of_one_that_is_split() -> None:
+    other, urgent = _ticket(4, 0.0), _ticket(1, 0.5, urgent=True)
+    queue = _queue(other)
+    assert _take(queue, 2) == [(other, 0, 2)]
+    queue.push(urgent)
+    assert _take(queue, 2) == [(urgent, 0, 1), (other, 2, 3)]
+
+
+def test_a_request_that_is_removed_leaves_nothing_behind() -> None:
+    kept, removed = _ticket(2), _ticket(3)
+    queue = _queue(removed, kept)
+    assert queue.remove(removed) == 3
+    assert queue.remove(removed) == 0, "once"
+    assert (len(queue), queue.rows, removed.left) == (1, 2, 0)
+    assert _take(queue, 9) == [(kept, 0, 2)]
+
+
+def test_of_a_request_that_is_removed_only_what_is_in_no_batch_counts() -> None:
+    ticket = _ticket(5, urgent=True)
+    queue = _queue(ticket)
+    _take(queue, 2)
+    assert queue.urgent_rows == 3
+    assert queue.remove(ticket) == 3
+    assert (queue.rows, queue.urgent_rows) == (0, 0)
+
+
+def test_what_is_dropped_on_the_way_takes_no_room() -> None:
+    late, kept = _ticket(4), _ticket(2)
+    queue = _queue(late, kept)
+
+    def drops(ticket: Ticket) -> bool:
+        return ticket is late and queue.remove(ticket) > 0
+
+    assert queue.take(2, drops) == [Part(kept, kept.arrays, 0, 2)]
+    assert queue.rows == 0
+
+
+@pytest.mark.parametrize(
+    ("waiting", "crowd", "slots", "free", "good", "largest", "expected"),
+    [
+        (1, 1, 1, 1, 4, 8, 1),
+        (3, 3, 1, 1, 4, 8, 3),  # less than a good batch: all
+        (12, 12, 1, 1, 4, 16, 6),  # half of what is there, so that the slot has the next batch at once
+        (6, 12, 1, 1, 4, 16, 6),
+        (100, 100, 1, 1, 4, 16, 16),
+        (8, 8, 2, 2, 4, 8, 4),  # both slots are free and share
+        (2, 2, 2, 2, 4, 8, 1),
+        (8, 16, 2, 1, 4, 16, 6),  # a third of those in the server
+        (8, 16, 2, 1, 32, 16, 8),  # a batch costs much by itself, whatever its size
+        (40, 56, 2, 1, 32, 16, 16),
+    ],
+)
+def test_a_free_slot_takes_a_part_of_what_waits(
+    waiting: int, crowd: int, slots: int, free: int, good: int, largest: int, expected: int
+) -> None:
+    assert min(waiting, batch_room(waiting, crowd, slots, free, good, largest)) == expected
