@@ -11,8 +11,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2
 from prometheus_client import start_http_server
 
 from serving.metrics.collectors import ModelCollector
@@ -21,12 +20,14 @@ from serving.metrics.registry import Metrics
 from serving.metrics.triton_statistics import Statistics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
+from serving.rpc.servicers import HEALTH, Health, health_methods, reflection_methods
 from serving.services.capsnet import SERVICE, CapsNetService
 from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
 from serving.services.open_inference import AdminService, InferenceService
 from serving.services.pipeline import Pipeline
 from serving.settings import Settings
-from serving.transport.call import Budget, Limits
+from serving.transport.grpcio_server import GrpcioServer
+from serving.transport.methods import TransportLimits, TransportServer
 from serving.transport.server import GrpcServer
 
 if TYPE_CHECKING:
@@ -77,12 +78,9 @@ class Server:
         self._grpc = self._server()
         service = CapsNetService(self._pipeline, self._edge, self.metrics, settings)
         inference = InferenceService(self._pipeline, self._edge, self.metrics, settings)
-        self._grpc.add_generic_rpc_handlers((service.handler(), inference.handler()))
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack it
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflected = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # its stubs lack it
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._grpc)
+        self._health = Health()
+        self._grpc.add_methods(service.methods() | inference.methods() | health_methods(self._health))
+        self._grpc.add_methods(reflection_methods((SERVICE, INFERENCE_SERVICE, HEALTH)))
         self.port = await self._listen(self._grpc, settings.port, "gRPC", "--port")
         if settings.unix_socket:
             _check_socket(settings.unix_socket)
@@ -96,7 +94,7 @@ class Server:
         self._admin = None
         if settings.admin_port >= 0:
             self._admin = self._server()
-            self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
+            self._admin.add_methods(AdminService(self.repository, self._edge, settings).methods())
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         try:
             self._metrics_server, self._metrics_thread = start_http_server(
@@ -185,19 +183,20 @@ class Server:
             _logger.info("gRPC on unix:%s", self.settings.unix_socket)
         _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
 
-    def _server(self) -> GrpcServer:
+    def _server(self) -> TransportServer:
         settings = self.settings
-        limits = Limits(
-            message=_TRANSPORT_LIMIT * settings.max_request_bytes,
+        limits = TransportLimits(
+            message_bytes=_TRANSPORT_LIMIT * settings.max_request_bytes,
             message_text=f"the limit is {settings.max_request_bytes} bytes (max_request_bytes)",
-            budget=Budget(settings.max_bytes_under_way),
-            budget_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
+            bytes_under_way=settings.max_bytes_under_way,
+            memory_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
             refused=self._edge.refused_by_transport,
         )
         # What is under way on a connection that is renewed has as long as in a stop.
-        return GrpcServer(limits, settings.connection_seconds, settings.drain_seconds)
+        kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
+        return kind(limits, settings.connection_seconds, settings.drain_seconds)
 
-    async def _listen(self, server: GrpcServer, port: int, purpose: str, flag: str) -> int:
+    async def _listen(self, server: TransportServer, port: int, purpose: str, flag: str) -> int:
         host = self.settings.host
         try:
             return await server.listen(host.strip("[]"), port)

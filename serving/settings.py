@@ -10,6 +10,7 @@ from typing import Any
 from serving.artifact import PRECISIONS
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
+from serving.transport.methods import TRANSPORTS
 
 ENVIRONMENT_PREFIX = "CAPSNET_"
 
@@ -56,6 +57,12 @@ class Settings:
         "age at which a client's connection is renewed, so that it can find new servers; 0 for never",
         least=0,
         most=86400 * 365,
+    )
+    transport: str = _setting(
+        "native",
+        "native, the fastest; or grpcio, gRPC's own server, many times slower (docs/operations.md lists what differs)",
+        choices=TRANSPORTS,
+        metavar="TRANSPORT",
     )
     unix_socket: str = _setting("", "path of a Unix socket to serve gRPC on, beside the port", metavar="PATH")
     device: str = _setting(

@@ -19,6 +19,9 @@ from serving.files.idx import read_idx
 from serving.repository.served_model import ServedModel
 from serving.server import Server
 from serving.settings import Settings
+from serving.transport.methods import TRANSPORTS
+from tests.raw_client import Raw
+from tests.transport_methods import Serving, serve
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -121,3 +124,32 @@ def running() -> Iterator[Running]:
     server = Server(settings())
     with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each transport in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def served(transport: str) -> Iterator[Serving]:
+    """The tests' methods on each transport in turn."""
+    with serve(transport) as running:
+        yield running
+
+
+@pytest.fixture
+def serving() -> Iterator[Serving]:
+    """The tests' methods on the native transport."""
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def raw(serving: Serving) -> Iterator[Raw]:
+    """A client of the native transport whose frames are made by hand."""
+    client = Raw(serving.port)
+    yield client
+    client.socket.close()

@@ -18,6 +18,7 @@ from serving.runtime import Answer
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import delimited
 from serving.settings import Settings
+from serving.transport.methods import Method, table
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
@@ -36,10 +37,10 @@ class CapsNetService:
             for code in grpc.StatusCode
         }
 
-    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """The service's methods, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+    def methods(self) -> dict[str, Method]:
+        """Return the service's part of the method table."""
         edge = self._edge
-        return grpc.method_handlers_generic_handler(
+        return table(
             SERVICE,
             {
                 "Classify": edge.unary_at_once(

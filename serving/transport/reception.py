@@ -1,0 +1,95 @@
+"""Where new calls of a connection are let in or turned away."""
+
+from typing import Any
+
+import grpc
+
+from serving.transport import headers
+from serving.transport.frames import ErrorCode
+from serving.transport.headers import RequestHead, Status
+from serving.transport.messages import ENCODINGS
+from serving.transport.methods import Method, StreamMethod
+from serving.transport.receiving import StreamCall, UnaryCall
+from serving.transport.streams import OpenCall, Streams
+
+_KNOWN_ENCODINGS = (headers.IDENTITY, *ENCODINGS)
+
+
+class Reception:
+    """Lets the calls of a connection in, or answers them by their headers alone."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        # Of the bytes that are being read: calls that have yet to come in full, of all methods and of those with a
+        # door, and streams that are answered already, which are half-closed (local) while the client sends the rest.
+        self._incomplete: dict[int, OpenCall] = {}
+        self._expected: set[int] = set()
+        self._unwanted: set[int] = set()
+
+    def open(self, stream: int, head: RequestHead[Method], end: bool) -> None:
+        """Take a new call; end: its client has sent all."""
+        method = head.method
+        if (
+            method is None
+            or head.http_status != 200
+            or head.size > headers.MAX_BYTES
+            or head.encoding not in _KNOWN_ENCODINGS
+        ):
+            self._answer(stream, self._turned_away(head), end)
+            return
+        if method.door:
+            if (status := method.door(head.timeout, head.metadata, len(self._expected))) is not None:
+                self._answer(stream, status.block, end)
+                return
+            self._expected.add(stream)
+        streams = self._streams
+        call: StreamCall | UnaryCall
+        if isinstance(method, StreamMethod):
+            call = StreamCall(streams, stream, head, method)
+        else:
+            call = UnaryCall(streams, stream, head, method)
+        streams.calls[stream] = self._incomplete[stream] = call
+        call.begin()
+        if end:
+            call.end()
+        if end or call.over:
+            self.came_in_full(stream)
+
+    def came_in_full(self, stream: int) -> None:
+        """Take note that a client sends nothing more on a stream."""
+        self._incomplete.pop(stream, None)
+        self._expected.discard(stream)
+        self._unwanted.discard(stream)
+
+    def all_read(self) -> None:
+        """Take note that all that has come is read. More may never come, and others are not to be refused for it."""
+        self._expected.clear()
+        if self._incomplete:
+            for call in self._incomplete.values():
+                call.wait_for_client()
+            self._incomplete.clear()
+        if self._unwanted:  # their clients need not send the rest
+            for stream in self._unwanted:
+                self._streams.send_reset(stream, ErrorCode.NO_ERROR)
+            self._unwanted.clear()
+
+    def _turned_away(self, head: RequestHead[Any]) -> bytes:
+        """Return the header block that answers a request which no method can take."""
+        if head.http_status != 200:
+            return headers.write([(":status", str(head.http_status))])
+        if head.size > headers.MAX_BYTES:
+            text = f"metadata: {head.size} bytes; the limit is {headers.MAX_BYTES} bytes"
+            status = Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        elif head.method is None:
+            status = Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        else:
+            known = (("grpc-accept-encoding", ",".join(_KNOWN_ENCODINGS)),)
+            status = Status(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: not one of grpc-accept-encoding", known)
+        self._streams.limits.refused(head.path, head.metadata, status.code, status.text)
+        return status.block
+
+    def _answer(self, stream: int, block: bytes, end: bool) -> None:
+        """Answer with a header block alone; what the client still sends is not wanted."""
+        self._streams.send_headers(stream, block, end_stream=True)
+        if not end:  # the rest has mostly come with the headers
+            self._unwanted.add(stream)

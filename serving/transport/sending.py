@@ -1,0 +1,141 @@
+"""Answers on their way to the peer: what its windows let go, and what waits (RFC 9113, section 5.2).
+
+Pure: it returns the frames that may be sent now.
+"""
+
+import struct
+from collections import deque
+
+from serving.transport import frames, headers
+from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.messages import PREFIX
+
+_STREAM = struct.Struct(">I")
+_END = frames.END_STREAM | frames.END_HEADERS
+_ANSWER_HEAD = frames.head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
+_OK_HEAD = frames.head_of(frames.HEADERS, _END, len(headers.OK))
+
+
+class PeerWindow:
+    """Bytes that a peer lets one connection send.
+
+    left: of all streams together. initial: of each new stream.
+    """
+
+    __slots__ = ("initial", "left")
+
+    def __init__(self) -> None:
+        self.left = self.initial = frames.DEFAULT_WINDOW
+
+    def widen(self, more: int) -> bool:
+        """Return whether a WINDOW_UPDATE opens what was shut. Raises ConnectionFault."""
+        if not more:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
+        was_shut = self.left <= 0
+        self.left += more
+        if self.left > frames.MAX_WINDOW:
+            raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {self.left} bytes")
+        return was_shut and self.left > 0
+
+
+class Sending:
+    """The answers of one stream, and the trailers that end it.
+
+    window: bytes that the peer lets the stream send; it may be below 0 (section 6.9.2). size: bytes that wait.
+    trailers: a header block to be sent once nothing waits.
+    """
+
+    __slots__ = ("_peer", "_stream", "_waiting", "size", "trailers", "window")
+
+    def __init__(self, peer: PeerWindow, stream: int) -> None:
+        self._peer = peer
+        self._stream = _STREAM.pack(stream)
+        self._waiting: deque[memoryview] | None = None  # since few answers have to wait
+        self.window = peer.initial
+        self.size = 0
+        self.trailers: bytes | None = None
+
+    def only_answer(self, data: bytes) -> bytes | None:
+        """Return headers, the only message and trailers of a call that goes well, if the windows let all of it go."""
+        size = len(data) + PREFIX.size
+        peer = self._peer
+        if size > self.window or size > peer.left:
+            return None
+        peer.left -= size
+        stream = self._stream
+        if size <= frames.MAX_FRAME_BYTES:
+            head = frames.head_of(frames.DATA, 0, size)
+            prefix = PREFIX.pack(0, len(data))
+            return b"".join(
+                (_ANSWER_HEAD, stream, headers.ANSWER, head, stream, prefix, data, _OK_HEAD, stream, headers.OK)
+            )
+        parts = [_ANSWER_HEAD, stream, headers.ANSWER, *self._message(data, size), _OK_HEAD, stream, headers.OK]
+        return b"".join(parts)
+
+    def message(self, data: bytes) -> bytes | None:
+        """Return a message in DATA frames, if nothing waits before it and the windows let all of it go."""
+        size = len(data) + PREFIX.size
+        peer = self._peer
+        if self.size or size > self.window or size > peer.left:
+            return None
+        self.window -= size
+        peer.left -= size
+        if size <= frames.MAX_FRAME_BYTES:
+            return b"".join((frames.head_of(frames.DATA, 0, size), self._stream, PREFIX.pack(0, len(data)), data))
+        return b"".join(self._message(data, size))
+
+    def put(self, data: bytes) -> None:
+        """Let a message wait behind those that wait already."""
+        if self._waiting is None:
+            self._waiting = deque()
+        self._waiting.append(memoryview(PREFIX.pack(0, len(data))))
+        self._waiting.append(memoryview(data))
+        self.size += len(data) + PREFIX.size
+
+    def take(self) -> bytes:
+        """Return the DATA frames of what the windows let go now; they wait no longer."""
+        parts: list[bytes | memoryview] = []
+        while size := min(self.size, self.window, self._peer.left, frames.MAX_FRAME_BYTES):
+            if size < 0:
+                break
+            self.window -= size
+            self._peer.left -= size
+            self.size -= size
+            parts += (frames.head_of(frames.DATA, 0, size), self._stream)
+            self._cut(size, parts)
+        return b"".join(parts)
+
+    def drop(self) -> None:
+        """Forget all that waits."""
+        self._waiting = None
+        self.size = 0
+
+    def _cut(self, size: int, parts: list[bytes | memoryview]) -> None:
+        """Move the first so many bytes that wait to ``parts``."""
+        waiting = self._waiting
+        assert waiting is not None
+        while size:
+            view = waiting[0]
+            if len(view) <= size:
+                parts.append(waiting.popleft())
+                size -= len(view)
+            else:
+                parts.append(view[:size])
+                waiting[0] = view[size:]
+                size = 0
+        while waiting and not len(waiting[0]):  # an empty message, whose prefix has gone
+            waiting.popleft()
+
+    def _message(self, data: bytes, size: int) -> list[bytes | memoryview]:
+        """Return the parts of a message in several frames; the message is not copied."""
+        stream, room = self._stream, frames.MAX_FRAME_BYTES
+        first = room - PREFIX.size
+        view = memoryview(data)
+        full = frames.head_of(frames.DATA, 0, room)
+        parts: list[bytes | memoryview] = [full, stream, PREFIX.pack(0, len(data)), view[:first]]
+        at = first
+        while at < len(data):
+            piece = view[at : at + room]
+            parts += (frames.head_of(frames.DATA, 0, len(piece)), stream, piece)
+            at += room
+        return parts
