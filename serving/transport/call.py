@@ -5,7 +5,6 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 
@@ -13,8 +12,8 @@ from serving.transport import headers
 from serving.transport.frames import ErrorCode
 from serving.transport.headers import Metadata, RequestHead, status_fields
 from serving.transport.messages import PREFIX
-from serving.transport.methods import Abort
-from serving.transport.sending import Sending
+from serving.transport.methods import Abort, Method
+from serving.transport.sending import Sending, only_answer
 from serving.transport.streams import Streams, StreamState
 
 #: What clients are told of a fault of this server's.
@@ -33,37 +32,25 @@ class Call:
     This is its answering half. Only the event loop's thread may use it.
     """
 
-    __slots__ = (
-        "_head",
-        "_headers_sent",
-        "_task",
-        "_timer",
-        "deadline",
-        "expired",
-        "given_up",
-        "held",
-        "sending",
-        "state",
-        "stream",
-        "streams",
-        "waits",
-    )
+    # Most calls never change these, so that they cost nothing to set up.
+    #: Whether what is held waits for the client; kept by Memory.
+    waits = False
+    _sending: Sending | None = None
+    state = OPEN
+    deadline: float | None = None
+    expired = False
+    given_up: Callable[[], object] | None = None
+    _headers_sent = False
+    _task: asyncio.Task[None] | None = None
+    _timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, streams: Streams, stream: int, head: RequestHead[Any]) -> None:
+    def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         self.streams = streams
         self.stream = stream
-        self.state = OPEN
-        self.sending = Sending(streams.peer, stream)
-        #: Bytes that count as this call's, and whether they wait for the client; kept by Memory.
-        self.held = 0
-        self.waits = False
-        self.expired = False
-        self.given_up: Callable[[], object] | None = None
+        #: Bytes that count as this call's: at first those of its headers.
+        self.held = head.size
         self._head = head
-        self._headers_sent = False
-        self._task: asyncio.Task[None] | None = None
-        self.deadline: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        streams.memory.used += head.size
         if (timeout := head.timeout) is not None:
             self.deadline = time.monotonic() + timeout
             self._timer = streams.loop.call_later(timeout, self._expire)
@@ -71,7 +58,14 @@ class Call:
     @property
     def over(self) -> bool:
         """Whether nobody waits for anything from the handler."""
-        return self.state is CLOSED or self.sending.trailers is not None
+        return self.state is CLOSED or (self._sending is not None and self._sending.trailers is not None)
+
+    @property
+    def sending(self) -> Sending:
+        """What the call sends, beyond an answer that goes at once."""
+        if self._sending is None:
+            self._sending = Sending(self.streams.peer, self.stream)
+        return self._sending
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
@@ -80,13 +74,16 @@ class Call:
     def answer(self, data: bytes) -> None:
         """Send the only answer, and that all went well."""
         self.given_up = None
-        if self.over:
+        if self.state is CLOSED:
             return
         streams = self.streams
-        sent = None if streams.shrinks_table else self.sending.only_answer(data)
-        if sent is not None:
-            streams.send_answer(sent)
-            self._leave()
+        if self._sending is None and not streams.shrinks_table:
+            sent = only_answer(streams.peer, self.stream, data)
+            if sent is not None:
+                streams.send_answer(sent)
+                self._leave()
+                return
+        if self.over:
             return
         self._send_headers()
         self._put(data)
@@ -104,15 +101,6 @@ class Call:
         self.sending.trailers = block
         self.pump()
 
-    def begin(self) -> None:
-        """Count what the headers take, and refuse a call with a wrong one."""
-        memory = self.streams.memory
-        memory.hold(self, self._head.size)
-        if memory.used > memory.max_bytes:
-            memory.make_room(self)
-        if self._head.timeout_error:
-            self.refuse(grpc.StatusCode.INTERNAL, f"grpc-timeout: {self._head.timeout_error!r} is not a timeout")
-
     def refuse(self, code: grpc.StatusCode, text: str) -> None:
         """End the call with an error, whatever its handler does."""
         if not self.over and not self._task and not self.given_up:
@@ -129,13 +117,12 @@ class Call:
         """Send what waits, as far as the client lets it."""
         streams, sending = self.streams, self.sending
         if before := sending.size:
-            if data := sending.take():
-                sent = before - sending.size
-                streams.memory.hold(self, -sent)
-                streams.send_more(data, sent)
+            if sent := sending.take():
+                streams.memory.hold(self, sending.size - before)
+                streams.send_all(sent)
             streams.block(self)
             if sending.size:
-                if data or not self.waits:
+                if sent or not self.waits:
                     streams.memory.waits(self, streams.loop.time())
                 return
             self._all_sent()
@@ -222,5 +209,6 @@ class Call:
         self.streams.memory.leave(self)
         if self._timer:
             self._timer.cancel()
-        self.sending.drop()
+        if self._sending is not None:
+            self._sending.drop()
         self.streams.forget(self.stream)

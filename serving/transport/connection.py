@@ -11,6 +11,7 @@ import grpc
 from serving.transport import frames
 from serving.transport.frame_reader import DRAIN_PING, FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.sending import Buffers
 from serving.transport.streams import ConnectionState
 from serving.transport.terms import Terms
 
@@ -18,6 +19,7 @@ _HANDSHAKE_SECONDS = 20.0
 _STALL_SECONDS = 60.0  # that a client's system may take no bytes, before it is cut off
 _PING_SECONDS = 2.0
 _MAX_BUFFERED_BYTES = 2**20
+_JOINED_BYTES = 4096  # that buffers have on average, up to which they are joined
 _CLOSE_SECONDS = 5.0  # for the last bytes to leave
 # Seconds of silence before the first probe, and between probes; and how many may stay unanswered.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
@@ -30,14 +32,12 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, terms: "Terms[Connection]", loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        #: The client's system takes no more bytes for now.
-        self.paused = False
         #: Done once the client knows the last call that is answered, or has gone.
         self.told: asyncio.Future[None] = loop.create_future()
         self._terms = terms
         self._reader = FrameReader(self, terms)
         self._streams = self._reader.streams
-        self._out: list[bytes] = []
+        self._out: Buffers = []
         self._draining = False
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
@@ -63,12 +63,12 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         # What is not read is not answered either, so a client that only sends cannot fill the memory.
-        self.paused = True
+        self._streams.paused = True
         self._transport.pause_reading()
         self._stall = self.loop.call_later(_STALL_SECONDS, self._transport.abort)
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._streams.paused = False
         if self._stall:
             self._stall.cancel()
         if not self._closed:
@@ -97,6 +97,12 @@ class Connection(asyncio.Protocol):
         if not self._out:
             self.loop.call_soon(self._flush)
         self._out.append(data)
+
+    def send_all(self, buffers: Buffers) -> None:
+        """Send several in their order."""
+        if not self._out:
+            self.loop.call_soon(self._flush)
+        self._out += buffers
 
     def drain(self, grace: float) -> None:
         """Let the client open no further calls; close once those that are open are over, at latest after ``grace``."""
@@ -155,8 +161,14 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         out, self._out = self._out, []
-        if not self._transport.is_closing():
-            self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        if self._transport.is_closing():
+            return
+        size = sum(map(len, out))
+        if size > _JOINED_BYTES * len(out):  # a copy would cost more than the system's look at each
+            self._transport.writelines(out)
+        else:
+            self._transport.write(b"".join(out))
+        self._streams.sent_bytes += size
 
     def _check_settled(self) -> None:
         if self._streams.state is ConnectionState.PREFACE:

@@ -22,15 +22,19 @@ HTTP1_ANSWER = (
     % (len(_TEXT), _TEXT)
 )
 _WINDOW = 2**24  # bytes that a client may send on a connection ahead of what is read
+_LOW_WINDOW = _WINDOW // 2  # at which it is filled up
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _HEAD_BYTES = frames.HEAD.size
+_MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
 _LARGE_PAYLOAD_BYTES = 4096  # from which on a view is cheaper than a copy
 _LARGE_READ_BYTES = 2**15
 _TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 
-# Looked up often; an enumeration's own look-up is slow.
-_PREFACE, _SETTINGS, _, _GOING_AWAY, _ = ConnectionState
+# Looked up often; a module's look-up is slow, and an enumeration's too.
+_unpack_head = frames.HEAD.unpack_from
+_DATA, _HEADERS, _MAX_FRAME_BYTES, _MAX_STREAM = frames.DATA, frames.HEADERS, frames.MAX_FRAME_BYTES, frames.MAX_STREAM
+_PREFACE, _SETTINGS, _OPEN, _GOING_AWAY, _ = ConnectionState
 
 
 class NotHttp2(Exception):
@@ -53,6 +57,7 @@ class FrameReader:
         self._block: HeaderBlock | None = None
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
+        self._viewed: set[int] = set()  # streams with large frames among the bytes that are being read
 
     def receive(self, data: bytes) -> None:
         """Read what has come. Raises ConnectionFault and NotHttp2, after which nothing more can be read."""
@@ -72,6 +77,11 @@ class FrameReader:
         at = self._read(data, at)
         self._rest = data[at:]
         self._reception.all_read()
+        if self._viewed:
+            for stream in self._viewed:
+                if call := self.streams.calls.get(stream):
+                    call.settle()
+            self._viewed.clear()
 
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface; False if it has not come in full. Raises NotHttp2."""
@@ -92,11 +102,11 @@ class FrameReader:
 
     def _read(self, data: bytes, at: int) -> int:
         """Read all whole frames from ``at`` on; return where the rest begins. Raises ConnectionFault."""
-        end, unpack = len(data), frames.HEAD.unpack_from
+        end = len(data)
         while end - at >= _HEAD_BYTES:
-            high, low, kind, flags, stream = unpack(data, at)
+            high, low, kind, flags, stream = _unpack_head(data, at)
             length = high << 8 | low
-            if length > frames.MAX_FRAME_BYTES:
+            if length > _MAX_FRAME_BYTES:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             begin = at + _HEAD_BYTES
             if begin + length > end:
@@ -104,13 +114,14 @@ class FrameReader:
             at = begin + length
             if self._block and kind != frames.CONTINUATION:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
-            stream &= frames.MAX_WINDOW
-            if kind == frames.DATA:
+            stream &= _MAX_STREAM
+            if kind == _DATA:
                 if length < _LARGE_PAYLOAD_BYTES:
                     self._data(flags, stream, data[begin:at])
                 else:
                     self._data(flags, stream, memoryview(data)[begin:at])
-            elif kind == frames.HEADERS:
+                    self._viewed.add(stream)
+            elif kind == _HEADERS:
                 if flags & _NOT_BLOCK_ALONE == frames.END_HEADERS:
                     self._headers(flags, stream, data[begin:at])
                 else:
@@ -168,7 +179,7 @@ class FrameReader:
     def _data(self, flags: int, stream: int, payload: bytes | memoryview) -> None:
         size = len(payload)
         self._may_receive -= size
-        if self._may_receive < _WINDOW // 2:
+        if self._may_receive < _LOW_WINDOW:
             if self._may_receive < 0:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more bytes than the connection's window")
             self._send(frames.window_update(0, _WINDOW - self._may_receive))
@@ -210,32 +221,31 @@ class FrameReader:
 
     def _headers(self, flags: int, stream: int, block: bytes) -> None:
         """Read all headers of a stream: of a new one, or a client's trailers."""
-        streams = self.streams
+        streams, end = self.streams, bool(flags & frames.END_STREAM)
+        if len(block) > _MAX_BYTES_DECODED:
+            streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
+        if stream > streams.last_stream and stream % 2 and streams.state is _OPEN and len(streams.calls) < MAX_CALLS:
+            streams.last_stream = stream
+            try:
+                head = self._header_reader.read(block)
+            except MalformedRequest:
+                streams.send_reset(stream, ErrorCode.PROTOCOL_ERROR)
+                streams.count_idle()
+            else:
+                self._reception.open(stream, head, end)
+            return
         if streams.state is _SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if not stream % 2:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's stream {stream}")
-        if len(block) > headers.MAX_BYTES_DECODED:
-            streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
         if stream <= streams.last_stream:
-            self._trailers(stream, block, bool(flags & frames.END_STREAM))
+            self._trailers(stream, block, end)
             return
-        if streams.state is _GOING_AWAY:
-            self._header_reader.skip(block)
-            return
-        streams.last_stream = stream
-        if len(streams.calls) >= MAX_CALLS:
-            self._header_reader.skip(block)
+        self._header_reader.skip(block)
+        if streams.state is _OPEN:
+            streams.last_stream = stream
             streams.count_idle()
             streams.send_reset(stream, ErrorCode.REFUSED_STREAM)
-            return
-        try:
-            head = self._header_reader.read(block)
-        except MalformedRequest:
-            streams.send_reset(stream, ErrorCode.PROTOCOL_ERROR)
-            streams.count_idle()
-            return
-        self._reception.open(stream, head, bool(flags & frames.END_STREAM))
 
     def _trailers(self, stream: int, block: bytes, end: bool) -> None:
         """Read the headers of a stream that is not new."""
@@ -265,7 +275,7 @@ class FrameReader:
                 streams.shrinks_table = value < _TABLE_BYTES
         streams.set_initial_window(window)
         if streams.state is _SETTINGS:
-            streams.state = ConnectionState.OPEN
+            streams.state = _OPEN
         # Before what the new windows allow: until then the old ones hold for the client.
         self._send(frames.frame(frames.SETTINGS, frames.ACK, 0))
         if window > old:

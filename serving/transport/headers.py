@@ -14,6 +14,7 @@ from hpack import Decoder
 from hpack.exceptions import HPACKError
 
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.messages import ENCODINGS
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -31,6 +32,7 @@ _HALF_FRAME_BYTES = 8192
 _FIELD_BYTES = 32
 _MAX_RESIZED = 2
 IDENTITY = "identity"
+KNOWN_ENCODINGS = (IDENTITY, *ENCODINGS)
 _ENCODING = "grpc-encoding"
 #: Before an answer's first headers, for a client that wants a smaller table: none at all.
 NO_TABLE = b"\x20"
@@ -58,7 +60,7 @@ class RequestHead(Generic[Method]):
 
     http_status: why it is no gRPC request, or 200. method: None for one that is not known. timeout: in seconds.
     timeout_error: what came in place of one. encoding: of messages that are compressed. size: bytes of all headers, as
-    MAX_BYTES counts them.
+    MAX_BYTES counts them. acceptable: a known method can take it.
     """
 
     http_status: int
@@ -69,6 +71,7 @@ class RequestHead(Generic[Method]):
     encoding: str
     metadata: Metadata
     size: int
+    acceptable: bool
 
 
 class HeaderBlock:
@@ -119,7 +122,7 @@ class HeaderReader(Generic[Method]):
         if head := self._known.get(block):
             return head
         if len(block) > MAX_BYTES_DECODED:
-            return RequestHead(200, self._skip_large(block), None, None, "", IDENTITY, (), len(block))
+            return RequestHead(200, self._skip_large(block), None, None, "", IDENTITY, (), len(block), False)
         first, count, size = self._table()
         fields = self._decode(block)
         now = self._table()
@@ -268,8 +271,9 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
     timeout, given = None, special.get("grpc-timeout")
     if given and (match := _TIMEOUT.fullmatch(given)):
         timeout, given = int(match[1]) * _SECONDS[match[2]], None
-    encoding = special.get(_ENCODING, IDENTITY)
-    return RequestHead(status, path, find(path), timeout, given or "", encoding, tuple(metadata), size)
+    encoding, method = special.get(_ENCODING, IDENTITY), find(path)
+    acceptable = status == 200 and method is not None and size <= MAX_BYTES and encoding in KNOWN_ENCODINGS
+    return RequestHead(status, path, method, timeout, given or "", encoding, tuple(metadata), size, acceptable)
 
 
 def _binary(value: bytes) -> list[bytes]:

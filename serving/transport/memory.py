@@ -60,8 +60,10 @@ class Memory:
 
     def leave(self, holder: Holder) -> None:
         """Release all that a holder has."""
-        self.works(holder)
-        self.hold(holder, -holder.held)
+        if holder.waits:
+            self.works(holder)
+        self.used -= holder.held
+        holder.held = 0
 
     def make_room(self, asking: Holder) -> None:
         """Evict until what is held fits: the longest without progress first, and in the end who asks."""

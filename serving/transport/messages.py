@@ -13,6 +13,8 @@ import grpc
 ENCODINGS = {"gzip": 31, "deflate": 15}
 #: Stands before each message: whether it is compressed, and its length.
 PREFIX = struct.Struct(">BI")
+_PREFIX_BYTES = PREFIX.size
+_unpack_prefix = PREFIX.unpack_from
 # Bytes that are inflated at once, in some 0.2 ms; the rest of a message is left to a thread.
 _MAX_INFLATED_AT_ONCE = 2**16
 
@@ -67,10 +69,11 @@ class Inflation:
 
 def whole(data: bytes | memoryview) -> bytes | None:
     """Return the message of bytes that are exactly one, not compressed; None for any others."""
-    size = len(data) - PREFIX.size
-    if size < 0 or PREFIX.unpack_from(data) != (0, size):
+    size = len(data) - _PREFIX_BYTES
+    if size < 0 or _unpack_prefix(data) != (0, size):
         return None
-    return bytes(data[PREFIX.size :])
+    message = data[_PREFIX_BYTES:]
+    return message if isinstance(message, bytes) else bytes(message)
 
 
 class MessageReader:
@@ -88,7 +91,9 @@ class MessageReader:
         self._encoding = encoding
         self._flag = 0  # of the message that has begun
         self._missing = -1  # bytes that it lacks; -1 while its prefix is not whole
-        self._parts: list[bytes] = []  # of the message, or of its prefix, or what came since an inflation began
+        self._parts: list[
+            bytes | memoryview
+        ] = []  # of the message, or of its prefix, or what came since an inflation began
         #: Bytes that are kept, since they are no whole message yet, or since it is being inflated.
         self.buffered = 0
         #: The message that is to be inflated before what came after it is read.
@@ -100,7 +105,7 @@ class MessageReader:
         While there is an ``inflation`` the bytes are kept, and ``inflated`` returns what they hold.
         """
         if self.inflation or (self._missing < 0 and self._parts):
-            self._keep(bytes(data))
+            self._keep(data)
             if self.inflation or self.buffered < PREFIX.size:
                 return []
             data = self._take_kept()
@@ -116,7 +121,7 @@ class MessageReader:
             at += len(piece)
             self._missing -= len(piece)
             if self._missing:
-                self._keep(bytes(piece))
+                self._keep(piece)
                 return messages
             message = self._joined(piece)
             self._missing = -1
@@ -129,7 +134,7 @@ class MessageReader:
                 message = inflation.message(b"", self._limit_text)
             messages.append(message)
         if at < end:
-            self._keep(bytes(data[at:]))
+            self._keep(data[at:])
         return messages
 
     def inflated(self, rest: bytes | None) -> list[bytes]:
@@ -149,7 +154,12 @@ class MessageReader:
             raise MessageError(grpc.StatusCode.INTERNAL, text)
         self._flag, self._missing = flag, length
 
-    def _keep(self, data: bytes) -> None:
+    def settle(self) -> None:
+        """Copy what is kept as a view, which holds all bytes that came with it in memory."""
+        if self._parts and isinstance(self._parts[-1], memoryview):
+            self._parts = [bytes(part) for part in self._parts]
+
+    def _keep(self, data: bytes | memoryview) -> None:
         if data:
             self._parts.append(data)
             self.buffered += len(data)

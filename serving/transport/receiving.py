@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import grpc
 
@@ -14,27 +14,26 @@ from serving.transport.call import CLOSED, HALF_CLOSED_REMOTE, OPEN, Call
 from serving.transport.frames import ErrorCode, window_update
 from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
-from serving.transport.methods import Abort, CallbackMethod, StreamMethod, UnaryMethod
+from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
 from serving.transport.streams import Streams
 
 #: Bytes of a call that a client may send ahead of what is read.
 WINDOW = 2**18
+_LOW_WINDOW = WINDOW // 2  # at which it is filled up
 _MESSAGE_BYTES = 64  # that a message takes beside its own
+_MESSAGE_BYTES_WITH_PREFIX = _MESSAGE_BYTES + messages.PREFIX.size
 _MAX_UNSENT_BYTES = 2**16  # of answers that wait for the client, after which a stream's handler waits
 
 
 class ReceivingCall(Call):
     """A call that reads what its client sends. What becomes of its messages, the subclasses know."""
 
-    __slots__ = ("_inflating", "_may_receive", "_reader")
     #: Nothing is done before the client has sent all.
     needs_all: ClassVar[bool]
 
-    def __init__(self, streams: Streams, stream: int, head: RequestHead[Any]) -> None:
-        super().__init__(streams, stream, head)
-        self._may_receive = WINDOW
-        self._reader: MessageReader | None = None  # of messages that do not come in one piece each
-        self._inflating: Inflation | None = None
+    _may_receive = WINDOW
+    _reader: MessageReader | None = None  # of messages that do not come in one piece each
+    _inflating: Inflation | None = None
 
     @abstractmethod
     def _take(self, message: bytes) -> None:
@@ -43,6 +42,9 @@ class ReceivingCall(Call):
     @abstractmethod
     def _take_end(self) -> None:
         """Take note that all messages have been taken."""
+
+    def begin(self) -> None:
+        """Take note that the call is let in; most handlers start only once the request has come."""
 
     def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
         """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
@@ -69,6 +71,27 @@ class ReceivingCall(Call):
         """Take note that what the client is to send has not come in full."""
         if self.needs_all and not self.over:
             self.streams.memory.waits(self, self.streams.loop.time())
+
+    def settle(self) -> None:
+        """Keep no view of bytes that came together with others."""
+        if self._reader is not None:
+            self._reader.settle()
+
+    def _at_once(self, data: bytes | memoryview, size: int) -> bytes | None:
+        """Return the message of a frame that is one, and hold it; None where more is to be looked at."""
+        streams, sending = self.streams, self._sending
+        if self._reader is not None or self.state is not OPEN or size > self._may_receive:
+            return None
+        if sending is not None and sending.trailers is not None:
+            return None
+        memory, held = streams.memory, size + _MESSAGE_BYTES
+        if memory.used + held > memory.max_bytes or size > streams.limits.message_bytes:
+            return None
+        message = messages.whole(data)
+        if message is not None:
+            memory.used += held
+            self.held += held
+        return message
 
     def _read(self, data: bytes | memoryview) -> None:
         """Read what came, on top of what is there."""
@@ -139,7 +162,7 @@ class ReceivingCall(Call):
 
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
-        if self.state is OPEN and self._may_receive < WINDOW // 2:
+        if self.state is OPEN and self._may_receive < _LOW_WINDOW:
             self.streams.send(window_update(self.stream, WINDOW - self._may_receive))
             self._may_receive = WINDOW
 
@@ -152,15 +175,19 @@ class ReceivingCall(Call):
 class UnaryCall(ReceivingCall):
     """A call with one request and one answer."""
 
-    __slots__ = ("_message", "_method")
     needs_all = True
+    _message: bytes | None = None
 
-    def __init__(
-        self, streams: Streams, stream: int, head: RequestHead[Any], method: UnaryMethod | CallbackMethod
-    ) -> None:
-        super().__init__(streams, stream, head)
-        self._method = method
-        self._message: bytes | None = None
+    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
+        # Most calls come this way: all of the message in one frame, which ends the request.
+        if end and self._message is None and (message := self._at_once(data, size)) is not None:
+            self.state = HALF_CLOSED_REMOTE
+            if self.waits:
+                self.streams.memory.works(self)
+            self._message = message
+            self._begin(message)
+            return
+        super().receive(data, size, end)
 
     def _take(self, message: bytes) -> None:
         if self._message is not None:
@@ -168,23 +195,17 @@ class UnaryCall(ReceivingCall):
         self._message = message
 
     def _take_end(self) -> None:
-        message, method = self._message, self._method
-        if message is None:
+        if self._message is None:
             self.refuse(grpc.StatusCode.UNIMPLEMENTED, "no message; expected one")
-        elif isinstance(method, CallbackMethod):
-            self._call_back(method, message)
         else:
+            self._begin(self._message)
+
+    def _begin(self, message: bytes) -> None:
+        """Have the handler answer a message that is all there is."""
+        method = self._head.method
+        if not isinstance(method, CallbackMethod):
             self._start_task()
-
-    async def _handle(self) -> None:
-        assert isinstance(self._method, UnaryMethod) and self._message is not None
-        answer = await self._method.answer(self._message, self)
-        if answer is not None:
-            self.answer(answer)
-        elif not self.over:
-            raise TypeError("a handler has ended without an answer")
-
-    def _call_back(self, method: CallbackMethod, message: bytes) -> None:
+            return
         try:
             returned: object = method.begin(message, self)  # type: ignore[func-returns-value]
             if returned is not None:  # a coroutine would never run
@@ -194,24 +215,40 @@ class UnaryCall(ReceivingCall):
         except Exception as error:
             self._fail(error)
 
+    async def _handle(self) -> None:
+        method = self._head.method
+        assert isinstance(method, UnaryMethod) and self._message is not None
+        answer = await method.answer(self._message, self)
+        if answer is not None:
+            self.answer(answer)
+        elif not self.over:
+            raise TypeError("a handler has ended without an answer")
+
 
 class StreamCall(ReceivingCall):
     """A call with any number of requests and answers. It also is the iterator of its requests."""
 
-    __slots__ = ("_messages", "_method", "_reading", "_room")
     needs_all = False
+    _reading: asyncio.Future[None] | None = None  # of a handler that waits for a message
+    _room: asyncio.Future[None] | None = None  # of a handler that waits for the client to read
 
-    def __init__(self, streams: Streams, stream: int, head: RequestHead[Any], method: StreamMethod) -> None:
+    def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         super().__init__(streams, stream, head)
-        self._method = method
         self._messages: deque[bytes] = deque()
-        self._reading: asyncio.Future[None] | None = None  # of a handler that waits for a message
-        self._room: asyncio.Future[None] | None = None  # of a handler that waits for the client to read
+
+    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
+        # Most messages come this way: each in a frame of its own.
+        if not end and (message := self._at_once(data, size)) is not None:
+            self._may_receive -= size
+            self._messages.append(message)
+            if (reading := self._reading) is not None and not reading.done():
+                reading.set_result(None)
+            return
+        super().receive(data, size, end)
 
     def begin(self) -> None:
-        super().begin()
-        if not self.over:
-            self._start_task()
+        """Start the handler, which reads what comes."""
+        self._start_task()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -224,8 +261,10 @@ class StreamCall(ReceivingCall):
             self._reading = self.streams.loop.create_future()
             await self._reading
         message = self._messages.popleft()
-        self.streams.memory.hold(self, -(len(message) + messages.PREFIX.size + _MESSAGE_BYTES))
-        if not self._messages:
+        released = len(message) + _MESSAGE_BYTES_WITH_PREFIX
+        self.held -= released
+        self.streams.memory.used -= released
+        if self._may_receive < _LOW_WINDOW:
             self._let_send()
         return message
 
@@ -234,7 +273,9 @@ class StreamCall(ReceivingCall):
             self._room.set_result(None)
 
     async def _handle(self) -> None:
-        answers = self._method.answers(self, self)
+        method = self._head.method
+        assert isinstance(method, StreamMethod)
+        answers = method.answers(self, self)
         async with aclosing(answers):  # type: ignore[type-var]
             async for answer in answers:
                 await self._write(answer)
@@ -242,9 +283,9 @@ class StreamCall(ReceivingCall):
 
     async def _write(self, data: bytes) -> None:
         """Send one answer; wait while the client does not read."""
-        if self.over:
-            return
         streams, sending = self.streams, self.sending
+        if self.state is CLOSED or sending.trailers is not None:
+            return
         if not self._headers_sent:
             self._send_headers()
         sent = sending.message(data)

@@ -7,12 +7,9 @@ import grpc
 from serving.transport import headers
 from serving.transport.frames import ErrorCode
 from serving.transport.headers import RequestHead, Status
-from serving.transport.messages import ENCODINGS
 from serving.transport.methods import Method, StreamMethod
 from serving.transport.receiving import StreamCall, UnaryCall
-from serving.transport.streams import OpenCall, Streams
-
-_KNOWN_ENCODINGS = (headers.IDENTITY, *ENCODINGS)
+from serving.transport.streams import OpenCall, Streams, StreamState
 
 
 class Reception:
@@ -20,21 +17,16 @@ class Reception:
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        # Of the bytes that are being read: calls that have yet to come in full, of all methods and of those with a
-        # door, and streams that are answered already, which are half-closed (local) while the client sends the rest.
-        self._incomplete: dict[int, OpenCall] = {}
+        # Of the bytes that are being read: calls; streams of those that a door has let in and that have yet to come in
+        # full; and streams that are answered already, which are half-closed (local) while the client sends the rest.
+        self._opened: list[OpenCall] = []
         self._expected: set[int] = set()
         self._unwanted: set[int] = set()
 
     def open(self, stream: int, head: RequestHead[Method], end: bool) -> None:
         """Take a new call; end: its client has sent all."""
         method = head.method
-        if (
-            method is None
-            or head.http_status != 200
-            or head.size > headers.MAX_BYTES
-            or head.encoding not in _KNOWN_ENCODINGS
-        ):
+        if not head.acceptable or method is None:
             self._answer(stream, self._turned_away(head), end)
             return
         if method.door:
@@ -43,13 +35,17 @@ class Reception:
                 return
             self._expected.add(stream)
         streams = self._streams
-        call: StreamCall | UnaryCall
-        if isinstance(method, StreamMethod):
-            call = StreamCall(streams, stream, head, method)
-        else:
-            call = UnaryCall(streams, stream, head, method)
-        streams.calls[stream] = self._incomplete[stream] = call
-        call.begin()
+        many = isinstance(method, StreamMethod)
+        call = StreamCall(streams, stream, head) if many else UnaryCall(streams, stream, head)
+        streams.calls[stream] = call
+        self._opened.append(call)
+        memory = streams.memory
+        if memory.used > memory.max_bytes:
+            memory.make_room(call)
+        if head.timeout_error:
+            call.refuse(grpc.StatusCode.INTERNAL, f"grpc-timeout: {head.timeout_error!r} is not a timeout")
+        if many and not call.over:
+            call.begin()
         if end:
             call.end()
         if end or call.over:
@@ -57,17 +53,17 @@ class Reception:
 
     def came_in_full(self, stream: int) -> None:
         """Take note that a client sends nothing more on a stream."""
-        self._incomplete.pop(stream, None)
         self._expected.discard(stream)
-        self._unwanted.discard(stream)
+        if self._unwanted:
+            self._unwanted.discard(stream)
 
     def all_read(self) -> None:
         """Take note that all that has come is read. More may never come, and others are not to be refused for it."""
         self._expected.clear()
-        if self._incomplete:
-            for call in self._incomplete.values():
+        for call in self._opened:
+            if call.state is StreamState.OPEN:
                 call.wait_for_client()
-            self._incomplete.clear()
+        self._opened.clear()
         if self._unwanted:  # their clients need not send the rest
             for stream in self._unwanted:
                 self._streams.send_reset(stream, ErrorCode.NO_ERROR)
@@ -83,7 +79,7 @@ class Reception:
         elif head.method is None:
             status = Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         else:
-            known = (("grpc-accept-encoding", ",".join(_KNOWN_ENCODINGS)),)
+            known = (("grpc-accept-encoding", ",".join(headers.KNOWN_ENCODINGS)),)
             status = Status(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: not one of grpc-accept-encoding", known)
         self._streams.limits.refused(head.path, head.metadata, status.code, status.text)
         return status.block

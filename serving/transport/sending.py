@@ -15,6 +15,9 @@ _END = frames.END_STREAM | frames.END_HEADERS
 _ANSWER_HEAD = frames.head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
 _OK_HEAD = frames.head_of(frames.HEADERS, _END, len(headers.OK))
 
+#: What is to be sent, in its order.
+Buffers = list[bytes | memoryview]
+
 
 class PeerWindow:
     """Bytes that a peer lets one connection send.
@@ -55,24 +58,7 @@ class Sending:
         self.size = 0
         self.trailers: bytes | None = None
 
-    def only_answer(self, data: bytes) -> bytes | None:
-        """Return headers, the only message and trailers of a call that goes well, if the windows let all of it go."""
-        size = len(data) + PREFIX.size
-        peer = self._peer
-        if size > self.window or size > peer.left:
-            return None
-        peer.left -= size
-        stream = self._stream
-        if size <= frames.MAX_FRAME_BYTES:
-            head = frames.head_of(frames.DATA, 0, size)
-            prefix = PREFIX.pack(0, len(data))
-            return b"".join(
-                (_ANSWER_HEAD, stream, headers.ANSWER, head, stream, prefix, data, _OK_HEAD, stream, headers.OK)
-            )
-        parts = [_ANSWER_HEAD, stream, headers.ANSWER, *self._message(data, size), _OK_HEAD, stream, headers.OK]
-        return b"".join(parts)
-
-    def message(self, data: bytes) -> bytes | None:
+    def message(self, data: bytes) -> Buffers | None:
         """Return a message in DATA frames, if nothing waits before it and the windows let all of it go."""
         size = len(data) + PREFIX.size
         peer = self._peer
@@ -80,9 +66,9 @@ class Sending:
             return None
         self.window -= size
         peer.left -= size
-        if size <= frames.MAX_FRAME_BYTES:
-            return b"".join((frames.head_of(frames.DATA, 0, size), self._stream, PREFIX.pack(0, len(data)), data))
-        return b"".join(self._message(data, size))
+        if size > frames.MAX_FRAME_BYTES:
+            return _large(self._stream, data)
+        return [b"".join((frames.head_of(frames.DATA, 0, size), self._stream, PREFIX.pack(0, len(data)), data))]
 
     def put(self, data: bytes) -> None:
         """Let a message wait behind those that wait already."""
@@ -92,25 +78,25 @@ class Sending:
         self._waiting.append(memoryview(data))
         self.size += len(data) + PREFIX.size
 
-    def take(self) -> bytes:
+    def take(self) -> Buffers:
         """Return the DATA frames of what the windows let go now; they wait no longer."""
-        parts: list[bytes | memoryview] = []
+        parts: Buffers = []
         while size := min(self.size, self.window, self._peer.left, frames.MAX_FRAME_BYTES):
             if size < 0:
                 break
             self.window -= size
             self._peer.left -= size
             self.size -= size
-            parts += (frames.head_of(frames.DATA, 0, size), self._stream)
+            parts.append(frames.head_of(frames.DATA, 0, size) + self._stream)
             self._cut(size, parts)
-        return b"".join(parts)
+        return parts
 
     def drop(self) -> None:
         """Forget all that waits."""
         self._waiting = None
         self.size = 0
 
-    def _cut(self, size: int, parts: list[bytes | memoryview]) -> None:
+    def _cut(self, size: int, parts: Buffers) -> None:
         """Move the first so many bytes that wait to ``parts``."""
         waiting = self._waiting
         assert waiting is not None
@@ -126,16 +112,35 @@ class Sending:
         while waiting and not len(waiting[0]):  # an empty message, whose prefix has gone
             waiting.popleft()
 
-    def _message(self, data: bytes, size: int) -> list[bytes | memoryview]:
-        """Return the parts of a message in several frames; the message is not copied."""
-        stream, room = self._stream, frames.MAX_FRAME_BYTES
-        first = room - PREFIX.size
-        view = memoryview(data)
-        full = frames.head_of(frames.DATA, 0, room)
-        parts: list[bytes | memoryview] = [full, stream, PREFIX.pack(0, len(data)), view[:first]]
-        at = first
-        while at < len(data):
-            piece = view[at : at + room]
-            parts += (frames.head_of(frames.DATA, 0, len(piece)), stream, piece)
-            at += room
-        return parts
+
+def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
+    """Return the frames of a call that goes well: headers, its only message, trailers; None if a window is too small.
+
+    Nothing may have been sent on the stream, and its window must be the initial one.
+    """
+    size = len(data) + PREFIX.size
+    if size > peer.initial or size > peer.left:
+        return None
+    peer.left -= size
+    number = _STREAM.pack(stream)
+    if size > frames.MAX_FRAME_BYTES:
+        before = b"".join((_ANSWER_HEAD, number, headers.ANSWER))
+        return [before, *_large(number, data), b"".join((_OK_HEAD, number, headers.OK))]
+    head = frames.head_of(frames.DATA, 0, size)
+    prefix = PREFIX.pack(0, len(data))
+    parts = (_ANSWER_HEAD, number, headers.ANSWER, head, number, prefix, data, _OK_HEAD, number, headers.OK)
+    return [b"".join(parts)]
+
+
+def _large(number: bytes, data: bytes) -> Buffers:
+    """Return the frames of a message that does not fit in one; it is not copied. number: of the stream, as bytes."""
+    room, view = frames.MAX_FRAME_BYTES, memoryview(data)
+    full = frames.head_of(frames.DATA, 0, room) + number
+    at = room - PREFIX.size
+    parts: Buffers = [full + PREFIX.pack(0, len(data)), view[:at]]
+    while len(data) - at >= room:
+        parts += (full, view[at : at + room])
+        at += room
+    if at < len(data):
+        parts += (frames.head_of(frames.DATA, 0, len(data) - at) + number, view[at:])
+    return parts

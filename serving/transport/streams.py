@@ -10,7 +10,7 @@ import grpc
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.patience import Patience
-from serving.transport.sending import PeerWindow, Sending
+from serving.transport.sending import Buffers, PeerWindow, Sending
 from serving.transport.terms import Terms
 
 # Frames that bring no call further: how many at once, and how many a second; no client in good faith comes near.
@@ -49,13 +49,15 @@ class ConnectionState(Enum):
 
 
 class Link(Protocol):
-    """The connection that carries the frames. paused: the client's system takes no more bytes for now."""
+    """The connection that carries the frames."""
 
     loop: asyncio.AbstractEventLoop
-    paused: bool
 
     def send(self, data: bytes, /) -> None:
         """Send with all else that this turn of the event loop brings."""
+
+    def send_all(self, buffers: Buffers, /) -> None:
+        """Send several in their order."""
 
     def drained(self) -> None:
         """Take note that the answer to the drain's ping has come."""
@@ -68,7 +70,10 @@ class SendingCall(Protocol):
     """A call that has something to send."""
 
     stream: int
-    sending: Sending
+
+    @property
+    def sending(self) -> Sending:
+        """What it sends."""
 
     def pump(self) -> None:
         """Send what waits, as far as the client lets it."""
@@ -88,6 +93,9 @@ class OpenCall(SendingCall, Protocol):
     def end(self) -> None:
         """Take note that the client has sent all, and said so without data."""
 
+    def settle(self) -> None:
+        """Keep no view of bytes that came together with others."""
+
     def wait_for_client(self) -> None:
         """Take note that what the client is to send has not come in full."""
 
@@ -104,6 +112,7 @@ class Streams:
     def __init__(self, link: Link, terms: Terms[Any]) -> None:
         self.loop = link.loop
         self.send = link.send
+        self.send_all = link.send_all
         self.memory = terms.memory
         self.limits = terms.limits
         self.peer = PeerWindow()
@@ -111,6 +120,8 @@ class Streams:
         #: The highest stream that the client has opened.
         self.last_stream = 0
         self.calls: dict[int, OpenCall] = {}
+        #: The client's system takes no more bytes for now.
+        self.paused = False
         #: The client's table for answers' headers is to be smaller, which it has yet to be told.
         self.shrinks_table = False
         self._link = link
@@ -118,32 +129,22 @@ class Streams:
         now = self.loop.time()
         self._idle_frames = Patience(_MAX_IDLE_FRAMES, _IDLE_FRAMES_A_SECOND, now)
         self._cancelled = Patience(_MAX_CANCELLED, _CANCELLED_A_SECOND, now)
-        self._earned = 0  # frames that will not count as idle ones
-        self._answered = 0  # calls, since the last one that was cancelled
-
-    @property
-    def paused(self) -> bool:
-        """Whether the client's system takes no more bytes for now."""
-        return self._link.paused
+        #: Bytes that were sent since the last frame that brought no call further.
+        self.sent_bytes = 0
+        self._answered = 0  # messages and calls, in all
+        self._counted = [0, 0]  # of them: when the last idle frame came, and when the last call was cancelled
 
     def __iter__(self) -> Iterator[OpenCall]:
         """Yield the calls that are open now, which may end meanwhile."""
         return iter(list(self.calls.values()))
 
-    def send_answer(self, data: bytes) -> None:
+    def send_answer(self, buffers: Buffers) -> None:
         """Send a message, or a whole answer."""
-        self._earned += _FRAMES_AN_ANSWER + len(data) // _BYTES_A_FRAME
         self._answered += 1
-        self.send(data)
-
-    def send_more(self, data: bytes, size: int) -> None:
-        """Send part of what waited; size: bytes of it."""
-        self._earned += size // _BYTES_A_FRAME
-        self.send(data)
+        self.send_all(buffers)
 
     def send_trailers(self, stream: int, block: bytes) -> None:
         """End a stream with its status."""
-        self._earned += _FRAMES_AN_ANSWER
         self._answered += 1
         self.send_headers(stream, block, end_stream=True)
 
@@ -176,7 +177,8 @@ class Streams:
     def forget(self, stream: int) -> None:
         """Take note that a call is over."""
         self.calls.pop(stream, None)
-        self._blocked.pop(stream, None)
+        if self._blocked:
+            self._blocked.pop(stream, None)
         if not self.calls and self.state is ConnectionState.GOING_AWAY:
             self._link.all_over()
 
@@ -226,14 +228,15 @@ class Streams:
 
     def count_idle(self, cost: int = 1) -> None:
         """Count a frame that brings no call further. Raises ConnectionFault when there are too many."""
-        self._idle_frames.earn(self._earned)
-        self._earned = 0
+        answered = self._answered - self._counted[0]
+        self._idle_frames.earn(_FRAMES_AN_ANSWER * answered + self.sent_bytes // _BYTES_A_FRAME)
+        self._counted[0], self.sent_bytes = self._answered, 0
         if not self._idle_frames.spend(cost, self.loop.time()):
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that bring no call further")
 
     def count_cancelled(self) -> None:
         """Count a call that the client has cancelled. Raises ConnectionFault when there are too many."""
-        self._cancelled.earn(self._answered)
-        self._answered = 0
+        self._cancelled.earn(self._answered - self._counted[1])
+        self._counted[1] = self._answered
         if not self._cancelled.spend(1, self.loop.time()):
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many calls that are cancelled")
