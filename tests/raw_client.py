@@ -48,6 +48,7 @@ class Raw:
 
     def __init__(self, port: int, preface: bytes = frames.PREFACE, settings: dict[int, int] | None = None) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), 10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.encoder, self.decoder = Encoder(), Decoder()
         self.answers: dict[int, Answer] = defaultdict(Answer)
         self.went_away: list[tuple[int, ErrorCode, bytes]] = []

@@ -2,11 +2,13 @@
 
 import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
 
+from serving.transport.headers import Status
 from tests.raw_client import Raw, failure
 from tests.transport_methods import MAX_BYTES, Serving
 
@@ -160,3 +162,108 @@ def test_metadata_above_the_limit_is_refused_and_harms_no_other_call(served: Ser
         error = failure(channel.unary_unary("/test.Test/Echo"), b"", metadata=(("key", "v" * 17_000),))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert waiting.result() == b"awake"
+
+
+@pytest.mark.parametrize("size", [17_000, 70_000, 200_000])
+def test_a_call_with_too_much_metadata_ends_alone(served: Serving, size: int) -> None:
+    metadata = (("key", "v" * size),)
+    with served.channel as channel:
+        waiting = channel.unary_unary("/test.Test/Wait").future(b"0.5", timeout=20)
+        assert served.handlers.started.wait(10)
+        for _ in range(3):
+            error = failure(channel.unary_unary("/test.Test/Echo"), b"", metadata=metadata)
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert waiting.result() == b"awake"
+        # What the tables of both sides hold is still the same.
+        channel.unary_unary("/test.Test/Echo")(b"", metadata=(("key", "value"), ("other", "one")), timeout=10)
+        assert served.handlers.metadata.items() >= {"key": "value", "other": "one"}.items()
+
+
+def test_a_coroutine_that_does_not_look_like_one_is_awaited(served: Serving) -> None:
+    with served.channel as channel:
+        assert channel.unary_unary("/test.Test/Hidden")(b"a", timeout=10) == b"a"
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.parametrize("method", ["HiddenAtOnce", "ForgetToAnswer", "FailInStream"])
+def test_a_handler_that_does_not_keep_its_contract_leaves_nobody_waiting(
+    served: Serving, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    with served.channel as channel:
+        error = failure(channel.unary_unary(f"/test.Test/{method}"), b"a")
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "a handler failed" in caplog.text
+    assert "secret" not in (error.details() or "")
+
+
+def test_a_handler_that_is_cancelled_by_itself_leaves_nobody_waiting(served: Serving) -> None:
+    with served.channel as channel:
+        error = failure(channel.unary_unary("/test.Test/CancelItself"), b"a")
+    assert error.code() is grpc.StatusCode.CANCELLED
+
+
+def test_a_stream_is_refused_after_its_answers_with_text_and_metadata(served: Serving) -> None:
+    with served.channel as channel:
+        answers = channel.stream_stream("/test.Test/RefuseStream")(iter([b"a", b"b"]), timeout=10)
+        assert next(answers) == b"a"
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+    error: Any = caught.value
+    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, "ünknown\n100 %")
+    assert dict(error.trailing_metadata()).items() >= {"key": "value", "key-bin": b"\0\xff"}.items()
+
+
+def test_the_deadline_ends_a_stream_and_its_handler(served: Serving) -> None:
+    with served.channel as channel:
+        answers = channel.stream_stream("/test.Test/EchoAll")(_endless(), timeout=0.5)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(answers)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert served.handlers.ended.wait(10)
+
+
+def test_a_stream_that_the_client_cancels_ends_its_handler(served: Serving) -> None:
+    with served.channel as channel:
+        answers = channel.stream_stream("/test.Test/EchoAll")(_endless())
+        assert next(answers) == b"a"
+        answers.cancel()
+        assert served.handlers.ended.wait(10)
+
+
+def test_a_message_above_the_limit_is_refused(served: Serving) -> None:
+    with served.channel as channel:
+        assert len(channel.unary_unary("/test.Test/Echo")(bytes(MAX_BYTES), timeout=10)) == MAX_BYTES
+        error = failure(channel.unary_unary("/test.Test/Echo"), bytes(MAX_BYTES + 1))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert channel.unary_unary("/test.Test/Echo")(b"a", timeout=10) == b"a"
+
+
+def test_requests_of_too_many_bytes_under_way_are_refused(served: Serving) -> None:
+    with served.channel as channel:
+        wait = channel.unary_unary("/test.Test/Wait")
+        waiting = [wait.future(b"1".ljust(MAX_BYTES), timeout=20) for _ in range(8)]
+        codes = [one.code() for one in waiting]
+        assert codes.count(grpc.StatusCode.OK) >= 3
+        assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert channel.unary_unary("/test.Test/Echo")(bytes(MAX_BYTES), timeout=10) == bytes(MAX_BYTES)
+
+
+def test_a_door_refuses_and_says_when_to_come_back(served: Serving) -> None:
+    with served.channel as channel:
+        guarded = channel.unary_unary("/test.Test/Guarded")
+        assert guarded(b"a", timeout=10) == b"a"
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        served.handlers.door = Status(code, "full", (("grpc-retry-pushback-ms", "70"),))
+        error = failure(guarded, b"a")
+        assert (error.code(), error.details()) == (code, "full")
+        metadata: Any = error.trailing_metadata()
+        assert dict(metadata)["grpc-retry-pushback-ms"] == "70"
+        served.handlers.door = None
+        assert guarded(b"b", timeout=10) == b"b"
+
+
+def _endless() -> Iterator[bytes]:
+    """One message, and then nothing for long."""
+    yield b"a"
+    time.sleep(2)

@@ -2,6 +2,8 @@
 
 import random
 import socket
+import urllib.error
+import urllib.request
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +19,13 @@ from tests.transport_methods import Serving
 
 def _continued(raw: Raw) -> bytes:
     return headers(1, b"", 0) + frames.frame(frames.CONTINUATION, 0, 1, b"") * 20
+
+
+def _cancelled(raw: Raw, streams: range) -> bytes:
+    """Calls that are cancelled at once."""
+    return b"".join(
+        headers(stream, raw.block("/test.Test/Wait")) + frames.reset(stream, ErrorCode.CANCEL) for stream in streams
+    )
 
 
 FAULTS: dict[str, tuple[Any, ErrorCode]] = {
@@ -75,8 +84,38 @@ FAULTS: dict[str, tuple[Any, ErrorCode]] = {
     "a window too large": (lambda raw: frames.window_update(0, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
     "a ping of seven bytes": (lambda raw: frames.frame(frames.PING, 0, 0, bytes(7)), ErrorCode.FRAME_SIZE_ERROR),
     "a ping on a stream": (lambda raw: frames.frame(frames.PING, 0, 1, bytes(8)), ErrorCode.PROTOCOL_ERROR),
+    "a priority of the connection": (
+        lambda raw: frames.frame(frames.PRIORITY, 0, 0, bytes(5)),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
     "a push": (lambda raw: frames.frame(frames.PUSH_PROMISE, 4, 1, bytes(8)), ErrorCode.PROTOCOL_ERROR),
     "nothing but settings": (lambda raw: frames.settings({}) * 20_000, ErrorCode.ENHANCE_YOUR_CALM),
+    "nothing but windows": (lambda raw: frames.window_update(0, 1) * 20_000, ErrorCode.ENHANCE_YOUR_CALM),
+    "nothing but windows of a stream": (
+        lambda raw: headers(1, raw.block("/test.Test/Wait")) + frames.window_update(1, 1) * 20_000,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but resets of a call that is over": (
+        lambda raw: headers(1, raw.block("/nothing"), 0x05) + frames.reset(1, ErrorCode.CANCEL) * 20_000,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but calls that are cancelled": (
+        lambda raw: _cancelled(raw, range(1, 80_001, 2)),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but calls that are wrong": (
+        lambda raw: b"".join(
+            headers(stream, raw.block("/test.Test/Wait")) + frames.window_update(stream, 0)
+            for stream in range(1, 1001, 2)
+        ),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "a header block of more than a megabyte": (
+        lambda raw: (
+            headers(1, b"", 0) + b"".join(frames.frame(frames.CONTINUATION, 0, 1, bytes(16384)) for _ in range(65))
+        ),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
     "nothing but empty data": (
         lambda raw: headers(1, raw.block("/test.Test/EchoAll")) + data(1, b"", 0) * 20_000,
         ErrorCode.ENHANCE_YOUR_CALM,
@@ -96,6 +135,41 @@ def test_a_fault_ends_its_connection_alone(serving: Serving, raw: Raw, name: str
     other.call(1, b"a")
     assert other.read(1).messages == [b"a"]
     other.socket.close()
+
+
+def test_calls_that_are_cancelled_end_their_connection_before_they_cost_much(serving: Serving, raw: Raw) -> None:
+    raw.send(_cancelled(raw, range(1, 401, 2)))
+    raw.call(401, b"a")
+    assert raw.read(401).messages == [b"a"], "200 at once are no attack"
+    with suppress(ConnectionError):
+        raw.send(_cancelled(raw, range(403, 80_403, 2)))
+    raw.read()
+    assert raw.closed
+    assert all(code == ErrorCode.ENHANCE_YOUR_CALM and last < 10_000 for last, code, _ in raw.went_away)
+
+
+def test_a_client_that_cancels_as_many_calls_as_are_answered_is_not_hurt(serving: Serving, raw: Raw) -> None:
+    for first in range(1, 4001, 4):
+        raw.send(_cancelled(raw, range(first, first + 1)))
+        raw.call(first + 2, b"a")
+        assert raw.read(first + 2).messages == [b"a"]
+
+
+def test_a_client_that_opens_a_window_for_each_answer_is_not_hurt(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.transport.streams._MAX_IDLE_FRAMES", 100)
+    monkeypatch.setattr("serving.transport.streams._IDLE_FRAMES_A_SECOND", 0)
+    raw = Raw(serving.port)
+    for stream in range(1, 2001, 2):
+        raw.call(stream, b"a" * 100)
+        assert raw.read(stream).messages == [b"a" * 100]
+        raw.send(frames.window_update(0, 105) + frames.window_update(stream, 105))
+    raw.send(frames.window_update(0, 2**20))
+    for stream in range(2001, 2021, 2):
+        raw.call(stream, b"0 0", "/test.Test/Repeat")
+        raw.read(stream)
+    raw.socket.close()
 
 
 STREAM_FAULTS: dict[str, tuple[Any, ErrorCode]] = {
@@ -147,6 +221,15 @@ def test_another_protocol_is_closed(serving: Serving, hello: bytes) -> None:
                 pass
         except ConnectionResetError:
             pass
+
+
+def test_a_client_of_http_1_is_told_what_this_is(serving: Serving) -> None:
+    url = f"http://127.0.0.1:{serving.port}/metrics"
+    with pytest.raises(urllib.error.HTTPError) as caught, urllib.request.urlopen(url, timeout=10):
+        pass
+    assert caught.value.code == 400
+    assert b"gRPC" in caught.value.read()
+    caught.value.close()
 
 
 def test_frames_before_the_clients_settings_end_the_connection(serving: Serving) -> None:

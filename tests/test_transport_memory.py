@@ -2,13 +2,16 @@
 
 import gzip
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
 import grpc
+import pytest
 
 from serving.transport import frames
 from serving.transport.frames import ErrorCode
+from serving.transport.messages import Inflation
 from serving.transport.receiving import WINDOW
 from tests.raw_client import Raw, data, failure, framed, headers, wait_for
 from tests.transport_methods import BYTES_UNDER_WAY, MAX_BYTES, Serving, serve
@@ -123,3 +126,95 @@ def test_the_transport_says_what_it_refuses_for_its_metadata(serving: Serving) -
     [(path, code, text)] = serving.refused
     assert (path, code) == ("/test.Test/Echo", grpc.StatusCode.RESOURCE_EXHAUSTED)
     assert text == error.details()
+
+
+def _fill_windows(client: Raw, stream: int, path: str, message: bytes, *more: tuple[str, str]) -> None:
+    """Open a stream with as much of this as its window lets through at first."""
+    client.send(headers(stream, client.block(path, *more)))
+    for at in range(0, min(len(message), WINDOW), 16384):
+        client.send(data(stream, message[at : at + 16384][: WINDOW - at], 0))
+
+
+def _calls_of_others_are_answered(serving: Serving) -> None:
+    with serving.channel as channel:
+        for _ in range(10):
+            assert channel.unary_unary("/test.Test/Echo")(bytes(MAX_BYTES), timeout=10) == bytes(MAX_BYTES)
+
+
+def test_streams_whose_client_never_reads_cannot_keep_others_out(serving: Serving) -> None:
+    parked = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 0})
+    many = framed(bytes(30_000)) * 8
+    for stream in range(1, 81, 2):
+        # Their deadline is far away, so that it does not end them.
+        _fill_windows(parked, stream, "/test.Test/EchoAll", many, ("grpc-timeout", "9H"))
+    wait_for(lambda: serving.memory.used > BYTES_UNDER_WAY - WINDOW)
+    _calls_of_others_are_answered(serving)
+    parked.read_until(lambda: parked.answers[1].reset is not None)
+    assert parked.answers[1].reset == ErrorCode.ENHANCE_YOUR_CALM
+    parked.socket.close()
+
+
+def test_half_messages_that_come_while_another_is_inflated_cannot_keep_others_out(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest, go_on = Inflation.rest, threading.Event()
+
+    def wait(inflation: Inflation) -> bytes | None:
+        go_on.wait(20)
+        return rest(inflation)
+
+    monkeypatch.setattr(Inflation, "rest", wait)
+    parked = Raw(serving.port)
+    compressed = framed(gzip.compress(bytes(200_000)), compressed=True)
+    half = struct.pack(">BI", 0, MAX_BYTES) + bytes(WINDOW)
+    for stream in range(1, 41, 2):
+        _fill_windows(parked, stream, "/test.Test/EchoAll", compressed + half, ("grpc-encoding", "gzip"))
+    wait_for(lambda: serving.memory.used > BYTES_UNDER_WAY - WINDOW)
+    _calls_of_others_are_answered(serving)
+    assert parked.read(1).headers["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+    go_on.set()
+    parked.socket.close()
+
+
+def test_whole_messages_whose_request_never_ends_cannot_keep_others_out(serving: Serving) -> None:
+    parked = Raw(serving.port)
+    for stream in range(1, 41, 2):
+        _fill_windows(parked, stream, "/test.Test/Echo", framed(bytes(WINDOW - 5)))
+    wait_for(lambda: serving.memory.used > BYTES_UNDER_WAY - WINDOW)
+    _calls_of_others_are_answered(serving)
+    assert parked.read(1).headers["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+    parked.socket.close()
+
+
+@pytest.mark.parametrize("body", [b"", framed(b"abc")[:-1], framed(b"abc")])
+def test_a_request_that_comes_no_further_is_given_up_long_before_its_deadline(body: bytes) -> None:
+    with serve(stall_seconds=0.3) as serving:
+        raw = Raw(serving.port)
+        raw.send(headers(1, raw.block("/test.Test/Echo", ("grpc-timeout", "9H"))) + data(1, body, 0))
+        answer = raw.read(1)
+        assert answer.headers["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+        assert answer.headers["grpc-message"] == "the request has not come further for 0.3 seconds"
+        assert serving.memory.used == 0
+        raw.socket.close()
+
+
+def test_answers_of_a_stream_that_are_not_taken_are_given_up_long_before_its_deadline() -> None:
+    with serve(stall_seconds=0.3) as serving:
+        raw = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 10})
+        raw.call(1, b"9 1000", "/test.Test/Repeat", ("grpc-timeout", "9H"))
+        assert raw.read(1).reset == ErrorCode.CANCEL
+        assert len(raw.answers[1].data) == 10
+        wait_for(lambda: serving.memory.used == 0)
+        raw.socket.close()
+
+
+def test_streams_that_are_merely_silent_are_not_given_up() -> None:
+    with serve(stall_seconds=0.2) as serving:
+        raw = Raw(serving.port)
+        raw.send(headers(1, raw.block("/test.Test/EchoAll")) + data(1, framed(b"a"), 0))
+        raw.read_until(lambda: raw.answers[1].messages == [b"a"])
+        raw.call(3, b"0.8", "/test.Test/Wait")  # a handler that takes its time is the server's doing
+        assert raw.read(3).messages == [b"awake"]
+        raw.send(data(1, framed(b"b")))
+        assert raw.read(1).messages == [b"a", b"b"]
+        raw.socket.close()

@@ -30,11 +30,15 @@ BYTES_UNDER_WAY = 4 * 2**20
 
 
 class Handlers:
-    """Handlers that the tests call. cancelled: set when one is. metadata: of the last call."""
+    """Handlers that the tests call.
+
+    cancelled: set when one is. ended: set when a stream's has ended. metadata: of the last call.
+    """
 
     def __init__(self) -> None:
         self.cancelled = threading.Event()
         self.started = threading.Event()
+        self.ended = threading.Event()
         self.metadata: dict[str, str | bytes] = {}
         self.remaining: float | None = None
         self.door: Status | None = None
@@ -107,6 +111,8 @@ class Handlers:
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
+        finally:
+            self.ended.set()
 
     async def never_read(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         await asyncio.sleep(60)

@@ -28,6 +28,7 @@ from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 4 * MAX_CALLS  # of all connections together
 _LAST_SECONDS = 0.2  # after the grace, for the last statuses to leave
+_END_SECONDS = 0.005  # in which gRPC tells whether a client's end is that of the call, in most cases
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
@@ -227,7 +228,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
 
         async def answer() -> Status:
             async with (
-                aclosing(_messages(requests)) as messages,
+                aclosing(_messages(requests, call)) as messages,
                 aclosing(method.answers(messages, call)) as answers,  # type: ignore[type-var]
             ):
                 async for answer in answers:
@@ -251,7 +252,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
             if self._cut_off:
                 task.uncancel()
                 return _STOPPED
-            if not task.cancelling():  # a handler's own doing, of which the client would never learn
+            if not task.cancelling() and not call.gone:  # a handler's own doing; the client would never learn of it
                 return Status(grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
@@ -282,7 +283,13 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
     return call.outcome.result()
 
 
-async def _messages(requests: Any) -> AsyncGenerator[bytes]:
-    """Yield what grpc.aio's iterator of requests does, which is no iterator for ``anext``."""
+async def _messages(requests: Any, call: _Context) -> AsyncGenerator[bytes]:
+    """Yield what grpc.aio's iterator of requests does, which is no iterator for ``anext``.
+
+    Raises CancelledError where that one ends as if the client had sent all, though the client has ended the call.
+    """
     async for message in requests:
         yield message
+    await asyncio.sleep(_END_SECONDS)
+    if call.gone or call.expired:
+        raise asyncio.CancelledError
