@@ -60,7 +60,7 @@ class Settings:
     )
     transport: str = _setting(
         "native",
-        "native, the fastest; or grpcio, gRPC's own server, many times slower (docs/operations.md lists what differs)",
+        "native, or grpcio for gRPC's own server, which takes many times the CPU time a call",
         choices=TRANSPORTS,
         metavar="TRANSPORT",
     )

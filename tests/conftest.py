@@ -3,7 +3,9 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +48,7 @@ class Running:
     server: Server
     stub: CapsNetServiceStub
     channel: grpc.Channel
+    thread: "InThread"
 
     @property
     def address(self) -> str:
@@ -59,6 +62,10 @@ class Running:
     @property
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
+
+    def stop(self) -> None:
+        """Begin to stop the server; it ends with the test."""
+        self.thread.stop()
 
     def classify(self, *images: pb.Image) -> pb.ClassifyResponse:
         response: pb.ClassifyResponse = self.stub.Classify(pb.ClassifyRequest(images=images), timeout=20)
@@ -90,8 +97,14 @@ class InThread:
         assert self._ready.wait(20), "the server did not start"
         return self._server
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Begin to stop the server."""
         self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread.is_alive():
+            with suppress(RuntimeError):  # it has ended meanwhile
+                self.stop()
         self._thread.join()
 
 
@@ -110,7 +123,7 @@ def start() -> Iterator[Callable[..., Running]]:
             patch(model)
         channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
         running.append((thread, channel))
-        return Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+        return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
 
     yield begin
     for thread, channel in running:
@@ -119,11 +132,30 @@ def start() -> Iterator[Callable[..., Running]]:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Running]:
-    """One server with the default settings for all tests that do not disturb it."""
-    server = Server(settings())
-    with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+def servers() -> Iterator[Callable[[str], Running]]:
+    """One server of each transport, by its name, for all tests that do not disturb it."""
+    with ExitStack() as stack:
+
+        @cache
+        def running_on(transport: str) -> Running:
+            thread = InThread(Server(settings(transport=transport)))
+            server = stack.enter_context(thread)
+            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
+            return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
+
+        yield running_on
+
+
+@pytest.fixture(scope="session")
+def running(servers: Callable[[str], Running]) -> Running:
+    """The server with the default settings."""
+    return servers("native")
+
+
+@pytest.fixture
+def running_on_each(servers: Callable[[str], Running], transport: str) -> Running:
+    """The server of each transport in turn; a file whose tests run on both has this as its ``running``."""
+    return servers(transport)
 
 
 @pytest.fixture(params=TRANSPORTS)

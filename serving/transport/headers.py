@@ -147,7 +147,7 @@ class HeaderReader(Generic[Method]):
     def _decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
         """Return name and value of each header. Raises ConnectionFault."""
         if block[:1] and block[0] & 0xE0 == 0x20:
-            _check_resizes(block)
+            _count_resizes(block)
         return self._decode_part(block)
 
     def _decode_part(self, part: bytes) -> Iterable[tuple[bytes, bytes]]:
@@ -163,12 +163,12 @@ class HeaderReader(Generic[Method]):
         (RFC 7541, section 4.4). Raises ConnectionFault.
         """
         self._known.clear()
-        _check_resizes(block)
+        resized = _count_resizes(block)
         path, table_bytes = "", self._decoder.header_table_size
         for number, (begin, end, indexed) in enumerate(_fields(block)):
             if number == _MAX_FIELDS_SKIPPED:
                 raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
-            if number >= _MAX_RESIZED and block[begin] & 0xE0 == 0x20:
+            if number >= resized and block[begin] & 0xE0 == 0x20:
                 raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "the table's size changes within headers")
             if indexed and (end - begin) * 8 // 30 > table_bytes:  # of Huffman's code no symbol takes more than 30 bits
                 self._decoder.header_table_size = 0
@@ -187,14 +187,18 @@ class HeaderReader(Generic[Method]):
         return entries[0] if entries else None, len(entries), table.maxsize
 
 
-def _check_resizes(block: bytes) -> None:
-    """Raises ConnectionFault where a block changes the table's size more often than it may need to (section 4.2)."""
+def _count_resizes(block: bytes) -> int:
+    """Return how often a block changes the table's size before its headers.
+
+    Raises ConnectionFault if that is more often than it may need to (RFC 7541, section 4.2).
+    """
     at = count = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
         _, at = _integer(block, at, 5)
         count += 1
     if count > _MAX_RESIZED:
         raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "the table's size changes again and again")
+    return count
 
 
 def _fields(block: bytes) -> Iterator[tuple[int, int, bool]]:
