@@ -47,7 +47,13 @@ class Raw:
     """A client that sends what it is told to, right or wrong."""
 
     def __init__(self, port: int, preface: bytes = frames.PREFACE, settings: dict[int, int] | None = None) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), 10)
+        self.take(socket.create_connection(("127.0.0.1", port), 10), preface, settings)
+
+    def take(
+        self, link: socket.socket, preface: bytes = frames.PREFACE, settings: dict[int, int] | None = None
+    ) -> None:
+        """Greet the server on a connection that is there."""
+        self.socket = link
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.encoder, self.decoder = Encoder(), Decoder()
         self.answers: dict[int, Answer] = defaultdict(Answer)

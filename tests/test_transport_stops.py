@@ -1,6 +1,7 @@
 """Stops in good order, on both transports where gRPC's own client is on the other side."""
 
 import asyncio
+import errno
 import socket
 import threading
 import time
@@ -109,3 +110,41 @@ def test_a_unix_socket_goes_with_the_server(transport: str, tmp_path: Any) -> No
 
     asyncio.run(serve_once())
     assert not path.exists()
+
+
+def test_a_server_that_never_started_gives_its_port_back(transport: str) -> None:
+    async def main() -> None:
+        limits = TransportLimits(MAX_BYTES, "", BYTES_UNDER_WAY, "")
+        first, second = new_server(transport, limits), new_server(transport, limits)
+        port = await first.listen("127.0.0.1", 0)
+        with pytest.raises(OSError) as caught:
+            await second.listen("127.0.0.1", port)
+        assert caught.value.errno == errno.EADDRINUSE
+        await first.stop(0)
+        assert await second.listen("127.0.0.1", port) == port
+        await second.stop(0)
+
+    asyncio.run(main())
+
+
+def test_a_client_that_has_connected_and_not_greeted_is_told_of_a_drain() -> None:
+    with serve() as serving, socket.create_connection(("127.0.0.1", serving.port), 10) as link:
+        wait_for(lambda: serving.server._connections)
+        draining = threading.Thread(target=serving.drain, args=(5,))
+        draining.start()
+        wait_for(lambda: all(connection._draining for connection in serving.server._connections))
+        raw = Raw.__new__(Raw)
+        raw.take(link)
+        raw.call(1, b"a")
+        assert raw.read(1).messages == [b"a"], "calls that were on their way are answered"
+        assert raw.went_away[0][:2] == (2**31 - 1, ErrorCode.NO_ERROR)
+        raw.read()
+        assert raw.went_away[-1][:2] == (1, ErrorCode.NO_ERROR)
+        draining.join()
+
+
+def test_a_stop_ends_a_connection_that_never_greets() -> None:
+    with serve() as serving, socket.create_connection(("127.0.0.1", serving.port), 10) as link:
+        wait_for(lambda: serving.server._connections)
+        serving.stop(0)
+        assert link.recv(100) == b""

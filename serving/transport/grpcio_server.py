@@ -47,6 +47,7 @@ class GrpcioServer:
 
     def __init__(self, limits: TransportLimits, connection_age: float = 0.0, grace: float = 0.0) -> None:
         self._handlers = _Handlers(limits)
+        self._started = False
         self._draining: asyncio.Task[None] | None = None
         options: list[tuple[str, int]] = [
             ("grpc.max_receive_message_length", limits.message_bytes),
@@ -90,10 +91,13 @@ class GrpcioServer:
 
     async def start(self) -> None:
         """Take connections."""
+        self._started = True
         await self._server.start()
 
     async def drain(self, grace: float) -> None:
         """Take no further connection or call; those under way go on for ``grace`` seconds at most."""
+        if not self._started:  # gRPC stops, and closes its ports, only what was started
+            await self.start()
         if self._draining is None:
             self._draining = asyncio.create_task(self._server.stop(grace + _LAST_SECONDS))
             await asyncio.sleep(0)  # it begins
