@@ -142,9 +142,12 @@ def test_below_the_capacity_nothing_is_refused(slowed: Callable[..., Running]) -
     assert load.outcomes[grpc.StatusCode.OK] >= 0.99 * load.outcomes.total()
 
 
-def test_a_full_queue_tells_when_to_try_again_for_clients_of_every_kind(start: Callable[..., Running]) -> None:
+def test_a_full_queue_tells_when_to_try_again_for_clients_of_every_kind(
+    start: Callable[..., Running], transport: str
+) -> None:
     gate = Gate()
-    running = start(with_predict(gate), max_batch=4, runtimes=1, max_queue=6, max_images_per_request=6)
+    limits = {"max_batch": 4, "runtimes": 1, "max_queue": 6, "max_images_per_request": 6}
+    running = start(with_predict(gate), transport=transport, **limits)
     calls = [later(running)]
     gate.wait()
     calls.append(later(running, *[image()] * 4))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from serving.transport.call import Budget, Limits
+from serving.transport.methods import TransportLimits
 from serving.transport.server import GrpcServer
 from serving.transport.sockets import UnixSocket, listen_tcp
 
@@ -21,7 +21,7 @@ LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop, 
 
 
 def grpc_server() -> GrpcServer:
-    return GrpcServer(Limits(2**20, "", Budget(2**20), ""))
+    return GrpcServer(TransportLimits(2**20, "", 2**20, ""))
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=["asyncio", "uvloop"])
