@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Of a request that was answered: what it was about, and the seconds of each part of its way."""
+    """The model and size of a request that was answered, and the seconds of each part of its way."""
 
     model: str
     version: str
@@ -86,11 +86,11 @@ class Call:
 
     @property
     def over(self) -> bool:
-        """The client waits for the answer no more."""
+        """Tell if the client no longer waits for the answer."""
         return self._context.over
 
     def when_given_up(self, then: Callable[[], object]) -> None:
-        """Have it told, in place of what was before, when the client waits for the answer no more."""
+        """Call ``then``, and nothing that was given before, once the client no longer waits for the answer."""
         self._context.given_up = then
 
     def succeed(self, data: bytes, steps: Steps | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What reflection finds: every file of the default pool, members of services and messages, and reflection v1 itself."""
+"""The symbols that reflection finds: those of the default pool, members of services and messages, and its own v1."""
 
 from collections.abc import Callable
 from typing import Any

@@ -57,12 +57,12 @@ class Call:
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for anything from the handler."""
+        """Tell if nobody waits for anything from the handler."""
         return self.state is CLOSED or (self._sending is not None and self._sending.trailers is not None)
 
     @property
     def sending(self) -> Sending:
-        """What the call sends, beyond an answer that goes at once."""
+        """Return what waits to be sent; a call whose answer goes at once never needs it."""
         if self._sending is None:
             self._sending = Sending(self.streams.peer, self.stream)
         return self._sending

@@ -129,17 +129,17 @@ class _Context:
 
     @property
     def gone(self) -> bool:
-        """Whether the client has ended the call."""
+        """Tell if the client has ended the call."""
         return bool(self._context.cancelled())
 
     @property
     def expired(self) -> bool:
-        """Whether the deadline has passed."""
+        """Tell if the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for anything from the handler."""
+        """Tell if nobody waits for anything from the handler."""
         return self.outcome.done()
 
     def invocation_metadata(self) -> Metadata:

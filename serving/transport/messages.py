@@ -39,7 +39,7 @@ class Inflation:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to be inflated."""
+        """Tell if nothing is left to be inflated."""
         return self._begin is None or self._reader.eof
 
     def rest(self) -> bytes | None:

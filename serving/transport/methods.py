@@ -10,6 +10,7 @@ from typing import Protocol
 import grpc
 
 from serving.transport.headers import Metadata, Status
+from serving.transport.memory import STALL_SECONDS
 
 
 class Abort(Exception):
@@ -30,15 +31,15 @@ class Context(Protocol):
 
     @property
     def deadline(self) -> float | None:
-        """By the clock of ``time.monotonic``, or None."""
+        """Return the deadline by the clock of ``time.monotonic``, or None."""
 
     @property
     def expired(self) -> bool:
-        """Whether the deadline, and not the client, has ended the call."""
+        """Tell if the deadline, and not the client, has ended the call."""
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for anything from the handler."""
+        """Tell if nobody waits for anything from the handler."""
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
@@ -120,7 +121,7 @@ class TransportLimits:
     bytes_under_way: int
     memory_text: str
     refused: Refused = lambda *_: None
-    stall_seconds: float = 60.0
+    stall_seconds: float = STALL_SECONDS
 
 
 class TransportServer(Protocol):

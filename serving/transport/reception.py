@@ -1,4 +1,4 @@
-"""Where new calls of a connection are let in or turned away."""
+"""The reception of a connection: new calls are let in or turned away."""
 
 from typing import Any
 

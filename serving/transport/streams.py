@@ -73,7 +73,7 @@ class SendingCall(Protocol):
 
     @property
     def sending(self) -> Sending:
-        """What it sends."""
+        """Return what waits to be sent."""
 
     def pump(self) -> None:
         """Send what waits, as far as the client lets it."""
@@ -120,7 +120,7 @@ class Streams:
         #: The highest stream that the client has opened.
         self.last_stream = 0
         self.calls: dict[int, OpenCall] = {}
-        #: The client's system takes no more bytes for now.
+        #: Set while the client's system takes no bytes.
         self.paused = False
         #: The client's table for answers' headers is to be smaller, which it has yet to be told.
         self.shrinks_table = False

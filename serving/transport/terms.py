@@ -1,4 +1,4 @@
-"""What holds for every connection of a server."""
+"""The terms of every connection of a server."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
