@@ -130,8 +130,9 @@ class Server:
             except OSError as error:
                 reason = _SOCKET_REASONS.get(error.errno or 0) or error.strerror
                 raise StartError(f"unix_socket: {settings.unix_socket!r} cannot be opened: {reason}") from error
-        self._admin = self._new_grpc_server()
+        self._admin: TransportServer | None = None
         if settings.admin_port >= 0:
+            self._admin = self._new_grpc_server()
             self._admin.add_methods(AdminService(self.repository, self._edge, settings).methods())
             started.push_async_callback(self._admin.stop, 0)
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
@@ -150,7 +151,8 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._edge.ready = True
         await self._grpc.start()
-        await self._admin.start()
+        if self._admin:
+            await self._admin.start()
         self._scan_beside(self._watch())
 
     async def _drain(self) -> None:
