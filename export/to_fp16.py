@@ -81,8 +81,9 @@ def _half(graph: GraphProto) -> tuple[set[str], set[str]]:
             if node.op_type not in _MOVES:
                 half.update(initializers & set(node.input))
             convolutions += node.op_type == "Conv"
-    if convolutions != 2:
-        raise GraphError(f"the image meets {convolutions} convolutions before their squash; expected 2")
+    every = sum(node.op_type == "Conv" for node in graph.node)
+    if convolutions != every or not every:
+        raise GraphError(f"the image meets {convolutions} convolutions before their squash; the graph has {every}")
     return found, half - {image}
 
 
