@@ -170,12 +170,15 @@ def test_a_client_that_retries_as_it_is_told_is_answered(slowed: Callable[..., R
     with grpc.insecure_channel(running.address, options=[("grpc.service_config", policy)]) as channel:
         retrying = type(running.stub)(channel)
         retrying.GetModel(pb.GetModelRequest(), timeout=20)
-        calls = []
-        for expected in (1, 2):  # one that is computed, and one that waits
-            calls.append(later(running, *[image()] * BATCH))
-            until(partial(_has_come, running, expected * BATCH), "the request")
-        retried = retrying.Classify(pb.ClassifyRequest(images=[image()] * BATCH), timeout=10)
-        assert len(retried.results) == BATCH, "long before the 20 s of its own"
+        with_predict(gate := Gate())(running.model)
+        calls = [later(running, *[image()] * BATCH)]
+        gate.wait()
+        calls.append(later(running, *[image()] * BATCH))
+        until(partial(_has_come, running, 2 * BATCH), "the request that waits")
+        retried = retrying.Classify.future(pb.ClassifyRequest(images=[image()] * BATCH), timeout=10)
+        until(lambda: value(running, "capsnet_refused_total", reason="queue_full") >= 1, "the refusal")
+        gate.go.set()
+        assert len(retried.result().results) == BATCH, "long before the 20 s of its own"
         assert [len(call.result().results) for call in calls] == [BATCH] * 2
     assert value(running, "capsnet_refused_total", reason="queue_full") >= 1
 
