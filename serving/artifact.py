@@ -37,7 +37,9 @@ class Variant:
 
     test_errors, test_images: what was measured on the test images; 0 images before the graph is certified.
     images: how many images it was compared on with ``reference``, in ``runtime`` by ``provider``; the differences are
-    absolute. tolerance: by figure, the largest that was accepted, None for any. bytes: size of the file.
+    absolute. tolerance: by figure, the largest that was accepted, None for any. rounded: of fp16, differences,
+    ``labels_changed`` and ``test_errors`` by their names here, where each half-precision operation's result is rounded,
+    since ``provider`` computes them in single precision. bytes: size of the file.
     images_per_second: by batch size, on ``device``.
     """
 
@@ -54,6 +56,7 @@ class Variant:
     test_errors: int = 0
     test_images: int = 0
     tolerance: Mapping[str, float | None] = field(default_factory=dict)
+    rounded: Mapping[str, float] = field(default_factory=dict)
     bytes: int = 0
     images_per_second: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
@@ -341,6 +344,7 @@ def _variant(section: _Section) -> Variant:
     if not (_is_count(errors) or (errors == 0 and type(errors) is int)) or errors > images:
         raise section.error("test_errors", errors, "a whole number up to test_images")
     tolerance = section.section("tolerance", {})
+    rounded = section.section("rounded", {})
     speeds = section.section("images_per_second", {})
     return Variant(
         file=section.text("file"),
@@ -358,6 +362,7 @@ def _variant(section: _Section) -> Variant:
         tolerance={
             name: None if value is None else tolerance.number(name) for name, value in tolerance.content.items()
         },
+        rounded={name: rounded.number(name) for name in rounded.content},
         bytes=section.count_or_zero("bytes", 0),
         images_per_second={batch: speeds.number(batch) for batch in speeds.content},
         device=section.text("device", ""),
