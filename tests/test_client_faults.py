@@ -563,7 +563,7 @@ def test_the_model_is_asked_again_once_it_may_have_changed(
     changed = np.zeros((3, 3), np.uint8)
     with pytest.raises(InvalidImage, match=r"shape \(3, 3\); fake takes \(2, 2\)"):
         client.classify(changed)  # it was fetched a moment ago
-    monkeypatch.setattr("serving.client.base._FRESH", 0)
+    monkeypatch.setattr("serving.client.base._MODEL_FRESH_SECONDS", 0)
     assert len(client.classify([changed, changed])) == 2
     assert server.models_asked == 3
 
