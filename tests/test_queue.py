@@ -1,4 +1,4 @@
-"""The rule that makes batches, by itself: no threads, no clock, no deadlines."""
+"""Tests of the rule that makes batches, without threads, clock or deadlines."""
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_a_request_that_is_removed_leaves_nothing_behind() -> None:
     assert _take(queue, 9) == [(kept, 0, 2)]
 
 
-def test_of_a_request_that_is_removed_only_what_is_in_no_batch_counts() -> None:
+def test_only_the_rows_in_no_batch_count_when_a_request_is_removed() -> None:
     ticket = _ticket(5, urgent=True)
     queue = _queue(ticket)
     _take(queue, 2)
@@ -86,7 +86,7 @@ def test_of_a_request_that_is_removed_only_what_is_in_no_batch_counts() -> None:
     assert (queue.rows, queue.urgent_rows) == (0, 0)
 
 
-def test_what_is_dropped_on_the_way_takes_no_room() -> None:
+def test_requests_dropped_on_the_way_take_no_room() -> None:
     late, kept = _ticket(4), _ticket(2)
     queue = _queue(late, kept)
 
@@ -102,17 +102,17 @@ def test_what_is_dropped_on_the_way_takes_no_room() -> None:
     [
         (1, 1, 1, 1, 4, 8, 1),
         (3, 3, 1, 1, 4, 8, 3),  # less than a good batch: all
-        (12, 12, 1, 1, 4, 16, 6),  # half of what is there, so that the slot has the next batch at once
+        (12, 12, 1, 1, 4, 16, 6),  # half of the waiting rows, so that the slot gets its next batch at once
         (6, 12, 1, 1, 4, 16, 6),
         (100, 100, 1, 1, 4, 16, 16),
         (8, 8, 2, 2, 4, 8, 4),  # both slots are free and share
         (2, 2, 2, 2, 4, 8, 1),
         (8, 16, 2, 1, 4, 16, 6),  # a third of those in the server
-        (8, 16, 2, 1, 32, 16, 8),  # a batch costs much by itself, whatever its size
+        (8, 16, 2, 1, 32, 16, 8),  # the fixed cost of a batch is high
         (40, 56, 2, 1, 32, 16, 16),
     ],
 )
-def test_a_free_slot_takes_a_part_of_what_waits(
+def test_a_free_slot_takes_a_part_of_the_waiting_rows(
     waiting: int, crowd: int, slots: int, free: int, good: int, largest: int, expected: int
 ) -> None:
     assert min(waiting, batch_room(waiting, crowd, slots, free, good, largest)) == expected
