@@ -210,8 +210,8 @@ def write_manifest(artifact: Artifact) -> None:
 def load(folder: Path) -> Artifact:
     """Read and verify one version's folder.
 
-    Raises ArtifactError with the file's name if the manifest is missing, is not JSON or has another format, if a field is
-    missing or wrong, or if a file has another SHA-256 than in the manifest. Unknown fields are ignored.
+    Raises ArtifactError with the file's name if the manifest is missing, is not JSON or has another format, if a field
+    is missing or wrong, or if a file has another SHA-256 than in the manifest. Unknown fields are ignored.
     """
     path = folder / MANIFEST
     content = _Section(path, "", _read_manifest(path))
