@@ -41,12 +41,16 @@ def main() -> int:
         )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings))
+            served = runner.run(serve(settings))
     except (ArtifactError, RuntimeSetupError, StartError) as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    if not served:
+        # The interpreter's own end would pull ONNX Runtime away from under the thread that still loads it, and abort.
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

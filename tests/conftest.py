@@ -5,7 +5,9 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple, cast
@@ -22,6 +24,9 @@ from serving.files.idx import read_idx
 from serving.repository.served_model import ServedModel
 from serving.server import Server
 from serving.settings import Settings
+from serving.transport.methods import TRANSPORTS
+from tests.raw_client import Raw
+from tests.transport_methods import Serving, serve
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -31,7 +36,7 @@ EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", 
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
 # These files run first, so that no process still runs one of them when the others are done.
-LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport", "test_lifecycle")
+LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport_calls", "test_lifecycle")
 
 
 class Digits(NamedTuple):
@@ -53,6 +58,7 @@ class Running:
     server: Server
     stub: CapsNetServiceStub
     channel: grpc.Channel
+    thread: "InThread"
 
     @property
     def address(self) -> str:
@@ -66,6 +72,10 @@ class Running:
     @property
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
+
+    def stop(self) -> None:
+        """Begin to stop the server; it ends with the test."""
+        self.thread.stop()
 
     def classify(self, *images: pb.Image) -> pb.ClassifyResponse:
         response: pb.ClassifyResponse = self.stub.Classify(pb.ClassifyRequest(images=images), timeout=20)
@@ -106,8 +116,14 @@ class InThread:
             raise
         return self._server
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Begin to stop the server."""
         self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread.is_alive():
+            with suppress(RuntimeError):  # it has ended meanwhile
+                self.stop()
         self._thread.join()
 
 
@@ -126,7 +142,7 @@ def start() -> Iterator[Callable[..., Running]]:
             patch(model)
         channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
         running.append((thread, channel))
-        return Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+        return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
 
     yield begin
     for thread, channel in running:
@@ -135,11 +151,59 @@ def start() -> Iterator[Callable[..., Running]]:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Running]:
-    """One server with the default settings for all tests that do not disturb it."""
-    server = Server(settings())
-    with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+def servers() -> Iterator[Callable[[str], Running]]:
+    """One server of each transport, by its name, for all tests that do not disturb it."""
+    with ExitStack() as stack:
+
+        @cache
+        def running_on(transport: str) -> Running:
+            thread = InThread(Server(settings(transport=transport)))
+            server = stack.enter_context(thread)
+            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
+            return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
+
+        yield running_on
+
+
+@pytest.fixture(scope="session")
+def running(servers: Callable[[str], Running]) -> Running:
+    """The server with the default settings."""
+    return servers("native")
+
+
+@pytest.fixture
+def running_on_each(servers: Callable[[str], Running], transport: str) -> Running:
+    """The server of each transport in turn; a file whose tests run on both has this as its ``running``."""
+    return servers(transport)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each transport in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def served(transport: str) -> Iterator[Serving]:
+    """The tests' methods on each transport in turn."""
+    with serve(transport) as running:
+        yield running
+
+
+@pytest.fixture
+def serving() -> Iterator[Serving]:
+    """The tests' methods on the native transport."""
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def raw(serving: Serving) -> Iterator[Raw]:
+    """A client of the native transport whose frames are made by hand."""
+    client = Raw(serving.port)
+    yield client
+    client.socket.close()
 
 
 @pytest.hookimpl(optionalhook=True)

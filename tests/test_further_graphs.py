@@ -24,7 +24,7 @@ from serving.rpc.edge import Call, Edge
 from serving.runtime import Arrays, RuntimeSetupError, onnxruntime
 from serving.services.pipeline import Pipeline
 from serving.services.stream import StreamRefusals
-from serving.transport.call import Budget, Limits
+from serving.transport.methods import Method, TransportLimits, table
 from serving.transport.server import GrpcServer
 from tests.conftest import ROOT, Digits, settings
 
@@ -66,9 +66,9 @@ class ExplainService:
         self._edge = edge
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ExplainStream")
 
-    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
+    def methods(self) -> dict[str, Method]:
         refusal = partial(self._pipeline.refusal, urgent=False, graph=EXPLAIN)
-        return grpc.method_handlers_generic_handler(
+        return table(
             SERVICE,
             {
                 "Explain": self._edge.unary_at_once(SERVICE, "Explain", self.explain, refusal),
@@ -105,9 +105,9 @@ def serve(test: Callable[[Serving], Coroutine[None, None, None]], graphs: set[st
         edge = Edge(metrics)
         repository = Repository(chosen, metrics, graphs)
         await repository.open()
-        server = GrpcServer(Limits(2**20, "", Budget(2**24), ""))
+        server = GrpcServer(TransportLimits(2**20, "", 2**24, ""))
         service = ExplainService(Pipeline(repository, chosen.stream_window), edge, metrics)
-        server.add_generic_rpc_handlers((service.handler(),))
+        server.add_methods(service.methods())
         port = await server.listen("127.0.0.1", 0)
         await server.start()
         try:

@@ -112,8 +112,8 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
     assert other_failures == []
 
 
-def test_requests_under_way_at_sigterm_are_answered() -> None:
-    flags = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000")
+def test_requests_under_way_at_sigterm_are_answered(transport: str) -> None:
+    flags = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000", "--transport", transport)
     with server_process(*flags) as (process, address, _), grpc.insecure_channel(address) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         calls = [stub.Classify.future(pb.ClassifyRequest(images=[PIXELS] * 1000), timeout=60) for _ in range(6)]
@@ -134,9 +134,9 @@ def test_a_taken_port_is_named() -> None:
             assert "Traceback" not in text
 
 
-def test_two_servers_do_not_share_a_port() -> None:
-    with server_process() as (_, address, _):
-        code, text = failed_start("--port", address.split(":")[1])
+def test_two_servers_do_not_share_a_port(transport: str) -> None:
+    with server_process("--transport", transport) as (_, address, _):
+        code, text = failed_start("--transport", transport, "--port", address.split(":")[1])
     assert code == 1
     assert "the port is taken (--port chooses another)" in text
 
@@ -337,8 +337,8 @@ def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> No
     assert artifact.load(source).sha256() in text
 
 
-def test_idle_streams_and_health_watches_do_not_hold_up_a_stop() -> None:
-    with server_process() as (process, address, _), grpc.insecure_channel(address) as channel:
+def test_idle_streams_and_health_watches_do_not_hold_up_a_stop(transport: str) -> None:
+    with server_process("--transport", transport) as (process, address, _), grpc.insecure_channel(address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         next(watch)
         leave = threading.Event()
@@ -449,8 +449,8 @@ async def _load_of_every_kind_until_stopped(
     return answered, failures
 
 
-def test_a_stream_whose_client_has_sent_all_ends_well_during_a_stop() -> None:
-    with server_process("--max-batch", "1", "--runtimes", "1") as (process, address, _):
+def test_a_stream_whose_client_has_sent_all_ends_well_during_a_stop(transport: str) -> None:
+    with server_process("--transport", transport, "--max-batch", "1", "--runtimes", "1") as (process, address, _):
         with grpc.insecure_channel(address) as channel:
             stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
             request = pb.ClassifyStreamRequest(request=pb.ClassifyRequest(images=[PIXELS] * 120))

@@ -38,7 +38,7 @@ def _value(page: str, metric: str, /, **labels: str) -> float:
 @pytest.fixture
 def used(start: Callable[..., Running]) -> Running:
     """A server that answered three requests of four images and refused one."""
-    running = start(max_batch=2)
+    running = start(max_batch=2, runtimes=1)
     for _ in range(3):
         running.classify(*[DIGIT] * 4)
     with pytest.raises(grpc.RpcError):

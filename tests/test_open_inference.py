@@ -52,7 +52,13 @@ def triton() -> Iterator[Ask]:
         process.stdin.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def running(running_on_each: Running) -> Running:
+    """Every test here runs on each transport."""
+    return running_on_each
+
+
+@pytest.fixture
 def stub(running: Running) -> GRPCInferenceServiceStub:
     return GRPCInferenceServiceStub(running.channel)  # type: ignore[no-untyped-call]
 

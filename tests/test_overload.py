@@ -142,9 +142,12 @@ def test_below_the_capacity_nothing_is_refused(slowed: Callable[..., Running]) -
     assert load.outcomes[grpc.StatusCode.OK] >= 0.99 * load.outcomes.total()
 
 
-def test_a_full_queue_tells_when_to_try_again_for_clients_of_every_kind(start: Callable[..., Running]) -> None:
+def test_a_full_queue_tells_when_to_try_again_for_clients_of_every_kind(
+    start: Callable[..., Running], transport: str
+) -> None:
     gate = Gate()
-    running = start(with_predict(gate), max_batch=4, runtimes=1, max_queue=6, max_images_per_request=6)
+    limits = {"max_batch": 4, "runtimes": 1, "max_queue": 6, "max_images_per_request": 6}
+    running = start(with_predict(gate), transport=transport, **limits)
     calls = [later(running)]
     gate.wait()
     calls.append(later(running, *[image()] * 4))
@@ -170,12 +173,15 @@ def test_a_client_that_retries_after_the_given_time_is_answered(slowed: Callable
     with grpc.insecure_channel(running.address, options=[("grpc.service_config", policy)]) as channel:
         retrying = type(running.stub)(channel)
         retrying.GetModel(pb.GetModelRequest(), timeout=20)
-        calls = []
-        for expected in (1, 2):  # one call is computed and one waits
-            calls.append(later(running, *[image()] * BATCH))
-            until(partial(_has_come, running, expected * BATCH), "the request")
-        retried = retrying.Classify(pb.ClassifyRequest(images=[image()] * BATCH), timeout=10)
-        assert len(retried.results) == BATCH, "long before the 20 s of its own"
+        with_predict(gate := Gate())(running.model)
+        calls = [later(running, *[image()] * BATCH)]
+        gate.wait()
+        calls.append(later(running, *[image()] * BATCH))
+        until(partial(_has_come, running, 2 * BATCH), "the request that waits")
+        retried = retrying.Classify.future(pb.ClassifyRequest(images=[image()] * BATCH), timeout=10)
+        until(lambda: value(running, "capsnet_refused_total", reason="queue_full") >= 1, "the refusal")
+        gate.go.set()
+        assert len(retried.result().results) == BATCH, "long before the 20 s of its own"
         assert [len(call.result().results) for call in calls] == [BATCH] * 2
     assert value(running, "capsnet_refused_total", reason="queue_full") >= 1
 

@@ -22,8 +22,9 @@ def _keep(ticket: Ticket) -> bool:
     return False
 
 
-def _take(queue: TicketQueue, room: int) -> list[tuple[Ticket, int, int]]:
-    return [(part.ticket, part.start, part.stop) for part in queue.take(room, _keep)]
+def _take(queue: TicketQueue, room: int, limit: int = 0) -> list[tuple[Ticket, int, int]]:
+    """Take from a queue; limit: 0 for the room."""
+    return [(part.ticket, part.start, part.stop) for part in queue.take(room, limit or room, _keep)]
 
 
 def test_requests_are_taken_in_the_order_they_came_until_the_room_is_full() -> None:
@@ -45,6 +46,14 @@ def test_a_request_larger_than_the_room_is_split_and_keeps_its_turn() -> None:
     assert _take(queue, 2) == [(large, 2, 4)]
     assert _take(queue, 2) == [(large, 4, 5), (small, 0, 1)]
     assert queue.rows == 0
+
+
+def test_a_request_that_fits_into_the_largest_batch_is_not_split() -> None:
+    small, large, last = _ticket(1), _ticket(6), _ticket(4)
+    queue = _queue(small, large, last)
+    assert _take(queue, 3, limit=8) == [(small, 0, 1), (large, 0, 6)]
+    assert _take(queue, 3, limit=3) == [(last, 0, 3)]
+    assert _take(queue, 3, limit=3) == [(last, 3, 4)]
 
 
 def test_an_urgent_request_goes_ahead_of_the_others() -> None:
@@ -93,26 +102,26 @@ def test_requests_dropped_on_the_way_take_no_room() -> None:
     def drops(ticket: Ticket) -> bool:
         return ticket is late and queue.remove(ticket) > 0
 
-    assert queue.take(2, drops) == [Part(kept, kept.arrays, 0, 2)]
+    assert queue.take(2, 2, drops) == [Part(kept, kept.arrays, 0, 2)]
     assert queue.rows == 0
 
 
 @pytest.mark.parametrize(
-    ("waiting", "crowd", "slots", "free", "good", "largest", "expected"),
+    ("waiting", "crowd", "slots", "good", "limit", "expected"),
     [
-        (1, 1, 1, 1, 4, 8, 1),
-        (3, 3, 1, 1, 4, 8, 3),  # less than a good batch: all
-        (12, 12, 1, 1, 4, 16, 6),  # half of the waiting rows, so that the slot gets its next batch at once
-        (6, 12, 1, 1, 4, 16, 6),
-        (100, 100, 1, 1, 4, 16, 16),
-        (8, 8, 2, 2, 4, 8, 4),  # both slots are free and share
-        (2, 2, 2, 2, 4, 8, 1),
-        (8, 16, 2, 1, 4, 16, 6),  # a third of those in the server
-        (8, 16, 2, 1, 32, 16, 8),  # the fixed cost of a batch is high
-        (40, 56, 2, 1, 32, 16, 16),
+        (1, 1.0, 1, 4, 8, 1),
+        (3, 3.0, 1, 4, 8, 3),  # less than a good batch: all
+        (12, 12.0, 1, 4, 16, 6),  # half of the waiting rows, so that the slot gets its next batch at once
+        (6, 11.7, 1, 4, 16, 6),
+        (100, 100.0, 1, 4, 16, 16),
+        (8, 8.0, 2, 6, 4, 4),  # as much as another free slot can have
+        (4, 64.0, 2, 6, 2, 2),
+        (8, 16.0, 2, 4, 16, 6),  # a third of those in the server
+        (8, 16.0, 2, 32, 16, 8),  # the fixed cost of a batch is high
+        (40, 56.0, 2, 32, 16, 16),
     ],
 )
 def test_a_free_slot_takes_a_part_of_the_waiting_rows(
-    waiting: int, crowd: int, slots: int, free: int, good: int, largest: int, expected: int
+    waiting: int, crowd: float, slots: int, good: int, limit: int, expected: int
 ) -> None:
-    assert min(waiting, batch_room(waiting, crowd, slots, free, good, largest)) == expected
+    assert batch_room(waiting, crowd, slots, good, limit) == expected

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from serving.transport.call import Budget, Limits
+from serving.transport.frames import PREFACE
+from serving.transport.methods import TransportLimits
 from serving.transport.server import GrpcServer
 from serving.transport.sockets import UnixSocket, listen_tcp
 
@@ -21,7 +22,7 @@ LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop, 
 
 
 def grpc_server() -> GrpcServer:
-    return GrpcServer(Limits(2**20, "", Budget(2**20), ""))
+    return GrpcServer(TransportLimits(2**20, "", 2**20, ""))
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=["asyncio", "uvloop"])
@@ -46,6 +47,7 @@ def test_who_connects_before_the_start_is_served_from_then_on(loop: Any) -> None
         server = grpc_server()
         port = await server.listen("127.0.0.1", 0)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(PREFACE)
         greeting = asyncio.create_task(reader.read(1))
         await asyncio.sleep(0.1)
         assert not greeting.done()
@@ -112,6 +114,7 @@ def test_a_server_that_stops_leaves_its_successors_socket_alone(loop: Any, tmp_p
         await second.start()
         await first.stop(0)
         reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(PREFACE)
         assert await asyncio.wait_for(reader.read(1), 10), "the successor greets"
         writer.close()
         await second.stop(0)

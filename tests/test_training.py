@@ -356,6 +356,14 @@ def test_a_run_interrupted_in_the_last_step_of_an_epoch_and_resumed_evaluates_th
     assert epoch_figures(tmp_path, "held_out_loss") == epoch_figures(finished[1], "held_out_loss")
 
 
+def test_a_run_of_one_step_an_epoch_can_be_interrupted_and_resumed(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, batch_size=1000)
+    undisturbed = train(tmp_path / "undisturbed", recipe)
+    train_until(2, tmp_path / "halved", recipe)
+    assert torch.load(tmp_path / "halved" / RESUME_FILE, weights_only=True)["global_step"] == 2
+    assert_same(train(tmp_path / "halved", recipe, resume=True), undisturbed)
+
+
 def test_a_run_can_be_interrupted_and_resumed_again_and_again(
     tmp_path: Path, finished: tuple[Checkpoint, Path]
 ) -> None:
@@ -946,8 +954,9 @@ def test_wrong_flags_are_refused_before_pytorch_is_imported(tmp_path: Path) -> N
         assert "Traceback" not in answer
 
 
+@pytest.mark.parametrize("imported", ["torch", "numpy", "argparse", "{}.command"])
 @pytest.mark.parametrize("command_line", ["training --epochs=1", "export {} models"])
-def test_ctrl_c_while_pytorch_is_imported_is_one_line(tmp_path: Path, command_line: str) -> None:
+def test_ctrl_c_in_any_import_is_one_line(tmp_path: Path, command_line: str, imported: str) -> None:
     checkpoint = tmp_path / CHECKPOINT_FILE
     checkpoint.touch()
     code = """if True:
@@ -955,15 +964,16 @@ def test_ctrl_c_while_pytorch_is_imported_is_one_line(tmp_path: Path, command_li
 
         class Interrupting(importlib.abc.MetaPathFinder):
             def find_spec(self, name, path, target=None):
-                if name == "torch":
+                if name == imported:
                     os.kill(os.getpid(), signal.SIGINT)
 
+        imported, folder, module, *sys.argv[1:] = sys.argv[1:]
         sys.meta_path.insert(0, Interrupting())
-        os.chdir(sys.argv.pop())
-        del sys.argv[0]
-        runpy.run_module(sys.argv[0], run_name="__main__")
+        os.chdir(folder)
+        runpy.run_module(module, run_name="__main__")
     """
-    result = run_python(code, *command_line.format(checkpoint).split(), str(tmp_path))
+    words = command_line.format(checkpoint).split()
+    result = run_python(code, imported.format(words[0]), str(tmp_path), *words)
     assert result.returncode == 130, result.stderr
     assert [line.partition(";")[0] for line in result.stderr.split("\n") if line] == ["interrupted"]
     assert list(tmp_path.iterdir()) == [checkpoint]

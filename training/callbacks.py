@@ -44,6 +44,11 @@ class StopBetweenSteps(Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.previous = {name: signal.signal(name, self._request) for name in (signal.SIGINT, signal.SIGTERM)}
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        # Asked in an epoch's last step, which may be its only one: its end has written the resume file.
+        if trainer.global_step and trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+            raise Interrupted
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:

@@ -94,14 +94,13 @@ class Admission:
         needed = self._needed(1, urgent, load, 0 if urgent else expected)
         return self._hopeless(_hundredths(needed)) if needed > left else None
 
-    def expiry(self, rows: int, left: float, room: int, batch: int) -> DeadlineUnmeetable | None:
+    def expiry(self, rows: int, left: float, batch: int) -> DeadlineUnmeetable | None:
         """Return the error for a request that would be answered too late if it were computed from now on, or None.
 
-        rows: those of it that wait. left: seconds until its deadline. room: most rows of the batch that begins now;
-        batch: rows that this will have.
+        rows: those of it that wait. left: seconds until its deadline. batch: rows of the batch that begins now.
         """
         needed = self._cost(batch)
-        if rows > room:
+        if rows > batch:
             needed = max(needed, self._seconds(rows))
         needed = _upper_estimate(needed)
         return _unmeetable(needed, left) if needed > left else None

@@ -62,16 +62,16 @@ class TicketQueue:
             return urgent
         return other
 
-    def take(self, room: int, drops: Callable[[Ticket], bool]) -> list[Part]:
-        """Take up to ``room`` rows in turn; a request that is larger than what is left of the room is split.
+    def take(self, room: int, limit: int, drops: Callable[[Ticket], bool]) -> list[Part]:
+        """Take about ``room`` rows in turn, ``limit`` at most. A request is split only where it passes the limit.
 
         drops: called with each request whose turn comes; where it returns True, it has removed the request.
         """
         batch: list[Part] = []
-        while room and (ticket := self.first()):
+        while room > 0 and (ticket := self.first()):
             if drops(ticket):
                 continue
-            count = min(room, ticket.left)
+            count = ticket.left if ticket.left <= limit else min(room, ticket.left)
             batch.append(Part(ticket, ticket.arrays, ticket.taken, ticket.taken + count))
             if count == ticket.left:
                 self.remove(ticket)
@@ -79,6 +79,7 @@ class TicketQueue:
                 ticket.taken += count
                 self._count(ticket, -count)
             room -= count
+            limit -= count
         return batch
 
     def _count(self, ticket: Ticket, rows: int) -> None:
@@ -87,12 +88,11 @@ class TicketQueue:
             self.urgent_rows += rows
 
 
-def batch_room(waiting: int, crowd: float, slots: int, free: int, good_batch: int, max_batch: int) -> int:
-    """Return how many of the rows that wait a free slot takes.
+def batch_room(waiting: int, crowd: float, slots: int, good_batch: int, limit: int) -> int:
+    """Return how many of the rows that wait a free slot takes, ``limit`` at most.
 
     crowd: the most rows that waited or were computed at one time lately. Of these each slot gets a part, and one part
     is left over: those whose answers go out, or whose next requests come in, while the slots compute. A batch is
-    smaller than a good one only where no more waits, or where each of the slots that are free can have as much
-    (``free``, itself among them).
+    smaller than a good one only where no more waits, or at the limit.
     """
-    return min(max_batch, max(ceil(crowd / (slots + 1)), min(good_batch, ceil(waiting / free))))
+    return min(limit, waiting, max(good_batch, ceil(crowd / (slots + 1))))

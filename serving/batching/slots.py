@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
+from math import ceil
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -282,13 +283,13 @@ class Slots:
         """Take the next batch of those that wait, and drop into ``late`` what can only be late; with the lock held."""
         if not self._queue.rows:
             return None
-        room = self._room()
-        batch, outdated = min(room, self._queue.rows), self._outdated(now)
+        room, limit = self._room()
+        outdated = self._outdated(now)
 
         def drops(ticket: Ticket) -> bool:
             error = None
             if ticket.deadline is not None and not outdated:
-                error = self._admission.expiry(ticket.left, ticket.deadline - now, room, batch)
+                error = self._admission.expiry(ticket.left, ticket.deadline - now, room)
             if error:
                 late.append(Late(ticket, self._queue.remove(ticket), error))
                 return True
@@ -296,11 +297,11 @@ class Slots:
                 ticket.waited = now - ticket.queued_at
             return False
 
-        parts = self._queue.take(room, drops)
+        parts = self._queue.take(room, limit, drops)
         return Batch(parts) if parts else None
 
-    def _room(self) -> int:
-        """Return how many rows a free slot takes now."""
+    def _room(self) -> tuple[int, int]:
+        """Return how many rows a free slot takes now, and how many at most, so that other free ones have as many."""
         policy, slots, waiting = self._policy, self._slots, self._queue.rows
         computed, free = 0, 0
         for slot in slots:
@@ -309,4 +310,5 @@ class Slots:
             else:
                 free += 1
         self._crowd = max(waiting + computed, self._crowd * _CROWD_KEPT)
-        return batch_room(waiting, self._crowd, len(slots), free, policy.good_batch, policy.max_batch)
+        limit = min(policy.max_batch, ceil(waiting / free))
+        return batch_room(waiting, self._crowd, len(slots), policy.good_batch, limit), limit
