@@ -22,7 +22,7 @@ STEM = replace(TINY, stem=((8, 5, 2, 2), (12, 3, 1, 1), (8, 3, 2, 1)), primary_k
 
 
 def random_network(config: CapsNetConfig) -> CapsNet:
-    """A network whose capsules are as long as a trained one's, so that a difference has something to show in.
+    """Return a network whose capsules are as long as a trained network's, so that differences are visible.
 
     The normalisations of a stem have statistics of random images, and random weights and biases.
     """
@@ -48,7 +48,7 @@ def normalise(network: CapsNet) -> None:
 
 
 def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
-    """The graph of a random network, made once, since the exporter takes seconds; not for a test to change."""
+    """Return the graph of a random network, made once, since the exporter takes seconds. A test must not change it."""
     return _exported(config, opset)
 
 
@@ -101,12 +101,12 @@ def random_images(config: CapsNetConfig, count: int) -> Tensor:
 
 
 def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> list[NDArray[np.float32]]:
-    """All outputs for images (B, C, H, W), and the graph as ONNX Runtime runs it, written to ``optimized``."""
+    """Return all outputs for images (B, C, H, W). ONNX Runtime writes its optimized graph to ``optimized``."""
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    if saturates(Path("/proc/cpuinfo")):  # as the server runs int8 on such a processor
+    if saturates(Path("/proc/cpuinfo")):  # the server runs int8 like this on such a processor
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
@@ -116,7 +116,7 @@ def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> lis
 
 
 def assert_kept(result: ModelProto, original: ModelProto) -> None:
-    """A converted graph is valid and has the original's names, properties, shapes and operator set."""
+    """Check that a converted graph is valid and keeps the names, properties, shapes and operator set."""
     onnx.checker.check_model(result, full_check=True)
     for field in ("doc_string", "metadata_props", "opset_import", "ir_version", "producer_name"):
         assert getattr(result, field) == getattr(original, field)

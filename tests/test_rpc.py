@@ -1,4 +1,4 @@
-"""Tests of the door: that calls are refused by their headers alone, and counted, logged and expected as they should."""
+"""Tests of the door: calls are refused by their headers alone, and counted and logged."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ FULL = QueueFull("full", 0.07)
 
 
 class Setting:
-    """A method of which ``refused`` tells what its calls are refused with."""
+    """A method with ``refused``, the error with which its calls are refused."""
 
     def __init__(self, refused: Callable[[float | None, int], ServingError | None]) -> None:
         self.metrics = Metrics()
@@ -50,7 +50,7 @@ async def _turn() -> None:
     await asyncio.sleep(0)
 
 
-def test_what_is_refused_in_one_turn_is_asked_for_once_and_counted_one_by_one(
+def test_refusals_in_one_turn_are_decided_once_and_counted_one_by_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -1,4 +1,4 @@
-"""Listening sockets: whose a port or a path is, and from when on."""
+"""Tests of listening sockets: the owner of a port or a path, and the moment from which it has it."""
 
 import asyncio
 import errno
@@ -87,7 +87,7 @@ def test_all_addresses_of_a_host_have_the_same_free_port() -> None:
         one.close()
 
 
-def test_every_interface_is_the_empty_host_and_leaves_nothing_open_where_one_address_fails() -> None:
+def test_the_empty_host_means_every_interface_and_leaves_nothing_open_if_one_address_fails() -> None:
     opened = listen_tcp("", 0)
     port = opened[0].getsockname()[1]
     with socket.create_connection(("127.0.0.1", port), timeout=10):
@@ -138,7 +138,7 @@ def test_a_socket_that_somebody_else_put_in_its_place_is_not_removed(tmp_path: P
     second.socket.close()
 
 
-def test_a_socket_that_is_listened_on_and_what_is_no_socket_are_not_replaced(tmp_path: Path) -> None:
+def test_a_socket_in_use_and_a_file_that_is_no_socket_are_not_replaced(tmp_path: Path) -> None:
     running = UnixSocket(str(tmp_path / "socket"))
     (tmp_path / "file").write_text("precious")
     for name in ("socket", "file"):
