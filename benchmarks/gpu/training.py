@@ -6,6 +6,7 @@ idle. The test images are read once a network, after its last step; nothing is c
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
     parser.add_argument("--eager", action="store_true", help="neither compile nor record the step")
     parser.add_argument("--no-graph", action="store_true", help="compile, but do not record the step")
-    parser.add_argument("--limit", type=int, help="train on the first N images alone, to try the command out")
+    parser.add_argument("--limit", type=int, help="train and test on the first N images alone, to try the command out")
     parser.add_argument("--pair-batch", type=int, default=PAIR_BATCH)
     options = parser.parse_args(arguments)
     torch._dynamo.config.cache_size_limit = 64
@@ -280,6 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mnist,
             train_images=mnist.train_images[: options.limit],
             train_labels=mnist.train_labels[: options.limit],
+            test_images=mnist.test_images[: options.limit],
+            test_labels=mnist.test_labels[: options.limit],
         )
     teachers: list[nn.Module] = []
     if options.phase == "students":
@@ -295,7 +298,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         graph=not (options.eager or options.no_graph),
         pair_batch=options.pair_batch,
     )
+    command = shlex.join(
+        ["python", "-m", "benchmarks.gpu.training", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     for result in results:
+        result["figures"]["command"] = command
         write(result, options.out)
     return 0
 
