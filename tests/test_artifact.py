@@ -90,6 +90,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
             "variants.int8.max_pose_difference is '0'; expected a number",
         ),
         (["variants", "int8", "tolerance"], {"difference": "0"}, "variants.int8.tolerance.difference is '0'"),
+        (["variants", "int8", "rounded"], {"test_errors": "0"}, "variants.int8.rounded.test_errors is '0'"),
         (["graphs", "explain", "file"], None, "graphs.explain.file is None; expected a text"),
         (["graphs", "explain", "receptive_field", "grid"], 0, "graphs.explain.receptive_field.grid is 0"),
         (["graphs", "explain", "receptive_field", "offset"], 0.5, "graphs.explain.receptive_field.offset is 0.5"),
