@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger().setLevel(logging.ERROR)  # the converters log every node that they change
     dataset = load(options.dataset, options.data_dir, progress=False)
     if options.images:
-        dataset.test_images.resize_(options.images, *dataset.image_shape)
-        dataset.test_labels.resize_(options.images)
+        images, labels = dataset.test_images[: options.images], dataset.test_labels[: options.images]
+        dataset = replace(dataset, test_images=images, test_labels=labels)
     calibration = calibration_images(dataset)
     rows: list[dict[str, Any]] = []
     for graph in options.graphs:
