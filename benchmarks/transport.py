@@ -1,4 +1,4 @@
-"""``python -m benchmarks.transport``: measure what a call costs in serving/transport and in grpc.aio, side by side."""
+"""``python -m benchmarks.transport``: the cost of a call in each transport, side by side, with one method table."""
 
 import argparse
 import asyncio
@@ -11,68 +11,73 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import grpc
 import uvloop
-from grpc import aio
 from tqdm import tqdm
 
 from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, LoadError, framed, h2load, h2load_version, in_own_process
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.transport.call import Budget, Limits
+from serving.transport.grpcio_server import GrpcioServer
+from serving.transport.methods import (
+    TRANSPORTS,
+    CallbackMethod,
+    Context,
+    Method,
+    StreamMethod,
+    TransportLimits,
+    TransportServer,
+    table,
+)
 from serving.transport.server import GrpcServer
 
 #: As large as a digit's request and its answer.
 REQUEST = bytes(804)
 ANSWER = pb.ClassifyStreamResponse(response=pb.ClassifyResponse(model_name=760 * "m")).SerializeToString()
-OURS, THEIRS = "serving.transport", "grpc.aio"
+#: As large as a request of 64 digits and its answer.
+LARGE_REQUEST = bytes(64 * 788)
+LARGE_ANSWER = bytes(64 * 760)
+OURS, THEIRS = TRANSPORTS
 IN_FLIGHT = 64
 _SERVICE = "benchmark.Echo"
-_UNARY, _STREAM = "unary", "streamed"
+_UNARY, _LARGE, _STREAM = "unary", "large unary", "streamed"
 _STREAMS = 4
 _TICKS = os.sysconf("SC_CLK_TCK")
+_LARGE_SHARE = 8  # a sample has so many times fewer large calls
 
 
-async def _unary(request: bytes, context: Any) -> bytes:
-    return ANSWER
-
-
-def _unary_at_once(request: bytes, context: Any) -> None:
+def _unary(request: bytes, context: Context) -> None:
     context.answer(ANSWER)
 
 
-async def _stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+def _large(request: bytes, context: Context) -> None:
+    context.answer(LARGE_ANSWER)
+
+
+async def _stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
     async for _ in requests:
         yield ANSWER
 
 
 async def serve(transport: str) -> None:
-    """Answer each request with the same bytes, until the process is ended; prints the port."""
-    unary: Any = _unary_at_once if transport == OURS else _unary
-    handlers = {
-        "Unary": grpc.unary_unary_rpc_method_handler(unary),
-        "Stream": grpc.stream_stream_rpc_method_handler(_stream),
+    """Print the port, then answer each request with the same bytes until the process ends."""
+    limits = TransportLimits(2**22, "", 2**28, "")
+    server: TransportServer = GrpcServer(limits) if transport == OURS else GrpcioServer(limits)
+    methods: dict[str, Method] = {
+        "Unary": CallbackMethod(_unary),
+        "Large": CallbackMethod(_large),
+        "Stream": StreamMethod(_stream),
     }
-    generic = grpc.method_handlers_generic_handler(_SERVICE, handlers)
-    if transport == OURS:
-        ours = GrpcServer(Limits(2**22, "", Budget(2**28), ""))
-        ours.add_generic_rpc_handlers((generic,))
-        port = await ours.listen("127.0.0.1", 0)
-        await ours.start()
-    else:
-        theirs = aio.server(options=[("grpc.optimization_target", "throughput")])
-        theirs.add_generic_rpc_handlers((generic,))
-        port = theirs.add_insecure_port("127.0.0.1:0")
-        await theirs.start()
+    server.add_methods(table(_SERVICE, methods))
+    port = await server.listen("127.0.0.1", 0)
+    await server.start()
     print(port, flush=True)
     await asyncio.Event().wait()
 
 
 @contextmanager
 def _process(transport: str) -> Iterator[tuple[int, str]]:
-    """A server as a process of its own: its process id and its address."""
+    """Start a server in a process of its own. Yield its process id and its address."""
     command = [sys.executable, "-m", "benchmarks.transport", "--serve", transport]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as process:
         assert process.stdout
@@ -89,17 +94,18 @@ def _cpu_seconds(process: int) -> float:
 
 @dataclass
 class Collected:
-    """Of one transport and kind of call, a figure a round."""
+    """The figures of one transport and kind of call, one figure for each round."""
 
     per_second: list[float] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
 
 
 def measure(rounds: int, calls: int, seconds: float, folder: Path) -> dict[tuple[str, str], Collected]:
-    """Every transport and kind in turns. Raises LoadError where a call fails."""
-    body = folder / "body"
+    """Measure every transport and kind of call in turns. Raises LoadError if a call fails."""
+    body, large = folder / "body", folder / "large"
     body.write_bytes(framed(REQUEST))
-    found = {(kind, transport): Collected() for kind in (_UNARY, _STREAM) for transport in (OURS, THEIRS)}
+    large.write_bytes(framed(LARGE_REQUEST))
+    found = {(kind, transport): Collected() for kind in (_UNARY, _LARGE, _STREAM) for transport in (OURS, THEIRS)}
     with ExitStack() as stack, tqdm(total=rounds * len(found), leave=False) as bar:
         servers = {transport: stack.enter_context(_process(transport)) for transport in (OURS, THEIRS)}
         for number in range(rounds + 1):
@@ -108,6 +114,9 @@ def measure(rounds: int, calls: int, seconds: float, folder: Path) -> dict[tuple
                 before = _cpu_seconds(process)
                 if kind == _UNARY:
                     sample = h2load(target, f"/{_SERVICE}/Unary", body, IN_FLIGHT, calls)
+                    done, took = sample.requests, sample.seconds
+                elif kind == _LARGE:
+                    sample = h2load(target, f"/{_SERVICE}/Large", large, IN_FLIGHT, max(1, calls // _LARGE_SHARE))
                     done, took = sample.requests, sample.seconds
                 else:
                     told = in_own_process(
@@ -125,8 +134,10 @@ def measure(rounds: int, calls: int, seconds: float, folder: Path) -> dict[tuple
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__)
     command.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each figure (default: 7)")
-    command.add_argument("--calls", type=int, default=10_000, metavar="N", help="unary, a sample (default: 10000)")
-    command.add_argument("--seconds", type=float, default=1.0, help="of a sample of streams (default: 1)")
+    command.add_argument(
+        "--calls", type=int, default=10_000, metavar="N", help="unary calls of a sample (default: 10000)"
+    )
+    command.add_argument("--seconds", type=float, default=1.0, help="length of a sample of streams (default: 1)")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
     command.add_argument("--serve", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     options = command.parse_args(arguments)

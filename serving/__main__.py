@@ -6,15 +6,16 @@ import signal
 import sys
 from types import FrameType
 
-# How long the event loop, or a thread with a batch, waits for another's Python; a page of metrics takes 20 ms to write.
+# The longest time for which a thread keeps Python's lock while the event loop or a batch waits for it. To write a page
+# of metrics takes 20 ms.
 _SWITCH_SECONDS = 0.0005
 
 
 def main() -> int:
     """Serve until a signal, and return the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # until the server listens for them
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own handlers
         signal.signal(number, _end_at_once)
-    # Imported only now, since it takes a second, in which Ctrl-C would print a traceback.
+    # Imported after the handlers are set: the imports take a second, in which Ctrl-C would print a traceback.
     import asyncio
     import warnings
 
@@ -28,7 +29,7 @@ def main() -> int:
     from serving.settings import read, service_links
 
     settings = read(sys.argv[1:])
-    warnings.filterwarnings("ignore", module="PIL")  # about clients' files, in words that clients choose
+    warnings.filterwarnings("ignore", module="PIL")  # they are about clients' files, with text that clients choose
     sys.setswitchinterval(_SWITCH_SECONDS)
     limit_metadata()
     set_up(settings.log_format, settings.log_level)
@@ -40,17 +41,21 @@ def main() -> int:
         )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(settings))
+            served = runner.run(serve(settings))
     except (ArtifactError, RuntimeSetupError, StartError) as error:
         print(f"cannot start: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    if not served:
+        # The interpreter's own end would pull ONNX Runtime away from under the thread that still loads it, and abort.
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:
-    """End a process that serves nobody yet, and not by the interpreter, which would print what it was doing."""
+    """End the process before it serves. The interpreter's own exit would print a traceback."""
     print("stopped before the start", file=sys.stderr, flush=True)
     os._exit(128 + number)
 

@@ -12,20 +12,21 @@ from contextlib import AsyncExitStack, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
+from serving.rpc.servicers import HEALTH, Health, health_methods, reflection_methods
 from serving.runtime import usable_cores
 from serving.services.capsnet import SERVICE, CapsNetService
 from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
 from serving.services.open_inference import AdminService, InferenceService
 from serving.services.pipeline import Pipeline
 from serving.settings import Settings
-from serving.transport.call import Budget, Limits
+from serving.transport.grpcio_server import GrpcioServer
+from serving.transport.methods import TransportLimits, TransportServer
 from serving.transport.server import GrpcServer
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Server:
     def __init__(self, settings: Settings, spans: "SpanExporter | None" = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.repository = Repository(settings, self.metrics)
+        self.repository = Repository(settings, self.metrics, {*CapsNetService.GRAPHS, *InferenceService.GRAPHS})
         self.port = self.metrics_port = self.admin_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
@@ -106,14 +107,11 @@ class Server:
         await self._started.aclose()
 
     def _add_services(self) -> None:
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs lack it
+        self._health = Health()
         service = CapsNetService(self._pipeline, self._edge, self.metrics, self.settings)
         inference = InferenceService(self._pipeline, self._edge, self.metrics, self.settings)
-        self._grpc.add_generic_rpc_handlers((service.handler(), inference.handler()))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (SERVICE, INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflected = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # its stubs lack it
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, self._grpc)
+        self._grpc.add_methods(service.methods() | inference.methods() | health_methods(self._health))
+        self._grpc.add_methods(reflection_methods((SERVICE, INFERENCE_SERVICE, HEALTH)))
 
     def _start_tracing(self, started: AsyncExitStack) -> None:
         if self._tracing:
@@ -132,9 +130,10 @@ class Server:
             except OSError as error:
                 reason = _SOCKET_REASONS.get(error.errno or 0) or error.strerror
                 raise StartError(f"unix_socket: {settings.unix_socket!r} cannot be opened: {reason}") from error
-        self._admin = self._new_grpc_server()
+        self._admin: TransportServer | None = None
         if settings.admin_port >= 0:
-            self._admin.add_generic_rpc_handlers((AdminService(self.repository, self._edge, settings).handler(),))
+            self._admin = self._new_grpc_server()
+            self._admin.add_methods(AdminService(self.repository, self._edge, settings).methods())
             started.push_async_callback(self._admin.stop, 0)
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         self._serve_metrics(started)
@@ -152,7 +151,8 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._edge.ready = True
         await self._grpc.start()
-        await self._admin.start()
+        if self._admin:
+            await self._admin.start()
         self._scan_beside(self._watch())
 
     async def _drain(self) -> None:
@@ -208,19 +208,20 @@ class Server:
             _logger.info("gRPC on unix:%s", self.settings.unix_socket)
         _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
 
-    def _new_grpc_server(self) -> GrpcServer:
+    def _new_grpc_server(self) -> TransportServer:
         settings = self.settings
-        limits = Limits(
-            message=_TRANSPORT_LIMIT * settings.max_request_bytes,
+        limits = TransportLimits(
+            message_bytes=_TRANSPORT_LIMIT * settings.max_request_bytes,
             message_text=f"the limit is {settings.max_request_bytes} bytes (max_request_bytes)",
-            budget=Budget(settings.max_bytes_under_way),
-            budget_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
+            bytes_under_way=settings.max_bytes_under_way,
+            memory_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
             refused=self._edge.refused_by_transport,
         )
         # What is under way on a connection that is renewed has as long as in a stop.
-        return GrpcServer(limits, settings.connection_seconds, settings.drain_seconds)
+        kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
+        return kind(limits, settings.connection_seconds, settings.drain_seconds)
 
-    async def _listen(self, server: GrpcServer, port: int, purpose: str, flag: str) -> int:
+    async def _listen(self, server: TransportServer, port: int, purpose: str, flag: str) -> int:
         try:
             return await server.listen(self._host, port)
         except OSError as error:
@@ -268,8 +269,11 @@ def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
     return Tracing(spans or OTLPSpanExporter(endpoint), metadata.version("capsnet-serving"))
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. A SIGHUP looks for new versions of the models."""
+async def serve(settings: Settings) -> bool:
+    """Serve until SIGTERM or SIGINT, then drain. A SIGHUP looks for new versions of the models.
+
+    Return False if the signal came while the models were still loading, in a thread that cannot be interrupted.
+    """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -289,10 +293,11 @@ async def serve(settings: Settings) -> None:
         starting.cancel()
         with suppress(asyncio.CancelledError):
             await starting
-        return
+        return False
     await starting
     server.announce()
     await signalled
     _logger.info("stopping: requests under way finish first")
     await server.stop()
     _logger.info("stopped")
+    return True

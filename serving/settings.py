@@ -13,6 +13,7 @@ from serving.artifact import PRECISIONS
 from serving.files.options import add_flags, check, option, option_of
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
+from serving.transport.methods import TRANSPORTS
 
 ENVIRONMENT_PREFIX = "CAPSNET_"
 # What docker-compose.yml reads, which may be set where a server is started without it too.
@@ -65,6 +66,12 @@ class Settings:
         minimum=0,
         maximum=86400 * 365,
         metavar="SECONDS",
+    )
+    transport: str = option(
+        "native",
+        "native, or grpcio for gRPC's own server, which takes many times the CPU time a call",
+        choices=TRANSPORTS,
+        metavar="TRANSPORT",
     )
     unix_socket: str = option("", "path of a Unix socket to serve gRPC on, beside the port", metavar="PATH")
     device: str = option(

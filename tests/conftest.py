@@ -5,7 +5,9 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple, cast
@@ -22,16 +24,19 @@ from serving.files.idx import read_idx
 from serving.repository.served_model import ServedModel
 from serving.server import Server
 from serving.settings import Settings
+from serving.transport.methods import TRANSPORTS
+from tests.raw_client import Raw
+from tests.transport_methods import Serving, serve
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
 EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
-# The markers of what is run as a process, by its package, and of what is run in the test's own.
+# The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
-# Begun first, so that no process is left with one of them while the others are done.
-LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport", "test_lifecycle")
+# These files run first, so that no process still runs one of them when the others are done.
+LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport_calls", "test_lifecycle")
 
 
 class Digits(NamedTuple):
@@ -53,6 +58,7 @@ class Running:
     server: Server
     stub: CapsNetServiceStub
     channel: grpc.Channel
+    thread: "InThread"
 
     @property
     def address(self) -> str:
@@ -60,12 +66,16 @@ class Running:
 
     @property
     def model(self) -> ServedModel:
-        """The only one that is served."""
+        """The only model that is served."""
         return self.server.repository.get("", "")
 
     @property
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.server.metrics_port}/metrics"
+
+    def stop(self) -> None:
+        """Begin to stop the server; it ends with the test."""
+        self.thread.stop()
 
     def classify(self, *images: pb.Image) -> pb.ClassifyResponse:
         response: pb.ClassifyResponse = self.stub.Classify(pb.ClassifyRequest(images=images), timeout=20)
@@ -73,7 +83,7 @@ class Running:
 
 
 def settings(**chosen: object) -> Settings:
-    """On free ports, and with a plan of its own rather than one that is measured at each start."""
+    """Settings with free ports and a fixed plan, so that no start measures one."""
     return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
 
 
@@ -97,7 +107,7 @@ class InThread:
         await self._server.stop()
 
     def __enter__(self) -> Server:
-        """Wait until the server has started. Raises what its start raises."""
+        """Wait until the server has started. Raises the error of its start."""
         self._thread.start()
         try:
             self._started.result(60)
@@ -106,14 +116,20 @@ class InThread:
             raise
         return self._server
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Begin to stop the server."""
         self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread.is_alive():
+            with suppress(RuntimeError):  # it has ended meanwhile
+                self.stop()
         self._thread.join()
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Running]]:
-    """Starts servers with settings of one's own; they stop when the test ends."""
+    """Return a function that starts servers with given settings. They stop when the test ends."""
     running: list[tuple[InThread, grpc.Channel]] = []
 
     def begin(
@@ -126,7 +142,7 @@ def start() -> Iterator[Callable[..., Running]]:
             patch(model)
         channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
         running.append((thread, channel))
-        return Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+        return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
 
     yield begin
     for thread, channel in running:
@@ -135,16 +151,64 @@ def start() -> Iterator[Callable[..., Running]]:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Running]:
-    """One server with the default settings for all tests that do not disturb it."""
-    server = Server(settings())
-    with InThread(server), grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Running(server, CapsNetServiceStub(channel), channel)  # type: ignore[no-untyped-call]
+def servers() -> Iterator[Callable[[str], Running]]:
+    """One server of each transport, by its name, for all tests that do not disturb it."""
+    with ExitStack() as stack:
+
+        @cache
+        def running_on(transport: str) -> Running:
+            thread = InThread(Server(settings(transport=transport)))
+            server = stack.enter_context(thread)
+            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
+            return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
+
+        yield running_on
+
+
+@pytest.fixture(scope="session")
+def running(servers: Callable[[str], Running]) -> Running:
+    """The server with the default settings."""
+    return servers("native")
+
+
+@pytest.fixture
+def running_on_each(servers: Callable[[str], Running], transport: str) -> Running:
+    """The server of each transport in turn; a file whose tests run on both has this as its ``running``."""
+    return servers(transport)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each transport in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def served(transport: str) -> Iterator[Serving]:
+    """The tests' methods on each transport in turn."""
+    with serve(transport) as running:
+        yield running
+
+
+@pytest.fixture
+def serving() -> Iterator[Serving]:
+    """The tests' methods on the native transport."""
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def raw(serving: Serving) -> Iterator[Raw]:
+    """A client of the native transport whose frames are made by hand."""
+    client = Raw(serving.port)
+    yield client
+    client.socket.close()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Have the tests of one file in one process, and those that use the exporter in the same one."""
+    """Run the tests of one file in one process, and all tests that use the exporter in the same process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it has no types
@@ -161,7 +225,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, and mark what ``make check`` leaves out: servers and trainings."""
+    """Run the longest tests first, and mark the tests that ``make check`` leaves out: servers and trainings."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if isinstance(item, pytest.Function):
@@ -172,7 +236,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _whole_parts(item: pytest.Function) -> set[str]:
     """Return "server" if a test, or a fixture of it, starts a server, and "training" if one trains a network.
 
-    It does if it reaches, through functions and classes of the tests, one that does, in its own process or another.
+    A test also counts if it does so through other functions and classes of the tests, in this process or another.
     """
     fixtures = item._fixtureinfo.name2fixturedefs.values()
     pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]

@@ -1,6 +1,7 @@
 """Graphs of random networks, made once, and ONNX Runtime to run them, for the tests of int8 and fp16."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from export.options import OPSET
@@ -22,7 +23,7 @@ STEM = replace(TINY, stem=((8, 5, 2, 2), (12, 3, 1, 1), (8, 3, 2, 1)), primary_k
 
 
 def random_network(config: CapsNetConfig) -> CapsNet:
-    """A network whose capsules are as long as a trained one's, so that a difference has something to show in.
+    """Return a network whose capsules are as long as a trained network's, so that differences are visible.
 
     The normalisations of a stem have statistics of random images, and random weights and biases.
     """
@@ -48,7 +49,7 @@ def normalise(network: CapsNet) -> None:
 
 
 def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
-    """The graph of a random network, made once, since the exporter takes seconds; not for a test to change."""
+    """Return the graph of a random network, made once, since the exporter takes seconds. A test must not change it."""
     return _exported(config, opset)
 
 
@@ -68,8 +69,8 @@ def by_hand() -> ModelProto:
         "second.weight": generator.integers(-8, 9, (6, 4, 3, 3)).astype(np.float32) / 8,
         "second.bias": generator.integers(-8, 9, 6).astype(np.float32) / 8,
     }
+    make: Callable[..., NodeProto] = onnx.helper.make_node
     first, second = ({"kernel_shape": [3, 3], "strides": [n, n], "pads": [0] * 4} for n in (1, 2))
-    make = onnx.helper.make_node
     nodes = [
         make("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
         make("Div", ["pixels", "scale"], ["scaled"]),
@@ -101,12 +102,12 @@ def random_images(config: CapsNetConfig, count: int) -> Tensor:
 
 
 def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> list[NDArray[np.float32]]:
-    """All outputs for images (B, C, H, W), and the graph as ONNX Runtime runs it, written to ``optimized``."""
+    """Return all outputs for images (B, C, H, W). ONNX Runtime writes its optimized graph to ``optimized``."""
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    if saturates(Path("/proc/cpuinfo")):  # as the server runs int8 on such a processor
+    if saturates(Path("/proc/cpuinfo")):  # the server runs int8 like this on such a processor
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized:
         options.optimized_model_filepath = str(optimized)
@@ -116,7 +117,7 @@ def run(model: ModelProto, images: Tensor, optimized: Path | None = None) -> lis
 
 
 def assert_kept(result: ModelProto, original: ModelProto) -> None:
-    """A converted graph is valid and has the original's names, properties, shapes and operator set."""
+    """Check that a converted graph is valid and keeps the names, properties, shapes and operator set."""
     onnx.checker.check_model(result, full_check=True)
     for field in ("doc_string", "metadata_props", "opset_import", "ir_version", "producer_name"):
         assert getattr(result, field) == getattr(original, field)

@@ -9,9 +9,9 @@ from torch.nn.functional import pad
 
 from training.data.augment import AUGMENTATIONS, affine, all_shifts, none, shift
 
-HEIGHT, WIDTH = 20, 30  # different, so that the axes cannot be mixed up
+HEIGHT, WIDTH = 20, 30  # different, so that a swap of the axes fails
 SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
-TURNS = torch.arange(5)  # of no account to augmentations that are drawn
+TURNS = torch.arange(5)  # random augmentations ignore it
 RANDOM = pytest.mark.parametrize("name", ["shift", "affine"])
 
 
@@ -24,13 +24,13 @@ def random_images(count: int, channels: int = 1, seed: int = 0) -> Tensor:
 
 
 def shifted(image: Tensor, down: int, right: int) -> Tensor:
-    """The image moved by whole pixels, zeros moving in: a window cut from a wide black frame around it."""
+    """Return the image moved by whole pixels, with zeros moving in."""
     top, left = 2 - down, 2 - right
     return pad(image, (2, 2, 2, 2))[..., top : top + HEIGHT, left : left + WIDTH]
 
 
 def applied_shifts(image: Tensor, results: Tensor) -> list[tuple[int, int]]:
-    """The shift by up to two pixels that made each of the results (B, C, H, W) of the image (C, H, W)."""
+    """Return the shift, by up to two pixels, of each result (B, C, H, W) of the image (C, H, W)."""
     candidates = torch.stack([shifted(image, *by) for by in SHIFTS])
     errors = (results[:, None] - candidates).abs().flatten(2).amax(2)
     assert errors.amin(1).max() < 1e-5
@@ -38,7 +38,7 @@ def applied_shifts(image: Tensor, results: Tensor) -> list[tuple[int, int]]:
 
 
 def centres(images: Tensor) -> Tensor:
-    """The centre of mass of each image's first channel, (B, 2), in pixels down and right."""
+    """Return the centre of mass of each image's first channel, (B, 2), in pixels down and right."""
     weights = images[:, 0] / images[:, 0].sum((1, 2), keepdim=True)
     down = (weights * torch.arange(images.shape[2])[:, None]).sum((1, 2))
     right = (weights * torch.arange(images.shape[3])).sum((1, 2))
@@ -46,7 +46,7 @@ def centres(images: Tensor) -> Tensor:
 
 
 def test_a_shift_moves_an_image_by_whole_pixels_and_loses_only_what_leaves_the_frame() -> None:
-    images = random_images(30, channels=3) + 0.1  # nothing black, so what is black in the results has moved in
+    images = random_images(30, channels=3) + 0.1  # no black pixels, so every black pixel in the results has moved in
 
     results = shift(images, TURNS, generator(1))
 
@@ -99,7 +99,7 @@ def test_an_affine_change_moves_the_centre_by_little_and_on_average_not_at_all()
     assert moves.mean(0).abs().max() < 0.15
 
 
-def test_an_affine_change_turns_and_stretches_by_no_more_than_it_says() -> None:
+def test_an_affine_change_stays_within_its_limits() -> None:
     size = 41
     images = torch.zeros(1000, 1, size, size)
     images[:, 0, 19:22, 5:36] = 1  # a horizontal bar
@@ -137,7 +137,7 @@ def test_the_channels_of_an_image_move_together(name: str) -> None:
 
 
 @RANDOM
-def test_the_generator_alone_decides_what_is_changed(name: str) -> None:
+def test_the_generator_alone_decides_the_changes(name: str) -> None:
     images = random_images(10)
     augment = AUGMENTATIONS[name]
     with torch.random.fork_rng():

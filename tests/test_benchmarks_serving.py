@@ -1,4 +1,4 @@
-"""Tests of the serving benchmarks: that the loads account for every call, and that short runs end with sane figures."""
+"""Tests of the serving benchmarks: loads account for every call, and short runs end with sane figures."""
 
 import csv
 import gzip
@@ -55,7 +55,7 @@ def test_probes_come_at_their_rate_and_each_is_accounted_for(running: Running) -
     assert (probes.calls, probes.expired) == (50, 0)
 
 
-def test_refusals_are_told_apart_by_their_status(running: Running) -> None:
+def test_refusals_are_distinguished_by_their_status(running: Running) -> None:
     body = framed(pb.ClassifyRequest().SerializeToString())
     probes = probe(running.address, f"{SERVICE}/Classify", body, 100, 0.2, 10)
     invalid = grpc.StatusCode.INVALID_ARGUMENT.value[0]
@@ -74,7 +74,7 @@ def test_a_flood_comes_at_its_rate_and_is_answered_in_full(running: Running, tmp
     assert 0 < flooded.latencies_ms.max() < 1000
 
 
-def test_what_came_too_late_is_not_counted_as_goodput() -> None:
+def test_late_answers_are_not_counted_as_goodput() -> None:
     flooded = Flood(900, 90.0, 10.0, np.array([*[1.0] * 600, *[800.0] * 290, *[1001.0] * 10]))
     probed = Probes(100, 2, {0: [700.0] * 30, 4: [1.0, 2.0, 3.0]})
     row = overload.figures(flooded, probed, {"OK": 312, "DEADLINE_EXCEEDED": 688}, 1.0, 30, 50)
@@ -87,7 +87,7 @@ def test_what_came_too_late_is_not_counted_as_goodput() -> None:
 
 @contextmanager
 def silent(most_streams: int) -> Iterator[str]:
-    """The address of a server that tells its HTTP/2 settings, how many streams it takes at once, and never answers."""
+    """Yield the address of a server that sends its HTTP/2 settings, with its stream limit, and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
@@ -145,7 +145,7 @@ def test_the_parts_of_the_cpu_time_add_up_to_the_whole() -> None:
     assert values["server_overhead_ms"] == pytest.approx(4 - 5)
 
 
-def test_what_the_metrics_lack_is_left_out() -> None:
+def test_figures_that_the_metrics_lack_are_left_out() -> None:
     sample = Sample(1000, 2.0, (3.0, 4.0, 5.0), 0.1)
     values = figures(Case(2), sample, page(), page(), ONE, TEN, 10)
     names = {"requests_per_second", "images_per_second", "p50_ms", "p95_ms", "p99_ms", "client_cpu_us"}
@@ -227,7 +227,7 @@ def sample(requests_per_second: int) -> Sample:
     return Sample(requests_per_second, 1.0, (3.0, 4.0, 5.0), 0.1)
 
 
-def test_what_scraping_costs_is_taken_in_each_round_and_scaled_by_the_number_of_scrapes() -> None:
+def test_the_cost_of_scraping_is_computed_in_each_round_and_scaled_by_the_number_of_scrapes() -> None:
     collected = scrape.Collected(
         unscraped=[(sample(990), sample(1010)), (sample(490), sample(510)), (sample(100), sample(100))],
         scraped={1.0: [sample(1000), sample(495), sample(98)], 0.1: [sample(900), sample(460), sample(90)]},
@@ -299,7 +299,7 @@ def test_a_start_is_measured_with_the_plan_that_the_first_one_chose(tiny: None, 
     assert re.fullmatch(r"--threads=\d+ --runtimes=\d+ --max-batch=4", fixed["flags"])
     for row in (tuned, fixed):
         parts = [float(row[name]) for name in ("imports_s", "models_s", "ports_s")]
-        assert sum(parts) == pytest.approx(float(row["ready_s"]), rel=0.01, abs=0.02)  # of 3 digits
+        assert sum(parts) == pytest.approx(float(row["ready_s"]), rel=0.01, abs=0.02)  # rounded to 3 digits
         assert row["ready_least_s"] == row["ready_s"] == row["ready_most_s"]
         assert float(row["cpu_s"]) > 0
 
@@ -311,7 +311,7 @@ def test_a_server_that_does_not_start_ends_the_measurement(tiny: None, capsys: p
 
 
 @pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main])
-def test_without_h2load_it_is_told_how_to_get_it(
+def test_without_h2load_the_error_says_how_to_get_it(
     main: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")

@@ -1,4 +1,4 @@
-"""The gRPC surface, as a client meets it: answers, and what wrong requests are told."""
+"""Tests of the service as a client sees it: answers, and the errors of wrong requests."""
 
 import io
 import struct
@@ -6,10 +6,13 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
@@ -24,6 +27,18 @@ SEVEN = (DATA / "seven.png").read_bytes()
 DIGIT = pb.Image(encoded=SEVEN)
 
 
+@pytest.fixture
+def running(running_on_each: Running) -> Running:
+    """Every test here runs on each transport."""
+    return running_on_each
+
+
+@pytest.fixture
+def start(start: Callable[..., Running], transport: str) -> Callable[..., Running]:
+    """Servers of each transport in turn."""
+    return partial(start, transport=transport)
+
+
 def _png(size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, "PNG")
@@ -31,7 +46,7 @@ def _png(size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:
 
 
 def _huge_png() -> bytes:
-    """A valid PNG of 10,000 x 10,000 grey pixels in about 100 KB."""
+    """Return a valid PNG of 10,000 x 10,000 grey pixels in about 100 KB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -128,14 +143,19 @@ def test_too_many_images_in_a_request_are_refused_with_the_limit(start: Callable
     assert details == "images: 5; expected 1 to 4 (max_images_per_request)"
 
 
-def test_a_request_above_the_size_limit_is_refused_with_the_limit(start: Callable[..., Running]) -> None:
+def test_a_request_above_the_size_limit_is_refused_with_the_limit(
+    start: Callable[..., Running], transport: str
+) -> None:
     limited = start(max_request_bytes=10_000)
     code, details = _refusal(limited, pb.Image(encoded=bytes(10_000)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details == "request: 10006 bytes; the limit is 10000 bytes (max_request_bytes)"
-    code, details = _refusal(limited, pb.Image(encoded=bytes(50_000)))  # more than is read at all
+    code, details = _refusal(limited, pb.Image(encoded=bytes(50_000)))  # more than the server reads
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert details == "request: 50008 bytes; the limit is 10000 bytes (max_request_bytes)"
+    if transport == "native":
+        assert details == "request: 50008 bytes; the limit is 10000 bytes (max_request_bytes)"
+    else:  # gRPC's own words
+        assert "larger than max" in details
 
 
 def test_bytes_that_are_no_message_are_refused(running: Running) -> None:
@@ -208,7 +228,7 @@ def test_many_streams_wait_for_room_in_the_queue_and_leave_some_to_others(start:
 
 
 def test_a_small_file_that_unpacks_to_much_text_is_refused_quickly(running: Running) -> None:
-    limit_metadata()  # as the server's process does
+    limit_metadata()  # the server's process does this at its start
     text = b"\0".join([b"Comment", b"", zlib.compress(bytes(2**20), 9)])
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
     bomb = SEVEN[:33] + chunk * 60 + SEVEN[33:]
@@ -269,3 +289,88 @@ def test_reflection_lists_the_services_and_their_messages(running: Running) -> N
     names = {service.name for service in services.list_services_response.service}
     assert {"capsnet.v1.CapsNetService", "grpc.health.v1.Health"} <= names
     assert file.file_descriptor_response.file_descriptor_proto
+
+
+def test_health_lists_every_service_and_tells_a_watch_of_each_change(
+    start: Callable[..., Running], transport: str
+) -> None:
+    server = start(drain_delay=0.5)
+    stub = health_pb2_grpc.HealthStub(server.channel)
+    statuses = stub.List(health_pb2.HealthListRequest(), timeout=10).statuses
+    serving = health_pb2.HealthCheckResponse.SERVING
+    names = ("", "capsnet.v1.CapsNetService", "inference.GRPCInferenceService")
+    assert {name: status.status for name, status in statuses.items()} == dict.fromkeys(names, serving)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    assert next(watch).status == serving
+    server.stop()
+    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    watch.cancel()
+
+
+REFLECTED = ["v1alpha", "v1"]
+
+
+def _reflected(
+    running: Running, version: str, *requests: dict[str, Any]
+) -> list[reflection_pb2.ServerReflectionResponse]:
+    ask = running.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    return list(ask(iter(reflection_pb2.ServerReflectionRequest(**one) for one in requests), timeout=10))
+
+
+@pytest.mark.parametrize("version", REFLECTED)
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        "capsnet.v1.CapsNetService",
+        "capsnet.v1.CapsNetService.Classify",
+        "capsnet.v1.ClassifyRequest",
+        "capsnet.v1.ClassifyRequest.images",
+        "inference.GRPCInferenceService.ModelInfer",
+        "grpc.health.v1.Health.Check",
+        "grpc.health.v1.HealthCheckResponse.ServingStatus",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1.ServerReflectionRequest",
+        "grpc.reflection.v1alpha.ServerReflection.ServerReflectionInfo",
+    ],
+)
+def test_reflection_finds_symbols_and_their_members(running: Running, version: str, symbol: str) -> None:
+    [answer] = _reflected(running, version, {"file_containing_symbol": symbol})
+    files = [
+        descriptor_pb2.FileDescriptorProto.FromString(one)
+        for one in answer.file_descriptor_response.file_descriptor_proto
+    ]
+    assert any(symbol.startswith(f"{file.package}.") for file in files)
+
+
+@pytest.mark.parametrize("version", REFLECTED)
+def test_reflection_of_each_version_lists_both_and_says_what_it_does_not_know(running: Running, version: str) -> None:
+    unknown = ("capsnet.v1.CapsNetService.Nothing", "capsnet.v1.Nothing", "Classify", "")
+    services, *answers = _reflected(
+        running, version, {"list_services": ""}, *({"file_containing_symbol": symbol} for symbol in unknown)
+    )
+    names = [service.name for service in services.list_services_response.service]
+    assert {f"grpc.reflection.{one}.ServerReflection" for one in REFLECTED} <= set(names)
+    assert len(answers) == len(unknown)
+    for answer in answers:
+        assert answer.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/grpc.health.v1.Health/Check",
+        "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    ],
+)
+def test_bytes_that_are_no_message_of_grpcs_own_services_are_refused_quietly(
+    running: Running, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        running.channel.unary_unary(path, bytes, bytes)(b"\xff\xff", timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in caplog.text

@@ -1,4 +1,4 @@
-"""Tests of the export: the graph, its parity with PyTorch, and what is on the disk afterwards."""
+"""Tests of the export: the graph, its parity with PyTorch, and the files on the disk."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ NAME = "capsnet-mnist"
 
 
 def random_network(config: CapsNetConfig) -> CapsNet:
-    """A network whose poses are as long as a trained one's, so that a difference has something to show in."""
+    """Return a network whose poses are as long as a trained network's, so that differences are visible."""
     torch.manual_seed(0)
     network = CapsNet(config).eval()
     with torch.no_grad():
@@ -71,7 +71,7 @@ def random_images(config: CapsNetConfig, count: int) -> Tensor:
 
 
 def unverified(model: onnx.ModelProto, config: CapsNetConfig, folder: Path) -> Artifact:
-    """An artifact around a graph, as ``Runtime`` takes it."""
+    """Return an artifact with this graph for ``Runtime``."""
     onnx.save_model(model, folder / MODEL)
     return Artifact(
         folder=folder,
@@ -103,7 +103,7 @@ def short_timing() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained() -> Checkpoint:
-    """A checkpoint whose figures belong to its weights, of a network that was never trained."""
+    """A checkpoint of an untrained network, with the figures that its weights have."""
     network = random_network(TINY)
     errors = int((predict(network, IMAGES)[0].argmax(1) != LABELS).sum())
     return Checkpoint(
@@ -135,7 +135,7 @@ def graph(exported: Artifact) -> onnx.ModelProto:
 
 @pytest.fixture
 def tampered(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the graph for a test to change."""
+    """A copy of the graph that a test may change."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     return copy
@@ -143,7 +143,7 @@ def tampered(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.fixture
 def ready_made(monkeypatch: pytest.MonkeyPatch, exported: Artifact, graph: onnx.ModelProto) -> None:
-    """The exporter takes seconds: give it the finished graphs where a test is about what comes after."""
+    """Replace the exporter, which takes seconds, by the finished graphs, for tests of later steps."""
 
     def copy(network: CapsNet, opset: int) -> onnx.ModelProto:
         result = onnx.ModelProto()
@@ -167,7 +167,7 @@ def test_the_manifest_reports_the_parity_of_all_test_and_edge_images(exported: A
     assert parity.provider == "CPUExecutionProvider"
 
 
-def test_what_export_wrote_is_what_serving_loads(exported: Artifact) -> None:
+def test_serving_loads_an_exported_artifact(exported: Artifact) -> None:
     assert artifacts.load(exported.folder) == exported
     graphs = [f"{name}.onnx" for name in ("decoder", "explain", "fp16", "int8", "model")]
     assert sorted(path.name for path in exported.folder.iterdir()) == sorted(
@@ -194,7 +194,7 @@ def test_a_network_of_overlapping_digits_is_measured_by_pairs(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
     probabilities, _ = predict(trained.model(), IMAGES)
-    pairs = probabilities.topk(2).indices  # most probable first, in whatever order the classes are
+    pairs = probabilities.topk(2).indices  # most probable first, whatever the order of the classes
     pairs[:3, 1] = probabilities.argmin(1)[:3]
     figures = trained.figures | {"test_errors": 3, "test_images": len(IMAGES)}
 
@@ -215,7 +215,7 @@ def test_the_manifest_says_how_the_network_was_trained(exported: Artifact, train
     assert CapsNetConfig(**{**config, "decoder_widths": tuple(config["decoder_widths"]), "stem": ()}) == TINY
 
 
-def test_the_onnx_file_says_what_it_is(exported: Artifact, graph: onnx.ModelProto) -> None:
+def test_the_onnx_file_describes_itself(exported: Artifact, graph: onnx.ModelProto) -> None:
     properties = {entry.key: entry.value for entry in graph.metadata_props}
     assert properties.pop("config") == json.dumps(exported.training.config)
     digest = hashlib.sha256(IMAGES.numpy().tobytes() + LABELS.numpy().tobytes()).hexdigest()
@@ -234,7 +234,7 @@ def test_the_onnx_file_holds_no_paths_of_the_machine_it_was_exported_on(exported
     assert str(Path(__file__).parent.parent).encode() not in content
 
 
-def test_the_same_network_exports_to_the_same_graph_and_without_a_word(
+def test_the_same_network_exports_silently_to_the_same_graph(
     trained: Checkpoint,
     graph: onnx.ModelProto,
     capfd: pytest.CaptureFixture[str],
@@ -261,12 +261,12 @@ def test_the_weights_are_stored_once_and_the_decoder_not_at_all(exported: Artifa
     stored = [
         int(np.prod(tensor.dims)) for tensor in graph.graph.initializer if len(tensor.dims) and tensor.dims != [1]
     ]
-    assert sum(stored) <= parameters + 100  # the shapes of reshapes are small initializers too
+    assert sum(stored) <= parameters + 100  # the shapes for Reshape are small initializers too
     assert exported.file().stat().st_size < 4 * parameters + 20_000
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, trained: Checkpoint, batch: int) -> None:
+def test_a_batch_of_any_size_gives_the_results_of_pytorch(exported: Artifact, trained: Checkpoint, batch: int) -> None:
     images = random_images(TINY, batch)
     found = Runtime(exported.file(), device="cpu").run({"images": images.numpy()})
     probabilities, poses = predict(trained.model(), images)
@@ -277,7 +277,7 @@ def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, traine
 @pytest.mark.parametrize(
     ("config", "opset"),
     [
-        # Several are those of the tests of int8 and fp16, so that each graph is made once.
+        # Several are the same as in the tests of int8 and fp16, so that each graph is made once.
         pytest.param(replace(BARE, image_channels=3, image_size=36, classes=3, routing_iterations=5), 20, id="36x36x3"),
         pytest.param(replace(BARE, image_size=17, classes=1, digit_dim=1, routing_iterations=1), 18, id="smallest"),
         pytest.param(replace(BARE, routing_iterations=2), 25, id="two-iterations"),
@@ -354,7 +354,7 @@ def test_check_refuses_a_graph_of_another_config(graph: onnx.ModelProto) -> None
         check(graph, served_signature(replace(TINY, digit_dim=8)))
 
 
-def test_check_refuses_what_is_not_valid_onnx(tampered: onnx.ModelProto) -> None:
+def test_check_refuses_invalid_onnx(tampered: onnx.ModelProto) -> None:
     del tampered.graph.initializer[0]
     with pytest.raises(GraphError, match="not valid ONNX"):
         check(tampered, served_signature(TINY))
@@ -540,7 +540,7 @@ def test_the_explanation_is_compared_on_the_test_images_and_each_edge_image_once
     assert exported.graphs["explain"].images == 20 + 15
 
 
-def test_a_precision_that_cannot_be_made_is_left_out_and_told(
+def test_a_precision_that_cannot_be_made_is_left_out_and_reported(
     trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -559,7 +559,7 @@ def test_tritons_files_are_those_of_the_highest_version(trained: Checkpoint, tmp
         assert (tmp_path / NAME / "labels.txt").read_text().startswith(f"{first}\n")
 
 
-def test_what_killed_exports_have_left_is_removed_by_the_next_one(
+def test_the_next_export_removes_the_files_of_killed_ones(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
     for version in ("1", "7"):
@@ -594,7 +594,7 @@ def test_a_label_that_triton_cannot_read_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_that_fails_its_certificate_is_left_out_and_told(
+def test_a_graph_that_fails_its_certificate_is_left_out_and_reported(
     trained: Checkpoint, checkpoint_file: Path, test_set: None, tmp_path: Path, ready_made: None,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -817,7 +817,7 @@ def test_a_recipe_that_json_cannot_hold_is_refused(trained: Checkpoint, tmp_path
 
 
 class Payload:
-    """Unpickled by ``pickle.load``, it creates a file."""
+    """An object that creates a file if ``pickle.load`` reads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -849,11 +849,11 @@ def checkpoint_file(trained: Checkpoint, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def test_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets.load`` answers with the test images of this module."""
+    """Let ``datasets.load`` return the test images of this module."""
     monkeypatch.setattr(datasets, "load", lambda name, folder: DATASET)
 
 
-def test_the_command_writes_one_version_after_another_and_prints_what_it_measured(
+def test_the_command_writes_one_version_after_another_and_prints_its_measurements(
     checkpoint_file: Path, tmp_path: Path, test_set: None, ready_made: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "models"
@@ -943,7 +943,7 @@ def test_the_command_refuses_a_checkpoint_of_an_unknown_data_set(
     assert "unknown data set '../letters'" in capsys.readouterr().err
 
 
-def test_the_command_fails_where_the_test_set_cannot_be_had(
+def test_the_command_fails_if_the_test_set_is_not_available(
     checkpoint_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str, folder: Path) -> Dataset:

@@ -1,4 +1,4 @@
-"""The server as a process: its first lines, its end, and what it says when it cannot start."""
+"""Tests of the server as a process: its first lines, its end, and its errors when it cannot start."""
 
 import asyncio
 import itertools
@@ -35,9 +35,9 @@ DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 
 @contextmanager
 def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports.
+    """Run ``python -m serving`` on free ports. Yield the process, its gRPC address, and its first lines.
 
-    With a plan of its own, rather than one that is measured, unless the arguments say otherwise.
+    The plan is fixed and not measured, unless the arguments say otherwise.
     """
     command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -64,7 +64,7 @@ def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
     return result.returncode, result.stderr
 
 
-def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
+def test_the_first_lines_name_the_model_the_addresses_and_the_device() -> None:
     with server_process(*MEASURED) as (_, _, lines):
         text = "".join(lines)
     assert re.search(r"capsnet-mnist version 1 in fp32: 28 x 28 images .* test error 0\.\d\d %", text)
@@ -93,7 +93,7 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
                 try:
                     response = await stub.Classify(pb.ClassifyRequest(images=[DIGIT] * 8), timeout=20)
                 except grpc.aio.AioRpcError as error:
-                    # Refused before it was accepted: the port is closed or the connection said goodbye.
+                    # Refused before it was accepted: the port is closed, or the connection has sent GOAWAY.
                     if error.code() is not grpc.StatusCode.UNAVAILABLE:
                         other_failures.append(f"{error.code()} {error.details()}")
                     return
@@ -112,8 +112,8 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
     assert other_failures == []
 
 
-def test_requests_under_way_at_sigterm_are_answered() -> None:
-    flags = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000")
+def test_requests_under_way_at_sigterm_are_answered(transport: str) -> None:
+    flags = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000", "--transport", transport)
     with server_process(*flags) as (process, address, _), grpc.insecure_channel(address) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         calls = [stub.Classify.future(pb.ClassifyRequest(images=[PIXELS] * 1000), timeout=60) for _ in range(6)]
@@ -134,9 +134,9 @@ def test_a_taken_port_is_named() -> None:
             assert "Traceback" not in text
 
 
-def test_two_servers_do_not_share_a_port() -> None:
-    with server_process() as (_, address, _):
-        code, text = failed_start("--port", address.split(":")[1])
+def test_two_servers_do_not_share_a_port(transport: str) -> None:
+    with server_process("--transport", transport) as (_, address, _):
+        code, text = failed_start("--transport", transport, "--port", address.split(":")[1])
     assert code == 1
     assert "the port is taken (--port chooses another)" in text
 
@@ -186,10 +186,10 @@ def refused_start(server: Server) -> Exception:
 
 
 @pytest.mark.parametrize("purpose", ["gRPC", "admin", "metrics"])
-def test_a_port_that_is_taken_is_told_before_a_model_is_loaded_and_leaves_no_port_open(
+def test_a_taken_port_is_reported_before_a_model_is_loaded_and_leaves_no_port_open(
     monkeypatch: pytest.MonkeyPatch, purpose: str
 ) -> None:
-    monkeypatch.setattr("serving.repository.repository.ServedModel", None)  # to call it would be an error
+    monkeypatch.setattr("serving.repository.repository.ServedModel", None)  # a call of it would fail
     ports = {"port": free_port(), "admin_port": free_port(), "metrics_port": free_port()}
     name = "port" if purpose == "gRPC" else f"{purpose}_port"
     with socket.create_server(("127.0.0.1", ports[name])):
@@ -253,22 +253,22 @@ def test_ctrl_c_while_the_server_starts_prints_one_line(library: str) -> None:
     command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=_mind_interrupts)
     loaded, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
-    while library not in loaded.read_text():  # one of those that take so long to import
+    while library not in loaded.read_text():  # a library with a long import
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[1]
     assert "Traceback" not in text
-    if "gRPC on" not in text:  # else it had started already
+    if "gRPC on" not in text:  # otherwise it had already started
         assert [line for line in text.splitlines() if "stopped before" in line] == text.splitlines()
 
 
 def _mind_interrupts() -> None:
-    """What runs in the background of a shell ignores them from the beginning."""
+    """Restore the default of SIGINT: a process in the background of a shell starts with it ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_model_names_the_existing_ones(tmp_path: Path) -> None:
     assert failed_start("--models", str(tmp_path)) == (
         1,
         f"cannot start: {tmp_path}: no model there (expected NAME/VERSION/manifest.json)\n",
@@ -293,7 +293,7 @@ def test_a_wrong_setting_in_the_environment_is_named() -> None:
     assert "CAPSNET_MAX_BATCH: 'many' is not a number" in text
 
 
-def test_the_log_says_what_kubernetes_set_and_the_server_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_names_the_kubernetes_variables_that_the_server_ignores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPSNET_PORT", "tcp://10.96.12.7:8001")
     with server_process("--threads", "1", "--runtimes", "1", "--max-batch", "1") as (_, _, lines):
         assert "WARNING passed over" in lines[0]
@@ -337,8 +337,8 @@ def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> No
     assert artifact.load(source).sha256() in text
 
 
-def test_idle_streams_and_health_watches_do_not_hold_up_a_stop() -> None:
-    with server_process() as (process, address, _), grpc.insecure_channel(address) as channel:
+def test_idle_streams_and_health_watches_do_not_hold_up_a_stop(transport: str) -> None:
+    with server_process("--transport", transport) as (process, address, _), grpc.insecure_channel(address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         next(watch)
         leave = threading.Event()
@@ -395,7 +395,7 @@ def test_sigterm_under_load_of_every_kind_fails_no_request_that_was_accepted() -
 async def _load_of_every_kind_until_stopped(
     process: subprocess.Popen[str], address: str
 ) -> tuple[dict[str, int], list[str]]:
-    """Answers by kind of client, and all failures but those of requests that were refused before they were accepted."""
+    """Return the answers by kind of client, and all failures except refusals before a request was accepted."""
     answered = {"single": 0, "large": 0, "stream": 0}
     failures: list[str] = []
 
@@ -419,7 +419,7 @@ async def _load_of_every_kind_until_stopped(
                     return
 
         def stream() -> None:
-            # Not by asyncio's client, which takes an end that comes while it writes for a fault of its own.
+            # The threaded client: asyncio's client reports an end during a write as an internal error.
             sent = itertools.count()
 
             def requests() -> Iterator[pb.ClassifyStreamRequest]:
@@ -449,8 +449,8 @@ async def _load_of_every_kind_until_stopped(
     return answered, failures
 
 
-def test_a_stream_whose_client_has_sent_all_ends_well_in_a_stop() -> None:
-    with server_process("--max-batch", "1", "--runtimes", "1") as (process, address, _):
+def test_a_stream_whose_client_has_sent_all_ends_well_during_a_stop(transport: str) -> None:
+    with server_process("--transport", transport, "--max-batch", "1", "--runtimes", "1") as (process, address, _):
         with grpc.insecure_channel(address) as channel:
             stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
             request = pb.ClassifyStreamRequest(request=pb.ClassifyRequest(images=[PIXELS] * 120))
@@ -462,7 +462,7 @@ def test_a_stream_whose_client_has_sent_all_ends_well_in_a_stop() -> None:
         assert process.wait(20) == 0
 
 
-def test_the_drains_limit_holds_even_where_the_model_hangs() -> None:
+def test_the_time_limit_of_a_drain_holds_even_if_the_model_hangs() -> None:
     go = threading.Event()
     server = Server(settings(max_batch=1, runtimes=1, drain_seconds=0.5, batch_timeout=15.0))
 

@@ -1,4 +1,4 @@
-"""Tests of the two losses, and of the mask that picks the pose to reconstruct from."""
+"""Tests of the two losses, and of the mask that selects the pose for the reconstruction."""
 
 import numpy as np
 import pytest

@@ -24,11 +24,11 @@ LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 PROBABILITIES = torch.tensor(
     [
         [0.9, 0.1, 0.1],
-        [0.5, 0.3, 0.1],  # 1 taken for 0, by 0.2
+        [0.5, 0.3, 0.1],  # 1 mistaken for 0, by 0.2
         [0.1, 0.2, 0.8],
-        [0.1, 0.9, 0.3],  # 2 taken for 1, by 0.6
+        [0.1, 0.9, 0.3],  # 2 mistaken for 1, by 0.6
         [0.1, 0.8, 0.1],
-        [0.3, 0.9, 0.1],  # 0 taken for 1, by 0.6
+        [0.3, 0.9, 0.1],  # 0 mistaken for 1, by 0.6
     ]
 )
 IMAGES = torch.randint(0, 256, (6, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -57,7 +57,7 @@ def make(
     config: CapsNetConfig = CONFIG,
     **figures: Any,
 ) -> tuple[Checkpoint, Dataset, Tensor]:
-    """What ``write_report`` takes besides the folder."""
+    """Return the arguments of ``write_report`` after the folder."""
     model = CapsNet(config)
     measured = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -76,7 +76,7 @@ def log(folder: Path, version: int, *lines: str) -> None:
 
 
 def texts(figure: Any) -> list[str]:
-    """All that is written in a figure."""
+    """Return all texts in a figure."""
     return [text.get_text() for part in (figure, *figure.axes) for text in part.texts]
 
 
@@ -136,7 +136,7 @@ def test_confusion_counts_labels_in_rows_and_answers_in_columns() -> None:
 
 def test_confusion_of_pairs_counts_the_labels_missed_against_the_classes_wrongly_given() -> None:
     probabilities = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.8, 0.1, 0.0], [0.1, 0.2, 0.9, 0.8]])
-    labels = torch.tensor([[1, 0], [3, 0], [1, 0]])  # right; 3 taken for 1; 0 and 1 taken for 2 and 3
+    labels = torch.tensor([[1, 0], [3, 0], [1, 0]])  # right; 3 mistaken for 1; 0 and 1 mistaken for 2 and 3
     counts = confusion(probabilities, labels)
     assert counts.tolist() == [[2, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert counts.sum(1).tolist() == labels.flatten().bincount(minlength=4).tolist()
@@ -175,7 +175,7 @@ def test_mistakes_are_ordered_by_how_much_longer_the_wrong_capsule_is() -> None:
     assert by_confidence(torch.rand(3, 1), torch.zeros(3, dtype=torch.int64)) == []
     pairs = torch.tensor([[0.9, 0.2, 0.5], [0.9, 0.1, 0.8]])
     assert by_confidence(pairs, torch.tensor([[0, 1], [1, 0]])) == [1, 0]
-    pairs = torch.tensor([[0.9, 0.2, 0.5], [0.6, 0.4, 0.65]])  # by the shorter label's capsule, not by the longer one's
+    pairs = torch.tensor([[0.9, 0.2, 0.5], [0.6, 0.4, 0.65]])  # sorted by the shorter capsule of the labels
     assert by_confidence(pairs, torch.tensor([[0, 1], [1, 0]])) == [0, 1]
 
 
@@ -199,7 +199,7 @@ def test_a_tile_of_a_pair_has_both_labels_and_both_answers() -> None:
     ]  # fmt: skip
 
 
-def test_no_more_than_the_worst_mistakes_are_drawn_and_none_is_said() -> None:
+def test_only_the_worst_mistakes_are_drawn_and_a_page_without_mistakes_says_so() -> None:
     count = MAX_DRAWN_MISTAKES + 5
     labels = torch.ones(count, dtype=torch.int64)
     probabilities = torch.stack([torch.linspace(0.5, 0.9, count), torch.full((count,), 0.1)], 1)
@@ -212,7 +212,7 @@ def test_no_more_than_the_worst_mistakes_are_drawn_and_none_is_said() -> None:
     ]
 
 
-def test_the_report_tells_what_was_trained_how_it_was_chosen_and_how_sure_the_errors_are(tmp_path: Path) -> None:
+def test_the_report_names_the_network_its_selection_and_the_intervals_of_its_errors(tmp_path: Path) -> None:
     log(tmp_path, 0, "epoch,classification_loss_epoch", "0,0.5")
     checkpoint, dataset, probabilities = make(**FIGURES)
     write_report(tmp_path, checkpoint, dataset, probabilities)

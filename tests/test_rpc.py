@@ -1,9 +1,8 @@
-"""Tests of the door: that calls are refused by their headers alone, and counted, logged and expected as they should."""
+"""Tests of the door: calls are refused by their headers alone, and counted and logged."""
 
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 import pytest
@@ -13,24 +12,30 @@ from serving.logs import FIELDS
 from serving.metrics.registry import Metrics, ModelMetrics
 from serving.metrics.triton_statistics import REJECTED
 from serving.rpc.edge import Call, Edge
-from serving.transport.headers import RequestHead, status_block
+from serving.transport.headers import status_block
 
 FULL = QueueFull("full", 0.07)
 
 
 class Setting:
-    """A method of which ``refused`` tells what its calls are refused with."""
+    """A method with ``refused``, the error with which its calls are refused."""
 
     def __init__(self, refused: Callable[[float | None, int], ServingError | None]) -> None:
         self.metrics = Metrics()
         self.model = ModelMetrics(self.metrics, "m", "1", ["0"])
         self.asked: list[tuple[float | None, int]] = []
         self._refused = refused
-        handler: Any = Edge(self.metrics).unary_at_once("s", "m", self.begin, self.refusal)
-        self.door: Callable[[RequestHead[Any], int], bytes | None] = handler.unary_unary.door
+        door = Edge(self.metrics).unary_at_once("s", "m", self.begin, self.refusal).door
+        assert door
+        self._door = door
 
     def begin(self, data: bytes, call: Call) -> None:
         call.succeed(data)
+
+    def door(self, timeout: float | None, expected: int, request_id: str = "") -> bytes | None:
+        metadata = (("x-request-id", request_id),) if request_id else ()
+        status = self._door(timeout, metadata, expected)
+        return status.block if status else None
 
     def refusal(self, timeout: float | None, expected: int) -> tuple[ServingError, ModelMetrics] | None:
         self.asked.append((timeout, expected))
@@ -41,23 +46,18 @@ class Setting:
         return self.metrics.registry.get_sample_value(name, labels)
 
 
-def head(timeout: float | None = None, request_id: str = "") -> RequestHead[Any]:
-    metadata = (("x-request-id", request_id),) if request_id else ()
-    return RequestHead(200, "/s/m", None, timeout, "", "identity", metadata, 0)
-
-
 async def _turn() -> None:
     await asyncio.sleep(0)
 
 
-def test_what_is_refused_in_one_turn_is_asked_for_once_and_counted_one_by_one(
+def test_refusals_in_one_turn_are_decided_once_and_counted_one_by_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
 
     async def test() -> None:
         setting = Setting(lambda timeout, expected: FULL)
-        blocks = [setting.door(head(1.0, name), 0) for name in "abc"] + [setting.door(head(2.0, "d"), 0)]
+        blocks = [setting.door(1.0, 0, name) for name in "abc"] + [setting.door(2.0, 0, "d")]
         details = FULL.code, "full"
         assert len(set(blocks)) == 1 and blocks[0] is not None
         assert blocks[0].startswith(status_block(*details)) and b"grpc-retry-pushback-ms" in blocks[0]
@@ -71,7 +71,7 @@ def test_what_is_refused_in_one_turn_is_asked_for_once_and_counted_one_by_one(
         assert setting.model.statistics.failures[REJECTED] == setting.model.statistics.fail.count == 4
         assert [getattr(record, FIELDS)["request_id"] for record in caplog.records] == [*"abcd"]
 
-        setting.door(head(1.0), 0)
+        setting.door(1.0, 0)
         assert setting.asked[2:] == [(1.0, 0)], "another turn, another answer"
 
     asyncio.run(test())
@@ -81,10 +81,10 @@ def test_a_refusal_holds_for_those_with_as_many_expected_before_them() -> None:
     async def test() -> None:
         setting = Setting(lambda timeout, expected: FULL if expected >= 3 else None)
         # Headers of many calls may come before the message of the first.
-        assert [setting.door(head(), expected) is None for expected in range(5)] == [True] * 3 + [False] * 2
-        assert setting.door(head(), 2) is None, "one of them was wrong, and is not queued"
-        assert setting.door(head(), 0) is None, "the calls of another client"
-        assert setting.door(head(), 7) is not None
+        assert [setting.door(None, expected) is None for expected in range(5)] == [True] * 3 + [False] * 2
+        assert setting.door(None, 2) is None, "one of them was wrong, and is not queued"
+        assert setting.door(None, 0) is None, "the calls of another client"
+        assert setting.door(None, 7) is not None
         assert [expected for _, expected in setting.asked] == [0, 1, 2, 3, 2, 0]
         await _turn()
         assert setting.value("capsnet_refused_total", reason="queue_full") == 3
@@ -97,8 +97,8 @@ def test_each_call_is_counted_with_the_error_that_it_was_refused_with() -> None:
 
     async def test() -> None:
         setting = Setting(lambda timeout, expected: late if expected else FULL)
-        assert setting.door(head(), 1) == setting.door(head(), 1) == status_block(late.code, "late")
-        assert setting.door(head(), 0) == setting.door(head(), 1) != status_block(late.code, "late")
+        assert setting.door(None, 1) == setting.door(None, 1) == status_block(late.code, "late")
+        assert setting.door(None, 0) == setting.door(None, 1) != status_block(late.code, "late")
         await _turn()
         assert setting.value("capsnet_refused_total", reason="deadline") == 2
         assert setting.value("capsnet_refused_total", reason="queue_full") == 2
@@ -112,7 +112,7 @@ def test_each_call_is_counted_with_the_error_that_it_was_refused_with() -> None:
 def test_the_status_of_a_refusal_is_the_errors() -> None:
     async def test() -> None:
         setting = Setting(lambda timeout, expected: ServingError("broken"))
-        block = setting.door(head(), 0)
+        block = setting.door(None, 0)
         assert block == status_block(grpc.StatusCode.INTERNAL, "broken")
         await _turn()
         assert setting.value("capsnet_refused_total", reason="internal") == 1

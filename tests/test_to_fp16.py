@@ -1,4 +1,4 @@
-"""Tests of the graph in half precision: what is float16 in it, and how near it comes to float32."""
+"""Tests of the graph in half precision: its float16 parts, and its difference to float32."""
 
 from dataclasses import replace
 from typing import Any
@@ -31,7 +31,7 @@ def half(graph: ModelProto) -> ModelProto:
 
 
 def types(model: ModelProto) -> dict[str, int]:
-    """The element type of each value and initializer."""
+    """Return the element type of each value and initializer."""
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     result = {tensor.name: tensor.data_type for tensor in inferred.initializer}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
@@ -40,7 +40,7 @@ def types(model: ModelProto) -> dict[str, int]:
 
 
 def edited(model: ModelProto, name: str, change: Any) -> ModelProto:
-    """A copy with ``change`` applied to one initializer, found by how its name ends."""
+    """Return a copy with ``change`` applied to the one initializer whose name has this end."""
     result = ModelProto()
     result.CopyFrom(model)
     (tensor,) = (tensor for tensor in result.graph.initializer if tensor.name.endswith(name))
@@ -52,7 +52,7 @@ def edited(model: ModelProto, name: str, change: Any) -> ModelProto:
 def test_convolutions_and_votes_are_in_half_precision_and_the_rest_in_single(half: ModelProto) -> None:
     found = types(half)
     products = [found[node.output[0]] for node in half.graph.node if node.op_type == "MatMul"]
-    assert products == [FLOAT, HALF, FLOAT, FLOAT, FLOAT, FLOAT]  # the second are the votes
+    assert products == [FLOAT, HALF, FLOAT, FLOAT, FLOAT, FLOAT]  # the second product is the votes
     for node in half.graph.node:
         if node.op_type in ("Conv", "Relu"):
             assert {found[name] for name in (*node.input, *node.output)} == {HALF}
@@ -62,9 +62,9 @@ def test_convolutions_and_votes_are_in_half_precision_and_the_rest_in_single(hal
     assert found["probabilities"] == found["poses"] == FLOAT
 
 
-def test_no_more_is_cast_than_the_borders_of_half_precision(half: ModelProto) -> None:
+def test_casts_stand_only_at_the_borders_of_half_precision(half: ModelProto) -> None:
     casts = [node for node in half.graph.node if node.op_type == "Cast"]
-    # The image, capsules from half and to half, votes, and once, when the model is loaded, the weights.
+    # The image, the capsules from and to half, the votes, and the weights, which are cast once at the load.
     assert len(casts) == 5
     assert casts[0].input[0] == "images"
     assert len({node.input[0] for node in casts}) == 5

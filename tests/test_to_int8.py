@@ -1,4 +1,4 @@
-"""Tests of the graph in 8-bit integers: what is quantised in it, what ONNX Runtime makes of it, and how near it is."""
+"""Tests of the graph in 8-bit integers: its quantised parts, ONNX Runtime's optimisation, and its accuracy."""
 
 from collections import Counter
 from dataclasses import replace
@@ -185,7 +185,7 @@ def test_images_beyond_the_calibrated_range_are_cut_off_and_stay_finite(graph: M
 
 
 def edited(model: ModelProto, name: str, value: float, rows: slice) -> ModelProto:
-    """A copy with some rows of one initializer, found by how its name ends, set to a value."""
+    """Return a copy in which some rows of one initializer, found by the end of its name, have this value."""
     result = ModelProto()
     result.CopyFrom(model)
     (tensor,) = (tensor for tensor in result.graph.initializer if tensor.name.endswith(name))

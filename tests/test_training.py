@@ -1,4 +1,4 @@
-"""Tests of training runs: what they learn, select, test and write, and that an interrupted one loses nothing."""
+"""Tests of training runs: learning, selection, test and files. An interrupted run loses nothing."""
 
 import csv
 import math
@@ -61,7 +61,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def process_state() -> Iterator[None]:
-    """Undo what a run changes for the whole process, and keep it to one thread: sums then come out alike."""
+    """Undo a run's changes to the process, and use one thread, so that sums are always the same."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with isolate_rng(), pytest.MonkeyPatch.context() as patch:
@@ -116,7 +116,7 @@ def train(
 
 
 class PowerCut(Exception):
-    """Stops a run without its knowledge."""
+    """An exception that stops a run like a power cut."""
 
 
 def cut_power() -> None:
@@ -128,7 +128,7 @@ def interrupt() -> None:
 
 
 def act_at(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
-    """Have something happen during the given optimizer step, counted from 1."""
+    """Call a function during the given optimizer step, counted from 1."""
     original = StopBetweenSteps.on_train_batch_end
 
     def on_train_batch_end(
@@ -147,7 +147,7 @@ def act_at(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> Non
 
 
 def train_until(step: int, folder: Path, recipe: Recipe = RECIPE, act: Callable[[], None] = interrupt) -> None:
-    """Train until what is done in the given step stops the run."""
+    """Train until a function, called in the given step, stops the run."""
     with pytest.MonkeyPatch.context() as patch:
         act_at(patch, step, act)
         with pytest.raises((Interrupted, PowerCut)):
@@ -168,7 +168,7 @@ def log_held_out_losses(patch: pytest.MonkeyPatch, losses: list[float]) -> None:
 
 
 def epoch_figures(folder: Path, name: str) -> list[float]:
-    """One of the figures that were logged, by epoch."""
+    """Return one of the logged figures, by epoch."""
     found: dict[int, float] = {}
     for log in sorted(folder.glob("logs/*/metrics.csv")):
         with log.open() as lines:
@@ -206,7 +206,7 @@ def test_a_network_learns(finished: tuple[Checkpoint, Path]) -> None:
     assert checkpoint.figures["test_mistakes"] == MISLABELLED
 
 
-def test_a_run_writes_a_checkpoint_that_holds_what_it_returns(finished: tuple[Checkpoint, Path]) -> None:
+def test_a_run_writes_the_checkpoint_that_it_returns(finished: tuple[Checkpoint, Path]) -> None:
     checkpoint, folder = finished
 
     loaded = checkpoints.load(folder / CHECKPOINT_FILE)
@@ -271,7 +271,7 @@ def test_without_held_out_images_the_averaged_weights_of_the_last_epoch_are_kept
     assert checkpoint.figures["test_images"] == 60
 
 
-def test_one_training_image_in_twelve_is_held_out_unless_told_otherwise(tmp_path: Path) -> None:
+def test_one_training_image_in_twelve_is_held_out_by_default(tmp_path: Path) -> None:
     assert train(tmp_path, replace(RECIPE, epochs=1, held_out=None)).figures["held_out_images"] == 140 // 12
 
 
@@ -321,7 +321,7 @@ def test_the_test_images_are_read_once_and_only_after_training(tmp_path: Path, m
 def test_a_run_is_repeated_exactly_by_its_seed_and_changed_by_another(
     tmp_path: Path, finished: tuple[Checkpoint, Path]
 ) -> None:
-    torch.rand(5)  # what was drawn before must not matter
+    torch.rand(5)  # earlier random numbers must not matter
     assert_same(train(tmp_path / "again"), finished[0])
     other = train(tmp_path / "other", replace(RECIPE, epochs=1, seed=4))
     assert not other.state_dict["weight"].equal(finished[0].state_dict["weight"])
@@ -350,7 +350,7 @@ def test_a_run_interrupted_in_the_last_step_of_an_epoch_and_resumed_evaluates_th
         except Interrupted:
             checkpoint = train(tmp_path, resume=True)
         else:
-            assert epoch == 3  # nothing is left to interrupt
+            assert epoch == 3  # no step is left to interrupt
 
     assert_same(checkpoint, finished[0])
     assert epoch_figures(tmp_path, "held_out_loss") == epoch_figures(finished[1], "held_out_loss")
@@ -510,7 +510,7 @@ def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_tru
     module = Training(CONFIG, replace(RECIPE, augment="none", pixel_weight=0.01), STEPS_PER_EPOCH)
     with torch.no_grad():
         for parameter in module.model.parameters():
-            parameter.mul_(4)  # so that one class's pose does not give nearly the reconstruction of another's
+            parameter.mul_(4)  # so that the reconstructions of two classes differ clearly
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     module.trainer = Mock(global_rank=0, world_size=1, global_step=0)
@@ -541,7 +541,7 @@ def test_the_training_loss_of_pairs_has_a_reconstruction_of_each_digit_from_its_
     seen: list[Tensor] = []
 
     class Painter(torch.nn.Module):
-        """Paints an image as bright as the class is high, whatever the poses."""
+        """A decoder that paints an image as bright as the class is high, whatever the poses."""
 
         def forward(self, poses: Tensor, classes: Tensor) -> Tensor:
             seen.append(poses)
@@ -640,7 +640,7 @@ def test_held_out_pairs_are_made_of_held_out_images_alone_and_the_images_are_not
     assert_same(train(tmp_path / "halved", recipe, resume=True, dataset=PAIRS, config=config), checkpoint)
 
 
-def test_pairs_that_cannot_be_made_are_told_by_the_setting(tmp_path: Path) -> None:
+def test_the_error_of_impossible_pairs_names_the_setting(tmp_path: Path) -> None:
     recipe = replace(RECIPE, held_out=1)
     with pytest.raises(TrainingError, match="held_out: 1; the images held out are of one class, and pairs need two"):
         train(tmp_path, recipe, dataset=PAIRS, config=replace(CONFIG, image_size=24))
@@ -669,7 +669,7 @@ def numbered(count: int, batch_size: int, seed: int = 1, steps_done: int = 0) ->
 
 
 def order(batches: Batches) -> list[int]:
-    """The images of the next epoch, or of what is left of it."""
+    """Return the images of the next epoch, or of the rest of this one."""
     return [image for images, _, _ in batches for image in images.flatten().tolist()]
 
 
@@ -730,14 +730,14 @@ def test_mistakes_are_the_images_that_get_another_class_than_their_label() -> No
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``python -m training`` with a tiny network and a tiny data set; returns the folder for its run."""
+    """Set up ``python -m training`` with a tiny network and data set. Return the folder for its run."""
     monkeypatch.setitem(CONFIGS, "compact", CONFIG)
     monkeypatch.setattr(training.data.datasets, "load", lambda name, folder, **_: replace(DATASET, name=name))
     monkeypatch.setattr(training.report, "write_report", lambda folder, *_: (folder / REPORT_FILE).touch())
     return tmp_path / "runs" / "tiny"
 
 
-def test_the_command_trains_and_prints_the_test_error_and_where_the_network_is(
+def test_the_command_trains_and_prints_the_test_error_and_the_path_of_the_network(
     command: Path,
     finished: tuple[Checkpoint, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -794,7 +794,7 @@ def test_the_command_refuses_a_folder_that_holds_a_run(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_the_command_refuses_to_resume_where_there_is_nothing_to_resume(
+def test_the_command_refuses_to_resume_without_a_run_to_resume(
     command: Path, capsys: pytest.CaptureFixture[str], exists: bool
 ) -> None:
     if exists:
@@ -830,7 +830,7 @@ def test_the_command_refuses_to_resume_a_run_without_its_settings(
 
 
 @pytest.mark.parametrize("error", [DatasetError("no source"), TrainingError("the loss is nan at step 7")])
-def test_the_command_prints_what_went_wrong_without_a_traceback(
+def test_the_command_prints_an_error_without_a_traceback(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     monkeypatch.setattr(training.train, "run", Mock(side_effect=error))
@@ -910,7 +910,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_what_can_be_refused_without_pytorch_is_refused_before_it_is_imported(tmp_path: Path) -> None:
+def test_wrong_flags_are_refused_before_pytorch_is_imported(tmp_path: Path) -> None:
     for name in ("finished", "begun"):
         (tmp_path / name).mkdir()
     (tmp_path / "finished" / CHECKPOINT_FILE).touch()
@@ -987,12 +987,12 @@ def test_ctrl_c_before_the_first_step_is_one_line(
     try:
         assert main([*FLAGS, f"--out={command}"]) == 130
     finally:
-        signal.signal(signal.SIGINT, before)  # which Lightning leaves ignored
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     assert capsys.readouterr().err == "\ninterrupted\n"
     monkeypatch.undo()
 
 
-def test_the_command_says_what_is_to_know_of_the_data(
+def test_the_command_prints_the_notes_on_the_data(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     noted = replace(DATASET, notes=("images are scaled", "few images"))
@@ -1002,7 +1002,7 @@ def test_the_command_says_what_is_to_know_of_the_data(
     assert capsys.readouterr().err == "note: images are scaled\nnote: few images\n"
 
 
-def test_a_held_out_loss_that_is_never_a_number_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_out_loss_that_is_never_a_number_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log_held_out_losses(monkeypatch, [math.nan, math.inf, math.nan])
     with pytest.raises(TrainingError, match="held-out loss was a finite number in none of the 3 epochs"):
         train(tmp_path)
@@ -1046,7 +1046,7 @@ def test_a_finished_run_goes_on_with_more_epochs_and_keeps_its_first_network(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_where_memory_runs_out_the_flags_that_need_less_are_told(
+def test_the_error_of_exhausted_memory_names_the_flags_that_need_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(training.train, "margin_loss", Mock(side_effect=error))
@@ -1082,7 +1082,7 @@ def test_a_disk_that_fills_up_leaves_the_last_whole_resume_file(
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"hello" * 100])
-def test_a_damaged_resume_file_is_told_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_resume_file_is_reported_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     train_until(3, tmp_path)
     path = tmp_path / RESUME_FILE
     path.write_bytes(damage(path.read_bytes()))

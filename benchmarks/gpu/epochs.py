@@ -12,7 +12,7 @@ from training.data.augment import distort
 from training.data.compose import combine, members, place
 from training.data.non_objects import NONE, non_objects
 
-NONE_SHARE = 8  # one image in so many shows none of the classes
+NONE_SHARE = 8  # one image in this many shows none of the classes
 
 
 class Chunk(NamedTuple):

@@ -15,13 +15,16 @@ from training.data.non_objects import NONE
 from training.loss import ABSENT, DOWN_WEIGHT, PRESENT
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 
-WARMUP_STEPS = 3  # before a graph is recorded, so that all kernels are built and all memory is there
+WARMUP_STEPS = 3  # before a graph is recorded: they build all kernels and allocate all memory
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """weight_decay: of matrices and kernels alone. ema_decay: at most; it grows from 0.1 on. distil: weight of the
-    squared difference to the teachers' lengths, 0 for none."""
+    """The settings of a training run.
+
+    weight_decay: for matrices and kernels alone. ema_decay: the largest decay; the decay grows from 0.1. distil: the
+    weight of the squared difference to the teachers' lengths; 0 for none.
+    """
 
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
@@ -57,7 +60,7 @@ def total_loss(
 
 
 def on_device(model: CapsNet, device: torch.device) -> CapsNet:
-    """Move a network, its convolutions' weights with the channels last, as tensor cores take them."""
+    """Move a network to the device, with the channels of its convolutions last, as tensor cores need them."""
     moved: CapsNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
 
@@ -100,7 +103,7 @@ class Learner:
         self._average = [value.clone() for value in self._state]
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)  # which batch of the chunk is next
-        self.loss = torch.zeros((), device=device)  # summed since it was last set to 0
+        self.loss = torch.zeros((), device=device)  # the sum since it was last set to 0
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
 

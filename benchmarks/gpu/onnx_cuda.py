@@ -80,7 +80,7 @@ def speed(name: str, file: Path, image_shape: Sequence[int], seconds: float, cud
                 rate, median = _rate(runtime, way, batch, image_shape, seconds)
                 row = {"graph": name, "way": way, "batch": batch, "images_per_second": f"{rate:.4g}"}
                 rows.append(row | {"median_ms": f"{1000 * median:.4g}", "error": ""})
-        except Exception as error:  # one way that fails must not end the others
+        except Exception as error:  # the other ways must still run
             rows.append({"graph": name, "way": way, "batch": "", "images_per_second": "", "median_ms": ""})
             rows[-1]["error"] = " ".join(str(error).split())[:200]
     return rows
@@ -129,7 +129,7 @@ def exported(name: str, checkpoint: Path | None, folder: Path) -> dict[str, Path
     files["fp32"].write_bytes(model.SerializeToString())
     try:
         half = to_fp16(model)
-    except Exception as error:  # a network that half precision does not know yet is measured in single precision
+    except Exception as error:  # a network without a half-precision export is measured in single precision
         print(f"{name}: no fp16: {error}", flush=True)
     else:
         files["fp16"] = folder / f"{name}-fp16.onnx"
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cuda:
                 equal.append(parity(name, file, reference, np.ascontiguousarray(padded)) | origin)
                 print(equal[-1], flush=True)
-        except Exception as error:  # the next graph may well run
+        except Exception as error:  # the next graph may still run
             print(f"{name}: {' '.join(str(error).split())[:300]}", flush=True)
             continue
         fast += [row | origin for row in speed(name, file, size, options.seconds, cuda)]

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for way in WAYS:
             try:
                 rows.append(measure(name, int(batch), way, options.steps, device) | origin)
-            except Exception as error:  # one way that fails must not end the others
+            except Exception as error:  # the other ways must still run
                 print(f"{case} {way}: {type(error).__name__} {' '.join(str(error).split())[:600]}", flush=True)
                 continue
             print(rows[-1], flush=True)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.training``: train several networks side by side on one device, in a box of time.
+"""``python -m benchmarks.gpu.training``: train several networks side by side on one device, within a time budget.
 
 Networks of one cohort are trained at once, each on a stream of its own, since one small network leaves most of a GPU
 idle. The test images are read once a network, after its last step; nothing is chosen by them.
@@ -29,27 +29,27 @@ BATCH = 128
 PAIR_BATCH = 1024
 PAIR_CANVAS = 36
 PAIRS = "multimnist"
-PAIR_STEPS = 64  # of a chunk
-MAX_SHIFT = 2.5  # pixels
-PROBE_STEPS = 60  # which tell how many epochs the time is for
+PAIR_CHUNK_STEPS = 64
+MAX_SHIFT_PIXELS = 2.5
+PROBE_STEPS = 60  # their time decides how many epochs fit into the budget
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train: on ``dataset``, with a seed for weights and data."""
+    """One network to train on ``dataset``. The seed is for weights and data."""
 
     name: str
     config: str
     seed: int
     settings: Hyperparameters
     dataset: str = "mnist"
-    max_shift: float = MAX_SHIFT
+    max_shift: float = MAX_SHIFT_PIXELS
     none: bool = True
 
 
 @dataclass(frozen=True)
 class Box:
-    """A time to train in. epochs: at most (for pairs: chunks)."""
+    """A time budget for training. epochs: the most epochs; for pairs, the most chunks."""
 
     seconds: float
     epochs: int
@@ -58,7 +58,7 @@ class Box:
 def data_of(job: Job, mnist: Dataset, device: torch.device, pair_batch: int) -> Digits | Pairs:
     images, labels = mnist.train_images.to(device), mnist.train_labels.to(device)
     if job.dataset == PAIRS:
-        return Pairs(images, labels, pair_batch, job.seed, PAIR_CANVAS, PAIR_STEPS)
+        return Pairs(images, labels, pair_batch, job.seed, PAIR_CANVAS, PAIR_CHUNK_STEPS)
     return Digits(images, labels, BATCH, job.seed, job.max_shift, job.none)
 
 
@@ -77,7 +77,7 @@ def run(
     graph: bool = True,
     pair_batch: int = PAIR_BATCH,
 ) -> list[dict[str, Any]]:
-    """Train the jobs at once for as many epochs as the box holds, and return each one's network and figures.
+    """Train the jobs at once for as many epochs as the budget allows, and return each one's network and figures.
 
     Jobs of the same seed share their data and their teachers' lengths.
     """
@@ -151,7 +151,7 @@ def _epochs_that_fit(
     steps: int,
     begin: float,
 ) -> int:
-    """Return how many epochs the rest of the box holds, by the time of some steps and of one epoch's data."""
+    """Return the epochs that fit into the rest of the budget, from the time of some steps and of one epoch's data."""
     device = learners[0].device
     count = min(PROBE_STEPS, steps)
     start = time.perf_counter()
@@ -185,7 +185,7 @@ def _finished(
     pairs = job.dataset == PAIRS
     tests = generate(PAIRS, mnist) if pairs else mnist
     images, labels = tests.test_images, tests.test_labels
-    # On the processor where it is quick, so that a certificate's count, made on one too, is the same.
+    # A quick network is evaluated on the CPU, like a certificate, so that both counts are the same.
     probabilities, _ = predict(model if pairs else model.cpu(), images, 1000)
     mistakes = wrong(probabilities, labels).nonzero().flatten().tolist()
     figures = {
@@ -208,7 +208,7 @@ def _finished(
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
-    """Write a network's checkpoint, which says how it was trained, and its figures beside it."""
+    """Write a network's checkpoint with its recipe, and its figures beside it."""
     job: Job = result["job"]
     model, figures = result["model"], result["figures"]
     state = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
@@ -230,7 +230,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def jobs_of(phase: str, seeds: Sequence[int]) -> list[Job]:
-    """Return what each phase trains; the students learn from the teachers too."""
+    """Return the jobs of each phase. The students also learn from the teachers."""
     paper = Hyperparameters(learning_rate=1e-3, weight_decay=0.0, warmup_share=0.02, ema_decay=0.999)
     student = Hyperparameters(distil=1.0)
     match phase:

@@ -5,41 +5,37 @@ Handlers get and give bytes, so that a message that cannot be parsed gets an ans
 
 import asyncio
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError, Message
-from google.rpc.error_details_pb2 import BadRequest, RetryInfo
-from google.rpc.status_pb2 import Status
 
-from serving.errors import TRANSPORT, InvalidRequest, QueueFull, ServingError
+from serving.errors import TRANSPORT, InvalidRequest, ServingError
 from serving.logs import RefusalLog
-from serving.metrics.registry import Metrics, ModelMetrics
-from serving.transport.headers import Metadata, RequestHead, status_block
+from serving.metrics.registry import Metrics
+from serving.rpc.door import MethodDoor, Refusal
+from serving.rpc.recorder import Recorder
+from serving.rpc.status import status_of
+from serving.transport.headers import Metadata
+from serving.transport.methods import CallbackMethod, Context, StreamMethod, UnaryMethod
 
 #: Where a client may name its request, to find it again in the log.
 REQUEST_ID = "x-request-id"
 _SHOWN = 64  # characters of it
-_BLOCKS = 1024  # header blocks of refusals that are kept
 
 Request = TypeVar("Request", bound=Message)
-#: What a call is refused with, unread, and the metrics that count it, or None: by the seconds that its client gives it,
-#: and how many calls are to be begun before it.
-Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Of a request that was answered: what it was about, and the seconds of each part of its way."""
+    """The model and size of a request that was answered, and the seconds of each part of its way."""
 
     model: str
     version: str
@@ -72,7 +68,7 @@ class Call:
 
     __slots__ = ("_began", "_context", "_edge", "_record", "deadline")
 
-    def __init__(self, edge: "Edge", record: "_Recorder", context: Any) -> None:
+    def __init__(self, edge: "Edge", record: Recorder, context: Context) -> None:
         self.deadline: float | None = context.deadline
         self._edge = edge
         self._record = record
@@ -90,12 +86,11 @@ class Call:
 
     @property
     def over(self) -> bool:
-        """The client waits for the answer no more."""
-        over: bool = self._context.over
-        return over
+        """Tell if the client no longer waits for the answer."""
+        return self._context.over
 
     def when_given_up(self, then: Callable[[], object]) -> None:
-        """Have it told, in place of what was before, when the client waits for the answer no more."""
+        """Call ``then``, and nothing that was given before, once the client no longer waits for the answer."""
         self._context.given_up = then
 
     def succeed(self, data: bytes, steps: Steps | None = None) -> None:
@@ -109,7 +104,7 @@ class Call:
         """The RPC is answered with an error."""
         code, text = self._edge.to_status(error)
         self.refused(self.seconds, code, text)
-        self._context.finish(code, text, _details(error, code, text))
+        self._context.finish(code, text, status_of(error).metadata if isinstance(error, ServingError) else ())
         self.end(code)
 
     def end(self, code: grpc.StatusCode | None = None) -> None:
@@ -190,13 +185,11 @@ class Edge:
         _logger.error("a request failed", exc_info=error)
         return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
 
-    def unary(
-        self, service: str, method: str, answer: Callable[[bytes, Call], Awaitable[bytes]]
-    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        """A unary method that answers a message's bytes with a message's bytes."""
-        record = _Recorder(self._metrics, "unary", service, method)
+    def unary(self, service: str, method: str, answer: Callable[[bytes, Call], Awaitable[bytes]]) -> UnaryMethod:
+        """Return a unary method that answers a message's bytes with a message's bytes."""
+        record = Recorder(self._metrics, "unary", service, method)
 
-        async def handle(data: bytes, context: Any) -> None:
+        async def handle(data: bytes, context: Context) -> None:
             call = Call(self, record, context)
             try:
                 response = await answer(data, call)
@@ -208,7 +201,7 @@ class Edge:
             else:
                 call.succeed(response)
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return UnaryMethod(handle)
 
     def unary_at_once(
         self,
@@ -216,31 +209,30 @@ class Edge:
         method: str,
         begin: Callable[[bytes, Call], None],
         refusal: Refusal,
-    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        """A unary method that is begun with a message's bytes, and answered then or later by way of its call.
+    ) -> CallbackMethod:
+        """Return a unary method that is begun with a message's bytes, and answered then or later by way of its call.
 
         It needs no task of asyncio's, which would cost a tenth of the whole request. refusal: what calls are refused
         with at the door.
         """
-        record = _Recorder(self._metrics, "unary", service, method)
+        record = Recorder(self._metrics, "unary", service, method)
 
-        def handle(data: bytes, context: Any) -> None:
+        def handle(data: bytes, context: Context) -> None:
             call = Call(self, record, context)
             try:
                 begin(data, call)
             except Exception as error:
                 call.fail(error)
 
-        handle.door = _Door(self, record, refusal)  # type: ignore[attr-defined]
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return CallbackMethod(handle, MethodDoor(self, record, refusal))
 
     def stream(
         self, service: str, method: str, answer: Callable[[AsyncIterator[bytes], Call], AsyncGenerator[bytes]]
-    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        """A bidirectional method; each message's bytes are the service's to refuse."""
-        record = _Recorder(self._metrics, "bidi_stream", service, method)
+    ) -> StreamMethod:
+        """Return a bidirectional method; each message's bytes are the service's to refuse."""
+        record = Recorder(self._metrics, "bidi_stream", service, method)
 
-        async def handle(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
             call = Call(self, record, context)
             try:
                 async with aclosing(answer(requests, call)) as responses:
@@ -254,107 +246,4 @@ class Edge:
             else:
                 call.end(grpc.StatusCode.OK)
 
-        return grpc.stream_stream_rpc_method_handler(handle)
-
-
-def _details(error: Exception, code: grpc.StatusCode, text: str) -> tuple[tuple[str, str | bytes], ...]:
-    """What goes with a status for programs: which field is wrong, or when to try again."""
-    detail: BadRequest | RetryInfo
-    hint: tuple[tuple[str, str | bytes], ...] = ()
-    match error:
-        case InvalidRequest():
-            violation = BadRequest.FieldViolation(field=error.field, description=error.description)
-            detail = BadRequest(field_violations=[violation])
-        case QueueFull():
-            milliseconds = max(1, math.ceil(1000 * error.retry_after))
-            detail = RetryInfo()
-            detail.retry_delay.FromMilliseconds(milliseconds)
-            hint = (("grpc-retry-pushback-ms", str(milliseconds)),)
-        case _:
-            return ()
-    packed = AnyMessage()
-    packed.Pack(detail)
-    status = Status(code=code.value[0], message=text, details=[packed])
-    return (("grpc-status-details-bin", status.SerializeToString()), *hint)
-
-
-class _Refused(NamedTuple):
-    """What a call was refused with, when so many others were expected; and the metadata of all that were so."""
-
-    expected: int
-    block: bytes
-    calls: list[Metadata]
-
-
-class _Door:
-    """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
-
-    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which the queue
-    hardly gets shorter, and they are counted together.
-    """
-
-    def __init__(self, edge: Edge, record: "_Recorder", refusal: Refusal) -> None:
-        self._edge = edge
-        self._record = record
-        self._refusal = refusal
-        # Of this turn: the latest refusal by timeout, and what is to be counted by error.
-        self._known: dict[float | None, _Refused] = {}
-        self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
-        # By error, what a client is sent: the same one serves many calls.
-        self._blocks: dict[ServingError, bytes] = {}
-
-    def __call__(self, head: RequestHead[Any], expected: int) -> bytes | None:
-        """The header block of a refusal, or None. expected: how many calls are to be begun before it."""
-        refused = self._known.get(head.timeout)
-        if refused is None or expected < refused.expected:
-            if (refusal := self._refusal(head.timeout, expected)) is None:
-                return None
-            if not self._uncounted:
-                asyncio.get_running_loop().call_soon(self._count)
-            error, metrics = refusal
-            _, calls = self._uncounted.setdefault(error, (metrics, []))
-            refused = self._known[head.timeout] = _Refused(expected, self._block(error), calls)
-        refused.calls.append(head.metadata)
-        return refused.block
-
-    def _block(self, error: ServingError) -> bytes:
-        if (block := self._blocks.get(error)) is None:
-            if len(self._blocks) >= _BLOCKS:
-                self._blocks.clear()
-            code, text = error.code, str(error)
-            block = self._blocks[error] = status_block(code, text, _details(error, code, text))
-        return block
-
-    def _count(self) -> None:
-        uncounted, self._uncounted, self._known = self._uncounted, {}, {}
-        for error, (metrics, calls) in uncounted.items():
-            code, text = self._edge.to_status(error, len(calls))
-            self._record.refuse(code, len(calls))
-            metrics.failed(error, 0.0, len(calls))
-            self._edge.note_refusals(self._record.name, calls, 0.0, code, text)
-
-
-class _Recorder:
-    """The RPC metrics of one method, their labels looked up once."""
-
-    def __init__(self, metrics: Metrics, kind: str, service: str, method: str) -> None:
-        self.name = f"{service}/{method}"
-        labels = (kind, service, method)
-        self._started = metrics.started.labels(*labels)
-        self._handling = metrics.handling.labels(*labels)
-        # By the code's number, since an enumeration's members take longer to look up.
-        self._handled = {code.value[0]: metrics.handled.labels(*labels, code.name) for code in grpc.StatusCode}
-
-    def start(self) -> float:
-        self._started.inc()
-        return time.perf_counter()
-
-    def refuse(self, code: grpc.StatusCode, calls: int) -> None:
-        """RPCs have begun, and are over at once."""
-        self._started.inc(calls)
-        self._handling.observe(0.0, calls)
-        self._handled[code.value[0]].inc(calls)
-
-    def end(self, start: float, code: grpc.StatusCode) -> None:
-        self._handling.observe(time.perf_counter() - start)
-        self._handled[code.value[0]].inc()
+        return StreamMethod(handle)

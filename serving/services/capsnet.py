@@ -22,6 +22,7 @@ from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import delimited
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
+from serving.transport.methods import Method, table
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
@@ -41,10 +42,10 @@ class CapsNetService:
         self._codecs = PerModel(lambda model: CapsNetCodec(model.artifact, settings.max_images_per_request))
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ClassifyStream")
 
-    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """Return the service's methods, for the server's ``add_generic_rpc_handlers``."""
+    def methods(self) -> dict[str, Method]:
+        """Return the service's part of the method table."""
         edge = self._edge
-        return grpc.method_handlers_generic_handler(
+        return table(
             SERVICE,
             {
                 "Classify": edge.unary_at_once(

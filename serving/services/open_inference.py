@@ -24,6 +24,7 @@ from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
+from serving.transport.methods import Method, table
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 NAME = "capsnet-serving"
@@ -58,8 +59,8 @@ class InferenceService:
         self._codecs = PerModel(lambda model: TensorMessages(model.artifact, settings.max_images_per_request))
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ModelStreamInfer")
 
-    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """Return the service's methods, for the server's ``add_generic_rpc_handlers``."""
+    def methods(self) -> dict[str, Method]:
+        """Return the service's part of the method table."""
         unary = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -70,12 +71,12 @@ class InferenceService:
             "ModelStatistics": self.model_statistics,
             "RepositoryIndex": self.repository_index,
         }
-        methods = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
+        methods: dict[str, Method] = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
         methods["ModelInfer"] = self._edge.unary_at_once(
             SERVICE, "ModelInfer", self.model_infer, partial(self._pipeline.refusal, urgent=True)
         )
         methods["ModelStreamInfer"] = self._edge.stream(SERVICE, "ModelStreamInfer", self.model_stream_infer)
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        return table(SERVICE, methods)
 
     async def server_live(self, data: bytes, call: Call) -> bytes:
         """Return a ServerLiveResponse."""
@@ -187,11 +188,11 @@ class AdminService:
         self._edge = edge
         self._max_bytes = settings.max_request_bytes
 
-    def handler(self) -> "grpc.GenericRpcHandler[bytes, bytes]":
-        """Return the service's methods, for the server's ``add_generic_rpc_handlers``."""
+    def methods(self) -> dict[str, Method]:
+        """Return the service's part of the method table."""
         unary = {"RepositoryIndex": self.index, "RepositoryModelLoad": self.load, "RepositoryModelUnload": self.unload}
-        methods = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        methods: dict[str, Method] = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
+        return table(SERVICE, methods)
 
     async def index(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryIndexRequest. Raises InvalidRequest."""

@@ -5,12 +5,12 @@ from enum import IntEnum
 from functools import lru_cache
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-#: Most bytes in a frame that anyone may send without asking; this server asks for no more.
-MOST_BYTES = 16384
+#: Bytes of the largest frame that a peer may send by default (SETTINGS_MAX_FRAME_SIZE); this server allows no larger.
+MAX_FRAME_BYTES = 16384
 #: Bytes that both sides may send at first, on a connection and on each stream.
 DEFAULT_WINDOW = 65535
-MOST_WINDOW = 2**31 - 1
-MOST_STREAMS = 2**31 - 1
+MAX_WINDOW = 2**31 - 1
+MAX_STREAM = 2**31 - 1
 
 # Plain numbers, since comparing members of an enumeration for every frame is slow.
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -23,14 +23,14 @@ HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX
     range(1, 7)
 )
 
-#: Of a frame: length in two parts, 16 and 8 bits, type, flags, stream.
+#: A frame's head: its length in two parts of 16 and 8 bits, its type, its flags and its stream.
 HEAD = struct.Struct(">HBBBI")
 _SETTING = struct.Struct(">HI")
 _NUMBER = struct.Struct(">I")
 
 
 class ErrorCode(IntEnum):
-    """Why a stream or a connection ends (section 7)."""
+    """Reasons for which a stream or a connection ends (section 7)."""
 
     NO_ERROR = 0
     PROTOCOL_ERROR = 1
@@ -46,7 +46,7 @@ class ErrorCode(IntEnum):
 
 
 class ConnectionFault(Exception):
-    """What a peer did that ends its connection."""
+    """A peer did what ends its connection. code: told to the peer, with the text."""
 
     def __init__(self, code: ErrorCode, text: str) -> None:
         super().__init__(text)
@@ -55,47 +55,52 @@ class ConnectionFault(Exception):
 
 @lru_cache(1024)
 def head_of(kind: int, flags: int, size: int) -> bytes:
-    """A frame's head but for the stream."""
+    """Return the first five bytes of a frame's head: all but the stream."""
     return HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Return a whole frame."""
     return head_of(kind, flags, len(payload)) + stream.to_bytes(4) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
+    """Return a SETTINGS frame (section 6.5)."""
     return frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*value) for value in values.items()))
 
 
 def read_settings(payload: bytes) -> list[tuple[int, int]]:
-    """Raises ConnectionFault."""
+    """Return identifiers and values in their order. Raises ConnectionFault."""
     if len(payload) % _SETTING.size:
         raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"SETTINGS of {len(payload)} bytes")
     return list(_SETTING.iter_unpack(payload))
 
 
 def window_update(stream: int, more: int) -> bytes:
+    """Return a WINDOW_UPDATE frame (section 6.9)."""
     return frame(WINDOW_UPDATE, 0, stream, _NUMBER.pack(more))
 
 
 def reset(stream: int, code: ErrorCode) -> bytes:
+    """Return a RST_STREAM frame (section 6.4)."""
     return frame(RST_STREAM, 0, stream, _NUMBER.pack(code))
 
 
 def go_away(last_stream: int, code: ErrorCode, text: str = "") -> bytes:
+    """Return a GOAWAY frame (section 6.8)."""
     return frame(GOAWAY, 0, 0, _NUMBER.pack(last_stream) + _NUMBER.pack(code) + text.encode())
 
 
 def read_number(payload: bytes, name: str) -> int:
-    """The one number of 31 bits that a frame holds. Raises ConnectionFault."""
+    """Return the one number of 31 bits that a frame holds. Raises ConnectionFault."""
     if len(payload) != _NUMBER.size:
         raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"{name} of {len(payload)} bytes")
     number: int = _NUMBER.unpack(payload)[0]
-    return number & MOST_WINDOW
+    return number & MAX_WINDOW
 
 
-def without_padding(flags: int, payload: bytes) -> bytes:
-    """Raises ConnectionFault."""
+def without_padding(flags: int, payload: bytes | memoryview) -> bytes | memoryview:
+    """Return a frame's payload without its padding (section 6.1). Raises ConnectionFault."""
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):
@@ -104,11 +109,19 @@ def without_padding(flags: int, payload: bytes) -> bytes:
 
 
 def header_frames(stream: int, block: bytes, end_stream: bool) -> bytes:
-    """A header block in a HEADERS frame, and as many CONTINUATION frames as it needs."""
+    """Return a header block in a HEADERS frame and as many CONTINUATION frames as it needs (section 6.10)."""
     flags = END_STREAM if end_stream else 0
-    if len(block) <= MOST_BYTES:
+    if len(block) <= MAX_FRAME_BYTES:
         return frame(HEADERS, flags | END_HEADERS, stream, block)
-    pieces = [block[at : at + MOST_BYTES] for at in range(0, len(block), MOST_BYTES)]
+    pieces = [block[at : at + MAX_FRAME_BYTES] for at in range(0, len(block), MAX_FRAME_BYTES)]
     frames = [frame(HEADERS, flags, stream, pieces[0])]
     frames += [frame(CONTINUATION, 0, stream, piece) for piece in pieces[1:-1]]
     return b"".join((*frames, frame(CONTINUATION, END_HEADERS, stream, pieces[-1])))
+
+
+def check_setting(setting: int, value: int) -> None:
+    """Raise ConnectionFault for a value that a setting may not have (section 6.5.2)."""
+    if setting == INITIAL_WINDOW_SIZE and value > MAX_WINDOW:
+        raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {value} bytes")
+    if (setting == ENABLE_PUSH and value > 1) or (setting == MAX_FRAME_SIZE and not MAX_FRAME_BYTES <= value < 2**24):
+        raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"setting {setting} of {value}")

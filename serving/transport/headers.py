@@ -1,36 +1,47 @@
-"""Header blocks: of requests to what they ask for, of answers to bytes (HPACK, RFC 7541)."""
+"""Header blocks: from a request's to what it asks for, and from an answer's fields to bytes (HPACK, RFC 7541)."""
 
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 from urllib.parse import quote_from_bytes
 
 import grpc
 from hpack import Decoder
-from hpack.exceptions import HPACKDecodingError, HPACKError
+from hpack.exceptions import HPACKError
 
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.messages import ENCODINGS
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-#: Most bytes of a request's headers, counted as in RFC 9113, section 6.5.2. Somewhat more is read, and answered.
-MOST_BYTES = 16384
-MOST_BYTES_READ = 4 * MOST_BYTES
+#: Bytes of a request's headers that are allowed, counted as in RFC 9113, section 6.5.2.
+MAX_BYTES = 16384
+#: Bytes of a header block that is decoded in full; of a larger one only what later blocks need.
+MAX_BYTES_DECODED = 4 * MAX_BYTES
+#: Bytes of the largest header block that is read at all; a larger one ends its connection.
+MAX_BLOCK_BYTES = 2**20
+# Fields of a block that is not decoded in full; more of them end the connection.
+_MAX_FIELDS_SKIPPED = 4096
+_FIELDS_WITH_PATH = 6  # resizes and pseudo-headers, which come first
+_MAX_CONTINUATIONS = 8  # beside those that are half full at least
+_HALF_FRAME_BYTES = 8192
 _FIELD_BYTES = 32
-_MOST_RESIZED = 2
+_MAX_RESIZED = 2
 IDENTITY = "identity"
+KNOWN_ENCODINGS = (IDENTITY, *ENCODINGS)
 _ENCODING = "grpc-encoding"
 #: Before an answer's first headers, for a client that wants a smaller table: none at all.
 NO_TABLE = b"\x20"
 _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
-_MOST_KNOWN = 64
-_MOST_KNOWN_BYTES = 2048  # of headers that are remembered
+_MAX_KNOWN = 64
+_MAX_KNOWN_BYTES = 2048  # of headers that are remembered
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-# What a call has beside its metadata.
+# Headers that are the protocol's, not a call's metadata.
 _OF_PROTOCOL = {"te", "content-type", "grpc-timeout", _ENCODING, "grpc-accept-encoding"}
 _OF_CONNECTION = {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
 # In a status message, what stands for itself (PROTOCOL-HTTP2.md: Percent-Byte-Unencoded).
@@ -45,11 +56,11 @@ class MalformedRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RequestHead(Generic[Method]):
-    """What the headers of a request say.
+    """A request, as its headers describe it.
 
     http_status: why it is no gRPC request, or 200. method: None for one that is not known. timeout: in seconds.
     timeout_error: what came in place of one. encoding: of messages that are compressed. size: bytes of all headers, as
-    MOST_BYTES counts them.
+    MAX_BYTES counts them. acceptable: a known method can take it.
     """
 
     http_status: int
@@ -60,70 +71,178 @@ class RequestHead(Generic[Method]):
     encoding: str
     metadata: Metadata
     size: int
+    acceptable: bool
 
 
-class _Decoder(Decoder):
-    """Lets a block change the table's size twice, which is as often as it may need to (RFC 7541, section 4.2)."""
+class HeaderBlock:
+    """A header block that comes in a HEADERS frame and several CONTINUATION frames (RFC 9113, section 6.10).
 
-    resized = 0
+    flags: of the HEADERS frame.
+    """
 
-    def _update_encoding_context(self, data: bytes | memoryview) -> int:
-        self.resized += 1
-        if self.resized > _MOST_RESIZED:
-            raise HPACKDecodingError("the table's size changes again and again")
-        consumed: int = super()._update_encoding_context(data)
-        return consumed
+    __slots__ = ("_continuations", "_data", "flags", "stream")
+
+    def __init__(self, stream: int, flags: int, data: bytes) -> None:
+        self.stream = stream
+        self.flags = flags
+        self._data = bytearray(data)
+        self._continuations = 0
+
+    def add(self, data: bytes) -> None:
+        """Raises ConnectionFault for a block that is too large, or in too many small pieces."""
+        self._data += data
+        self._continuations += 1
+        allowed = _MAX_CONTINUATIONS + len(self._data) // _HALF_FRAME_BYTES
+        if len(self._data) > MAX_BLOCK_BYTES or self._continuations > allowed:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
+
+    @property
+    def data(self) -> bytes:
+        """The block as far as it has come."""
+        return bytes(self._data)
 
 
 class HeaderReader(Generic[Method]):
     """Reads a connection's header blocks. find: the method with a path, or None.
 
-    A client's requests mostly have the same headers, and once HPACK's table has them, the same bytes. So what a block
-    says is remembered for as long as the table does not change.
+    A client's requests mostly have the same headers, and once HPACK's table has them, the same bytes. So a block's
+    meaning is remembered for as long as the table does not change.
     """
 
     def __init__(self, find: Callable[[str], Method | None]) -> None:
         self._find = find
-        self._decoder = _Decoder(MOST_BYTES_READ)
+        self._decoder = Decoder(MAX_BYTES_DECODED)
         self._known: dict[bytes, RequestHead[Method]] = {}
 
     def read(self, block: bytes) -> RequestHead[Method]:
-        """Raises ConnectionFault, after which no further block can be read, and MalformedRequest."""
+        """Return the request of a block. One above MAX_BYTES_DECODED has no method and no metadata.
+
+        Raises ConnectionFault, after which no further block can be read, and MalformedRequest.
+        """
         if head := self._known.get(block):
             return head
+        if len(block) > MAX_BYTES_DECODED:
+            return RequestHead(200, self._skip_large(block), None, None, "", IDENTITY, (), len(block), False)
         first, count, size = self._table()
         fields = self._decode(block)
         now = self._table()
         changed = now[0] is not first or now[1:] != (count, size)
-        if changed or len(self._known) >= _MOST_KNOWN:
+        if changed or len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         head = _request(fields, self._find)
-        if not changed and max(len(block), head.size) <= _MOST_KNOWN_BYTES:
+        if not changed and max(len(block), head.size) <= _MAX_KNOWN_BYTES:
             self._known[block] = head
         return head
 
     def skip(self, block: bytes) -> None:
         """Read a block that belongs to nothing, for the table that later ones need. Raises ConnectionFault."""
-        if block not in self._known:
+        if block in self._known:
+            return
+        if len(block) > MAX_BYTES_DECODED:
+            self._skip_large(block)
+        else:
             self._decode(block)
             self._known.clear()
 
     def _decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
-        """Name and value of each header. Raises ConnectionFault."""
-        self._decoder.resized = 0
+        """Return name and value of each header. Raises ConnectionFault."""
+        if block[:1] and block[0] & 0xE0 == 0x20:
+            _count_resizes(block)
+        return self._decode_part(block)
+
+    def _decode_part(self, part: bytes) -> Iterable[tuple[bytes, bytes]]:
         try:
-            return self._decoder.decode(block, raw=True)
+            return self._decoder.decode(part, raw=True)
         except HPACKError as error:
             raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "headers that cannot be read, or too many") from error
 
+    def _skip_large(self, block: bytes) -> str:
+        """Do to the table what a large block does, decoding nothing that it need not; return the path.
+
+        What does not go into the table is passed over, and an entry that is larger than the table empties it
+        (RFC 7541, section 4.4). Raises ConnectionFault.
+        """
+        self._known.clear()
+        resized = _count_resizes(block)
+        path, table_bytes = "", self._decoder.header_table_size
+        for number, (begin, end, indexed) in enumerate(_fields(block)):
+            if number == _MAX_FIELDS_SKIPPED:
+                raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
+            if number >= resized and block[begin] & 0xE0 == 0x20:
+                raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "the table's size changes within headers")
+            if indexed and (end - begin) * 8 // 30 > table_bytes:  # of Huffman's code no symbol takes more than 30 bits
+                self._decoder.header_table_size = 0
+                self._decoder.header_table_size = table_bytes
+            elif indexed or (number < _FIELDS_WITH_PATH and end - begin < MAX_BYTES):
+                for name, value in self._decode_part(block[begin:end]):
+                    if name == b":path":
+                        path = value.decode("latin-1")
+                table_bytes = self._decoder.header_table_size
+        return path
+
     def _table(self) -> tuple[object, int, int]:
-        """Tells whether the table has changed: each change puts a new entry first, or leaves fewer."""
+        """Return what tells whether the table has changed: each change puts a new entry first, or leaves fewer."""
         table = self._decoder.header_table
         entries = table.dynamic_entries
         return entries[0] if entries else None, len(entries), table.maxsize
 
 
+def _count_resizes(block: bytes) -> int:
+    """Return how often a block changes the table's size before its headers.
+
+    Raises ConnectionFault if that is more often than it may need to (RFC 7541, section 4.2).
+    """
+    at = count = 0
+    while at < len(block) and block[at] & 0xE0 == 0x20:
+        _, at = _integer(block, at, 5)
+        count += 1
+    if count > _MAX_RESIZED:
+        raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "the table's size changes again and again")
+    return count
+
+
+def _fields(block: bytes) -> Iterator[tuple[int, int, bool]]:
+    """Yield begin and end of each field of a block, and whether it may change the table (RFC 7541, section 6).
+
+    Raises ConnectionFault for a block that ends within a field.
+    """
+    at, end = 0, len(block)
+    while at < end:
+        begin, first = at, block[at]
+        if first & 0x80:
+            _, at = _integer(block, at, 7)
+            yield begin, at, False
+        elif first & 0xE0 == 0x20:
+            _, at = _integer(block, at, 5)
+            yield begin, at, True
+        else:
+            index, at = _integer(block, at, 6 if first & 0x40 else 4)
+            for _ in range(1 if index else 2):
+                size, at = _integer(block, at, 7)
+                at += size
+            if at > end:
+                raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "headers that end within a field")
+            yield begin, at, bool(first & 0x40)
+
+
+def _integer(block: bytes, at: int, prefix: int) -> tuple[int, int]:
+    """Return the integer at a place, and the place after it (RFC 7541, section 5.1). Raises ConnectionFault."""
+    most = (1 << prefix) - 1
+    part = block[at : at + 6]  # four bytes after the prefix reach beyond any block
+    if not part:
+        raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "headers that end within a field")
+    value = part[0] & most
+    if value < most:
+        return value, at + 1
+    for shift, byte in enumerate(part[1:]):
+        value += (byte & 127) << 7 * shift
+        if byte < 128:
+            return value, at + 2 + shift
+    raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "a number without end")
+
+
 def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method | None]) -> RequestHead[Method]:
+    """Raises MalformedRequest."""
     pseudo: dict[str, str] = {}
     special: dict[str, str] = {}
     metadata: list[tuple[str, str | bytes]] = []
@@ -156,12 +275,16 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
     timeout, given = None, special.get("grpc-timeout")
     if given and (match := _TIMEOUT.fullmatch(given)):
         timeout, given = int(match[1]) * _SECONDS[match[2]], None
-    encoding = special.get(_ENCODING, IDENTITY)
-    return RequestHead(status, path, find(path), timeout, given or "", encoding, tuple(metadata), size)
+    encoding, method = special.get(_ENCODING, IDENTITY), find(path)
+    acceptable = status == 200 and method is not None and size <= MAX_BYTES and encoding in KNOWN_ENCODINGS
+    return RequestHead(status, path, method, timeout, given or "", encoding, tuple(metadata), size, acceptable)
 
 
 def _binary(value: bytes) -> list[bytes]:
-    """Values of a ``-bin`` header, in base64 with or without padding, more than one divided by commas."""
+    """Return the values of a ``-bin`` header, in base64 with or without padding, several divided by commas.
+
+    Raises MalformedRequest.
+    """
     try:
         return [base64.b64decode(part + b"=" * (-len(part) % 4), validate=True) for part in value.split(b",")]
     except binascii.Error as error:
@@ -169,7 +292,7 @@ def _binary(value: bytes) -> list[bytes]:
 
 
 def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
-    """A header block that no earlier one is needed for: names and values as they are.
+    """Return a header block that depends on no earlier one: names and values as they are.
 
     Raises ValueError for a name or text that may not stand in a header.
     """
@@ -187,25 +310,39 @@ def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
 
 
 def _quoted(text: str) -> str:
-    """A status message as it stands in a header."""
+    """Return a status message as it stands in a header."""
     return quote_from_bytes(text.encode(), safe=_PLAIN)
 
 
 def status_fields(
     code: grpc.StatusCode, text: str, metadata: Iterable[tuple[str, str | bytes]] = ()
 ) -> list[tuple[str, str | bytes]]:
-    """The trailers of a call that did not go well."""
+    """Return the trailers of a call that did not go well."""
     message = [("grpc-message", _quoted(text))] if text else []
     return [("grpc-status", str(code.value[0])), *message, *metadata]
 
 
 def status_block(code: grpc.StatusCode, text: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> bytes:
-    """The header block of an answer that has nothing but a status."""
+    """Return the header block of an answer that has nothing but a status."""
     return ANSWER + write(status_fields(code, text, metadata))
 
 
+@dataclass(frozen=True)
+class Status:
+    """The end of a call: a code, a text for the client, and trailing metadata."""
+
+    code: grpc.StatusCode
+    text: str = ""
+    metadata: Metadata = ()
+
+    @cached_property
+    def block(self) -> bytes:
+        """The header block of an answer that has nothing but this status."""
+        return status_block(self.code, self.text, self.metadata)
+
+
 def _length(value: int) -> bytes:
-    """Of a text that is not Huffman-coded: a number with a prefix of seven bits (RFC 7541, section 5.1)."""
+    """Return the length of a text that is not Huffman-coded: a number with a prefix of seven bits (section 5.1)."""
     if value < 127:
         return bytes((value,))
     rest = value - 127

@@ -1,55 +1,39 @@
-"""The server: methods, listening sockets, and a stop that loses no call."""
+"""The native server: a method table, listening sockets, and a stop that loses no call."""
 
 import asyncio
-import inspect
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
 
-import grpc
-
-from serving.transport.call import Limits, Method
-from serving.transport.connection import Connection, Terms
+from serving.transport.connection import Connection
+from serving.transport.memory import Memory
+from serving.transport.methods import Method, Table, TransportLimits
 from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
+from serving.transport.terms import Terms
 
 _LAST_SECONDS = 0.2  # after the grace, for the last bytes to leave
-
-
-class _Details(NamedTuple):
-    """What a generic handler is asked with."""
-
-    method: str
-    invocation_metadata: tuple[()] = ()
+_LOOKS_A_STALL = 4  # at who makes no progress, in the time after which it is given up
 
 
 class GrpcServer:
-    """Serves gRPC without encryption. Handlers are added as to a ``grpc.aio.Server``, before ``start``.
-
-    One of a unary method may also be no coroutine: it is called at once, returns nothing, and answers then or later by
-    ``answer`` or ``finish`` of the call; where the call's ``given_up`` is set, it is told if nobody waits any more. Its
-    attribute ``door``, where it has one, can refuse calls by their headers alone, at a fraction of the cost.
+    """Serves a method table by gRPC over HTTP/2 without encryption (a TransportServer).
 
     connection_age: seconds after which a client's connection is renewed, 0 for never; grace: seconds that its calls
     then get to finish.
     """
 
-    def __init__(self, limits: Limits, connection_age: float = 0.0, grace: float = 0.0) -> None:
+    def __init__(self, limits: TransportLimits, connection_age: float = 0.0, grace: float = 0.0) -> None:
         self._methods: dict[str, Method] = {}
-        self._generic: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._connections: set[Connection] = set()
         self._listening: list[asyncio.AbstractServer] = []
         self._unix_sockets: list[UnixSocket] = []
         self._empty = asyncio.Event()
-        self._terms = Terms(self._find, limits, self._opened, self._lost, connection_age, grace)
+        self._looking: asyncio.TimerHandle | None = None
+        #: Who holds how many bytes.
+        self.memory = Memory(limits.bytes_under_way, limits.stall_seconds)
+        self._terms = Terms(self._methods.get, limits, self.memory, self._opened, self._lost, connection_age, grace)
 
-    def add_generic_rpc_handlers(self, handlers: "Iterable[grpc.GenericRpcHandler[Any, Any]]") -> None:
-        self._generic += handlers
-
-    def add_registered_method_handlers(
-        self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
-    ) -> None:
-        """The same methods as those of a generic handler, by their names."""
-        self._methods |= {f"/{service}/{name}": _method(handler) for name, handler in handlers.items()}
+    def add_methods(self, methods: Table) -> None:
+        """Serve these methods too; before ``start``."""
+        self._methods |= methods
 
     async def listen(self, host: str, port: int) -> int:
         """Open a port, 0 for any free one, and return it. Raises OSError.
@@ -75,14 +59,16 @@ class GrpcServer:
         )
 
     async def start(self) -> None:
+        """Take connections."""
         for listening in self._listening:
             await listening.start_serving()
+        self._look_for_stalled()
 
     async def drain(self, grace: float) -> None:
-        """Take no connection any more, and let clients open no more calls; returns once they know, and others are gone.
+        """Take no further connection or call; return once the clients know, or have gone.
 
-        Calls that were on their way are taken, and those under way go on, for ``grace`` seconds at most. What a client
-        calls later it may send elsewhere, which gRPC's clients do by themselves.
+        Calls that were on their way are taken, and those under way go on, for ``grace`` seconds at most. Later calls a
+        client may send elsewhere, which gRPC's clients do by themselves.
         """
         for listening in self._listening:
             listening.close()
@@ -108,6 +94,8 @@ class GrpcServer:
                 await asyncio.wait_for(self._empty.wait(), _LAST_SECONDS)
         for connection in list(self._connections):
             connection.abort()
+        if self._looking:
+            self._looking.cancel()
         await draining
 
     @property
@@ -125,33 +113,7 @@ class GrpcServer:
         if not self._connections:
             self._empty.set()
 
-    def _find(self, path: str) -> Method | None:
-        if path not in self._methods:
-            details: Any = _Details(path)
-            for generic in self._generic:
-                if handler := generic.service(details):
-                    self._methods[path] = _method(handler)
-                    break
-            else:  # not remembered: clients could ask for any number
-                return None
-        return self._methods[path]
-
-
-def _method(handler: "grpc.RpcMethodHandler[Any, Any]") -> Method:
-    kinds: dict[tuple[bool, bool], Any] = {
-        (False, False): handler.unary_unary,
-        (False, True): handler.unary_stream,
-        (True, False): handler.stream_unary,
-        (True, True): handler.stream_stream,
-    }
-    many = bool(handler.request_streaming), bool(handler.response_streaming)
-    behaviour = kinds[many]
-    at_once = many == (False, False) and not inspect.iscoroutinefunction(behaviour)
-    return Method(
-        behaviour,
-        *many,
-        handler.request_deserializer,
-        handler.response_serializer,
-        at_once,
-        getattr(behaviour, "door", None),
-    )
+    def _look_for_stalled(self) -> None:
+        """Give up calls whose clients make no progress, now and again and again."""
+        self.memory.evict_stalled(self._loop.time())
+        self._looking = self._loop.call_later(self.memory.stall_seconds / _LOOKS_A_STALL, self._look_for_stalled)

@@ -1,0 +1,86 @@
+"""The door of a method: calls are refused by their headers alone, at a fraction of a request's cost."""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import grpc
+
+from serving.errors import ServingError
+from serving.metrics.registry import ModelMetrics
+from serving.rpc.recorder import Recorder
+from serving.rpc.status import status_of
+from serving.transport.headers import Metadata, Status
+
+#: Returns the error that a call is refused with unread, and the metrics that count it, or None; by the seconds that its
+#: client gives it, and how many calls are to be begun before it.
+Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
+
+_MAX_STATUSES = 1024  # of refusals that are kept
+
+
+class Notes(Protocol):
+    """Counts and logs refused requests; see Edge."""
+
+    def to_status(self, error: Exception, requests: int = 1, /) -> tuple[grpc.StatusCode, str]:
+        """Return the code and the text that clients are told, and count them."""
+
+    def note_refusals(
+        self, method: str, requests: list[Metadata], seconds: float, code: grpc.StatusCode, text: str, /
+    ) -> None:
+        """Log requests that got the same error."""
+
+
+class _Refused(NamedTuple):
+    """A refusal of one turn: how many calls were expected, the status, and the metadata of all that were refused so."""
+
+    expected: int
+    status: Status
+    calls: list[Metadata]
+
+
+class MethodDoor:
+    """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
+
+    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which the queue
+    hardly gets shorter, and they are counted together.
+    """
+
+    def __init__(self, notes: Notes, record: Recorder, refusal: Refusal) -> None:
+        self._notes = notes
+        self._record = record
+        self._refusal = refusal
+        # Of this turn: the latest refusal by timeout, and what is to be counted by error.
+        self._known: dict[float | None, _Refused] = {}
+        self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
+        # By error, what a client is sent: the same one serves many calls.
+        self._statuses: dict[ServingError, Status] = {}
+
+    def __call__(self, timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
+        """Return the status of a refusal, or None. expected: how many calls are to be begun before this one."""
+        refused = self._known.get(timeout)
+        if refused is None or expected < refused.expected:
+            if (refusal := self._refusal(timeout, expected)) is None:
+                return None
+            if not self._uncounted:
+                asyncio.get_running_loop().call_soon(self._count)
+            error, metrics = refusal
+            _, calls = self._uncounted.setdefault(error, (metrics, []))
+            refused = self._known[timeout] = _Refused(expected, self._status(error), calls)
+        refused.calls.append(metadata)
+        return refused.status
+
+    def _status(self, error: ServingError) -> Status:
+        if (status := self._statuses.get(error)) is None:
+            if len(self._statuses) >= _MAX_STATUSES:
+                self._statuses.clear()
+            status = self._statuses[error] = status_of(error)
+        return status
+
+    def _count(self) -> None:
+        uncounted, self._uncounted, self._known = self._uncounted, {}, {}
+        for error, (metrics, calls) in uncounted.items():
+            code, text = self._notes.to_status(error, len(calls))
+            self._record.refuse(code, len(calls))
+            metrics.failed(error, 0.0, len(calls))
+            self._notes.note_refusals(self._record.name, calls, 0.0, code, text)

@@ -1,0 +1,180 @@
+"""Length-prefixed messages (gRPC's PROTOCOL-HTTP2.md): a request's bytes in, its messages out.
+
+Pure: no socket, no clock.
+"""
+
+import struct
+import zlib
+from typing import Any
+
+import grpc
+
+#: Encodings of messages that a client may use, and zlib's parameter for each.
+ENCODINGS = {"gzip": 31, "deflate": 15}
+#: Stands before each message: whether it is compressed, and its length.
+PREFIX = struct.Struct(">BI")
+_PREFIX_BYTES = PREFIX.size
+_unpack_prefix = PREFIX.unpack_from
+# Bytes that are inflated at once, in some 0.2 ms; the rest of a message is left to a thread.
+_MAX_INFLATED_AT_ONCE = 2**16
+
+
+class MessageError(Exception):
+    """A request's bytes are not the messages expected; the call ends with this code and text."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Inflation:
+    """A compressed message of which only the beginning is inflated yet."""
+
+    def __init__(self, data: bytes, encoding: str, max_bytes: int) -> None:
+        self.size = len(data)
+        self._encoding = encoding
+        self._max_bytes = max_bytes
+        self._reader: Any = zlib.decompressobj(ENCODINGS[encoding])
+        self._begin = self._inflate(data, _MAX_INFLATED_AT_ONCE)
+
+    @property
+    def done(self) -> bool:
+        """Tell if nothing is left to be inflated."""
+        return self._begin is None or self._reader.eof
+
+    def rest(self) -> bytes | None:
+        """Inflate what is left, in any thread; None if it cannot be inflated."""
+        if self._begin is None:
+            return None
+        return self._inflate(self._reader.unconsumed_tail, self._max_bytes + 1 - len(self._begin))
+
+    def message(self, rest: bytes | None, limit_text: str) -> bytes:
+        """Return the whole message. Raises MessageError."""
+        message = None if self._begin is None or rest is None else self._begin + rest
+        if message is not None and len(message) > self._max_bytes:
+            shown = f"more than {self._max_bytes} bytes once decompressed"
+            raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"request: {shown}; {limit_text}")
+        if message is None or not self._reader.eof or self._reader.unused_data:
+            text = f"{self.size} bytes that are not a message in {self._encoding}"
+            raise MessageError(grpc.StatusCode.INVALID_ARGUMENT, text)
+        return message
+
+    def _inflate(self, data: bytes, max_bytes: int) -> bytes | None:
+        try:
+            inflated: bytes = self._reader.decompress(data, max_bytes)
+        except zlib.error:
+            return None
+        return inflated
+
+
+def whole(data: bytes | memoryview) -> bytes | None:
+    """Return the message of bytes that are exactly one, not compressed; None for any others."""
+    size = len(data) - _PREFIX_BYTES
+    if size < 0 or _unpack_prefix(data) != (0, size):
+        return None
+    message = data[_PREFIX_BYTES:]
+    return message if isinstance(message, bytes) else bytes(message)
+
+
+class MessageReader:
+    """Cuts the bytes of one request into messages, in their order.
+
+    max_bytes: bytes of the largest message. limit_text: told to a client that exceeds it. encoding: of messages that
+    are compressed.
+    """
+
+    __slots__ = ("_encoding", "_flag", "_limit_text", "_max_bytes", "_missing", "_parts", "buffered", "inflation")
+
+    def __init__(self, max_bytes: int, limit_text: str, encoding: str) -> None:
+        self._max_bytes = max_bytes
+        self._limit_text = limit_text
+        self._encoding = encoding
+        self._flag = 0  # of the message that has begun
+        self._missing = -1  # bytes that it lacks; -1 while its prefix is not whole
+        self._parts: list[
+            bytes | memoryview
+        ] = []  # of the message, or of its prefix, or what came since an inflation began
+        #: Bytes that are kept, since they are no whole message yet, or since it is being inflated.
+        self.buffered = 0
+        #: The message that is to be inflated before what came after it is read.
+        self.inflation: Inflation | None = None
+
+    def feed(self, data: bytes | memoryview) -> list[bytes]:
+        """Return the messages that more bytes complete. Raises MessageError, after which nothing more can be read.
+
+        While there is an ``inflation`` the bytes are kept, and ``inflated`` returns what they hold.
+        """
+        if self.inflation or (self._missing < 0 and self._parts):
+            self._keep(data)
+            if self.inflation or self.buffered < PREFIX.size:
+                return []
+            data = self._take_kept()
+        messages: list[bytes] = []
+        at, end = 0, len(data)
+        while True:
+            if self._missing < 0:
+                if end - at < PREFIX.size:
+                    break
+                self._begin(*PREFIX.unpack_from(data, at))
+                at += PREFIX.size
+            piece = data[at : at + self._missing]
+            at += len(piece)
+            self._missing -= len(piece)
+            if self._missing:
+                self._keep(piece)
+                return messages
+            message = self._joined(piece)
+            self._missing = -1
+            if self._flag:
+                inflation = Inflation(message, self._encoding, self._max_bytes)
+                if not inflation.done:
+                    self.inflation = inflation
+                    self.buffered += inflation.size
+                    break
+                message = inflation.message(b"", self._limit_text)
+            messages.append(message)
+        if at < end:
+            self._keep(data[at:])
+        return messages
+
+    def inflated(self, rest: bytes | None) -> list[bytes]:
+        """Return the message that was inflated, by what its ``rest`` gave, and those after it. Raises MessageError."""
+        assert self.inflation
+        message = self.inflation.message(rest, self._limit_text)
+        self.inflation = None
+        return [message, *self.feed(self._take_kept())]
+
+    def _begin(self, flag: int, length: int) -> None:
+        """Note the prefix of a message. Raises MessageError."""
+        if length > self._max_bytes:
+            text = f"request: {length} bytes; {self._limit_text}"
+            raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        if flag and (flag != 1 or self._encoding not in ENCODINGS):
+            text = "a message is compressed; grpc-encoding does not say how"
+            raise MessageError(grpc.StatusCode.INTERNAL, text)
+        self._flag, self._missing = flag, length
+
+    def settle(self) -> None:
+        """Copy what is kept as a view, which holds all bytes that came with it in memory."""
+        if self._parts and isinstance(self._parts[-1], memoryview):
+            self._parts = [bytes(part) for part in self._parts]
+
+    def _keep(self, data: bytes | memoryview) -> None:
+        if data:
+            self._parts.append(data)
+            self.buffered += len(data)
+
+    def _take_kept(self) -> bytes:
+        kept = b"".join(self._parts)
+        self._parts.clear()
+        self.buffered = 0
+        return kept
+
+    def _joined(self, last: bytes | memoryview) -> bytes:
+        """Return the message that a last piece completes, with one copy of what came before."""
+        if not self._parts:
+            return bytes(last)
+        message = b"".join((*self._parts, last))
+        self._parts.clear()
+        self.buffered = 0
+        return message

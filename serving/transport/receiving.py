@@ -1,0 +1,326 @@
+"""The receiving half of a call, and the two kinds of call that are made of both halves."""
+
+import asyncio
+from abc import abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import ClassVar
+
+import grpc
+
+from serving.transport import messages
+from serving.transport.call import CLOSED, HALF_CLOSED_REMOTE, OPEN, Call
+from serving.transport.frames import ErrorCode, window_update
+from serving.transport.headers import RequestHead
+from serving.transport.messages import Inflation, MessageError, MessageReader
+from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
+from serving.transport.streams import Streams
+
+#: Bytes of a call that a client may send ahead of what is read.
+WINDOW = 2**18
+_LOW_WINDOW = WINDOW // 2  # at which it is filled up
+_MESSAGE_BYTES = 64  # that a message takes beside its own
+_MESSAGE_BYTES_WITH_PREFIX = _MESSAGE_BYTES + messages.PREFIX.size
+_MAX_UNSENT_BYTES = 2**16  # of answers that wait for the client, after which a stream's handler waits
+
+
+class ReceivingCall(Call):
+    """A call that reads what its client sends. What becomes of its messages, the subclasses know."""
+
+    #: Nothing is done before the client has sent all.
+    needs_all: ClassVar[bool]
+
+    _may_receive = WINDOW
+    _reader: MessageReader | None = None  # of messages that do not come in one piece each
+    _inflating: Inflation | None = None
+
+    @abstractmethod
+    def _take(self, message: bytes) -> None:
+        """Take a message that has come."""
+
+    @abstractmethod
+    def _take_end(self) -> None:
+        """Take note that all messages have been taken."""
+
+    def begin(self) -> None:
+        """Take note that the call is let in; most handlers start only once the request has come."""
+
+    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
+        """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
+        self._may_receive -= size
+        if self._may_receive < 0:
+            self.streams.reset_faulty(self, ErrorCode.FLOW_CONTROL_ERROR)
+            return
+        if self.state is HALF_CLOSED_REMOTE:
+            self.streams.reset_faulty(self, ErrorCode.STREAM_CLOSED)
+            return
+        if end:
+            self.state = HALF_CLOSED_REMOTE
+        if self.sending.trailers is None:
+            self._read(data)
+
+    def end(self) -> None:
+        """Take note that the client has sent all, and said so without data."""
+        if self.state is OPEN:
+            self.state = HALF_CLOSED_REMOTE
+            if not self.over and not (self._reader and self._reader.inflation):
+                self._end_of_request()
+
+    def wait_for_client(self) -> None:
+        """Take note that what the client is to send has not come in full."""
+        if self.needs_all and not self.over:
+            self.streams.memory.waits(self, self.streams.loop.time())
+
+    def settle(self) -> None:
+        """Keep no view of bytes that came together with others."""
+        if self._reader is not None:
+            self._reader.settle()
+
+    def _at_once(self, data: bytes | memoryview, size: int) -> bytes | None:
+        """Return the message of a frame that is one, and hold it; None where more is to be looked at."""
+        streams, sending = self.streams, self._sending
+        if self._reader is not None or self.state is not OPEN or size > self._may_receive:
+            return None
+        if sending is not None and sending.trailers is not None:
+            return None
+        memory, held = streams.memory, size + _MESSAGE_BYTES
+        if memory.used + held > memory.max_bytes or size > streams.limits.message_bytes:
+            return None
+        message = messages.whole(data)
+        if message is not None:
+            memory.used += held
+            self.held += held
+        return message
+
+    def _read(self, data: bytes | memoryview) -> None:
+        """Read what came, on top of what is there."""
+        reader, limits = self._reader, self.streams.limits
+        if reader is None:
+            message = messages.whole(data)
+            if message is not None and len(message) <= limits.message_bytes:
+                self._received([message], len(data))
+                return
+            reader = self._reader = MessageReader(limits.message_bytes, limits.message_text, self._head.encoding)
+        before = reader.buffered
+        try:
+            received = reader.feed(data)
+        except MessageError as error:
+            self.refuse(error.code, str(error))
+        else:
+            self._received(received, reader.buffered - before + _size(received))
+
+    def _received(self, received: list[bytes], size: int) -> None:
+        """Take whole messages; size: bytes by which they, and what the reader keeps, have grown."""
+        memory, reader = self.streams.memory, self._reader
+        memory.hold(self, size + _MESSAGE_BYTES * len(received))
+        if (reader is not None and reader.buffered) or (self.needs_all and self.state is OPEN):
+            memory.waits(self, self.streams.loop.time())
+        elif self.waits and not self.sending.size:
+            memory.works(self)
+        if memory.used > memory.max_bytes:
+            memory.make_room(self)
+        for message in received:
+            if self.over:
+                return
+            self._take(message)
+        if self.over:
+            return
+        if reader is not None and reader.inflation:
+            self._inflate(reader, reader.inflation)
+        elif self.state is HALF_CLOSED_REMOTE:
+            self._end_of_request()
+        else:
+            self._let_send()
+
+    def _end_of_request(self) -> None:
+        if self._reader is not None and self._reader.buffered:
+            self.refuse(grpc.StatusCode.INVALID_ARGUMENT, "request: ends within a message")
+        else:
+            self._take_end()
+
+    def _inflate(self, reader: MessageReader, inflation: Inflation) -> None:
+        """Inflate a large message in a thread, since others would wait for it; what came after it waits."""
+        if inflation is not self._inflating:
+            self._inflating = inflation
+            inflating = self.streams.loop.run_in_executor(None, inflation.rest)
+            inflating.add_done_callback(lambda rest: self._inflated(reader, rest))
+
+    def _inflated(self, reader: MessageReader, rest: "asyncio.Future[bytes | None]") -> None:
+        if self.over or rest.cancelled():
+            return
+        before = reader.buffered
+        try:
+            received = reader.inflated(rest.result())
+        except MessageError as error:
+            self.refuse(error.code, str(error))
+        except Exception as error:  # memory may have run out
+            self._stop_handler()
+            self._fail(error)
+        else:
+            self._received(received, reader.buffered - before + _size(received))
+
+    def _let_send(self) -> None:
+        """Let the client send as much again as the window holds."""
+        if self.state is OPEN and self._may_receive < _LOW_WINDOW:
+            self.streams.send(window_update(self.stream, WINDOW - self._may_receive))
+            self._may_receive = WINDOW
+
+    def _all_sent(self) -> None:
+        if not (self._reader and self._reader.buffered):
+            self.streams.memory.works(self)
+        self.wake_writer()
+
+
+class UnaryCall(ReceivingCall):
+    """A call with one request and one answer."""
+
+    needs_all = True
+    _message: bytes | None = None
+
+    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
+        # Most calls come this way: all of the message in one frame, which ends the request.
+        if end and self._message is None and (message := self._at_once(data, size)) is not None:
+            self.state = HALF_CLOSED_REMOTE
+            if self.waits:
+                self.streams.memory.works(self)
+            self._message = message
+            self._begin(message)
+            return
+        super().receive(data, size, end)
+
+    def _take(self, message: bytes) -> None:
+        if self._message is not None:
+            self.refuse(grpc.StatusCode.UNIMPLEMENTED, "several messages; expected one")
+        self._message = message
+
+    def _take_end(self) -> None:
+        if self._message is None:
+            self.refuse(grpc.StatusCode.UNIMPLEMENTED, "no message; expected one")
+        else:
+            self._begin(self._message)
+
+    def _begin(self, message: bytes) -> None:
+        """Have the handler answer a message that is all there is."""
+        method = self._head.method
+        if not isinstance(method, CallbackMethod):
+            self._start_task()
+            return
+        try:
+            returned: object = method.begin(message, self)  # type: ignore[func-returns-value]
+            if returned is not None:  # a coroutine would never run
+                raise TypeError(f"a handler has returned {type(returned).__name__}; expected nothing")
+        except Abort as abort:
+            self.finish(abort.status.code, abort.status.text, abort.status.metadata)
+        except Exception as error:
+            self._fail(error)
+
+    async def _handle(self) -> None:
+        method = self._head.method
+        assert isinstance(method, UnaryMethod) and self._message is not None
+        answer = await method.answer(self._message, self)
+        if answer is not None:
+            self.answer(answer)
+        elif not self.over:
+            raise TypeError("a handler has ended without an answer")
+
+
+class StreamCall(ReceivingCall):
+    """A call with any number of requests and answers. It also is the iterator of its requests."""
+
+    needs_all = False
+    _reading: asyncio.Future[None] | None = None  # of a handler that waits for a message
+    _room: asyncio.Future[None] | None = None  # of a handler that waits for the client to read
+
+    def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
+        super().__init__(streams, stream, head)
+        self._messages: deque[bytes] = deque()
+
+    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
+        # Most messages come this way: each in a frame of its own.
+        if not end and (message := self._at_once(data, size)) is not None:
+            self._may_receive -= size
+            self._messages.append(message)
+            if (reading := self._reading) is not None and not reading.done():
+                reading.set_result(None)
+            return
+        super().receive(data, size, end)
+
+    def begin(self) -> None:
+        """Start the handler, which reads what comes."""
+        self._start_task()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._messages:
+            inflating = self._reader is not None and self._reader.inflation
+            if self.state is CLOSED or (self.state is HALF_CLOSED_REMOTE and not inflating):
+                raise StopAsyncIteration
+            self._reading = self.streams.loop.create_future()
+            await self._reading
+        message = self._messages.popleft()
+        released = len(message) + _MESSAGE_BYTES_WITH_PREFIX
+        self.held -= released
+        self.streams.memory.used -= released
+        if self._may_receive < _LOW_WINDOW:
+            self._let_send()
+        return message
+
+    def wake_writer(self) -> None:
+        if self._room and not self._room.done():
+            self._room.set_result(None)
+
+    async def _handle(self) -> None:
+        method = self._head.method
+        assert isinstance(method, StreamMethod)
+        answers = method.answers(self, self)
+        async with aclosing(answers):  # type: ignore[type-var]
+            async for answer in answers:
+                await self._write(answer)
+        self.finish(grpc.StatusCode.OK)
+
+    async def _write(self, data: bytes) -> None:
+        """Send one answer; wait while the client does not read."""
+        streams, sending = self.streams, self.sending
+        if self.state is CLOSED or sending.trailers is not None:
+            return
+        if not self._headers_sent:
+            self._send_headers()
+        sent = sending.message(data)
+        if sent is not None:
+            streams.send_answer(sent)
+        else:
+            self._put(data)
+        while self.state is not CLOSED and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
+            self._room = streams.loop.create_future()
+            await self._room
+
+    def _take(self, message: bytes) -> None:
+        self._messages.append(message)
+        self._wake_reader()
+
+    def _take_end(self) -> None:
+        self._wake_reader()
+
+    def _let_send(self) -> None:
+        if not self._messages:
+            super()._let_send()
+
+    def _wake_reader(self) -> None:
+        if self._reading and not self._reading.done():
+            self._reading.set_result(None)
+
+    def _close(self) -> None:
+        if self.state is CLOSED:
+            return
+        super()._close()
+        self._messages.clear()  # a reader that is awake already must not release them once more
+        self._wake_reader()
+        self.wake_writer()
+
+
+def _size(received: list[bytes]) -> int:
+    """Return the bytes of messages with their prefixes."""
+    return sum(map(len, received)) + messages.PREFIX.size * len(received)

@@ -1,0 +1,91 @@
+"""The reception of a connection: new calls are let in or turned away."""
+
+from typing import Any
+
+import grpc
+
+from serving.transport import headers
+from serving.transport.frames import ErrorCode
+from serving.transport.headers import RequestHead, Status
+from serving.transport.methods import Method, StreamMethod
+from serving.transport.receiving import StreamCall, UnaryCall
+from serving.transport.streams import OpenCall, Streams, StreamState
+
+
+class Reception:
+    """Lets the calls of a connection in, or answers them by their headers alone."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        # Of the bytes that are being read: calls; streams of those that a door has let in and that have yet to come in
+        # full; and streams that are answered already, which are half-closed (local) while the client sends the rest.
+        self._opened: list[OpenCall] = []
+        self._expected: set[int] = set()
+        self._unwanted: set[int] = set()
+
+    def open(self, stream: int, head: RequestHead[Method], end: bool) -> None:
+        """Take a new call; end: its client has sent all."""
+        method = head.method
+        if not head.acceptable or method is None:
+            self._answer(stream, self._turned_away(head), end)
+            return
+        if method.door:
+            if (status := method.door(head.timeout, head.metadata, len(self._expected))) is not None:
+                self._answer(stream, status.block, end)
+                return
+            self._expected.add(stream)
+        streams = self._streams
+        many = isinstance(method, StreamMethod)
+        call = StreamCall(streams, stream, head) if many else UnaryCall(streams, stream, head)
+        streams.calls[stream] = call
+        self._opened.append(call)
+        memory = streams.memory
+        if memory.used > memory.max_bytes:
+            memory.make_room(call)
+        if head.timeout_error:
+            call.refuse(grpc.StatusCode.INTERNAL, f"grpc-timeout: {head.timeout_error!r} is not a timeout")
+        if many and not call.over:
+            call.begin()
+        if end:
+            call.end()
+        if end or call.over:
+            self.came_in_full(stream)
+
+    def came_in_full(self, stream: int) -> None:
+        """Take note that a client sends nothing more on a stream."""
+        self._expected.discard(stream)
+        if self._unwanted:
+            self._unwanted.discard(stream)
+
+    def all_read(self) -> None:
+        """Take note that all that has come is read. More may never come, and others are not to be refused for it."""
+        self._expected.clear()
+        for call in self._opened:
+            if call.state is StreamState.OPEN:
+                call.wait_for_client()
+        self._opened.clear()
+        if self._unwanted:  # their clients need not send the rest
+            for stream in self._unwanted:
+                self._streams.send_reset(stream, ErrorCode.NO_ERROR)
+            self._unwanted.clear()
+
+    def _turned_away(self, head: RequestHead[Any]) -> bytes:
+        """Return the header block that answers a request which no method can take."""
+        if head.http_status != 200:
+            return headers.write([(":status", str(head.http_status))])
+        if head.size > headers.MAX_BYTES:
+            text = f"metadata: {head.size} bytes; the limit is {headers.MAX_BYTES} bytes"
+            status = Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        elif head.method is None:
+            status = Status(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        else:
+            known = (("grpc-accept-encoding", ",".join(headers.KNOWN_ENCODINGS)),)
+            status = Status(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: not one of grpc-accept-encoding", known)
+        self._streams.limits.refused(head.path, head.metadata, status.code, status.text)
+        return status.block
+
+    def _answer(self, stream: int, block: bytes, end: bool) -> None:
+        """Answer with a header block alone; what the client still sends is not wanted."""
+        self._streams.send_headers(stream, block, end_stream=True)
+        if not end:  # the rest has mostly come with the headers
+            self._unwanted.add(stream)

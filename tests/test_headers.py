@@ -1,0 +1,125 @@
+"""Header blocks without a socket: what is read of them, and what the table holds afterwards."""
+
+import random
+import tomllib
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+from hpack import Decoder, Encoder
+from packaging.requirements import Requirement
+
+from serving.transport import headers
+from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.headers import MAX_BLOCK_BYTES, MAX_BYTES_DECODED, HeaderBlock, HeaderReader
+from tests.conftest import ROOT
+
+FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/s/m"), ("content-type", "application/grpc")]
+
+
+def reader() -> HeaderReader[str]:
+    return HeaderReader({"/s/m": "method"}.get)
+
+
+def entries(decoder: Any) -> list[tuple[bytes, bytes]]:
+    return list(decoder.header_table.dynamic_entries)
+
+
+def test_hpack_is_one_whose_table_can_be_read() -> None:
+    # A later major version may keep its table elsewhere; the project asks for none.
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    [asked] = [one for one in map(Requirement, dependencies) if one.name == "hpack"]
+    assert version("hpack") in asked.specifier and "5.0" not in asked.specifier
+    decoder, encoder = Decoder(), Encoder()
+    decoder.decode(encoder.encode([("key", "value"), ("other", "one")]), raw=True)
+    assert entries(decoder) == [(b"other", b"one"), (b"key", b"value")]
+    assert decoder.header_table.maxsize == decoder.header_table_size == 4096
+    decoder.header_table_size = 0
+    assert entries(decoder) == []
+
+
+@pytest.mark.parametrize("sensitive", [True, False])
+@pytest.mark.parametrize("size,huffman", [(MAX_BYTES_DECODED + 1, False), (900_000, False), (80_000, True)])
+def test_a_block_that_is_too_large_leaves_the_table_as_it_should_be(size: int, sensitive: bool, huffman: bool) -> None:
+    encoder, read, full = Encoder(), reader(), Decoder(2**24)
+    decoded: list[Any]
+    generator = random.Random(size)
+    for number in range(6):
+        more = [(f"key-{generator.randrange(4)}", f"value-{generator.randrange(4)}") for _ in range(8)]
+        large = [("large", "v" * size, sensitive)] if number % 2 else []
+        fields: list[Any] = [*FIELDS, *more[:4], *large, *more[4:]]
+        block = encoder.encode(fields, huffman=huffman)
+        decoded = list(full.decode(block))
+        if large and len(block) > MAX_BYTES_DECODED:
+            head = read.read(block)
+            assert (head.path, head.method, head.metadata, head.size) == ("/s/m", None, (), len(block))
+        elif not large:
+            head = read.read(block)
+            assert head.method == "method"
+            assert list(head.metadata) == [field for field in decoded if field[0].startswith("key")]
+        else:  # by Huffman's code it is small enough to be decoded
+            continue
+        assert entries(read._decoder) == entries(full)
+
+
+def test_many_small_fields_that_are_too_much_together_leave_the_table_as_it_should_be() -> None:
+    encoder, read, full = Encoder(), reader(), Decoder(2**24)
+    many: list[Any] = [(f"key-{number}", f"{number}" * 20) for number in range(1500)]
+    for _ in range(3):
+        block = encoder.encode([*FIELDS, *many], huffman=False)
+        full.decode(block)
+        read.read(block) if len(block) > MAX_BYTES_DECODED else read.skip(block)
+        assert entries(read._decoder) == entries(full)
+
+
+def literal(first: int, name: bytes, value: bytes) -> bytes:
+    return bytes([first, len(name)]) + name + headers._length(len(value)) + value
+
+
+LARGE = literal(0, b"large", bytes(MAX_BYTES_DECODED + 1).replace(b"\0", b"v"))
+
+WRONG: dict[str, tuple[bytes, ErrorCode]] = {
+    "it ends within a value": (LARGE[:-1], ErrorCode.COMPRESSION_ERROR),
+    "it ends within a length": (LARGE + b"\x00\x7f\x80\x80", ErrorCode.COMPRESSION_ERROR),
+    "it ends before a name": (LARGE + b"\x00", ErrorCode.COMPRESSION_ERROR),
+    "a number has no end": (LARGE + b"\x00\x7f" + b"\xff" * 8, ErrorCode.COMPRESSION_ERROR),
+    "an entry that is not there": (LARGE + b"\x7f\x7f\x01a", ErrorCode.COMPRESSION_ERROR),
+    "the table is resized within it": (LARGE + b"\x20" + LARGE, ErrorCode.COMPRESSION_ERROR),
+    "the table is resized three times": (b"\x20\x20\x20" + LARGE, ErrorCode.COMPRESSION_ERROR),
+    "the table is to be larger than allowed": (b"\x3f\xe2\x1f" + LARGE, ErrorCode.COMPRESSION_ERROR),
+    "too many fields": (LARGE + b"\x82" * 5000, ErrorCode.ENHANCE_YOUR_CALM),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_large_block_that_is_wrong_ends_its_connection(name: str) -> None:
+    block, code = WRONG[name]
+    with pytest.raises(ConnectionFault) as caught:
+        reader().read(block)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_garbage_in_a_large_block_is_a_fault_or_passed_over(seed: int) -> None:
+    generator = random.Random(seed)
+    garbage = generator.randbytes(200)
+    try:
+        head = reader().read(LARGE + garbage)
+    except ConnectionFault as fault:
+        assert fault.code in (ErrorCode.COMPRESSION_ERROR, ErrorCode.ENHANCE_YOUR_CALM)
+    else:
+        assert head.method is None
+
+
+def test_a_block_may_be_large_but_neither_endless_nor_in_crumbs() -> None:
+    block = HeaderBlock(1, 0, b"")
+    for _ in range(MAX_BLOCK_BYTES // 16384):
+        block.add(bytes(16384))
+    assert len(block.data) == MAX_BLOCK_BYTES
+    crumbs = HeaderBlock(1, 0, b"")
+    for _ in range(8):
+        crumbs.add(b"a")
+    for one in (block, crumbs):
+        with pytest.raises(ConnectionFault) as caught:
+            one.add(b"a")
+        assert caught.value.code == ErrorCode.ENHANCE_YOUR_CALM

@@ -1,0 +1,124 @@
+"""The memory policy, and a server's patience: who is evicted and when, without a socket or a clock."""
+
+from serving.transport.memory import Memory
+from serving.transport.patience import Patience
+
+
+class Holder:
+    """Releases all when it is evicted; evicted: whether for want of progress, or None."""
+
+    def __init__(self, memory: Memory, name: str, size: int = 0) -> None:
+        self.held = 0
+        self.waits = False
+        self.name = name
+        self.evicted: bool | None = None
+        self._memory = memory
+        memory.hold(self, size)
+
+    def evict(self, stalled: bool) -> None:
+        assert self.evicted is None, "evicted twice"
+        self.evicted = stalled
+        self._memory.leave(self)
+
+
+def test_what_is_held_is_counted_to_the_byte() -> None:
+    memory = Memory(1000)
+    one, other = Holder(memory, "one", 100), Holder(memory, "other", 50)
+    memory.hold(one, 30)
+    memory.hold(one, -10)
+    assert (one.held, other.held, memory.used) == (120, 50, 170)
+    memory.leave(one)
+    assert (one.held, memory.used) == (0, 50)
+    memory.leave(other)
+    assert memory.used == 0
+
+
+def test_room_is_made_by_those_that_have_waited_longest_for_their_peer() -> None:
+    memory = Memory(1000)
+    holders = [Holder(memory, name, 300) for name in "abc"]
+    for now, holder in enumerate(holders):
+        memory.waits(holder, float(now))
+    memory.waits(holders[0], 5.0)  # made progress meanwhile
+    new = Holder(memory, "new", 500)
+    memory.make_room(new)
+    assert [holder.evicted for holder in holders] == [None, False, False]
+    assert new.evicted is None and memory.used == 800
+
+
+def test_nobody_is_evicted_where_there_is_room() -> None:
+    memory = Memory(1000)
+    holder = Holder(memory, "a", 1000)
+    memory.waits(holder, 0.0)
+    memory.make_room(Holder(memory, "new"))
+    assert holder.evicted is None
+
+
+def test_who_works_is_not_evicted_and_who_asks_goes_last() -> None:
+    memory = Memory(1000)
+    working = Holder(memory, "working", 900)
+    memory.waits(working, 0.0)
+    memory.works(working)
+    waiting = Holder(memory, "waiting", 50)
+    memory.waits(waiting, 1.0)
+    new = Holder(memory, "new", 200)
+    memory.make_room(new)
+    assert (working.evicted, waiting.evicted, new.evicted) == (None, False, False)
+    assert memory.used == 900
+
+
+def test_who_asks_may_be_who_has_waited_longest() -> None:
+    memory = Memory(1000)
+    new, other = Holder(memory, "new", 600), Holder(memory, "other", 600)
+    memory.waits(new, 0.0)
+    memory.waits(other, 1.0)
+    memory.make_room(new)
+    assert (new.evicted, other.evicted) == (False, None)
+
+
+def test_who_makes_no_progress_for_a_time_is_evicted_even_where_there_is_room() -> None:
+    memory = Memory(1000, stall_seconds=60)
+    stalled, alive, working = (Holder(memory, name, 10) for name in ("stalled", "alive", "working"))
+    for holder in (stalled, alive, working):
+        memory.waits(holder, 0.0)
+    memory.waits(alive, 30.0)
+    memory.works(working)
+    memory.evict_stalled(59.0)
+    assert memory.used == 30
+    memory.evict_stalled(60.0)
+    assert (stalled.evicted, alive.evicted, working.evicted) == (True, None, None)
+    memory.evict_stalled(90.0)
+    assert alive.evicted is True
+    assert memory.used == 10
+
+
+def test_who_has_left_is_not_evicted_and_may_end_others() -> None:
+    memory = Memory(1000, stall_seconds=1)
+    first, second = Holder(memory, "first", 10), Holder(memory, "second", 10)
+    memory.waits(first, 0.0)
+    memory.waits(second, 0.0)
+    evict = first.evict
+
+    def both(stalled: bool) -> None:
+        evict(stalled)
+        memory.leave(second)
+
+    first.evict = both  # type: ignore[method-assign]
+    memory.evict_stalled(10.0)
+    assert (first.evicted, second.evicted, memory.used) == (True, None, 0)
+
+
+def test_patience_ends_with_a_burst_and_comes_back_with_time() -> None:
+    patience = Patience(burst=200, per_second=33, now=0.0)
+    assert all(patience.spend(1, 0.0) for _ in range(200))
+    assert not patience.spend(1, 0.0)
+    patience = Patience(burst=200, per_second=33, now=0.0)
+    # What comes no faster than it fills never ends it, however long.
+    assert all(patience.spend(1, index / 33) for index in range(10_000))
+
+
+def test_patience_is_earned_but_not_saved_up() -> None:
+    patience = Patience(burst=10, per_second=1, now=0.0)
+    patience.earn(1000)
+    assert all(patience.spend(1, 0.0) for _ in range(10)) and not patience.spend(1, 0.0)
+    patience.earn(5)
+    assert patience.spend(4, 0.0) and not patience.spend(4, 0.0)

@@ -1,0 +1,121 @@
+"""Length-prefixed messages: bytes in, messages out, without a socket."""
+
+import gzip
+import random
+import struct
+import zlib
+from collections.abc import Iterable
+
+import grpc
+import pytest
+
+from serving.transport.messages import MessageError, MessageReader, whole
+
+MAX_BYTES = 2**20
+
+
+def framed(message: bytes, compressed: bool = False) -> bytes:
+    return struct.pack(">BI", compressed, len(message)) + message
+
+
+def reader(encoding: str = "identity") -> MessageReader:
+    return MessageReader(MAX_BYTES, "too large", encoding)
+
+
+def fed(to: MessageReader, pieces: Iterable[bytes | memoryview]) -> list[bytes]:
+    """What the pieces make, every inflation being done before the next piece comes."""
+    found = []
+    for piece in pieces:
+        found += to.feed(piece)
+        while to.inflation:
+            found += to.inflated(to.inflation.rest())
+    return found
+
+
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+MESSAGES = [b"", b"a", bytes(784), b"", random.Random(1).randbytes(40_000), b"\0\0\0\0\0", b"end"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 100, 16384, 100_000])
+@pytest.mark.parametrize("view", [bytes, memoryview])
+def test_messages_come_out_whole_however_their_bytes_are_cut(size: int, view: type) -> None:
+    to = reader()
+    data = b"".join(map(framed, MESSAGES))
+    assert fed(to, map(view, pieces(data, size))) == MESSAGES
+    assert to.buffered == 0
+
+
+@pytest.mark.parametrize("encoding,compress", [("gzip", gzip.compress), ("deflate", zlib.compress)])
+@pytest.mark.parametrize("size", [1, 7, 1000, 100_000])
+def test_compressed_messages_come_out_in_their_order(encoding: str, compress: object, size: int) -> None:
+    assert callable(compress)
+    messages = [*MESSAGES, bytes(300_000), b"after"]
+    data = b"".join(
+        framed(compress(message), True) if index % 2 else framed(message) for index, message in enumerate(messages)
+    )
+    assert fed(reader(encoding), pieces(data, size)) == messages
+
+
+def test_what_comes_while_a_message_is_inflated_waits_for_it() -> None:
+    to = reader("gzip")
+    large = framed(gzip.compress(bytes(300_000)), True)
+    assert to.feed(framed(b"before") + large + framed(b"after")[:3]) == [b"before"]
+    assert to.inflation and to.buffered == len(large) - 5 + 3
+    assert to.feed(framed(b"after")[3:]) == [] and to.feed(framed(b"last") + b"\0") == []
+    assert to.inflated(to.inflation.rest()) == [bytes(300_000), b"after", b"last"]
+    assert to.inflation is None and to.buffered == 1
+
+
+def test_what_is_kept_is_counted_and_holds_no_other_bytes() -> None:
+    to = reader()
+    came = bytearray(framed(bytes(1000)) + framed(b"abcdef")[:8])
+    assert to.feed(memoryview(came)) == [bytes(1000)]
+    assert to.buffered == 3, "the prefix is read, and what it says is known"
+    to.settle()
+    came.clear()  # raises BufferError while a view of it is kept
+    assert to.feed(b"def") == [b"abcdef"]
+
+
+def refusal(to: MessageReader, *data: bytes) -> MessageError:
+    with pytest.raises(MessageError) as caught:
+        fed(to, data)
+    return caught.value
+
+
+def test_a_message_above_the_limit_is_refused_by_its_prefix_alone() -> None:
+    error = refusal(reader(), struct.pack(">BI", 0, MAX_BYTES + 1))
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(error) == f"request: {MAX_BYTES + 1} bytes; too large"
+    assert len(fed(reader(), [framed(bytes(MAX_BYTES))])) == 1
+
+
+@pytest.mark.parametrize("size", [MAX_BYTES + 1, 50 * MAX_BYTES])
+def test_a_message_that_inflates_beyond_the_limit_is_refused(size: int) -> None:
+    error = refusal(reader("gzip"), framed(gzip.compress(bytes(size)), True))
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(error) == f"request: more than {MAX_BYTES} bytes once decompressed; too large"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"abc", b"", zlib.compress(b"abc"), gzip.compress(b"abc")[:-1], gzip.compress(b"") * 2, b"\x1f\x8b" * 40_000],
+)
+def test_bytes_that_are_not_compressed_as_they_say_are_refused(body: bytes) -> None:
+    error = refusal(reader("gzip"), framed(body, True))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(error) == f"{len(body)} bytes that are not a message in gzip"
+
+
+@pytest.mark.parametrize("flag,encoding", [(1, "identity"), (2, "gzip"), (255, "deflate")])
+def test_a_flag_that_says_nothing_is_refused(flag: int, encoding: str) -> None:
+    assert refusal(reader(encoding), struct.pack(">BI", flag, 3)).code is grpc.StatusCode.INTERNAL
+
+
+@pytest.mark.parametrize("view", [bytes, memoryview])
+def test_only_bytes_that_are_one_message_are_whole(view: type) -> None:
+    assert whole(view(framed(b"abc"))) == b"abc" and whole(view(framed(b""))) == b""
+    for data in (b"", b"\0\0\0\0", framed(b"abc")[:-1], framed(b"abc") + b"d", framed(b"abc", True)):
+        assert whole(view(data)) is None

@@ -1,0 +1,289 @@
+"""Faults that end a stream or a connection of the native transport, and floods."""
+
+import random
+import socket
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hpack import Encoder
+
+from serving.transport import frames
+from serving.transport.frames import ErrorCode
+from serving.transport.receiving import WINDOW
+from tests.raw_client import HEADERS, Raw, data, framed, headers, literal
+from tests.transport_methods import Serving
+
+
+def _continued(raw: Raw) -> bytes:
+    return headers(1, b"", 0) + frames.frame(frames.CONTINUATION, 0, 1, b"") * 20
+
+
+def _cancelled(raw: Raw, streams: range) -> bytes:
+    """Calls that are cancelled at once."""
+    return b"".join(
+        headers(stream, raw.block("/test.Test/Wait")) + frames.reset(stream, ErrorCode.CANCEL) for stream in streams
+    )
+
+
+FAULTS: dict[str, tuple[Any, ErrorCode]] = {
+    "a frame too large": (lambda raw: frames.frame(frames.DATA, 0, 1, bytes(16385)), ErrorCode.FRAME_SIZE_ERROR),
+    "data for no stream": (lambda raw: data(0, b"a"), ErrorCode.PROTOCOL_ERROR),
+    "data before headers": (lambda raw: data(1, b"a"), ErrorCode.PROTOCOL_ERROR),
+    "a window for a stream before headers": (lambda raw: frames.window_update(1, 5), ErrorCode.PROTOCOL_ERROR),
+    "a reset before headers": (lambda raw: frames.reset(1, ErrorCode.CANCEL), ErrorCode.PROTOCOL_ERROR),
+    "a reset of no stream": (lambda raw: frames.reset(0, ErrorCode.CANCEL), ErrorCode.PROTOCOL_ERROR),
+    "a reset of two bytes": (lambda raw: frames.frame(frames.RST_STREAM, 0, 1, b"12"), ErrorCode.FRAME_SIZE_ERROR),
+    "a stream of the server's": (lambda raw: headers(2, raw.block()), ErrorCode.PROTOCOL_ERROR),
+    "headers for no stream": (lambda raw: headers(0, raw.block()), ErrorCode.PROTOCOL_ERROR),
+    "headers that are interrupted": (lambda raw: headers(1, b"", 0) + headers(3, b""), ErrorCode.PROTOCOL_ERROR),
+    "headers continued elsewhere": (
+        lambda raw: headers(1, b"", 0) + frames.frame(frames.CONTINUATION, 4, 3),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
+    "a continuation of nothing": (lambda raw: frames.frame(frames.CONTINUATION, 4, 1), ErrorCode.PROTOCOL_ERROR),
+    "headers without end": (_continued, ErrorCode.ENHANCE_YOUR_CALM),
+    "headers that cannot be read": (lambda raw: headers(1, b"\xff\xff\xff\xff\xff"), ErrorCode.COMPRESSION_ERROR),
+    "headers far too large": (
+        lambda raw: headers(1, literal("a", "b" * 100) + b"\x40\x01c\x7f\xa1\x1e" + b"d" * 4000 + b"\xbe" * 50),
+        ErrorCode.COMPRESSION_ERROR,
+    ),
+    "a table resized three times": (lambda raw: headers(1, b"\x20\x21\x22" + raw.block()), ErrorCode.COMPRESSION_ERROR),
+    "windows too large by settings": (
+        lambda raw: (
+            headers(1, raw.block())
+            + frames.window_update(1, 2**30)
+            + frames.settings({frames.INITIAL_WINDOW_SIZE: 2**30})
+        ),
+        ErrorCode.FLOW_CONTROL_ERROR,
+    ),
+    "headers shorter than their priority": (lambda raw: headers(1, b"abc", 0x24), ErrorCode.FRAME_SIZE_ERROR),
+    "padding longer than its frame": (
+        lambda raw: headers(1, raw.block()) + data(1, b"\x05abc", frames.PADDED),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
+    "padding without its length": (
+        lambda raw: headers(1, raw.block()) + data(1, b"", frames.PADDED),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
+    "settings on a stream": (lambda raw: frames.frame(frames.SETTINGS, 0, 1), ErrorCode.PROTOCOL_ERROR),
+    "settings of five bytes": (lambda raw: frames.frame(frames.SETTINGS, 0, 0, bytes(5)), ErrorCode.FRAME_SIZE_ERROR),
+    "settings that acknowledge and set": (
+        lambda raw: frames.frame(frames.SETTINGS, frames.ACK, 0, bytes(6)),
+        ErrorCode.FRAME_SIZE_ERROR,
+    ),
+    "a setting for push of 2": (lambda raw: frames.settings({frames.ENABLE_PUSH: 2}), ErrorCode.PROTOCOL_ERROR),
+    "a setting for small frames": (lambda raw: frames.settings({frames.MAX_FRAME_SIZE: 1}), ErrorCode.PROTOCOL_ERROR),
+    "a setting for a huge window": (
+        lambda raw: frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}),
+        ErrorCode.FLOW_CONTROL_ERROR,
+    ),
+    "a window of nothing": (lambda raw: frames.window_update(0, 0), ErrorCode.PROTOCOL_ERROR),
+    "a window too large": (lambda raw: frames.window_update(0, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
+    "a ping of seven bytes": (lambda raw: frames.frame(frames.PING, 0, 0, bytes(7)), ErrorCode.FRAME_SIZE_ERROR),
+    "a ping on a stream": (lambda raw: frames.frame(frames.PING, 0, 1, bytes(8)), ErrorCode.PROTOCOL_ERROR),
+    "a priority of the connection": (
+        lambda raw: frames.frame(frames.PRIORITY, 0, 0, bytes(5)),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
+    "a push": (lambda raw: frames.frame(frames.PUSH_PROMISE, 4, 1, bytes(8)), ErrorCode.PROTOCOL_ERROR),
+    "nothing but settings": (lambda raw: frames.settings({}) * 20_000, ErrorCode.ENHANCE_YOUR_CALM),
+    "nothing but windows": (lambda raw: frames.window_update(0, 1) * 20_000, ErrorCode.ENHANCE_YOUR_CALM),
+    "nothing but windows of a stream": (
+        lambda raw: headers(1, raw.block("/test.Test/Wait")) + frames.window_update(1, 1) * 20_000,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but resets of a call that is over": (
+        lambda raw: headers(1, raw.block("/nothing"), 0x05) + frames.reset(1, ErrorCode.CANCEL) * 20_000,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but calls that are cancelled": (
+        lambda raw: _cancelled(raw, range(1, 80_001, 2)),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but calls that are wrong": (
+        lambda raw: b"".join(
+            headers(stream, raw.block("/test.Test/Wait")) + frames.window_update(stream, 0)
+            for stream in range(1, 1001, 2)
+        ),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "a header block of more than a megabyte": (
+        lambda raw: (
+            headers(1, b"", 0) + b"".join(frames.frame(frames.CONTINUATION, 0, 1, bytes(16384)) for _ in range(65))
+        ),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but empty data": (
+        lambda raw: headers(1, raw.block("/test.Test/EchoAll")) + data(1, b"", 0) * 20_000,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_ends_its_connection_alone(serving: Serving, raw: Raw, name: str) -> None:
+    make, code = FAULTS[name]
+    other = Raw(serving.port)
+    with suppress(ConnectionError):  # the server may need no more of it
+        raw.send(make(raw))
+    raw.read()
+    # What it said last may be lost where it closes while more is on its way.
+    assert raw.went_away[-1][1] == code if raw.went_away or not name.startswith("nothing but") else raw.closed
+    other.call(1, b"a")
+    assert other.read(1).messages == [b"a"]
+    other.socket.close()
+
+
+def test_calls_that_are_cancelled_end_their_connection_before_they_cost_much(serving: Serving, raw: Raw) -> None:
+    raw.send(_cancelled(raw, range(1, 401, 2)))
+    raw.call(401, b"a")
+    assert raw.read(401).messages == [b"a"], "200 at once are no attack"
+    with suppress(ConnectionError):
+        raw.send(_cancelled(raw, range(403, 80_403, 2)))
+    raw.read()
+    assert raw.closed
+    assert all(code == ErrorCode.ENHANCE_YOUR_CALM and last < 10_000 for last, code, _ in raw.went_away)
+
+
+def test_a_client_that_cancels_as_many_calls_as_are_answered_is_not_hurt(serving: Serving, raw: Raw) -> None:
+    for first in range(1, 4001, 4):
+        raw.send(_cancelled(raw, range(first, first + 1)))
+        raw.call(first + 2, b"a")
+        assert raw.read(first + 2).messages == [b"a"]
+
+
+def test_a_client_that_opens_a_window_for_each_answer_is_not_hurt(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.transport.streams._MAX_IDLE_FRAMES", 100)
+    monkeypatch.setattr("serving.transport.streams._IDLE_FRAMES_A_SECOND", 0)
+    raw = Raw(serving.port)
+    for stream in range(1, 2001, 2):
+        raw.call(stream, b"a" * 100)
+        assert raw.read(stream).messages == [b"a" * 100]
+        raw.send(frames.window_update(0, 105) + frames.window_update(stream, 105))
+    raw.send(frames.window_update(0, 2**20))
+    for stream in range(2001, 2021, 2):
+        raw.call(stream, b"0 0", "/test.Test/Repeat")
+        raw.read(stream)
+    raw.socket.close()
+
+
+STREAM_FAULTS: dict[str, tuple[Any, ErrorCode]] = {
+    "headers twice": (lambda raw: headers(1, raw.block()), ErrorCode.PROTOCOL_ERROR),
+    "a window of nothing": (lambda raw: frames.window_update(1, 0), ErrorCode.PROTOCOL_ERROR),
+    "a window too large": (lambda raw: frames.window_update(1, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
+    "a priority of three bytes": (lambda raw: frames.frame(frames.PRIORITY, 0, 1, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "trailers after the end": (
+        lambda raw: data(1, framed(b"60")) + headers(1, raw.encoder.encode([("x", "y")]), 0x05),
+        ErrorCode.STREAM_CLOSED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAM_FAULTS)
+def test_a_fault_on_a_stream_ends_it_alone(serving: Serving, raw: Raw, name: str) -> None:
+    make, code = STREAM_FAULTS[name]
+    raw.send(headers(1, raw.block("/test.Test/Wait")) + make(raw))
+    assert raw.read(1).reset == code
+    raw.call(3, b"b")
+    assert raw.read(3).messages == [b"b"]
+
+
+def test_a_stream_with_more_than_its_window_is_reset(serving: Serving, raw: Raw) -> None:
+    raw.send(headers(1, raw.block("/test.Test/NeverRead")))
+    for _ in range(WINDOW // 16384 + 1):
+        raw.send(data(1, framed(bytes(16379)), 0))
+    assert raw.read(1).reset == ErrorCode.FLOW_CONTROL_ERROR
+    raw.call(3, b"b")
+    assert raw.read(3).messages == [b"b"]
+
+
+def test_data_after_the_end_resets_its_stream(serving: Serving, raw: Raw) -> None:
+    raw.call(1, b"60", "/test.Test/Wait")
+    assert serving.handlers.started.wait(10)
+    raw.send(data(1, b"more"))
+    assert raw.read(1).reset == ErrorCode.STREAM_CLOSED
+    assert serving.handlers.cancelled.wait(10)
+
+
+@pytest.mark.parametrize(
+    "hello", [b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n", b"\x16\x03\x01\x02\x00", b"PRI * HTTP/1"]
+)
+def test_another_protocol_is_closed(serving: Serving, hello: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", serving.port), 10) as client:
+        client.sendall(hello)
+        try:
+            while client.recv(1000):
+                pass
+        except ConnectionResetError:
+            pass
+
+
+def test_a_client_of_http_1_is_told_what_this_is(serving: Serving) -> None:
+    url = f"http://127.0.0.1:{serving.port}/metrics"
+    with pytest.raises(urllib.error.HTTPError) as caught, urllib.request.urlopen(url, timeout=10):
+        pass
+    assert caught.value.code == 400
+    assert b"gRPC" in caught.value.read()
+    caught.value.close()
+
+
+def test_frames_before_the_clients_settings_end_the_connection(serving: Serving) -> None:
+    raw = Raw(serving.port, preface=frames.PREFACE + frames.frame(frames.PING, 0, 0, bytes(8)))
+    assert raw.why_closed() == ErrorCode.PROTOCOL_ERROR
+    raw.socket.close()
+
+
+def test_a_client_that_never_greets_is_closed(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.transport.connection._HANDSHAKE_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", serving.port), 10) as client:
+        while client.recv(1000):
+            pass
+
+
+def test_a_client_that_only_sends_does_not_fill_the_memory(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.transport.connection._STALL_SECONDS", 0.5)
+    raw = Raw(serving.port)
+    raw.socket.settimeout(10)
+    sent, pings = 0, frames.frame(99, 0, 0, bytes(8)) + frames.frame(frames.PING, 0, 0, bytes(8))
+    block = raw.block("/nothing")
+    stream = 1
+    with pytest.raises(OSError):  # at last the server reads no more, and then closes
+        while True:
+            many = b"".join(headers(stream + 2 * index, block, 0x05) for index in range(500))
+            raw.send(many + pings)
+            block = raw.block("/nothing")
+            stream += 1000
+            sent += len(many)
+            assert sent < 200 * 2**20
+    raw.socket.close()
+    with serving.channel as channel:
+        assert channel.unary_unary("/test.Test/Echo")(b"a", timeout=10) == b"a"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_garbage_harms_nobody_else(serving: Serving, seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    generator = random.Random(seed)
+    raw, encoder = Raw(serving.port), Encoder()
+    valid = (
+        headers(1, encoder.encode(HEADERS))
+        + data(1, framed(b"abc"))
+        + frames.settings({4: 100})
+        + frames.window_update(0, 9)
+    )
+    for _ in range(50):
+        sent = bytearray(valid * 3)
+        for _ in range(generator.randrange(1, 20)):
+            sent[generator.randrange(len(sent))] = generator.randrange(256)
+        client = Raw(serving.port)
+        with suppress(ConnectionError):
+            client.send(bytes(sent) + generator.randbytes(generator.randrange(200)))
+        client.socket.close()
+    raw.call(1, b"a")
+    assert raw.read(1).messages == [b"a"]
+    raw.socket.close()
+    assert "failed" not in caplog.text, "a fault of the server's"
