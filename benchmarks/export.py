@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm
 
+from export.folding import folded
 from export.to_int8 import to_int8
 from export.to_onnx import to_onnx
 from serving.runtime import CPU, onnxruntime
@@ -68,7 +69,8 @@ class Convolutions(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        features = torch.relu(self.network.conv1(to_pixels(images)))
+        pixels = to_pixels(images)
+        features = self.network.stem(pixels) if self.network.config.stem else torch.relu(self.network.conv1(pixels))
         maps: Tensor = self.network.primary(features)
         return maps
 
@@ -148,7 +150,7 @@ def variants(network: CapsNet, folder: Path, threads: int, compile_: bool) -> di
     onnx.save_model(model, folder / "fp32.onnx")
     onnx.save_model(to_int8(model, images), folder / "int8.onnx")
     export_plainly(EinsumNetwork(network), ["probabilities", "poses"], config, folder / "einsum.onnx")
-    export_plainly(Convolutions(network), ["poses"], config, folder / "convolutions.onnx")
+    export_plainly(Convolutions(folded(network)), ["poses"], config, folder / "convolutions.onnx")
     module = ServedInPyTorch(network).eval()
     result: dict[str, Predict | str] = {
         REFERENCE: session(folder / "fp32.onnx", threads),

@@ -181,10 +181,9 @@ class _Graphs:
         file = _file(precision)
         path = self._save(file, model, f"in {precision}")
         runtime = Runtime(path, "cpu", usable_cores(), quantized=precision == "int8")
-        self.variants[precision] = Variant(file, **certify(self._expected, runtime, precision))
-        if precision == "fp16":
-            rounded = certify_rounded(self._expected, model)
-            self.variants[precision] = replace(self.variants[precision], rounded=rounded)
+        figures = certify(self._expected, runtime, precision)
+        rounded = certify_rounded(self._expected, model) if precision == "fp16" else {}
+        self.variants[precision] = Variant(file, **figures, rounded=rounded)
         self._runtimes[precision] = runtime
 
     def try_variant(self, precision: str, make: Callable[[], onnx.ModelProto]) -> None:

@@ -68,7 +68,8 @@ def rounded(model: ModelProto) -> ModelProto:
     result = ModelProto()
     result.CopyFrom(model)
     graph = result.graph
-    half = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == _HALF}
+    known = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph.value_info
+    half = {value.name for value in known if value.type.tensor_type.elem_type == _HALF}
     for tensor in graph.initializer:
         if tensor.data_type == _HALF:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))

@@ -181,11 +181,18 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
             name: {"sha256": sha256, "bytes": (artifact.folder / name).stat().st_size}
             for name, sha256 in artifact.files.items()
         },
-        "variants": {precision: asdict(variant) for precision, variant in artifact.variants.items()},
+        "variants": {precision: _variant_content(variant) for precision, variant in artifact.variants.items()},
         "graphs": {name: _graph_content(graph) for name, graph in artifact.graphs.items()},
         "tensorrt": {"batches": asdict(artifact.batches)},
         "training": asdict(artifact.training),
     }
+
+
+def _variant_content(variant: Variant) -> dict[str, Any]:
+    content = asdict(variant)
+    if not variant.rounded:
+        del content["rounded"]
+    return content
 
 
 def _graph_content(graph: Graph) -> dict[str, Any]:

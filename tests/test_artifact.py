@@ -90,6 +90,7 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
             "variants.int8.max_pose_difference is '0'; expected a number",
         ),
         (["variants", "int8", "tolerance"], {"difference": "0"}, "variants.int8.tolerance.difference is '0'"),
+        (["variants", "int8", "rounded"], {"test_errors": "0"}, "variants.int8.rounded.test_errors is '0'"),
         (["graphs", "explain", "file"], None, "graphs.explain.file is None; expected a text"),
         (["graphs", "explain", "receptive_field", "grid"], 0, "graphs.explain.receptive_field.grid is 0"),
         (["graphs", "explain", "receptive_field", "offset"], 0.5, "graphs.explain.receptive_field.offset is 0.5"),
@@ -114,6 +115,7 @@ def test_a_manifest_is_read_and_written_without_loss(copy: Path, padding: int) -
     content = json.loads((copy / MANIFEST).read_text())
     if padding:  # the first capsule's receptive field begins outside the image
         content["graphs"]["explain"]["receptive_field"]["offset"] = -padding
+        content["variants"]["fp32"]["rounded"] = {"max_pose_difference": 0.25, "labels_changed": 2}
         write(copy, json.dumps(content))
     artifact = load(copy)
     assert manifest(artifact) == content

@@ -285,6 +285,10 @@ def test_a_batch_of_any_size_gives_the_results_of_pytorch(exported: Artifact, tr
         pytest.param(replace(BARE, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
         pytest.param(replace(BARE, agreement="euclidean"), 25, id="euclidean"),
         pytest.param(replace(BARE, normalization="max-min"), 20, id="max-min"),
+        pytest.param(graphs.STEM, 20, id="stem"),
+        pytest.param(replace(CONFIGS["fast"], decoder_widths=()), 20, id="fast"),
+        pytest.param(replace(CONFIGS["accurate"], decoder_widths=()), 20, id="accurate"),
+        pytest.param(replace(CONFIGS["pairs"], decoder_widths=()), 20, id="pairs"),
     ],
 )
 def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(
@@ -659,6 +663,68 @@ def test_the_receptive_field_is_the_pixels_that_change_a_primary_capsule(
         for indices, place in ((rows, row), (columns, column)):
             first = field.stride * place
             assert indices.tolist() == list(range(first, first + field.size))
+
+
+@pytest.mark.parametrize("name", ["fast", "accurate", "pairs"])
+def test_the_receptive_field_of_a_stem_is_the_pixels_that_change_a_primary_capsule(name: str) -> None:
+    config = replace(CONFIGS[name], decoder_widths=())
+    field = receptive_field(config)
+    model = graphs.random_network(config).double()
+    for layer in model.modules():  # so that no pixel is hidden behind a ReLU that is closed
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.weight.data.abs_()
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_parameters()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, *config.image_shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    grid = field.grid
+    for kind, row, column in ((0, 0, 0), (1, 2, grid - 2), (3, grid - 1, grid - 1)):
+        capsule = (kind * grid + row) * grid + column
+        (gradient,) = torch.autograd.grad(model.primary_capsules(image)[0, capsule].sum(), image)
+        seen = gradient[0, 0] != 0
+        rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
+        for indices, place in ((rows, row), (columns, column)):
+            first = field.stride * place + field.offset
+            assert indices.tolist() == list(range(max(first, 0), min(first + field.size, config.image_size)))
+
+
+def test_half_precision_is_compared_with_every_operation_rounded_too(exported: Artifact) -> None:
+    rounded = exported.variants["fp16"].rounded
+    assert rounded["max_pose_difference"] <= 1e-2
+    assert rounded["max_pose_difference"] != exported.variants["fp16"].max_pose_difference
+    assert not exported.variants["fp32"].rounded
+    assert not exported.variants["int8"].rounded
+    page = (exported.folder / CERTIFICATE).read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| fp16")]
+    assert [row.split(" | ")[0] for row in rows] == ["| fp16", "| fp16, rounded", "| fp16"]
+    assert f"{rounded['max_probability_difference']:.2g}, {rounded['mean_probability_difference']:.2g}" in rows[1]
+    assert "fp16 on the CPU is single precision" in page
+
+
+def test_half_precision_that_differs_once_it_is_rounded_is_not_written(
+    trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.verify.rounded", lambda model: onnx.load_model(tmp_path / "other.onnx"))
+    with torch.no_grad():
+        other = random_network(TINY)
+        other.weight.mul_(2)
+    onnx.save_model(to_onnx(other), tmp_path / "other.onnx")
+    artifact, failures = export_checkpoint(trained, DATASET, tmp_path / "models", NAME, "1")
+    assert failures["fp16"].startswith("each operation rounded to half precision: fp16 and PyTorch differ")
+    assert set(artifact.variants) == {"fp32", "int8"}
+    assert not (artifact.folder / "fp16.onnx").exists()
+
+
+def test_onnx_runtimes_cpu_convolves_half_precision_in_single_precision(exported: Artifact, tmp_path: Path) -> None:
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    ort.InferenceSession(str(exported.folder / "fp16.onnx"), options, providers=["CPUExecutionProvider"])
+    model = onnx.shape_inference.infer_shapes(onnx.load_model(tmp_path / "optimized.onnx"))
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
+    products = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul")]
+    assert {kinds[node.output[0]] for node in products} == {onnx.TensorProto.FLOAT}
 
 
 def test_the_decoder_reconstructs_from_the_live_pose_alone(exported: Artifact, trained: Checkpoint) -> None:
