@@ -20,7 +20,16 @@ from export.to_fp16 import to_fp16
 from export.to_int8 import to_int8
 from export.to_onnx import decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
-from export.verify import ParityError, Reference, certify, certify_decoder, certify_explanation, reference, speeds
+from export.verify import (
+    ParityError,
+    Reference,
+    certify,
+    certify_decoder,
+    certify_explanation,
+    certify_rounded,
+    reference,
+    speeds,
+)
 from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant
 from serving.runtime import Runtime, RuntimeSetupError, usable_cores
 from serving.tensorrt_options import BatchProfile
@@ -173,6 +182,9 @@ class _Graphs:
         path = self._save(file, model, f"in {precision}")
         runtime = Runtime(path, "cpu", usable_cores(), quantized=precision == "int8")
         self.variants[precision] = Variant(file, **certify(self._expected, runtime, precision))
+        if precision == "fp16":
+            rounded = certify_rounded(self._expected, model)
+            self.variants[precision] = replace(self.variants[precision], rounded=rounded)
         self._runtimes[precision] = runtime
 
     def try_variant(self, precision: str, make: Callable[[], onnx.ModelProto]) -> None:

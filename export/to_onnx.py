@@ -8,6 +8,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from export.folding import folded
 from export.graph import (
     BATCH,
     Explanation,
@@ -28,16 +29,18 @@ _EXAMPLE_IMAGES = 2
 
 
 def to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
-    """The network as the graph that classifies, checked; the same bytes for the same network.
+    """Return the network as the graph that classifies, checked; the same bytes for the same network.
+
+    Its batch normalisations are folded into its convolutions.
 
     opset: the version of the ONNX operators, one of OPSETS. Raises GraphError.
     """
-    return _export(ServedNetwork(network), _images(network), served_signature(network.config), opset)
+    return _export(ServedNetwork(folded(network)), _images(network), served_signature(network.config), opset)
 
 
 def explanation_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
     """Export as ``to_onnx`` does, with the couplings of the last routing iteration as a third output."""
-    return _export(Explanation(network), _images(network), explain_signature(network.config), opset)
+    return _export(Explanation(folded(network)), _images(network), explain_signature(network.config), opset)
 
 
 def decoder_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:

@@ -5,15 +5,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.to_fp16 import rounded
 from serving.artifact import Graph
-from serving.runtime import CPU, Runtime, onnxruntime
+from serving.runtime import CPU, Runtime, onnxruntime, usable_cores
 from training.evaluate import most_probable, predict, wrong
 from training.model import CapsNet, lengths, to_pixels
 
@@ -25,6 +28,12 @@ _NOISE_SEED = 0
 _EXPLAINED_IMAGES = 250
 _SECONDS = 0.3  # at least so long each graph is timed at each batch size, in turns
 _ROUNDS = 5
+
+
+_ROUNDED_FIGURES = (
+    "max_probability_difference", "mean_probability_difference", "max_pose_difference", "mean_pose_difference",
+    "labels_changed", "test_errors",
+)  # fmt: skip
 
 
 class ParityError(RuntimeError):
@@ -149,6 +158,22 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
             f"tolerated are {_tolerated(tolerance, count)}"
         )
     return figures
+
+
+def certify_rounded(reference: Reference, model: onnx.ModelProto) -> dict[str, float]:
+    """Compare the graph in half precision, the result of each operation rounded, with the reference, as ``certify``.
+
+    model: of ``to_fp16``. Returns the figures that differ from those of the graph as the CPU computes it.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "rounded.onnx"
+        onnx.save_model(rounded(model), file)
+        runtime = Runtime(file, "cpu", usable_cores())
+        try:
+            figures = certify(reference, runtime, "fp16")
+        except ParityError as error:
+            raise ParityError(f"each operation rounded to half precision: {error}") from error
+    return {name: figures[name] for name in _ROUNDED_FIGURES}
 
 
 def _compute(runtime: Runtime, batches: Sequence[Tensor]) -> Prediction:

@@ -39,6 +39,8 @@ class Variant:
     images: the number of images in the comparison with ``reference``, in ``runtime`` by ``provider``. Differences are
         absolute.
     tolerance: by figure, the largest accepted value; None for any value.
+    rounded: of fp16, the figures of an emulation that rounds the result of each half-precision operation, since
+        ``provider`` computes them in single precision.
     bytes: the size of the file.
     images_per_second: by batch size, on ``device``.
     """
@@ -56,6 +58,7 @@ class Variant:
     test_errors: int = 0
     test_images: int = 0
     tolerance: Mapping[str, float | None] = field(default_factory=dict)
+    rounded: Mapping[str, float] = field(default_factory=dict)
     bytes: int = 0
     images_per_second: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
@@ -343,6 +346,7 @@ def _variant(section: _Section) -> Variant:
     if not (_is_count(errors) or (errors == 0 and type(errors) is int)) or errors > images:
         raise section.error("test_errors", errors, "a whole number up to test_images")
     tolerance = section.section("tolerance", {})
+    rounded = section.section("rounded", {})
     speeds = section.section("images_per_second", {})
     return Variant(
         file=section.text("file"),
@@ -360,6 +364,7 @@ def _variant(section: _Section) -> Variant:
         tolerance={
             name: None if value is None else tolerance.number(name) for name, value in tolerance.content.items()
         },
+        rounded={name: rounded.number(name) for name in rounded.content},
         bytes=section.count_or_zero("bytes", 0),
         images_per_second={batch: speeds.number(batch) for batch in speeds.content},
         device=section.text("device", ""),

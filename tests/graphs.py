@@ -1,5 +1,7 @@
 """Graphs of random networks, made once, and ONNX Runtime to run them, for the tests of int8 and fp16."""
 
+import hashlib
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from export.options import OPSET
@@ -16,16 +18,33 @@ from serving.runtime import onnxruntime, saturates
 from training.model import CapsNet, CapsNetConfig
 
 TINY = CapsNetConfig(conv_channels=8, primary_types=2, decoder_widths=())
+STEM = replace(TINY, stem=((8, 5, 2, 2), (12, 3, 1, 1), (8, 3, 2, 1)), primary_kernel=3, primary_stride=1)
 
 
 def random_network(config: CapsNetConfig) -> CapsNet:
-    """Return a network whose capsules are as long as a trained network's, so that differences are visible."""
+    """Return a network whose capsules are as long as a trained network's, so that differences are visible.
+
+    The normalisations of a stem have statistics of random images, and random weights and biases.
+    """
     torch.manual_seed(0)
     network = CapsNet(config).eval()
     with torch.no_grad():
         network.weight.mul_(3)
-        network.primary.weight.mul_(10)
+        network.primary.weight.mul_(10 if not config.stem else 1)
+        if config.stem:
+            normalise(network)
     return network
+
+
+def normalise(network: CapsNet) -> None:
+    """Give the stem's normalisations statistics of random images, and random weights and biases."""
+    layers = [layer for layer in network.stem if isinstance(layer, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+        torch.nn.init.uniform_(layer.bias, -0.5, 0.5)
+        layer.momentum = 1.0
+    network.stem.train()(random_images(network.config, 16) / 255)
+    network.stem.eval()
 
 
 def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
@@ -36,6 +55,43 @@ def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
 @cache
 def _exported(config: CapsNetConfig, opset: int) -> ModelProto:
     return to_onnx(random_network(config), opset)
+
+
+def by_hand() -> ModelProto:
+    """A graph of two convolutions whose sums are exact in any order, so that its bytes depend on no processor."""
+    generator = np.random.default_rng(0)
+    constants = {
+        "scale": np.float32(256),
+        "first.weight": generator.integers(-8, 9, (4, 1, 3, 3)).astype(np.float32) / 8,
+        "first.bias": generator.integers(-8, 9, 4).astype(np.float32) / 8,
+        "divisor": np.float32(4),
+        "second.weight": generator.integers(-8, 9, (6, 4, 3, 3)).astype(np.float32) / 8,
+        "second.bias": generator.integers(-8, 9, 6).astype(np.float32) / 8,
+    }
+    first, second = ({"kernel_shape": [3, 3], "strides": [n, n], "pads": [0] * 4} for n in (1, 2))
+    make = onnx.helper.make_node
+    nodes = [
+        make("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        make("Div", ["pixels", "scale"], ["scaled"]),
+        make("Conv", ["scaled", "first.weight", "first.bias"], ["first"], **first),
+        make("Relu", ["first"], ["features"]),
+        make("Div", ["features", "divisor"], ["divided"]),
+        make("Conv", ["divided", "second.weight", "second.bias"], ["maps"], **second),
+        make("Softmax", ["maps"], ["poses"], axis=1),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes, "by-hand",
+        [value("images", TensorProto.UINT8, ["batch", 1, 9, 9])], [value("poses", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )  # fmt: skip
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+
+
+def digest(model: ModelProto) -> str:
+    """SHA-256 of a graph's nodes and constants, hexadecimal."""
+    parts = [part.SerializeToString(deterministic=True) for part in (*model.graph.node, *model.graph.initializer)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def random_images(config: CapsNetConfig, count: int) -> Tensor:

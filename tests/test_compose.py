@@ -135,11 +135,21 @@ def test_multimnist_trains_on_mnists_digits_and_tests_on_pairs_of_its_test_digit
     dataset = datasets.load("multimnist")
     assert (dataset.objects, dataset.canvas, dataset.image_shape) == (2, 36, (1, 36, 36))
     assert dataset.train_images is mnist.train_images
-    assert dataset.test_images.shape == (300, 1, 36, 36)
-    assert dataset.test_labels[:, 0].equal(mnist.test_labels)
+    assert dataset.test_images.shape == (3000, 1, 36, 36)
+    assert dataset.test_labels[:, 0].equal(mnist.test_labels.repeat(10))
     assert (dataset.test_labels[:, 0] != dataset.test_labels[:, 1]).all()
     again = datasets.load("multimnist")
     assert again.test_images.equal(dataset.test_images)
+
+
+def test_the_first_pairs_of_multimnist_are_one_round_and_the_others_are_further_rounds(mnist: Dataset) -> None:
+    dataset = datasets.load("multimnist")
+    drawn = generator()
+    for part, labels in zip(dataset.test_images.split(300), dataset.test_labels.split(300), strict=True):
+        images, expected = scenes(mnist.test_images, mnist.test_labels, 2, 36, drawn)
+        assert part.equal(images)
+        assert labels.equal(expected)
+    assert len({image.numpy().tobytes() for image in dataset.test_images}) == 3000
 
 
 def test_affnist_spec_trains_on_plain_digits_and_tests_on_distorted_ones(mnist: Dataset) -> None:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.epochs import Chunk, Digits, Pairs
 from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device
 from training.checkpoint import Checkpoint, load, save
-from training.data.compose import scenes
-from training.data.datasets import Dataset
+from training.data.datasets import Dataset, generate
 from training.data.datasets import load as load_dataset
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNetConfig
@@ -31,10 +30,8 @@ PAIR_BATCH = 1024
 PAIR_CANVAS = 36
 PAIRS = "multimnist"
 PAIR_CHUNK_STEPS = 64
-TEST_PAIRS = 100_000
 MAX_SHIFT_PIXELS = 2.5
 PROBE_STEPS = 60  # their time decides how many epochs fit into the budget
-_TEST_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,8 @@ def _finished(
 ) -> dict[str, Any]:
     model = learner.averaged()
     pairs = job.dataset == PAIRS
-    images, labels = test_pairs(mnist) if pairs else (mnist.test_images, mnist.test_labels)
+    tests = generate(PAIRS, mnist) if pairs else mnist
+    images, labels = tests.test_images, tests.test_labels
     # A quick network is evaluated on the CPU, like a certificate, so that both counts are the same.
     probabilities, _ = predict(model if pairs else model.cpu(), images, 1000)
     mistakes = wrong(probabilities, labels).nonzero().flatten().tolist()
@@ -207,17 +205,6 @@ def _finished(
     }
     _say(f"{job.name}: {len(mistakes)} of {len(labels)} wrong, {100 * len(mistakes) / len(labels):.3f} %")
     return {"job": job, "model": model, "figures": figures, "labels": mnist.labels, "batch": learner.batch}
-
-
-def test_pairs(mnist: Dataset) -> tuple[Tensor, Tensor]:
-    """Return 100,000 pairs of test digits from a fixed seed; the first 10,000 are the test set of multimnist."""
-    generator = torch.Generator().manual_seed(_TEST_SEED)
-    made = [
-        scenes(mnist.test_images, mnist.test_labels, 2, PAIR_CANVAS, generator)
-        for _ in range(-(-TEST_PAIRS // len(mnist.test_images)))
-    ]
-    images, labels = (torch.cat(values)[:TEST_PAIRS] for values in zip(*made, strict=True))
-    return images, labels
 
 
 def write(result: dict[str, Any], folder: Path) -> None:

@@ -15,6 +15,8 @@ from training.data.folder import read_folder
 from training.data.sources import SOURCE_ERRORS, DatasetError, Folder, read_verified
 from training.data.specs import DATASETS, GENERATED, NAMES, Arrays, DatasetSpec, GeneratedSpec
 
+_TEST_SEED = 0  # of composed test images
+
 _logger = logging.getLogger(__name__)
 
 
@@ -65,8 +67,7 @@ def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dat
         DatasetError: No source has the files; the message gives each one's reason.
     """
     if name in GENERATED:
-        spec = GENERATED[name]
-        return _generate(name, spec, load(spec.original, folder, progress=progress))
+        return generate(name, load(GENERATED[name].original, folder, progress=progress))
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(sorted(NAMES))}")
     return _dataset(name, DATASETS[name].labels, _fetch(name, DATASETS[name], folder, progress))
@@ -110,17 +111,26 @@ def _fetch(name: str, spec: DatasetSpec, folder: Path | None, progress: bool) ->
     )
 
 
-def _generate(name: str, spec: GeneratedSpec, original: Dataset) -> Dataset:
-    """Compose the test images, the same for everyone, so that all results are on one test set."""
-    generator = torch.Generator().manual_seed(0)
-    images, labels = original.test_images, original.test_labels
-    if spec.distorted_test:
-        images = affnist_spec(images, spec.canvas, generator)
-    else:
-        images, labels = scenes(images, labels, spec.objects, spec.canvas, generator)
+def generate(name: str, original: Dataset) -> Dataset:
+    """Compose a data set of GENERATED from the one that it is made of.
+
+    The test images are the same for everyone, so that all results are on one test set.
+    """
+    spec = GENERATED[name]
+    generator = torch.Generator().manual_seed(_TEST_SEED)
+    rounds = [_test_round(spec, original, generator) for _ in range(spec.test_rounds)]
+    images, labels = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounds, strict=True))
     return Dataset(
         name, original.labels, original.train_images, original.train_labels, images, labels, spec.objects, spec.canvas
     )
+
+
+def _test_round(spec: GeneratedSpec, original: Dataset, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Compose one test image for each of the original's; return the images and their labels."""
+    images, labels = original.test_images, original.test_labels
+    if spec.distorted_test:
+        return affnist_spec(images, spec.canvas, generator), labels
+    return scenes(images, labels, spec.objects, spec.canvas, generator)
 
 
 def split(count: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
