@@ -1,6 +1,7 @@
 """Graphs of random networks, made once, and ONNX Runtime to run them, for the tests of int8 and fp16."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from export.options import OPSET
@@ -68,8 +69,8 @@ def by_hand() -> ModelProto:
         "second.weight": generator.integers(-8, 9, (6, 4, 3, 3)).astype(np.float32) / 8,
         "second.bias": generator.integers(-8, 9, 6).astype(np.float32) / 8,
     }
+    make: Callable[..., NodeProto] = onnx.helper.make_node
     first, second = ({"kernel_shape": [3, 3], "strides": [n, n], "pads": [0] * 4} for n in (1, 2))
-    make = onnx.helper.make_node
     nodes = [
         make("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
         make("Div", ["pixels", "scale"], ["scaled"]),

@@ -145,7 +145,7 @@ def test_multimnist_trains_on_mnists_digits_and_tests_on_pairs_of_its_test_digit
 def test_the_first_pairs_of_multimnist_are_one_round_and_the_others_are_further_rounds(mnist: Dataset) -> None:
     dataset = datasets.load("multimnist")
     drawn = generator()
-    for part, labels in zip(dataset.test_images.split(300), dataset.test_labels.split(300), strict=True):
+    for part, labels in zip(torch.split(dataset.test_images, 300), torch.split(dataset.test_labels, 300), strict=True):
         images, expected = scenes(mnist.test_images, mnist.test_labels, 2, 36, drawn)
         assert part.equal(images)
         assert labels.equal(expected)

@@ -49,12 +49,14 @@ def test_who_connects_before_the_start_is_served_from_then_on(loop: Any) -> None
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(PREFACE)
         greeting = asyncio.create_task(reader.read(1))
-        await asyncio.sleep(0.1)
-        assert not greeting.done()
-        await server.start()
-        assert await asyncio.wait_for(greeting, 10)
-        writer.close()
-        await server.stop(0)
+        try:
+            await asyncio.sleep(0.1)
+            assert not greeting.done()
+            await server.start()
+            assert await asyncio.wait_for(greeting, 10)
+        finally:
+            writer.close()
+            await server.stop(0)
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main())
