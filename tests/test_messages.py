@@ -23,7 +23,7 @@ def reader(encoding: str = "identity") -> MessageReader:
 
 
 def fed(to: MessageReader, pieces: Iterable[bytes | memoryview]) -> list[bytes]:
-    """What the pieces make, every inflation being done before the next piece comes."""
+    """Return the messages that the pieces make. Every inflation is done before the next piece comes."""
     found = []
     for piece in pieces:
         found += to.feed(piece)

@@ -174,5 +174,5 @@ def _scaled(data: bytes, model: Model) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_pixels(image, channels, (width, height))
-    except Exception as error:  # damaged files make Pillow raise almost anything
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise ItemError("not an image, or a damaged one") from error

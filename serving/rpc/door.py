@@ -1,4 +1,4 @@
-"""The door of a method: calls are refused by their headers alone, at a fraction of a request's cost."""
+"""The door of a method: it refuses calls from their headers alone, at a fraction of a request's cost."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from serving.rpc.recorder import Recorder
 from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
 
-#: Returns the error that a call is refused with unread, and the metrics that count it, or None; by the seconds that its
-#: client gives it, and how many calls are to be begun before it.
+#: A function that decides about a call before its message is read, from its timeout in seconds and the number of calls
+#: that will begin before it. It returns the error and the metrics that count it, or None to accept the call.
 Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
 
-_MAX_STATUSES = 1024  # of refusals that are kept
+_MAX_STATUSES = 1024  # of remembered refusals
 
 
 class Notes(Protocol):
-    """Counts and logs refused requests; see Edge."""
+    """The count and the log of refused requests; see Edge."""
 
     def to_status(self, error: Exception, requests: int = 1, /) -> tuple[grpc.StatusCode, str]:
-        """Return the code and the text that clients are told, and count them."""
+        """Return the code and the text for clients, and count the requests."""
 
     def note_refusals(
         self, method: str, requests: list[Metadata], seconds: float, code: grpc.StatusCode, text: str, /
@@ -32,7 +32,7 @@ class Notes(Protocol):
 
 
 class _Refused(NamedTuple):
-    """A refusal of one turn: how many calls were expected, the status, and the metadata of all that were refused so."""
+    """A refusal of one turn: the number of expected calls, the status, and the metadata of all calls that got it."""
 
     expected: int
     status: Status
@@ -40,24 +40,24 @@ class _Refused(NamedTuple):
 
 
 class MethodDoor:
-    """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
+    """The door of one method. It must be cheap: under overload it refuses most calls.
 
-    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which the queue
-    hardly gets shorter, and they are counted together.
+    A refusal holds for all calls with the same timeout in one turn of the event loop, because the queue hardly gets
+    shorter in that time. They are counted together.
     """
 
     def __init__(self, notes: Notes, record: Recorder, refusal: Refusal) -> None:
         self._notes = notes
         self._record = record
         self._refusal = refusal
-        # Of this turn: the latest refusal by timeout, and what is to be counted by error.
+        # In this turn: the latest refusal by timeout, and the calls to count by error.
         self._known: dict[float | None, _Refused] = {}
         self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
-        # By error, what a client is sent: the same one serves many calls.
+        # The status of each error: many calls get the same one.
         self._statuses: dict[ServingError, Status] = {}
 
     def __call__(self, timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
-        """Return the status of a refusal, or None. expected: how many calls are to be begun before this one."""
+        """Return the status of a refusal, or None. expected: the number of calls that will begin before this one."""
         refused = self._known.get(timeout)
         if refused is None or expected < refused.expected:
             if (refusal := self._refusal(timeout, expected)) is None:

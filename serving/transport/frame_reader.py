@@ -1,4 +1,4 @@
-"""Reads the frames of one connection and tells its calls what they say (RFC 9113, sections 3 to 6)."""
+"""The reader of one connection's frames, which passes their content to the calls (RFC 9113, sections 3 to 6)."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from serving.transport.reception import Reception
 from serving.transport.streams import ConnectionState, Link, Streams, StreamState
 from serving.transport.terms import Terms
 
-#: Calls that a client may have open on one connection.
+#: The most calls that a client may have open on one connection.
 MAX_CALLS = 4096
-#: A ping's payload, by whose answer a drain knows that all calls sent before are there.
+#: The payload of a drain's ping. Its answer shows that all calls sent before have arrived.
 DRAIN_PING = b"drain\0\0\0"
 _TEXT = b"This port speaks gRPC (HTTP/2 without TLS), not HTTP/1.1.\n"
 #: The answer to a client of HTTP/1.
@@ -21,24 +21,24 @@ HTTP1_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
     % (len(_TEXT), _TEXT)
 )
-_WINDOW = 2**24  # bytes that a client may send on a connection ahead of what is read
-_LOW_WINDOW = _WINDOW // 2  # at which it is filled up
+_WINDOW = 2**24  # bytes that a client may send on a connection before the server reads them
+_LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
-_LARGE_PAYLOAD_BYTES = 4096  # from which on a view is cheaper than a copy
+_LARGE_PAYLOAD_BYTES = 4096  # from this size on, a view is cheaper than a copy
 _LARGE_READ_BYTES = 2**15
-_TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
+_TABLE_BYTES = 4096  # the default size of HPACK's table
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 
-# Looked up often; a module's look-up is slow, and an enumeration's too.
+# Module names for the hot path: attribute access on a module or an enumeration is slow.
 _unpack_head = frames.HEAD.unpack_from
 _DATA, _HEADERS, _MAX_FRAME_BYTES, _MAX_STREAM = frames.DATA, frames.HEADERS, frames.MAX_FRAME_BYTES, frames.MAX_STREAM
 _PREFACE, _SETTINGS, _OPEN, _GOING_AWAY, _ = ConnectionState
 
 
 class NotHttp2(Exception):
-    """The client speaks another protocol. answer: sent to it before the connection is closed, if it is HTTP/1."""
+    """The client speaks another protocol. answer: the bytes to send before closing if it speaks HTTP/1, else empty."""
 
     def __init__(self, answer: bytes) -> None:
         super().__init__("not HTTP/2")
@@ -46,26 +46,26 @@ class NotHttp2(Exception):
 
 
 class FrameReader:
-    """Reads what comes on a connection. link: carries the answers."""
+    """The reader of a connection. link: carries the answers."""
 
     def __init__(self, link: Link, terms: Terms[Any]) -> None:
         self.streams = Streams(link, terms)
         self._link = link
         self._send = link.send
         self._header_reader: HeaderReader[Method] = HeaderReader(terms.find)
-        self._rest = b""  # of what has come: a frame that is not whole
+        self._rest = b""  # the received part of an incomplete frame
         self._block: HeaderBlock | None = None
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
-        self._viewed: set[int] = set()  # streams with large frames among the bytes that are being read
+        self._viewed: set[int] = set()  # streams with large frames in the bytes that are being read
 
     def receive(self, data: bytes) -> None:
-        """Read what has come. Raises ConnectionFault and NotHttp2, after which nothing more can be read."""
+        """Read received bytes. Raises ConnectionFault or NotHttp2; after that, nothing else can be read."""
         at = 0
         if self._rest:
             rest, self._rest = self._rest, b""
             missing = _missing(rest) if len(data) > _LARGE_READ_BYTES and self.streams.state is not _PREFACE else 0
-            if 0 < missing <= len(data):  # without a copy of all that has come
+            if 0 < missing <= len(data):  # without a copy of all received bytes
                 self._read(rest + data[:missing], 0)
                 at = missing
             else:
@@ -84,7 +84,7 @@ class FrameReader:
             self._viewed.clear()
 
     def _greet(self, data: bytes) -> bool:
-        """Answer the client's preface; False if it has not come in full. Raises NotHttp2."""
+        """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
         if not data.startswith(frames.PREFACE[: len(data)]):
             raise NotHttp2(HTTP1_ANSWER if data[:3].isalpha() and data[:3].isupper() else b"")
         if len(data) < len(frames.PREFACE):
@@ -101,7 +101,7 @@ class FrameReader:
         return True
 
     def _read(self, data: bytes, at: int) -> int:
-        """Read all whole frames from ``at`` on; return where the rest begins. Raises ConnectionFault."""
+        """Read all complete frames from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
         end = len(data)
         while end - at >= _HEAD_BYTES:
             high, low, kind, flags, stream = _unpack_head(data, at)
@@ -131,7 +131,7 @@ class FrameReader:
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        """Read any frame but DATA and HEADERS."""
+        """Read a frame other than DATA and HEADERS."""
         if self.streams.state is _SETTINGS and kind != frames.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if kind in (frames.SETTINGS, frames.PING, frames.GOAWAY) and stream:
@@ -156,7 +156,7 @@ class FrameReader:
                 self.streams.send_reset(stream, ErrorCode.FRAME_SIZE_ERROR)
         elif kind == frames.PUSH_PROMISE:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
-        # Others mean nothing here: that the client takes no streams of the server's, and what is not known.
+        # Other frames are ignored: those that concern streams of the server, and unknown ones.
 
     def _ping(self, flags: int, payload: bytes) -> None:
         if len(payload) != len(DRAIN_PING):
@@ -198,7 +198,7 @@ class FrameReader:
         call.receive(payload, size, bool(end))
 
     def _begin_block(self, flags: int, stream: int, payload: bytes) -> None:
-        """Read a HEADERS frame that is not a header block alone."""
+        """Read a HEADERS frame with padding or priority, or with only a part of its header block."""
         if flags & (frames.PADDED | frames.HAS_PRIORITY):
             payload = bytes(frames.without_padding(flags, payload))
             if flags & frames.HAS_PRIORITY:
@@ -220,7 +220,7 @@ class FrameReader:
             self._headers(block.flags, stream, block.data)
 
     def _headers(self, flags: int, stream: int, block: bytes) -> None:
-        """Read all headers of a stream: of a new one, or a client's trailers."""
+        """Read a complete header block: the headers of a new stream, or a client's trailers."""
         streams, end = self.streams, bool(flags & frames.END_STREAM)
         if len(block) > _MAX_BYTES_DECODED:
             streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
@@ -276,7 +276,7 @@ class FrameReader:
         streams.set_initial_window(window)
         if streams.state is _SETTINGS:
             streams.state = _OPEN
-        # Before what the new windows allow: until then the old ones hold for the client.
+        # Before data that the new windows allow: until the acknowledgement, the client counts with the old ones.
         self._send(frames.frame(frames.SETTINGS, frames.ACK, 0))
         if window > old:
             streams.pump()
@@ -290,14 +290,14 @@ class FrameReader:
             self.streams.widen_call(call, more)
 
     def _check_opened(self, stream: int) -> None:
-        """Raise ConnectionFault for a stream that the client never opened; one that is over is no fault."""
+        """Raise ConnectionFault for a stream that the client never opened. A closed stream is no fault."""
         streams = self.streams
         if not stream % 2 or (stream > streams.last_stream and streams.state is not _GOING_AWAY):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
 
 
 def _missing(rest: bytes) -> int:
-    """Return how many bytes the frame lacks that has begun; 0 where its head does not tell yet."""
+    """Return the number of missing bytes of an incomplete frame, or 0 if its head is incomplete."""
     if len(rest) < _HEAD_BYTES:
         return 0
     high, low, *_ = frames.HEAD.unpack_from(rest)

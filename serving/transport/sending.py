@@ -1,6 +1,6 @@
-"""Answers on their way to the peer: what its windows let go, and what waits (RFC 9113, section 5.2).
+"""Answers on their way to the peer: frames that its windows allow, and data that waits (RFC 9113, section 5.2).
 
-Pure: it returns the frames that may be sent now.
+Pure: the functions return the frames that may be sent now.
 """
 
 import struct
@@ -15,14 +15,14 @@ _END = frames.END_STREAM | frames.END_HEADERS
 _ANSWER_HEAD = frames.head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
 _OK_HEAD = frames.head_of(frames.HEADERS, _END, len(headers.OK))
 
-#: What is to be sent, in its order.
+#: Data to send, in order.
 Buffers = list[bytes | memoryview]
 
 
 class PeerWindow:
-    """Bytes that a peer lets one connection send.
+    """The flow-control windows of a peer for one connection, in bytes.
 
-    left: of all streams together. initial: of each new stream.
+    left: the window of the whole connection. initial: the window of each new stream.
     """
 
     __slots__ = ("initial", "left")
@@ -31,7 +31,7 @@ class PeerWindow:
         self.left = self.initial = frames.DEFAULT_WINDOW
 
     def widen(self, more: int) -> bool:
-        """Return whether a WINDOW_UPDATE opens what was shut. Raises ConnectionFault."""
+        """Add a WINDOW_UPDATE. Return True if it opens a closed window. Raises ConnectionFault."""
         if not more:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
         was_shut = self.left <= 0
@@ -44,8 +44,8 @@ class PeerWindow:
 class Sending:
     """The answers of one stream, and the trailers that end it.
 
-    window: bytes that the peer lets the stream send; it may be below 0 (section 6.9.2). size: bytes that wait.
-    trailers: a header block to be sent once nothing waits.
+    window: the stream's window in bytes; it may be below 0 (section 6.9.2). size: the bytes that wait. trailers: the
+    header block to send after the waiting data.
     """
 
     __slots__ = ("_peer", "_stream", "_waiting", "size", "trailers", "window")
@@ -53,13 +53,13 @@ class Sending:
     def __init__(self, peer: PeerWindow, stream: int) -> None:
         self._peer = peer
         self._stream = _STREAM.pack(stream)
-        self._waiting: deque[memoryview] | None = None  # since few answers have to wait
+        self._waiting: deque[memoryview] | None = None  # made late, since few answers must wait
         self.window = peer.initial
         self.size = 0
         self.trailers: bytes | None = None
 
     def message(self, data: bytes) -> Buffers | None:
-        """Return a message in DATA frames, if nothing waits before it and the windows let all of it go."""
+        """Return a message in DATA frames, or None if data waits before it or a window is too small."""
         size = len(data) + PREFIX.size
         peer = self._peer
         if self.size or size > self.window or size > peer.left:
@@ -71,7 +71,7 @@ class Sending:
         return [b"".join((frames.head_of(frames.DATA, 0, size), self._stream, PREFIX.pack(0, len(data)), data))]
 
     def put(self, data: bytes) -> None:
-        """Let a message wait behind those that wait already."""
+        """Add a message to the waiting data."""
         if self._waiting is None:
             self._waiting = deque()
         self._waiting.append(memoryview(PREFIX.pack(0, len(data))))
@@ -79,7 +79,7 @@ class Sending:
         self.size += len(data) + PREFIX.size
 
     def take(self) -> Buffers:
-        """Return the DATA frames of what the windows let go now; they wait no longer."""
+        """Remove the waiting data that the windows allow now, and return it in DATA frames."""
         parts: Buffers = []
         while size := min(self.size, self.window, self._peer.left, frames.MAX_FRAME_BYTES):
             if size < 0:
@@ -92,12 +92,12 @@ class Sending:
         return parts
 
     def drop(self) -> None:
-        """Forget all that waits."""
+        """Drop all waiting data."""
         self._waiting = None
         self.size = 0
 
     def _cut(self, size: int, parts: Buffers) -> None:
-        """Move the first so many bytes that wait to ``parts``."""
+        """Move the first ``size`` waiting bytes to ``parts``."""
         waiting = self._waiting
         assert waiting is not None
         while size:
@@ -109,12 +109,12 @@ class Sending:
                 parts.append(view[:size])
                 waiting[0] = view[size:]
                 size = 0
-        while waiting and not len(waiting[0]):  # an empty message, whose prefix has gone
+        while waiting and not len(waiting[0]):  # an empty message, whose prefix was sent
             waiting.popleft()
 
 
 def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
-    """Return the frames of a call that goes well: headers, its only message, trailers; None if a window is too small.
+    """Return all frames of a successful call: headers, its only message, trailers. None if a window is too small.
 
     Nothing may have been sent on the stream, and its window must be the initial one.
     """
@@ -133,7 +133,7 @@ def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
 
 
 def _large(number: bytes, data: bytes) -> Buffers:
-    """Return the frames of a message that does not fit in one; it is not copied. number: of the stream, as bytes."""
+    """Return the frames of a message larger than one frame, without a copy. number: the stream, as bytes."""
     room, view = frames.MAX_FRAME_BYTES, memoryview(data)
     full = frames.head_of(frames.DATA, 0, room) + number
     at = room - PREFIX.size
