@@ -200,8 +200,10 @@ def measure(models: Path, bodies: Mapping[Case, Path], folder: Path, options: ar
     with started(nothing) as kept:
         kept.warm(LOADS)
         size = sizes(kept, options.seconds)
-        for trick in tqdm(options.tricks, leave=False):
-            loads = [load for load in TRICKS[trick].loads if load in options.loads]
+        tricks = [",".join(options.tricks)] if options.together else options.tricks
+        for trick in tqdm(tricks, leave=False):
+            several = [TRICKS[name] for name in trick.split(",")]
+            loads = [load for load in options.loads if any(load in one.loads for one in several)]
             with started(trick) as off:
                 for load, collected in compare(kept, off, loads, size, options.rounds).items():
                     yield {"trick": trick, "load": load, **collected.row()}
@@ -223,6 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument(
         "--tricks", nargs="+", choices=TRICKS, default=list(TRICKS), metavar="TRICK", help="the default: all"
     )
+    command.add_argument("--together", action="store_true", help="switch these tricks off all at once, and not in turn")
     command.add_argument(
         "--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD",
         help="the default: those that each trick may speed up",

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.without TRICK FLAGS...``: the server with one trick of its request path switched off.
+"""``python -m benchmarks.without TRICKS FLAGS...``: the server with tricks of its request path switched off.
 
 Each trick is undone from outside, so that the server itself has no setting for it. A change of the server's code that
 takes away what is undone here ends the command: the trick, or its entry, is then to be looked at anew.
@@ -244,9 +244,10 @@ TRICKS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve without the trick that comes first, with the flags that follow."""
-    name, *flags = arguments
-    TRICKS[name].undo()
+    """Serve without the tricks that the first argument names, divided by commas, with the flags that follow."""
+    names, *flags = arguments
+    for name in names.split(","):
+        TRICKS[name].undo()
     sys.argv = ["serving", *flags]
     return program.main()
 
