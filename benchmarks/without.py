@@ -7,13 +7,11 @@ takes away what is undone here ends the command: the trick, or its entry, is the
 import asyncio
 import gc
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import grpc
 import prometheus_client
 import uvloop
 
@@ -98,25 +96,6 @@ def _a_task_for_each_call() -> None:
         return UnaryMethod(handle, door.MethodDoor(self, record, refusal))
 
     _replace(edge.Edge, unary_at_once=unary)
-
-
-def _codes_as_keys() -> None:
-    made, number = recorder.Recorder.__init__, "_handled"
-
-    def make(self: Any, metrics: Any, *arguments: Any) -> None:
-        made(self, metrics, *arguments)
-        setattr(self, number, {code: self._handled[code.value[0]] for code in grpc.StatusCode})
-
-    def end(self: Any, start: float, code: Any) -> None:
-        self._handling.observe(time.perf_counter() - start)
-        self._handled[code].inc()
-
-    def refuse(self: Any, code: Any, calls: int) -> None:
-        self._started.inc(calls)
-        self._handling.observe(0.0, calls)
-        self._handled[code].inc(calls)
-
-    _replace(recorder.Recorder, __init__=make, end=end, refuse=refuse)
 
 
 class _Count:
@@ -216,7 +195,6 @@ TRICKS = {
     "refusals kept": Trick(_no_refusals_kept, _REFUSED),
     "callbacks instead of tasks": Trick(_a_task_for_each_call),
     "headers remembered": Trick(partial(_replace, headers, _MAX_KNOWN_BYTES=-1)),
-    "codes by number": Trick(_codes_as_keys),
     "own counters": Trick(partial(_replace, registry, Count=_Count, Observations=_Observations), _in_both),
     "pixels without protobuf": Trick(
         partial(_replace, capsnet_codec.PixelReader, read=lambda *_: None, read_of_stream=lambda *_: None),
