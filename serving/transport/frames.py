@@ -2,7 +2,6 @@
 
 import struct
 from enum import IntEnum
-from functools import lru_cache
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 #: Bytes of the largest frame that a peer may send by default (SETTINGS_MAX_FRAME_SIZE); this server allows no larger.
@@ -53,15 +52,14 @@ class ConnectionFault(Exception):
         self.code = code
 
 
-@lru_cache(1024)
-def head_of(kind: int, flags: int, size: int) -> bytes:
-    """Return the first five bytes of a frame's head: all but the stream."""
-    return HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
+def head(kind: int, flags: int, stream: int, size: int) -> bytes:
+    """Return the head of a frame. size: bytes of its payload."""
+    return HEAD.pack(size >> 8, size & 255, kind, flags, stream)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     """Return a whole frame."""
-    return head_of(kind, flags, len(payload)) + stream.to_bytes(4) + payload
+    return head(kind, flags, stream, len(payload)) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
