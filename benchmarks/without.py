@@ -27,7 +27,7 @@ from serving.repository.classifier import POSES, PROBABILITIES
 from serving.rpc import door, edge, recorder
 from serving.rpc.status import status_of
 from serving.services import capsnet_codec, open_inference_codec, protobuf_wire
-from serving.transport import call, connection, frame_reader, headers, receiving, sending
+from serving.transport import call, connection, frame_reader, headers, sending
 from serving.transport.methods import CallbackMethod, Context, UnaryMethod
 
 #: Loads by name: single images with 16 and 64 in flight, 64 images a request, streams, calls that are all refused for
@@ -181,11 +181,6 @@ def _large_answers_joined() -> None:
     _replace(connection, _JOINED_BYTES=_NEVER)
 
 
-def _messages_by_the_reader() -> None:
-    for kind in (receiving.UnaryCall, receiving.StreamCall):
-        _replace(kind, receive=receiving.ReceivingCall.receive)
-
-
 _in_both = (*_USUAL, STREAMS)
 #: Tricks by name; the first, which is none, shows the noise.
 TRICKS = {
@@ -206,7 +201,6 @@ TRICKS = {
     "answers of a batch at once": Trick(_answers_one_by_one, (FEW, MANY, LARGE, STREAMS)),
     "varints kept": Trick(_no_kept_varints, (STREAMS,)),
     "frames of an answer joined": Trick(partial(_replace, call, only_answer=lambda *_: None)),
-    "messages of one frame": Trick(_messages_by_the_reader, _in_both),
     "one write a turn": Trick(_write_at_once, _in_both),
     "large payloads not copied": Trick(partial(_replace, frame_reader, _LARGE_PAYLOAD_BYTES=_NEVER), (LARGE,)),
     "large reads not copied": Trick(partial(_replace, frame_reader, _LARGE_READ_BYTES=_NEVER), (LARGE,)),

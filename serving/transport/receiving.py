@@ -57,7 +57,7 @@ class ReceivingCall(Call):
             return
         if end:
             self.state = HALF_CLOSED_REMOTE
-        if self.sending.trailers is None:
+        if not self.over:
             self._read(data)
 
     def end(self) -> None:
@@ -76,22 +76,6 @@ class ReceivingCall(Call):
         """Keep no view of bytes that came together with others."""
         if self._reader is not None:
             self._reader.settle()
-
-    def _at_once(self, data: bytes | memoryview, size: int) -> bytes | None:
-        """Return the message of a frame that is one, and hold it; None where more is to be looked at."""
-        streams, sending = self.streams, self._sending
-        if self._reader is not None or self.state is not OPEN or size > self._may_receive:
-            return None
-        if sending is not None and sending.trailers is not None:
-            return None
-        memory, held = streams.memory, size + _MESSAGE_BYTES
-        if memory.used + held > memory.max_bytes or size > streams.limits.message_bytes:
-            return None
-        message = messages.whole(data)
-        if message is not None:
-            memory.used += held
-            self.held += held
-        return message
 
     def _read(self, data: bytes | memoryview) -> None:
         """Read what came, on top of what is there."""
@@ -178,17 +162,6 @@ class UnaryCall(ReceivingCall):
     needs_all = True
     _message: bytes | None = None
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
-        # Most calls come this way: all of the message in one frame, which ends the request.
-        if end and self._message is None and (message := self._at_once(data, size)) is not None:
-            self.state = HALF_CLOSED_REMOTE
-            if self.waits:
-                self.streams.memory.works(self)
-            self._message = message
-            self._begin(message)
-            return
-        super().receive(data, size, end)
-
     def _take(self, message: bytes) -> None:
         if self._message is not None:
             self.refuse(grpc.StatusCode.UNIMPLEMENTED, "several messages; expected one")
@@ -235,16 +208,6 @@ class StreamCall(ReceivingCall):
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         super().__init__(streams, stream, head)
         self._messages: deque[bytes] = deque()
-
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
-        # Most messages come this way: each in a frame of its own.
-        if not end and (message := self._at_once(data, size)) is not None:
-            self._may_receive -= size
-            self._messages.append(message)
-            if (reading := self._reading) is not None and not reading.done():
-                reading.set_result(None)
-            return
-        super().receive(data, size, end)
 
     def begin(self) -> None:
         """Start the handler, which reads what comes."""
