@@ -22,21 +22,16 @@ INTERNAL_TEXT = "internal error; the server's log has the details"
 _logger = logging.getLogger(__name__)
 
 
-# Looked up often; an enumeration's own look-up is slow.
-OPEN, HALF_CLOSED_REMOTE, CLOSED = StreamState
-
-
 class Call:
     """A stream of a connection, and the context of its handler (see serving.transport.methods.Context).
 
     This is its answering half. Only the event loop's thread may use it.
     """
 
-    # Most calls never change these, so that they cost nothing to set up.
     #: Whether what is held waits for the client; kept by Memory.
     waits = False
     _sending: Sending | None = None
-    state = OPEN
+    state = StreamState.OPEN
     deadline: float | None = None
     expired = False
     given_up: Callable[[], object] | None = None
@@ -58,7 +53,7 @@ class Call:
     @property
     def over(self) -> bool:
         """Tell if nobody waits for anything from the handler."""
-        return self.state is CLOSED or (self._sending is not None and self._sending.trailers is not None)
+        return self.state is StreamState.CLOSED or (self._sending is not None and self._sending.trailers is not None)
 
     @property
     def sending(self) -> Sending:
@@ -74,7 +69,7 @@ class Call:
     def answer(self, data: bytes) -> None:
         """Send the only answer, and that all went well."""
         self.given_up = None
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
         streams = self.streams
         if self._sending is None and not streams.shrinks_table:
@@ -193,19 +188,19 @@ class Call:
     def _expire(self) -> None:
         self.expired = True
         self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
-        if self.state is not CLOSED:  # the client does not take what waits for it
+        if self.state is not StreamState.CLOSED:  # the client does not take what waits for it
             self.streams.reset(self, ErrorCode.CANCEL)
 
     def _leave(self) -> None:
         """Close the stream, since all is sent; what the client may still send is not wanted (RFC 9113, section 8.1)."""
-        if self.state is OPEN:
+        if self.state is StreamState.OPEN:
             self.streams.send_reset(self.stream, ErrorCode.NO_ERROR)
         self._close()
 
     def _close(self) -> None:
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
-        self.state = CLOSED
+        self.state = StreamState.CLOSED
         self.streams.memory.leave(self)
         if self._timer:
             self._timer.cancel()

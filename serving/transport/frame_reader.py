@@ -31,11 +31,6 @@ _LARGE_READ_BYTES = 2**15
 _TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 
-# Looked up often; a module's look-up is slow, and an enumeration's too.
-_unpack_head = frames.HEAD.unpack_from
-_DATA, _HEADERS, _MAX_FRAME_BYTES, _MAX_STREAM = frames.DATA, frames.HEADERS, frames.MAX_FRAME_BYTES, frames.MAX_STREAM
-_PREFACE, _SETTINGS, _OPEN, _GOING_AWAY, _ = ConnectionState
-
 
 class NotHttp2(Exception):
     """The client speaks another protocol. answer: sent to it before the connection is closed, if it is HTTP/1."""
@@ -64,13 +59,14 @@ class FrameReader:
         at = 0
         if self._rest:
             rest, self._rest = self._rest, b""
-            missing = _missing(rest) if len(data) > _LARGE_READ_BYTES and self.streams.state is not _PREFACE else 0
+            large = len(data) > _LARGE_READ_BYTES and self.streams.state is not ConnectionState.PREFACE
+            missing = _missing(rest) if large else 0
             if 0 < missing <= len(data):  # without a copy of all that has come
                 self._read(rest + data[:missing], 0)
                 at = missing
             else:
                 data = rest + data
-        if self.streams.state is _PREFACE:
+        if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
             at = len(frames.PREFACE)
@@ -90,7 +86,7 @@ class FrameReader:
         if len(data) < len(frames.PREFACE):
             self._rest = data
             return False
-        self.streams.state = _SETTINGS
+        self.streams.state = ConnectionState.SETTINGS
         values = {
             frames.MAX_CONCURRENT_STREAMS: MAX_CALLS,
             frames.INITIAL_WINDOW_SIZE: WINDOW,
@@ -104,9 +100,9 @@ class FrameReader:
         """Read all whole frames from ``at`` on; return where the rest begins. Raises ConnectionFault."""
         end = len(data)
         while end - at >= _HEAD_BYTES:
-            high, low, kind, flags, stream = _unpack_head(data, at)
+            high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
             length = high << 8 | low
-            if length > _MAX_FRAME_BYTES:
+            if length > frames.MAX_FRAME_BYTES:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             begin = at + _HEAD_BYTES
             if begin + length > end:
@@ -114,14 +110,14 @@ class FrameReader:
             at = begin + length
             if self._block and kind != frames.CONTINUATION:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
-            stream &= _MAX_STREAM
-            if kind == _DATA:
+            stream &= frames.MAX_STREAM
+            if kind == frames.DATA:
                 if length < _LARGE_PAYLOAD_BYTES:
                     self._data(flags, stream, data[begin:at])
                 else:
                     self._data(flags, stream, memoryview(data)[begin:at])
                     self._viewed.add(stream)
-            elif kind == _HEADERS:
+            elif kind == frames.HEADERS:
                 if flags & _NOT_BLOCK_ALONE == frames.END_HEADERS:
                     self._headers(flags, stream, data[begin:at])
                 else:
@@ -132,7 +128,7 @@ class FrameReader:
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         """Read any frame but DATA and HEADERS."""
-        if self.streams.state is _SETTINGS and kind != frames.SETTINGS:
+        if self.streams.state is ConnectionState.SETTINGS and kind != frames.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if kind in (frames.SETTINGS, frames.PING, frames.GOAWAY) and stream:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a frame about the connection on a stream")
@@ -224,7 +220,8 @@ class FrameReader:
         streams, end = self.streams, bool(flags & frames.END_STREAM)
         if len(block) > _MAX_BYTES_DECODED:
             streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
-        if stream > streams.last_stream and stream % 2 and streams.state is _OPEN and len(streams.calls) < MAX_CALLS:
+        new = stream > streams.last_stream and stream % 2
+        if new and streams.state is ConnectionState.OPEN and len(streams.calls) < MAX_CALLS:
             streams.last_stream = stream
             try:
                 head = self._header_reader.read(block)
@@ -234,7 +231,7 @@ class FrameReader:
             else:
                 self._reception.open(stream, head, end)
             return
-        if streams.state is _SETTINGS:
+        if streams.state is ConnectionState.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if not stream % 2:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's stream {stream}")
@@ -242,7 +239,7 @@ class FrameReader:
             self._trailers(stream, block, end)
             return
         self._header_reader.skip(block)
-        if streams.state is _OPEN:
+        if streams.state is ConnectionState.OPEN:
             streams.last_stream = stream
             streams.count_idle()
             streams.send_reset(stream, ErrorCode.REFUSED_STREAM)
@@ -274,8 +271,8 @@ class FrameReader:
             elif setting == frames.HEADER_TABLE_SIZE:
                 streams.shrinks_table = value < _TABLE_BYTES
         streams.set_initial_window(window)
-        if streams.state is _SETTINGS:
-            streams.state = _OPEN
+        if streams.state is ConnectionState.SETTINGS:
+            streams.state = ConnectionState.OPEN
         # Before what the new windows allow: until then the old ones hold for the client.
         self._send(frames.frame(frames.SETTINGS, frames.ACK, 0))
         if window > old:
@@ -292,7 +289,7 @@ class FrameReader:
     def _check_opened(self, stream: int) -> None:
         """Raise ConnectionFault for a stream that the client never opened; one that is over is no fault."""
         streams = self.streams
-        if not stream % 2 or (stream > streams.last_stream and streams.state is not _GOING_AWAY):
+        if not stream % 2 or (stream > streams.last_stream and streams.state is not ConnectionState.GOING_AWAY):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
 
 

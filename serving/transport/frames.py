@@ -11,7 +11,7 @@ DEFAULT_WINDOW = 65535
 MAX_WINDOW = 2**31 - 1
 MAX_STREAM = 2**31 - 1
 
-# Plain numbers, since comparing members of an enumeration for every frame is slow.
+# Types of frames (section 6), and their flags.
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM = ACK = 0x01
 END_HEADERS = 0x04

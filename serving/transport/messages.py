@@ -13,9 +13,7 @@ import grpc
 ENCODINGS = {"gzip": 31, "deflate": 15}
 #: Stands before each message: whether it is compressed, and its length.
 PREFIX = struct.Struct(">BI")
-_PREFIX_BYTES = PREFIX.size
-_unpack_prefix = PREFIX.unpack_from
-# Bytes that are inflated at once, in some 0.2 ms; the rest of a message is left to a thread.
+# Bytes that are inflated at once; the rest of a message is left to a thread, since other calls would wait for it.
 _MAX_INFLATED_AT_ONCE = 2**16
 
 
@@ -69,10 +67,10 @@ class Inflation:
 
 def whole(data: bytes | memoryview) -> bytes | None:
     """Return the message of bytes that are exactly one, not compressed; None for any others."""
-    size = len(data) - _PREFIX_BYTES
-    if size < 0 or _unpack_prefix(data) != (0, size):
+    size = len(data) - PREFIX.size
+    if size < 0 or PREFIX.unpack_from(data) != (0, size):
         return None
-    message = data[_PREFIX_BYTES:]
+    message = data[PREFIX.size :]
     return message if isinstance(message, bytes) else bytes(message)
 
 

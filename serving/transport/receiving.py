@@ -10,12 +10,12 @@ from typing import ClassVar
 import grpc
 
 from serving.transport import messages
-from serving.transport.call import CLOSED, HALF_CLOSED_REMOTE, OPEN, Call
+from serving.transport.call import Call
 from serving.transport.frames import ErrorCode, window_update
 from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
 from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
-from serving.transport.streams import Streams
+from serving.transport.streams import Streams, StreamState
 
 #: Bytes of a call that a client may send ahead of what is read.
 WINDOW = 2**18
@@ -52,18 +52,18 @@ class ReceivingCall(Call):
         if self._may_receive < 0:
             self.streams.reset_faulty(self, ErrorCode.FLOW_CONTROL_ERROR)
             return
-        if self.state is HALF_CLOSED_REMOTE:
+        if self.state is StreamState.HALF_CLOSED_REMOTE:
             self.streams.reset_faulty(self, ErrorCode.STREAM_CLOSED)
             return
         if end:
-            self.state = HALF_CLOSED_REMOTE
+            self.state = StreamState.HALF_CLOSED_REMOTE
         if not self.over:
             self._read(data)
 
     def end(self) -> None:
         """Take note that the client has sent all, and said so without data."""
-        if self.state is OPEN:
-            self.state = HALF_CLOSED_REMOTE
+        if self.state is StreamState.OPEN:
+            self.state = StreamState.HALF_CLOSED_REMOTE
             if not self.over and not (self._reader and self._reader.inflation):
                 self._end_of_request()
 
@@ -98,7 +98,7 @@ class ReceivingCall(Call):
         """Take whole messages; size: bytes by which they, and what the reader keeps, have grown."""
         memory, reader = self.streams.memory, self._reader
         memory.hold(self, size + _MESSAGE_BYTES * len(received))
-        if (reader is not None and reader.buffered) or (self.needs_all and self.state is OPEN):
+        if (reader is not None and reader.buffered) or (self.needs_all and self.state is StreamState.OPEN):
             memory.waits(self, self.streams.loop.time())
         elif self.waits and not self.sending.size:
             memory.works(self)
@@ -112,7 +112,7 @@ class ReceivingCall(Call):
             return
         if reader is not None and reader.inflation:
             self._inflate(reader, reader.inflation)
-        elif self.state is HALF_CLOSED_REMOTE:
+        elif self.state is StreamState.HALF_CLOSED_REMOTE:
             self._end_of_request()
         else:
             self._let_send()
@@ -146,7 +146,7 @@ class ReceivingCall(Call):
 
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
-        if self.state is OPEN and self._may_receive < _LOW_WINDOW:
+        if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
             self.streams.send(window_update(self.stream, WINDOW - self._may_receive))
             self._may_receive = WINDOW
 
@@ -219,7 +219,7 @@ class StreamCall(ReceivingCall):
     async def __anext__(self) -> bytes:
         while not self._messages:
             inflating = self._reader is not None and self._reader.inflation
-            if self.state is CLOSED or (self.state is HALF_CLOSED_REMOTE and not inflating):
+            if self.state is StreamState.CLOSED or (self.state is StreamState.HALF_CLOSED_REMOTE and not inflating):
                 raise StopAsyncIteration
             self._reading = self.streams.loop.create_future()
             await self._reading
@@ -247,7 +247,7 @@ class StreamCall(ReceivingCall):
     async def _write(self, data: bytes) -> None:
         """Send one answer; wait while the client does not read."""
         streams, sending = self.streams, self.sending
-        if self.state is CLOSED or sending.trailers is not None:
+        if self.state is StreamState.CLOSED or sending.trailers is not None:
             return
         if not self._headers_sent:
             self._send_headers()
@@ -256,7 +256,7 @@ class StreamCall(ReceivingCall):
             streams.send_answer(sent)
         else:
             self._put(data)
-        while self.state is not CLOSED and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
+        while self.state is not StreamState.CLOSED and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
             self._room = streams.loop.create_future()
             await self._room
 
@@ -276,7 +276,7 @@ class StreamCall(ReceivingCall):
             self._reading.set_result(None)
 
     def _close(self) -> None:
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
         super()._close()
         self._messages.clear()  # a reader that is awake already must not release them once more
