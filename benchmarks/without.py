@@ -148,15 +148,6 @@ class _ProtobufWriter:
         return response.SerializeToString()
 
 
-def _answers_one_by_one() -> None:
-    whole = capsnet_codec.AnswerWriter.__call__
-
-    def write(self: Any, share: Share) -> bytes:
-        return whole(self, Share({name: share[name] for name in share.batch}, 0, len(share)))
-
-    _replace(capsnet_codec.AnswerWriter, __call__=write)
-
-
 def _no_kept_varints() -> None:
     plain = protobuf_wire.varint.__wrapped__
     for module in (protobuf_wire, capsnet_codec, open_inference_codec):
@@ -198,7 +189,6 @@ TRICKS = {
     "answer template": Trick(
         partial(_replace, capsnet_codec, AnswerWriter=_ProtobufWriter), (FEW, MANY, LARGE, STREAMS)
     ),
-    "answers of a batch at once": Trick(_answers_one_by_one, (FEW, MANY, LARGE, STREAMS)),
     "varints kept": Trick(_no_kept_varints, (STREAMS,)),
     "frames of an answer joined": Trick(partial(_replace, call, only_answer=lambda *_: None)),
     "one write a turn": Trick(_write_at_once, _in_both),
