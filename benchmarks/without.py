@@ -26,7 +26,7 @@ from serving.metrics.instruments import Observations
 from serving.repository.classifier import POSES, PROBABILITIES
 from serving.rpc import door, edge, recorder
 from serving.rpc.status import status_of
-from serving.services import capsnet_codec, open_inference_codec, protobuf_wire
+from serving.services import capsnet_codec
 from serving.transport import call, connection, frame_reader, headers, sending
 from serving.transport.methods import CallbackMethod, Context, UnaryMethod
 
@@ -148,12 +148,6 @@ class _ProtobufWriter:
         return response.SerializeToString()
 
 
-def _no_kept_varints() -> None:
-    plain = protobuf_wire.varint.__wrapped__
-    for module in (protobuf_wire, capsnet_codec, open_inference_codec):
-        _replace(module, varint=plain)
-
-
 def _write_at_once() -> None:
     def send(self: Any, data: bytes) -> None:
         self._out.append(data)
@@ -189,7 +183,6 @@ TRICKS = {
     "answer template": Trick(
         partial(_replace, capsnet_codec, AnswerWriter=_ProtobufWriter), (FEW, MANY, LARGE, STREAMS)
     ),
-    "varints kept": Trick(_no_kept_varints, (STREAMS,)),
     "frames of an answer joined": Trick(partial(_replace, call, only_answer=lambda *_: None)),
     "one write a turn": Trick(_write_at_once, _in_both),
     "large payloads not copied": Trick(partial(_replace, frame_reader, _LARGE_PAYLOAD_BYTES=_NEVER), (LARGE,)),
