@@ -1,7 +1,7 @@
 """HTTP for Prometheus and for health probes: ``/metrics``, ``/livez`` and ``/readyz``, on a thread of their own.
 
-To write the metrics takes some 10 ms of Python, for which the event loop that serves requests must not wait. The thread
-has an event loop of its own, so a client that is slow or silent holds up nobody. Each connection gets one answer.
+The event loop that serves requests must not wait while the metrics are written. The thread has an event loop of its
+own, so a client that is slow or silent holds up nobody. Each connection gets one answer.
 """
 
 import asyncio

@@ -212,8 +212,8 @@ class Edge:
     ) -> CallbackMethod:
         """Return a unary method that is begun with a message's bytes, and answered then or later by way of its call.
 
-        It needs no task of asyncio's, which would cost a tenth of the whole request. refusal: what calls are refused
-        with at the door.
+        It needs no task of asyncio's; benchmarks/README.md says what that brings. refusal: what calls are refused with
+        at the door.
         """
         record = Recorder(self._metrics, "unary", service, method)
 
