@@ -27,7 +27,7 @@ from serving.repository.classifier import POSES, PROBABILITIES
 from serving.rpc import door, edge, recorder
 from serving.rpc.status import status_of
 from serving.services import capsnet_codec
-from serving.transport import call, connection, frame_reader, headers, sending
+from serving.transport import call, connection, headers, sending
 from serving.transport.methods import CallbackMethod, Context, UnaryMethod
 
 #: Loads by name: single images with 16 and 64 in flight, 64 images a request, streams, calls that are all refused for
@@ -185,8 +185,6 @@ TRICKS = {
     ),
     "frames of an answer joined": Trick(partial(_replace, call, only_answer=lambda *_: None)),
     "one write a turn": Trick(_write_at_once, _in_both),
-    "large payloads not copied": Trick(partial(_replace, frame_reader, _LARGE_PAYLOAD_BYTES=_NEVER), (LARGE,)),
-    "large reads not copied": Trick(partial(_replace, frame_reader, _LARGE_READ_BYTES=_NEVER), (LARGE,)),
     "large answers not copied": Trick(_large_answers_joined, (LARGE,)),
     "batches joined with the lock": Trick(partial(_replace, batch, _MAX_JOINED_WITH_LOCK_BYTES=-1)),
     "garbage apart": Trick(partial(_replace, gc, freeze=lambda: None)),

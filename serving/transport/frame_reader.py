@@ -26,8 +26,6 @@ _LOW_WINDOW = _WINDOW // 2  # at which it is filled up
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
-_LARGE_PAYLOAD_BYTES = 4096  # from which on a view is cheaper than a copy
-_LARGE_READ_BYTES = 2**15
 _TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 
@@ -52,20 +50,12 @@ class FrameReader:
         self._block: HeaderBlock | None = None
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
-        self._viewed: set[int] = set()  # streams with large frames among the bytes that are being read
 
     def receive(self, data: bytes) -> None:
         """Read what has come. Raises ConnectionFault and NotHttp2, after which nothing more can be read."""
         at = 0
         if self._rest:
-            rest, self._rest = self._rest, b""
-            large = len(data) > _LARGE_READ_BYTES and self.streams.state is not ConnectionState.PREFACE
-            missing = _missing(rest) if large else 0
-            if 0 < missing <= len(data):  # without a copy of all that has come
-                self._read(rest + data[:missing], 0)
-                at = missing
-            else:
-                data = rest + data
+            data, self._rest = self._rest + data, b""
         if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
@@ -73,11 +63,6 @@ class FrameReader:
         at = self._read(data, at)
         self._rest = data[at:]
         self._reception.all_read()
-        if self._viewed:
-            for stream in self._viewed:
-                if call := self.streams.calls.get(stream):
-                    call.settle()
-            self._viewed.clear()
 
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface; False if it has not come in full. Raises NotHttp2."""
@@ -112,11 +97,7 @@ class FrameReader:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
             stream &= frames.MAX_STREAM
             if kind == frames.DATA:
-                if length < _LARGE_PAYLOAD_BYTES:
-                    self._data(flags, stream, data[begin:at])
-                else:
-                    self._data(flags, stream, memoryview(data)[begin:at])
-                    self._viewed.add(stream)
+                self._data(flags, stream, data[begin:at])
             elif kind == frames.HEADERS:
                 if flags & _NOT_BLOCK_ALONE == frames.END_HEADERS:
                     self._headers(flags, stream, data[begin:at])
@@ -172,7 +153,7 @@ class FrameReader:
         else:
             self.streams.count_idle()
 
-    def _data(self, flags: int, stream: int, payload: bytes | memoryview) -> None:
+    def _data(self, flags: int, stream: int, payload: bytes) -> None:
         size = len(payload)
         self._may_receive -= size
         if self._may_receive < _LOW_WINDOW:
@@ -196,7 +177,7 @@ class FrameReader:
     def _begin_block(self, flags: int, stream: int, payload: bytes) -> None:
         """Read a HEADERS frame that is not a header block alone."""
         if flags & (frames.PADDED | frames.HAS_PRIORITY):
-            payload = bytes(frames.without_padding(flags, payload))
+            payload = frames.without_padding(flags, payload)
             if flags & frames.HAS_PRIORITY:
                 if len(payload) < 5:
                     raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS shorter than their priority")
@@ -291,11 +272,3 @@ class FrameReader:
         streams = self.streams
         if not stream % 2 or (stream > streams.last_stream and streams.state is not ConnectionState.GOING_AWAY):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
-
-
-def _missing(rest: bytes) -> int:
-    """Return how many bytes the frame lacks that has begun; 0 where its head does not tell yet."""
-    if len(rest) < _HEAD_BYTES:
-        return 0
-    high, low, *_ = frames.HEAD.unpack_from(rest)
-    return _HEAD_BYTES + (int(high) << 8 | int(low)) - len(rest)

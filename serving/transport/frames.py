@@ -97,7 +97,7 @@ def read_number(payload: bytes, name: str) -> int:
     return number & MAX_WINDOW
 
 
-def without_padding(flags: int, payload: bytes | memoryview) -> bytes | memoryview:
+def without_padding(flags: int, payload: bytes) -> bytes:
     """Return a frame's payload without its padding (section 6.1). Raises ConnectionFault."""
     if not flags & PADDED:
         return payload

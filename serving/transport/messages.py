@@ -65,13 +65,12 @@ class Inflation:
         return inflated
 
 
-def whole(data: bytes | memoryview) -> bytes | None:
+def whole(data: bytes) -> bytes | None:
     """Return the message of bytes that are exactly one, not compressed; None for any others."""
     size = len(data) - PREFIX.size
     if size < 0 or PREFIX.unpack_from(data) != (0, size):
         return None
-    message = data[PREFIX.size :]
-    return message if isinstance(message, bytes) else bytes(message)
+    return data[PREFIX.size :]
 
 
 class MessageReader:
@@ -89,15 +88,13 @@ class MessageReader:
         self._encoding = encoding
         self._flag = 0  # of the message that has begun
         self._missing = -1  # bytes that it lacks; -1 while its prefix is not whole
-        self._parts: list[
-            bytes | memoryview
-        ] = []  # of the message, or of its prefix, or what came since an inflation began
+        self._parts: list[bytes] = []  # of the message, or of its prefix, or what came since an inflation began
         #: Bytes that are kept, since they are no whole message yet, or since it is being inflated.
         self.buffered = 0
         #: The message that is to be inflated before what came after it is read.
         self.inflation: Inflation | None = None
 
-    def feed(self, data: bytes | memoryview) -> list[bytes]:
+    def feed(self, data: bytes) -> list[bytes]:
         """Return the messages that more bytes complete. Raises MessageError, after which nothing more can be read.
 
         While there is an ``inflation`` the bytes are kept, and ``inflated`` returns what they hold.
@@ -152,12 +149,7 @@ class MessageReader:
             raise MessageError(grpc.StatusCode.INTERNAL, text)
         self._flag, self._missing = flag, length
 
-    def settle(self) -> None:
-        """Copy what is kept as a view, which holds all bytes that came with it in memory."""
-        if self._parts and isinstance(self._parts[-1], memoryview):
-            self._parts = [bytes(part) for part in self._parts]
-
-    def _keep(self, data: bytes | memoryview) -> None:
+    def _keep(self, data: bytes) -> None:
         if data:
             self._parts.append(data)
             self.buffered += len(data)
@@ -168,10 +160,10 @@ class MessageReader:
         self.buffered = 0
         return kept
 
-    def _joined(self, last: bytes | memoryview) -> bytes:
+    def _joined(self, last: bytes) -> bytes:
         """Return the message that a last piece completes, with one copy of what came before."""
         if not self._parts:
-            return bytes(last)
+            return last
         message = b"".join((*self._parts, last))
         self._parts.clear()
         self.buffered = 0

@@ -46,7 +46,7 @@ class ReceivingCall(Call):
     def begin(self) -> None:
         """Take note that the call is let in; most handlers start only once the request has come."""
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
+    def receive(self, data: bytes, size: int, end: bool) -> None:
         """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
         self._may_receive -= size
         if self._may_receive < 0:
@@ -72,12 +72,7 @@ class ReceivingCall(Call):
         if self.needs_all and not self.over:
             self.streams.memory.waits(self, self.streams.loop.time())
 
-    def settle(self) -> None:
-        """Keep no view of bytes that came together with others."""
-        if self._reader is not None:
-            self._reader.settle()
-
-    def _read(self, data: bytes | memoryview) -> None:
+    def _read(self, data: bytes) -> None:
         """Read what came, on top of what is there."""
         reader, limits = self._reader, self.streams.limits
         if reader is None:

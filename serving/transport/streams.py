@@ -87,14 +87,11 @@ class OpenCall(SendingCall, Protocol):
 
     state: StreamState
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool, /) -> None:
+    def receive(self, data: bytes, size: int, end: bool, /) -> None:
         """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
 
     def end(self) -> None:
         """Take note that the client has sent all, and said so without data."""
-
-    def settle(self) -> None:
-        """Keep no view of bytes that came together with others."""
 
     def wait_for_client(self) -> None:
         """Take note that what the client is to send has not come in full."""
