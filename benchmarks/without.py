@@ -27,7 +27,7 @@ from serving.repository.classifier import POSES, PROBABILITIES
 from serving.rpc import door, edge, recorder
 from serving.rpc.status import status_of
 from serving.services import capsnet_codec
-from serving.transport import call, connection, headers, sending
+from serving.transport import call, connection, headers
 from serving.transport.methods import CallbackMethod, Context, UnaryMethod
 
 #: Loads by name: single images with 16 and 64 in flight, 64 images a request, streams, calls that are all refused for
@@ -37,7 +37,6 @@ REFUSALS, OVERLOAD = "refusals", "overload"
 LOADS = (FEW, MANY, LARGE, STREAMS, REFUSALS, OVERLOAD)
 _USUAL = (FEW, MANY, REFUSALS, OVERLOAD)
 _REFUSED = (REFUSALS, OVERLOAD)
-_NEVER = 2**40
 
 
 @dataclass(frozen=True)
@@ -160,12 +159,6 @@ def _write_at_once() -> None:
     _replace(connection.Connection, send=send, send_all=send_all)
 
 
-def _large_answers_joined() -> None:
-    pieces = sending._large
-    _replace(sending, _large=lambda number, data: [b"".join(pieces(number, data))])
-    _replace(connection, _JOINED_BYTES=_NEVER)
-
-
 _in_both = (*_USUAL, STREAMS)
 #: Tricks by name; the first, which is none, shows the noise.
 TRICKS = {
@@ -185,7 +178,6 @@ TRICKS = {
     ),
     "frames of an answer joined": Trick(partial(_replace, call, only_answer=lambda *_: None)),
     "one write a turn": Trick(_write_at_once, _in_both),
-    "large answers not copied": Trick(_large_answers_joined, (LARGE,)),
     "batches joined with the lock": Trick(partial(_replace, batch, _MAX_JOINED_WITH_LOCK_BYTES=-1)),
     "garbage apart": Trick(partial(_replace, gc, freeze=lambda: None)),
     "garbage seldom": Trick(partial(_replace, server, _GARBAGE_THRESHOLD=gc.get_threshold()[0])),

@@ -124,7 +124,7 @@ def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
 
 
 def _large(stream: int, data: bytes) -> Buffers:
-    """Return the frames of a message that does not fit in one; it is not copied."""
+    """Return the frames of a message that does not fit in one."""
     room, view = frames.MAX_FRAME_BYTES, memoryview(data)
     full = frames.head(frames.DATA, 0, stream, room)
     at = room - PREFIX.size
