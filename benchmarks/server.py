@@ -98,17 +98,22 @@ class Served:
 
 @contextmanager
 def serve(
-    repository: Path, precision: str, flags: Sequence[str], folder: Path, poll_seconds: float = 0.05
+    repository: Path,
+    precision: str,
+    flags: Sequence[str],
+    folder: Path,
+    poll_seconds: float = 0.05,
+    program: Sequence[str] = ("serving",),
 ) -> Iterator[Served]:
     """Run ``python -m serving`` on free ports, and on a Unix socket in ``folder`` if the server supports one.
 
-    poll_seconds: the time between two checks of its log for the line that says that it serves. Raises LoadError with
-    the end of the log if the server does not start.
+    poll_seconds: between looks at its log for the line that says that it serves. program: a module to run in its place,
+    and arguments that come before the flags. Raises LoadError with the log's end where it does not start.
     """
     log, unix_socket = folder / "server.log", folder / "socket"
-    command = [sys.executable, "-m", "serving", "--port=0", "--metrics-port=0"]
-    command += [f"--models={repository}", f"--precision={precision}"]
-    known = subprocess.run([*command[:3], "--help"], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", *program]
+    known = subprocess.run([*command, "--help"], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
+    command += ["--port=0", "--metrics-port=0", f"--models={repository}", f"--precision={precision}"]
     has_socket = "--unix-socket" in known
     command += [f"--unix-socket={unix_socket}"] if has_socket else []
     with log.open("wb") as stream:

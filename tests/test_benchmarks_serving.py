@@ -16,11 +16,15 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks import load, overload, scrape, server, serving, start
+from benchmarks import load, overload, scrape, server, serving, start, tricks
 from benchmarks.load import Flood, LoadError, Probes, Sample, flood, framed, in_streams, probe
 from benchmarks.server import SERVICE, Case, Page, Served
 from benchmarks.serving import Collected, Raw, RawSample, figures
+from benchmarks.tricks import Figures, Gain
+from benchmarks.without import LOADS, OVERLOAD, REFUSALS, TRICKS
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving.settings import embedded_models
 from tests.conftest import Running
 from training.model import CONFIGS, CapsNetConfig
 
@@ -310,8 +314,61 @@ def test_a_server_that_does_not_start_ends_the_measurement(tiny: None, capsys: p
     assert "tiny: the server did not start: cannot start: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main])
-def test_without_h2load_the_error_says_how_to_get_it(
+def test_a_gain_is_above_one_where_a_trick_helps() -> None:
+    kept, off = Figures(1000, 0.0005, 0.0001), Figures(800, 0.0008, 0.0002)
+    gain = Gain.of(kept, off)
+    assert (gain.throughput, gain.cpu, gain.loop) == pytest.approx((1.25, 1.6, 1.2))
+    assert Gain.of(kept, kept) == Gain(1, 1, 1)
+
+
+@pytest.mark.server
+@needs_h2load
+def test_each_trick_is_measured_with_it_and_without(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tricks.csv"
+    arguments = ["--config=tiny", "--rounds=1", "--seconds=0.1", "--settings=--threads 1 --max-batch 8"]
+    chosen = ["--tricks", "headers remembered", "--loads", "16 in flight", REFUSALS, OVERLOAD]
+    assert tricks.main([*arguments, *chosen, f"--out={out}"]) == 0
+    rows = read(out)
+    assert [row["load"] for row in rows] == ["16 in flight", REFUSALS, OVERLOAD]
+    assert {row["trick"] for row in rows} == {"headers remembered"}
+    for row in rows:
+        assert float(row["per_second"]) > 0
+        assert 0 < float(row["loop_us"]) <= float(row["cpu_us"])
+        for name in ("throughput", "cpu", "loop"):
+            assert 0 < float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
+        assert row["commit"] and row["device"]
+    assert "headers remembered" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_a_server_without_any_trick_answers_as_it_does_with_them(running: Running, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    request = pb.ClassifyRequest(images=[pb.Image(pixels=random.bytes(784)) for _ in range(2)])
+    expected = running.stub.Classify(request)
+    flags = ["--threads=1", "--max-batch=8", "--runtimes=1"]
+    program = ("benchmarks.without", ",".join(TRICKS))
+    with (
+        server.serve(embedded_models(), "fp32", flags, tmp_path, program=program) as served,
+        grpc.insecure_channel(served.targets["tcp"]) as channel,
+    ):
+        stub = CapsNetServiceStub(channel)
+        streamed = next(stub.ClassifyStream(iter([pb.ClassifyStreamRequest(request=request)])))
+        for response in (stub.Classify(request), streamed.response):
+            for one, other in zip(response.results, expected.results, strict=True):
+                assert one.label == other.label
+                poses = [[list(capsule.pose) for capsule in each.capsules] for each in (one, other)]
+                np.testing.assert_allclose(*poses, rtol=1e-3, atol=1e-5)
+        assert served.page().total("grpc_server_handled_total", grpc_method="Classify", grpc_code="OK") == 1
+
+
+def test_every_trick_names_loads_that_there_are() -> None:
+    assert all(trick.loads and set(trick.loads) <= set(LOADS) for trick in TRICKS.values())
+
+
+@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main, tricks.main])
+def test_without_h2load_it_is_told_how_to_get_it(
     main: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "")

@@ -92,7 +92,7 @@ def decode(response: pb.ClassifyResponse, count: int) -> list[Classification]:
         raise ServerFault(f"results: {len(results)} of {len(capsules)} capsules in all; expected {count}, all alike")
     labels = tuple(capsule.label for capsule in results[0].capsules)
     probabilities = np.array([capsule.probability for capsule in capsules], np.float32)
-    # One array for all poses: an array for each pose would cost ten times as much.
+    # One array for all, and not one for each pose.
     poses = np.fromiter(chain.from_iterable([capsule.pose for capsule in capsules]), np.float32)
     if poses.size % len(capsules) or len(labels) * count != len(capsules):
         raise ServerFault(

@@ -1,7 +1,7 @@
 """HTTP for Prometheus and for health probes: ``/metrics``, ``/livez`` and ``/readyz``, on a separate thread.
 
-Writing the metrics takes about 10 ms of Python, and the event loop that serves requests must not wait for it. The
-thread has its own event loop, so a slow or silent client delays no other. Each connection gets one answer.
+The event loop that serves requests must not wait while the metrics are written. The thread has an event loop of its
+own, so a client that is slow or silent holds up nobody. Each connection gets one answer.
 """
 
 import asyncio

@@ -217,8 +217,8 @@ class Edge:
     ) -> CallbackMethod:
         """Return a unary method that begins with a message's bytes, and whose call is answered then or later.
 
-        It needs no asyncio task, which would cost a tenth of the whole request. refusal: decides about calls at the
-        door.
+        It needs no task of asyncio's; benchmarks/README.md says what that brings. refusal: what calls are refused with
+        at the door.
         """
         record = Recorder(self._metrics, "unary", service, method)
 

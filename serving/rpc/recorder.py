@@ -15,8 +15,7 @@ class Recorder:
         labels = (kind, service, method)
         self._started = metrics.started.labels(*labels)
         self._handling = metrics.handling.labels(*labels)
-        # By the code's number: enumeration members take longer to look up.
-        self._handled = {code.value[0]: metrics.handled.labels(*labels, code.name) for code in grpc.StatusCode}
+        self._handled = {code: metrics.handled.labels(*labels, code.name) for code in grpc.StatusCode}
 
     def start(self) -> float:
         """Count a new RPC, and return the time of its start."""
@@ -27,9 +26,9 @@ class Recorder:
         """Count RPCs that ended at once."""
         self._started.inc(calls)
         self._handling.observe(0.0, calls)
-        self._handled[code.value[0]].inc(calls)
+        self._handled[code].inc(calls)
 
     def end(self, start: float, code: grpc.StatusCode) -> None:
         """Count an RPC that has ended."""
         self._handling.observe(time.perf_counter() - start)
-        self._handled[code.value[0]].inc()
+        self._handled[code].inc()

@@ -15,7 +15,6 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.batching.ticket import Share
 from serving.repository.classifier import POSES, PROBABILITIES
-from serving.runtime import Arrays
 from serving.services.encoded_images import Images
 from serving.services.protobuf_wire import BYTES, FIXED32, VARINT, delimited, tag, varint
 
@@ -114,33 +113,21 @@ class AnswerWriter:
             if index:
                 head += tag(2, VARINT) + varint(index)
             self._heads.append(tag(3, BYTES) + varint(len(head) + len(template)) + head)
-        self._batch: Arrays | None = None
-        self._written = b""  # the capsules of all images of the batch
-        self._winners: list[int] = []
 
     def __call__(self, share: Share) -> bytes:
         """Return the ``ClassifyResponse`` for the images of a share."""
-        if (
-            share.batch is not self._batch
-        ):  # written once for all requests of a batch, since they are answered one after the other
-            self._write(share.batch)
-        parts = [self._prefix]
-        width = self._layout.itemsize
-        at = share.start * width
-        for winner in self._winners[share.start : share.stop]:
-            parts += self._heads[winner], self._written[at : at + width]
-            at += width
-        return b"".join(parts)
-
-    def _write(self, batch: Arrays) -> None:
-        probabilities, poses = batch[PROBABILITIES], batch[POSES]
-        written = bytearray(self._template * len(probabilities))
+        probabilities, poses = share[PROBABILITIES], share[POSES]
+        written = bytearray(self._template * len(share))
         images = np.frombuffer(written, self._layout)
         for number, classes in enumerate(self._classes):
             capsules = images[str(number)]
             capsules["probability"] = probabilities[:, classes]
             capsules["pose"] = poses[:, classes]
-        self._batch, self._written, self._winners = batch, bytes(written), probabilities.argmax(1).tolist()
+        parts: list[bytes | memoryview] = [self._prefix]
+        width, view = self._layout.itemsize, memoryview(written)
+        for index, winner in enumerate(probabilities.argmax(1).tolist()):
+            parts += self._heads[winner], view[index * width : (index + 1) * width]
+        return b"".join(parts)
 
 
 class CapsNetCodec:

@@ -127,7 +127,7 @@ class TensorMessages:
                 "inputs[0].contents.uint_contents", f"{len(values)} values; expected {self._about_size(images)}"
             )
         try:
-            return bytes(values[:])  # faster from a list
+            return bytes(values[:])
         except ValueError as error:
             index, value = next((index, value) for index, value in enumerate(values) if value > 255)
             field = f"inputs[0].contents.uint_contents[{index}]"

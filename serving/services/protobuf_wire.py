@@ -1,12 +1,9 @@
 """Protobuf's encoding, for messages that this package writes and reads itself (protobuf.dev, "Encoding")."""
 
-from functools import lru_cache
-
 #: Wire types.
 VARINT, BYTES, FIXED32 = 0, 2, 5
 
 
-@lru_cache(1024)
 def varint(value: int) -> bytes:
     """Return a whole number from 0 in protobuf's variable-length encoding."""
     groups = bytearray()

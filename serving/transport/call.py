@@ -22,21 +22,16 @@ INTERNAL_TEXT = "internal error; the server's log has the details"
 _logger = logging.getLogger(__name__)
 
 
-# Module names for the hot path: attribute access on an enumeration is slow.
-OPEN, HALF_CLOSED_REMOTE, CLOSED = StreamState
-
-
 class Call:
     """A stream of a connection, and the context of its handler (see serving.transport.methods.Context).
 
     This class is the answering half. Only the event loop's thread may use it.
     """
 
-    # Most calls never change these, so as class attributes they cost nothing at the start of a call.
-    #: True while the held bytes wait for the client. Memory sets it.
+    #: Whether what is held waits for the client; kept by Memory.
     waits = False
     _sending: Sending | None = None
-    state = OPEN
+    state = StreamState.OPEN
     deadline: float | None = None
     expired = False
     given_up: Callable[[], object] | None = None
@@ -57,8 +52,8 @@ class Call:
 
     @property
     def over(self) -> bool:
-        """Return True if nobody waits for the handler."""
-        return self.state is CLOSED or (self._sending is not None and self._sending.trailers is not None)
+        """Tell if nobody waits for anything from the handler."""
+        return self.state is StreamState.CLOSED or (self._sending is not None and self._sending.trailers is not None)
 
     @property
     def sending(self) -> Sending:
@@ -74,7 +69,7 @@ class Call:
     def answer(self, data: bytes) -> None:
         """Send the only answer, and the status OK."""
         self.given_up = None
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
         streams = self.streams
         if self._sending is None and not streams.shrinks_table:
@@ -193,19 +188,19 @@ class Call:
     def _expire(self) -> None:
         self.expired = True
         self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
-        if self.state is not CLOSED:  # the client does not read the waiting data
+        if self.state is not StreamState.CLOSED:  # the client does not take what waits for it
             self.streams.reset(self, ErrorCode.CANCEL)
 
     def _leave(self) -> None:
-        """Close the stream after all data was sent. Further data of the client is refused (RFC 9113, section 8.1)."""
-        if self.state is OPEN:
+        """Close the stream, since all is sent; what the client may still send is not wanted (RFC 9113, section 8.1)."""
+        if self.state is StreamState.OPEN:
             self.streams.send_reset(self.stream, ErrorCode.NO_ERROR)
         self._close()
 
     def _close(self) -> None:
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
-        self.state = CLOSED
+        self.state = StreamState.CLOSED
         self.streams.memory.leave(self)
         if self._timer:
             self._timer.cancel()

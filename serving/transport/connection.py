@@ -19,9 +19,8 @@ _HANDSHAKE_SECONDS = 20.0
 _STALL_SECONDS = 60.0  # a client whose system takes no bytes for this time is cut off
 _PING_SECONDS = 2.0
 _MAX_BUFFERED_BYTES = 2**20
-_JOINED_BYTES = 4096  # buffers of this average size or less are joined
-_CLOSE_SECONDS = 5.0  # time for the last bytes to leave
-# Seconds of silence before the first probe, seconds between probes, and the number of unanswered probes.
+_CLOSE_SECONDS = 5.0  # for the last bytes to leave
+# Seconds of silence before the first probe, and between probes; and how many may stay unanswered.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
 
 _logger = logging.getLogger(__name__)
@@ -163,12 +162,9 @@ class Connection(asyncio.Protocol):
         out, self._out = self._out, []
         if self._transport.is_closing():
             return
-        size = sum(map(len, out))
-        if size > _JOINED_BYTES * len(out):  # a copy would cost more than the system's work for each buffer
-            self._transport.writelines(out)
-        else:
-            self._transport.write(b"".join(out))
-        self._streams.sent_bytes += size
+        data = b"".join(out)
+        self._transport.write(data)
+        self._streams.sent_bytes += len(data)
 
     def _check_settled(self) -> None:
         if self._streams.state is ConnectionState.PREFACE:

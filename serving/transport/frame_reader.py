@@ -26,15 +26,8 @@ _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
-_LARGE_PAYLOAD_BYTES = 4096  # from this size on, a view is cheaper than a copy
-_LARGE_READ_BYTES = 2**15
-_TABLE_BYTES = 4096  # the default size of HPACK's table
+_TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
-
-# Module names for the hot path: attribute access on a module or an enumeration is slow.
-_unpack_head = frames.HEAD.unpack_from
-_DATA, _HEADERS, _MAX_FRAME_BYTES, _MAX_STREAM = frames.DATA, frames.HEADERS, frames.MAX_FRAME_BYTES, frames.MAX_STREAM
-_PREFACE, _SETTINGS, _OPEN, _GOING_AWAY, _ = ConnectionState
 
 
 class NotHttp2(Exception):
@@ -57,31 +50,19 @@ class FrameReader:
         self._block: HeaderBlock | None = None
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
-        self._viewed: set[int] = set()  # streams with large frames in the bytes that are being read
 
     def receive(self, data: bytes) -> None:
         """Read received bytes. Raises ConnectionFault or NotHttp2; after that, nothing else can be read."""
         at = 0
         if self._rest:
-            rest, self._rest = self._rest, b""
-            missing = _missing(rest) if len(data) > _LARGE_READ_BYTES and self.streams.state is not _PREFACE else 0
-            if 0 < missing <= len(data):  # without a copy of all received bytes
-                self._read(rest + data[:missing], 0)
-                at = missing
-            else:
-                data = rest + data
-        if self.streams.state is _PREFACE:
+            data, self._rest = self._rest + data, b""
+        if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
             at = len(frames.PREFACE)
         at = self._read(data, at)
         self._rest = data[at:]
         self._reception.all_read()
-        if self._viewed:
-            for stream in self._viewed:
-                if call := self.streams.calls.get(stream):
-                    call.settle()
-            self._viewed.clear()
 
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
@@ -90,7 +71,7 @@ class FrameReader:
         if len(data) < len(frames.PREFACE):
             self._rest = data
             return False
-        self.streams.state = _SETTINGS
+        self.streams.state = ConnectionState.SETTINGS
         values = {
             frames.MAX_CONCURRENT_STREAMS: MAX_CALLS,
             frames.INITIAL_WINDOW_SIZE: WINDOW,
@@ -104,9 +85,9 @@ class FrameReader:
         """Read all complete frames from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
         end = len(data)
         while end - at >= _HEAD_BYTES:
-            high, low, kind, flags, stream = _unpack_head(data, at)
+            high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
             length = high << 8 | low
-            if length > _MAX_FRAME_BYTES:
+            if length > frames.MAX_FRAME_BYTES:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             begin = at + _HEAD_BYTES
             if begin + length > end:
@@ -114,14 +95,10 @@ class FrameReader:
             at = begin + length
             if self._block and kind != frames.CONTINUATION:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
-            stream &= _MAX_STREAM
-            if kind == _DATA:
-                if length < _LARGE_PAYLOAD_BYTES:
-                    self._data(flags, stream, data[begin:at])
-                else:
-                    self._data(flags, stream, memoryview(data)[begin:at])
-                    self._viewed.add(stream)
-            elif kind == _HEADERS:
+            stream &= frames.MAX_STREAM
+            if kind == frames.DATA:
+                self._data(flags, stream, data[begin:at])
+            elif kind == frames.HEADERS:
                 if flags & _NOT_BLOCK_ALONE == frames.END_HEADERS:
                     self._headers(flags, stream, data[begin:at])
                 else:
@@ -131,8 +108,8 @@ class FrameReader:
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        """Read a frame other than DATA and HEADERS."""
-        if self.streams.state is _SETTINGS and kind != frames.SETTINGS:
+        """Read any frame but DATA and HEADERS."""
+        if self.streams.state is ConnectionState.SETTINGS and kind != frames.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if kind in (frames.SETTINGS, frames.PING, frames.GOAWAY) and stream:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a frame about the connection on a stream")
@@ -176,7 +153,7 @@ class FrameReader:
         else:
             self.streams.count_idle()
 
-    def _data(self, flags: int, stream: int, payload: bytes | memoryview) -> None:
+    def _data(self, flags: int, stream: int, payload: bytes) -> None:
         size = len(payload)
         self._may_receive -= size
         if self._may_receive < _LOW_WINDOW:
@@ -200,7 +177,7 @@ class FrameReader:
     def _begin_block(self, flags: int, stream: int, payload: bytes) -> None:
         """Read a HEADERS frame with padding or priority, or with only a part of its header block."""
         if flags & (frames.PADDED | frames.HAS_PRIORITY):
-            payload = bytes(frames.without_padding(flags, payload))
+            payload = frames.without_padding(flags, payload)
             if flags & frames.HAS_PRIORITY:
                 if len(payload) < 5:
                     raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS shorter than their priority")
@@ -224,7 +201,8 @@ class FrameReader:
         streams, end = self.streams, bool(flags & frames.END_STREAM)
         if len(block) > _MAX_BYTES_DECODED:
             streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
-        if stream > streams.last_stream and stream % 2 and streams.state is _OPEN and len(streams.calls) < MAX_CALLS:
+        new = stream > streams.last_stream and stream % 2
+        if new and streams.state is ConnectionState.OPEN and len(streams.calls) < MAX_CALLS:
             streams.last_stream = stream
             try:
                 head = self._header_reader.read(block)
@@ -234,7 +212,7 @@ class FrameReader:
             else:
                 self._reception.open(stream, head, end)
             return
-        if streams.state is _SETTINGS:
+        if streams.state is ConnectionState.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if not stream % 2:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's stream {stream}")
@@ -242,7 +220,7 @@ class FrameReader:
             self._trailers(stream, block, end)
             return
         self._header_reader.skip(block)
-        if streams.state is _OPEN:
+        if streams.state is ConnectionState.OPEN:
             streams.last_stream = stream
             streams.count_idle()
             streams.send_reset(stream, ErrorCode.REFUSED_STREAM)
@@ -274,9 +252,9 @@ class FrameReader:
             elif setting == frames.HEADER_TABLE_SIZE:
                 streams.shrinks_table = value < _TABLE_BYTES
         streams.set_initial_window(window)
-        if streams.state is _SETTINGS:
-            streams.state = _OPEN
-        # Before data that the new windows allow: until the acknowledgement, the client counts with the old ones.
+        if streams.state is ConnectionState.SETTINGS:
+            streams.state = ConnectionState.OPEN
+        # Before what the new windows allow: until then the old ones hold for the client.
         self._send(frames.frame(frames.SETTINGS, frames.ACK, 0))
         if window > old:
             streams.pump()
@@ -292,13 +270,5 @@ class FrameReader:
     def _check_opened(self, stream: int) -> None:
         """Raise ConnectionFault for a stream that the client never opened. A closed stream is no fault."""
         streams = self.streams
-        if not stream % 2 or (stream > streams.last_stream and streams.state is not _GOING_AWAY):
+        if not stream % 2 or (stream > streams.last_stream and streams.state is not ConnectionState.GOING_AWAY):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
-
-
-def _missing(rest: bytes) -> int:
-    """Return the number of missing bytes of an incomplete frame, or 0 if its head is incomplete."""
-    if len(rest) < _HEAD_BYTES:
-        return 0
-    high, low, *_ = frames.HEAD.unpack_from(rest)
-    return _HEAD_BYTES + (int(high) << 8 | int(low)) - len(rest)

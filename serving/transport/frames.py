@@ -2,7 +2,6 @@
 
 import struct
 from enum import IntEnum
-from functools import lru_cache
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 #: The largest frame by default, in bytes (SETTINGS_MAX_FRAME_SIZE). This server never allows a larger one.
@@ -12,7 +11,7 @@ DEFAULT_WINDOW = 65535
 MAX_WINDOW = 2**31 - 1
 MAX_STREAM = 2**31 - 1
 
-# Plain numbers: comparing enumeration members for every frame is slow.
+# Types of frames (section 6), and their flags.
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM = ACK = 0x01
 END_HEADERS = 0x04
@@ -53,15 +52,14 @@ class ConnectionFault(Exception):
         self.code = code
 
 
-@lru_cache(1024)
-def head_of(kind: int, flags: int, size: int) -> bytes:
-    """Return the first five bytes of a frame's head: all but the stream."""
-    return HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
+def head(kind: int, flags: int, stream: int, size: int) -> bytes:
+    """Return the head of a frame. size: bytes of its payload."""
+    return HEAD.pack(size >> 8, size & 255, kind, flags, stream)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     """Return a whole frame."""
-    return head_of(kind, flags, len(payload)) + stream.to_bytes(4) + payload
+    return head(kind, flags, stream, len(payload)) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
@@ -99,7 +97,7 @@ def read_number(payload: bytes, name: str) -> int:
     return number & MAX_WINDOW
 
 
-def without_padding(flags: int, payload: bytes | memoryview) -> bytes | memoryview:
+def without_padding(flags: int, payload: bytes) -> bytes:
     """Return a frame's payload without its padding (section 6.1). Raises ConnectionFault."""
     if not flags & PADDED:
         return payload

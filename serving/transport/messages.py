@@ -13,9 +13,7 @@ import grpc
 ENCODINGS = {"gzip": 31, "deflate": 15}
 #: The prefix of each message: a flag for compression, and the length.
 PREFIX = struct.Struct(">BI")
-_PREFIX_BYTES = PREFIX.size
-_unpack_prefix = PREFIX.unpack_from
-# The most bytes that are inflated on the event loop, in about 0.2 ms. A thread inflates the rest of a message.
+# Bytes that are inflated at once; the rest of a message is left to a thread, since other calls would wait for it.
 _MAX_INFLATED_AT_ONCE = 2**16
 
 
@@ -67,13 +65,12 @@ class Inflation:
         return inflated
 
 
-def whole(data: bytes | memoryview) -> bytes | None:
-    """Return the message if the bytes are exactly one uncompressed message, else None."""
-    size = len(data) - _PREFIX_BYTES
-    if size < 0 or _unpack_prefix(data) != (0, size):
+def whole(data: bytes) -> bytes | None:
+    """Return the message of bytes that are exactly one, not compressed; None for any others."""
+    size = len(data) - PREFIX.size
+    if size < 0 or PREFIX.unpack_from(data) != (0, size):
         return None
-    message = data[_PREFIX_BYTES:]
-    return message if isinstance(message, bytes) else bytes(message)
+    return data[PREFIX.size :]
 
 
 class MessageReader:
@@ -89,18 +86,16 @@ class MessageReader:
         self._max_bytes = max_bytes
         self._limit_text = limit_text
         self._encoding = encoding
-        self._flag = 0  # of the incomplete message
-        self._missing = -1  # missing bytes of the message; -1 while its prefix is incomplete
-        self._parts: list[
-            bytes | memoryview
-        ] = []  # of the message, or of its prefix, or what came since an inflation began
-        #: The number of kept bytes: of an incomplete message, or of one that is being inflated.
+        self._flag = 0  # of the message that has begun
+        self._missing = -1  # bytes that it lacks; -1 while its prefix is not whole
+        self._parts: list[bytes] = []  # of the message, or of its prefix, or what came since an inflation began
+        #: Bytes that are kept, since they are no whole message yet, or since it is being inflated.
         self.buffered = 0
         #: The message that must be inflated before later bytes are read.
         self.inflation: Inflation | None = None
 
-    def feed(self, data: bytes | memoryview) -> list[bytes]:
-        """Return the messages that these bytes complete. Raises MessageError; after that, nothing else can be read.
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the messages that more bytes complete. Raises MessageError, after which nothing more can be read.
 
         During an ``inflation`` the bytes are kept, and ``inflated`` returns their messages.
         """
@@ -154,12 +149,7 @@ class MessageReader:
             raise MessageError(grpc.StatusCode.INTERNAL, text)
         self._flag, self._missing = flag, length
 
-    def settle(self) -> None:
-        """Copy kept views: a view keeps all bytes that came with it in memory."""
-        if self._parts and isinstance(self._parts[-1], memoryview):
-            self._parts = [bytes(part) for part in self._parts]
-
-    def _keep(self, data: bytes | memoryview) -> None:
+    def _keep(self, data: bytes) -> None:
         if data:
             self._parts.append(data)
             self.buffered += len(data)
@@ -170,10 +160,10 @@ class MessageReader:
         self.buffered = 0
         return kept
 
-    def _joined(self, last: bytes | memoryview) -> bytes:
-        """Return the message that a last piece completes, with a single copy of the earlier pieces."""
+    def _joined(self, last: bytes) -> bytes:
+        """Return the message that a last piece completes, with one copy of what came before."""
         if not self._parts:
-            return bytes(last)
+            return last
         message = b"".join((*self._parts, last))
         self._parts.clear()
         self.buffered = 0

@@ -10,12 +10,12 @@ from typing import ClassVar
 import grpc
 
 from serving.transport import messages
-from serving.transport.call import CLOSED, HALF_CLOSED_REMOTE, OPEN, Call
+from serving.transport.call import Call
 from serving.transport.frames import ErrorCode, window_update
 from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
 from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
-from serving.transport.streams import Streams
+from serving.transport.streams import Streams, StreamState
 
 #: The bytes of a call that a client may send before the server reads them.
 WINDOW = 2**18
@@ -46,24 +46,24 @@ class ReceivingCall(Call):
     def begin(self) -> None:
         """Note that the call is accepted. Most handlers start only when the request has come."""
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
-        """Take data of the client. size: its bytes for flow control. end: True if it is the last data."""
+    def receive(self, data: bytes, size: int, end: bool) -> None:
+        """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
         self._may_receive -= size
         if self._may_receive < 0:
             self.streams.reset_faulty(self, ErrorCode.FLOW_CONTROL_ERROR)
             return
-        if self.state is HALF_CLOSED_REMOTE:
+        if self.state is StreamState.HALF_CLOSED_REMOTE:
             self.streams.reset_faulty(self, ErrorCode.STREAM_CLOSED)
             return
         if end:
-            self.state = HALF_CLOSED_REMOTE
-        if self.sending.trailers is None:
+            self.state = StreamState.HALF_CLOSED_REMOTE
+        if not self.over:
             self._read(data)
 
     def end(self) -> None:
-        """Note the end of the client's data, which came without data."""
-        if self.state is OPEN:
-            self.state = HALF_CLOSED_REMOTE
+        """Take note that the client has sent all, and said so without data."""
+        if self.state is StreamState.OPEN:
+            self.state = StreamState.HALF_CLOSED_REMOTE
             if not self.over and not (self._reader and self._reader.inflation):
                 self._end_of_request()
 
@@ -72,29 +72,8 @@ class ReceivingCall(Call):
         if self.needs_all and not self.over:
             self.streams.memory.waits(self, self.streams.loop.time())
 
-    def settle(self) -> None:
-        """Copy kept views of received bytes."""
-        if self._reader is not None:
-            self._reader.settle()
-
-    def _at_once(self, data: bytes | memoryview, size: int) -> bytes | None:
-        """Return and hold the message of a frame that is exactly one message, else None for the general way."""
-        streams, sending = self.streams, self._sending
-        if self._reader is not None or self.state is not OPEN or size > self._may_receive:
-            return None
-        if sending is not None and sending.trailers is not None:
-            return None
-        memory, held = streams.memory, size + _MESSAGE_BYTES
-        if memory.used + held > memory.max_bytes or size > streams.limits.message_bytes:
-            return None
-        message = messages.whole(data)
-        if message is not None:
-            memory.used += held
-            self.held += held
-        return message
-
-    def _read(self, data: bytes | memoryview) -> None:
-        """Read data after the earlier data."""
+    def _read(self, data: bytes) -> None:
+        """Read what came, on top of what is there."""
         reader, limits = self._reader, self.streams.limits
         if reader is None:
             message = messages.whole(data)
@@ -114,7 +93,7 @@ class ReceivingCall(Call):
         """Take complete messages. size: the growth of their bytes and of the bytes that the reader keeps."""
         memory, reader = self.streams.memory, self._reader
         memory.hold(self, size + _MESSAGE_BYTES * len(received))
-        if (reader is not None and reader.buffered) or (self.needs_all and self.state is OPEN):
+        if (reader is not None and reader.buffered) or (self.needs_all and self.state is StreamState.OPEN):
             memory.waits(self, self.streams.loop.time())
         elif self.waits and not self.sending.size:
             memory.works(self)
@@ -128,7 +107,7 @@ class ReceivingCall(Call):
             return
         if reader is not None and reader.inflation:
             self._inflate(reader, reader.inflation)
-        elif self.state is HALF_CLOSED_REMOTE:
+        elif self.state is StreamState.HALF_CLOSED_REMOTE:
             self._end_of_request()
         else:
             self._let_send()
@@ -161,8 +140,8 @@ class ReceivingCall(Call):
             self._received(received, reader.buffered - before + _size(received))
 
     def _let_send(self) -> None:
-        """Refill the client's window."""
-        if self.state is OPEN and self._may_receive < _LOW_WINDOW:
+        """Let the client send as much again as the window holds."""
+        if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
             self.streams.send(window_update(self.stream, WINDOW - self._may_receive))
             self._may_receive = WINDOW
 
@@ -177,17 +156,6 @@ class UnaryCall(ReceivingCall):
 
     needs_all = True
     _message: bytes | None = None
-
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
-        # The path of most calls: the whole message is in one frame, which ends the request.
-        if end and self._message is None and (message := self._at_once(data, size)) is not None:
-            self.state = HALF_CLOSED_REMOTE
-            if self.waits:
-                self.streams.memory.works(self)
-            self._message = message
-            self._begin(message)
-            return
-        super().receive(data, size, end)
 
     def _take(self, message: bytes) -> None:
         if self._message is not None:
@@ -236,16 +204,6 @@ class StreamCall(ReceivingCall):
         super().__init__(streams, stream, head)
         self._messages: deque[bytes] = deque()
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
-        # The path of most messages: each in its own frame.
-        if not end and (message := self._at_once(data, size)) is not None:
-            self._may_receive -= size
-            self._messages.append(message)
-            if (reading := self._reading) is not None and not reading.done():
-                reading.set_result(None)
-            return
-        super().receive(data, size, end)
-
     def begin(self) -> None:
         """Start the handler, which reads messages as they come."""
         self._start_task()
@@ -256,7 +214,7 @@ class StreamCall(ReceivingCall):
     async def __anext__(self) -> bytes:
         while not self._messages:
             inflating = self._reader is not None and self._reader.inflation
-            if self.state is CLOSED or (self.state is HALF_CLOSED_REMOTE and not inflating):
+            if self.state is StreamState.CLOSED or (self.state is StreamState.HALF_CLOSED_REMOTE and not inflating):
                 raise StopAsyncIteration
             self._reading = self.streams.loop.create_future()
             await self._reading
@@ -284,7 +242,7 @@ class StreamCall(ReceivingCall):
     async def _write(self, data: bytes) -> None:
         """Send one answer, and wait while the client does not read."""
         streams, sending = self.streams, self.sending
-        if self.state is CLOSED or sending.trailers is not None:
+        if self.state is StreamState.CLOSED or sending.trailers is not None:
             return
         if not self._headers_sent:
             self._send_headers()
@@ -293,7 +251,7 @@ class StreamCall(ReceivingCall):
             streams.send_answer(sent)
         else:
             self._put(data)
-        while self.state is not CLOSED and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
+        while self.state is not StreamState.CLOSED and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
             self._room = streams.loop.create_future()
             await self._room
 
@@ -313,7 +271,7 @@ class StreamCall(ReceivingCall):
             self._reading.set_result(None)
 
     def _close(self) -> None:
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
         super()._close()
         self._messages.clear()  # a reader that is already awake must not release them again

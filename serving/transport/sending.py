@@ -3,19 +3,13 @@
 Pure: the functions return the frames that may be sent now.
 """
 
-import struct
 from collections import deque
 
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.messages import PREFIX
 
-_STREAM = struct.Struct(">I")
-_END = frames.END_STREAM | frames.END_HEADERS
-_ANSWER_HEAD = frames.head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
-_OK_HEAD = frames.head_of(frames.HEADERS, _END, len(headers.OK))
-
-#: Data to send, in order.
+#: What is to be sent, in its order.
 Buffers = list[bytes | memoryview]
 
 
@@ -52,8 +46,8 @@ class Sending:
 
     def __init__(self, peer: PeerWindow, stream: int) -> None:
         self._peer = peer
-        self._stream = _STREAM.pack(stream)
-        self._waiting: deque[memoryview] | None = None  # made late, since few answers must wait
+        self._stream = stream
+        self._waiting: deque[memoryview] | None = None  # since few answers have to wait
         self.window = peer.initial
         self.size = 0
         self.trailers: bytes | None = None
@@ -68,7 +62,7 @@ class Sending:
         peer.left -= size
         if size > frames.MAX_FRAME_BYTES:
             return _large(self._stream, data)
-        return [b"".join((frames.head_of(frames.DATA, 0, size), self._stream, PREFIX.pack(0, len(data)), data))]
+        return [b"".join((frames.head(frames.DATA, 0, self._stream, size), PREFIX.pack(0, len(data)), data))]
 
     def put(self, data: bytes) -> None:
         """Add a message to the waiting data."""
@@ -87,7 +81,7 @@ class Sending:
             self.window -= size
             self._peer.left -= size
             self.size -= size
-            parts.append(frames.head_of(frames.DATA, 0, size) + self._stream)
+            parts.append(frames.head(frames.DATA, 0, self._stream, size))
             self._cut(size, parts)
         return parts
 
@@ -122,25 +116,22 @@ def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
     if size > peer.initial or size > peer.left:
         return None
     peer.left -= size
-    number = _STREAM.pack(stream)
+    before = frames.header_frames(stream, headers.ANSWER, end_stream=False)
+    after = frames.header_frames(stream, headers.OK, end_stream=True)
     if size > frames.MAX_FRAME_BYTES:
-        before = b"".join((_ANSWER_HEAD, number, headers.ANSWER))
-        return [before, *_large(number, data), b"".join((_OK_HEAD, number, headers.OK))]
-    head = frames.head_of(frames.DATA, 0, size)
-    prefix = PREFIX.pack(0, len(data))
-    parts = (_ANSWER_HEAD, number, headers.ANSWER, head, number, prefix, data, _OK_HEAD, number, headers.OK)
-    return [b"".join(parts)]
+        return [before, *_large(stream, data), after]
+    return [b"".join((before, frames.head(frames.DATA, 0, stream, size), PREFIX.pack(0, len(data)), data, after))]
 
 
-def _large(number: bytes, data: bytes) -> Buffers:
-    """Return the frames of a message larger than one frame, without a copy. number: the stream, as bytes."""
+def _large(stream: int, data: bytes) -> Buffers:
+    """Return the frames of a message that does not fit in one."""
     room, view = frames.MAX_FRAME_BYTES, memoryview(data)
-    full = frames.head_of(frames.DATA, 0, room) + number
+    full = frames.head(frames.DATA, 0, stream, room)
     at = room - PREFIX.size
     parts: Buffers = [full + PREFIX.pack(0, len(data)), view[:at]]
     while len(data) - at >= room:
         parts += (full, view[at : at + room])
         at += room
     if at < len(data):
-        parts += (frames.head_of(frames.DATA, 0, len(data) - at) + number, view[at:])
+        parts += (frames.head(frames.DATA, 0, stream, len(data) - at), view[at:])
     return parts

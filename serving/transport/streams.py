@@ -87,14 +87,11 @@ class OpenCall(SendingCall, Protocol):
 
     state: StreamState
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool, /) -> None:
-        """Take data of the client. size: its bytes for flow control. end: True if it is the last data."""
+    def receive(self, data: bytes, size: int, end: bool, /) -> None:
+        """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
 
     def end(self) -> None:
         """Note the end of the client's data, which came without data."""
-
-    def settle(self) -> None:
-        """Copy kept views of received bytes."""
 
     def wait_for_client(self) -> None:
         """Note that the request is not complete yet."""
