@@ -150,7 +150,7 @@ def sizes(subject: Subject, seconds: float) -> dict[str, Size]:
 
 @dataclass
 class Collected:
-    """Of one trick and one load: the figures with the trick, and the gain, a round each."""
+    """Figures with one trick under one load, and the gain, for each round."""
 
     kept: list[Figures] = field(default_factory=list)
     gains: list[Gain] = field(default_factory=list)

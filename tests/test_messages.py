@@ -23,7 +23,7 @@ def reader(encoding: str = "identity") -> MessageReader:
 
 
 def fed(to: MessageReader, pieces: Iterable[bytes]) -> list[bytes]:
-    """What the pieces make, every inflation being done before the next piece comes."""
+    """Return the messages of the pieces; every inflation ends before the next piece comes."""
     found = []
     for piece in pieces:
         found += to.feed(piece)

@@ -242,7 +242,7 @@ class StreamCall(ReceivingCall):
     async def _write(self, data: bytes) -> None:
         """Send one answer, and wait while the client does not read."""
         streams, sending = self.streams, self.sending
-        if self.state is StreamState.CLOSED or sending.trailers is not None:
+        if self.over:
             return
         if not self._headers_sent:
             self._send_headers()
@@ -251,7 +251,7 @@ class StreamCall(ReceivingCall):
             streams.send_answer(sent)
         else:
             self._put(data)
-        while self.state is not StreamState.CLOSED and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
+        while not self.over and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
             self._room = streams.loop.create_future()
             await self._room
 
