@@ -1,4 +1,4 @@
-"""``CERTIFICATE.md``: what was compared of an artifact, with what result, and what was not run."""
+"""``CERTIFICATE.md``: the comparisons of an artifact, their results, and the parts that were not run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,8 +26,8 @@ def certificate(
 ) -> str:
     """Return the page for graphs that have their figures.
 
-    variants: the graphs that classify, by precision; graphs: the others, by name; files: the SHA-256 of each, by file
-    name; failures: why a precision is not there.
+    variants: by precision, the graphs that classify. graphs: by name, the other graphs. files: by name, the SHA-256 of
+    each file. failures: by precision, the reason why it is missing.
     """
     first = next(iter(variants.values()))
     parts = [

@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolutions before it, so that a served graph need not compute it."""
+"""Folding of batch normalisation into the convolutions before it, so that a served graph need not compute it."""
 
 import copy
 
@@ -11,7 +11,7 @@ from training.model import CapsNet
 def folded(network: CapsNet) -> CapsNet:
     """Return the network with each normalisation of its stem folded into the convolution before it, to be evaluated.
 
-    The given network stays as it is; one without a stem has nothing to fold, and is returned itself.
+    The given network does not change. A network without a stem has nothing to fold and is returned itself.
     """
     if not network.config.stem:
         return network
@@ -28,7 +28,7 @@ def folded(network: CapsNet) -> CapsNet:
 
 
 def fold(convolution: nn.Conv2d, normalisation: nn.BatchNorm2d) -> nn.Conv2d:
-    """Return one convolution, with a bias, that computes both; computed in double precision and rounded once.
+    """Return one convolution with a bias that computes both. Its weights are rounded once, from double precision.
 
     ``gamma * (w x - mean) / sqrt(variance + epsilon) + beta`` is a convolution with the kernel ``scale * w`` and the
     bias ``beta - scale * mean``, where ``scale`` is ``gamma / sqrt(variance + epsilon)``. convolution: without a bias.
@@ -43,7 +43,7 @@ def fold(convolution: nn.Conv2d, normalisation: nn.BatchNorm2d) -> nn.Conv2d:
         )
     )
     with torch.no_grad():
-        scale = gamma / torch.sqrt(variance + normalisation.eps)  # one number for each channel that comes out
+        scale = gamma / torch.sqrt(variance + normalisation.eps)  # one number for each output channel
         result = copy.deepcopy(convolution)
         result.weight.copy_(convolution.weight * scale[:, None, None, None])
         result.bias = nn.Parameter((beta - scale * mean).to(result.weight.dtype))

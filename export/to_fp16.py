@@ -13,17 +13,19 @@ _VOTES_RANK = 3  # (I, B, J*E); no other matrix product has three axes
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
-    """A copy of a graph of ``to_onnx`` that computes in float16 from the image to the primary capsules before their
-    squash, and the votes from the squashed capsules; inputs, outputs, operator set, name and properties stay.
+    """Return a copy of a graph of ``to_onnx`` that computes partly in float16.
 
-    Convolution and digit capsule weights are stored in float16, which halves the file. All else stays in float32:
-    lengths and squash, since the square of 256 is beyond float16; softmax; and the routing's sums over all primary
-    capsules, which would round after each step, and overflow where votes are long.
+    The part from the image to the primary capsules before their squash is in float16, and so are the votes from the
+    squashed capsules. Inputs, outputs, operator set, name and properties do not change.
 
-    A weight keeps 11 significant bits; one below 6.1e-5 in magnitude is off by 3e-8 at most.
+    Convolution and digit capsule weights are stored in float16, which halves the file. Everything else stays in
+    float32: lengths and squash, since the square of 256 is beyond float16; softmax; and the routing's sums over all
+    primary capsules, which would round after each step, and overflow for long votes.
 
-    Raises GraphError where a weight is not finite in float16, whose greatest number is 65,504, or the graph does not
-    begin as those of ``to_onnx`` do.
+    A weight keeps 11 significant bits. A weight below 6.1e-5 in magnitude has an error of at most 3e-8.
+
+    Raises GraphError if a weight is not finite in float16, whose greatest number is 65,504, or if the graph does not
+    begin like those of ``to_onnx``.
     """
     result = ModelProto()
     result.CopyFrom(model)
@@ -40,7 +42,7 @@ def to_fp16(model: ModelProto) -> ModelProto:
         if node.op_type == "Cast" and is_half:
             next(entry for entry in node.attribute if entry.name == "to").i = _HALF
         else:
-            floats = 1 if node.op_type in _MOVES else len(node.input)  # the second input of a Reshape is its shape
+            floats = 1 if node.op_type in _MOVES else len(node.input)  # the second input of Reshape is its shape
             for index, name in enumerate(node.input[:floats]):
                 if (name in half) == is_half:
                     continue
@@ -93,13 +95,13 @@ def rounded(model: ModelProto) -> ModelProto:
 
 
 def _half(graph: GraphProto) -> tuple[set[str], set[str]]:
-    """Return what becomes float16 in a graph with all shapes: nodes, by their first outputs, and values."""
+    """Return the nodes, by their first outputs, and the values that become float16 in a graph with all shapes."""
     initializers = {tensor.name for tensor in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
     products = [node for node in graph.node if node.op_type == "MatMul"]
     votes = [node for node in products if ranks[node.output[0]] == _VOTES_RANK]
-    # The capsules are transposed for the votes: as float16 already.
+    # The capsules are transposed for the votes, already in float16.
     begun = {node.output[0] for node in votes} | {node.input[0] for node in votes}
 
     image = graph.input[0].name

@@ -1,7 +1,7 @@
 """The served graph with its convolutions in 8-bit integers, for CPUs.
 
-The convolutions are nearly all of a network's multiply-adds; squash and routing stay as they are, in float32.
-Written in QuantizeLinear and DequantizeLinear around each convolution (QDQ), from which ONNX Runtime makes its integer
+The convolutions have nearly all multiply-adds of a network. Squash and routing stay in float32. The graph has
+QuantizeLinear and DequantizeLinear around each convolution (QDQ), from which ONNX Runtime makes its integer
 convolution, QLinearConv.
 """
 
@@ -23,12 +23,12 @@ from export.verify import edge_images
 # convolutions with ReLU between them, of whose last one the input may be divided.
 _BEGINNING = re.compile("Cast Div (?:Conv Relu )+(?:Div )?Conv ")
 _SHORTEST = "Cast, Div, Conv, Relu, Conv"
-_SHOWN_OPERATORS = 6  # of a graph that begins with others
+_SHOWN_OPERATORS = 6  # of a graph with other operators
 _MAX_ACTIVATION = 255  # of uint8
 _MAX_WEIGHT = 127  # of int8, made symmetric
 # An int32 sum begins with the bias. This leaves half of its range to the products.
 _MAX_BIAS = 2**30
-_MIN_STEP = 1e-12  # where all activations are 0
+_MIN_STEP = 1e-12  # if all activations are 0
 _BATCH_SIZE = 64
 
 _Floats = NDArray[np.float64]
@@ -72,11 +72,11 @@ def to_int8(model: ModelProto, images: Tensor) -> ModelProto:
     set, name and properties stay.
 
     images: uint8 (N, C, H, W), 0 to 255, of the training set, N one or more; they and ``edge_images`` set the ranges
-    of the activations, and what lies outside is cut off. The same graph and images give the same bytes.
+    of the activations, and values outside are cut off. The same graph and images give the same bytes.
 
-    Weights become int8, symmetric, with a scale for each channel that comes out; activations uint8; biases int32 at
+    Weights become int8, symmetric, with a scale for each output channel; activations uint8; biases int32 at
     the product of both scales (as "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342,
-    recommends). Two choices make it exact where that is free:
+    recommends). Two choices make it exact without a cost:
 
     - The image itself is the first convolution's input, at scale 1/255: nothing is rounded.
     - A primary capsule's value has a range for each channel, since single channels reach ten times as far as the
@@ -86,7 +86,7 @@ def to_int8(model: ModelProto, images: Tensor) -> ModelProto:
     CPUs without VNNI instructions (x86 before 2019) add products of uint8 and int8 in saturated 16-bit pairs, which
     can be wrong; ONNX Runtime's session option ``session.x64quantprecision`` set to ``1`` avoids it there.
 
-    Raises ValueError where the images are not as the graph takes them, or there are none; GraphError where the graph
+    Raises ValueError if the images are not as the graph takes them, or there are none; GraphError if the graph
     does not begin as those of ``to_onnx`` do, or a weight or activation is not finite.
     """
     _check_images(images, model)
@@ -121,7 +121,7 @@ def _check_images(images: Tensor, model: ModelProto) -> None:
 
 
 def _layers(graph: GraphProto) -> _Layers:
-    """Follow the image to the primary capsules' convolution."""
+    """Follow the graph from the image to the convolution of the primary capsules."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     takers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
@@ -159,7 +159,7 @@ def _layers(graph: GraphProto) -> _Layers:
 def _calibrate(layers: _Layers, images: Tensor) -> _Ranges:
     first, *others = layers.convolutions
     channels = len(others[-1].bias)
-    low, high = np.zeros(channels), np.zeros(channels)  # so that 0 is within each range
+    low, high = np.zeros(channels), np.zeros(channels)  # 0 must be within each range
     greatest = [0.0] * len(others)
     with torch.inference_mode():
         for batch in torch.split(images, _BATCH_SIZE):
@@ -176,7 +176,7 @@ def _calibrate(layers: _Layers, images: Tensor) -> _Ranges:
 
 
 class _Beginning:
-    """The nodes that take the place of those in ``layers``, and their constants."""
+    """The nodes that replace those in ``layers``, and their constants."""
 
     def __init__(self, layers: _Layers, ranges: _Ranges, image: str) -> None:
         self.nodes: list[NodeProto] = []
@@ -189,7 +189,7 @@ class _Beginning:
         layer = first
         for following, greatest in zip(others, ranges.features, strict=True):
             value = self._convolve(layer.node, value, layer.weight, layer.bias, step)
-            # What is cut off below 0 is what ReLU would. Two steps for the same integers divide as the graph did.
+            # Values below 0 are cut off, as by ReLU. Two steps for the same integers divide as the graph did.
             step = max(greatest / _MAX_ACTIVATION, _MIN_STEP)
             undivided = self._constant("undivided_feature_step", np.float32(step * following.divisor))
             value = self._quantize(value, undivided, zero)
@@ -197,7 +197,7 @@ class _Beginning:
             value = self._dequantize(value, feature_step, zero, self._unused("int8.features"))
             layer = following
         steps = np.maximum((ranges.high - ranges.low) / _MAX_ACTIVATION, _MIN_STEP)  # (T*D,)
-        zeros = np.rint(-ranges.low / steps)  # what stands for 0, (T*D,)
+        zeros = np.rint(-ranges.low / steps)  # the integers for 0, (T*D,)
         weight = layer.weight / steps[:, None, None, None]
         value = self._convolve(layer.node, value, weight, layer.bias / steps + zeros, step)
         value = self._quantize(value, self._constant("one", np.float32(1)), zero)
@@ -206,10 +206,10 @@ class _Beginning:
         self._dequantize(value, steps_name, map_zeros, layer.node.output[0], 1)
 
     def _convolve(self, layer: NodeProto, value: str, weight: _Floats, bias: _Floats, step: float) -> str:
-        """``layer`` on a value with the given step, with another weight and bias; returns the output's name."""
+        """Apply ``layer``, with another weight and bias, to a value with the given step. Return the output's name."""
         steps = np.maximum(np.abs(weight).max((1, 2, 3)) / _MAX_WEIGHT, np.abs(bias) / (step * _MAX_BIAS))
         steps = np.maximum(steps, _MIN_STEP).astype(np.float32)
-        bias_steps = np.float32(step) * steps  # exactly the product, as ONNX Runtime takes it to be
+        bias_steps = np.float32(step) * steps  # exactly the product, as in ONNX Runtime
         integers = np.rint(weight / steps[:, None, None, None]).astype(np.int8)
         bias_integers = np.rint(bias / bias_steps).astype(np.int32)
         names = [value]
@@ -238,7 +238,7 @@ class _Beginning:
         return unused
 
     def _unused(self, name: str) -> str:
-        """Return a name that is not taken yet: two convolutions may share a constant, and there may be many."""
+        """Return an unused name. Two convolutions may share a constant."""
         unused, number = name, 1
         while unused in self._names:
             number += 1

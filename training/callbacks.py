@@ -1,4 +1,4 @@
-"""Callbacks around the steps of a run: interruption, keeping the best epoch, writing whole files."""
+"""Callbacks around the steps of a run: interruption, the best epoch, and complete files."""
 
 import math
 import signal
@@ -14,9 +14,9 @@ from training.checkpoint import write_whole
 
 
 class Interrupted(Exception):
-    """The user stopped the run; a checkpoint to resume from was written.
+    """The user stopped the run. A checkpoint for ``--resume`` was written.
 
-    Not a KeyboardInterrupt, which Lightning turns into SystemExit.
+    It is no KeyboardInterrupt, because Lightning turns that into SystemExit.
     """
 
 
@@ -45,7 +45,7 @@ class StopBetweenSteps(Callback):
         self.previous = {name: signal.signal(name, self._request) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        # Asked in an epoch's last step, which may be its only one: its end has written the resume file.
+        # The signal came in the last step of an epoch: the end of the epoch has written the resume file.
         if trainer.global_step and trainer.strategy.reduce_boolean_decision(self.requested, all=False):
             raise Interrupted
 
@@ -79,7 +79,7 @@ class KeepBest(Callback):
 
     @property
     def kept(self) -> bool:
-        """Tell whether an epoch had a loss that is a finite number, and so was kept."""
+        """Return True if an epoch had a loss that is a finite number, and so was kept."""
         return self.loss < math.inf
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -96,7 +96,7 @@ class KeepBest(Callback):
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints under their names only once they are whole, so that a full disk leaves the last good one."""
+    """The writer of checkpoints. A file gets its name when it is complete, so a full disk keeps the last good one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_whole(checkpoint, Path(path))

@@ -1,4 +1,4 @@
-"""The two losses of the capsule network, equation 4 and section 4.1 of the paper."""
+"""The losses of the capsule network: equation 4 and section 4.1 of the paper."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ DOWN_WEIGHT = 0.5  # lambda, for absent classes
 
 
 def margin_loss(probabilities: Tensor, classes: Tensor) -> Tensor:
-    """``L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2`` (equation 4).
+    """Compute ``L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2`` (equation 4).
 
     probabilities: (B, J), the poses' lengths; classes: int64 (B,), or (B, K) of images with K objects of different
     classes. Summed over classes, averaged over images.
@@ -24,13 +24,13 @@ def margin_loss(probabilities: Tensor, classes: Tensor) -> Tensor:
 
 
 def presence_loss(probabilities: Tensor) -> Tensor:
-    """Cross-entropy of a network of one class, ``-log |v|``, which every image of its data has; (B, 1), averaged.
+    """Compute the cross-entropy of a network of one class, ``-log |v|``, for (B, 1), averaged.
 
-    The margin loss is for telling classes apart: here it would have nothing but its upper margin.
+    Every image has the class. The margin loss separates classes. With one class only its upper margin would be left.
     """
     return -torch.log(probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny)).mean()
 
 
 def reconstruction_loss(reconstructions: Tensor, images: Tensor, pixel_weight: float = PIXEL_WEIGHT) -> Tensor:
-    """The weighted sum of squared pixel errors (section 4.1), averaged over images; both (B, C, H, W), 0 to 1."""
+    """Compute the weighted sum of squared pixel errors (section 4.1), averaged over images; (B, C, H, W), 0 to 1."""
     return pixel_weight * (reconstructions - images).square().flatten(1).sum(1).mean()

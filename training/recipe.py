@@ -1,6 +1,6 @@
-"""Everything that can be chosen of a run, each choice said once: its flag, default, choices, help and check.
+"""The options of a run, one field for each: its flag, default, choices, help and check.
 
-Nothing here needs PyTorch, whose import takes seconds, so that a wrong choice is refused at once.
+This module does not import PyTorch, which takes seconds, so that a wrong choice is refused at once.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def parse_stem(text: str) -> tuple[tuple[int, ...], ...]:
 class Recipe:
     """The choices of a training. Every field is a flag of ``python -m training``. Raises ValueError on a wrong one.
 
-    augment: None for the data set's own: ``none`` where images are composed of objects at random places, as they are
-    in the papers, else ``affine``. per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
+    augment: None for the data set's default: ``none`` if images are composed of objects at random places, as in the
+    papers, else ``affine``. per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
     """
 
     epochs: int = option(40, "passes over the training images", minimum=1)
@@ -106,7 +106,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class NetworkChanges:
-    """The fields of ``CapsNetConfig`` that differ from those of --config; None for as there."""
+    """The fields of ``CapsNetConfig`` that differ from --config. None: as in --config."""
 
     conv_channels: int | None = option(None, "channels of the first convolution", parse=int, minimum=1, shown="")
     primary_types: int | None = option(None, "types of primary capsules", parse=int, minimum=1, shown="")
@@ -162,7 +162,7 @@ class NetworkChanges:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The network, the data and the folder of a run. Raises ValueError where options do not go together."""
+    """The network, the data and the folder of a run. Raises ValueError if options contradict each other."""
 
     config: str = option("compact", "the network", choices=CONFIG_NAMES)
     dataset: str | None = option(None, "what it learns", choices=NAMES, shown=DEFAULT_DATASET)
@@ -195,5 +195,5 @@ class RunOptions:
 
     @property
     def data_name(self) -> str:
-        """The name of the data set, or of the folder."""
+        """Return the name of the data set, or of the folder."""
         return self.data.resolve().name if self.data else self.dataset or DEFAULT_DATASET

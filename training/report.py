@@ -37,9 +37,9 @@ MAX_TABLE_CLASSES = 20  # in the table of errors by class
 def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor) -> None:
     """Write ``report.md`` and its pictures into the folder of a finished run.
 
-    probabilities: (M, J), the network's answers to ``dataset.test_images``; the network is not run over them again,
-    only over the few images of which ``decoder.png`` shows reconstructions, where it has a decoder. The curves are
-    those of the logs in the folder; without logs there is no ``curves.png``. Raises ValueError where probabilities
+    probabilities: (M, J), the network's answers to ``dataset.test_images``. The network does not run over them again,
+    only over the few images for ``decoder.png``, if it has a decoder. The curves are from the logs in the folder;
+    without logs there is no ``curves.png``. Raises ValueError if probabilities
     and checkpoint do not belong to the data.
     """
     labels = dataset.test_labels
@@ -62,13 +62,13 @@ def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabi
         figures["decoder.png"] = decoder_picture(model, dataset.labels, dataset.test_images, labels, chosen)
     for name, figure in figures.items():
         save(figure, folder / name)
-    # Class names come from folders, whose names need not be text.
+    # Class names come from folders, whose names may not be valid text.
     page = _page(checkpoint, dataset, probabilities, list(figures))
     (folder / REPORT_FILE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of a share of which ``count`` of ``total`` were seen, as two numbers from 0 to 1.
+    """Return the 95 % interval of a share, given ``count`` of ``total``, as two numbers from 0 to 1.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference" (1927). Raises ValueError
     where count is not between 0 and total, or total is 0.
@@ -78,7 +78,7 @@ def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, flo
     z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
     middle = (count + z2 / 2) / (total + z2)
     half = math.sqrt(z2 * (count * (total - count) / total + z2 / 4)) / (total + z2)
-    # At the ends the interval reaches 0 or 1, which rounding would miss.
+    # At the ends the interval reaches exactly 0 or 1, which rounding would miss.
     return (max(0.0, middle - half) if count else 0.0), (min(1.0, middle + half) if count < total else 1.0)
 
 
@@ -141,7 +141,7 @@ def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictu
     return "\n\n".join(parts) + "\n"
 
 
-# Of each picture, its title and what one must know to read it.
+# The title of each picture, and the text that explains it.
 _PICTURES = {
     "curves.png": (
         "By epoch",
@@ -187,14 +187,14 @@ def _facts(checkpoint: Checkpoint, dataset: Dataset, network: str) -> list[tuple
 
 
 def _network(checkpoint: Checkpoint) -> str:
-    """Return the name of the config; the sizes that follow from the data do not count."""
+    """Return the name of the config. Sizes that follow from the data do not matter."""
     config = checkpoint.config
     sizes = {name: getattr(config, name) for name in ("image_channels", "image_size", "classes")}
     return next((name for name, known in CONFIGS.items() if replace(known, **sizes) == config), "own config")
 
 
 def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
-    """Return the section with the errors of each class, the worst first where there are many."""
+    """Return the section with the errors of each class, the worst first if there are many."""
     totals = counts.sum(1).tolist()
     missed = (counts.sum(1) - counts.diagonal()).tolist()
     off_diagonal = counts.clone().fill_diagonal_(0)
@@ -238,7 +238,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes for nothing but text, in one line."""
+    """Return a text in one line with Markdown's characters escaped."""
     return "".join(
         "\\" + character if character in "\\`*_[]<>|#$~" else character for character in " ".join(text.split())
     )

@@ -34,7 +34,7 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the text says why. The resume file of the last whole epoch is kept."""
+    """Training cannot go on. The text says why. The resume file of the last whole epoch is kept."""
 
 
 class Result(NamedTuple):
@@ -45,9 +45,9 @@ class Result(NamedTuple):
 
 
 class Training(lightning.LightningModule):
-    """The network with its losses, optimizer and schedule, as Lightning drives it.
+    """The network with its losses, optimizer and schedule, as a module of Lightning.
 
-    canvas: of composed images, see ``Dataset``.
+    canvas: the size of composed images, see ``Dataset``.
     """
 
     def __init__(self, config: CapsNetConfig, recipe: Recipe, steps_per_epoch: int, canvas: int = 0) -> None:
@@ -62,12 +62,12 @@ class Training(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels, turns = batch
         count, objects = labels.shape
-        # Seeded by the step, not by what was drawn before, so that a resumed run draws the same.
+        # The seed depends on the step, not on earlier draws, so that a resumed run draws the same numbers.
         generator = seeded(self.recipe.seed, FIRST_STEP_NUMBER + self.global_step)
         parts = self.augment(to_pixels(images.flatten(0, 1)), turns.repeat_interleave(objects), generator)
         if self.canvas:
             parts = place(parts, self.canvas, generator)
-        # Every process makes the whole batch and takes its share of it, so that their number changes no result.
+        # Every process makes the whole batch and takes its share, so that the number of processes changes no result.
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         share = slice(rank, None, processes) if rank < count else slice(1)
         weight = len(range(rank, count, processes)) * processes / count  # the mean over processes is the batch's mean
@@ -107,7 +107,7 @@ class Training(lightning.LightningModule):
         total = self.recipe.epochs * self.steps_per_epoch
 
         def factor(step: int) -> float:
-            """Linear from 0, then half a cosine down to 0."""
+            """Return the factor of the learning rate: linear from 0, then half a cosine to 0."""
             if step < warmup:
                 return (step + 1) / warmup
             return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))
@@ -121,7 +121,7 @@ def _check_resumable(path: Path) -> None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         whole = isinstance(content, dict) and {"pytorch-lightning_version", "averaging_state"} <= content.keys()
-    except Exception as error:  # bytes of another kind make torch.load raise almost anything
+    except Exception as error:  # torch.load raises many kinds of errors for other files
         raise TrainingError(f"{path}: damaged or cut off; it cannot be resumed") from error
     if not whole:
         raise TrainingError(f"{path}: not a file that training wrote to resume from")
@@ -139,9 +139,9 @@ def run(
     """Train, select on the held-out images, test once, and write ``folder/capsnet.pt``.
 
     The averaged weights of the epoch with the lowest held-out loss are kept; with ``held_out=0``, those of the last
-    epoch. Started by ``torchrun``, the processes train together, each on its share of every batch, and all but the
-    first return None. Raises TrainingError on a loss that is no number, Interrupted when stopped by a signal, and
-    KeyboardInterrupt where that comes before the first step.
+    epoch. Under ``torchrun`` the processes train together, each on its share of every batch, and only the first
+    returns a result; the others return None. Raises TrainingError if a loss is not a number, Interrupted after a
+    signal, and KeyboardInterrupt if the signal comes before the first step.
     """
     if resume:
         _check_resumable(folder / RESUME_FILE)
@@ -161,10 +161,10 @@ def run(
         dataset.objects,
     )
     module = Training(config, recipe, len(batches), dataset.canvas)
-    timer = Timer()  # goes on counting after an interruption
+    timer = Timer()  # it goes on after an interruption
     keep_best = KeepBest(folder / BEST_FILE) if selection else None
     trainer = _trainer(recipe, folder, timer, keep_best, progress)
-    origin = provenance(trainer.strategy.root_device)  # before training, while the source is what it runs
+    origin = provenance(trainer.strategy.root_device)  # before training, while the files are still the running source
     _fit(trainer, module, batches, selection, folder / RESUME_FILE if resume else None)
     if not trainer.is_global_zero:
         return None
@@ -173,7 +173,7 @@ def run(
             f"the held-out loss was a finite number in none of the {recipe.epochs} epochs; try a lower learning rate"
         )
 
-    # From the file, since in memory the averaged weights are in place only when training has just ended.
+    # From the file: in memory the averaged weights are set only directly after training.
     kept = torch.load(keep_best.path if keep_best else folder / RESUME_FILE, map_location="cpu", weights_only=True)
     module.load_state_dict(kept["state_dict"])
     model = module.model.eval()
@@ -189,7 +189,7 @@ def run(
 
 
 def _held_out_images(dataset: Dataset, held_out: Tensor, seed: int) -> Labelled | None:
-    """Return the held-out images as the network takes them, with their labels; None where there are none."""
+    """Return the held-out images in the form for the network, with their labels, or None if there are none."""
     if not len(held_out):
         return None
     images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
@@ -211,12 +211,12 @@ def _fit(
     selection: Labelled | None,
     resume_from: Path | None,
 ) -> None:
-    """Have Lightning train.
+    """Train with Lightning.
 
-    Raises TrainingError where memory runs out, and KeyboardInterrupt on a Ctrl-C that comes before the first step.
+    Raises TrainingError if memory runs out, and KeyboardInterrupt on a Ctrl-C that comes before the first step.
     """
     with warnings.catch_warnings():
-        # Advice on worker processes and logging intervals, which data held in memory has no use for.
+        # Advice on worker processes and logging intervals does not apply to data in memory.
         warnings.filterwarnings("ignore", module="lightning")
         try:
             trainer.fit(
@@ -226,7 +226,7 @@ def _fit(
                 ckpt_path=resume_from,
                 weights_only=True,
             )
-        except SystemExit as error:  # which Lightning makes of it
+        except SystemExit as error:  # Lightning turns KeyboardInterrupt into it
             raise KeyboardInterrupt from error
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
@@ -237,12 +237,12 @@ def _fit(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether PyTorch or Python found no memory; on a CPU PyTorch says so in the text alone."""
+    """Return True if PyTorch or Python found no memory. On a CPU only PyTorch's text says so."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _test(model: CapsNet, dataset: Dataset) -> tuple[Tensor, dict[str, Any]]:
-    """Run the finished network over the test images, once: their probabilities (M, J), and the figures."""
+    """Run the finished network once over the test images. Return probabilities (M, J), and the figures."""
     probabilities, _ = predict(model, dataset.test_images)
     test_mistakes = wrong(probabilities, dataset.test_labels).nonzero().flatten().tolist()
     return probabilities, {
@@ -253,7 +253,7 @@ def _test(model: CapsNet, dataset: Dataset) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The indices of the training images to learn from and of those held out."""
+    """Return the indices of the training images and of the held-out images."""
     labels = dataset.train_labels
     count = len(labels)
     held_out_count = count // HELD_OUT_SHARE if recipe.held_out is None else recipe.held_out
@@ -271,7 +271,7 @@ def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def _trainer(
     recipe: Recipe, folder: Path, timer: Timer, keep_best: KeepBest | None, progress: bool
 ) -> lightning.Trainer:
-    """Make Lightning's trainer, on as many processes as torchrun says it has started, else on one."""
+    """Make Lightning's trainer for the number of processes that torchrun has started, else for one."""
     processes, here = process_count(), process_count("LOCAL_WORLD_SIZE")
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.precision == "16-mixed" and accelerator == "cpu":

@@ -1,6 +1,6 @@
-"""Changes to training images, decided by a generator and by turns, so that a run can be repeated and resumed exactly.
+"""Random changes of training images, from a generator and turns, so that a run can be repeated and resumed exactly.
 
-An image's turn is a number that grows by one from epoch to epoch and begins differently for each image.
+An image's turn is a number that grows by one in each epoch and starts differently for each image.
 """
 
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-MAX_SHIFT = 2  # pixels, in each direction (section 4 of the paper)
-MAX_ROTATION = 15.0  # degrees
+MAX_SHIFT_PIXELS = 2  # in each direction (section 4 of the paper)
+MAX_ROTATION_DEGREES = 15.0
 MAX_SHEAR = 0.15
 SCALE_RANGE = (0.85, 1.15)  # of each axis
 
@@ -37,7 +37,9 @@ def shift(images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor:
 
     images: (B, C, H, W). Returns the same shape.
     """
-    return _shift_by(images, torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (len(images), 2), generator=generator))
+    return _shift_by(
+        images, torch.randint(-MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS + 1, (len(images), 2), generator=generator)
+    )
 
 
 def all_shifts(images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,23 +48,23 @@ def all_shifts(images: Tensor, turns: Tensor, generator: torch.Generator) -> Ten
     images: (B, C, H, W); turns: (B,) int64. Returns the same shape. In 25 epochs an image is seen in every shift
     once, as in the data of the authors' code, which holds each digit 25 times.
     """
-    side = 2 * MAX_SHIFT + 1
+    side = 2 * MAX_SHIFT_PIXELS + 1
     number = turns.cpu() % side**2
-    return _shift_by(images, torch.stack([number % side, number // side], 1) - MAX_SHIFT)
+    return _shift_by(images, torch.stack([number % side, number // side], 1) - MAX_SHIFT_PIXELS)
 
 
 def distort(
     images: Tensor,
     generator: torch.Generator,
-    rotation: float = MAX_ROTATION,
+    rotation: float = MAX_ROTATION_DEGREES,
     shear: float = MAX_SHEAR,
     scale: tuple[float, float] = SCALE_RANGE,
-    shift: float = MAX_SHIFT,
+    shift: float = MAX_SHIFT_PIXELS,
 ) -> Tensor:
     """Rotate each image by up to ``rotation`` degrees, shear it by up to ``shear``, scale its axes and shift it.
 
-    images: (B, C, H, W). Returns the same shape; bilinear, zeros outside. scale: the least and the greatest, of each
-    axis; shift: in pixels, up to so many each way.
+    images: (B, C, H, W). Returns the same shape; bilinear, zeros outside. scale: the smallest and the largest factor of
+    each axis. shift: the largest shift in each direction, in pixels.
     """
     count, _, height, width = images.shape
     angle = torch.deg2rad(_uniform(count, -rotation, rotation, generator))
@@ -87,7 +89,7 @@ def affine(images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def none(images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor:
-    """The images as they are."""
+    """Return the images unchanged."""
     return images
 
 

@@ -1,4 +1,4 @@
-"""The batches of a run, each a function of the seed and of how many steps are done."""
+"""The batches of a run. Each is a function of the seed and of the number of finished steps."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,16 +13,16 @@ FIRST_STEP_NUMBER = 10_000
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """Return one of a run's sequence of generators; neighbouring seeds share none within a million."""
+    """Return a generator by its number in a run. Neighbouring seeds share none of their first million generators."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
 
 
 class Batches:
     """Shuffled batches of one epoch after another, each of images (B, K, C, H, W), labels (B, K) and turns (B,).
 
-    An image's K objects are the one whose turn in the epoch it is and, for pairs, another of another class. Turns are
-    for the augmentations. What comes next is a function of the seed and of how many steps are done, and of nothing
-    else: a run resumed anywhere sees the batches that an undisturbed one would have seen.
+    An image's K objects are the next one of the epoch and, for pairs, another one of another class. Turns are for the
+    augmentations. The next batch depends only on the seed and on the number of finished steps: a resumed run sees the
+    same batches as an undisturbed one.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Batches:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the rest of the epoch that the steps done lead into."""
+        """Yield the rest of the present epoch."""
         epoch, position = divmod(self.steps_done(), len(self))
         drawn = generator(self.seed, epoch)
         order = torch.randperm(len(self.images), generator=drawn)

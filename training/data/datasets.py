@@ -15,7 +15,7 @@ from training.data.folder import read_folder
 from training.data.sources import SOURCE_ERRORS, DatasetError, Folder, read_verified
 from training.data.specs import DATASETS, GENERATED, NAMES, Arrays, DatasetSpec, GeneratedSpec
 
-_TEST_SEED = 0  # of composed test images
+_TEST_SEED = 0  # for composed test images
 
 _logger = logging.getLogger(__name__)
 
@@ -31,10 +31,10 @@ class Dataset:
         train_labels: ``(N,)`` int64.
         test_images: ``(M, C, S, S)`` uint8; for MNIST 10,000 images.
         test_labels: ``(M,)`` int64, or ``(M, K)`` where each image has ``K`` objects.
-        objects: ``K``, how many of ``train_images``, of different classes, training puts into one image: 1 or 2.
-        canvas: Height and width of the images that training composes by putting each object anywhere; 0 where
+        objects: ``K``, the number of ``train_images`` of different classes in one image of the training: 1 or 2.
+        canvas: Height and width of the images that training composes by putting each object anywhere; 0 if
             ``train_images`` are taken as they are.
-        notes: What one should know of it before training, such as that images were scaled; a sentence each.
+        notes: Facts to know before training, such as that images were scaled, one sentence each.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of the images that a network for this data set takes."""
+        """Return the shape (C, S, S) of a network's input for this data set."""
         channels, height, width = self.test_images.shape[1:]
         return channels, height, width
 
 
 def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dataset:
-    """Load a data set from the first source that has all its files with the right digests, or generate it from one.
+    """Load a data set from the first source with all its files and the right digests, or generate it from another one.
 
     The files are looked for in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
     ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists. They are kept, uncompressed, in
@@ -114,7 +114,7 @@ def _fetch(name: str, spec: DatasetSpec, folder: Path | None, progress: bool) ->
 def generate(name: str, original: Dataset) -> Dataset:
     """Compose a data set of GENERATED from the one that it is made of.
 
-    The test images are the same for everyone, so that all results are on one test set.
+    The test images are always the same, so that all results are on one test set.
     """
     spec = GENERATED[name]
     generator = torch.Generator().manual_seed(_TEST_SEED)
@@ -167,7 +167,7 @@ def per_class(labels: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _store(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Keep the files for the next time; a folder that cannot be written to is no reason not to train."""
+    """Keep the files for the next run. If the folder cannot be written, training goes on."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
