@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 from training import checkpoint as checkpoints
 from training import recipe as recipe_choices
 from training.__main__ import main
-from training.callbacks import Interrupted, StopBetweenSteps
+from training.callbacks import AveragedWeights, Interrupted, StopBetweenSteps
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data.augment import AUGMENTATIONS
 from training.data.batches import Batches
@@ -46,7 +46,16 @@ from training.train import Training, TrainingError, run
 
 CONFIG = CapsNetConfig(image_size=20, classes=3, conv_channels=8, primary_types=2, decoder_widths=(16,))
 RECIPE = Recipe(
-    epochs=3, batch_size=32, learning_rate=2e-2, warmup_epochs=0.5, ema_decay=0.7, augment="affine", held_out=20, seed=3
+    epochs=3,
+    min_epoch_steps=0,
+    batch_size=32,
+    learning_rate=2e-2,
+    warmup_epochs=0.5,
+    ema_decay=0.7,
+    augment="affine",
+    precision="32-true",
+    held_out=20,
+    seed=3,
 )
 STEPS_PER_EPOCH = 4  # of 140 - 20 images
 FLAGS = [
@@ -54,7 +63,7 @@ FLAGS = [
     *(
         f"--{name.replace('_', '-')}={value}"
         for name, value in asdict(RECIPE).items()
-        if value is not None and not isinstance(value, bool)
+        if value is not None and not isinstance(value, bool | tuple)
     ),
 ]
 
@@ -292,6 +301,34 @@ def test_a_network_of_one_class_learns_that_it_is_there(tmp_path: Path) -> None:
     assert probabilities.min() > 0.5
 
 
+def test_few_images_are_learned_in_fifty_steps_by_the_default_recipe(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=2, per_class=10, held_out=20)
+    checkpoint = train(tmp_path, recipe)
+    assert torch.load(tmp_path / RESUME_FILE, weights_only=True)["global_step"] == 50
+    assert checkpoint.figures["train_images"] == 30
+    assert checkpoint.figures["test_errors"] <= len(MISLABELLED) + 2
+
+
+def test_the_decay_of_the_averaged_weights_grows_with_the_steps() -> None:
+    module = lightning.LightningModule()
+    module.layer = layer = torch.nn.BatchNorm1d(1)
+    callback = AveragedWeights(0.5)
+    callback.setup(Mock(), module, "fit")
+    average = 0.0
+    for step in range(1, 21):
+        torch.nn.init.constant_(layer.weight, step)
+        layer.running_mean = torch.full((1,), float(step))
+        layer.num_batches_tracked = torch.tensor(step)
+        callback.on_train_batch_end(Mock(global_step=step), module, None, None, 0)
+        decay = 0 if step == 1 else min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * step
+        assert callback._average_model is not None
+        averaged = callback._average_model.module.state_dict()
+        assert averaged["layer.weight"].item() == pytest.approx(average, rel=1e-5)
+        assert averaged["layer.running_mean"].item() == pytest.approx(average, rel=1e-5)
+        assert averaged["layer.num_batches_tracked"] == step
+
+
 def test_the_test_images_are_read_once_and_only_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     dataset = RecordedDataset(**asdict(DATASET))
@@ -375,6 +412,16 @@ def test_a_run_can_be_interrupted_and_resumed_again_and_again(
                 train(tmp_path, resume=True)
 
     assert_same(train(tmp_path, resume=True), finished[0])
+
+
+@pytest.mark.parametrize("step", [2, 9, 12])
+def test_a_run_whose_epochs_pass_over_few_images_several_times_is_resumed_as_exactly(tmp_path: Path, step: int) -> None:
+    recipe = replace(RECIPE, epochs=2, min_epoch_steps=7)
+    undisturbed = train(tmp_path / "undisturbed", recipe)
+    train_until(step, tmp_path / "halved", recipe)
+    resumed = train(tmp_path / "halved", recipe, resume=True)
+    assert torch.load(tmp_path / "halved" / RESUME_FILE, weights_only=True)["global_step"] == 14
+    assert_same(resumed, undisturbed)
 
 
 @pytest.mark.parametrize("step", [4, STEPS_PER_EPOCH + 2])
@@ -688,6 +735,23 @@ def test_every_epoch_has_every_image_once_with_its_label_in_another_order() -> N
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
+def test_an_epoch_of_few_images_passes_over_them_until_it_has_its_steps() -> None:
+    seen: list[tuple[int, int]] = []
+    for epoch in range(3):
+        batches = Batches(torch.arange(6), torch.arange(6), 5, 1, Mock(return_value=5 * epoch), steps_per_epoch=5)
+        drawn = list(batches)
+        assert len(drawn) == len(batches) == 5
+        seen += [(image, turn) for images, _, turns in drawn for image, turn in zip(images[:, 0], turns, strict=True)]
+    assert len(seen) == 7 * 6 + 5
+    for number in range(7):
+        one_pass = seen[6 * number : 6 * number + 6]
+        assert sorted(int(image) for image, _ in one_pass) == list(range(6))
+        assert all(turn == image + number for image, turn in one_pass)
+    for done in range(5, 10):
+        batches = Batches(torch.arange(6), torch.arange(6), 5, 1, Mock(return_value=done), steps_per_epoch=5)
+        assert len(list(batches)) == 10 - done
+
+
 def test_the_order_is_decided_by_seed_and_epoch_alone() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -843,6 +907,7 @@ def test_the_command_prints_what_went_wrong_without_a_traceback(
     [
         ("--epochs=0", 2),
         ("--epochs=-1", 2),
+        ("--min-epoch-steps=-1", 2),
         ("--batch-size=0", 2),
         ("--learning-rate=0", 2),
         ("--learning-rate=nan", 2),
@@ -854,6 +919,17 @@ def test_the_command_prints_what_went_wrong_without_a_traceback(
         ("--augment=flip", 2),
         ("--pixel-weight=-1", 2),
         ("--pixel-weight=inf", 2),
+        ("--steps=0", 2),
+        ("--optimizer=sgd", 2),
+        ("--weight-decay=-1", 2),
+        ("--schedule=linear", 2),
+        ("--shift-share=1", 2),
+        ("--elastic=-0.1", 2),
+        ("--erasing=1.1", 2),
+        ("--none=0.6", 2),
+        ("--none=-0.1", 2),
+        ("--distil-weight=-1", 2),
+        ("--distil=nowhere.pt", 1),
         ("--gradient-clip=nan", 2),
         ("--primary-divisor=inf", 2),
         ("--gradient-clip=-1", 2),

@@ -113,7 +113,8 @@ def _goes_on(written: Path, settings: str) -> bool:
         before, now = (_without_epochs(text) for text in (written.read_text(), settings))
     except (KeyError, TypeError, ValueError):  # a file that training has not written
         return False
-    return before[0] < now[0] and before[1] == now[1]
+    # Parts of a schedule that is said in steps would have other lengths with more epochs.
+    return before[0] < now[0] and before[1] == now[1] and now[1]["recipe"].get("steps") is None
 
 
 def _without_epochs(settings: str) -> tuple[int, dict[str, Any]]:

@@ -1,9 +1,10 @@
 """Run a network over many images and find its mistakes."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.model import CapsNet, lengths, to_pixels
 
@@ -14,6 +15,11 @@ def predict(model: CapsNet, images: Tensor, batch_size: int = 250) -> tuple[Tens
     device = next(model.parameters()).device
     poses = torch.cat([model(to_pixels(part.to(device))).cpu() for part in torch.split(images, batch_size)])
     return lengths(poses), poses
+
+
+def mean_lengths(models: Sequence[nn.Module], pixels: Tensor) -> Tensor:
+    """Return the mean of the networks' lengths for pixels (B, C, H, W), 0 to 1: (B, J) float32."""
+    return torch.stack([lengths(model(pixels).float()) for model in models]).mean(0)
 
 
 def most_probable(probabilities: Tensor, count: int = 1) -> Tensor:
