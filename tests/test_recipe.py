@@ -22,11 +22,10 @@ from tests.test_training import (
     train_until,
 )
 from training.checkpoint import save
-from training.data.non_objects import NONE
+from training.data.specs import NONE
 from training.evaluate import predict
 from training.loss import margin_loss
 from training.model import lengths, to_pixels
-from training.recipe import Recipe
 from training.run_folder import CHECKPOINT_FILE, RESUME_FILE
 from training.train import Training, TrainingError, load_teachers
 
@@ -202,9 +201,3 @@ def test_a_compiler_that_fails_is_told_in_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(training.train, "margin_loss", Mock(side_effect=error))
     with pytest.raises(TrainingError, match=r"--compile failed: no C\+\+ compiler$"):
         train(tmp_path)
-
-
-def test_so_many_images_of_no_class_that_none_is_left_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"none: 0\.5; a batch of 1 has no image of a class then"):
-        Recipe(none=0.5, batch_size=1)
-    assert Recipe(none=0.5, batch_size=2).none == 0.5

@@ -14,6 +14,7 @@ from torch import Tensor
 from training import report
 from training.checkpoint import Checkpoint, save
 from training.data.datasets import Dataset
+from training.data.specs import NONE
 from training.evaluate import by_confidence, confusion, predict, wrong
 from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.pictures import MAX_DRAWN_MISTAKES, confusion_picture, curves_picture, mistakes_picture
@@ -134,6 +135,17 @@ def test_confusion_counts_labels_in_rows_and_answers_in_columns() -> None:
     assert confusion(torch.rand(4, 1), torch.zeros(4, dtype=torch.int64)).tolist() == [[4]]
 
 
+def test_an_image_of_none_of_the_classes_is_wrong_where_a_capsule_is_long() -> None:
+    probabilities = torch.tensor([[0.6, 0.1], [0.5, 0.4], [0.6, 0.1], [0.1, 0.2]])
+    assert wrong(probabilities, torch.tensor([NONE, NONE, 0, 0])).tolist() == [True, False, False, True]
+    assert wrong(probabilities, torch.tensor([[NONE, NONE]] * 4)).tolist() == [True, False, True, False]
+
+
+def test_an_image_of_the_only_class_is_wrong_where_its_capsule_is_not_long() -> None:
+    probabilities = torch.tensor([[0.6], [0.4], [0.6], [0.4]])
+    assert wrong(probabilities, torch.tensor([0, 0, NONE, NONE])).tolist() == [False, True, True, False]
+
+
 def test_confusion_of_pairs_counts_the_labels_missed_against_the_classes_wrongly_given() -> None:
     probabilities = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.8, 0.1, 0.0], [0.1, 0.2, 0.9, 0.8]])
     labels = torch.tensor([[1, 0], [3, 0], [1, 0]])  # right; 3 taken for 1; 0 and 1 taken for 2 and 3
@@ -172,7 +184,8 @@ def test_the_text_of_a_confusion_matrix_fits_its_cells_and_can_be_read(classes: 
 def test_mistakes_are_ordered_by_how_much_longer_the_wrong_capsule_is() -> None:
     assert by_confidence(PROBABILITIES, LABELS) == [3, 5, 1]  # 3 and 5 are equal
     assert by_confidence(PROBABILITIES, PROBABILITIES.argmax(1)) == []
-    assert by_confidence(torch.rand(3, 1), torch.zeros(3, dtype=torch.int64)) == []
+    assert by_confidence(0.51 + torch.rand(3, 1) / 3, torch.zeros(3, dtype=torch.int64)) == []
+    assert by_confidence(torch.tensor([[0.4], [0.9], [0.1]]), torch.zeros(3, dtype=torch.int64)) == [2, 0]
     pairs = torch.tensor([[0.9, 0.2, 0.5], [0.9, 0.1, 0.8]])
     assert by_confidence(pairs, torch.tensor([[0, 1], [1, 0]])) == [1, 0]
     pairs = torch.tensor([[0.9, 0.2, 0.5], [0.6, 0.4, 0.65]])  # by the shorter label's capsule, not by the longer one's

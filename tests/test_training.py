@@ -36,6 +36,7 @@ from training.data.batches import Batches
 from training.data.compose import scenes
 from training.data.datasets import Dataset, split
 from training.data.sources import DatasetError
+from training.data.specs import NONE
 from training.evaluate import mistakes, predict
 from training.loss import margin_loss
 from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, to_pixels
@@ -284,21 +285,40 @@ def test_one_training_image_in_twelve_is_held_out_unless_told_otherwise(tmp_path
     assert train(tmp_path, replace(RECIPE, epochs=1, held_out=None)).figures["held_out_images"] == 140 // 12
 
 
-def test_a_network_of_one_class_learns_that_it_is_there(tmp_path: Path) -> None:
+def test_a_network_of_one_class_learns_where_it_is_there_and_where_not(tmp_path: Path) -> None:
     config = replace(CONFIG, classes=1)
+    present = DATASET.test_labels == 0
+    present[MISLABELLED] = False
+    shown, others = DATASET.test_images[present], DATASET.test_images[DATASET.test_labels == 2]
+    dataset = replace(
+        DATASET,
+        labels=("lying",),
+        train_labels=torch.where(DATASET.train_labels == 0, 0, NONE),
+        test_images=shown,
+        test_labels=torch.zeros(len(shown), dtype=torch.int64),
+        none_test_images=others,
+    )
+
+    checkpoint = train(tmp_path, replace(RECIPE, epochs=8), dataset=dataset, config=config)
+
+    losses = epoch_figures(tmp_path, "held_out_loss")
+    assert losses[-1] < 0.5 * losses[0]
+    assert predict(checkpoint.model(), shown)[0].min() > 0.5
+    assert checkpoint.figures["test_errors"] == 0
+    assert checkpoint.figures["none_test_images"] == len(others)
+    assert checkpoint.figures["none_test_errors"] <= 2
+    assert checkpoint.figures["held_out_errors"] <= 1
+
+
+def test_one_class_without_images_of_none_is_refused(tmp_path: Path) -> None:
     dataset = replace(
         DATASET,
         labels=("thing",),
         train_labels=torch.zeros_like(DATASET.train_labels),
         test_labels=torch.zeros_like(DATASET.test_labels),
     )
-
-    checkpoint = train(tmp_path, dataset=dataset, config=config)
-
-    losses = epoch_figures(tmp_path, "held_out_loss")
-    assert losses[-1] < 0.5 * losses[0]
-    probabilities, _ = predict(checkpoint.model(), dataset.test_images)
-    assert probabilities.min() > 0.5
+    with pytest.raises(TrainingError, match="one class alone; it takes images without it"):
+        train(tmp_path, dataset=dataset, config=replace(CONFIG, classes=1))
 
 
 def test_few_images_are_learned_in_fifty_steps_by_the_default_recipe(tmp_path: Path) -> None:
@@ -697,6 +717,14 @@ def test_a_run_on_few_images_learns_from_so_many_of_each_class_and_holds_out_oth
     checkpoint = train(tmp_path, replace(RECIPE, epochs=1, per_class=5))
     assert checkpoint.figures["train_images"] == 15
     assert checkpoint.figures["held_out_images"] == 20
+
+
+def test_images_of_none_of_the_classes_count_as_a_class_where_few_are_learned_from(tmp_path: Path) -> None:
+    dataset = replace(DATASET, train_labels=torch.where(DATASET.train_labels == 2, NONE, DATASET.train_labels))
+    recipe = replace(RECIPE, epochs=1, per_class=5)
+    assert train(tmp_path / "few", recipe, dataset=dataset).figures["train_images"] == 15
+    with pytest.raises(ValueError, match="per_class: 100; none of the classes has"):
+        train(tmp_path / "many", replace(recipe, per_class=100), dataset=dataset)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_network_and_its_error(

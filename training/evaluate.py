@@ -6,7 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from training.data.specs import NONE
 from training.model import CapsNet, lengths, to_pixels
+
+PRESENT_LENGTH = 0.5  # a longer capsule says that its class is there
 
 
 @torch.inference_mode()
@@ -31,10 +34,15 @@ def wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Mark the images that get other classes than their labels, (B,) bool.
 
     probabilities: (B, J); labels: int64 (B,), or (B, K) of images with K objects of different classes, of which the K
-    most probable classes must be all (the paper's measure for overlapping digits, section 6).
+    most probable classes must be all (the paper's measure for overlapping digits, section 6). An image with the label
+    NONE is wrong where a capsule is longer than PRESENT_LENGTH; one with the only class, where its capsule is not.
     """
     labels = labels.reshape(len(labels), -1)
-    return (most_probable(probabilities, labels.shape[1]) != labels.sort(1).values).any(1)
+    found = probabilities.amax(1) > PRESENT_LENGTH
+    others = (most_probable(probabilities, labels.shape[1]) != labels.sort(1).values).any(1)
+    if probabilities.shape[1] == 1:
+        others = ~found
+    return torch.where(labels[:, 0] == NONE, found, others)
 
 
 def mistakes(model: CapsNet, images: Tensor, labels: Tensor) -> list[int]:
@@ -69,6 +77,10 @@ def by_confidence(probabilities: Tensor, labels: Tensor) -> list[int]:
     Confident by how much the longest capsule of a class that is no label is longer than the label's capsule, or than
     the shortest of them. probabilities: (M, J); labels: (M,) or (M, K).
     """
+    if probabilities.shape[1] == 1:  # there is no other class; the shortest capsule first
+        indices = (probabilities[:, 0] <= PRESENT_LENGTH).nonzero().flatten()
+        shortest: list[int] = indices[probabilities[indices, 0].argsort(stable=True)].tolist()
+        return shortest
     objects = labels.reshape(len(labels), -1)
     intruder = probabilities.scatter(1, objects, -math.inf).amax(1)
     margins = intruder - probabilities.gather(1, objects).amin(1)

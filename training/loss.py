@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from training.data.non_objects import NONE
+from training.data.specs import NONE
 from training.recipe import PIXEL_WEIGHT
 
 PRESENT = 0.9  # m+

@@ -166,8 +166,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check(self)
-        if round(self.none * self.batch_size) >= self.batch_size:
-            raise ValueError(f"none: {self.none}; a batch of {self.batch_size} has no image of a class then")
 
 
 @dataclass(frozen=True)

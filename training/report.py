@@ -111,6 +111,8 @@ def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictu
     network = _network(checkpoint)
     test = _error(figures["test_errors"], figures["test_images"])
     sets = [("test", figures["test_images"], figures["test_errors"])]
+    if "none_test_images" in figures:
+        sets.append(("test, none of the classes", figures["none_test_images"], figures["none_test_errors"]))
     if "held_out_images" in figures:
         sets.insert(0, ("held out", figures["held_out_images"], figures["held_out_errors"]))
         selection = (
@@ -134,7 +136,8 @@ def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictu
     ]
     if command := figures.get("command"):
         parts += ["The command:", textwrap.indent(command, "    ")]
-    parts += _classes(confusion(probabilities, dataset.test_labels), dataset.labels)
+    if len(dataset.labels) > 1:
+        parts += _classes(confusion(probabilities, dataset.test_labels), dataset.labels)
     for name in pictures:
         title, note = _PICTURES[name]
         parts += [f"## {title}", note, f"![{title}]({name})"]

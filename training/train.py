@@ -22,7 +22,8 @@ from training.data.batches import FIRST_STEP_NUMBER, Batches, steps_per_pass
 from training.data.batches import generator as seeded
 from training.data.compose import combine, place, scenes
 from training.data.datasets import Dataset, per_class, split
-from training.data.non_objects import NONE, non_objects
+from training.data.non_objects import non_objects
+from training.data.specs import NONE
 from training.evaluate import mean_lengths, mistakes, predict, wrong
 from training.loss import distillation_loss, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
@@ -337,7 +338,13 @@ def _test(model: CapsNet, dataset: Dataset) -> tuple[Tensor, dict[str, Any]]:
     """Run the finished network over the test images, once: their probabilities (M, J), and the figures."""
     probabilities, _ = predict(model, dataset.test_images)
     test_mistakes = wrong(probabilities, dataset.test_labels).nonzero().flatten().tolist()
-    return probabilities, {
+    others = dataset.none_test_images
+    none: dict[str, Any] = {}
+    if others is not None:
+        lengths_of_others, _ = predict(model, others)
+        errors = wrong(lengths_of_others, torch.full((len(others),), NONE))
+        none = {"none_test_errors": int(errors.sum()), "none_test_images": len(others)}
+    return probabilities, none | {
         "test_errors": len(test_mistakes),
         "test_mistakes": test_mistakes,
         "test_images": len(dataset.test_images),
@@ -354,6 +361,8 @@ def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
     train, held_out = split(count, held_out_count, recipe.seed)
     if recipe.per_class is not None:
         train = train[per_class(labels[train], recipe.per_class, recipe.seed)]
+    if len(dataset.labels) == 1 and not (labels[train] == NONE).any():
+        raise TrainingError(f"{dataset.name}: one class alone; it takes images without it to learn what it is not")
     for part, name in ((train, "learned from"), (held_out, "held out")):
         if dataset.objects > 1 and len(part) and len(set(labels[part].tolist())) == 1:
             raise TrainingError(f"held_out: {held_out_count}; the images {name} are of one class, and pairs need two")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.epochs import Chunk
-from training.data.non_objects import NONE
+from training.data.specs import NONE
 from training.evaluate import mean_lengths as lengths_of
 from training.loss import distillation_loss, margin_loss, present_classes
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
