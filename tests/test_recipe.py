@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import training.train
-from tests.test_training import (
+from tests.trainings import (
     CONFIG,
     DATASET,
     RECIPE,
     STEPS_PER_EPOCH,
     assert_same,
     epoch_figures,
-    process_state,  # noqa: F401  a fixture that every test of a run needs
+    process_state,
     train,
     train_until,
 )
@@ -28,6 +28,8 @@ from training.loss import margin_loss
 from training.model import lengths, to_pixels
 from training.run_folder import CHECKPOINT_FILE, RESUME_FILE
 from training.train import Training, TrainingError, load_teachers
+
+__all__ = ["process_state"]  # a fixture that surrounds every run
 
 
 def steps_of(folder: Path) -> int:
