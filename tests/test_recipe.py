@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import training.train
+from benchmarks.gpu.learner import Hyperparameters, total_loss
 from tests.trainings import (
     CONFIG,
     DATASET,
@@ -203,3 +204,19 @@ def test_a_compiler_that_fails_is_told_in_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(training.train, "margin_loss", Mock(side_effect=error))
     with pytest.raises(TrainingError, match=r"--compile failed: no C\+\+ compiler$"):
         train(tmp_path)
+
+
+def test_both_trainers_have_the_same_loss() -> None:
+    """The trainer of GPU days and this one share their losses: margin, reconstruction and distillation, with NONE."""
+    module = Training(CONFIG, replace(RECIPE, augment="none", none=0.125, distil_weight=0.5), STEPS_PER_EPOCH)
+    module.targets = lambda pixels: pixels.mean((1, 2, 3), keepdim=True).flatten(1).expand(-1, 3)
+    seen: list[Tensor] = []
+    module.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    labels = DATASET.train_labels[:14]
+    logged = step_of(module, DATASET.train_images[:14], labels)
+
+    images = (255 * seen[0]).round().to(torch.uint8)
+    with_none = torch.cat([labels, torch.full((2,), NONE)])[:, None]
+    settings = Hyperparameters(distil=0.5, pixel_weight=RECIPE.pixel_weight)
+    other = total_loss(module.model, images, images[:, None], with_none, module.targets(seen[0]), settings)
+    torch.testing.assert_close(other, logged["loss"])
