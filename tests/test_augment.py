@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training.data.augment import AUGMENTATIONS, affine, all_shifts, none, shift
+from training.data.augment import AUGMENTATIONS, Augmentation, affine, all_shifts, distort, erase, none, shift
 
 HEIGHT, WIDTH = 20, 30  # different, so that a swap of the axes fails
 SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
@@ -172,3 +172,57 @@ def test_none_changes_nothing() -> None:
 
 def test_the_augmentations_go_by_their_names() -> None:
     assert {"affine": affine, "shift": shift, "all-shifts": all_shifts, "none": none} == AUGMENTATIONS
+
+
+@pytest.mark.parametrize("size", [28, 140])
+def test_the_furthest_affine_shift_is_a_share_of_the_image(size: int) -> None:
+    images = torch.zeros(500, 1, size, size)
+    images[:, 0, size // 2 - 1 : size // 2 + 1, size // 2 - 1 : size // 2 + 1] = 1
+    moves = centres(Augmentation("affine", shift_share=0.1)(images, TURNS, generator())) - (size - 1) / 2
+    assert 0.08 * size < moves.abs().max() < 0.14 * size
+
+
+@pytest.mark.parametrize("name", ["none", "shift", "all-shifts", "affine"])
+def test_an_elastic_deformation_moves_the_parts_of_an_image_differently_and_weakly(name: str) -> None:
+    ramps = torch.stack([torch.arange(29.0).expand(29, 29), torch.arange(29.0)[:, None].expand(29, 29)])
+    images = ramps.expand(200, 2, 29, 29) / 29
+    turns = torch.full((200,), 12)  # the shift by nothing
+    elastic = Augmentation(name, elastic=0.4)(images, turns, generator(1))
+    if name == "affine":  # which draws its matrices first
+        plain = AUGMENTATIONS[name](images, turns, generator(1))
+    elif name == "shift":
+        plain = shift(images, turns, generator(1))
+    else:
+        plain = images
+    moved = 29 * (elastic - plain)[:, :, 8:21, 8:21]  # in pixels, within the image
+    assert 0.2 < moved.std() < 0.5
+    assert moved.flatten(2).std(2).mean() > 0.1
+    assert (moved[..., 1:] - moved[..., :-1]).abs().max() < 1
+
+
+def test_everything_that_moves_pixels_is_one_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = []
+    original = torch.nn.functional.grid_sample
+
+    def counted(*arguments: Tensor, **options: bool) -> Tensor:
+        sampled.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "grid_sample", counted)
+    Augmentation("affine", elastic=0.4, erasing=0.5)(random_images(4), TURNS, generator())
+    distort(random_images(4), generator(), elastic=0.4)
+    assert len(sampled) == 2
+
+
+def test_erasing_makes_a_square_of_four_by_four_pixels_black_in_its_share_of_the_images() -> None:
+    images = torch.ones(1000, 3, HEIGHT, WIDTH)
+    results = erase(images, 0.25, generator())
+    erased = (results == 0).all(1)
+    counts = erased.flatten(1).sum(1)
+    assert set(counts.tolist()) == {0, 16}
+    assert 200 < (counts == 16).sum() < 300
+    squares = erased[counts == 16]
+    assert (squares.any(1).sum(1) == 4).all()
+    assert (squares.any(2).sum(1) == 4).all()
+    assert squares.any(0).float().mean() > 0.95
+    assert erase(torch.ones(2, 1, 2, 3), 1, generator()).eq(0).all()

@@ -16,8 +16,10 @@ from serving.client.__main__ import main as client
 from serving.files.images import to_pixels
 from tests.conftest import Running
 from training.__main__ import main as train
+from training.checkpoint import load
 from training.data.datasets import load_folder
 from training.data.sources import DatasetError
+from training.data.specs import NONE
 from training.loss import presence_loss
 
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (230, 40, 30)}
@@ -236,8 +238,58 @@ def test_an_image_whose_range_is_not_known_is_reported_by_name(tmp_path: Path, p
 
 def test_a_network_of_one_class_learns_by_cross_entropy() -> None:
     probabilities = torch.tensor([[0.5], [0.25]], requires_grad=True)
-    loss = presence_loss(probabilities)
+    loss = presence_loss(probabilities, torch.tensor([0, 0]))
     torch.testing.assert_close(loss, torch.tensor((math.log(2) + math.log(4)) / 2))
     loss.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(probabilities.grad, torch.tensor([[-1.0], [-2.0]]))
-    assert presence_loss(torch.zeros(1, 1)).isfinite()
+    assert presence_loss(torch.zeros(1, 1), torch.tensor([0])).isfinite()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_images_in_the_folder_none_show_none_of_the_classes(tmp_path: Path, split: bool) -> None:
+    for index in range(10):
+        for name, shade in (("cat", 200), ("none", 90), ("owl", 30)):
+            part = ("test" if index % 5 == 1 else "train") if split else ""
+            _save(tmp_path / part / name / f"{index}.png", (20, 20), shade, "L")
+    dataset = load_folder(tmp_path, progress=False)
+    assert dataset.labels == ("cat", "owl")
+    assert dataset.train_labels.tolist() == [0] * 8 + [1] * 8 + [NONE] * 8
+    assert dataset.test_labels.tolist() == [0, 0, 1, 1]
+    assert (dataset.train_images[16:] == 90).all()
+    assert dataset.none_test_images is not None
+    assert dataset.none_test_images.shape == (2, 1, 20, 20)
+    assert (dataset.none_test_images == 90).all()
+
+
+def test_images_of_no_class_alone_are_refused(tmp_path: Path) -> None:
+    for index in range(3):
+        _save(tmp_path / "none" / f"{index}.png")
+    with pytest.raises(DatasetError, match="no images to train on"):
+        load_folder(tmp_path, progress=False)
+
+
+def test_one_class_is_learned_with_images_without_it_and_refused_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    for index in range(30):
+        _save(folder / "red" / f"{index}.png", (20, 20), (230 - index, 40, 30))
+    flags = ["--data", str(folder), "--out", str(tmp_path / "run"), "--epochs", "4", "--batch-size", "8"]
+    small = ["--conv-channels", "16", "--primary-types", "2", "--decoder-widths", "16", "--precision", "32-true"]
+    assert train([*flags, *small]) == 1
+    error = capsys.readouterr().err
+    assert "one class alone, red" in error
+    assert "into a folder none" in error
+    assert not (tmp_path / "run").exists()
+
+    for index in range(30):
+        _save(folder / "none" / f"{index}.png", (20, 20), (40, 60, 220 - index))
+    assert train([*flags, *small]) == 0
+    assert "of 6 test images of none of the classes, 0 are taken for one" in capsys.readouterr().out
+    checkpoint = load(tmp_path / "run" / "capsnet.pt")
+    assert checkpoint.labels == ("red",)
+    assert checkpoint.figures["test_errors"] == 0
+    assert checkpoint.figures["held_out_errors"] == 0
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| test, none of the classes | 6 | 0 | 0.00 %" in page
+    assert "Errors by class" not in page

@@ -342,9 +342,13 @@ def test_without_the_routing_gradient_poses_are_the_same_and_the_couplings_are_c
 
 
 def test_the_authors_network_has_a_bias_more_and_begins_as_theirs() -> None:
-    model = CapsNet(replace(CONFIGS["authors"], decoder_widths=()))
-    assert parameter_count(model) == 6_804_384
-    for layer, deviation in ((model.conv1, 0.05), (model.primary, 0.1)):
+    assert parameter_count(CapsNet(replace(CONFIGS["authors"], decoder_widths=()))) == 6_804_384
+    model = CapsNet(CONFIGS["authors"])
+    assert model.decoder is not None
+    dense = [layer for layer in model.decoder.layers if isinstance(layer, nn.Linear)]
+    assert len(dense) == 3
+    layers: list[nn.Conv2d | nn.Linear] = [model.primary, *dense]
+    for layer, deviation in ((model.conv1, 0.05), *((layer, 0.1) for layer in layers)):
         assert layer.bias is not None
         assert (layer.bias == 0.1).all()
         assert layer.weight.abs().max() <= 2 * deviation

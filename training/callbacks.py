@@ -7,10 +7,13 @@ from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from training.checkpoint import write_whole
+from training.optimization import ema_decay
 
 
 class Interrupted(Exception):
@@ -93,6 +96,26 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss = state_dict["loss"]
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving averages of weights and statistics, with the warm-up of ``ema_decay``.
+
+    The number of steps averaged is part of the resume file, so a resumed run averages as an undisturbed one.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=self._update)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _update(self, averages: list[Tensor], values: list[Tensor], averaged: Tensor) -> None:
+        """Move the averages; ``averaged`` steps went before, and the first one's weights were copied."""
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, float(1 - ema_decay(averaged + 1, self.decay)))
+            return
+        for average, value in zip(averages, values, strict=True):  # counters of batch normalization
+            average.copy_(value)
 
 
 class WholeFiles(TorchCheckpointIO):

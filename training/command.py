@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.files.options import add_flags, read
-from training.data.folder import find_images
+from training.data.folder import find_images, require_negatives
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
 from training.run_folder import CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE, SETTINGS_FILE
@@ -56,7 +56,7 @@ def run_command(arguments: list[str] | None = None) -> int:
         settings = _settings(options, recipe, changes)
         _check_folder(folder, settings, options.resume)
         if options.data is not None:
-            find_images(options.data)
+            require_negatives(options.data, find_images(options.data))
         return _train(command, options, recipe, changes, folder, settings)
     except Refused as error:
         print(error, file=sys.stderr)
@@ -113,7 +113,8 @@ def _goes_on(written: Path, settings: str) -> bool:
         before, now = (_without_epochs(text) for text in (written.read_text(), settings))
     except (KeyError, TypeError, ValueError):  # a file that training did not write
         return False
-    return before[0] < now[0] and before[1] == now[1]
+    # Parts of a schedule that is said in steps would have other lengths with more epochs.
+    return before[0] < now[0] and before[1] == now[1] and now[1]["recipe"].get("steps") is None
 
 
 def _without_epochs(settings: str) -> tuple[int, dict[str, Any]]:
@@ -185,6 +186,8 @@ def _tell(folder: Path, result: "Result", dataset: "Dataset") -> None:
     figures = result.checkpoint.figures
     percent = 100 * figures["test_errors"] / figures["test_images"]
     print(f"test error {percent:.2f} % ({figures['test_errors']} of {figures['test_images']} images)")
+    if others := figures.get("none_test_images"):
+        print(f"of {others} test images of none of the classes, {figures['none_test_errors']} are taken for one")
     written = [folder / CHECKPOINT_FILE]
     try:
         report.write_report(folder, result.checkpoint, dataset, result.probabilities)

@@ -1,11 +1,15 @@
 """Run a network over many images and find its mistakes."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from training.data.specs import NONE
 from training.model import CapsNet, lengths, to_pixels
+
+PRESENT_LENGTH = 0.5  # a longer capsule says that its class is there
 
 
 @torch.inference_mode()
@@ -16,6 +20,11 @@ def predict(model: CapsNet, images: Tensor, batch_size: int = 250) -> tuple[Tens
     return lengths(poses), poses
 
 
+def mean_lengths(models: Sequence[nn.Module], pixels: Tensor) -> Tensor:
+    """Return the mean of the networks' lengths for pixels (B, C, H, W), 0 to 1: (B, J) float32."""
+    return torch.stack([lengths(model(pixels).float()) for model in models]).mean(0)
+
+
 def most_probable(probabilities: Tensor, count: int = 1) -> Tensor:
     """Return the ``count`` most probable classes of each image, ascending: (B, J) to (B, count) int64."""
     return probabilities.topk(count).indices.sort(1).values
@@ -24,11 +33,16 @@ def most_probable(probabilities: Tensor, count: int = 1) -> Tensor:
 def wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Mark the images that get other classes than their labels, (B,) bool.
 
-    probabilities: (B, J); labels: int64 (B,), or (B, K) for images with K objects of different classes. Then the K most
-    probable classes must be the K labels (the paper's measure for overlapping digits, section 6).
+    probabilities: (B, J); labels: int64 (B,), or (B, K) of images with K objects of different classes, of which the K
+    most probable classes must be all (the paper's measure for overlapping digits, section 6). An image with the label
+    NONE is wrong where a capsule is longer than PRESENT_LENGTH; one with the only class, where its capsule is not.
     """
     labels = labels.reshape(len(labels), -1)
-    return (most_probable(probabilities, labels.shape[1]) != labels.sort(1).values).any(1)
+    found = probabilities.amax(1) > PRESENT_LENGTH
+    others = (most_probable(probabilities, labels.shape[1]) != labels.sort(1).values).any(1)
+    if probabilities.shape[1] == 1:
+        others = ~found
+    return torch.where(labels[:, 0] == NONE, found, others)
 
 
 def mistakes(model: CapsNet, images: Tensor, labels: Tensor) -> list[int]:
@@ -63,6 +77,10 @@ def by_confidence(probabilities: Tensor, labels: Tensor) -> list[int]:
     The confidence is the length of the longest capsule of a wrong class minus the length of the label's capsule, or of
     the shortest capsule of several labels. probabilities: (M, J); labels: (M,) or (M, K).
     """
+    if probabilities.shape[1] == 1:  # there is no other class; the shortest capsule first
+        indices = (probabilities[:, 0] <= PRESENT_LENGTH).nonzero().flatten()
+        shortest: list[int] = indices[probabilities[indices, 0].argsort(stable=True)].tolist()
+        return shortest
     objects = labels.reshape(len(labels), -1)
     intruder = probabilities.scatter(1, objects, -math.inf).amax(1)
     margins = intruder - probabilities.gather(1, objects).amin(1)

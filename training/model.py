@@ -33,10 +33,10 @@ class CapsNetConfig:
 
     digit_bias: a bias (J, E) is added to s_j in every iteration (the authors' code).
     primary_divisor: the primary convolution's output is divided by it before its bias is added (the authors' code:
-    32). initialization: of the convolutions, ``pytorch`` for its default, or ``authors`` for their truncated normal
-    (0.05 in the first, 0.1 in the second) and biases of 0.1. agreement: of a vote with a pose, their scalar product
-    (the paper), or less their squared Euclidean distance. normalization: of a primary capsule's logits over its
-    parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
+    32). initialization: of convolutions and decoder, ``pytorch`` for its default, or ``authors`` for their truncated
+    normal (0.05 in the first convolution, else 0.1) and biases of 0.1. agreement: of a vote with a pose, their scalar
+    product (the paper), or less their squared Euclidean distance. normalization: of a primary capsule's logits over
+    its parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
     through all iterations (the authors' code); False stops them at the couplings, as many ports do.
     """
 
@@ -320,6 +320,11 @@ class CapsNet(nn.Module):
                 assert layer.bias is not None
                 nn.init.constant_(layer.bias, BIAS)
         self.decoder = Decoder(config) if config.decoder_widths else None
+        if config.initialization == "authors" and self.decoder is not None:
+            for part in self.decoder.layers:
+                if isinstance(part, nn.Linear):
+                    _truncated_normal(part.weight, 0.1)
+                    nn.init.constant_(part.bias, BIAS)
 
     def primary_capsules(self, images: Tensor) -> Tensor:
         """Return primary capsules (B, I, D) of images (B, C, H, W): the D channels of one type at one position each."""

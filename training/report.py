@@ -29,6 +29,7 @@ from training.pictures import (
     mistakes_picture,
     save,
 )
+from training.routing_figures import RoutingFigures, routing_figures
 from training.run_folder import CHECKPOINT_FILE, REPORT_FILE
 
 MAX_TABLE_CLASSES = 20  # in the table of errors by class
@@ -37,9 +38,10 @@ MAX_TABLE_CLASSES = 20  # in the table of errors by class
 def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor) -> None:
     """Write ``report.md`` and its pictures into the folder of a finished run.
 
-    probabilities: (M, J), the network's answers to ``dataset.test_images``. The network does not run over them again,
-    only over the few images for ``decoder.png``, if it has a decoder. The curves are from the logs in the folder;
-    without logs there is no ``curves.png``. Raises ValueError if probabilities
+    probabilities: (M, J), the network's answers to ``dataset.test_images``; the network is not run over them again,
+    only over the few images of which ``decoder.png`` shows reconstructions, where it has a decoder, and over the first
+    ones to measure its routing. The curves are
+    those of the logs in the folder; without logs there is no ``curves.png``. Raises ValueError where probabilities
     and checkpoint do not belong to the data.
     """
     labels = dataset.test_labels
@@ -62,8 +64,9 @@ def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabi
         figures["decoder.png"] = decoder_picture(model, dataset.labels, dataset.test_images, labels, chosen)
     for name, figure in figures.items():
         save(figure, folder / name)
-    # Class names come from folders, whose names may not be valid text.
-    page = _page(checkpoint, dataset, probabilities, list(figures))
+    # Class names come from folders, whose names need not be text.
+    routing = routing_figures(model, dataset.test_images, labels.reshape(len(labels), -1).shape[1])
+    page = _page(checkpoint, dataset, probabilities, routing, list(figures))
     (folder / REPORT_FILE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
@@ -106,11 +109,19 @@ def _version(log: Path) -> str:
     return log.parent.name.removeprefix("version_")
 
 
-def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictures: Sequence[str]) -> str:
+def _page(
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    probabilities: Tensor,
+    routing: RoutingFigures,
+    pictures: Sequence[str],
+) -> str:
     figures, recipe = checkpoint.figures, checkpoint.recipe
     network = _network(checkpoint)
     test = _error(figures["test_errors"], figures["test_images"])
     sets = [("test", figures["test_images"], figures["test_errors"])]
+    if "none_test_images" in figures:
+        sets.append(("test, none of the classes", figures["none_test_images"], figures["none_test_errors"]))
     if "held_out_images" in figures:
         sets.insert(0, ("held out", figures["held_out_images"], figures["held_out_errors"]))
         selection = (
@@ -134,7 +145,9 @@ def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictu
     ]
     if command := figures.get("command"):
         parts += ["The command:", textwrap.indent(command, "    ")]
-    parts += _classes(confusion(probabilities, dataset.test_labels), dataset.labels)
+    parts += _routing(routing)
+    if len(dataset.labels) > 1:
+        parts += _classes(confusion(probabilities, dataset.test_labels), dataset.labels)
     for name in pictures:
         title, note = _PICTURES[name]
         parts += [f"## {title}", note, f"![{title}]({name})"]
@@ -210,6 +223,23 @@ def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
         often = f"{_plain(names[other])} ({int(off_diagonal[one, other]):,})" if missed[one] else ""
         rows.append((str(one), _plain(names[one]), f"{totals[one]:,}", f"{missed[one]:,}", share, often))
     return [*parts, _table(("#", "class", "in the test", "missed", "error", "most often taken for"), rows)]
+
+
+def _routing(figures: RoutingFigures) -> list[str]:
+    """Return the section that tells whether capsules can be absent and whether routing decides anything."""
+    rows = [("mean length of the primary capsules", f"{figures.primary_length:.4f}")]
+    rows += [
+        (f"entropy of the couplings in iteration {number}", f"{entropy:.4f}")
+        for number, entropy in enumerate(figures.entropies, 1)
+    ]
+    rows.append(("answers that one iteration changes", f"{figures.changed:,} of {figures.images:,}"))
+    return [
+        "## What routing does",
+        f"Measured on the first {figures.images:,} test images. A mean length near 1 says that primary capsules are "
+        "present in every image. The entropy of a primary capsule's couplings over its parents is 1 where all are the "
+        "same and 0 where one parent has all. One iteration is routing with uniform couplings.",
+        _table(("", ""), rows),
+    ]
 
 
 def _error(errors: int, images: int) -> str:

@@ -3,30 +3,35 @@
 import logging
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from training.callbacks import KeepBest, StopBetweenSteps, WholeFiles
-from training.checkpoint import Checkpoint, save
-from training.data.augment import AUGMENTATIONS
-from training.data.batches import FIRST_STEP_NUMBER, Batches
+from training.callbacks import AveragedWeights, KeepBest, StopBetweenSteps, WholeFiles
+from training.checkpoint import Checkpoint, CheckpointError, load, save
+from training.data.augment import Augmentation
+from training.data.batches import FIRST_STEP_NUMBER, Batches, steps_per_pass
 from training.data.batches import generator as seeded
 from training.data.compose import combine, place, scenes
 from training.data.datasets import Dataset, per_class, split
-from training.evaluate import mistakes, predict, wrong
-from training.loss import margin_loss, presence_loss, reconstruction_loss
+from training.data.non_objects import non_objects
+from training.data.specs import NONE
+from training.evaluate import mean_lengths, mistakes, predict, wrong
+from training.loss import distillation_loss, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+from training.optimization import cosine_factor, exponential_factor, parameter_groups
+from training.precision import default_precision
 from training.provenance import process_count, provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
-from training.run_folder import BEST_FILE, CHECKPOINT_FILE, RESUME_FILE
+from training.run_folder import BEST_FILE, CHECKPOINT_FILE, RESUME_FILE, checkpoint_path
 
 EVALUATION_BATCH_SIZE = 500
 
@@ -47,49 +52,93 @@ class Result(NamedTuple):
 class Training(lightning.LightningModule):
     """The network with its losses, optimizer and schedule, as a module of Lightning.
 
-    canvas: the size of composed images, see ``Dataset``.
+    steps_per_epoch: of the ``recipe.epochs`` epochs. canvas: of composed images, see ``Dataset``. teachers: networks
+    whose mean lengths are learned too.
     """
 
-    def __init__(self, config: CapsNetConfig, recipe: Recipe, steps_per_epoch: int, canvas: int = 0) -> None:
+    def __init__(
+        self,
+        config: CapsNetConfig,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        canvas: int = 0,
+        teachers: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.steps_per_epoch = steps_per_epoch
         self.canvas = canvas
         model = CapsNet(config, recipe.vote_blocks)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.augment = AUGMENTATIONS[recipe.augment or "affine"]
+        self.augment: Callable[[Tensor, Tensor, torch.Generator], Tensor] = Augmentation(
+            recipe.augment or "affine", recipe.shift_share, recipe.elastic, recipe.erasing
+        )
+        # In a function, so that the teachers are neither learned nor averaged nor saved.
+        self.targets = (lambda pixels: _targets(teachers, pixels)) if teachers else None
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
-        images, labels, turns = batch
+        parts, labels, pixels = self._images(*batch)
+        count = len(labels)
+        # Every process makes the whole batch and takes its share of it, so that their number changes no result.
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        share = slice(rank, None, processes) if rank < count else slice(1)
+        weight = len(range(rank, count, processes)) * processes / count  # the mean over processes is the batch's mean
+        parts, labels, pixels = parts[share], labels[share], pixels[share]
+
+        poses = self.model(pixels).float()
+        probabilities = lengths(poses)
+        loss = weight * self._classification_loss(probabilities, labels)
+        self._log("classification_loss", loss, count, prog_bar=True, on_epoch=True)
+        if self.targets is not None:
+            distillation = weight * self.recipe.distil_weight * distillation_loss(probabilities, self.targets(pixels))
+            self._log("distillation_loss", distillation, count, on_epoch=True)
+            loss = loss + distillation
+        if self.model.decoder is not None:
+            reconstruction = weight * self._reconstruction_loss(self.model.decoder, poses, parts, labels)
+            self._log("reconstruction_loss", reconstruction, count, on_epoch=True)
+            loss = loss + reconstruction
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {loss.item()} at step {self.global_step}; try a lower learning rate")
+        return loss
+
+    def _images(self, images: Tensor, labels: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a step's objects (B, K, C, H, W), their labels (B, K), and the images of them (B, C, H, W), as pixels.
+
+        images: (B, K, C, H, W) uint8; labels: (B, K); turns: (B,). Images of none of the classes are added, as many as
+        the recipe says.
+        """
         count, objects = labels.shape
         # The seed depends on the step, not on earlier draws, so that a resumed run draws the same numbers.
         generator = seeded(self.recipe.seed, FIRST_STEP_NUMBER + self.global_step)
         parts = self.augment(to_pixels(images.flatten(0, 1)), turns.repeat_interleave(objects), generator)
         if self.canvas:
             parts = place(parts, self.canvas, generator)
-        # Every process makes the whole batch and takes its share, so that the number of processes changes no result.
-        rank, processes = self.trainer.global_rank, self.trainer.world_size
-        share = slice(rank, None, processes) if rank < count else slice(1)
-        weight = len(range(rank, count, processes)) * processes / count  # the mean over processes is the batch's mean
-        parts, labels = parts.reshape(count, objects, *parts.shape[1:])[share], labels[share]
+        parts = parts.reshape(count, objects, *parts.shape[1:])
+        pixels = combine(parts)
+        if added := round(count * self.recipe.none / (1 - self.recipe.none)):
+            drawn = (255 * pixels[:added]).round().to(torch.uint8).cpu()
+            others = to_pixels(non_objects(drawn, generator)).to(pixels.device)
+            pixels = torch.cat([pixels, others])
+            parts = torch.cat([parts, others.unsqueeze(1).expand(-1, objects, -1, -1, -1)])
+            labels = torch.cat([labels, labels.new_full((len(others), objects), NONE)])
+        return parts, labels, pixels
 
-        poses = self.model(combine(parts))
-        loss = weight * self._classification_loss(lengths(poses), labels)
-        self._log("classification_loss", loss, count, prog_bar=True, on_epoch=True)
-        if self.model.decoder is not None:
-            reconstruction = torch.zeros_like(loss)
-            for part, label in zip(parts.unbind(1), labels.unbind(1), strict=True):
-                reconstructed = self.model.decoder(poses, label)
-                reconstruction = reconstruction + reconstruction_loss(reconstructed, part, self.recipe.pixel_weight)
-            self._log("reconstruction_loss", weight * reconstruction, count, on_epoch=True)
-            loss = loss + weight * reconstruction
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()} at step {self.global_step}; try a lower learning rate")
-        return loss
+    def _reconstruction_loss(self, decoder: nn.Module, poses: Tensor, parts: Tensor, labels: Tensor) -> Tensor:
+        """Return the reconstruction loss, averaged over all images; those of none of the classes add nothing."""
+        result = poses.new_zeros(())
+        known = labels[:, 0] != NONE
+        if not known.any():
+            return result
+        share = 1.0
+        if not known.all():
+            poses, parts, labels, share = poses[known], parts[known], labels[known], float(known.float().mean())
+        for part, label in zip(parts.unbind(1), labels.unbind(1), strict=True):
+            result = result + reconstruction_loss(decoder(poses, label), part, self.recipe.pixel_weight)
+        return share * result
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
-        probabilities = lengths(self.model(to_pixels(images)))
+        probabilities = lengths(self.model(to_pixels(images)).float())
         self._log("held_out_loss", self._classification_loss(probabilities, labels), len(labels))
         errors = wrong(probabilities, labels).float().mean()
         self._log("held_out_error_percent", 100 * errors, len(labels), prog_bar=True)
@@ -99,7 +148,7 @@ class Training(lightning.LightningModule):
 
     def _classification_loss(self, probabilities: Tensor, labels: Tensor) -> Tensor:
         if self.model.config.classes == 1:
-            return presence_loss(probabilities)
+            return presence_loss(probabilities, labels)
         return margin_loss(probabilities, labels)
 
     def configure_optimizers(self) -> Any:
@@ -107,14 +156,40 @@ class Training(lightning.LightningModule):
         total = self.recipe.epochs * self.steps_per_epoch
 
         def factor(step: int) -> float:
-            """Return the factor of the learning rate: linear from 0, then half a cosine to 0."""
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))
+            if self.recipe.schedule == "exponential":
+                return exponential_factor(step, warmup, self.recipe.learning_rate)
+            return cosine_factor(step, warmup, total)
 
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.recipe.learning_rate)
+        optimizer: torch.optim.Optimizer
+        if self.recipe.optimizer == "adamw":
+            groups = parameter_groups(self.model, self.recipe.weight_decay)
+            optimizer = torch.optim.AdamW(groups, lr=self.recipe.learning_rate)
+        else:
+            optimizer = torch.optim.Adam(self.parameters(), lr=self.recipe.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@torch.no_grad()
+def _targets(teachers: Sequence[nn.Module], pixels: Tensor) -> Tensor:
+    return mean_lengths([teacher.to(pixels.device) for teacher in teachers], pixels)
+
+
+def load_teachers(recipe: Recipe, config: CapsNetConfig, labels: Sequence[str]) -> list[nn.Module]:
+    """Read the networks to learn from.
+
+    Raises TrainingError, naming the file, where one is none or has other images or classes.
+    """
+    teachers: list[nn.Module] = []
+    for path in recipe.distil:
+        try:
+            teacher = load(checkpoint_path(Path(path)))
+            if teacher.config.image_shape != config.image_shape or tuple(teacher.labels) != tuple(labels):
+                raise CheckpointError(f"{path}: trained on other images or classes")
+            teachers.append(teacher.model().requires_grad_(False))
+        except CheckpointError as error:
+            raise TrainingError(f"distil: {error}") from error
+    return teachers
 
 
 def _check_resumable(path: Path) -> None:
@@ -148,20 +223,28 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
-    if recipe.augment is None:
-        recipe = replace(recipe, augment="none" if dataset.canvas else "affine")
+    recipe = replace(
+        recipe,
+        augment=recipe.augment or ("none" if dataset.canvas else "affine"),
+        precision=recipe.precision or default_precision(),
+    )
     train, held_out = _parts(dataset, recipe)
+    batch_size = recipe.batch_size - round(recipe.none * recipe.batch_size)
+    recipe, steps_per_epoch = _schedule(recipe, steps_per_pass(len(train), batch_size))
     selection = _held_out_images(dataset, held_out, recipe.seed)
     batches = Batches(
         dataset.train_images[train],
         dataset.train_labels[train],
-        recipe.batch_size,
+        batch_size,
         recipe.seed,
         lambda: module.global_step,
         dataset.objects,
+        steps_per_epoch,
     )
-    module = Training(config, recipe, len(batches), dataset.canvas)
-    timer = Timer()  # it goes on after an interruption
+    module = Training(config, recipe, len(batches), dataset.canvas, load_teachers(recipe, config, dataset.labels))
+    if recipe.compile:
+        module.model.compile()
+    timer = Timer()  # goes on counting after an interruption
     keep_best = KeepBest(folder / BEST_FILE) if selection else None
     trainer = _trainer(recipe, folder, timer, keep_best, progress)
     origin = provenance(trainer.strategy.root_device)  # before training, while the files are still the running source
@@ -186,6 +269,14 @@ def run(
     checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
     save(checkpoint, folder / CHECKPOINT_FILE)
     return Result(checkpoint, probabilities)
+
+
+def _schedule(recipe: Recipe, one_pass: int) -> tuple[Recipe, int]:
+    """Return the recipe with the number of epochs that the run has, and the steps of an epoch; a pass has one_pass."""
+    if recipe.steps is None:
+        return recipe, max(one_pass, recipe.min_epoch_steps)
+    steps_per_epoch = math.ceil(recipe.steps / recipe.epochs)
+    return replace(recipe, epochs=math.ceil(recipe.steps / steps_per_epoch)), steps_per_epoch
 
 
 def _held_out_images(dataset: Dataset, held_out: Tensor, seed: int) -> Labelled | None:
@@ -229,6 +320,8 @@ def _fit(
         except SystemExit as error:  # Lightning turns KeyboardInterrupt into it
             raise KeyboardInterrupt from error
         except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise TrainingError(f"--compile failed: {str(error).strip().splitlines()[0]}") from error
             if not _is_out_of_memory(error):
                 raise
             raise TrainingError(
@@ -245,7 +338,13 @@ def _test(model: CapsNet, dataset: Dataset) -> tuple[Tensor, dict[str, Any]]:
     """Run the finished network once over the test images. Return probabilities (M, J), and the figures."""
     probabilities, _ = predict(model, dataset.test_images)
     test_mistakes = wrong(probabilities, dataset.test_labels).nonzero().flatten().tolist()
-    return probabilities, {
+    others = dataset.none_test_images
+    none: dict[str, Any] = {}
+    if others is not None:
+        lengths_of_others, _ = predict(model, others)
+        errors = wrong(lengths_of_others, torch.full((len(others),), NONE))
+        none = {"none_test_errors": int(errors.sum()), "none_test_images": len(others)}
+    return probabilities, none | {
         "test_errors": len(test_mistakes),
         "test_mistakes": test_mistakes,
         "test_images": len(dataset.test_images),
@@ -262,6 +361,8 @@ def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
     train, held_out = split(count, held_out_count, recipe.seed)
     if recipe.per_class is not None:
         train = train[per_class(labels[train], recipe.per_class, recipe.seed)]
+    if len(dataset.labels) == 1 and not (labels[train] == NONE).any():
+        raise TrainingError(f"{dataset.name}: one class alone; it takes images without it to learn what it is not")
     for part, name in ((train, "learned from"), (held_out, "held out")):
         if dataset.objects > 1 and len(part) and len(set(labels[part].tolist())) == 1:
             raise TrainingError(f"held_out: {held_out_count}; the images {name} are of one class, and pairs need two")
@@ -278,7 +379,7 @@ def _trainer(
         raise TrainingError("precision: 16-mixed needs a GPU; bf16-mixed runs on a CPU too")
     callbacks: list[Callback] = [
         timer,
-        EMAWeightAveraging(decay=recipe.ema_decay),
+        AveragedWeights(recipe.ema_decay),
         StopBetweenSteps(folder / RESUME_FILE),
         ModelCheckpoint(folder, Path(RESUME_FILE).stem, enable_version_counter=False, save_on_train_epoch_end=True),
     ]

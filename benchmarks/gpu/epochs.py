@@ -10,7 +10,8 @@ from torch import Tensor
 
 from training.data.augment import distort
 from training.data.compose import combine, members, place
-from training.data.non_objects import NONE, non_objects
+from training.data.non_objects import non_objects
+from training.data.specs import NONE
 
 NONE_SHARE = 8  # one image in this many shows none of the classes
 

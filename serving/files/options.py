@@ -21,10 +21,9 @@ Parse = Callable[[str], Any]
 class Option:
     """The definition of an option, except for its name and its default.
 
-    parse: converts a flag's text to the value; raises ValueError or ArgumentTypeError.
-    count: the number of texts that the flag takes; its value is then a tuple.
-    shown: the default in the help; empty to omit it.
-    minimum, maximum: the limits, which are allowed values. above, below: limits that are not allowed values.
+    parse: from a flag's text to the value; raises ValueError or ArgumentTypeError. count: how many texts the flag
+    takes, "+" for one or more; its value is a tuple then. shown: the default as the help names it, empty for not at all. minimum and maximum
+    are allowed values; above and below are the first that are not.
     """
 
     help: str
@@ -35,7 +34,7 @@ class Option:
     maximum: float | None = None
     below: float | None = None
     metavar: str | tuple[str, ...] = ""
-    count: int | None = None
+    count: int | str | None = None
     shown: str | None = None
 
 

@@ -13,7 +13,7 @@ from serving.files.cache import cache_folder
 from training.data.compose import affnist_spec, scenes
 from training.data.folder import read_folder
 from training.data.sources import SOURCE_ERRORS, DatasetError, Folder, read_verified
-from training.data.specs import DATASETS, GENERATED, NAMES, Arrays, DatasetSpec, GeneratedSpec
+from training.data.specs import DATASETS, GENERATED, NAMES, NONE, Arrays, DatasetSpec, GeneratedSpec
 
 _TEST_SEED = 0  # for composed test images
 
@@ -28,13 +28,14 @@ class Dataset:
         name: The name that it was loaded by.
         labels: The class names; label ``i`` is named ``labels[i]``.
         train_images: ``(N, C, H, W)`` uint8, 0 to 255; for MNIST ``(60000, 1, 28, 28)``, 0 for background.
-        train_labels: ``(N,)`` int64.
+        train_labels: ``(N,)`` int64; NONE for an image that shows none of the classes.
         test_images: ``(M, C, S, S)`` uint8; for MNIST 10,000 images.
         test_labels: ``(M,)`` int64, or ``(M, K)`` where each image has ``K`` objects.
         objects: ``K``, the number of ``train_images`` of different classes in one image of the training: 1 or 2.
         canvas: Height and width of the images that training composes by putting each object anywhere; 0 if
             ``train_images`` are taken as they are.
-        notes: Facts to know before training, such as that images were scaled, one sentence each.
+        none_test_images: ``(L, C, S, S)`` uint8 that show none of the classes, for the test; None for no such images.
+        notes: What one should know of it before training, such as that images were scaled; a sentence each.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Dataset:
     test_labels: Tensor
     objects: int = 1
     canvas: int = 0
+    none_test_images: Tensor | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,7 +80,9 @@ def load_folder(
 ) -> Dataset:
     """Load a folder of images as the data set ``folder:NAME``; see ``read_folder``, also for what it raises."""
     images = read_folder(folder, image_size, image_channels, progress=progress)
-    return replace(_dataset(f"folder:{folder.resolve().name}", images.labels, images.arrays), notes=images.notes)
+    dataset = _dataset(f"folder:{folder.resolve().name}", images.labels, images.arrays)
+    none_test = torch.from_numpy(images.none_test) if len(images.none_test) else None
+    return replace(dataset, none_test_images=none_test, notes=images.notes)
 
 
 def _dataset(name: str, labels: tuple[str, ...], arrays: Arrays) -> Dataset:
@@ -161,7 +165,8 @@ def per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     for label in sorted(set(labels.tolist())):
         of_class = order[labels[order] == label]
         if len(of_class) < count:
-            raise ValueError(f"per_class: {count}; class {label} has {len(of_class)} images to train on")
+            named = "none of the classes" if label == NONE else f"class {label}"
+            raise ValueError(f"per_class: {count}; {named} has {len(of_class)} images to train on")
         chosen.append(of_class[:count])
     return torch.cat(chosen).sort().values
 

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from serving.files.images import UnknownRange, to_pixels
 from training.data.sources import DatasetError
-from training.data.specs import Arrays
+from training.data.specs import NONE, Arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 DEFAULT_SCALED_SIZE = 32  # pixels, for images of several sizes
 FEW_IMAGES = 10  # a note reports classes with fewer training images
 TEST_EVERY = 5
-HIDDEN_FOLDERS = ("__MACOSX",)  # and all names that start with a dot
+NONE_FOLDER = "none"  # of images that show none of the classes
+HIDDEN_FOLDERS = ("__MACOSX",)  # and all names that begin with a dot
 
 Labelled = list[tuple[Path, int]]
 
@@ -32,12 +33,14 @@ Labelled = list[tuple[Path, int]]
 class ImageFiles:
     """The image files of a folder, each with the index of its label, in the order of class and path.
 
-    notes: facts to know about the choice of files.
+    train: those of none of the classes too, at the end, with the label NONE. none_test: those of none of the classes
+    for the test. notes: what one should know of the choice of files.
     """
 
     labels: tuple[str, ...]
     train: Labelled
     test: Labelled
+    none_test: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -50,10 +53,14 @@ class ClassFiles(NamedTuple):
 
 
 class FolderData(NamedTuple):
-    """The images of a folder, its class names, and notes, one sentence each."""
+    """The images of a folder, its class names, and what one should know of it, a sentence each.
+
+    none_test: (N, C, H, W) uint8, images of none of the classes for the test.
+    """
 
     labels: tuple[str, ...]
     arrays: Arrays
+    none_test: NDArray[np.uint8]
     notes: tuple[str, ...]
 
 
@@ -61,7 +68,8 @@ def find_images(folder: Path) -> ImageFiles:
     """List the images of ``folder/CLASS`` and its sub-folders, without opening files. Hidden files are left out.
 
     Of each class, by path, every fifth image is for the test; or, where the folder holds ``train/CLASS`` and
-    ``test/CLASS``, the split is that. Raises DatasetError, naming the folder that is wrong.
+    ``test/CLASS``, the split is that. The folder ``none`` is no class: its images show none of the classes. Raises
+    DatasetError, naming the folder that is wrong.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
@@ -80,16 +88,31 @@ def find_images(folder: Path) -> ImageFiles:
             ClassFiles(label, [file for n, file in enumerate(files) if n % TEST_EVERY != 1], files[1::TEST_EVERY])
             for label, files in _find_classes(folder).items()
         ]
+    shown = [one for one in classes if one.label != NONE_FOLDER]
+    others = [one for one in classes if one.label == NONE_FOLDER]
     result = ImageFiles(
-        tuple(one.label for one in classes),
-        [(path, index) for index, one in enumerate(classes) for path in one.train],
-        [(path, index) for index, one in enumerate(classes) for path in one.test],
+        tuple(one.label for one in shown),
+        [(path, index) for index, one in enumerate(shown) for path in one.train]
+        + [(path, NONE) for one in others for path in one.train],
+        [(path, index) for index, one in enumerate(shown) for path in one.test],
+        tuple(path for one in others for path in one.test),
         tuple(_notes_on_files(folder, list(parts.values()) if len(parts) == 2 else [folder], classes)),
     )
+    if not shown:
+        raise DatasetError(f"{folder}: no images to train on; expected {folder}/CLASS/*.png, several of each class")
     for part, images in (("to train on", result.train), ("for the test", result.test)):
         if not images:
             raise DatasetError(f"{folder}: no images {part}; expected {folder}/CLASS/*.png, several of each class")
     return result
+
+
+def require_negatives(folder: Path, files: ImageFiles) -> None:
+    """Raise DatasetError where images of one class alone are to be learned, without any that do not show it."""
+    if len(files.labels) == 1 and not any(label == NONE for _, label in files.train):
+        raise DatasetError(
+            f"{folder}: one class alone, {files.labels[0]}; a network that sees nothing else learns to find it "
+            f"everywhere. Put images without it beside it, into a folder {NONE_FOLDER}, as many as you have"
+        )
 
 
 def read_folder(
@@ -102,14 +125,15 @@ def read_folder(
     the folder or the file that is wrong.
     """
     files = find_images(folder)
-    sizes, colour = _look_at([path for path, _ in files.train + files.test])
+    sizes, colour = _look_at([*(path for path, _ in files.train + files.test), *files.none_test])
     width, height = next(iter(sizes))
     own_size = width if len(sizes) == 1 and width == height else DEFAULT_SCALED_SIZE
     size, channels = image_size or own_size, image_channels or (3 if colour else 1)
     train, test = (_read([path for path, _ in part], size, channels, progress) for part in (files.train, files.test))
     train_labels, test_labels = (np.array([label for _, label in part]) for part in (files.train, files.test))
     arrays = Arrays(train, train_labels, test, test_labels)
-    return FolderData(files.labels, arrays, (*files.notes, *_notes_on_sizes(folder, sizes, size)))
+    none_test = _read(files.none_test, size, channels, progress)
+    return FolderData(files.labels, arrays, none_test, (*files.notes, *_notes_on_sizes(folder, sizes, size)))
 
 
 def _is_hidden(name: str) -> bool:

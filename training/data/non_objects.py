@@ -1,15 +1,14 @@
 """Images of none of the classes: constants, noise, shuffled patches and blobs, for a network that may answer "none".
 
-Axes: N images, C channels, H W height and width. Labels of these images are NONE.
+Axes: N images, C channels, H W height and width. Their label is ``specs.NONE``.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-NONE = -1  # the label of an image that shows none of the classes
-SIDE_PATCHES = 4  # patches along a side of an image
-BLOB_GRID = 5  # random values along a side, which interpolation joins to blobs
+PATCHES = 4  # a side of an image is cut into so many patches
+BLOB_GRID = 5  # random values a side, which interpolation joins to blobs
 
 
 def non_objects(images: Tensor, generator: torch.Generator) -> Tensor:

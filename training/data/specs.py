@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from serving.files.idx import decompress, read_idx
 from training.data.sources import DebianPackage, Folder, Mirror, NpmPackage, Source
 
+NONE = -1  # the label of an image that shows none of the classes
+
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 TRAIN_LABELS = "train-labels-idx1-ubyte"
 TEST_IMAGES = "t10k-images-idx3-ubyte"
