@@ -237,6 +237,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
             ):
                 async for answer in answers:
                     await context.write(answer)
+                    del answer  # while the next one is waited for, which may never come
             outcome = call.outcome.result() if call.outcome.done() else None
             return outcome if isinstance(outcome, Status) else _OK
 
@@ -294,6 +295,7 @@ async def _messages(requests: Any, call: _Context) -> AsyncGenerator[bytes]:
     """
     async for message in requests:
         yield message
+        del message  # while the next one is waited for, which may never come
     await asyncio.sleep(_END_SECONDS)
     if call.gone or call.expired:
         raise asyncio.CancelledError
