@@ -1,7 +1,5 @@
 """The reception of a connection: new calls are let in or turned away."""
 
-from typing import Any
-
 import grpc
 
 from serving.transport import headers
@@ -69,7 +67,7 @@ class Reception:
                 self._streams.send_reset(stream, ErrorCode.NO_ERROR)
             self._unwanted.clear()
 
-    def _turned_away(self, head: RequestHead[Any]) -> bytes:
+    def _turned_away(self, head: RequestHead[Method]) -> bytes:
         """Return the header block that answers a request which no method can take."""
         if head.http_status != 200:
             return headers.write([(":status", str(head.http_status))])

@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.memory import Memory
+from serving.transport.methods import TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
-from serving.transport.terms import Terms
 
 # Frames that bring no call further: how many at once, and how many a second; no client in good faith comes near.
 _MAX_IDLE_FRAMES = 10_000
@@ -22,6 +23,8 @@ _CANCELLED_A_SECOND = 33
 _FRAMES_AN_ANSWER = 2  # that are no idle ones: a window of the stream's and of the connection's, or a ping
 _BYTES_A_FRAME = 4096  # of answers, for whose windows a frame is no idle one
 _CALLS_AN_IDLE_FRAME = 16  # whose windows are changed with the work of such a frame
+_SETTINGS_BYTES_AN_IDLE_FRAME = 96  # which are read with the work of such a frame
+_TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 
 
 class StreamState(Enum):
@@ -109,12 +112,12 @@ class OpenCall(SendingCall, Protocol):
 class Streams:
     """The streams of one connection that have a call, by number, and what holds for all of them."""
 
-    def __init__(self, link: Link, terms: Terms[Any]) -> None:
+    def __init__(self, link: Link, limits: TransportLimits, memory: Memory) -> None:
         self.loop = link.loop
         self.send = link.send
         self.send_all = link.send_all
-        self.memory = terms.memory
-        self.limits = terms.limits
+        self.limits = limits
+        self.memory = memory
         self.peer = PeerWindow()
         self.state = ConnectionState.PREFACE
         #: The highest stream that the client has opened.
@@ -206,6 +209,28 @@ class Streams:
             self.reset_faulty(call, ErrorCode.FLOW_CONTROL_ERROR)
         elif call.sending.size:
             call.pump()
+
+    def take_settings(self, flags: int, payload: bytes) -> None:
+        """Take the client's settings (section 6.5). Raises ConnectionFault."""
+        if flags & frames.ACK:
+            if payload:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS that acknowledge and set")
+            return
+        self.count_idle(len(payload) // _SETTINGS_BYTES_AN_IDLE_FRAME)
+        old = window = self.peer.initial
+        for setting, value in frames.read_settings(payload):
+            frames.check_setting(setting, value)
+            if setting == frames.INITIAL_WINDOW_SIZE:
+                window = value
+            elif setting == frames.HEADER_TABLE_SIZE:
+                self.shrinks_table = value < _TABLE_BYTES
+        self.set_initial_window(window)
+        if self.state is ConnectionState.SETTINGS:
+            self.state = ConnectionState.OPEN
+        # Before what the new windows allow: until then the old ones hold for the client.
+        self.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        if window > old:
+            self.pump()
 
     def set_initial_window(self, window: int) -> None:
         """Change the windows of all calls by as much as that of new ones (section 6.9.2). Raises ConnectionFault."""
