@@ -269,8 +269,14 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
 
     async def _end(self, context: Any, status: Status) -> None:
         """End a call with a status; raises what ends its handler."""
-        if status.code is not grpc.StatusCode.OK:
+        if status.code is grpc.StatusCode.OK:
+            return
+        try:
             await context.abort(status.code, status.text, status.metadata)
+        except aio.AbortError:
+            raise
+        except Exception:  # the client has gone, or its deadline has passed, and gRPC has yet to say so
+            raise asyncio.CancelledError from None
 
 
 async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
