@@ -28,6 +28,7 @@ from serving.runtime import Arrays
 from serving.server import Server, StartError
 from serving.transport import frames
 from tests.conftest import DATA, ROOT, InThread, settings
+from tests.raw_client import literal
 
 PIXELS = pb.Image(pixels=bytes(784))
 PLAN = ("--threads", "1", "--runtimes", "2", "--max-batch", "8")
@@ -557,15 +558,14 @@ def test_a_repository_that_cannot_be_read_now_is_one_line_of_the_log(
 def test_what_clients_send_to_grpcs_own_server_is_not_in_the_log() -> None:
     with server_process("--transport", "grpcio") as (process, address, _):
         host, _, port = address.rpartition(":")
-        for sent in (
-            b"GET / HTTP/1.1\r\n\r\n",
-            frames.PREFACE + frames.settings({}) + frames.go_away(0, frames.ErrorCode.NO_ERROR, "\nforged line\n"),
-        ):
-            with socket.create_connection((host, int(port)), 10) as client:
-                client.sendall(sent)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(4096):
-                    pass
+        wrong = frames.frame(
+            frames.HEADERS, frames.END_HEADERS, 1, literal(":status", "forged") + literal(":path", "x")
+        )
+        with socket.create_connection((host, int(port)), 10) as client:
+            client.sendall(frames.PREFACE + frames.settings({}) + wrong)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(4096):
+                pass
         process.terminate()
         _, rest = process.communicate(timeout=60)
     lines = [line.split(" INFO ")[-1] for line in rest.splitlines()]
