@@ -15,7 +15,9 @@ def main() -> int:
     """Serve until a signal, and return the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own handlers
         signal.signal(number, _end_at_once)
-    # Imported after the handlers are set: the imports take a second, in which Ctrl-C would print a traceback.
+    # Else gRPC's core would write a line for each frame of a client's that is wrong, with the client's bytes in it.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # Imported only now, since it takes a second, in which Ctrl-C would print a traceback.
     import asyncio
     import warnings
 

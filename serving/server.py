@@ -183,8 +183,10 @@ class Server:
     async def _rescan(self) -> None:
         try:
             await self.repository.scan()
+        except OSError as error:
+            _logger.error("the model repository could not be read: %s", error)
         except Exception:
-            _logger.exception("the model repository could not be read")
+            _logger.exception("the model repository could not be looked at")
 
     def _unready(self) -> str:
         """Return the reason why no request is taken now, or "". The thread of the health page calls it."""

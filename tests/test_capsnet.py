@@ -291,6 +291,16 @@ def test_reflection_lists_the_services_and_their_messages(running: Running) -> N
     assert file.file_descriptor_response.file_descriptor_proto
 
 
+def test_a_watch_keeps_no_more_of_a_client_than_a_name(running_on_each: Running) -> None:
+    stub = health_pb2_grpc.HealthStub(running_on_each.channel)
+    named = health_pb2.HealthCheckRequest(service="a" * 5000)
+    for ask in (lambda: stub.Check(named, timeout=10), lambda: next(stub.Watch(named, timeout=10))):
+        with pytest.raises(grpc.RpcError) as caught:
+            ask()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.details() == "request: 5003 bytes; the limit is 4096 bytes"
+
+
 def test_health_lists_every_service_and_tells_a_watch_of_each_change(
     start: Callable[..., Running], transport: str
 ) -> None:

@@ -1,6 +1,7 @@
 """Tests of the server as a process: its first lines, its end, and its errors when it cannot start."""
 
 import asyncio
+import errno
 import itertools
 import os
 import re
@@ -25,7 +26,9 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving import artifact
 from serving.runtime import Arrays
 from serving.server import Server, StartError
+from serving.transport import frames
 from tests.conftest import DATA, ROOT, InThread, settings
+from tests.raw_client import literal
 
 PIXELS = pb.Image(pixels=bytes(784))
 PLAN = ("--threads", "1", "--runtimes", "2", "--max-batch", "8")
@@ -531,6 +534,42 @@ def test_a_second_server_does_not_take_the_unix_socket_of_a_running_one(tmp_path
         with grpc.insecure_channel(f"unix:{path}") as channel:
             stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
             assert stub.GetModel(pb.GetModelRequest(), timeout=20).model_name == "capsnet-mnist"
+
+
+def test_a_repository_that_cannot_be_read_now_is_one_line_of_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_files() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main() -> None:
+        server = Server(settings())
+        monkeypatch.setattr(server.repository, "scan", no_files)
+        await server._rescan()
+
+    asyncio.run(main())
+    [record] = caplog.records
+    assert (record.getMessage(), record.exc_info) == (
+        f"the model repository could not be read: [Errno {errno.EMFILE}] Too many open files",
+        None,
+    )
+
+
+def test_what_clients_send_to_grpcs_own_server_is_not_in_the_log() -> None:
+    with server_process("--transport", "grpcio") as (process, address, _):
+        host, _, port = address.rpartition(":")
+        wrong = frames.frame(
+            frames.HEADERS, frames.END_HEADERS, 1, literal(":status", "forged") + literal(":path", "x")
+        )
+        with socket.create_connection((host, int(port)), 10) as client:
+            client.sendall(frames.PREFACE + frames.settings({}) + wrong)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(4096):
+                pass
+        process.terminate()
+        _, rest = process.communicate(timeout=60)
+    lines = [line.split(" INFO ")[-1] for line in rest.splitlines()]
+    assert (lines[0], lines[-1], len(lines)) == ("stopping: requests under way finish first", "stopped", 3), rest
 
 
 def test_an_idle_server_takes_no_time_of_a_processor() -> None:

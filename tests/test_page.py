@@ -227,6 +227,20 @@ def test_prometheus_gets_its_format_compressed(port: int) -> None:
     assert gzip.decompress(answer.body).endswith(b"# EOF\n")
 
 
+@pytest.mark.parametrize("version", ["abc", "1.x", "-", "1.0.0.0.0"])
+def test_a_version_of_a_format_that_is_no_number_is_no_fault_of_the_servers(
+    port: int, version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = ask(port, "/metrics", accept=f"application/openmetrics-text; version={version}")
+    assert (answer.status, "ours 7.0" in answer.text) == (200, True)
+    assert not caplog.records
+
+
+def test_every_interface_is_the_empty_host() -> None:
+    with opened(host="") as page:
+        assert ask(page.port, "/metrics").status == 200
+
+
 def test_single_metrics_can_be_asked_for(port: int) -> None:
     answer = ask(port, "/metrics?name[]=ours")
     assert b"ours 7.0" in answer.body

@@ -2,11 +2,13 @@
 
 import asyncio
 import errno
+import fcntl
 import os
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,43 @@ def test_of_servers_that_replace_a_socket_at_the_same_moment_one_gets_it(tmp_pat
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
     won.socket.close()
+
+
+def test_a_server_that_hangs_with_a_full_queue_is_not_waited_for(tmp_path: Path) -> None:
+    path, clients = tmp_path / "socket", []
+    with ExitStack() as opened:
+        hanging = opened.enter_context(socket.socket(socket.AF_UNIX))
+        hanging.bind(str(path))
+        hanging.listen(0)
+        while True:
+            client = opened.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            clients.append(client)
+            if client.connect_ex(str(path)):
+                break
+        errors: list[int | None] = []
+
+        def open_it() -> None:
+            with pytest.raises(OSError) as caught:
+                UnixSocket(str(path))
+            errors.append(caught.value.errno)
+
+        thread = threading.Thread(target=open_it, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert errors == [errno.EADDRINUSE]
+
+
+def test_a_folder_that_another_program_has_locked_is_no_reason_to_wait(tmp_path: Path) -> None:
+    opened: list[UnixSocket] = []
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: opened.append(UnixSocket(str(tmp_path / "socket"))), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert len(opened) == 1
+        opened[0].unlink()
+        opened[0].socket.close()
+    finally:
+        os.close(descriptor)

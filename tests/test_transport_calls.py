@@ -1,5 +1,6 @@
 """Calls, streams, codes, details, deadlines and cancellation by gRPC's own client, on both transports."""
 
+import asyncio
 import random
 import time
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-from serving.transport.headers import Status
+from serving.transport.grpcio_server import _Handlers
+from serving.transport.headers import Metadata, Status
+from serving.transport.methods import TransportLimits
 from tests.raw_client import Raw, failure
 from tests.transport_methods import MAX_BYTES, Serving
 
@@ -267,3 +270,15 @@ def _endless() -> Iterator[bytes]:
     """One message, and then nothing for long."""
     yield b"a"
     time.sleep(2)
+
+
+def test_a_status_that_grpc_can_no_longer_send_ends_the_call_without_a_word() -> None:
+    class Gone:
+        """The context of a call that is over, of which gRPC's core knows and grpc.aio does not yet."""
+
+        async def abort(self, code: grpc.StatusCode, text: str, metadata: Metadata) -> None:
+            raise RuntimeError("ExecuteBatchError")
+
+    handlers = _Handlers(TransportLimits(1, "", 1, ""))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(handlers._end(Gone(), Status(grpc.StatusCode.NOT_FOUND, "not here")))

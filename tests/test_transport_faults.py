@@ -116,6 +116,37 @@ FAULTS: dict[str, tuple[Any, ErrorCode]] = {
         ),
         ErrorCode.ENHANCE_YOUR_CALM,
     ),
+    "a priority of three bytes for a stream before headers": (
+        lambda raw: frames.frame(frames.PRIORITY, 0, 1, b"abc"),
+        ErrorCode.FRAME_SIZE_ERROR,
+    ),
+    "nothing but long settings": (
+        lambda raw: frames.frame(frames.SETTINGS, 0, 0, (b"\0\4" + bytes(4)) * 2700) * 500,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but small pieces of a message": (
+        lambda raw: headers(1, raw.block()) + data(1, b"\0\0\1\0\0", 0) + data(1, b"a", 0) * 20_000,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but padding": (
+        lambda raw: headers(1, raw.block()) + data(1, b"\xff" + bytes(255), frames.PADDED) * 20_000,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but headers of a call that is over": (
+        lambda raw: headers(1, raw.block("/nothing"), 0x05) + headers(1, literal("a", "b") * 1000, 0x05) * 200,
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but many headers that are wrong": (
+        lambda raw: b"".join(headers(stream, literal("a", "b") * 1000, 0x05) for stream in range(1, 401, 2)),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
+    "nothing but calls with many headers": (
+        lambda raw: b"".join(
+            headers(stream, raw.block("/nothing") + literal("a", str(stream)) * 400, 0x05)
+            for stream in range(1, 401, 2)
+        ),
+        ErrorCode.ENHANCE_YOUR_CALM,
+    ),
     "nothing but empty data": (
         lambda raw: headers(1, raw.block("/test.Test/EchoAll")) + data(1, b"", 0) * 20_000,
         ErrorCode.ENHANCE_YOUR_CALM,
@@ -135,6 +166,14 @@ def test_a_fault_ends_its_connection_alone(serving: Serving, raw: Raw, name: str
     other.call(1, b"a")
     assert other.read(1).messages == [b"a"]
     other.socket.close()
+
+
+def test_a_stream_that_is_reset_for_its_priority_is_answered_no_further(serving: Serving, raw: Raw) -> None:
+    wrong = frames.frame(frames.PRIORITY, 0, 1, b"abc")
+    raw.send(headers(1, raw.block("/test.Test/EchoAll")) + wrong + data(1, framed(b"a")))
+    raw.call(3, b"b")
+    assert raw.read(3).messages == [b"b"]
+    assert (raw.answers[1].reset, raw.answers[1].headers) == (ErrorCode.FRAME_SIZE_ERROR, {})
 
 
 def test_calls_that_are_cancelled_end_their_connection_before_they_cost_much(serving: Serving, raw: Raw) -> None:

@@ -14,7 +14,7 @@ from serving.transport import frames
 from serving.transport.frame_reader import MAX_CALLS
 from serving.transport.frames import ErrorCode
 from serving.transport.receiving import WINDOW
-from tests.raw_client import HEADERS, Raw, data, framed, headers, wait_for
+from tests.raw_client import HEADERS, Raw, data, framed, headers, literal, wait_for
 from tests.transport_methods import MAX_BYTES, Serving
 
 
@@ -54,6 +54,17 @@ def test_a_message_may_come_in_many_frames_padded_or_empty(serving: Serving, raw
         raw.send(data(1, b"", 0) + data(1, b"\x02" + bytes([byte]) + b"\0\0", frames.PADDED))
     raw.send(data(1, b""))
     assert raw.read(1).messages == [b"abcdef"]
+
+
+def test_calls_with_many_headers_are_all_answered(serving: Serving, raw: Raw) -> None:
+    calls = [
+        headers(stream, raw.block("/test.Test/Echo", (f"key-{stream}", "v")) + literal("a", "b") * 99)
+        + data(stream, framed(str(stream).encode()))
+        for stream in range(1, 401, 2)
+    ]
+    raw.send(b"".join(calls))
+    for stream in range(1, 401, 2):
+        assert raw.read(stream).messages == [str(stream).encode()]
 
 
 def test_headers_may_be_continued(serving: Serving, raw: Raw) -> None:

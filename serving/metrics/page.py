@@ -108,7 +108,7 @@ class Page:
         """
         self._serving = asyncio.get_running_loop()
         family, *_, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
         listener.setblocking(False)
@@ -155,7 +155,10 @@ class Page:
         raise _Refusal(404, "not here; there is: /metrics, /livez, /readyz")
 
     def _metrics(self, request: _Request) -> _Response:
-        encode, content_type = choose_encoder(request.fields.get("accept", ""))
+        try:
+            encode, content_type = choose_encoder(request.fields.get("accept", ""))
+        except (TypeError, ValueError):  # of versions that are no numbers
+            encode, content_type = choose_encoder("")
         names = parse_qs(request.query).get("name[]")
         body = encode(self._registry.restricted_registry(names) if names else self._registry)
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}

@@ -243,6 +243,7 @@ class Edge:
                 async with aclosing(answer(requests, call)) as responses:
                     async for response in responses:
                         yield response
+                        del response  # while the next one is waited for, which may never come
             except (asyncio.CancelledError, GeneratorExit):
                 call.end()
                 raise

@@ -16,6 +16,8 @@ from serving.transport.headers import Metadata, Status
 from serving.transport.methods import Abort, Context, Method, StreamMethod, UnaryMethod, table
 
 HEALTH = health.SERVICE_NAME
+# Of a request for these services, which is a name. A watch keeps it, and what a handler keeps no memory limit counts.
+_MAX_BYTES = 4096
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[name-defined, misc]  # its stubs lack it
@@ -101,6 +103,9 @@ def _method(handler: Any) -> Method:
 
 def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
     """Return a message from its bytes. Raises Abort."""
+    if len(data) > _MAX_BYTES:
+        text = f"request: {len(data)} bytes; the limit is {_MAX_BYTES} bytes"
+        raise Abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
     try:
         return parse(data)
     except DecodeError as error:

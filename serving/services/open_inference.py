@@ -227,17 +227,20 @@ class _InferQuery:
         self.model_version = request.model_version
         self.size = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0
         self.slow = size >= _SLOW_BYTES and not request.raw_input_contents
+        self._id = request.id
         self._request = request
         self._codecs = codecs
         self.timeout, self.urgent = schedule(request)
 
     def decode(self, model: ServedModel) -> Arrays:
         codec = self._codec = self._codecs(model)
-        self._outputs = codec.outputs(self._request)
-        return {IMAGES: codec.images(self._request)}
+        request = self._request
+        del self._request  # of which nothing but its id is needed from now on
+        self._outputs = codec.outputs(request)
+        return {IMAGES: codec.images(request)}
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codec.encode(self._request.id, self._outputs, share)
+        return self._codec.encode(self._id, self._outputs, share)
 
 
 class _StreamedQuery(_InferQuery):
@@ -258,10 +261,10 @@ class _StreamedQuery(_InferQuery):
             self.size = 0
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codec.encode_for_stream(self._request.id, self._outputs, share)
+        return self._codec.encode_for_stream(self._id, self._outputs, share)
 
     def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
-        return refused(self._request.id, text)
+        return refused(self._id, text)
 
 
 def _index(request: pb.RepositoryIndexRequest, repository: Repository) -> bytes:

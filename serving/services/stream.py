@@ -77,6 +77,7 @@ class Stream:
         while (reply := await self._next()) is not None:
             yield reply.answer
             self._window.leave(reply.size)
+            del reply  # while the next one is waited for, which may never come
         if self._ended and not self._complete:
             raise Draining
         await self._reader
@@ -119,24 +120,29 @@ class Stream:
         while not self._ended:
             self._reading = True
             try:
-                data = await anext(messages)
+                query = parse(await anext(messages))
             except StopAsyncIteration:
                 self._complete = True
                 return
             finally:
                 self._reading = False
-            query = parse(data)
-            reply = _StreamReply(query, self)
-            await self._window.enter(reply.size)
-            self._replies.append(reply)
-            try:
-                if query.error:
-                    raise query.error
-                request = make(query, reply)
-            except Exception as error:
-                reply.fail(error)
-            else:
-                await request.begin_slowly()
+            await self._begin(query, make)
+            del query  # while the next one is waited for, which may never come
+
+    async def _begin(self, query: StreamQuery, make: Callable[[Query, Reply], Request]) -> None:
+        """Queue a request, or answer it with its error, once the window has room for it."""
+        reply = _StreamReply(query, self)
+        await self._window.enter(reply.size)
+        self._replies.append(reply)
+        if query.error:  # not raised, since its traceback would keep the request
+            reply.fail(query.error)
+            return
+        try:
+            request = make(query, reply)
+        except Exception as error:
+            reply.fail(error)
+        else:
+            await request.begin_slowly()
 
 
 class _StreamReply:
@@ -148,7 +154,7 @@ class _StreamReply:
     deadline: float | None = None
 
     def __init__(self, query: StreamQuery, stream: Stream) -> None:
-        self._query = query
+        self._query: StreamQuery | None = query  # until it is answered: an answer that is not read keeps no request
         self._stream = stream
         self._given_up: Callable[[], object] | None = None
         self._began = time.perf_counter()
@@ -171,6 +177,7 @@ class _StreamReply:
 
     def fail(self, error: Exception) -> None:
         code, text = self._stream.refuse(error, self._stream.call, time.perf_counter() - self._began)
+        assert self._query
         self._put(self._query.encode_error(code, text))
 
     def end(self) -> None:
@@ -182,7 +189,7 @@ class _StreamReply:
             given_up()
 
     def _put(self, answer: bytes) -> None:
-        self._given_up = None
+        self._given_up = self._query = None
         self.answer, self.answered = answer, True
         self._stream.wake()
 

@@ -34,7 +34,7 @@ class Connection(asyncio.Protocol):
         #: Done once the client knows the last call that will be answered, or has gone.
         self.told: asyncio.Future[None] = loop.create_future()
         self._terms = terms
-        self._reader = FrameReader(self, terms)
+        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory)
         self._streams = self._reader.streams
         self._out: Buffers = []
         self._draining = False
@@ -72,6 +72,7 @@ class Connection(asyncio.Protocol):
             self._stall.cancel()
         if not self._closed:
             self._transport.resume_reading()
+            self.loop.call_soon(self._read_on)
         for call in self._streams:
             call.wake_writer()
 
@@ -81,6 +82,9 @@ class Connection(asyncio.Protocol):
         state = self._streams.state
         try:
             self._reader.receive(data)
+            if self._reader.unread:
+                self._transport.pause_reading()
+                self.loop.call_soon(self._read_on)
             if self._draining and state is not self._streams.state is ConnectionState.OPEN:
                 self._ask_for_drain()
         except ConnectionFault as fault:
@@ -90,6 +94,12 @@ class Connection(asyncio.Protocol):
         except Exception:  # after a fault of this server, no task would read the connection
             _logger.exception("a connection failed")
             self._fail(ErrorCode.INTERNAL_ERROR, "")
+
+    def _read_on(self) -> None:
+        """Read what was left for this turn of the event loop, unless the client is to read first."""
+        if self._reader.unread and not self._streams.paused and not self._closed:
+            self._transport.resume_reading()
+            self.data_received(b"")
 
     def send(self, data: bytes) -> None:
         """Send data together with the other data of this turn of the event loop."""

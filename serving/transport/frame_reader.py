@@ -1,15 +1,15 @@
 """The reader of one connection's frames, which passes their content to the calls (RFC 9113, sections 3 to 6)."""
 
-from typing import Any
+from collections.abc import Callable
 
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import HeaderBlock, HeaderReader, MalformedRequest
-from serving.transport.methods import Method
+from serving.transport.memory import Memory
+from serving.transport.methods import Method, TransportLimits
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
 from serving.transport.streams import ConnectionState, Link, Streams, StreamState
-from serving.transport.terms import Terms
 
 #: The most calls that a client may have open on one connection.
 MAX_CALLS = 4096
@@ -24,9 +24,13 @@ HTTP1_ANSWER = (
 _WINDOW = 2**24  # bytes that a client may send on a connection before the server reads them
 _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
+_MIN_DATA_BYTES = 64  # of a frame that brings a call further without ending its request
+_MAX_FIELDS = 128  # of a call's headers; each one above them counts as a frame that brings no call further
+_FIELDS_A_TURN = 1024  # that are decoded in some 2 ms, after which other connections have their turn
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
-_TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
+_LARGE_PAYLOAD_BYTES = 4096  # from which on a view is cheaper than a copy
+_LARGE_READ_BYTES = 2**15
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 
 
@@ -39,21 +43,25 @@ class NotHttp2(Exception):
 
 
 class FrameReader:
-    """The reader of a connection. link: carries the answers."""
+    """Reads what comes on a connection. link: carries the answers. find: the method with a path."""
 
-    def __init__(self, link: Link, terms: Terms[Any]) -> None:
-        self.streams = Streams(link, terms)
+    def __init__(
+        self, link: Link, find: Callable[[str], Method | None], limits: TransportLimits, memory: Memory
+    ) -> None:
+        self.streams = Streams(link, limits, memory)
         self._link = link
         self._send = link.send
-        self._header_reader: HeaderReader[Method] = HeaderReader(terms.find)
-        self._rest = b""  # the received part of an incomplete frame
+        self._header_reader: HeaderReader[Method] = HeaderReader(find)
+        self._rest = b""  # of what has come: a frame that is not whole
         self._block: HeaderBlock | None = None
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
+        self._viewed: set[int] = set()  # streams with large frames among the bytes that are being read
+        self._fields_left = _FIELDS_A_TURN
 
     def receive(self, data: bytes) -> None:
-        """Read received bytes. Raises ConnectionFault or NotHttp2; after that, nothing else can be read."""
-        at = 0
+        """Read what has come. Raises ConnectionFault and NotHttp2, after which nothing more can be read."""
+        at, self._fields_left = 0, _FIELDS_A_TURN
         if self._rest:
             data, self._rest = self._rest + data, b""
         if self.streams.state is ConnectionState.PREFACE:
@@ -63,6 +71,11 @@ class FrameReader:
         at = self._read(data, at)
         self._rest = data[at:]
         self._reception.all_read()
+
+    @property
+    def unread(self) -> bool:
+        """Tell if other connections are to have their turn before ``receive`` reads what is left."""
+        return self._fields_left < 0
 
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
@@ -103,6 +116,8 @@ class FrameReader:
                     self._headers(flags, stream, data[begin:at])
                 else:
                     self._begin_block(flags, stream, data[begin:at])
+                if self._fields_left < 0:
+                    break
             else:
                 self._other(kind, flags, stream, data[begin:at])
         return at
@@ -123,17 +138,24 @@ class FrameReader:
         if kind == frames.WINDOW_UPDATE:
             self._window_update(stream, frames.read_number(payload, "WINDOW_UPDATE"))
         elif kind == frames.SETTINGS:
-            self._settings(flags, payload)
+            self.streams.take_settings(flags, payload)
         elif kind == frames.PING:
             self._ping(flags, payload)
         elif kind == frames.PRIORITY:
             if not stream:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PRIORITY of the connection")
             if len(payload) != 5:
-                self.streams.send_reset(stream, ErrorCode.FRAME_SIZE_ERROR)
+                self._wrong_priority(stream, len(payload))
         elif kind == frames.PUSH_PROMISE:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
         # Other frames are ignored: those that concern streams of the server, and unknown ones.
+
+    def _wrong_priority(self, stream: int, size: int) -> None:
+        """Reset the stream (section 6.3), or end the connection where there is none to reset (section 5.1)."""
+        if call := self.streams.calls.get(stream):
+            self.streams.reset_faulty(call, ErrorCode.FRAME_SIZE_ERROR)
+        elif stream > self.streams.last_stream:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"PRIORITY of {size} bytes")
 
     def _ping(self, flags: int, payload: bytes) -> None:
         if len(payload) != len(DRAIN_PING):
@@ -164,24 +186,21 @@ class FrameReader:
         end = flags & frames.END_STREAM
         if end:
             self._reception.came_in_full(stream)
-        elif not size:
-            self.streams.count_idle()
         call = self.streams.calls.get(stream)
         if call is None:
             self._check_opened(stream)
+            if size < _MIN_DATA_BYTES and not end:
+                self.streams.count_idle()
             return
         if flags & frames.PADDED:
             payload = frames.without_padding(flags, payload)
+        if len(payload) < _MIN_DATA_BYTES and not end:
+            self.streams.count_idle()
         call.receive(payload, size, bool(end))
 
     def _begin_block(self, flags: int, stream: int, payload: bytes) -> None:
-        """Read a HEADERS frame with padding or priority, or with only a part of its header block."""
-        if flags & (frames.PADDED | frames.HAS_PRIORITY):
-            payload = frames.without_padding(flags, payload)
-            if flags & frames.HAS_PRIORITY:
-                if len(payload) < 5:
-                    raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS shorter than their priority")
-                payload = payload[5:]
+        """Read a HEADERS frame that is not a header block alone."""
+        payload = frames.without_padding_and_priority(flags, payload)
         if flags & frames.END_HEADERS:
             self._headers(flags, stream, payload)
         else:
@@ -208,8 +227,9 @@ class FrameReader:
                 head = self._header_reader.read(block)
             except MalformedRequest:
                 streams.send_reset(stream, ErrorCode.PROTOCOL_ERROR)
-                streams.count_idle()
+                self._count_fields(-1)
             else:
+                self._count_fields(_MAX_FIELDS)
                 self._reception.open(stream, head, end)
             return
         if streams.state is ConnectionState.SETTINGS:
@@ -219,15 +239,14 @@ class FrameReader:
         if stream <= streams.last_stream:
             self._trailers(stream, block, end)
             return
-        self._header_reader.skip(block)
-        if streams.state is ConnectionState.OPEN:
+        self._skip(block)
+        if streams.state is _OPEN:
             streams.last_stream = stream
-            streams.count_idle()
             streams.send_reset(stream, ErrorCode.REFUSED_STREAM)
 
     def _trailers(self, stream: int, block: bytes, end: bool) -> None:
         """Read the headers of a stream that is not new."""
-        self._header_reader.skip(block)
+        self._skip(block)
         if end:
             self._reception.came_in_full(stream)
         if call := self.streams.calls.get(stream):
@@ -238,26 +257,17 @@ class FrameReader:
             else:
                 call.end()
 
-    def _settings(self, flags: int, payload: bytes) -> None:
-        streams = self.streams
-        if flags & frames.ACK:
-            if payload:
-                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS that acknowledge and set")
-            return
-        old = window = streams.peer.initial
-        for setting, value in frames.read_settings(payload):
-            frames.check_setting(setting, value)
-            if setting == frames.INITIAL_WINDOW_SIZE:
-                window = value
-            elif setting == frames.HEADER_TABLE_SIZE:
-                streams.shrinks_table = value < _TABLE_BYTES
-        streams.set_initial_window(window)
-        if streams.state is ConnectionState.SETTINGS:
-            streams.state = ConnectionState.OPEN
-        # Before what the new windows allow: until then the old ones hold for the client.
-        self._send(frames.frame(frames.SETTINGS, frames.ACK, 0))
-        if window > old:
-            streams.pump()
+    def _skip(self, block: bytes) -> None:
+        """Read headers that bring no call further."""
+        self._header_reader.skip(block)
+        self._count_fields(-1)
+
+    def _count_fields(self, allowed: int) -> None:
+        """Count the fields that were decoded, those above ``allowed`` as frames that bring no call further."""
+        fields, self._header_reader.fields = self._header_reader.fields, 0
+        self._fields_left -= fields
+        if fields > allowed:
+            self.streams.count_idle(fields - allowed)
 
     def _window_update(self, stream: int, more: int) -> None:
         if not stream:

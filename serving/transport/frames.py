@@ -17,6 +17,7 @@ END_STREAM = ACK = 0x01
 END_HEADERS = 0x04
 PADDED = 0x08
 HAS_PRIORITY = 0x20
+_PRIORITY_BYTES = 5
 
 HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = (
     range(1, 7)
@@ -104,6 +105,16 @@ def without_padding(flags: int, payload: bytes) -> bytes:
     if not payload or payload[0] >= len(payload):
         raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "padding longer than its frame")
     return payload[1 : len(payload) - payload[0]]
+
+
+def without_padding_and_priority(flags: int, payload: bytes) -> bytes:
+    """Return the part of a header block that a HEADERS frame has (section 6.2). Raises ConnectionFault."""
+    payload = bytes(without_padding(flags, payload))
+    if not flags & HAS_PRIORITY:
+        return payload
+    if len(payload) < _PRIORITY_BYTES:
+        raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "HEADERS shorter than their priority")
+    return payload[_PRIORITY_BYTES:]
 
 
 def header_frames(stream: int, block: bytes, end_stream: bool) -> bytes:

@@ -237,6 +237,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             ):
                 async for answer in answers:
                     await context.write(answer)
+                    del answer  # while the next one is waited for, which may never come
             outcome = call.outcome.result() if call.outcome.done() else None
             return outcome if isinstance(outcome, Status) else _OK
 
@@ -269,9 +270,15 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             self._tasks.discard(task)
 
     async def _end(self, context: Any, status: Status) -> None:
-        """End a call with a status. Raises the exception with which grpc.aio ends a handler."""
-        if status.code is not grpc.StatusCode.OK:
+        """End a call with a status; raises what ends its handler."""
+        if status.code is grpc.StatusCode.OK:
+            return
+        try:
             await context.abort(status.code, status.text, status.metadata)
+        except aio.AbortError:
+            raise
+        except Exception:  # the client has gone, or its deadline has passed, and gRPC has yet to say so
+            raise asyncio.CancelledError from None
 
 
 async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
@@ -296,6 +303,7 @@ async def _messages(requests: Any, call: _Context) -> AsyncGenerator[bytes]:
     """
     async for message in requests:
         yield message
+        del message  # while the next one is waited for, which may never come
     await asyncio.sleep(_END_SECONDS)
     if call.gone or call.expired:
         raise asyncio.CancelledError

@@ -116,6 +116,8 @@ class HeaderReader(Generic[Method]):
         self._find = find
         self._decoder = Decoder(MAX_BYTES_DECODED)
         self._known: dict[bytes, RequestHead[Method]] = {}
+        #: Fields that were decoded, until whoever counts them sets it back.
+        self.fields = 0
 
     def read(self, block: bytes) -> RequestHead[Method]:
         """Return the request of a block. A block above MAX_BYTES_DECODED gives neither method nor metadata.
@@ -155,9 +157,11 @@ class HeaderReader(Generic[Method]):
 
     def _decode_part(self, part: bytes) -> Iterable[tuple[bytes, bytes]]:
         try:
-            return self._decoder.decode(part, raw=True)
+            fields = list(self._decoder.decode(part, raw=True))
         except HPACKError as error:
             raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "headers that cannot be read, or too many") from error
+        self.fields += len(fields)
+        return fields
 
     def _skip_large(self, block: bytes) -> str:
         """Update the table from a large block, with as little decoding as possible. Return the path.

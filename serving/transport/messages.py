@@ -5,7 +5,6 @@ Pure: no socket, no clock.
 
 import struct
 import zlib
-from typing import Any
 
 import grpc
 
@@ -32,7 +31,7 @@ class Inflation:
         self.size = len(data)
         self._encoding = encoding
         self._max_bytes = max_bytes
-        self._reader: Any = zlib.decompressobj(ENCODINGS[encoding])
+        self._reader = zlib.decompressobj(ENCODINGS[encoding])
         self._begin = self._inflate(data, _MAX_INFLATED_AT_ONCE)
 
     @property

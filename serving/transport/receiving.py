@@ -237,6 +237,7 @@ class StreamCall(ReceivingCall):
         async with aclosing(answers):  # type: ignore[type-var]
             async for answer in answers:
                 await self._write(answer)
+                del answer  # while the next one is waited for, which may never come
         self.finish(grpc.StatusCode.OK)
 
     async def _write(self, data: bytes) -> None:

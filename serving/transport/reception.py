@@ -1,7 +1,5 @@
 """The reception of a connection: it accepts or refuses new calls."""
 
-from typing import Any
-
 import grpc
 
 from serving.transport import headers
@@ -69,8 +67,8 @@ class Reception:
                 self._streams.send_reset(stream, ErrorCode.NO_ERROR)
             self._unwanted.clear()
 
-    def _turned_away(self, head: RequestHead[Any]) -> bytes:
-        """Return the header block that answers a request for which no method can be called."""
+    def _turned_away(self, head: RequestHead[Method]) -> bytes:
+        """Return the header block that answers a request which no method can take."""
         if head.http_status != 200:
             return headers.write([(":status", str(head.http_status))])
         if head.size > headers.MAX_BYTES:

@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 #: Connections that may wait to be accepted.
 BACKLOG = 1024
 _MAX_UNIX_PATH_BYTES = 107  # a limit of the system
+_LOCK_SECONDS = 1.0
+_LOCK_PAUSE_SECONDS = 0.01
 
 
 def listen_tcp(host: str, port: int) -> list[socket.socket]:
@@ -82,6 +85,7 @@ class UnixSocket:
         except FileNotFoundError:
             return
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # a server that hangs, and whose queue is full, would be waited for
             if not is_socket or probe.connect_ex(str(self._path)) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, "another server has it, or it is no socket")
         self._path.unlink()
@@ -89,10 +93,21 @@ class UnixSocket:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that two servers cannot replace the same socket at once."""
+    """Keep others of these functions out of a folder, so that two servers cannot both replace the same socket.
+
+    They take no time; a lock that is held for longer is another program's, and no reason to wait.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    end = time.monotonic() + _LOCK_SECONDS
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(_LOCK_PAUSE_SECONDS)
+                    continue
+            break
         yield
     finally:
         os.close(descriptor)

@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc
 
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.memory import Memory
+from serving.transport.methods import TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
-from serving.transport.terms import Terms
 
 # Frames that advance no call: the most at once, and the most a second. No honest client comes near these limits.
 _MAX_IDLE_FRAMES = 10_000
@@ -19,9 +20,11 @@ _IDLE_FRAMES_A_SECOND = 1000
 # Calls that a client cancels beyond the number of answered ones: the most at once, and the most a second.
 _MAX_CANCELLED = 200
 _CANCELLED_A_SECOND = 33
-_FRAMES_AN_ANSWER = 2  # further frames of an answer that are not idle: two window updates, or a ping
-_BYTES_A_FRAME = 4096  # bytes of answers for which a further window update is not idle
-_CALLS_AN_IDLE_FRAME = 16  # changing the windows of this many calls costs as much as an idle frame
+_FRAMES_AN_ANSWER = 2  # that are no idle ones: a window of the stream's and of the connection's, or a ping
+_BYTES_A_FRAME = 4096  # of answers, for whose windows a frame is no idle one
+_CALLS_AN_IDLE_FRAME = 16  # whose windows are changed with the work of such a frame
+_SETTINGS_BYTES_AN_IDLE_FRAME = 96  # which are read with the work of such a frame
+_TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 
 
 class StreamState(Enum):
@@ -106,12 +109,12 @@ class OpenCall(SendingCall, Protocol):
 class Streams:
     """The calls of one connection by stream, and their common state."""
 
-    def __init__(self, link: Link, terms: Terms[Any]) -> None:
+    def __init__(self, link: Link, limits: TransportLimits, memory: Memory) -> None:
         self.loop = link.loop
         self.send = link.send
         self.send_all = link.send_all
-        self.memory = terms.memory
-        self.limits = terms.limits
+        self.limits = limits
+        self.memory = memory
         self.peer = PeerWindow()
         self.state = ConnectionState.PREFACE
         #: The highest stream that the client has opened.
@@ -203,6 +206,28 @@ class Streams:
             self.reset_faulty(call, ErrorCode.FLOW_CONTROL_ERROR)
         elif call.sending.size:
             call.pump()
+
+    def take_settings(self, flags: int, payload: bytes) -> None:
+        """Take the client's settings (section 6.5). Raises ConnectionFault."""
+        if flags & frames.ACK:
+            if payload:
+                raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS that acknowledge and set")
+            return
+        self.count_idle(len(payload) // _SETTINGS_BYTES_AN_IDLE_FRAME)
+        old = window = self.peer.initial
+        for setting, value in frames.read_settings(payload):
+            frames.check_setting(setting, value)
+            if setting == frames.INITIAL_WINDOW_SIZE:
+                window = value
+            elif setting == frames.HEADER_TABLE_SIZE:
+                self.shrinks_table = value < _TABLE_BYTES
+        self.set_initial_window(window)
+        if self.state is ConnectionState.SETTINGS:
+            self.state = ConnectionState.OPEN
+        # Before what the new windows allow: until then the old ones hold for the client.
+        self.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        if window > old:
+            self.pump()
 
     def set_initial_window(self, window: int) -> None:
         """Set the window of new calls, and change all others by the difference (section 6.9.2).
