@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-# How long the event loop, or a thread with a batch, waits for another's Python; a page of metrics takes 20 ms to write.
+# How long the event loop, or a thread with a batch, waits for another's Python, such as that which writes the metrics.
 _SWITCH_SECONDS = 0.0005
 
 

@@ -252,8 +252,7 @@ def _set_garbage_apart() -> None:
     # What is there now stays: collecting garbage need not look through it again.
     gc.collect()
     gc.freeze()
-    # Nor, again and again, through requests that wait: they leave no cycles behind, and under overload that took a
-    # tenth of the event loop's time.
+    # Nor, again and again, through requests that wait, since they leave no cycles behind.
     gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
 
 
