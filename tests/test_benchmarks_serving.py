@@ -353,13 +353,13 @@ def test_a_server_without_any_trick_answers_as_it_does_with_them(running: Runnin
         server.serve(embedded_models(), "fp32", flags, tmp_path, program=program) as served,
         grpc.insecure_channel(served.targets["tcp"]) as channel,
     ):
-        stub = CapsNetServiceStub(channel)
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         streamed = next(stub.ClassifyStream(iter([pb.ClassifyStreamRequest(request=request)])))
         for response in (stub.Classify(request), streamed.response):
             for one, other in zip(response.results, expected.results, strict=True):
                 assert one.label == other.label
-                poses = [[list(capsule.pose) for capsule in each.capsules] for each in (one, other)]
-                np.testing.assert_allclose(*poses, rtol=1e-3, atol=1e-5)
+                for capsule, its in zip(one.capsules, other.capsules, strict=True):
+                    np.testing.assert_allclose(list(capsule.pose), list(its.pose), rtol=1e-3, atol=1e-5)
         assert served.page().total("grpc_server_handled_total", grpc_method="Classify", grpc_code="OK") == 1
 
 

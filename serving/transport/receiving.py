@@ -242,7 +242,7 @@ class StreamCall(ReceivingCall):
     async def _write(self, data: bytes) -> None:
         """Send one answer; wait while the client does not read."""
         streams, sending = self.streams, self.sending
-        if self.state is StreamState.CLOSED or sending.trailers is not None:
+        if self.over:
             return
         if not self._headers_sent:
             self._send_headers()
