@@ -59,16 +59,6 @@ def _no_refusals_kept() -> None:
     _replace(door.MethodDoor, _status=lambda _, error: status_of(error))
 
 
-def _each_call_asks() -> None:
-    shared = door.MethodDoor.__call__
-
-    def ask(self: Any, timeout: Any, metadata: Any, expected: int) -> Any:
-        self._known.clear()
-        return shared(self, timeout, metadata, expected)
-
-    _replace(door.MethodDoor, __call__=ask)
-
-
 def _a_task_for_each_call() -> None:
     class Awaited(edge.Call):
         def __init__(self, *arguments: Any) -> None:
@@ -164,7 +154,6 @@ _in_both = (*_USUAL, STREAMS)
 TRICKS = {
     "nothing": Trick(lambda: None, LOADS),
     "door": Trick(partial(_replace, edge, CallbackMethod=lambda begin, _: CallbackMethod(begin)), (MANY, *_REFUSED)),
-    "refusals shared in a turn": Trick(_each_call_asks, _REFUSED),
     "refusals kept": Trick(_no_refusals_kept, _REFUSED),
     "callbacks instead of tasks": Trick(_a_task_for_each_call),
     "headers remembered": Trick(partial(_replace, headers, _MAX_KNOWN_BYTES=-1)),

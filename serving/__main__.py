@@ -6,8 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-# The longest time for which a thread keeps Python's lock while the event loop or a batch waits for it. To write a page
-# of metrics takes 20 ms.
+# How long the event loop, or a thread with a batch, waits for another's Python, such as that which writes the metrics.
 _SWITCH_SECONDS = 0.0005
 
 

@@ -256,8 +256,7 @@ def _set_garbage_apart() -> None:
     # The present objects stay, so the collector need not scan them again.
     gc.collect()
     gc.freeze()
-    # Waiting requests leave no cycles. Scanning them again and again took a tenth of the event loop's time under
-    # overload.
+    # Nor, again and again, through requests that wait, since they leave no cycles behind.
     gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
 
 

@@ -358,8 +358,8 @@ def test_a_server_without_any_trick_answers_as_it_does_with_them(running: Runnin
         for response in (stub.Classify(request), streamed.response):
             for one, other in zip(response.results, expected.results, strict=True):
                 assert one.label == other.label
-                poses, others = (np.array([capsule.pose for capsule in each.capsules]) for each in (one, other))
-                np.testing.assert_allclose(poses, others, rtol=1e-3, atol=1e-5)
+                for capsule, its in zip(one.capsules, other.capsules, strict=True):
+                    np.testing.assert_allclose(list(capsule.pose), list(its.pose), rtol=1e-3, atol=1e-5)
         assert served.page().total("grpc_server_handled_total", grpc_method="Classify", grpc_code="OK") == 1
 
 

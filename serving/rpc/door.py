@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import grpc
 
@@ -31,44 +31,31 @@ class Notes(Protocol):
         """Log requests that got the same error."""
 
 
-class _Refused(NamedTuple):
-    """A refusal of one turn: the number of expected calls, the status, and the metadata of all calls that got it."""
-
-    expected: int
-    status: Status
-    calls: list[Metadata]
-
-
 class MethodDoor:
     """The door of one method. It must be cheap: under overload it refuses most calls.
 
-    A refusal holds for all calls with the same timeout in one turn of the event loop, because the queue hardly gets
-    shorter in that time. They are counted together.
+    Those that are refused in one turn of the event loop with the same error are counted together.
     """
 
     def __init__(self, notes: Notes, record: Recorder, refusal: Refusal) -> None:
         self._notes = notes
         self._record = record
         self._refusal = refusal
-        # In this turn: the latest refusal by timeout, and the calls to count by error.
-        self._known: dict[float | None, _Refused] = {}
+        # Of this turn, what is to be counted by error.
         self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
         # The status of each error: many calls get the same one.
         self._statuses: dict[ServingError, Status] = {}
 
     def __call__(self, timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
-        """Return the status of a refusal, or None. expected: the number of calls that will begin before this one."""
-        refused = self._known.get(timeout)
-        if refused is None or expected < refused.expected:
-            if (refusal := self._refusal(timeout, expected)) is None:
-                return None
-            if not self._uncounted:
-                asyncio.get_running_loop().call_soon(self._count)
-            error, metrics = refusal
-            _, calls = self._uncounted.setdefault(error, (metrics, []))
-            refused = self._known[timeout] = _Refused(expected, self._status(error), calls)
-        refused.calls.append(metadata)
-        return refused.status
+        """Return the status of a refusal, or None. expected: how many calls are to be begun before this one."""
+        if (refusal := self._refusal(timeout, expected)) is None:
+            return None
+        if not self._uncounted:
+            asyncio.get_running_loop().call_soon(self._count)
+        error, metrics = refusal
+        _, calls = self._uncounted.setdefault(error, (metrics, []))
+        calls.append(metadata)
+        return self._status(error)
 
     def _status(self, error: ServingError) -> Status:
         if (status := self._statuses.get(error)) is None:
@@ -78,7 +65,7 @@ class MethodDoor:
         return status
 
     def _count(self) -> None:
-        uncounted, self._uncounted, self._known = self._uncounted, {}, {}
+        uncounted, self._uncounted = self._uncounted, {}
         for error, (metrics, calls) in uncounted.items():
             code, text = self._notes.to_status(error, len(calls))
             self._record.refuse(code, len(calls))
