@@ -1,6 +1,7 @@
 """Tests of the random changes to training images."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -204,9 +205,9 @@ def test_everything_that_moves_pixels_is_one_interpolation(monkeypatch: pytest.M
     sampled = []
     original = torch.nn.functional.grid_sample
 
-    def counted(*arguments: Tensor, **options: bool) -> Tensor:
-        sampled.append(arguments)
-        return original(*arguments, **options)
+    def counted(images: Tensor, grid: Tensor, **options: Any) -> Tensor:
+        sampled.append(grid)
+        return original(images, grid, **options)
 
     monkeypatch.setattr(torch.nn.functional, "grid_sample", counted)
     Augmentation("affine", elastic=0.4, erasing=0.5)(random_images(4), TURNS, generator())

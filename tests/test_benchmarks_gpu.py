@@ -10,7 +10,8 @@ import torch
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.epochs import Digits, Pairs
 from benchmarks.gpu.learner import Hyperparameters, Learner
-from training.data.non_objects import NONE, non_objects
+from training.data.non_objects import non_objects
+from training.data.specs import NONE
 from training.model import CapsNetConfig
 
 TINY = CapsNetConfig(

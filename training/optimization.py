@@ -1,4 +1,4 @@
-"""How weights are learned and averaged: which of them decay, and the rates by the number of the step."""
+"""Learning rates by the number of the step, the decay of weights, and their average."""
 
 import math
 from typing import Any

@@ -240,7 +240,7 @@ class FrameReader:
             self._trailers(stream, block, end)
             return
         self._skip(block)
-        if streams.state is _OPEN:
+        if streams.state is ConnectionState.OPEN:
             streams.last_stream = stream
             streams.send_reset(stream, ErrorCode.REFUSED_STREAM)
 

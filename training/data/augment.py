@@ -72,7 +72,7 @@ def erase(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
 def distort(
     images: Tensor,
     generator: torch.Generator,
-    rotation: float = MAX_ROTATION_DEGREES,
+    rotation: float = MAX_ROTATION,
     shear: float = MAX_SHEAR,
     scale: tuple[float, float] = SCALE_RANGE,
     shift: float = MAX_SHIFT,
