@@ -46,7 +46,7 @@ def test_a_stream_that_waits_for_its_client_keeps_nothing_of_requests_that_are_a
         read, end = asyncio.Event(), asyncio.Event()
         call: Any = SimpleNamespace(traced=False)
         stream = Stream(call, lambda error, *_: (grpc.StatusCode.INVALID_ARGUMENT, str(error)), REQUESTS + 1)
-        answers = stream.answers(messages(read, end), parse, lambda *_: None)  # type: ignore[arg-type, return-value]
+        answers = stream.answers(messages(read, end), parse, lambda *_: None)  # type: ignore[arg-type]
         async with aclosing(answers):
             assert await anext(answers) == b"request: wrong"
             await asyncio.wait_for(read.wait(), 10)

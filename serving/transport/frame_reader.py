@@ -36,7 +36,7 @@ _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 # Looked up often; a module's look-up is slow, and an enumeration's too.
 _unpack_head = frames.HEAD.unpack_from
 _DATA, _HEADERS, _MAX_FRAME_BYTES, _MAX_STREAM = frames.DATA, frames.HEADERS, frames.MAX_FRAME_BYTES, frames.MAX_STREAM
-_PREFACE, _SETTINGS, _OPEN, _GOING_AWAY, _ = ConnectionState
+_PREFACE, _SETTINGS, _OPEN, *_ = ConnectionState
 
 
 class NotHttp2(Exception):
@@ -187,7 +187,7 @@ class FrameReader:
 
     def _rst_stream(self, stream: int, payload: bytes) -> None:
         frames.read_number(payload, "RST_STREAM")
-        self._check_opened(stream)
+        self.streams.check_opened(stream)
         self._reception.came_in_full(stream)
         if call := self.streams.calls.get(stream):
             call.abandon()
@@ -208,7 +208,7 @@ class FrameReader:
             self._reception.came_in_full(stream)
         call = self.streams.calls.get(stream)
         if call is None:
-            self._check_opened(stream)
+            self.streams.check_opened(stream)
             if size < _MIN_DATA_BYTES and not end:
                 self.streams.count_idle()
             return
@@ -292,15 +292,9 @@ class FrameReader:
         if not stream:
             self.streams.widen(more)
             return
-        self._check_opened(stream)
+        self.streams.check_opened(stream)
         if call := self.streams.calls.get(stream):
             self.streams.widen_call(call, more)
-
-    def _check_opened(self, stream: int) -> None:
-        """Raise ConnectionFault for a stream that the client never opened; one that is over is no fault."""
-        streams = self.streams
-        if not stream % 2 or (stream > streams.last_stream and streams.state is not _GOING_AWAY):
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
 
 
 def _missing(rest: bytes) -> int:
