@@ -4,6 +4,7 @@ Takes PNG and JPEG files of the model's size, and IDX files of images (MNIST's f
 """
 
 import argparse
+import io
 import json
 import sys
 from collections import deque
@@ -181,6 +182,9 @@ def _classify(client: CapsNetClient, options: argparse.Namespace, progress: "tqd
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 if an image was not classified, or 130 after an interrupt."""
+    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack characters of a file's name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     # Where the results go to the terminal too, they show the progress themselves.
     shown = sys.stderr.isatty() and not sys.stdout.isatty()

@@ -17,6 +17,8 @@ from serving.client.window import Window
 WINDOW = 256  # images
 _FRESH = 1.0  # seconds in which a model is not fetched again for an array that does not fit it
 
+_MAX_SECONDS = 1e9  # thirty years; gRPC takes a timeout that is much longer for none at all that is left
+
 Errors = Literal["raise", "yield"]
 
 
@@ -26,7 +28,7 @@ class Deadline:
     def __init__(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
             raise ValueError(f"timeout: {seconds}; expected seconds above 0, or None")
-        self.seconds = seconds
+        self.seconds = seconds = None if seconds is not None and seconds > _MAX_SECONDS else seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def left(self) -> float | None:
