@@ -14,6 +14,7 @@ def main() -> int:
     """Serve until a signal, and return the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own handlers
         signal.signal(number, _end_at_once)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which asks for a look at the models: the start has one
     # Else gRPC's core would write a line for each frame of a client's that is wrong, with the client's bytes in it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Imported only now, since it takes a second, in which Ctrl-C would print a traceback.

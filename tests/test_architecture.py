@@ -1,9 +1,11 @@
 """Tests of the rules between the parts of the project."""
 
+import ast
 import shutil
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,58 @@ def test_an_import_from_the_wrong_room_breaks_its_contract(
     )
     broken = [name for name in result.stdout.splitlines() if "BROKEN" in name]
     assert [name.startswith(contract) for name in broken] == [True]
+
+
+SIZED = sorted(path for folder in ("serving", "training", "export") for path in (ROOT / folder).rglob("*.py"))
+MAX_FUNCTION_LINES, MAX_CLASS_LINES, MAX_LAYERS = 60, 250, 9
+# What grpc's own types, and the generated code of its services, leave untyped: contexts, handlers, descriptors.
+UNTYPED = {"serving/rpc/servicers.py", "serving/rpc/symbols.py", "serving/transport/grpcio_server.py"}
+REQUEST_PATH = ("transport", "rpc", "services", "batching")
+
+
+@pytest.mark.parametrize("path", SIZED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_and_no_class_is_too_long(path: Path) -> None:
+    too_long = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            assert node.end_lineno
+            lines = node.end_lineno - node.lineno + 1
+            if lines > (MAX_CLASS_LINES if isinstance(node, ast.ClassDef) else MAX_FUNCTION_LINES):
+                too_long.append(f"{node.name}: {lines} lines")
+    assert too_long == []
+
+
+def imports_within_serving() -> dict[str, set[str]]:
+    """By module of serving, the modules of it that it imports when it is loaded, those for types alone left out."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "serving").rglob("*.py")
+    }
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        asked: set[str] = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                asked |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
+            elif isinstance(node, ast.Import):
+                asked |= {one.name for one in node.names}
+        found[name] = (asked & modules.keys()) - {name}
+    return found
+
+
+def test_serving_has_no_cycle_of_imports_and_few_layers() -> None:
+    imports = imports_within_serving()
+    assert "serving.transport.frames" in imports["serving.transport.frame_reader"]
+    assert list(TopologicalSorter(imports).static_order()), "raises CycleError, which names the cycle"
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    [layers] = [one["layers"] for one in contracts if one["name"] == "serving is built in layers"]
+    assert len(layers) <= MAX_LAYERS
+
+
+@pytest.mark.parametrize("room", REQUEST_PATH)
+def test_the_path_of_a_request_is_typed_but_where_grpc_is_not(room: str) -> None:
+    untyped = set()
+    for path in (ROOT / "serving" / room).rglob("*.py"):
+        if any(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(ast.parse(path.read_text()))):
+            untyped.add(path.relative_to(ROOT).as_posix())
+    assert untyped <= UNTYPED

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,7 +22,9 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.files.images import limit_metadata
 from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
-from tests.conftest import DATA, Digits, Running
+from serving.services.capsnet import _Message
+from serving.services.per_model import PerModel
+from tests.conftest import DATA, Digits, Running, settings
 
 SEVEN = (DATA / "seven.png").read_bytes()
 DIGIT = pb.Image(encoded=SEVEN)
@@ -291,12 +294,23 @@ def test_reflection_lists_the_services_and_their_messages(running: Running) -> N
     assert file.file_descriptor_response.file_descriptor_proto
 
 
+def test_images_are_not_looked_at_where_they_are_too_many() -> None:
+    class Images(list[pb.Image]):
+        def __iter__(self) -> Any:
+            raise AssertionError("looked at")
+
+    request: Any = SimpleNamespace(model_name="", model_version="", images=Images([pb.Image()] * 3))
+    codecs: Any = PerModel(lambda model: None)
+    query = _Message(request, settings(max_images_per_request=2), codecs)
+    assert (query.size, query.slow) == (3, False)
+
+
 def test_a_watch_keeps_no_more_of_a_client_than_a_name(running_on_each: Running) -> None:
     stub: Any = health_pb2_grpc.HealthStub(running_on_each.channel)
     named = health_pb2.HealthCheckRequest(service="a" * 5000)
-    for ask in (lambda: stub.Check(named, timeout=10), lambda: next(stub.Watch(named, timeout=10))):
+    for ask in (stub.Check, stub.Watch):
         with pytest.raises(grpc.RpcError) as caught:
-            ask()  # type: ignore[no-untyped-call]
+            next(iter(ask(named, timeout=10)))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert caught.value.details() == "request: 5003 bytes; the limit is 4096 bytes"
 

@@ -62,6 +62,19 @@ def test_a_bad_file_is_reported_and_the_others_are_answered_in_order(
     ]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "cp1252"])
+def test_a_name_that_the_output_cannot_show_is_escaped_and_the_others_are_answered(
+    running: Running, tmp_path: Path, encoding: str
+) -> None:
+    names = [os.fsencode(tmp_path) + name for name in (b"/one.png", b"/caf\xe9.png", "/数字.png".encode(), b"/two.png")]
+    for name in names:
+        Path(os.fsdecode(name)).write_bytes(Path(SEVEN).read_bytes())
+    command = [sys.executable, "-m", "serving.client", "--address", running.address, *map(os.fsdecode, names)]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, timeout=60, check=False)
+    assert (result.returncode, result.stdout.count(b".png: 7")) == (0, 4), result.stderr
+
+
 @pytest.mark.parametrize("limit", ["0", "-3", "many"])
 def test_a_limit_that_is_no_number_of_images_is_refused(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

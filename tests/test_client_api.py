@@ -165,6 +165,37 @@ def test_a_file_is_scaled_on_request(client: CapsNetClient, tmp_path: Path) -> N
     assert _labels(client.classify_stream([large.read_bytes()], resize=True)) == "7"
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "1", "I;16"])
+def test_an_image_that_pillow_has_opened_is_read_as_its_file(
+    client: CapsNetClient, stream: Stream, mode: str, tmp_path: Path
+) -> None:
+    with Image.open(SEVEN) as image:
+        grey = image.convert("L")
+    converted = grey.convert("RGB").quantize(16) if mode == "P" else grey.convert(mode)
+    converted.save(tmp_path / "same.png")
+    with Image.open(tmp_path / "same.png") as opened:
+        outcomes = [client.classify(tmp_path / "same.png")[0], client.classify(opened)[0], *stream([opened])]
+        larger = opened.resize((56, 56))
+    results = [outcome for outcome in outcomes if isinstance(outcome, Classification)]
+    assert [result.label for result in results] == [results[0].label] * 3
+    assert np.allclose([result.probabilities for result in results], results[0].probabilities, atol=1e-5)
+    assert client.classify(larger, resize=True)[0].label == results[0].label
+    with pytest.raises(InvalidImage, match="an image of 56 x 56 pixels; capsnet-mnist takes 28 x 28"):
+        client.classify(larger)
+
+
+@pytest.mark.parametrize("seconds", [1e9, 1e10, 1e300, float("inf")])
+def test_a_timeout_of_ages_is_none(running: Running, seconds: float) -> None:
+    with CapsNetClient(running.address, timeout=seconds) as client:
+        assert client.classify(SEVEN)[0].label == "7"
+
+
+def test_a_path_that_no_file_can_have_is_an_image_that_is_wrong(client: CapsNetClient, stream: Stream) -> None:
+    with pytest.raises(InvalidImage, match=r"images\[0\]: 'a\\x00.png': embedded null"):
+        client.classify("a\0.png")
+    assert _labels(stream([SEVEN, "a\0.png", SEVEN], errors="yield")) == "7-7"
+
+
 def test_a_stream_keeps_the_order_and_gives_errors_in_place(stream: Stream, digits: Digits) -> None:
     items = [image if number % 9 else b"junk" for number, image in enumerate(digits.images[:300])]
     outcomes = stream(iter(items), errors="yield", window=100)

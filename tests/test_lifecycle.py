@@ -266,6 +266,22 @@ def test_ctrl_c_while_the_server_starts_prints_one_line(library: str) -> None:
         assert [line for line in text.splitlines() if "stopped before" in line] == text.splitlines()
 
 
+def test_a_look_at_the_models_that_is_asked_for_too_early_does_not_end_the_server() -> None:
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    loaded, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+    while "uvloop" not in loaded.read_text():  # it is the first to be imported
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr
+    lines = iter(process.stderr.readline, "")
+    assert any("gRPC on" in line for line in lines)
+    process.terminate()
+    assert process.wait(60) == 0
+    process.communicate()
+
+
 def _mind_interrupts() -> None:
     """Restore the default of SIGINT: a process in the background of a shell starts with it ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,6 +4,7 @@ It takes PNG and JPEG files of the model's size, and IDX files of images (MNIST'
 """
 
 import argparse
+import io
 import json
 import sys
 from collections import deque
@@ -193,7 +194,10 @@ def _classify(client: CapsNetClient, options: argparse.Namespace, progress: "tqd
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Classify the files and return the exit code: 0, 1 if an image was not classified, 130 after an interrupt."""
+    """Returns 0, or 1 if an image was not classified, or 130 after an interrupt."""
+    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack characters of a file's name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     # Results that go to the same terminal show the progress already.
     shown = sys.stderr.isatty() and not sys.stdout.isatty()

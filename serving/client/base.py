@@ -18,6 +18,8 @@ DEFAULT_WINDOW_IMAGES = 256
 # An array of the wrong shape makes the client fetch the model again, unless it was fetched within this time.
 _MODEL_FRESH_SECONDS = 1.0
 
+_MAX_SECONDS = 1e9  # thirty years; gRPC takes a timeout that is much longer for none at all that is left
+
 Errors = Literal["raise", "yield"]
 
 
@@ -30,7 +32,7 @@ class Deadline:
     def __init__(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
             raise ValueError(f"timeout: {seconds}; expected seconds above 0, or None")
-        self.seconds = seconds
+        self.seconds = seconds = None if seconds is not None and seconds > _MAX_SECONDS else seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def left(self) -> float | None:

@@ -17,11 +17,12 @@ from serving.client.results import Model
 from serving.files.idx import GZIP_MAGIC, is_idx, read_idx
 from serving.files.images import to_pixels
 
-#: An array of uint8, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), or a PNG, JPEG or IDX file, by path or as bytes.
-Item = NDArray[Any] | bytes | str | os.PathLike[str]
+#: One array of uint8, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), or a PNG, JPEG or IDX file, by path or as bytes;
+#: or an image that Pillow has opened, which is read as its file would be.
+Item = NDArray[Any] | bytes | str | os.PathLike[str] | Image.Image
 Images = Item | Iterable[Item]
-#: An array, the bytes of a PNG or JPEG file, or an image that is ready to be sent.
-Content = NDArray[Any] | bytes | pb.Image
+#: An array, the bytes of a PNG or JPEG file, an image that Pillow has opened, or one that is ready to be sent.
+Content = NDArray[Any] | bytes | pb.Image | Image.Image
 
 _EXPECTED_ITEM = "an array, or the path or bytes of a PNG, JPEG or IDX file"
 
@@ -55,9 +56,11 @@ def read(item: Item | pb.Image) -> Content:
             raise ItemError(f"{os.fspath(item)}: {error.strerror}") from error
         except ItemError as error:
             raise ItemError(f"{os.fspath(item)}: {error}") from error.__cause__
+        except ValueError as error:  # a path with a null character
+            raise ItemError(f"{os.fspath(item)!r}: {error}") from error
     if isinstance(item, bytes | bytearray | memoryview):
         return parse(bytes(item))
-    if isinstance(item, pb.Image):
+    if isinstance(item, pb.Image | Image.Image):
         return item
     if _is_array(item):
         return np.asarray(item)
@@ -84,6 +87,8 @@ def messages(content: Content, model: Model, resize: bool) -> Iterator[pb.Image]
     """
     if isinstance(content, pb.Image):
         return iter((content,))
+    if isinstance(content, Image.Image):
+        return _pixels(_opened(content, model, resize)[np.newaxis])
     if not isinstance(content, bytes):
         return _pixels(_stacked(content, model))
     if resize:
@@ -166,6 +171,19 @@ def _stacked(array: NDArray[Any], model: Model) -> NDArray[np.uint8]:
         f"an array of shape {array.shape}; {model.name} takes {one} for one image and "
         f"{several}(n, {channels}, {height}, {width}) for several{hint}"
     )
+
+
+def _opened(image: Image.Image, model: Model, resize: bool) -> NDArray[np.uint8]:
+    """Return an image that Pillow has opened as its file would be read, (C, H, W). Raises ItemError."""
+    channels, height, width = model.image_shape
+    try:
+        pixels = to_pixels(image, channels, (width, height) if resize else None)
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        raise ItemError("not an image, or a damaged one") from error
+    if pixels.shape != model.image_shape:
+        size = f"{pixels.shape[2]} x {pixels.shape[1]}"
+        raise ShapeError(f"an image of {size} pixels; {model.name} takes {width} x {height} (resize=True scales it)")
+    return pixels
 
 
 def _scaled(data: bytes, model: Model) -> NDArray[np.uint8]:

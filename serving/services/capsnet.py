@@ -133,7 +133,8 @@ class _Message(_ClassifyQuery):
         self.model_name = request.model_name
         self.model_version = request.model_version
         self.size = len(request.images)
-        self.slow = any(image.encoded for image in request.images)
+        # Not looked at where they are too many, which they may be by the million in a small message.
+        self.slow = self.size <= settings.max_images_per_request and any(image.encoded for image in request.images)
         self._request = request
         self._max_images = settings.max_images_per_request
         self._codecs = codecs

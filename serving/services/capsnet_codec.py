@@ -7,7 +7,6 @@ is written here, and omitted there.
 
 import math
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
@@ -90,23 +89,26 @@ class AnswerWriter:
                 between = tag(3, BYTES) + varint(numbers)
                 prefix = tag(3, BYTES) + varint(len(head) + 4 + len(between) + numbers) + head
                 template += prefix + bytes(4) + between + bytes(numbers)
-            layout: Any = {
-                "names": ["probability", "pose"],
-                "formats": ["<f4", f"({artifact.pose_size},)<f4"],
-                "offsets": [len(prefix), len(prefix) + 4 + len(between)],
-                "itemsize": (len(template) - begin) // len(classes),
-            }
-            runs.append((slice(classes[0], classes[-1] + 1), begin, np.dtype(layout)))
+            layout = np.dtype(
+                {
+                    "names": ["probability", "pose"],
+                    "formats": ["<f4", f"({artifact.pose_size},)<f4"],
+                    "offsets": [len(prefix), len(prefix) + 4 + len(between)],
+                    "itemsize": (len(template) - begin) // len(classes),
+                }
+            )
+            runs.append((slice(classes[0], classes[-1] + 1), begin, layout))
         self._template = bytes(template)
         self._classes = [classes for classes, _, _ in runs]
-        layout_of_all: Any = {
-            "names": [str(number) for number in range(len(runs))],
-            "formats": [(capsule, (classes.stop - classes.start,)) for classes, _, capsule in runs],
-            "offsets": [begin for _, begin, _ in runs],
-            "itemsize": len(template),
-        }
-        self._layout = np.dtype(layout_of_all)
-        # The bytes before the capsules, by winner.
+        self._layout = np.dtype(
+            {
+                "names": [str(number) for number in range(len(runs))],
+                "formats": [(capsule, (classes.stop - classes.start,)) for classes, _, capsule in runs],
+                "offsets": [begin for _, begin, _ in runs],
+                "itemsize": len(template),
+            }
+        )
+        # By winner, the bytes before the capsules.
         self._heads = []
         for index, label in enumerate(artifact.labels):
             head = delimited(1, label.encode())

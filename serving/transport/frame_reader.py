@@ -33,6 +33,11 @@ _LARGE_PAYLOAD_BYTES = 4096  # from which on a view is cheaper than a copy
 _LARGE_READ_BYTES = 2**15
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
 
+# Looked up often; a module's look-up is slow, and an enumeration's too.
+_unpack_head = frames.HEAD.unpack_from
+_DATA, _HEADERS, _MAX_FRAME_BYTES, _MAX_STREAM = frames.DATA, frames.HEADERS, frames.MAX_FRAME_BYTES, frames.MAX_STREAM
+_PREFACE, _SETTINGS, _OPEN, *_ = ConnectionState
+
 
 class NotHttp2(Exception):
     """The client speaks another protocol. answer: the bytes to send before closing if it speaks HTTP/1, else empty."""
@@ -167,7 +172,7 @@ class FrameReader:
 
     def _rst_stream(self, stream: int, payload: bytes) -> None:
         frames.read_number(payload, "RST_STREAM")
-        self._check_opened(stream)
+        self.streams.check_opened(stream)
         self._reception.came_in_full(stream)
         if call := self.streams.calls.get(stream):
             call.abandon()
@@ -188,7 +193,7 @@ class FrameReader:
             self._reception.came_in_full(stream)
         call = self.streams.calls.get(stream)
         if call is None:
-            self._check_opened(stream)
+            self.streams.check_opened(stream)
             if size < _MIN_DATA_BYTES and not end:
                 self.streams.count_idle()
             return
@@ -273,12 +278,14 @@ class FrameReader:
         if not stream:
             self.streams.widen(more)
             return
-        self._check_opened(stream)
+        self.streams.check_opened(stream)
         if call := self.streams.calls.get(stream):
             self.streams.widen_call(call, more)
 
-    def _check_opened(self, stream: int) -> None:
-        """Raise ConnectionFault for a stream that the client never opened. A closed stream is no fault."""
-        streams = self.streams
-        if not stream % 2 or (stream > streams.last_stream and streams.state is not ConnectionState.GOING_AWAY):
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
+
+def _missing(rest: bytes) -> int:
+    """Return how many bytes the frame lacks that has begun; 0 where its head does not tell yet."""
+    if len(rest) < _HEAD_BYTES:
+        return 0
+    high, low, *_ = frames.HEAD.unpack_from(rest)
+    return _HEAD_BYTES + (int(high) << 8 | int(low)) - len(rest)

@@ -189,6 +189,11 @@ class Streams:
         else:
             self._blocked.pop(call.stream, None)
 
+    def check_opened(self, stream: int) -> None:
+        """Raise ConnectionFault for a stream that the client never opened; one that is over is no fault."""
+        if not stream % 2 or (stream > self.last_stream and self.state is not ConnectionState.GOING_AWAY):
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
+
     def widen(self, more: int) -> None:
         """Widen the connection's window by ``more`` bytes. Raises ConnectionFault."""
         if self.peer.widen(more):
