@@ -99,7 +99,6 @@ CONVERSIONS: Mapping[str, Convert] = {
     OURS_FP16: lambda model, images, folder: to_fp16(model),
     "fp16, onnxconverter-common": by_converter(),
     "fp16, onnxconverter-common, cast in fp32": by_converter("Cast"),
-    "fp16, onnxconverter-common, cast and squash in fp32": by_converter("Cast", "ReduceL2", "Pow", "Softmax"),
 }
 
 
