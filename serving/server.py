@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 # The transport refuses messages of more than this many times max_request_bytes. Those between are refused by a service,
 # whose answer keeps its place in a stream.
 _TRANSPORT_LIMIT = 2
-_GARBAGE_THRESHOLD = 20_000  # objects more than there were
+# Objects more than there were, at which garbage is collected: seldom, since requests that wait leave no cycles behind.
+_GARBAGE_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5
 _PORT_REASONS = {
@@ -90,7 +91,7 @@ class Server:
             started.push_async_callback(self._close_models)
             await self._open_ports(started)
             await self.repository.open()
-            _set_garbage_apart()
+            gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
             await self._take_requests(started)
             self._started = started.pop_all()
 
@@ -245,15 +246,6 @@ class Server:
     def _host(self) -> str:
         """The host without the brackets that an IPv6 address may come in."""
         return self.settings.host.strip("[]")
-
-
-def _set_garbage_apart() -> None:
-    """Keep the garbage collector from holding up requests."""
-    # What is there now stays: collecting garbage need not look through it again.
-    gc.collect()
-    gc.freeze()
-    # Nor, again and again, through requests that wait, since they leave no cycles behind.
-    gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
 
 
 def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
