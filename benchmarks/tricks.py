@@ -6,7 +6,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Subject:
     def warm(self, loads: Sequence[str]) -> None:
         """Put a little of each load on the server."""
         for load in loads:
-            self.measure(load, Size(_WARM_CALLS, 0.2, _WARM_CALLS / 0.2) if load != OVERLOAD else Size(100, 0.2, 500))
+            calls = 0 if load == OVERLOAD else _WARM_CALLS // CASES[load].images
+            self.measure(load, Size(calls, 0.2, 500.0))
 
     def check(self) -> None:
         """Raise LoadError unless as many calls were answered OK as should have been."""
@@ -123,8 +124,10 @@ class Subject:
     def _cpu(self) -> tuple[float, float]:
         """CPU time of the server, and of the thread that it began with, which is the event loop's, in seconds."""
         process = self._served.process.pid
-        tasks = Path(f"/proc/{process}/task")
-        used = {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks.iterdir()}
+        used = {}
+        for task in Path(f"/proc/{process}/task").iterdir():
+            with suppress(OSError):  # of a thread that ends now
+                used[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
         return sum(used.values()), used[str(process)]
 
 
@@ -137,14 +140,17 @@ class Size:
     rate: float
 
 
-def sizes(subject: Subject, seconds: float) -> dict[str, Size]:
+def sizes(subject: Subject, loads: Sequence[str], seconds: float) -> dict[str, Size]:
     """Return the sizes of samples of about so many seconds, by what the server takes now."""
     found = {}
     for load in CASES:
-        figures = statistics.median(subject.measure(load, Size(_WARM_CALLS, 0.3, 0.0)).per_second for _ in range(3))
-        found[load] = Size(round(seconds * figures), seconds, 0.0)
-    capacity = found[MANY].calls / seconds
-    found[OVERLOAD] = Size(0, _OVERLOAD_SAMPLES * seconds, _TIMES * capacity)
+        if load in loads or (load == MANY and OVERLOAD in loads):
+            calls = _WARM_CALLS // CASES[load].images
+            per_second = [subject.measure(load, Size(calls, 0.3, 0.0)).per_second for _ in range(3)]
+            found[load] = Size(round(seconds * statistics.median(per_second)), seconds, 0.0)
+    if OVERLOAD in loads:
+        capacity = found[MANY].calls / seconds
+        found[OVERLOAD] = Size(0, _OVERLOAD_SAMPLES * seconds, _TIMES * capacity)
     return found
 
 
@@ -198,8 +204,8 @@ def measure(models: Path, bodies: Mapping[Case, Path], folder: Path, options: ar
 
     nothing = next(iter(TRICKS))
     with started(nothing) as kept:
-        kept.warm(LOADS)
-        size = sizes(kept, options.seconds)
+        kept.warm(options.loads)
+        size = sizes(kept, options.loads, options.seconds)
         tricks = [",".join(options.tricks)] if options.together else options.tricks
         for trick in tqdm(tricks, leave=False):
             several = [TRICKS[name] for name in trick.split(",")]

@@ -168,7 +168,6 @@ TRICKS = {
     "frames of an answer joined": Trick(partial(_replace, call, only_answer=lambda *_: None)),
     "one write a turn": Trick(_write_at_once, _in_both),
     "batches joined with the lock": Trick(partial(_replace, batch, _MAX_JOINED_WITH_LOCK_BYTES=-1)),
-    "garbage apart": Trick(partial(_replace, gc, freeze=lambda: None)),
     "garbage seldom": Trick(partial(_replace, server, _GARBAGE_THRESHOLD=gc.get_threshold()[0])),
     "switch interval": Trick(partial(_replace, program, _SWITCH_SECONDS=sys.getswitchinterval())),
     "thread priority": Trick(partial(_replace, slots, _ADDED_NICENESS=0)),

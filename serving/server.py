@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 # The transport refuses messages above this multiple of max_request_bytes. A service refuses smaller ones, so that the
 # error keeps its place in a stream.
 _TRANSPORT_LIMIT = 2
-_GARBAGE_THRESHOLD = 20_000  # new objects before a collection
+# Objects more than there were, at which garbage is collected: seldom, since requests that wait leave no cycles behind.
+_GARBAGE_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5
 _PORT_REASONS = {
@@ -90,7 +91,7 @@ class Server:
             started.push_async_callback(self._close_models)
             await self._open_ports(started)
             await self.repository.open()
-            _set_garbage_apart()
+            gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
             await self._take_requests(started)
             self._started = started.pop_all()
 
@@ -249,15 +250,6 @@ class Server:
     def _host(self) -> str:
         """Return the host without the brackets of an IPv6 address."""
         return self.settings.host.strip("[]")
-
-
-def _set_garbage_apart() -> None:
-    """Keep the garbage collector from delaying requests."""
-    # The present objects stay, so the collector need not scan them again.
-    gc.collect()
-    gc.freeze()
-    # Nor, again and again, through requests that wait, since they leave no cycles behind.
-    gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
 
 
 def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
