@@ -149,7 +149,7 @@ def _write_at_once() -> None:
     _replace(connection.Connection, send=send, send_all=send_all)
 
 
-_in_both = (*_USUAL, STREAMS)
+_STREAMED_TOO = (*_USUAL, STREAMS)
 #: Tricks by name; the first, which is none, shows the noise.
 TRICKS = {
     "nothing": Trick(lambda: None, LOADS),
@@ -157,7 +157,7 @@ TRICKS = {
     "refusals kept": Trick(_no_refusals_kept, _REFUSED),
     "callbacks instead of tasks": Trick(_a_task_for_each_call),
     "headers remembered": Trick(partial(_replace, headers, _MAX_KNOWN_BYTES=-1)),
-    "own counters": Trick(partial(_replace, registry, Count=_Count, Observations=_Observations), _in_both),
+    "own counters": Trick(partial(_replace, registry, Count=_Count, Observations=_Observations), _STREAMED_TOO),
     "pixels without protobuf": Trick(
         partial(_replace, capsnet_codec.PixelReader, read=lambda *_: None, read_of_stream=lambda *_: None),
         (FEW, MANY, LARGE, STREAMS),
@@ -166,12 +166,12 @@ TRICKS = {
         partial(_replace, capsnet_codec, AnswerWriter=_ProtobufWriter), (FEW, MANY, LARGE, STREAMS)
     ),
     "frames of an answer joined": Trick(partial(_replace, call, only_answer=lambda *_: None)),
-    "one write a turn": Trick(_write_at_once, _in_both),
+    "one write a turn": Trick(_write_at_once, _STREAMED_TOO),
     "batches joined with the lock": Trick(partial(_replace, batch, _MAX_JOINED_WITH_LOCK_BYTES=-1)),
     "garbage seldom": Trick(partial(_replace, server, _GARBAGE_THRESHOLD=gc.get_threshold()[0])),
     "switch interval": Trick(partial(_replace, program, _SWITCH_SECONDS=sys.getswitchinterval())),
     "thread priority": Trick(partial(_replace, slots, _ADDED_NICENESS=0)),
-    "uvloop": Trick(partial(_replace, uvloop, new_event_loop=asyncio.new_event_loop), (*_in_both, LARGE)),
+    "uvloop": Trick(partial(_replace, uvloop, new_event_loop=asyncio.new_event_loop), (*_STREAMED_TOO, LARGE)),
 }
 
 
