@@ -1,24 +1,24 @@
 FROM python:3.12-slim-bookworm AS builder
 
-# cpu brings ONNX Runtime for the CPU, gpu the one for CUDA together with CUDA's own libraries.
+# cpu installs ONNX Runtime for the CPU. gpu installs ONNX Runtime for CUDA, with CUDA's libraries.
 ARG EXTRA=cpu
 
 WORKDIR /build
 
-# The environment gets no pip of its own: the builder's installs into it.
+# The environment has no pip: the builder's pip installs into it.
 RUN python -m venv --without-pip /opt/venv
 
-# Each dependency in the version and with the digests that `make requirements` wrote down; apart from the code, so that
-# a change of that does not download them again.
+# Each dependency has the version and digests that `make requirements` wrote. This layer comes before the code, so that a
+# change of the code does not download the dependencies again.
 COPY deploy/requirements/ requirements/
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: \
         --requirement "requirements/$EXTRA.txt" \
     && find /opt/venv -type d -name tests -prune -exec rm -r {} +
 
-# What nothing here loads, and debug symbols. ONNX Runtime is inside its Python module; the same once more as a C
-# library is for other programs, and its tools are for making models. Images come as PNG or JPEG, so Pillow needs no
-# other format, no fonts and no colour profiles. Of Google's common protos, google.rpc is in use. The imports show that
-# it is still so. Any version of binutils will do, and the folder's name holds Python's version.
+# Remove debug symbols and files that the server never loads. ONNX Runtime's Python module contains the library; the
+# separate C library is for other programs, and the tools are for making models. Images come as PNG or JPEG, so Pillow
+# needs no other format, no fonts and no colour profiles. Of Google's common protos only google.rpc is used. The imports
+# at the end check that nothing needed is gone. Any version of binutils works; the folder's name has Python's version.
 # hadolint ignore=DL3003,DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends binutils \
@@ -38,13 +38,13 @@ RUN apt-get update \
 from opentelemetry.exporter.otlp.proto.grpc import trace_exporter; from PIL import JpegImagePlugin, PngImagePlugin"
 
 COPY . .
-# The models of the package move to where a volume can be mounted over them, which then begins with what is there.
+# Move the package's models to a folder for a volume. A new volume starts with the folder's content.
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps . \
     && pip --python /opt/venv/bin/python check \
     && mv /opt/venv/lib/python3*/site-packages/serving/models /models
 
 
-# Trains and exports, into the same folder of models; with PyTorch it is many times as large as the server.
+# Trains and exports into the same folder of models. With PyTorch it is many times as large as the server's image.
 FROM builder AS training
 
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: \
@@ -69,7 +69,7 @@ CMD ["training", "--help"]
 
 FROM builder AS trimmed
 
-# What needs a framework that the server does not have.
+# Remove the packages that need a framework which the server lacks.
 RUN rm -r /opt/venv/lib/python3*/site-packages/training /opt/venv/lib/python3*/site-packages/export
 
 
@@ -78,14 +78,14 @@ FROM python:3.12-slim-bookworm AS serving
 COPY --from=trimmed /opt/venv /opt/venv
 COPY --from=builder --chown=10001:10001 /models /models
 
-# Whoever listens on 127.0.0.1 in a container is reached by nobody.
+# In a container, a server that listens on 127.0.0.1 cannot be reached from outside.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     ORT_DISABLE_TELEMETRY=1 \
     CAPSNET_HOST=0.0.0.0 \
     CAPSNET_MODELS=/models
 
-# A number, for orchestrators that must tell a non-root image without reading its /etc/passwd.
+# A number, so that orchestrators can see a non-root user without reading /etc/passwd.
 USER 10001:10001
 
 EXPOSE 8001 8002

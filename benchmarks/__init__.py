@@ -1,1 +1,1 @@
-"""Measurements of the project, each a command to be repeated on one's own machine."""
+"""Measurements of the project. Each is a command that a reader can repeat on another machine."""

@@ -19,8 +19,8 @@ COLUMNS = (
     "dataset", "parameters", "seed", "epochs", "selected_epoch", "held_out_errors", "held_out_images",
     "test_errors", "test_images", "seconds", "device", "torch", "commit", "command",
 )  # fmt: skip
-# What a row leaves out of its command: where files lie changes no result, and the seed has a column.
-ASIDE = ("--seed", "--out", "--data-dir")
+# Flags that a row leaves out of its command: folders change no result, and the seed has its own column.
+_OMITTED_FLAGS = ("--seed", "--out", "--data-dir")
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -28,9 +28,9 @@ Row = dict[str, str]
 
 
 def row(path: Path) -> Row:
-    """The figures of a finished run, of its folder or its checkpoint; all texts.
+    """Return the figures of a finished run, as texts. path: its folder or its checkpoint.
 
-    ``parameters`` counts what is served, without the decoder. Raises CheckpointError.
+    ``parameters`` counts the served network, without the decoder. Raises CheckpointError.
     """
     trained = checkpoint.load(checkpoint_path(path))
     figures, recipe = trained.figures, trained.recipe
@@ -42,22 +42,22 @@ def row(path: Path) -> Row:
 
 
 def plain(command: str) -> str:
-    """A command without its flags for seed and folders."""
+    """Return a command without its flags for seed and folders."""
     words = shlex.split(command)
     kept: list[str] = []
     skip = False
     for word in words:
         if skip:
             skip = False
-        elif word in ASIDE:
+        elif word in _OMITTED_FLAGS:
             skip = True
-        elif word != "--resume" and word.partition("=")[0] not in ASIDE:
+        elif word != "--resume" and word.partition("=")[0] not in _OMITTED_FLAGS:
             kept.append(word)
     return shlex.join(kept)
 
 
 def read(path: Path = RESULTS) -> list[Row]:
-    """The rows of a results file, none where it is missing."""
+    """Return the rows of a results file, or none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="") as lines:
@@ -65,7 +65,7 @@ def read(path: Path = RESULTS) -> list[Row]:
 
 
 def add(rows: Iterable[Row], path: Path = RESULTS) -> None:
-    """Write rows to a results file beside those it has, in place of those of the same command and seed."""
+    """Add rows to a results file. A new row replaces the row with the same command and seed."""
     by_run = {(one["command"], one["seed"]): one for one in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.export``: the exported graphs beside PyTorch and others, images a second, in one run."""
+"""``python -m benchmarks.export``: images a second of the exported graphs, of PyTorch and of OpenVINO, in one run."""
 
 import argparse
 import csv
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from tqdm import tqdm
 
+from export.folding import folded
 from export.to_int8 import to_int8
 from export.to_onnx import to_onnx
 from serving.runtime import CPU, onnxruntime
@@ -31,16 +32,17 @@ from training.provenance import processor, provenance
 RESULTS = Path(__file__).parent / "results"
 Images = NDArray[np.uint8]
 Predict = Callable[[Images], NDArray[np.float32]]
-#: The variant that the others are told in terms of.
-FIRST = "onnx fp32"
+#: The variant that the others are compared with.
+REFERENCE = "onnx fp32"
 CONVOLUTIONS = "convolutions alone"
-TOLERANCE = {"onnx int8": 0.2}  # of a component of a pose; of the others:
-_TOLERANCE = 1e-4
+# Greatest allowed difference of a component of a pose.
+VARIANT_TOLERANCES = {"onnx int8": 0.2}
+_DEFAULT_TOLERANCE = 1e-4
 _SAMPLE_SECONDS = 0.05
 
 
 class EinsumNetwork(nn.Module):
-    """The same weights in a plain export: votes by einsum, logits updated in each iteration, all iterations alike."""
+    """The same weights in a straightforward form: votes by einsum, and the same code in each iteration."""
 
     def __init__(self, network: CapsNet) -> None:
         super().__init__()
@@ -60,20 +62,21 @@ class EinsumNetwork(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """The layers before routing and squash, as ``poses``, to tell how much of the time the rest takes."""
+    """The layers before squash and routing, to show the share of time that these two take."""
 
     def __init__(self, network: CapsNet) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        features = torch.relu(self.network.conv1(to_pixels(images)))
+        pixels = to_pixels(images)
+        features = self.network.stem(pixels) if self.network.config.stem else torch.relu(self.network.conv1(pixels))
         maps: Tensor = self.network.primary(features)
         return maps
 
 
 class ServedInPyTorch(nn.Module):
-    """Images to poses, as the exported graphs."""
+    """The network from uint8 images to poses, like the exported graphs."""
 
     def __init__(self, network: CapsNet) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class ServedInPyTorch(nn.Module):
 
 
 def session(file: Path, threads: int) -> Predict:
-    """An ONNX Runtime session on the CPU, as the server makes it."""
+    """Return an ONNX Runtime session on the CPU with the server's options, as a function."""
     ort = onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -109,7 +112,7 @@ def in_pytorch(module: Callable[[Tensor], Tensor]) -> Predict:
 
 
 def in_openvino(file: Path, threads: int) -> Predict | None:
-    """Compile the graph with OpenVINO; None where that is not installed."""
+    """Compile the graph with OpenVINO. Return None if OpenVINO is not installed."""
     if importlib.util.find_spec("openvino") is None:
         return None
     openvino = importlib.import_module("openvino")
@@ -124,7 +127,7 @@ def in_openvino(file: Path, threads: int) -> Predict | None:
 
 
 def export_plainly(module: nn.Module, outputs: list[str], config: CapsNetConfig, file: Path) -> None:
-    """A module that takes images as an ONNX file, by PyTorch's exporter alone."""
+    """Export a module that takes images with PyTorch's exporter alone, and write it to an ONNX file."""
     example = torch.zeros((2, *config.image_shape), dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
@@ -137,7 +140,7 @@ def export_plainly(module: nn.Module, outputs: list[str], config: CapsNetConfig,
 
 
 def variants(network: CapsNet, folder: Path, threads: int, compile_: bool) -> dict[str, Predict | str]:
-    """Make what is compared, by name; a text in the place of what cannot be run here says why."""
+    """Return the variants by name. For a variant that cannot run here, a text says why."""
     torch.set_num_threads(threads)
     model = to_onnx(network)
     config = network.config
@@ -147,10 +150,10 @@ def variants(network: CapsNet, folder: Path, threads: int, compile_: bool) -> di
     onnx.save_model(model, folder / "fp32.onnx")
     onnx.save_model(to_int8(model, images), folder / "int8.onnx")
     export_plainly(EinsumNetwork(network), ["probabilities", "poses"], config, folder / "einsum.onnx")
-    export_plainly(Convolutions(network), ["poses"], config, folder / "convolutions.onnx")
+    export_plainly(Convolutions(folded(network)), ["poses"], config, folder / "convolutions.onnx")
     module = ServedInPyTorch(network).eval()
     result: dict[str, Predict | str] = {
-        FIRST: session(folder / "fp32.onnx", threads),
+        REFERENCE: session(folder / "fp32.onnx", threads),
         "onnx int8": session(folder / "int8.onnx", threads),
         "onnx einsum": session(folder / "einsum.onnx", threads),
         CONVOLUTIONS: session(folder / "convolutions.onnx", threads),
@@ -169,7 +172,7 @@ def variants(network: CapsNet, folder: Path, threads: int, compile_: bool) -> di
 
 
 def measure(predict: dict[str, Predict], images: Images, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each, a sample a round, all in turns."""
+    """Return the seconds a call of each variant takes, one sample in each round, all variants in turns."""
     samples: dict[str, list[float]] = {name: [] for name in predict}
     for call in predict.values():
         call(images)
@@ -211,23 +214,23 @@ def main(arguments: list[str] | None = None) -> int:
                 for name, one in known.items():
                     if isinstance(one, str):
                         print(f"{name}: not run, {one}", file=sys.stderr)
-                print(f"\n{config}, {threads} thread{'s' if threads > 1 else ''}: images a second, and x {FIRST}")
+                print(f"\n{config}, {threads} thread{'s' if threads > 1 else ''}: images a second, and x {REFERENCE}")
                 print(f"{'batch':>7}" + "".join(f"{name:>22}" for name in usable))
                 for batch in tqdm(options.batches, f"{config}, {threads}", unit="batch", leave=False):
                     shape = (batch, 1, network.config.image_size, network.config.image_size)
                     images = generator.integers(0, 256, shape, dtype=np.uint8)
-                    expected = usable[FIRST](images)
+                    expected = usable[REFERENCE](images)
                     for name, call in usable.items():
                         if name == CONVOLUTIONS:
                             continue
                         difference = float(np.abs(call(images) - expected).max())
-                        if not difference <= TOLERANCE.get(name, _TOLERANCE):
+                        if not difference <= VARIANT_TOLERANCES.get(name, _DEFAULT_TOLERANCE):
                             print(f"{name}: poses differ by {difference:.2g}", file=sys.stderr)
                             return 1
                     samples = measure(usable, images, options.rounds)
                     cells = []
                     for name, seconds in samples.items():
-                        ratios = [one / other for one, other in zip(samples[FIRST], seconds, strict=True)]
+                        ratios = [one / other for one, other in zip(samples[REFERENCE], seconds, strict=True)]
                         speed, ratio = batch / statistics.median(seconds), statistics.median(ratios)
                         cells.append(f"{speed:>12,.0f} ({ratio:>5.2f} x)")
                         figures = {"images_per_second": f"{speed:.5g}", "speed_of_onnx_fp32": f"{ratio:.4g}"}

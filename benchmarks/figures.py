@@ -1,4 +1,4 @@
-"""What the benchmarks write down: their figures, and what they were measured with."""
+"""The CSV files of the benchmarks: their figures, with the machine and versions they were measured on."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from training.provenance import commit, processor
 
 
 def origin() -> dict[str, Any]:
-    """The machine, the versions of what was measured, and the commit, by their columns."""
+    """Return the machine, the versions of what is measured, and the commit, by column."""
     return {
         "device": processor(),
         "cores": usable_cores(),
@@ -23,7 +23,7 @@ def origin() -> dict[str, Any]:
 
 
 def write(file: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> None:
-    """A CSV file with a line for each row. columns: those of the first row where they are not given."""
+    """Write a CSV file with a line for each row. columns: by default those of the first row."""
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(columns) or list(rows[0]), restval="", lineterminator="\n")
         writer.writeheader()

@@ -1,8 +1,8 @@
 """Load for a gRPC server: ``h2load`` for unary calls, our own client for streams and for the status of single calls.
 
-The server shares the cores with what loads it, and gRPC's own Python client takes about as much CPU time for a call as
-the server does. So the bytes of a request are made once, and answers are read no further than to their status.
-``python -m benchmarks.load`` is that client in a process of its own; it prints what it measured as JSON.
+The server shares the cores with the client, and grpcio's client takes about as much CPU time for a call as the server.
+So our client makes the bytes of a request once, and reads only the status of an answer. ``python -m benchmarks.load``
+runs it in a process of its own, which prints its measurements as JSON.
 """
 
 import argparse
@@ -32,24 +32,26 @@ from numpy.typing import NDArray
 H2LOAD = "h2load"
 H2LOAD_MISSING = "h2load is not installed; it comes with nghttp2 (Debian and Ubuntu: apt install nghttp2-client)"
 PERCENTILES = (50, 95, 99)
-#: Connections that calls are spread over, where there are as many.
-CONNECTIONS = 4
+#: The most connections that calls are spread over.
+MAX_CONNECTIONS = 4
 
-_MOST_SECONDS = 120
-_HEADERS_OF_GRPC = ("content-type: application/grpc", "te: trailers")
-_HEADERS_OF_BYTES = ("content-type: application/octet-stream",)
-_PREFIX = 5  # bytes before each message: whether it is compressed, and its length
-_OK = 0
+_MAX_H2LOAD_SECONDS = 120
+_GRPC_HEADERS = ("content-type: application/grpc", "te: trailers")
+_OCTET_STREAM_HEADERS = ("content-type: application/octet-stream",)
+_PREFIX_BYTES = 5  # before each message: a flag for compression, and the length
+_OK_STATUS = 0
 
 
 class LoadError(RuntimeError):
-    """A load that did not go as it should: the text says what was expected and what came."""
+    """A load failed. The text says what came and what was expected."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One load: ``requests`` answered OK in ``seconds``; 50th, 95th and 99th percentile of their latencies in
-    milliseconds; the CPU time of the client in seconds."""
+    """One load: ``requests`` requests were answered OK in ``seconds`` seconds.
+
+    percentiles_ms: the 50th, 95th and 99th percentile of the latencies.
+    """
 
     requests: int
     seconds: float
@@ -59,9 +61,9 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Flood:
-    """Calls that came at a fixed rate: ``calls`` of them, ``rate`` a second, the last answered after ``seconds``.
+    """Calls at a fixed rate: ``calls`` in all, ``rate`` a second, the last answered after ``seconds`` seconds.
 
-    latencies_ms: of their answers, whatever their status.
+    latencies_ms: the latency of each answer, whatever its status.
     """
 
     calls: int
@@ -72,10 +74,10 @@ class Flood:
 
 @dataclass
 class Probes:
-    """Calls that came one by one.
+    """Calls that were timed one by one.
 
-    latencies_ms: of the answers within the deadline, in the order of their arrival, by gRPC status code. expired:
-    calls without an answer at their deadline.
+    latencies_ms: the latencies of the answers within the deadline, in order of arrival, by gRPC status code.
+    expired: the number of calls without an answer at their deadline.
     """
 
     calls: int = 0
@@ -84,7 +86,7 @@ class Probes:
 
 
 def framed(message: bytes) -> bytes:
-    """A message as it follows others in a gRPC call, not compressed."""
+    """Return a message with gRPC's prefix, not compressed."""
     return struct.pack(">BI", 0, len(message)) + message
 
 
@@ -94,7 +96,7 @@ def percentiles(milliseconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def children_cpu_seconds() -> float:
-    """Of the processes that this one has started and waited for."""
+    """Return the CPU time of the child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -108,45 +110,51 @@ def h2load(
     http1: bool = False,
     deadline: float | None = None,
 ) -> Sample:
-    """Unary calls, ``in_flight`` at a time, ``requests`` in all, by ``h2load``, which knows HTTP and not gRPC's status.
+    """Make unary calls with ``h2load``: ``in_flight`` at a time, ``requests`` in all.
 
-    http1: posts in HTTP/1.1, each connection with one, in the place of gRPC's calls. deadline: in seconds, which each
-    call tells.
+    h2load checks the status of HTTP, not that of gRPC.
 
-    target: ``HOST:PORT`` or ``unix:PATH``. body: a file with what is sent each time. Raises LoadError where a call
-    fails in HTTP, or h2load itself, or calls stay unanswered for long.
+    target: ``HOST:PORT`` or ``unix:PATH``.
+    body: a file with the body of each request.
+    http1: send HTTP/1.1 POST requests instead of gRPC calls, one at a time on each connection.
+    deadline: the deadline of each call, in seconds.
+
+    Raises LoadError if a call fails in HTTP, if h2load fails, or if calls stay unanswered for too long.
     """
-    connections = in_flight if http1 else min(in_flight, CONNECTIONS)
+    connections = in_flight if http1 else min(in_flight, MAX_CONNECTIONS)
     streams = -(-in_flight // connections)
     flags = [f"--clients={connections}", f"--max-concurrent-streams={streams}", *(["--h1"] if http1 else [])]
-    headers = _HEADERS_OF_BYTES if http1 else _of_grpc(deadline)
+    headers = _OCTET_STREAM_HEADERS if http1 else _grpc_headers(deadline)
     before = children_cpu_seconds()
-    start, duration = _h2load(flags, target, path, headers, body, requests, _MOST_SECONDS)
+    start, duration = _h2load(flags, target, path, headers, body, requests, _MAX_H2LOAD_SECONDS)
     cpu_seconds = children_cpu_seconds() - before
     seconds = float((start + duration).max() - start.min())
     return Sample(requests, seconds, percentiles((1000 * duration).tolist()), cpu_seconds)
 
 
 def flood(target: str, path: str, body: Path, rate: float, calls: int, deadline: float) -> Flood:
-    """So many unary calls at ``rate`` a second, however the earlier ones fare, by ``h2load``.
+    """Make ``calls`` unary calls at ``rate`` a second with ``h2load``, without waiting for answers.
 
-    Each connection sends what has become due every 10 ms. deadline: of each call, in seconds. Raises LoadError.
+    Every 10 ms each connection sends the calls that are due. deadline: the deadline of each call, in seconds. Raises
+    LoadError.
     """
-    flags = [f"--clients={CONNECTIONS}", f"--max-concurrent-streams={calls}", f"--rps={rate / CONNECTIONS}"]
-    start, duration = _h2load(flags, target, path, _of_grpc(deadline), body, calls, calls / rate + _MOST_SECONDS)
+    flags = [f"--clients={MAX_CONNECTIONS}", f"--max-concurrent-streams={calls}", f"--rps={rate / MAX_CONNECTIONS}"]
+    start, duration = _h2load(
+        flags, target, path, _grpc_headers(deadline), body, calls, calls / rate + _MAX_H2LOAD_SECONDS
+    )
     begin = start.min()
     took = start.max() - begin
     return Flood(calls, float(calls / took) if took else rate, float((start + duration).max() - begin), 1000 * duration)
 
 
-def _of_grpc(deadline: float | None) -> tuple[str, ...]:
-    return _HEADERS_OF_GRPC if deadline is None else (*_HEADERS_OF_GRPC, f"grpc-timeout: {round(1000 * deadline)}m")
+def _grpc_headers(deadline: float | None) -> tuple[str, ...]:
+    return _GRPC_HEADERS if deadline is None else (*_GRPC_HEADERS, f"grpc-timeout: {round(1000 * deadline)}m")
 
 
 def _h2load(
     flags: list[str], target: str, path: str, headers: Sequence[str], body: Path, requests: int, seconds: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """When each call began, and how long it took, in seconds. Raises LoadError."""
+    """Return the start and the duration of each call, in seconds. Raises LoadError."""
     url = f"http://{'localhost' if target.startswith('unix:') else target}{path}"
     command = [
         H2LOAD,
@@ -172,14 +180,14 @@ def _h2load(
 
 
 def h2load_version() -> str | None:
-    """None where h2load is not installed."""
+    """Return the version of h2load, or None if it is not installed."""
     if not shutil.which(H2LOAD):
         return None
     return subprocess.run([H2LOAD, "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def in_own_process(*arguments: object) -> Any:
-    """What ``python -m benchmarks.load`` prints. Raises LoadError with its message where it fails."""
+    """Run ``python -m benchmarks.load`` and return what it prints. Raises LoadError with its message if it fails."""
     command = [sys.executable, "-m", "benchmarks.load", *map(str, arguments)]
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -191,13 +199,13 @@ _DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 
 _END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
 _HEADER_TABLE_SIZE, _ENABLE_PUSH, _MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW_SIZE = 1, 2, 3, 4
 _CANCEL = 8
-#: gRPC's status codes for the HTTP/2 errors that a call may be reset with.
-_OF_RESET = {7: 14, 8: 1, 11: 8}
-_INTERNAL = 13
+#: The gRPC status code for each HTTP/2 error code of a reset.
+_STATUS_OF_RESET = {7: 14, 8: 1, 11: 8}
+_INTERNAL_STATUS = 13
 _FRAME_HEADER = struct.Struct(">HBBBI")  # 24 bits of length in two parts, type, flags, stream
-_MOST_IN_FRAME = 16384
-_WINDOW = 2**31 - 1
-_DEFAULT_WINDOW = 65535
+_MAX_FRAME_BYTES = 16384
+_MAX_WINDOW_BYTES = 2**31 - 1
+_DEFAULT_WINDOW_BYTES = 65535
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
@@ -209,9 +217,9 @@ def _setting(identifier: int, value: int) -> bytes:
 
 
 class _Connection:
-    """One HTTP/2 connection with prior knowledge, without encryption, that gets no further than a benchmark needs.
+    """An unencrypted HTTP/2 connection with prior knowledge. It does only what a benchmark needs.
 
-    Raises LoadError where the server closes it, or sends more than 2 GiB.
+    Raises LoadError if the server closes it or sends more than 2 GiB.
     """
 
     def __init__(self, target: str) -> None:
@@ -224,28 +232,28 @@ class _Connection:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         self.next_stream = 1
-        #: What the server lets this side have open, and send.
-        self.most_streams = _WINDOW
-        self.window = _DEFAULT_WINDOW
-        self.stream_window = _DEFAULT_WINDOW
-        #: What single streams may send beyond ``stream_window``.
+        #: The server's limits on open streams, and on bytes to send.
+        self.max_streams = _MAX_WINDOW_BYTES
+        self.window = _DEFAULT_WINDOW_BYTES
+        self.stream_window = _DEFAULT_WINDOW_BYTES
+        #: Bytes that single streams may send beyond ``stream_window``.
         self.granted: dict[int, int] = {}
-        self._may_receive = _WINDOW
+        self._may_receive = _MAX_WINDOW_BYTES
         self._received = b""
-        #: The server has sent its settings.
+        #: True once the server has sent its settings.
         self.settled = False
         self._unsent = bytearray(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        # A header table of no bytes makes the server write each header out, so that a status is found by its name.
-        settings = ((_HEADER_TABLE_SIZE, 0), (_ENABLE_PUSH, 0), (_INITIAL_WINDOW_SIZE, _WINDOW))
+        # With a header table of 0 bytes the server writes each header in full, so that the status is found by its name.
+        settings = ((_HEADER_TABLE_SIZE, 0), (_ENABLE_PUSH, 0), (_INITIAL_WINDOW_SIZE, _MAX_WINDOW_BYTES))
         self.send(_frame(_SETTINGS, 0, 0, b"".join(_setting(*setting) for setting in settings)))
-        self.send(_frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _WINDOW - _DEFAULT_WINDOW)))
+        self.send(_frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _MAX_WINDOW_BYTES - _DEFAULT_WINDOW_BYTES)))
 
     @property
     def sending(self) -> bool:
         return bool(self._unsent)
 
     def send(self, data: bytes) -> None:
-        """Send, now or when there is room."""
+        """Send data now, or as soon as the socket has room."""
         self._unsent += data
         self.flush()
 
@@ -261,7 +269,7 @@ class _Connection:
 
     @staticmethod
     def wait(connections: "Sequence[_Connection]", seconds: float) -> "list[tuple[_Connection, int, int, int, bytes]]":
-        """What has come, after at most that long: connection, type, flags, stream and payload of each frame."""
+        """Wait at most ``seconds`` and return the frames that came: connection, type, flags, stream and payload."""
         sockets = {one.socket: one for one in connections}
         readable, writable, _ = select.select(sockets, [one.socket for one in connections if one.sending], [], seconds)
         for ready in writable:
@@ -293,7 +301,7 @@ class _Connection:
             else:
                 self._control(kind, flags, stream, payload)
         self._received = data[at:]
-        if self._may_receive < _MOST_IN_FRAME:
+        if self._may_receive < _MAX_FRAME_BYTES:
             raise LoadError("the server sent more than 2 GiB; expected a shorter sample")
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
@@ -301,7 +309,7 @@ class _Connection:
             for at in range(0, len(payload), 6):
                 identifier, value = struct.unpack_from(">HI", payload, at)
                 if identifier == _MAX_CONCURRENT_STREAMS:
-                    self.most_streams = value
+                    self.max_streams = value
                 elif identifier == _INITIAL_WINDOW_SIZE:
                     self.stream_window = value
             self.settled = True
@@ -320,7 +328,7 @@ class _Connection:
 
 @contextmanager
 def _connected(target: str) -> Iterator[_Connection]:
-    """A connection whose server has told its limits."""
+    """Open a connection and wait for the server's limits."""
     link = _Connection(target)
     try:
         while not link.settled:
@@ -331,7 +339,7 @@ def _connected(target: str) -> Iterator[_Connection]:
 
 
 def _header_block(path: str, timeout_ms: int | None = None) -> bytes:
-    """The headers of a call, each written out or by its index in HPACK's static table."""
+    """Return the header block of a call. Each header is in full, or an index in HPACK's static table (RFC 7541)."""
 
     def text(value: str) -> bytes:
         return bytes([len(value)]) + value.encode()
@@ -344,12 +352,12 @@ def _header_block(path: str, timeout_ms: int | None = None) -> bytes:
 
 
 def _unary(path: str, body: bytes, timeout_ms: int) -> list[bytes]:
-    """The bytes of a call, cut where its stream's number belongs."""
+    """Return the bytes of a call, cut at each place where the stream's number belongs."""
     block = _header_block(path, timeout_ms)
     parts = [_frame(_HEADERS, _END_HEADERS, 0, block)]
-    for at in range(0, len(body), _MOST_IN_FRAME):
-        last = at + _MOST_IN_FRAME >= len(body)
-        parts.append(_frame(_DATA, _END_STREAM if last else 0, 0, body[at : at + _MOST_IN_FRAME]))
+    for at in range(0, len(body), _MAX_FRAME_BYTES):
+        last = at + _MAX_FRAME_BYTES >= len(body)
+        parts.append(_frame(_DATA, _END_STREAM if last else 0, 0, body[at : at + _MAX_FRAME_BYTES]))
     pieces = [b""]
     for part in parts:
         pieces[-1] += part[:5]
@@ -359,7 +367,7 @@ def _unary(path: str, body: bytes, timeout_ms: int) -> list[bytes]:
 
 @lru_cache(1024)
 def _status(trailers: bytes) -> int:
-    """gRPC's status code. Raises LoadError where it is not written out."""
+    """Return gRPC's status code from trailers. Raises LoadError if the trailers do not hold it in full."""
     found = re.search(rb"grpc-status[\x01\x02](\d+)", trailers)
     if not found:
         raise LoadError(f"the server's trailers hold no grpc-status in plain: {trailers!r}")
@@ -367,10 +375,10 @@ def _status(trailers: bytes) -> int:
 
 
 def probe(target: str, path: str, body: bytes, rate: float, seconds: float, deadline: float) -> Probes:
-    """Unary calls that come at ``rate`` a second for ``seconds``, however the earlier ones fare.
+    """Make unary calls at ``rate`` a second for ``seconds`` seconds, without waiting for answers.
 
-    Each has ``deadline`` seconds, counted from when it was to come, after which this side cancels it. Raises LoadError,
-    also where the server's limits on streams and bytes keep a call back.
+    A call is cancelled ``deadline`` seconds after the time at which it was due. Raises LoadError, also if the server's
+    limits on streams and bytes hold a call back.
     """
     with _connected(target) as link:
         return _probe(link, _unary(path, body, round(1000 * deadline)), len(body), rate, seconds, deadline)
@@ -378,13 +386,13 @@ def probe(target: str, path: str, body: bytes, rate: float, seconds: float, dead
 
 def _probe(link: _Connection, pieces: list[bytes], size: int, rate: float, seconds: float, deadline: float) -> Probes:
     result = Probes()
-    open_calls: dict[int, float] = {}  # by stream, when it was to come; the oldest first
+    open_calls: dict[int, float] = {}  # by stream, the time at which it was due; the oldest first
     begin = time.perf_counter()
     total = round(rate * seconds)
     while result.calls < total or open_calls:
         now = time.perf_counter()
         while result.calls < total and (arrival := begin + result.calls / rate) <= now:
-            if link.window < size or len(open_calls) >= link.most_streams:
+            if link.window < size or len(open_calls) >= link.max_streams:
                 raise LoadError(f"the server does not let this client open more than {len(open_calls)} calls")
             link.window -= size
             open_calls[link.next_stream] = arrival
@@ -408,7 +416,11 @@ def _probe(link: _Connection, pieces: list[bytes], size: int, rate: float, secon
             if latency > deadline:
                 result.expired += 1
             else:
-                code = _OF_RESET.get(int.from_bytes(payload), _INTERNAL) if kind == _RST_STREAM else _status(payload)
+                code = (
+                    _STATUS_OF_RESET.get(int.from_bytes(payload), _INTERNAL_STATUS)
+                    if kind == _RST_STREAM
+                    else _status(payload)
+                )
                 result.latencies_ms.setdefault(code, []).append(1000 * latency)
     return result
 
@@ -416,10 +428,10 @@ def _probe(link: _Connection, pieces: list[bytes], size: int, rate: float, secon
 def in_streams(
     target: str, path: str, body: bytes, streams: int, in_flight: int, seconds: float, answer: int = 0x12
 ) -> Sample:
-    """Bidirectional streams in one connection, each with a message and its share of ``in_flight`` under way.
+    """Run ``streams`` bidirectional streams in one connection, which share ``in_flight`` messages in flight.
 
-    answer: the first byte of each answer that is not an error. Raises LoadError where another comes, or a stream ends
-    with a status other than OK.
+    answer: the first byte of each answer that is not an error. Raises LoadError if another one comes, or if a stream
+    ends with a status other than OK.
     """
     with _connected(target) as link:
         return _in_streams(link, path, body, streams, in_flight, seconds, answer)
@@ -428,11 +440,11 @@ def in_streams(
 def _in_streams(
     link: _Connection, path: str, body: bytes, streams: int, in_flight: int, seconds: float, answer: int
 ) -> Sample:
-    pieces = [body[at : at + _MOST_IN_FRAME] for at in range(0, len(body), _MOST_IN_FRAME)]
+    pieces = [body[at : at + _MAX_FRAME_BYTES] for at in range(0, len(body), _MAX_FRAME_BYTES)]
     numbers = range(1, 2 * streams, 2)
     message = {stream: b"".join(_frame(_DATA, 0, stream, piece) for piece in pieces) for stream in numbers}
     room = {stream: link.stream_window for stream in numbers}
-    under_way: dict[int, deque[float]] = {stream: deque() for stream in numbers}
+    in_flight_since: dict[int, deque[float]] = {stream: deque() for stream in numbers}
     buffers = {stream: b"" for stream in numbers}
     still_open = set(numbers)
     closed = False
@@ -447,8 +459,8 @@ def _in_streams(
             for stream in numbers:
                 room[stream] += link.granted.pop(stream, 0)
                 allowed = min(link.window, room[stream]) // len(body)
-                count = max(0, min(share - len(under_way[stream]), allowed))
-                under_way[stream].extend([now] * count)
+                count = max(0, min(share - len(in_flight_since[stream]), allowed))
+                in_flight_since[stream].extend([now] * count)
                 link.window -= count * len(body)
                 room[stream] -= count * len(body)
                 link.send(message[stream] * count)
@@ -462,18 +474,20 @@ def _in_streams(
             if kind == _DATA:
                 data = buffers[stream] + payload
                 at = 0
-                while len(data) - at > _PREFIX:
-                    after = at + _PREFIX + int.from_bytes(data[at + 1 : at + _PREFIX])
+                while len(data) - at > _PREFIX_BYTES:
+                    after = at + _PREFIX_BYTES + int.from_bytes(data[at + 1 : at + _PREFIX_BYTES])
                     if after > len(data):
                         break
-                    if data[at + _PREFIX] != answer:
-                        raise LoadError(f"a stream answered with an error: {data[at + _PREFIX : after]!r}")
-                    latencies.append(1000 * (now - under_way[stream].popleft()))
+                    if data[at + _PREFIX_BYTES] != answer:
+                        raise LoadError(f"a stream answered with an error: {data[at + _PREFIX_BYTES : after]!r}")
+                    latencies.append(1000 * (now - in_flight_since[stream].popleft()))
                     at = after
                 buffers[stream] = data[at:]
             elif kind == _RST_STREAM or flags & _END_STREAM:
-                if kind == _RST_STREAM or not closed or _status(payload) != _OK or under_way[stream]:
-                    raise LoadError(f"a stream ended with {len(under_way[stream])} messages unanswered: {payload!r}")
+                if kind == _RST_STREAM or not closed or _status(payload) != _OK_STATUS or in_flight_since[stream]:
+                    raise LoadError(
+                        f"a stream ended with {len(in_flight_since[stream])} messages unanswered: {payload!r}"
+                    )
                 still_open.discard(stream)
     return Sample(len(latencies), now - begin, percentiles(latencies), time.process_time() - cpu)
 
@@ -492,7 +506,7 @@ def main(arguments: list[str] | None = None) -> int:
             one.add_argument("--deadline", type=float, required=True, help="seconds for each")
         else:
             one.add_argument("--streams", type=int, required=True)
-            one.add_argument("--in-flight", type=int, required=True, help="messages under way, in all streams together")
+            one.add_argument("--in-flight", type=int, required=True, help="messages in flight, in all streams together")
     options = command.parse_args(arguments)
     body = options.body.read_bytes()
     result: Sample | Probes

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overload``: the server at several times its capacity, from clients that do not wait for it."""
+"""``python -m benchmarks.overload``: the server under several times the load that it can serve."""
 
 import argparse
 import shlex
@@ -28,42 +28,47 @@ from benchmarks.load import (
 from benchmarks.server import SERVICE, Case, Served, load, prepare, serve
 from training.model import CONFIGS
 
-#: Enough in flight to keep the server busy, and not more than it takes at once.
+#: The load that measures capacity: it keeps the server busy without filling its queue.
 CAPACITY = Case(64)
 
 METHOD = "Classify"
 
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
-_MEMORY = "process_resident_memory_bytes"
-_HANDLED = "grpc_server_handled_total"
+_STATUS_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+_MEMORY_METRIC = "process_resident_memory_bytes"
+_HANDLED_METRIC = "grpc_server_handled_total"
 _SETTLE_SECONDS = 5.0
 _OK = grpc.StatusCode.OK.value[0]
 _MIB = 2**20
 
 
 def memory(served: Served) -> float:
-    """Resident memory of the server in MiB. Raises LoadError where its metrics do not tell."""
-    value = served.page().total(_MEMORY)
+    """Return the resident memory of the server in MiB. Raises LoadError if its metrics lack it."""
+    value = served.page().total(_MEMORY_METRIC)
     if value is None:
-        raise LoadError(f"the server's metrics lack {_MEMORY}")
+        raise LoadError(f"the server's metrics lack {_MEMORY_METRIC}")
     return value / _MIB
 
 
 def capacity(served: Served, body: Path, seconds: float, deadline: float) -> float:
-    """Single images a second that the server answers to clients that wait, the median of three samples.
+    """Return the single images a second that the server answers, the median of three samples.
 
-    The calls have a deadline as those of an overload do, since that takes some of the server's time.
+    The clients wait for each answer. The calls have the deadline of the overload, since a deadline costs some time.
     """
     samples = [load(served, served.targets["tcp"], CAPACITY, body, seconds, deadline)[0] for _ in range(3)]
     return statistics.median(sample.requests / sample.seconds for sample in samples)
 
 
 def ended(served: Served, calls: float) -> dict[str, int]:
-    """How many calls have ended with each status, once that many have. Raises LoadError where they do not."""
+    """Return the number of calls that ended with each status, once ``calls`` have ended.
+
+    Raises LoadError if they do not end in time.
+    """
     end = time.monotonic() + _SETTLE_SECONDS
     while True:
         page = served.page()
-        counts = {code: page.total(_HANDLED, grpc_method=METHOD, grpc_code=code) for code in _CODES.values()}
+        counts = {
+            code: page.total(_HANDLED_METRIC, grpc_method=METHOD, grpc_code=code) for code in _STATUS_NAMES.values()
+        }
         by_code = {code: int(count) for code, count in counts.items() if count}
         if sum(by_code.values()) >= calls:
             return by_code
@@ -75,9 +80,9 @@ def ended(served: Served, calls: float) -> dict[str, int]:
 def overload(
     served: Served, body: Path, rate: float, probes: float, seconds: float, deadline: float
 ) -> tuple[Flood, Probes, float]:
-    """``rate`` calls a second, ``probes`` of them looked at one by one; and the CPU time that both clients took.
+    """Send ``rate`` calls a second, ``probes`` of them by a client that times each call.
 
-    No more than a tenth of the calls are probes.
+    At most a tenth of the calls are probes. Return both results and the CPU seconds of both clients.
     """
     probes = min(probes, rate / 10)
     target, path = served.targets["tcp"], f"{SERVICE}/{METHOD}"
@@ -95,16 +100,18 @@ def overload(
 def figures(
     flooded: Flood, probed: Probes, by_code: Mapping[str, int], deadline: float, before: float, after: float
 ) -> dict[str, Any]:
-    """The figures of an overload by their columns. before, after: the capacity, in calls a second.
+    """Return the figures of an overload by column.
 
-    by_code: how all calls ended, as the server has it. deadline: in seconds.
+    by_code: the number of calls that ended with each status, by the server's metrics. deadline: in seconds. before,
+    after: the capacity before and after the overload, in calls a second.
     """
     calls = flooded.calls + probed.calls
     late = int((flooded.latencies_ms > 1000 * deadline).sum()) + probed.expired
-    ok = by_code.get(_CODES[_OK], 0)
+    ok = by_code.get(_STATUS_NAMES[_OK], 0)
     accepted = probed.latencies_ms.get(_OK, [])
     refused = [one for code, several in probed.latencies_ms.items() if code != _OK for one in several]
-    # Which answers of the flood were OK is not known; those that came too late may all have been. So this is the least.
+    # The status of a single answer of the flood is unknown, and every late answer may have been OK. So this is a lower
+    # bound.
     goodput = max(0, ok - late) / flooded.seconds
 
     def percentile(several: list[float], percent: float) -> str:
@@ -119,7 +126,7 @@ def figures(
         "late": late,
         "goodput_per_second": f"{goodput:.4g}",
         "goodput_share": f"{goodput / statistics.mean((before, after)):.4g}",
-        # What the middle refusal of the flood took, if no answer OK came before a refusal; else it took longer.
+        # The latency of the median refusal, if every refusal came before every answer; otherwise it is a lower bound.
         "flood_refused_p50_ms": f"{np.quantile(flooded.latencies_ms, (1 - ok / calls) / 2):.4g}" if ok < calls else "",
         "probes_refused": len(refused),
         "refused_p50_ms": percentile(refused, 50),
@@ -131,7 +138,7 @@ def figures(
 
 
 def measure(served: Served, body: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One overload between two looks at the capacity, by the columns of its figures."""
+    """Measure one overload, and the capacity before and after it. Return the figures by column."""
     sample_seconds = min(5.0, options.seconds)
     before = capacity(served, body, sample_seconds, options.deadline)
     memory_before = memory(served)
@@ -156,11 +163,11 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--configs", nargs="+", choices=CONFIGS, default=["compact"], help="networks")
     command.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
     command.add_argument("--rounds", type=int, default=1, help="overloads, one after the other (default: 1)")
-    command.add_argument("--seconds", type=float, default=60.0, help="of overload (default: 60)")
-    command.add_argument("--times", type=float, default=3.0, help="calls in terms of the capacity (default: 3)")
-    command.add_argument("--deadline", type=float, default=1.0, help="of each call, in seconds (default: 1)")
+    command.add_argument("--seconds", type=float, default=60.0, help="length of the overload (default: 60)")
+    command.add_argument("--times", type=float, default=3.0, help="calls as a multiple of the capacity (default: 3)")
+    command.add_argument("--deadline", type=float, default=1.0, help="deadline of each call, in seconds (default: 1)")
     command.add_argument(
-        "--probes", type=float, default=20.0, help="calls a second of them that are timed one by one (default: 20)"
+        "--probes", type=float, default=20.0, help="calls a second that are timed one by one (default: 20)"
     )
     command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")

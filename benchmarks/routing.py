@@ -25,7 +25,7 @@ from training.model import CONFIGS, CapsNetConfig, Routing, route, squash, votes
 from training.provenance import provenance
 
 TOLERANCE = 1e-5  # greatest difference from the plain loop's result, relative to its greatest value
-SAMPLE_SECONDS = 0.02  # a sample repeats its pass until it lasts about so long
+SAMPLE_SECONDS = 0.02  # a sample repeats its pass for about this long
 BLOCKS = 8
 _PAPER = Routing()
 PASSES = ("forward", "forward+backward")
@@ -85,7 +85,7 @@ def ours(u: Tensor, weight: Tensor, iterations: int, choices: Routing = _PAPER, 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute routing; the first of VARIANTS is the one that the others are compared with."""
+    """One way to compute routing. The others are compared with the first of VARIANTS."""
 
     name: str
     routing: Route
@@ -104,7 +104,7 @@ VARIANTS = (
 
 
 class DifferentResult(Exception):
-    """A variant does not compute what the plain loop computes."""
+    """A variant computes another result than the plain loop."""
 
 
 @dataclass(frozen=True)
@@ -132,19 +132,19 @@ class Inputs:
         )
 
     def forward(self, routing: Route) -> tuple[Tensor, ...]:
-        """The poses, computed as for classification, with nothing kept for gradients."""
+        """Return the poses, computed without gradients as for classification."""
         with torch.no_grad():
             return (routing(self.u, self.weight, self.iterations),)
 
     def forward_backward(self, routing: Route) -> tuple[Tensor, ...]:
-        """The poses and the gradients of u and weight."""
+        """Return the poses and the gradients of u and weight."""
         poses = routing(self.u, self.weight, self.iterations)
         return (poses.detach(), *torch.autograd.grad(poses, (self.u, self.weight), self.upstream))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV: what was measured, the figures, and where. Figures are None for what was not run.
+    """A line of the CSV: the case, its figures, and the machine. Figures are None for a case that was not run.
 
     ms and its quartiles: milliseconds a pass. ratio_to_plain: time in terms of the plain loop's in the same round,
     the median of all rounds. peak_mib: most bytes that PyTorch held for tensors at once during a pass, above those
@@ -169,7 +169,7 @@ class Row:
 
 
 def check(name: str, results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Raise DifferentResult where a result is further than TOLERANCE from the expected one, relative to its scale.
+    """Raise DifferentResult if a result differs by more than TOLERANCE from the expected one, relative to its scale.
 
     Both are the poses (B, J, E), or these and the gradients (B, I, D) and (I, D, J, E).
     """
@@ -185,7 +185,7 @@ def check(name: str, results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) 
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that PyTorch held for tensors at once during a step, above those that it held before.
+    """Return the peak bytes that PyTorch held for tensors during a step, above the bytes that it held before.
 
     What a library allocates past PyTorch's allocator, as for packing a matrix, is not counted.
     """
@@ -208,7 +208,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def seconds(step: Callable[[], object], repetitions: int, device: torch.device) -> float:
-    """Wall time of a step, in seconds: the mean of some repetitions in a row."""
+    """Return the wall time of a step in seconds: the mean of several repetitions in a row."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -220,9 +220,9 @@ def seconds(step: Callable[[], object], repetitions: int, device: torch.device) 
 
 
 def compiler_fault(device: torch.device) -> str:
-    """Why torch.compile does not work here; empty where it does."""
+    """Return the reason why torch.compile does not work here, or "" if it works."""
     try:
-        # Results that an earlier run has compiled would hide that no compiler is there any more.
+        # Cached results of an earlier run would hide that the compiler is missing now.
         with torch._inductor.config.patch(force_disable_caches=True):
             torch.compile(torch.square)(torch.ones(2, device=device))
     except BackendCompilerFailed as error:
@@ -235,7 +235,7 @@ def compiler_fault(device: torch.device) -> str:
 def measure(
     inputs: Inputs, routings: dict[str, Route], rounds: int, device: torch.device, bar: "tqdm[Any]"
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """Figures of each (pass, variant), by their names in Row; the first routing is what ratios refer to.
+    """Return the figures of each (pass, variant), by their names in Row. Ratios refer to the first variant.
 
     Raises DifferentResult before anything is measured.
     """
@@ -275,7 +275,7 @@ def measure(
 
 
 def table(rows: list[Row]) -> str:
-    """Rows of one config and batch as text to read."""
+    """Return the rows of one config and batch as a text table."""
     lines = [f"\n{rows[0].config}, batch {rows[0].batch}"]
     for direction in PASSES:
         lines.append(f"  {direction:<24}{'ms':>10}{'quartiles':>22}{'x plain':>9}{'peak MiB':>10}")
@@ -308,7 +308,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write two lines a pass among the progress
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # otherwise the profiler writes two lines a pass into the progress bar
     command = parser()
     options = command.parse_args(arguments)
     if min(*options.batches, options.rounds, 1 if options.threads is None else options.threads) < 1:
@@ -327,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(total=len(cases) * len(PASSES) * len(running) * (1 + options.rounds), unit="sample") as bar:
         for config, batch in cases:
             bar.set_description(f"{config}, batch {batch}")
-            torch.compiler.reset()  # each shape is compiled for itself; past a limit no more would be
+            torch.compiler.reset()  # PyTorch stops compiling new shapes at a limit
             routings: dict[str, Route] = {
                 variant.name: torch.compile(variant.routing, fullgraph=True, dynamic=False)
                 if variant.compiled
@@ -365,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write(rows: list[Row], file: Path) -> None:
-    """Rows as CSV, figures to five significant digits; what was not run is left empty."""
+    """Write the rows as CSV, figures with five significant digits. Figures of a case that was not run stay empty."""
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         names = [field.name for field in fields(Row)]

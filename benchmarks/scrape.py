@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scrape``: the cost of fetching the metrics, to a server at full load."""
+"""``python -m benchmarks.scrape``: the cost of scraping the metrics of a server at full load."""
 
 import argparse
 import shlex
@@ -23,20 +23,20 @@ from benchmarks.overload import CAPACITY
 from benchmarks.server import Served, load, prepare, serve
 from training.model import CONFIGS
 
-#: Headers as Prometheus sends them: it takes OpenMetrics before its own text format, and compressed pages.
+#: Prometheus's request headers: it prefers OpenMetrics to its own text format, and takes compressed pages.
 HEADERS = {
     "Accept": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
     "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.3,"
     "text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
     "Accept-Encoding": "gzip",
 }
-#: Seconds between two scrapes that are common: too rare for a short sample, so that only their cost is computed.
-USUAL_INTERVAL = 15.0
+#: A common interval between scrapes. It is too long for a short sample, so its cost is computed from the others.
+USUAL_INTERVAL_SECONDS = 15.0
 
-_CPU = "process_cpu_seconds_total"
-#: Scrapes one after another in each round, so that the server's clock, of 10 ms a tick, can tell what one takes.
-_COUNTED = 100
-_SHOWN = (
+_CPU_METRIC = "process_cpu_seconds_total"
+#: Scrapes in a row that measure the CPU time of one: the server's CPU clock has ticks of 10 ms.
+_TIMED_SCRAPES = 100
+_SHOWN_COLUMNS = (
     "interval_s", "requests_per_second", "ratio", "ratio_least", "ratio_most", "p99_ms", "scrape_p50_ms", "loss",
     "loss_scaled", "cpu_share",
 )  # fmt: skip
@@ -44,9 +44,9 @@ _SHOWN = (
 
 @contextmanager
 def scraping(served: Served, interval: float) -> Iterator[list[float]]:
-    """Fetch the metrics at once and then every ``interval`` seconds, in a thread, until the block ends.
+    """Fetch the metrics in a thread, now and then every ``interval`` seconds, until the block ends.
 
-    Yields a list that grows by the milliseconds that each took. Raises LoadError if one fails.
+    Yield a list to which each scrape adds its time in milliseconds. Raises LoadError if a scrape fails.
     """
     milliseconds: list[float] = []
     ending = threading.Event()
@@ -72,28 +72,29 @@ def scraping(served: Served, interval: float) -> Iterator[list[float]]:
 
 
 def cpu_of_a_scrape(served: Served) -> float:
-    """Return the seconds of CPU time that a scrape takes the server, which has no other work.
+    """Return the CPU seconds that a scrape costs a server without other work.
 
     Raises LoadError if its metrics lack that time, or if a scrape fails.
     """
     try:
-        before = served.page().total(_CPU)
-        for _ in range(_COUNTED):
+        before = served.page().total(_CPU_METRIC)
+        for _ in range(_TIMED_SCRAPES):
             served.fetch(HEADERS)
-        after = served.page().total(_CPU)
+        after = served.page().total(_CPU_METRIC)
     except (OSError, HTTPException) as error:
         raise LoadError(f"a scrape failed: {error}") from error
     if before is None or after is None:
-        raise LoadError(f"the server's metrics lack {_CPU}")
-    # From within the first page to within the last one, which is a page more than those between them.
-    return (after - before) / (_COUNTED + 1)
+        raise LoadError(f"the server's metrics lack {_CPU_METRIC}")
+    # The clock is read while a page is made, so the difference covers one page more than the loop fetched.
+    return (after - before) / (_TIMED_SCRAPES + 1)
 
 
 @dataclass
 class Collected:
-    """Samples of all rounds. unscraped: one at the begin and one at the end of each; scraped: one a round and interval.
+    """The samples of all rounds.
 
-    scrape_ms: of the scrapes under load. cpu_seconds: of a scrape, a figure a round.
+    unscraped: the samples at the beginning and at the end of each round. scraped: by interval, a sample a round.
+    scrape_ms: by interval, the time of each scrape under load. cpu_seconds: the CPU time of a scrape, one a round.
     """
 
     unscraped: list[tuple[Sample, Sample]] = field(default_factory=list)
@@ -102,11 +103,11 @@ class Collected:
     cpu_seconds: list[float] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, str]]:
-        """Return the figures by their columns: a row for nobody scraping, for each interval, and for the usual one.
+        """Return the rows of figures: one without scrapes, one for each interval, and one for the usual interval.
 
-        Ratios are taken in each round. ``loss`` is the share of the throughput that scraping took by its median ratio.
-        ``loss_scaled`` is that of the shortest interval by the number of scrapes, which the noise of samples spoils
-        less. ``cpu_share`` is the CPU time of a scrape in terms of the interval: the share of one core.
+        ``ratio`` compares throughput with and without scrapes in the same round. ``loss`` is 1 minus the median ratio.
+        ``loss_scaled`` is the loss at the shortest interval, scaled to this row's number of scrapes: noise matters
+        less there. ``cpu_share`` is the CPU time of a scrape divided by the interval: the share of one core.
         """
         means = [statistics.mean(map(_speed, pair)) for pair in self.unscraped]
         noise = [_speed(last) / _speed(first) for first, last in self.unscraped]
@@ -121,8 +122,8 @@ class Collected:
         shortest = min(losses)
         for row in rows[1:]:
             row["loss"] = f"{losses[float(row['interval_s'])]:.3g}"
-        if USUAL_INTERVAL not in losses:
-            rows.append({"interval_s": f"{USUAL_INTERVAL:g}"})
+        if USUAL_INTERVAL_SECONDS not in losses:
+            rows.append({"interval_s": f"{USUAL_INTERVAL_SECONDS:g}"})
         for row in rows[1:]:
             row["loss_scaled"] = f"{losses[shortest] * shortest / float(row['interval_s']):.3g}"
             row["cpu_share"] = f"{cpu / float(row['interval_s']):.3g}"
@@ -165,7 +166,7 @@ def measure(
             return one
 
         for number in range(rounds):
-            # Without scrapes at both ends of a round, and the others in turns, so that the machine's drift cancels.
+            # Samples without scrapes stand at both ends of a round, and the order alternates, so that drift cancels.
             first = sample(None)
             for interval in intervals if number % 2 == 0 else intervals[::-1]:
                 sample(interval)
@@ -176,11 +177,13 @@ def measure(
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the rows of one network as a table, and beneath it what they have in common."""
+    """Print the rows of one network as a table, with their common figures beneath it."""
     print(f"\n{rows[0]['config']} ({rows[0]['precision']}), {CAPACITY}; seconds between scrapes:")
-    print("".join(f"{name:>20}" for name in _SHOWN))
+    print("".join(f"{name:>20}" for name in _SHOWN_COLUMNS))
     for row in rows:
-        print("".join(f"{row.get(name, '') or ('none' if name == 'interval_s' else ''):>20}" for name in _SHOWN))
+        print(
+            "".join(f"{row.get(name, '') or ('none' if name == 'interval_s' else ''):>20}" for name in _SHOWN_COLUMNS)
+        )
     same = rows[0]
     print(
         f"a scrape takes the server {same['scrape_cpu_ms']} ms of CPU time; its page has {same['page_bytes']} bytes, "
@@ -193,14 +196,14 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--configs", nargs="+", choices=CONFIGS, default=["compact"], help="networks")
     command.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
     command.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each figure (default: 7)")
-    command.add_argument("--seconds", type=float, default=5.0, help="of each sample (default: 5)")
+    command.add_argument("--seconds", type=float, default=5.0, help="length of each sample (default: 5)")
     command.add_argument(
         "--intervals", type=float, nargs="+", default=[1.0, 0.1], metavar="SECONDS",
-        help="between two scrapes, each measured (default: 1 and 0.1)",
+        help="times between two scrapes; each is measured (default: 1 and 0.1)",
     )  # fmt: skip
     command.add_argument(
         "--most", type=float, default=0.02, metavar="SHARE",
-        help="of the throughput that a scrape a second may cost; above it the command exits with 1 (default: 0.02)",
+        help="share of the throughput that one scrape a second may cost; above it the exit code is 1 (default: 0.02)",
     )  # fmt: skip
     command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
@@ -236,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         }  # fmt: skip
         found = [{"config": config, "precision": options.precision} | row | same | how for row in collected.rows()]
         show(found)
-        # Of the shortest interval, whose loss stands out of the noise the most.
+        # The shortest interval has the largest loss, so noise matters least there.
         cost = float(found[1]["loss_scaled"]) * float(found[1]["interval_s"])
         print(
             f"a scrape a second costs {100 * cost:.2g} % of the throughput; expected at most {100 * options.most:g} %"

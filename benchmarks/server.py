@@ -1,4 +1,4 @@
-"""The server as a process of its own, with its metrics, and loads on it whose every answer is accounted for."""
+"""The server in a process of its own, its metrics, and loads of which every answer is counted."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ from serving.settings import embedded_models
 from serving.tensorrt_options import BatchProfile
 from training.model import CONFIGS, CapsNet
 
-#: The network that comes with weights; the others get random ones.
+#: The network whose trained weights come with the repository. Others get random weights.
 EMBEDDED = "compact"
 SERVICE = "/capsnet.v1.CapsNetService"
 
@@ -42,7 +42,7 @@ class Page:
     samples: tuple[tuple[str, Mapping[str, str], float], ...]
 
     def total(self, name: str, **labels: str) -> float | None:
-        """The sum of the samples of this name that have these labels; None where there is no sample of this name."""
+        """Return the sum of the samples with this name and these labels, or None if no sample has this name."""
         values = [(has, value) for sample, has, value in self.samples if sample == name]
         if not values:
             return None
@@ -51,9 +51,10 @@ class Page:
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs. targets: what to connect to, by transport (``tcp``, and ``unix`` where it can).
+    """A running server.
 
-    began: just before its process was started, in seconds since 1970, as the times in its log are.
+    targets: the address for each transport: ``tcp``, and ``unix`` if the server can.
+    began: the time just before its process was started, in seconds since 1970, like the times in its log.
     """
 
     process: "subprocess.Popen[bytes]"
@@ -63,7 +64,7 @@ class Served:
     began: float
 
     def fetch(self, headers: Mapping[str, str] | None = None) -> bytes:
-        """The metrics page as the server sends it to whoever sends these headers. Raises OSError, HTTPException."""
+        """Return the metrics page as the server sends it for these headers. Raises OSError, HTTPException."""
         request = urllib.request.Request(self.metrics_url, headers=dict(headers or {}))
         with urllib.request.urlopen(request, timeout=10) as response:
             body: bytes = response.read()
@@ -74,9 +75,9 @@ class Served:
         return Page(tuple((one.name, one.labels, one.value) for family in families for one in family.samples))
 
     def page_after(self, ok: float, method: str) -> Page:
-        """The page once that many calls of this method have ended with OK, and as many have ended as began.
+        """Return the page once ``ok`` calls of this method have ended with OK and no call is in flight.
 
-        Raises LoadError where that does not come to pass.
+        Raises LoadError if that does not happen in time.
         """
         end = time.monotonic() + _SETTLE_SECONDS
         while True:
@@ -97,17 +98,22 @@ class Served:
 
 @contextmanager
 def serve(
-    repository: Path, precision: str, flags: Sequence[str], folder: Path, poll_seconds: float = 0.05
+    repository: Path,
+    precision: str,
+    flags: Sequence[str],
+    folder: Path,
+    poll_seconds: float = 0.05,
+    program: Sequence[str] = ("serving",),
 ) -> Iterator[Served]:
-    """``python -m serving`` on free ports, and on a Unix socket in ``folder`` where the server has them.
+    """Run ``python -m serving`` on free ports, and on a Unix socket in ``folder`` if the server supports one.
 
-    poll_seconds: between looks at its log for the line that says that it serves. Raises LoadError with the log's end
-    where it does not start.
+    poll_seconds: between looks at its log for the line that says that it serves. program: a module to run in its place,
+    and arguments that come before the flags. Raises LoadError with the log's end where it does not start.
     """
     log, unix_socket = folder / "server.log", folder / "socket"
-    command = [sys.executable, "-m", "serving", "--port=0", "--metrics-port=0"]
-    command += [f"--models={repository}", f"--precision={precision}"]
-    known = subprocess.run([*command[:3], "--help"], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", *program]
+    known = subprocess.run([*command, "--help"], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
+    command += ["--port=0", "--metrics-port=0", f"--models={repository}", f"--precision={precision}"]
     has_socket = "--unix-socket" in known
     command += [f"--unix-socket={unix_socket}"] if has_socket else []
     with log.open("wb") as stream:
@@ -133,7 +139,7 @@ def serve(
 
 
 def repository(config: str, precision: str, folder: Path) -> Path:
-    """A model repository for the server: the embedded one, or one with random weights, made in ``folder``."""
+    """Return a model repository: the embedded one, or one with random weights that is made in ``folder``."""
     if config == EMBEDDED:
         return embedded_models()
     torch.manual_seed(0)
@@ -163,7 +169,10 @@ def repository(config: str, precision: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """How the server is loaded: messages in flight, images in each; in so many streams, or in unary calls (0)."""
+    """A kind of load.
+
+    in_flight: messages in flight. images: images in each message. streams: the number of streams; 0 for unary calls.
+    """
 
     in_flight: int
     images: int = 1
@@ -182,14 +191,14 @@ class Case:
 def prepare(
     config: str, precision: str, folder: Path, cases: Sequence[Case]
 ) -> tuple[Path, Artifact, dict[Case, Path]]:
-    """What a server is to serve, and the message of each case as a file; in ``folder`` where it is to be made."""
+    """Return the repository and artifact to serve, and a file with the message of each case; files go to ``folder``."""
     models = repository(config, precision, folder)
     artifact = load_artifact(find(models))
     return models, artifact, write_bodies(folder, artifact.image_shape, cases)
 
 
 def write_bodies(folder: Path, shape: tuple[int, int, int], cases: Sequence[Case]) -> dict[Case, Path]:
-    """The message of each case as a file, framed: random pixels, since the time does not depend on them."""
+    """Write the framed message of each case to a file. Pixels are random: the time does not depend on them."""
     random = np.random.default_rng(0)
     files = {}
     for case in cases:
@@ -204,9 +213,9 @@ def write_bodies(folder: Path, shape: tuple[int, int, int], cases: Sequence[Case
 def load(
     served: Served, target: str, case: Case, body: Path, seconds: float, deadline: float | None = None
 ) -> tuple[Sample, Page, Page]:
-    """One sample, and the metrics before and after it. Raises LoadError where an answer is not OK or is missing.
+    """Return one sample, and the metrics before and after it.
 
-    deadline: in seconds, which each unary call tells.
+    deadline: the deadline of each unary call, in seconds. Raises LoadError if an answer is missing or not OK.
     """
     if case.streams:
         method, path = "ClassifyStream", f"{SERVICE}/ClassifyStream"

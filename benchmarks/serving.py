@@ -1,4 +1,4 @@
-"""``python -m benchmarks.serving``: the server beside ONNX Runtime itself, and beside other servers, in one run."""
+"""``python -m benchmarks.serving``: the server compared with ONNX Runtime alone and with other servers, in one run."""
 
 import argparse
 import itertools
@@ -37,14 +37,14 @@ from training.model import CONFIGS
 TRANSPORTS = ("tcp", "unix")
 PEER_IN_FLIGHT = 64
 
-_TOLERANCE = {"fp32": 1e-4, "int8": 0.2}  # of a component of a pose
-_CEILINGS = 3
-_PEER_BATCH = 32
+_POSE_TOLERANCES = {"fp32": 1e-4, "int8": 0.2}  # greatest allowed difference of a component
+_MAX_CEILINGS = 3
+_PEER_BATCH_IMAGES = 32
 _PEER_START_SECONDS = 60
 _PEER_STOP_SECONDS = 5
-#: The server's steps that it tells the time of and that keep one core busy.
+#: The server's steps with a metric of their time. Each keeps one core busy.
 STEPS = ("decode", "stack", "encode")
-#: What of the metrics page the figures come from; where a metric is missing, its columns stay empty.
+#: The metrics behind the figures. If a metric is missing, its columns stay empty.
 METRICS = (
     "grpc_server_handled_total",
     "grpc_server_handling_seconds_sum",
@@ -55,7 +55,7 @@ METRICS = (
     "capsnet_batch_size_images_sum",
     "process_cpu_seconds_total",
 )
-SHOWN = (
+SHOWN_COLUMNS = (
     "images_per_second", "share_of_ceiling", "p50_ms", "p95_ms", "p99_ms", "cpu_us", "grpc_us", "decode_us",
     "infer_us", "encode_us", "queue_ms", "mean_batch",
 )  # fmt: skip
@@ -69,7 +69,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Raw:
-    """ONNX Runtime without a server: so many sessions at once, each with so many threads and images a batch."""
+    """A setting of ONNX Runtime without a server: parallel sessions, threads of each, and images in a batch."""
 
     sessions: int
     threads: int
@@ -88,7 +88,7 @@ class RawSample:
 
 
 class OnnxRuntime:
-    """Sessions on one model file, made as they are needed."""
+    """The sessions of one model file. Each is made when it is first needed."""
 
     def __init__(self, file: Path, image_shape: tuple[int, int, int]) -> None:
         self._file = file
@@ -127,7 +127,7 @@ class OnnxRuntime:
         )
 
     def fastest(self, cores: int, max_batch: int, seconds: float) -> list[Raw]:
-        """The fastest few of: all cores in one call, in calls of their own, and between; batches up to the server's."""
+        """Return the fastest settings among all splits of the cores and batch sizes up to the server's."""
         shares = [
             (cores // threads, threads) for threads in sorted({2**n for n in range(cores.bit_length())} | {cores})
         ]
@@ -139,7 +139,7 @@ class OnnxRuntime:
         for _ in range(3):
             for one in candidates:
                 speeds[one].append(self.measure(one, seconds / 5).images_per_second)
-        return sorted(candidates, key=lambda one: -statistics.median(speeds[one]))[:_CEILINGS]
+        return sorted(candidates, key=lambda one: -statistics.median(speeds[one]))[:_MAX_CEILINGS]
 
 
 CASES = (
@@ -156,7 +156,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Setup:
-    """The server's own choice: sessions at once, threads of each, and the largest batch."""
+    """The server's plan: parallel sessions, threads of each, and the largest batch."""
 
     sessions: int
     threads: int
@@ -167,7 +167,7 @@ class Setup:
 
 
 def setup(page: Page, flags: Sequence[str]) -> Setup:
-    """As the server's metrics tell it; where they do not, as its flags do."""
+    """Return the server's plan from its metrics, or from its flags where the metrics lack it."""
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--threads", type=int, default=0)
     known.add_argument("--max-batch", type=int, default=32)
@@ -181,7 +181,7 @@ def setup(page: Page, flags: Sequence[str]) -> Setup:
 
 
 def of_sample(sample: Sample, images: int = 1) -> dict[str, float]:
-    """What the client saw, by the columns."""
+    """Return the figures that the client measured, by column."""
     rate = sample.requests / sample.seconds
     latencies = dict(zip(("p50_ms", "p95_ms", "p99_ms"), sample.percentiles_ms, strict=True))
     return {
@@ -195,12 +195,12 @@ def of_sample(sample: Sample, images: int = 1) -> dict[str, float]:
 def figures(
     case: Case, sample: Sample, before: Page, after: Page, one: RawSample, largest: RawSample, max_batch: int
 ) -> dict[str, float]:
-    """The figures of a sample by their columns; what the metrics lack is left out.
+    """Return the figures of a sample by column. Figures that the metrics lack are left out.
 
-    one, largest: ONNX Runtime by itself with the server's threads, a batch of one image and of ``max_batch``. Its CPU
-    time between them is taken as linear in the images of a batch: counted, it tells the network's part in the
-    server's, which the server itself knows only as time on the clock. Its other steps are on the clock, and gRPC's
-    part is what they leave.
+    one, largest: ONNX Runtime alone with the server's threads, for a batch of one image and of ``max_batch``. Between
+    the two, CPU time is taken as linear in the batch size: this estimates the network's share of the server's CPU
+    time, because the server measures inference in wall time only. Its other steps are measured in wall time, and the
+    rest is gRPC's share.
     """
 
     def more(name: str, **labels: str) -> float | None:
@@ -246,7 +246,7 @@ def figures(
 
 
 def check(served: Served, runtime: OnnxRuntime, threads: int, precision: str) -> None:
-    """Raises LoadError where the server answers other poses than ONNX Runtime does."""
+    """Raise LoadError if the server's poses differ from ONNX Runtime's."""
     images = runtime.images(3)
     request = pb.ClassifyRequest(images=[pb.Image(pixels=image.tobytes()) for image in images])
     for transport, target in served.targets.items():
@@ -254,13 +254,13 @@ def check(served: Served, runtime: OnnxRuntime, threads: int, precision: str) ->
             answer = CapsNetServiceStub(channel).Classify(request, timeout=30)  # type: ignore[no-untyped-call]
         poses = np.array([[capsule.pose for capsule in result.capsules] for result in answer.results])
         difference = float(np.abs(poses - runtime.predict(threads)(images)).max())
-        if not difference <= _TOLERANCE[precision]:
+        if not difference <= _POSE_TOLERANCES[precision]:
             raise LoadError(f"{transport}: poses differ from ONNX Runtime's by {difference:.2g}")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another server: its program in ``benchmarks/peers`` and the path that it takes images at."""
+    """Another server. path: the HTTP path that takes images. Its program is in ``benchmarks/peers``."""
 
     name: str
     path: str
@@ -271,12 +271,15 @@ PEERS = {peer.name: peer for peer in (Peer("mosec", "/inference"), Peer("litserv
 
 @contextmanager
 def running(peer: Peer, python: str, model: Path, folder: Path) -> Iterator[str]:
-    """The other server with the same model file on all cores: its address. Raises LoadError where it does not start."""
+    """Run another server with this model file on all cores and yield its address.
+
+    Raises LoadError if it does not start.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         target = f"127.0.0.1:{free.getsockname()[1]}"
     program = Path(__file__).parent / "peers" / f"{peer.name}_server.py"
     log = folder / f"{peer.name}.log"
-    arguments = [target.rpartition(":")[2], str(_PEER_BATCH), str(usable_cores())]
+    arguments = [target.rpartition(":")[2], str(_PEER_BATCH_IMAGES), str(usable_cores())]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [python, str(program), str(model), *arguments],
@@ -290,7 +293,7 @@ def running(peer: Peer, python: str, model: Path, folder: Path) -> Iterator[str]
             time.sleep(0.1)
         yield target
     finally:
-        # With the workers that it has started, which a signal to it alone may leave behind.
+        # A signal to the server alone may leave its workers behind, so the whole process group gets it.
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -308,9 +311,9 @@ def _listens(target: str) -> bool:
 
 
 def load_peer(peer: Peer, target: str, runtime: OnnxRuntime, threads: int, seconds: float, folder: Path) -> Sample:
-    """One sample of single images in raw bytes, ``PEER_IN_FLIGHT`` at a time, after its answer was compared.
+    """Check one answer of a peer, then return a sample of single images, ``PEER_IN_FLIGHT`` at a time.
 
-    Raises LoadError where it answers other numbers than ONNX Runtime does, or not at all.
+    Raises LoadError if the peer does not answer, or if its numbers differ from ONNX Runtime's.
     """
     body = folder / "image"
     image = runtime.images(1)
@@ -330,33 +333,33 @@ def load_peer(peer: Peer, target: str, runtime: OnnxRuntime, threads: int, secon
                 raise LoadError(f"{peer.name}: {error}") from error
             time.sleep(0.1)
     difference = float(np.abs(answer - poses.ravel()).max())
-    if not difference <= _TOLERANCE["fp32"]:
+    if not difference <= _POSE_TOLERANCES["fp32"]:
         raise LoadError(f"{peer.name}: poses differ from ONNX Runtime's by {difference:.2g}")
     first = h2load(target, peer.path, body, PEER_IN_FLIGHT, 8 * PEER_IN_FLIGHT, http1=True)
     requests = max(2 * PEER_IN_FLIGHT, round(seconds * first.requests / first.seconds))
     return h2load(target, peer.path, body, PEER_IN_FLIGHT, requests, http1=True)
 
 
-#: server, transport and how it is loaded.
+#: Server, transport and kind of load.
 Key = tuple[str, str, str]
 
 
 class Collected:
-    """The figures of all rounds, by row and round, in the order of the first round."""
+    """The figures of all rounds, by row and round. Rows keep the order of the first round."""
 
     def __init__(self) -> None:
         self.rows: dict[Key, dict[int, dict[str, float]]] = {}
         self.not_run: dict[Key, str] = {}
-        #: Images a second of ONNX Runtime at its fastest settings, a sample a round.
+        #: Images a second of ONNX Runtime at its fastest settings, one sample a round.
         self.ceilings: dict[Raw, list[float]] = {}
 
     def add(self, key: Key, number: int, figures: dict[str, float]) -> None:
         self.rows.setdefault(key, {})[number] = figures
 
     def medians(self) -> Iterator[tuple[Key, dict[str, str]]]:
-        """Of each row the median over its rounds; shares of the ceiling are taken in each round.
+        """Yield the median of each row over its rounds. Shares of the ceiling are computed within each round.
 
-        The ceiling is the setting of ONNX Runtime that has the highest median itself.
+        The ceiling is the setting of ONNX Runtime with the highest median.
         """
         best = max(self.ceilings, key=lambda raw: statistics.median(self.ceilings[raw]))
         speeds = self.ceilings[best]
@@ -373,7 +376,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says, as far as one network's measurement needs it."""
+    """The options of the command line that the measurement of one network needs."""
 
     precision: str
     rounds: int
@@ -385,9 +388,9 @@ class Options:
 
 
 def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dict[str, Any], set[str]]:
-    """One network in all cases, its ceiling and its setup, and the metrics that the server lacks.
+    """Measure one network in all cases. Return its figures, its setup, and the metrics that the server lacks.
 
-    Raises LoadError where anything cannot be run, or answers wrongly.
+    Raises LoadError if a server or a peer cannot run, or if an answer is wrong.
     """
     models, artifact, bodies = prepare(config, options.precision, folder, CASES)
     file = artifact.file(options.precision)
@@ -434,26 +437,26 @@ def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dic
 
 
 def measure_ceilings(runtime: OnnxRuntime, speeds: dict[Raw, list[float]], seconds: float) -> None:
-    """Add a sample of each. At the beginning and the end of a round, so that the machine's drift cancels."""
+    """Add a sample of each setting. It runs at both ends of a round, so that the machine's drift cancels."""
     for raw, several in speeds.items():
         several.append(runtime.measure(raw, seconds / 4).images_per_second)
 
 
 def show(config: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows of one network as a table."""
+    """Print the rows of one network as a table."""
     title = f"{config} ({rows[0]['precision']})"
-    print(f"\n{title:<54}" + "".join(f"{name.rpartition('_')[0] or name:>12}" for name in SHOWN))
-    print(f"{'':<54}" + "".join(f"{name.rpartition('_')[2]:>12}" for name in SHOWN))
+    print(f"\n{title:<54}" + "".join(f"{name.rpartition('_')[0] or name:>12}" for name in SHOWN_COLUMNS))
+    print(f"{'':<54}" + "".join(f"{name.rpartition('_')[2]:>12}" for name in SHOWN_COLUMNS))
     for row in rows:
         who = " ".join(filter(None, (row["server"], row["transport"], row["load"])))
         if row.get("not_run"):
             print(f"{who:<54} not run: {row['not_run']}")
         else:
-            print(f"{who:<54}" + "".join(f"{row.get(name, ''):>12}" for name in SHOWN))
+            print(f"{who:<54}" + "".join(f"{row.get(name, ''):>12}" for name in SHOWN_COLUMNS))
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share of the ceiling, latencies, and CPU time of a request by its parts, a line of three pictures a network."""
+    """Draw three pictures for each network: share of the ceiling, latencies, and CPU time of a request by part."""
     configs = list(dict.fromkeys(row["config"] for row in rows))
     figure = Figure((17, 4.6 * len(configs)), layout="constrained")
     axes = figure.subplots(len(configs), 3, squeeze=False)
@@ -490,7 +493,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     command.add_argument("--configs", nargs="+", choices=CONFIGS, default=["compact", "paper"], help="networks")
-    command.add_argument("--precision", choices=sorted(_TOLERANCE), default="fp32")
+    command.add_argument("--precision", choices=sorted(_POSE_TOLERANCES), default="fp32")
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="samples of each figure (default: 5)")
     command.add_argument("--seconds", type=float, default=2.0, help="of each sample (default: 2)")
     command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.start``: how long the server takes from the start of its process until it is ready."""
+"""``python -m benchmarks.start``: the time from the start of the server's process until it is ready."""
 
 import argparse
 import json
@@ -24,11 +24,11 @@ from benchmarks.server import Served, repository, serve
 from benchmarks.serving import setup
 from training.model import CONFIGS
 
-#: How a server comes by the number of its threads, its parallel batches and the images of a batch.
+#: The origin of the server's plan: its threads, its parallel batches and the images of a batch.
 TUNED, FIXED = "by measurement", "by settings"
 
 _ROOT = Path(__file__).parent.parent
-_IMPORTS = """import time
+_IMPORTS_CODE = """import time
 import serving.__main__
 from serving.runtime import onnxruntime
 onnxruntime()
@@ -36,20 +36,20 @@ print(time.time())
 """
 _POLL_SECONDS = 0.002
 _READY_SECONDS = 30
-_CPU = "process_cpu_seconds_total"
-_SHOWN = ("plan", "ready_s", "ready_least_s", "ready_most_s", "imports_s", "models_s", "ports_s", "cpu_s")
+_CPU_METRIC = "process_cpu_seconds_total"
+_SHOWN_COLUMNS = ("plan", "ready_s", "ready_least_s", "ready_most_s", "imports_s", "models_s", "ports_s", "cpu_s")
 
 
 def imports() -> float:
-    """Seconds until a process of its own has imported what the server does, ONNX Runtime among it."""
+    """Return the seconds until a new process has imported all that the server imports, with ONNX Runtime."""
     began = time.time()
-    command = [sys.executable, "-c", _IMPORTS]
+    command = [sys.executable, "-c", _IMPORTS_CODE]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout) - began
 
 
 def ready(served: Served) -> float:
-    """When a health check answered SERVING, in seconds since the process was started. Raises LoadError."""
+    """Return the seconds from the start of the process until a health check answered SERVING. Raises LoadError."""
     end = time.monotonic() + _READY_SECONDS
     with grpc.insecure_channel(served.targets["tcp"]) as channel:
         stub = HealthStub(channel)
@@ -62,9 +62,9 @@ def ready(served: Served) -> float:
 
 
 def loaded(served: Served) -> float:
-    """When all models were loaded, tuned and warm, in seconds since the process was started.
+    """Return the seconds from the start of the process until all models were loaded, tuned and warm.
 
-    By the log, in JSON, where each model says so of itself. Raises LoadError where none does.
+    The log, in JSON, has a line for each model. Raises LoadError if it has none.
     """
     times = []
     for line in served.log.read_text().splitlines():
@@ -77,17 +77,17 @@ def loaded(served: Served) -> float:
 
 
 def measure(models: Path, precision: str, flags: Sequence[str], folder: Path) -> tuple[dict[str, float], str]:
-    """The figures of one start by their columns, and the flags that fix the plan it has chosen.
+    """Return the figures of one start by column, and the flags that would fix the plan that the server chose.
 
-    Raises LoadError where the server does not start, or does not tell what is measured.
+    Raises LoadError if the server does not start, or if its metrics or log lack a figure.
     """
     until_imported = imports()
     with serve(models, precision, ["--log-format=json", *flags], folder, _POLL_SECONDS) as served:
         until_ready = ready(served)
         page = served.page()
-        cpu, until_loaded = page.total(_CPU), loaded(served)
+        cpu, until_loaded = page.total(_CPU_METRIC), loaded(served)
     if cpu is None:
-        raise LoadError(f"the server's metrics lack {_CPU}")
+        raise LoadError(f"the server's metrics lack {_CPU_METRIC}")
     chosen = setup(page, flags)
     figures = {
         "ready_s": until_ready,
@@ -100,7 +100,7 @@ def measure(models: Path, precision: str, flags: Sequence[str], folder: Path) ->
 
 
 def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Of each figure the median over the rounds; of the time until it is ready also the least and the most."""
+    """Return the median of each figure over the rounds, and the least and the most of the time until it is ready."""
     row = {name: f"{statistics.median(one[name] for one in rounds):.3g}" for name in rounds[0]}
     times = [one["ready_s"] for one in rounds]
     return row | {"ready_least_s": f"{min(times):.3g}", "ready_most_s": f"{max(times):.3g}"}
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--rounds", type=int, default=10, metavar="N", help="starts of each kind (default: 10)")
     command.add_argument(
         "--plan", default="", metavar="FLAGS",
-        help="flags that fix what the server measures otherwise, in one argument (default: as its first start chose)",
+        help="flags that fix the plan, in one argument (default: the plan that the first start chose)",
     )  # fmt: skip
     command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
@@ -145,9 +145,9 @@ def main(arguments: list[str] | None = None) -> int:
             for plan in flags
         ]
         print(f"\n{config} ({options.precision})")
-        print("".join(f"{name:>16}" for name in _SHOWN))
+        print("".join(f"{name:>16}" for name in _SHOWN_COLUMNS))
         for row in found:
-            print("".join(f"{row[name]:>16}" for name in _SHOWN))
+            print("".join(f"{row[name]:>16}" for name in _SHOWN_COLUMNS))
         rows += [row | how for row in found]
     if options.out:
         write(options.out, rows)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.transport``: measure what a call costs in each transport, side by side, under one table."""
+"""``python -m benchmarks.transport``: the cost of a call in each transport, side by side, with one method table."""
 
 import argparse
 import asyncio
@@ -60,7 +60,7 @@ async def _stream(requests: AsyncIterator[bytes], context: Context) -> AsyncIter
 
 
 async def serve(transport: str) -> None:
-    """Answer each request with the same bytes, until the process is ended; prints the port."""
+    """Print the port, then answer each request with the same bytes until the process ends."""
     limits = TransportLimits(2**22, "", 2**28, "")
     server: TransportServer = GrpcServer(limits) if transport == OURS else GrpcioServer(limits)
     methods: dict[str, Method] = {
@@ -77,7 +77,7 @@ async def serve(transport: str) -> None:
 
 @contextmanager
 def _process(transport: str) -> Iterator[tuple[int, str]]:
-    """A server as a process of its own: its process id and its address."""
+    """Start a server in a process of its own. Yield its process id and its address."""
     command = [sys.executable, "-m", "benchmarks.transport", "--serve", transport]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent) as process:
         assert process.stdout
@@ -94,14 +94,14 @@ def _cpu_seconds(process: int) -> float:
 
 @dataclass
 class Collected:
-    """Of one transport and kind of call, a figure a round."""
+    """The figures of one transport and kind of call, one figure for each round."""
 
     per_second: list[float] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
 
 
 def measure(rounds: int, calls: int, seconds: float, folder: Path) -> dict[tuple[str, str], Collected]:
-    """Every transport and kind in turns. Raises LoadError where a call fails."""
+    """Measure every transport and kind of call in turns. Raises LoadError if a call fails."""
     body, large = folder / "body", folder / "large"
     body.write_bytes(framed(REQUEST))
     large.write_bytes(framed(LARGE_REQUEST))
@@ -134,8 +134,10 @@ def measure(rounds: int, calls: int, seconds: float, folder: Path) -> dict[tuple
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__)
     command.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each figure (default: 7)")
-    command.add_argument("--calls", type=int, default=10_000, metavar="N", help="unary, a sample (default: 10000)")
-    command.add_argument("--seconds", type=float, default=1.0, help="of a sample of streams (default: 1)")
+    command.add_argument(
+        "--calls", type=int, default=10_000, metavar="N", help="unary calls of a sample (default: 10000)"
+    )
+    command.add_argument("--seconds", type=float, default=1.0, help="length of a sample of streams (default: 1)")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
     command.add_argument("--serve", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     options = command.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""One version's folder while it is written: under another name until it is whole, so that no server loads a part."""
+"""The writer of a version's folder. It has another name until it is complete, so that no server loads a part."""
 
 import fcntl
 import os
@@ -17,11 +17,10 @@ _SUFFIX = ".partial"
 
 
 class ArtifactWriter:
-    """Writes ``repository/name/version``: its files with their digests, and the manifest last.
+    """The writer of ``repository/name/version``: its files with their digests, and the manifest last.
 
-    Used as a context manager, whose entry raises FileExistsError where that version is there, or another process is
-    writing it. Where the block is left before ``finish``, nothing remains, and no folder that was made for it. What
-    killed processes have left of this model's versions is removed at the entry.
+    It is a context manager. Its entry raises FileExistsError if the version exists or another process writes it, and it
+    removes the remains of killed processes. If the block ends before ``finish``, all files and new folders are removed.
 
     files: the SHA-256 of each file, hexadecimal, by name, in the order in which they were added.
     """
@@ -29,7 +28,7 @@ class ArtifactWriter:
     def __init__(self, repository: Path, name: str, version: str) -> None:
         self.files: dict[str, str] = {}
         self._version_folder = repository / name / version
-        # A name that neither our server nor Triton takes for a version.
+        # Neither this server nor Triton takes this name for a version.
         self.folder = repository / name / f".{version}{_SUFFIX}"
         self._lock = -1
         self._made: list[Path] = []
@@ -45,7 +44,7 @@ class ArtifactWriter:
         if lock is None:
             raise FileExistsError(f"{self._version_folder}: another export of it is under way")
         self._lock = lock
-        if self._version_folder.exists():  # since another process has just finished it
+        if self._version_folder.exists():  # another process has just finished it
             self._leave()
             raise self._exists()
         _clear(self.folder)
@@ -73,16 +72,16 @@ class ArtifactWriter:
         self.add(name)
 
     def add(self, name: str) -> None:
-        """Take a file that somebody else has written into ``folder``."""
+        """Add a file that other code has written into ``folder``."""
         self.files[name] = digest(self.folder / name)
 
     def remove(self, name: str) -> None:
-        """Remove a file again."""
+        """Remove an added file."""
         (self.folder / name).unlink()
         del self.files[name]
 
     def finish(self, artifact: Artifact) -> Artifact:
-        """Write the manifest of an artifact in ``folder``, give the folder its name, and return the artifact there."""
+        """Write the manifest, give the folder its final name, and return the artifact."""
         write_manifest(artifact)
         self.folder.rename(self._version_folder)
         return replace(artifact, folder=self._version_folder)
@@ -91,11 +90,11 @@ class ArtifactWriter:
         return FileExistsError(f"{self._version_folder}: exists already, and a version is never overwritten")
 
     def _leave(self) -> None:
-        """Remove what is not finished, and let go of the folder."""
+        """Remove an unfinished folder, and release the lock."""
         if self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in reversed(self._made):
-                with suppress(OSError):  # it is gone, or holds something else
+                with suppress(OSError):  # the folder is gone, or has other content
                     folder.rmdir()
         if self._lock >= 0:
             os.close(self._lock)
@@ -103,14 +102,14 @@ class ArtifactWriter:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder for as long as this process lives and the descriptor returned is open; None where it is locked.
+    """Lock a folder while this process lives and the returned descriptor is open. Return None if it is locked.
 
-    A killed process lets go of its locks, so a partial folder that can be locked is one that nobody writes.
+    A killed process releases its locks, so no process writes a partial folder that can be locked.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):  # and not one that has been renamed since
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):  # not a folder that was renamed meanwhile
             return descriptor
     except OSError:
         pass

@@ -1,4 +1,4 @@
-"""A checkpoint as an artifact: every graph, each certified as it will be served, and the manifest that names them."""
+"""Conversion of a checkpoint to an artifact: its graphs, each certified in the server's runtime, and its manifest."""
 
 import hashlib
 import json
@@ -20,7 +20,16 @@ from export.to_fp16 import to_fp16
 from export.to_int8 import to_int8
 from export.to_onnx import decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
-from export.verify import ParityError, Reference, certify, certify_decoder, certify_explanation, reference, speeds
+from export.verify import (
+    ParityError,
+    Reference,
+    certify,
+    certify_decoder,
+    certify_explanation,
+    certify_rounded,
+    reference,
+    speeds,
+)
 from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant
 from serving.runtime import Runtime, RuntimeSetupError, usable_cores
 from serving.tensorrt_options import BatchProfile
@@ -36,7 +45,7 @@ ENGINE = "model.plan"
 
 
 class Export(NamedTuple):
-    """A written artifact, and of each graph that is not in it, since it differs too much from PyTorch, why."""
+    """A written artifact, and the reason for each graph that is missing in it."""
 
     artifact: Artifact
     failures: dict[str, str]
@@ -52,17 +61,16 @@ def export_checkpoint(
     batches: BatchProfile = BATCHES,
     engine: bool = False,
 ) -> Export:
-    """Export a checkpoint to ``out/name/version``, verify each graph as it will be served, write the manifest last.
+    """Export a checkpoint to ``out/name/version``, verify each graph in the server's runtime, write the manifest last.
 
-    dataset: what the checkpoint was trained and tested on: its test images are what the graphs are compared on, and
-    the checkpoint's figures are of; its training images are what int8 is calibrated on. opset: see ``to_onnx``.
-    batches: what TensorRT and Triton are to expect; engine: build a TensorRT engine beside the graphs, which is not
-    compared with anything.
+    dataset: the data of the checkpoint's training and test. The graphs are compared on its test images, and int8 is
+    calibrated on its training images. opset: see ``to_onnx``. batches: the batch sizes for TensorRT and Triton. engine:
+    True to build a TensorRT engine too, without a comparison.
 
-    Where anything fails but int8 or fp16, nothing is left. ``config.pbtxt`` and ``labels.txt`` are written where this
-    is the highest version.
+    If anything except int8 or fp16 fails, no file remains. ``config.pbtxt`` and ``labels.txt`` are written if this is
+    the highest version.
 
-    Raises FileExistsError where that folder is there already; CheckpointError where weights, labels or test images do
+    Raises FileExistsError if that folder is there already; CheckpointError where weights, labels or test images do
     not fit the config, or the figures are not those of the weights; GraphError, TritonError, TensorRTMissing,
     EngineError, RuntimeSetupError and ParityError as the functions called do; OSError where files cannot be written.
     """
@@ -99,7 +107,7 @@ def export_checkpoint(
 
 
 def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Tensor:
-    """Training images as the network takes them, uint8 (count or fewer, C, S, S), the same at each call."""
+    """Return training images for the network, uint8 (at most count, C, S, S), the same at each call."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(dataset.train_images), generator=generator)[:count]
     images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
@@ -115,7 +123,7 @@ class _Title:
     training: Training
 
     def write_into(self, model: onnx.ModelProto, file: str, what: str) -> None:
-        """Write it into a graph; what: the graph's own part of the description."""
+        """Write the description into a graph. what: the graph's own part of it."""
         training = self.training
         model.doc_string = (
             f"Capsule network {self.name}, version {self.version}, trained on {training.dataset}, {what}."
@@ -130,15 +138,15 @@ class _Title:
             "config": json.dumps(training.config),
         }
         onnx.helper.set_model_props(model, properties)
-        # Of the graph's name, since TensorRT's engine cache tells models apart by it and not by their weights.
+        # Part of the graph's name: TensorRT's engine cache distinguishes models by it and not by their weights.
         model.graph.name = f"{self.name}-{self.version}-{Path(file).stem}"
 
 
 class _Graphs:
-    """The graphs of an artifact: each is written, certified as it will be served, and kept for the manifest.
+    """The graphs of an artifact: each is written, certified in the server's runtime, and kept for the manifest.
 
-    variants: the graphs that classify, by precision; graphs: the others, by name; failures: why a precision is not
-    there. Every method raises ParityError where a graph differs from PyTorch by more than is tolerated.
+    variants: by precision, the graphs that classify. graphs: by name, the other graphs. failures: by precision, the
+    reason why it is missing. Every method raises ParityError if a graph differs too much from PyTorch.
     """
 
     def __init__(self, writer: ArtifactWriter, title: _Title, expected: Reference) -> None:
@@ -151,14 +159,14 @@ class _Graphs:
     def add_all(
         self, network: CapsNet, checkpoint: Checkpoint, dataset: Dataset, opset: int, engine: BatchProfile | None
     ) -> None:
-        """Add every graph of a network; engine: the batches of a TensorRT engine, None for no engine.
+        """Add every graph of a network. engine: the batches of a TensorRT engine, or None for no engine.
 
-        Raises CheckpointError where the figures of the checkpoint are not those of its weights.
+        Raises CheckpointError if the figures of the checkpoint are not those of its weights.
         """
         model = to_onnx(network, opset)
         self.add_variant(PRECISIONS[0], model)
         _check_figures(checkpoint, self.variants[PRECISIONS[0]])
-        if engine:  # soon, since it is the most likely to fail
+        if engine:  # early, since it is the most likely to fail
             self.add_engine(engine)
         self.try_variant("int8", lambda: to_int8(model, calibration_images(dataset)))
         self.try_variant("fp16", lambda: to_fp16(model))
@@ -172,11 +180,13 @@ class _Graphs:
         file = _file(precision)
         path = self._save(file, model, f"in {precision}")
         runtime = Runtime(path, "cpu", usable_cores(), quantized=precision == "int8")
-        self.variants[precision] = Variant(file, **certify(self._expected, runtime, precision))
+        figures = certify(self._expected, runtime, precision)
+        rounded = certify_rounded(self._expected, model) if precision == "fp16" else {}
+        self.variants[precision] = Variant(file, **figures, rounded=rounded)
         self._runtimes[precision] = runtime
 
     def try_variant(self, precision: str, make: Callable[[], onnx.ModelProto]) -> None:
-        """Add a graph that classifies, or the reason why it cannot be made or served."""
+        """Add a graph that classifies, or note the reason why it cannot be made or served."""
         try:
             self.add_variant(precision, make())
         except GraphError as error:
@@ -186,14 +196,14 @@ class _Graphs:
             self.failures[precision] = str(error)
 
     def add_engine(self, batches: BatchProfile) -> None:
-        """Add a TensorRT engine of the graph in single precision, compared with nothing."""
+        """Add a TensorRT engine of the graph in single precision, without a comparison."""
         folder = self._writer.folder
         build_engine(folder / _file(PRECISIONS[0]), folder / ENGINE, batches)
         self._writer.add(ENGINE)
         self.graphs["tensorrt"] = Graph(ENGINE)
 
     def add_explanation(self, network: CapsNet, opset: int) -> None:
-        """Add the graph that tells its couplings."""
+        """Add the graph that returns its couplings."""
         path = self._save(f"{EXPLAIN}.onnx", explanation_to_onnx(network, opset), "with the couplings of its routing")
         certified = certify_explanation(network, path, self._expected)
         self.graphs[EXPLAIN] = replace(certified, receptive_field=receptive_field(network.config))
@@ -223,7 +233,7 @@ def _file(precision: str) -> str:
 
 
 def _check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Raise CheckpointError where the network takes other images than the data has, or has other classes."""
+    """Raise CheckpointError if the network has other image shapes or classes than the data."""
     config = checkpoint.config
     if dataset.image_shape != config.image_shape:
         raise CheckpointError(
@@ -243,7 +253,7 @@ def _check_figures(checkpoint: Checkpoint, variant: Variant) -> None:
 
 
 def _training(checkpoint: Checkpoint, dataset: Dataset) -> Training:
-    """Return what the manifest says of the training run and the data, exactly as it will be read back."""
+    """Return the manifest's section on the training run and the data, exactly as it will be read back."""
     data = hashlib.sha256(dataset.test_images.numpy().tobytes() + dataset.test_labels.numpy().tobytes())
     content = {
         "dataset": checkpoint.dataset,

@@ -1,10 +1,18 @@
-"""``CERTIFICATE.md``: what was compared of an artifact, with what result, and what was not run."""
+"""``CERTIFICATE.md``: the comparisons of an artifact, their results, and the parts that were not run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from serving.artifact import Graph, Training, Variant
 
 CERTIFICATE = "CERTIFICATE.md"
+
+_HALF_PRECISION = (
+    "**fp16 on the CPU is single precision:** ONNX Runtime's CPU provider computes the convolutions and products of "
+    "`fp16.onnx` in single precision, from weights in half precision; the row fp16, and its speed, are of that. The "
+    'row "fp16, rounded" is an emulation: the same graph with the result of each of its half-precision operations '
+    "rounded to half precision, sums within an operation in single precision."
+)
 
 
 def certificate(
@@ -18,8 +26,8 @@ def certificate(
 ) -> str:
     """Return the page for graphs that have their figures.
 
-    variants: the graphs that classify, by precision; graphs: the others, by name; files: the SHA-256 of each, by file
-    name; failures: why a precision is not there.
+    variants: by precision, the graphs that classify. graphs: by name, the other graphs. files: by name, the SHA-256 of
+    each file. failures: by precision, the reason why it is missing.
     """
     first = next(iter(variants.values()))
     parts = [
@@ -32,11 +40,13 @@ def certificate(
         _table(
             ("precision", "file", "bytes", "test error", "labels changed",
              "probabilities: largest, mean difference", "poses: largest, mean difference", "tolerated"),
-            [(precision, *_compared(variant)) for precision, variant in variants.items()],
+            [row for precision, variant in variants.items() for row in _rows(precision, variant)],
         ),
         f"Images a second on {first.device}, all graphs in turns:",
         _speeds(variants),
     ]  # fmt: skip
+    if any(variant.rounded for variant in variants.values()):
+        parts.insert(3, _HALF_PRECISION)
     parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
     others = [
         (graph_name, f"`{graph.file}`", str(graph.images or "none"), _differences(graph) or "not compared")
@@ -49,6 +59,14 @@ def certificate(
         _table(("file", "SHA-256"), [(f"`{file}`", f"`{sha256}`") for file, sha256 in files.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rows(precision: str, variant: Variant) -> list[tuple[str, ...]]:
+    """Return the row of a graph, and for half precision one more with every operation's result rounded."""
+    rows = [(precision, *_compared(variant))]
+    if variant.rounded:
+        rows.append((f"{precision}, rounded", *_compared(replace(variant, **variant.rounded))))  # type: ignore[arg-type]
+    return rows
 
 
 def _compared(variant: Variant) -> tuple[str, ...]:

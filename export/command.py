@@ -1,6 +1,6 @@
 """The command ``python -m export``: its flags, its refusals, and the export.
 
-PyTorch takes seconds to import: everything that can be refused without it is refused before.
+The import of PyTorch takes seconds, so all checks that do not need it come first.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def run_command(arguments: list[str] | None = None) -> int:
 
 
 def _export(path: Path, out: Path, options: ExportOptions) -> int:
-    """Export with PyTorch and print what was measured. Returns the command's exit status."""
+    """Export with PyTorch and print the figures. Return the command's exit status."""
     from export.build import export_checkpoint
     from export.graph import GraphError
     from export.to_tensorrt import EngineError, TensorRTMissing

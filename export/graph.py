@@ -1,4 +1,4 @@
-"""The graphs of an artifact: what goes into each, and what must hold of the finished file.
+"""The graphs of an artifact: the content of each, and the checks of the finished file.
 
 Axes as in training/model.py: B images, C H W of an image, I primary capsules, J classes, E pose dimension.
 """
@@ -19,11 +19,11 @@ _MAX_MATMUL_RANK = 4
 
 
 class GraphError(RuntimeError):
-    """The network could not be turned into an ONNX graph, or the graph is not one to serve; the text says why."""
+    """The network cannot be converted to an ONNX graph, or the graph cannot be served. The text says why."""
 
 
 class Value(NamedTuple):
-    """An input or output of a graph: its ONNX type, its shape after the batch axis, and what it is."""
+    """An input or output of a graph: its ONNX type, its shape after the batch axis, and its description."""
 
     type: str
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class Value(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """Inputs and outputs of a graph, by name and in order; every value has the open batch axis in front."""
+    """The inputs and outputs of a graph, by name and in order. The first axis of every value is the open batch axis."""
 
     inputs: Mapping[str, Value]
     outputs: Mapping[str, Value]
@@ -49,7 +49,7 @@ def served_signature(config: CapsNetConfig) -> Signature:
 
 
 def explain_signature(config: CapsNetConfig) -> Signature:
-    """Return the signature of the graph that classifies and tells its couplings."""
+    """Return the signature of the graph that classifies and returns its couplings."""
     served = served_signature(config)
     shape = (config.classes, config.primary_capsules)
     meaning = "How much of each primary capsule's vote each class got in the last routing iteration, c."
@@ -96,7 +96,7 @@ class Explanation(nn.Module):
 
 
 class LiveDecoder(nn.Module):
-    """The decoder on the E inputs that are not masked, in place of all J*E.
+    """The decoder on the E inputs that are not masked, instead of all J*E.
 
     ``forward`` takes poses (B, E) and their classes (B,), int64, and returns pixels from 0 to 1, (B, C, H, W).
     """
@@ -120,7 +120,7 @@ class LiveDecoder(nn.Module):
 
 
 def receptive_field(config: CapsNetConfig) -> ReceptiveField:
-    """Return which pixels each primary capsule sees, for reading couplings."""
+    """Return the pixels that each primary capsule sees, to interpret couplings."""
     size, step, offset = 1, 1, 0
     for _, kernel, stride, padding in (*config.convolutions, (0, config.primary_kernel, config.primary_stride, 0)):
         size += (kernel - 1) * step
@@ -143,7 +143,7 @@ def check(model: onnx.ModelProto, signature: Signature) -> None:
     shapes of the signature, the batch axis left open; and it must hold no Einsum and no MatMul over five axes or
     more, which ONNX Runtime computes by copying the weights for each image.
 
-    Raises GraphError at the first thing that does not hold.
+    Raises GraphError for the first check that fails.
     """
     try:
         onnx.checker.check_model(model, full_check=True)

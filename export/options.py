@@ -1,6 +1,6 @@
-"""Everything that can be chosen of an export, each choice said once: its flag, default, choices, help and check.
+"""The options of an export, one field for each: its flag, default, choices, help and check.
 
-Nothing here needs PyTorch, whose import takes seconds, so that a wrong choice is refused at once.
+This module does not import PyTorch, which takes seconds, so that a wrong choice is refused at once.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from serving.files.options import check, option
 from serving.tensorrt_options import BatchProfile
 
-OPSETS = range(18, 26)  # those that PyTorch's exporter converts to by itself
+OPSETS = range(18, 26)  # the versions to which PyTorch's exporter converts by itself
 OPSET = 20
 BATCHES = BatchProfile(1, 8, 32)
 
@@ -30,9 +30,9 @@ def parse_version(text: str) -> str:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The choices of an export. Raises ValueError where options are wrong.
+    """The options of an export. Raises ValueError for a wrong value.
 
-    batches: the usual and the largest, as ``--batches`` takes them.
+    batches: the usual and the largest batch size, as in ``--batches``.
     """
 
     name: str | None = option(None, "the model's name", parse=parse_name, metavar="NAME", shown="capsnet-DATASET")
@@ -71,5 +71,5 @@ class ExportOptions:
 
     @property
     def profile(self) -> BatchProfile:
-        """Return the sizes of batches that TensorRT is to expect."""
+        """Return the batch sizes for TensorRT."""
         return BatchProfile(1, *self.batches)

@@ -1,4 +1,4 @@
-"""The served graph in half precision (float16) where that is safe, for GPUs."""
+"""The served graph in half precision (float16) where that is safe, for GPUs; and an emulation of it for CPUs."""
 
 import numpy as np
 import onnx
@@ -13,17 +13,19 @@ _VOTES_RANK = 3  # (I, B, J*E); no other matrix product has three axes
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
-    """A copy of a graph of ``to_onnx`` that computes in float16 from the image to the primary capsules before their
-    squash, and the votes from the squashed capsules; inputs, outputs, operator set, name and properties stay.
+    """Return a copy of a graph of ``to_onnx`` that computes partly in float16.
 
-    Convolution and digit capsule weights are stored in float16, which halves the file. All else stays in float32:
-    lengths and squash, since the square of 256 is beyond float16; softmax; and the routing's sums over all primary
-    capsules, which would round after each step, and overflow where votes are long.
+    The part from the image to the primary capsules before their squash is in float16, and so are the votes from the
+    squashed capsules. Inputs, outputs, operator set, name and properties do not change.
 
-    A weight keeps 11 significant bits; one below 6.1e-5 in magnitude is off by 3e-8 at most.
+    Convolution and digit capsule weights are stored in float16, which halves the file. Everything else stays in
+    float32: lengths and squash, since the square of 256 is beyond float16; softmax; and the routing's sums over all
+    primary capsules, which would round after each step, and overflow for long votes.
 
-    Raises GraphError where a weight is not finite in float16, whose greatest number is 65,504, or the graph does not
-    begin as those of ``to_onnx`` do.
+    A weight keeps 11 significant bits. A weight below 6.1e-5 in magnitude has an error of at most 3e-8.
+
+    Raises GraphError if a weight is not finite in float16, whose greatest number is 65,504, or if the graph does not
+    begin like those of ``to_onnx``.
     """
     result = ModelProto()
     result.CopyFrom(model)
@@ -40,7 +42,7 @@ def to_fp16(model: ModelProto) -> ModelProto:
         if node.op_type == "Cast" and is_half:
             next(entry for entry in node.attribute if entry.name == "to").i = _HALF
         else:
-            floats = 1 if node.op_type in _MOVES else len(node.input)  # the second input of a Reshape is its shape
+            floats = 1 if node.op_type in _MOVES else len(node.input)  # the second input of Reshape is its shape
             for index, name in enumerate(node.input[:floats]):
                 if (name in half) == is_half:
                     continue
@@ -59,14 +61,47 @@ def to_fp16(model: ModelProto) -> ModelProto:
     return result
 
 
+def rounded(model: ModelProto) -> ModelProto:
+    """Return a graph of ``to_fp16`` in float32, with the result of each half-precision operation rounded to float16.
+
+    ONNX Runtime's CPU provider computes float16 graphs in float32 and rounds only where a cast stands; this graph gives
+    the numbers of a processor that stores every result in float16 and sums within an operation in float32.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    known = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph.value_info
+    half = {value.name for value in known if value.type.tensor_type.elem_type == _HALF}
+    for tensor in graph.initializer:
+        if tensor.data_type == _HALF:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        output = node.output[0]
+        if output not in half or node.op_type in _MOVES:
+            continue
+        if node.op_type == "Cast":
+            next(entry for entry in node.attribute if entry.name == "to").i = _FLOAT
+        node.output[0] = f"{output}_unrounded"
+        nodes.append(helper.make_node("Cast", [node.output[0]], [f"{output}_half"], to=_HALF))
+        nodes.append(helper.make_node("Cast", [f"{output}_half"], [output], to=_FLOAT))
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+    graph.ClearField("value_info")
+    result = onnx.shape_inference.infer_shapes(result, strict_mode=True, data_prop=True)
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
 def _half(graph: GraphProto) -> tuple[set[str], set[str]]:
-    """Return what becomes float16 in a graph with all shapes: nodes, by their first outputs, and values."""
+    """Return the nodes, by their first outputs, and the values that become float16 in a graph with all shapes."""
     initializers = {tensor.name for tensor in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
     products = [node for node in graph.node if node.op_type == "MatMul"]
     votes = [node for node in products if ranks[node.output[0]] == _VOTES_RANK]
-    # The capsules are transposed for the votes: as float16 already.
+    # The capsules are transposed for the votes, already in float16.
     begun = {node.output[0] for node in votes} | {node.input[0] for node in votes}
 
     image = graph.input[0].name
@@ -81,8 +116,9 @@ def _half(graph: GraphProto) -> tuple[set[str], set[str]]:
             if node.op_type not in _MOVES:
                 half.update(initializers & set(node.input))
             convolutions += node.op_type == "Conv"
-    if convolutions != 2:
-        raise GraphError(f"the image meets {convolutions} convolutions before their squash; expected 2")
+    every = sum(node.op_type == "Conv" for node in graph.node)
+    if convolutions != every or not every:
+        raise GraphError(f"the image meets {convolutions} convolutions before their squash; the graph has {every}")
     return found, half - {image}
 
 

@@ -1,10 +1,11 @@
-"""The served graph with both convolutions in 8-bit integers, for CPUs.
+"""The served graph with its convolutions in 8-bit integers, for CPUs.
 
-The convolutions are nearly all of a network's multiply-adds; squash and routing stay as they are, in float32.
-Written in QuantizeLinear and DequantizeLinear around each convolution (QDQ), from which ONNX Runtime makes its integer
+The convolutions have nearly all multiply-adds of a network. Squash and routing stay in float32. The graph has
+QuantizeLinear and DequantizeLinear around each convolution (QDQ), from which ONNX Runtime makes its integer
 convolution, QLinearConv.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,53 +19,64 @@ from torch.nn.functional import conv2d
 from export.graph import GraphError
 from export.verify import edge_images
 
-_BEGINNINGS = (
-    ("Cast", "Div", "Conv", "Relu", "Conv"),
-    ("Cast", "Div", "Conv", "Relu", "Div", "Conv"),  # with a primary divisor
-)
+# The operators between the image and the primary capsules, each with a space behind it: pixels are divided, and then
+# convolutions with ReLU between them, of whose last one the input may be divided.
+_BEGINNING = re.compile("Cast Div (?:Conv Relu )+(?:Div )?Conv ")
+_SHORTEST = "Cast, Div, Conv, Relu, Conv"
+_SHOWN_OPERATORS = 6  # of a graph with other operators
 _MAX_ACTIVATION = 255  # of uint8
 _MAX_WEIGHT = 127  # of int8, made symmetric
 # An int32 sum begins with the bias. This leaves half of its range to the products.
 _MAX_BIAS = 2**30
-_MIN_STEP = 1e-12  # where all activations are 0
+_MIN_STEP = 1e-12  # if all activations are 0
 _BATCH_SIZE = 64
 
 _Floats = NDArray[np.float64]
 
 
-class _Layers(NamedTuple):
-    """The beginning of the graph: its nodes in order, and their constants.
+class _Layer(NamedTuple):
+    """A convolution: its node, weights (O, I, k, k) and bias (O,), O channels from I, and what its input is divided by
+    before."""
 
-    255, by which pixels are divided; the divisor of the features; weights (O, I, 9, 9) and bias (O,) of each
-    convolution O channels from I; the second convolution's stride.
-    """
+    node: NodeProto
+    weight: _Floats
+    bias: _Floats
+    divisor: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Convolve features (B, I, H, W), in single precision; they are divided already."""
+        rows, columns, *_ = helper.get_node_attr_value(self.node, "pads")
+        stride = helper.get_node_attr_value(self.node, "strides")
+        weight, bias = (torch.from_numpy(array).float() for array in (self.weight, self.bias))
+        return conv2d(features, weight, bias, stride=stride, padding=(rows, columns))
+
+
+class _Layers(NamedTuple):
+    """The beginning of the graph: all its nodes, and its convolutions, in order."""
 
     nodes: list[NodeProto]
-    pixel_divisor: float
-    feature_divisor: float
-    weights: list[_Floats]
-    biases: list[_Floats]
-    strides: list[int]
+    convolutions: list[_Layer]
 
 
 class _Ranges(NamedTuple):
-    """Ranges of the activations: the greatest feature after ReLU and division; the ends of each channel's, (T*D,)."""
+    """Ranges of the activations: the greatest one that goes into each convolution after the first, divided already;
+    and the ends of the range of each channel that comes out of the last, (T*D,)."""
 
-    feature: float
+    features: list[float]
     low: _Floats
     high: _Floats
 
 
 def to_int8(model: ModelProto, images: Tensor) -> ModelProto:
-    """A copy of a graph of ``to_onnx`` whose two convolutions compute in 8-bit integers; inputs, outputs, operator
+    """Return a copy of a graph of ``to_onnx`` whose convolutions compute in 8-bit integers; inputs, outputs, operator
     set, name and properties stay.
 
     images: uint8 (N, C, H, W), 0 to 255, of the training set, N one or more; they and ``edge_images`` set the ranges
-    of the activations, and what lies outside is cut off. The same graph and images give the same bytes.
+    of the activations, and values outside are cut off. The same graph and images give the same bytes.
 
-    Weights become int8, symmetric, with a scale for each channel that comes out; activations uint8; biases int32 at
+    Weights become int8, symmetric, with a scale for each output channel; activations uint8; biases int32 at
     the product of both scales (as "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342,
-    recommends). Two choices make it exact where that is free:
+    recommends). Two choices make it exact without a cost:
 
     - The image itself is the first convolution's input, at scale 1/255: nothing is rounded.
     - A primary capsule's value has a range for each channel, since single channels reach ten times as far as the
@@ -74,7 +86,7 @@ def to_int8(model: ModelProto, images: Tensor) -> ModelProto:
     CPUs without VNNI instructions (x86 before 2019) add products of uint8 and int8 in saturated 16-bit pairs, which
     can be wrong; ONNX Runtime's session option ``session.x64quantprecision`` set to ``1`` avoids it there.
 
-    Raises ValueError where the images are not as the graph takes them, or there are none; GraphError where the graph
+    Raises ValueError if the images are not as the graph takes them, or there are none; GraphError if the graph
     does not begin as those of ``to_onnx`` do, or a weight or activation is not finite.
     """
     _check_images(images, model)
@@ -109,94 +121,101 @@ def _check_images(images: Tensor, model: ModelProto) -> None:
 
 
 def _layers(graph: GraphProto) -> _Layers:
-    """Follow the image to the second convolution."""
+    """Follow the graph from the image to the convolution of the primary capsules."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    takers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in set(node.input):
+            takers.setdefault(name, []).append(node)
     value, nodes = graph.input[0].name, list[NodeProto]()
-    for _ in range(max(map(len, _BEGINNINGS))):
-        if tuple(node.op_type for node in nodes) in _BEGINNINGS:
-            break
-        takers = [node for node in graph.node if value in node.input]
-        if len(takers) != 1:
-            break
-        nodes.append(takers[0])
-        value = takers[0].output[0]
-    kinds = tuple(node.op_type for node in nodes)
-    needed = {name for node in nodes for name in node.input[1:]}
-    if kinds not in _BEGINNINGS or not needed <= constants.keys():
-        raise GraphError(f"the graph begins with {', '.join(kinds)}; expected {', '.join(_BEGINNINGS[0])}")
+    while len(takers.get(value, [])) == 1:
+        nodes += takers[value]
+        value = nodes[-1].output[0]
+    found = _BEGINNING.match("".join(f"{node.op_type} " for node in nodes))
+    if not found:
+        kinds = ", ".join(node.op_type for node in nodes[:_SHOWN_OPERATORS])
+        raise GraphError(f"the graph begins with {kinds}; expected {_SHORTEST}, or more convolutions with ReLU")
+    nodes = nodes[: found[0].count(" ")]
 
-    def constant(name: str) -> _Floats:
+    def constant(node: NodeProto, index: int) -> _Floats:
+        name = node.input[index] if index < len(node.input) else ""
+        if name not in constants:
+            raise GraphError(f"input {index} of {node.op_type} {node.name} is no constant")
         array: _Floats = numpy_helper.to_array(constants[name]).astype(np.float64)
         if not np.isfinite(array).all():
             raise GraphError(f"{name} holds values that are not finite numbers")
         return array
 
-    divisors = [float(constant(node.input[1])) for node in nodes if node.op_type == "Div"]
-    convolutions = [node for node in nodes if node.op_type == "Conv"]
-    strides: list[int] = helper.get_node_attr_value(convolutions[1], "strides")
-    return _Layers(
-        nodes,
-        divisors[0],
-        divisors[1] if len(divisors) > 1 else 1.0,
-        [constant(node.input[1]) for node in convolutions],
-        [constant(node.input[2]) for node in convolutions],
-        strides,
-    )
+    convolutions, divisor = list[_Layer](), 1.0
+    for node in nodes:
+        if node.op_type == "Div":
+            divisor = float(constant(node, 1))
+        elif node.op_type == "Conv":
+            convolutions.append(_Layer(node, constant(node, 1), constant(node, 2), divisor))
+            divisor = 1.0
+    return _Layers(nodes, convolutions)
 
 
 def _calibrate(layers: _Layers, images: Tensor) -> _Ranges:
-    first, second, first_bias, second_bias = (
-        torch.from_numpy(array).float() for array in (*layers.weights, *layers.biases)
-    )
-    feature, low, high = 0.0, np.zeros(len(second)), np.zeros(len(second))  # so that 0 is within each range
+    first, *others = layers.convolutions
+    channels = len(others[-1].bias)
+    low, high = np.zeros(channels), np.zeros(channels)  # 0 must be within each range
+    greatest = [0.0] * len(others)
     with torch.inference_mode():
         for batch in torch.split(images, _BATCH_SIZE):
-            features = conv2d(batch / layers.pixel_divisor, first, first_bias).relu() / layers.feature_divisor
-            maps = conv2d(features, second, second_bias, stride=layers.strides)  # (B, T*D, h, w)
+            maps = first(batch / first.divisor)
+            for index, layer in enumerate(others):
+                features = maps.relu() / layer.divisor
+                greatest[index] = max(greatest[index], float(features.max()))
+                maps = layer(features)  # at last (B, T*D, h, w)
             if not maps.isfinite().all():
                 raise GraphError("the images to calibrate with give activations that are not finite numbers")
-            feature = max(feature, float(features.max()))
             low = np.minimum(low, maps.amin((0, 2, 3)).numpy())
             high = np.maximum(high, maps.amax((0, 2, 3)).numpy())
-    return _Ranges(feature, low, high)
+    return _Ranges(greatest, low, high)
 
 
 class _Beginning:
-    """The nodes that take the place of those in ``layers``, and their constants."""
+    """The nodes that replace those in ``layers``, and their constants."""
 
     def __init__(self, layers: _Layers, ranges: _Ranges, image: str) -> None:
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
-        first, second = (node for node in layers.nodes if node.op_type == "Conv")
-        pixel = 1 / layers.pixel_divisor
-        feature = max(ranges.feature / _MAX_ACTIVATION, _MIN_STEP)
-        steps = np.maximum((ranges.high - ranges.low) / _MAX_ACTIVATION, _MIN_STEP)  # (T*D,)
-        zeros = np.rint(-ranges.low / steps)  # what stands for 0, (T*D,)
+        self._names: set[str] = set()
+        first, *others = layers.convolutions
+        step = 1 / first.divisor
         zero = self._constant("zero", np.uint8(0))
-
-        value = self._dequantize(image, self._constant("pixel_step", np.float32(pixel)), zero, "int8.pixels")
-        value = self._convolve(first, value, layers.weights[0], layers.biases[0], pixel)
-        # What is cut off below 0 is what ReLU would. Two steps for the same integers divide as the graph did.
-        undivided = self._constant("undivided_feature_step", np.float32(feature * layers.feature_divisor))
-        value = self._quantize(value, undivided, zero)
-        value = self._dequantize(value, self._constant("feature_step", np.float32(feature)), zero, "int8.features")
-        weight = layers.weights[1] / steps[:, None, None, None]
-        value = self._convolve(second, value, weight, layers.biases[1] / steps + zeros, feature)
+        value = self._dequantize(image, self._constant("pixel_step", np.float32(step)), zero, "int8.pixels")
+        layer = first
+        for following, greatest in zip(others, ranges.features, strict=True):
+            value = self._convolve(layer.node, value, layer.weight, layer.bias, step)
+            # Values below 0 are cut off, as by ReLU. Two steps for the same integers divide as the graph did.
+            step = max(greatest / _MAX_ACTIVATION, _MIN_STEP)
+            undivided = self._constant("undivided_feature_step", np.float32(step * following.divisor))
+            value = self._quantize(value, undivided, zero)
+            feature_step = self._constant("feature_step", np.float32(step))
+            value = self._dequantize(value, feature_step, zero, self._unused("int8.features"))
+            layer = following
+        steps = np.maximum((ranges.high - ranges.low) / _MAX_ACTIVATION, _MIN_STEP)  # (T*D,)
+        zeros = np.rint(-ranges.low / steps)  # the integers for 0, (T*D,)
+        weight = layer.weight / steps[:, None, None, None]
+        value = self._convolve(layer.node, value, weight, layer.bias / steps + zeros, step)
         value = self._quantize(value, self._constant("one", np.float32(1)), zero)
         steps_name = self._constant("map_steps", steps.astype(np.float32))
-        self._dequantize(value, steps_name, self._constant("map_zeros", zeros.astype(np.uint8)), second.output[0], 1)
+        map_zeros = self._constant("map_zeros", zeros.astype(np.uint8))
+        self._dequantize(value, steps_name, map_zeros, layer.node.output[0], 1)
 
     def _convolve(self, layer: NodeProto, value: str, weight: _Floats, bias: _Floats, step: float) -> str:
-        """``layer`` on a value with the given step, with another weight and bias; returns the output's name."""
+        """Apply ``layer``, with another weight and bias, to a value with the given step. Return the output's name."""
         steps = np.maximum(np.abs(weight).max((1, 2, 3)) / _MAX_WEIGHT, np.abs(bias) / (step * _MAX_BIAS))
         steps = np.maximum(steps, _MIN_STEP).astype(np.float32)
-        bias_steps = np.float32(step) * steps  # exactly the product, as ONNX Runtime takes it to be
+        bias_steps = np.float32(step) * steps  # exactly the product, as in ONNX Runtime
         integers = np.rint(weight / steps[:, None, None, None]).astype(np.int8)
         bias_integers = np.rint(bias / bias_steps).astype(np.int32)
         names = [value]
         for name, array, scale in ((layer.input[1], integers, steps), (layer.input[2], bias_integers, bias_steps)):
-            scale_name = self._constant(f"{name}_steps", scale)
-            names.append(self._dequantize(self._constant(name, array), scale_name, None, f"int8.{name}_float", 0))
+            scale_name, integer_name = self._constant(f"{name}_steps", scale), self._constant(name, array)
+            names.append(self._dequantize(integer_name, scale_name, None, self._unused(f"int8.{name}_float"), 0))
         output = f"int8.{layer.output[0]}"
         node = NodeProto()
         node.CopyFrom(layer)
@@ -214,5 +233,15 @@ class _Beginning:
         return output
 
     def _constant(self, name: str, value: NDArray[Any] | np.generic) -> str:
-        self.constants.append(numpy_helper.from_array(np.asarray(value), f"int8.{name}"))
-        return f"int8.{name}"
+        unused = self._unused(f"int8.{name}")
+        self.constants.append(numpy_helper.from_array(np.asarray(value), unused))
+        return unused
+
+    def _unused(self, name: str) -> str:
+        """Return an unused name. Two convolutions may share a constant."""
+        unused, number = name, 1
+        while unused in self._names:
+            number += 1
+            unused = f"{name}_{number}"
+        self._names.add(unused)
+        return unused

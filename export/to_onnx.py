@@ -1,4 +1,4 @@
-"""A checkpoint's network as ONNX graphs."""
+"""Conversion of a checkpoint's network to ONNX graphs."""
 
 import logging
 import warnings
@@ -8,6 +8,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from export.folding import folded
 from export.graph import (
     BATCH,
     Explanation,
@@ -23,25 +24,27 @@ from export.graph import (
 from export.options import OPSET
 from training.model import CapsNet
 
-# The exporter takes an axis of length 1 for a fixed one.
+# The exporter treats an axis of length 1 as fixed.
 _EXAMPLE_IMAGES = 2
 
 
 def to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
-    """The network as the graph that classifies, checked; the same bytes for the same network.
+    """Return the checked graph that classifies. The same network gives the same bytes.
+
+    Its batch normalisations are folded into its convolutions.
 
     opset: the version of the ONNX operators, one of OPSETS. Raises GraphError.
     """
-    return _export(ServedNetwork(network), _images(network), served_signature(network.config), opset)
+    return _export(ServedNetwork(folded(network)), _images(network), served_signature(network.config), opset)
 
 
 def explanation_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
-    """Export as ``to_onnx`` does, with the couplings of the last routing iteration as a third output."""
-    return _export(Explanation(network), _images(network), explain_signature(network.config), opset)
+    """Export like ``to_onnx``, with the couplings of the last routing iteration as a third output."""
+    return _export(Explanation(folded(network)), _images(network), explain_signature(network.config), opset)
 
 
 def decoder_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
-    """The decoder, which the network must have, as a graph from a pose and its class to an image."""
+    """Return the decoder, which the network must have, as a graph from a pose and its class to an image."""
     config = network.config
     example = {
         "pose": torch.zeros(_EXAMPLE_IMAGES, config.digit_dim),
@@ -85,7 +88,7 @@ def _export(module: nn.Module, example: Mapping[str, Tensor], signature: Signatu
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove the exporter's notes, among them stack traces with the paths of the machine it ran on."""
+    """Remove the exporter's notes, which include stack traces with paths of this machine."""
     graph = model.graph
     graph.ClearField("metadata_props")
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):

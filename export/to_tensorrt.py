@@ -1,10 +1,10 @@
-"""An ONNX file as a TensorRT engine.
+"""Conversion of an ONNX file to a TensorRT engine.
 
-An engine is bound to the model's weights, to TensorRT's version and to the kind of GPU that it was built on, so it is
-built where it is to run. That machine needs neither PyTorch nor ``onnx``, and this module imports neither.
+An engine belongs to the model's weights, to TensorRT's version and to one kind of GPU, so it must be built on the
+machine that uses it. That machine needs neither PyTorch nor ``onnx``, and this module imports neither.
 
-None of this has been run against a real TensorRT. The calls are those of its Python binding's source, releases 10.16
-and 11.1 (https://github.com/NVIDIA/TensorRT, ``python/src``), and the tests replace it with a stand-in.
+This module was never run with a real TensorRT. Its calls follow the source of the Python binding, releases 10.16 and
+11.1 (https://github.com/NVIDIA/TensorRT, ``python/src``). The tests use a stand-in.
 """
 
 import importlib
@@ -36,22 +36,21 @@ def build_engine(
 ) -> None:
     """Build a TensorRT engine of an ONNX file on this machine's GPU.
 
-    model_file: with one input, (B, C, H, W), its batch axis open. Every tensor keeps the type that it has in this
-    graph (the network is strongly typed, as always in TensorRT 11), so half precision is a matter of the ONNX file.
-    engine_file: gets its name only once it is whole. timing_cache: a file with measured kernel times, which is read
-    where it is there and fits this GPU and TensorRT, and replaced afterwards; it makes the next build faster.
-    tf32: lets float32 matrices be multiplied with mantissas of 10 bits, as TensorRT does by default; how far the
-    answers then are from PyTorch's has not been measured.
+    model_file: a graph with one input, (B, C, H, W), with an open batch axis. Every tensor keeps its type (the network
+        is strongly typed, as always in TensorRT 11), so half precision depends on the ONNX file.
+    engine_file: gets its name when it is complete.
+    timing_cache: a file with measured kernel times, which makes the next build faster. It is read if it exists and fits
+        this GPU and TensorRT, and replaced afterwards.
+    tf32: allow mantissas of 10 bits in products of float32 matrices, as TensorRT does by default. The difference to
+        PyTorch was not measured.
 
-    Raises TensorRTMissing; EngineError where the file cannot be parsed, or no engine be built of it; OSError where
-    files cannot be read or written.
-
-    Not yet run against a real TensorRT.
+    Raises TensorRTMissing; EngineError if the file cannot be parsed, or no engine can be built; OSError if files cannot
+    be read or written.
     """
     tensorrt = _tensorrt()
     logger = _logger(tensorrt)
     builder = _builder(tensorrt, logger)
-    # TensorRT 11 ignores this flag and is always so; in TensorRT 10 it has to be asked for.
+    # TensorRT 11 is always strongly typed and ignores this flag. TensorRT 10 needs it.
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model_file)):
@@ -76,7 +75,7 @@ def build_engine(
 
 
 def _tensorrt() -> Any:
-    """Import TensorRT; raises TensorRTMissing where it is not there, does not load, or is too old."""
+    """Import TensorRT. Raises TensorRTMissing if it is missing, does not load, or is too old."""
     try:
         tensorrt = importlib.import_module("tensorrt")
     except ModuleNotFoundError as error:
@@ -98,7 +97,7 @@ def _tensorrt() -> Any:
 
 
 def _logger(tensorrt: Any) -> Any:
-    """A logger for TensorRT that keeps what it says, since its functions answer None and give reasons only here."""
+    """Return a logger for TensorRT that keeps its messages: its functions return None and give reasons only there."""
 
     class Logger(tensorrt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -124,7 +123,7 @@ def _logger(tensorrt: Any) -> Any:
 def _builder(tensorrt: Any, logger: Any) -> Any:
     try:
         return tensorrt.Builder(logger)
-    except (TypeError, RuntimeError) as error:  # the binding raises TypeError where the library answers null
+    except (TypeError, RuntimeError) as error:  # the binding raises TypeError if the library returns null
         raise TensorRTMissing(
             f"TensorRT {tensorrt.__version__} is installed but does not start: {logger.reasons or error}. It needs an "
             "NVIDIA GPU that this version supports and a driver for its CUDA; nvidia-smi shows both (in a container: "
@@ -158,7 +157,7 @@ def _load_timing_cache(config: Any, file: Path) -> None:
 
 
 def _write(file: Path, content: Any) -> None:
-    """Write TensorRT's memory (a buffer) to a file, under its name only once it is whole."""
+    """Write TensorRT's memory (a buffer) to a file, under its name only when it is complete."""
     partial = file.with_name(file.name + ".partial")
     partial.write_bytes(content)
     partial.replace(file)

@@ -1,6 +1,6 @@
-"""``config.pbtxt`` and ``labels.txt``, with which the export's output is a Triton Inference Server model repository.
+"""``config.pbtxt`` and ``labels.txt``, which make the export's output a model repository for Triton Inference Server.
 
-The export writes ``<repository>/<name>/<version>/model.onnx``, as Triton wants it; ``write`` adds the two files of the
+The export writes ``<repository>/<name>/<version>/model.onnx``, as Triton requires. ``write`` adds the two files of the
 model's own folder ``<repository>/<name>/``, and ``tritonserver --model-repository=<repository>`` finds the model.
 
 The fields are those of Triton's ``model_config.proto`` (https://github.com/triton-inference-server/common), and the
@@ -20,12 +20,12 @@ CONFIG = "config.pbtxt"
 LABELS = "labels.txt"
 PRECISIONS = ("FP32", "FP16", "BF16")
 
-# As the exported graph names them; export.graph, which says so, needs PyTorch.
+# The names in the exported graph. They are repeated here because export.graph needs PyTorch.
 INPUT, PROBABILITIES, POSES = "images", "probabilities", "poses"
 
 
 class TritonError(ValueError):
-    """Something that a Triton model repository cannot express; the text says what."""
+    """A model cannot be expressed in a Triton model repository. The text says why."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class Options:
     """Triton's settings for the model.
 
     model_file: the model's file in a version's folder.
-    max_batch_size: most images in one batch; usual_batch_size: what TensorRT is to be fastest at.
-    max_queue_delay_us: how long a request may wait for others to be computed with, in microseconds.
-    tensorrt: compute with TensorRT on a GPU. On a CPU this changes nothing. precision: of PRECISIONS, what TensorRT 10
-    may compute in beside float32; a graph that is in float16 needs FP16. TensorRT 11 has no such choice, the
-    precision is the graph's.
-    engine_cache: a folder on Triton's machine for TensorRT's engines, which otherwise are built anew at each start;
-    empty for none. ONNX Runtime names a cached engine by file name, names in the graph and
-    versions, not by the weights: only where the name of the ONNX graph differs from version to version is a folder
-    that outlives one version safe. Otherwise a new version is answered with the old one's weights.
+    max_batch_size: the most images in one batch. usual_batch_size: the size for which TensorRT optimises.
+    max_queue_delay_us: the longest wait of a request for others in its batch, in microseconds.
+    tensorrt: compute with TensorRT on a GPU. On a CPU it has no effect.
+    precision: one of PRECISIONS that TensorRT 10 may use besides float32. A float16 graph needs FP16. TensorRT 11 has
+        no such option and uses the graph's precision.
+    engine_cache: a folder on Triton's machine for TensorRT's engines; empty for none, so that each start builds them
+        again. ONNX Runtime names a cached engine by file name, names in the graph and versions, not by the weights. So
+        versions may share a folder only if their ONNX graphs have different names. Otherwise a new version would be
+        served with the old one's weights.
 
-    Raises TritonError at the first value that is none of these.
+    Raises TritonError for the first wrong value.
     """
 
     model_file: str = MODEL
@@ -77,10 +77,10 @@ def config(
 ) -> str:
     """Return the model's configuration, the text of ``config.pbtxt``.
 
-    name: that of the model's folder. labels: J of them. image_shape: (C, H, W) of the uint8 input ``images``;
-    pose_size: E of the output ``poses``, (J, E). Triton's shapes are without the batch axis.
+    name: the name of the model's folder. labels: J class names. image_shape: (C, H, W) of the uint8 input ``images``.
+    pose_size: E of the output ``poses``, (J, E). Triton's shapes have no batch axis.
 
-    Raises TritonError where the name is not that of a folder, or there is no label.
+    Raises TritonError if the name cannot be a folder's name, or if there is no label.
     """
     if not name or Path(name).name != name:
         raise TritonError(f"{name!r} is not the name of a model's folder")
@@ -129,13 +129,13 @@ def write(
     pose_size: int,
     options: Options = _DEFAULTS,
 ) -> None:
-    """Write ``labels.txt`` and ``config.pbtxt`` to a model's folder, each under its name only once it is whole.
+    """Write ``labels.txt`` and ``config.pbtxt`` to a model's folder, each under its name only when it is complete.
 
-    folder: ``<repository>/<name>``, there already; its versions share the two files, which are replaced where they
-    are there. The other parameters are those of ``config``.
+    folder: ``<repository>/<name>``, which must exist. Its versions share the two files, and existing files are
+    replaced. The other parameters are those of ``config``.
 
-    Raises TritonError as ``config`` does, and where a label has a line break, since Triton reads one label a line;
-    OSError where the files cannot be written.
+    Raises TritonError like ``config``, and if a label has a line break, since Triton reads one label a line; OSError if
+    the files cannot be written.
     """
     check_labels(labels)
     text = config(folder.name, labels, image_shape, pose_size, options)
@@ -146,14 +146,14 @@ def write(
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise TritonError where a label has a line break, since Triton reads one label a line."""
+    """Raise TritonError if a label has a line break, since Triton reads one label a line."""
     for label in labels:
         if "\n" in label or "\r" in label:
             raise TritonError(f"the label {label!r} has a line break; Triton reads one label a line")
 
 
 def _warmups(image: str, max_batch_size: int) -> str:
-    """Return requests of random pixels, of small batches and the largest, that Triton computes at its start."""
+    """Return the warm-up requests of Triton's start: random pixels, in small batches and in the largest one."""
     return "\n".join(
         f"""model_warmup {{
   name: "random pixels, batch of {size}"
@@ -197,6 +197,6 @@ def _dims(sizes: Sequence[int]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format; what is not plain ASCII goes as octal escapes of its UTF-8 bytes."""
+    """Return a string in protobuf's text format. Other characters than ASCII become octal escapes of UTF-8 bytes."""
     plain = (chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in text.encode())
     return f'"{"".join(plain)}"'

@@ -1,40 +1,49 @@
-"""The certificates: graphs, as the service runs them, compared with the PyTorch network they were exported from."""
+"""The certificates: comparison of graphs, in the server's runtime, with the PyTorch network."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.to_fp16 import rounded
 from serving.artifact import Graph
-from serving.runtime import CPU, Runtime, onnxruntime
+from serving.runtime import CPU, Runtime, onnxruntime, usable_cores
 from training.evaluate import most_probable, predict, wrong
 from training.model import CapsNet, lengths, to_pixels
 
-BATCHES = (1, 8, 32)  # whose speed a certificate tells
+BATCHES = (1, 8, 32)  # the batch sizes whose speed a certificate has
 
 _BATCH_SIZE = 250
 _NOISE_IMAGES = 8
 _NOISE_SEED = 0
 _EXPLAINED_IMAGES = 250
-_SECONDS = 0.3  # at least so long each graph is timed at each batch size, in turns
+_MIN_TIMED_SECONDS = 0.3  # for each graph and batch size, in turns
 _ROUNDS = 5
 
 
+_ROUNDED_FIGURES = (
+    "max_probability_difference", "mean_probability_difference", "max_pose_difference", "mean_pose_difference",
+    "labels_changed", "test_errors",
+)  # fmt: skip
+
+
 class ParityError(RuntimeError):
-    """The exported model and PyTorch do not compute the same; the text gives the numbers."""
+    """The exported model and PyTorch differ too much. The text has the numbers."""
 
 
 class Tolerance(NamedTuple):
-    """The largest differences from PyTorch in single precision that are accepted of a graph; None for any.
+    """The largest accepted differences of a graph from PyTorch in single precision; None for any difference.
 
-    difference: of a probability or a component of a pose, and mean_difference the mean of them all; labels_changed and
+    difference: of a probability or a component of a pose. mean_difference: the mean of all differences. labels_changed,
     more_errors: shares of the test images. A share of a small test set is rounded up to whole images.
     """
 
@@ -47,13 +56,13 @@ class Tolerance(NamedTuple):
 TOLERANCES = {
     "fp32": Tolerance(1e-5, 1e-5, 0, 0),
     "fp16": Tolerance(1e-2, 1e-3, 2e-4, None),
-    # Wide enough for 8 bits, and far below what another network, or a pose with a wrong sign, differs by.
+    # Wide enough for 8 bits, and far below the difference of another network, or of a pose with a wrong sign.
     "int8": Tolerance(0.2, 0.02, None, 1e-3),
 }
 
 
 class Prediction(NamedTuple):
-    """probabilities: (B, J) float32, the poses' lengths; poses: (B, J, E) float32."""
+    """The results of a network: probabilities (B, J) float32, the poses' lengths, and poses (B, J, E) float32."""
 
     probabilities: NDArray[np.float32]
     poses: NDArray[np.float32]
@@ -71,7 +80,7 @@ class Reference(NamedTuple):
 
 
 def edge_images(channels: int, size: int) -> Tensor:
-    """Images as no test set has them, uint8 (B, C, H, W).
+    """Return unusual images that no test set has, uint8 (B, C, H, W).
 
     One is blank, one saturated (255), five have a single saturated pixel, at a corner or in the middle, and the
     rest are uniform noise, the same at each call.
@@ -89,7 +98,7 @@ def edge_images(channels: int, size: int) -> Tensor:
 
 
 def reference(network: CapsNet, images: Tensor, labels: Tensor) -> Reference:
-    """Run PyTorch over the test images, uint8 (M, C, H, W), and the edge images. Raises ParityError as ``certify``."""
+    """Run PyTorch over the test images, uint8 (M, C, H, W), and edge images. Raises ParityError like ``certify``."""
     every = torch.cat((images, edge_images(network.config.image_channels, network.config.image_size)))
     prediction = Prediction(*(tensor.numpy() for tensor in predict(network, every)))
     _check_finite("PyTorch", prediction)
@@ -100,8 +109,8 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
     """Compare the graph in ``runtime`` with the reference.
 
     The edge images go through it one by one, so that batches of one are compared as well as full ones. Returns the
-    figures for the manifest, differences absolute. Raises ParityError where a value is not finite or one of
-    ``TOLERANCES[precision]`` is exceeded; the text gives the numbers.
+    figures for the manifest, with absolute differences. Raises ParityError if a value is not finite or one of
+    ``TOLERANCES[precision]`` is exceeded.
     """
     count = len(reference.labels)
     images, edges = reference.images[:count], reference.images[count:]
@@ -151,8 +160,24 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
     return figures
 
 
+def certify_rounded(reference: Reference, model: onnx.ModelProto) -> dict[str, float]:
+    """Compare the graph in half precision, the result of each operation rounded, with the reference, as ``certify``.
+
+    model: of ``to_fp16``. Returns the figures that differ from those of the graph as the CPU computes it.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "rounded.onnx"
+        onnx.save_model(rounded(model), file)
+        runtime = Runtime(file, "cpu", usable_cores())
+        try:
+            figures = certify(reference, runtime, "fp16")
+        except ParityError as error:
+            raise ParityError(f"each operation rounded to half precision: {error}") from error
+    return {name: figures[name] for name in _ROUNDED_FIGURES}
+
+
 def _compute(runtime: Runtime, batches: Sequence[Tensor]) -> Prediction:
-    """Run a graph over batches of images. Raises ParityError where it cannot compute them."""
+    """Run a graph over batches of images. Raises ParityError if it cannot compute them."""
     try:
         parts = [runtime.run({"images": batch.numpy()}) for batch in batches]
         return Prediction(
@@ -165,7 +190,7 @@ def _compute(runtime: Runtime, batches: Sequence[Tensor]) -> Prediction:
 def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> Graph:
     """Compare the explanation's three outputs with PyTorch's on some of the test images and the edge images.
 
-    Returns the manifest's entry; raises ParityError where a value is not finite or differs by more than fp32 may.
+    Returns the manifest's entry. Raises ParityError if a value is not finite or differs by more than fp32 may.
     """
     tests = len(reference.labels)
     chosen = torch.cat((reference.images[: min(tests, _EXPLAINED_IMAGES)], reference.images[tests:]))
@@ -176,7 +201,7 @@ def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> G
 
 
 def certify_decoder(network: CapsNet, file: Path, reference: Reference) -> Graph:
-    """Compare the decoder graph's reconstructions, from each image's longest capsule, with PyTorch's; else as above."""
+    """Compare the decoder graph's reconstructions from each image's longest capsule, like ``certify_explanation``."""
     assert network.decoder is not None
     poses = torch.from_numpy(reference.prediction.poses[:_EXPLAINED_IMAGES])
     classes = torch.from_numpy(reference.prediction.probabilities[:_EXPLAINED_IMAGES]).argmax(1)
@@ -187,9 +212,9 @@ def certify_decoder(network: CapsNet, file: Path, reference: Reference) -> Graph
 
 
 def speeds(runtimes: Mapping[str, Runtime], images: Tensor) -> dict[str, dict[str, float]]:
-    """Images a second of each graph at each of BATCHES, ``{name: {batch: speed}}``; medians of rounds in turns.
+    """Measure images a second of each graph at each of BATCHES, ``{name: {batch: speed}}``, as medians of rounds.
 
-    images: uint8 (B, C, H, W), repeated where there are fewer than the largest batch.
+    images: uint8 (B, C, H, W), repeated if there are fewer than the largest batch.
     """
     result: dict[str, dict[str, float]] = {name: {} for name in runtimes}
     for batch in BATCHES:
@@ -205,7 +230,7 @@ def speeds(runtimes: Mapping[str, Runtime], images: Tensor) -> dict[str, dict[st
 
 def _calls_per_second(call: Callable[[], object]) -> float:
     calls, begin = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - begin) < _SECONDS / _ROUNDS or not calls:
+    while (elapsed := time.perf_counter() - begin) < _MIN_TIMED_SECONDS / _ROUNDS or not calls:
         call()
         calls += 1
     return calls / elapsed
@@ -218,7 +243,7 @@ def _compare(file: Path, inputs: dict[str, NDArray[Any]], expected: dict[str, ND
     differences: dict[str, float] = {}
     for name, array in zip(expected, found, strict=True):
         largest = float(np.abs(array - expected[name]).max())
-        if not largest <= difference:  # nor where it is no number
+        if not largest <= difference:  # true for NaN too
             raise ParityError(
                 f"{file.name}: {name} differ from PyTorch's by {largest:.2g}; tolerated are {difference:g}"
             )

@@ -6,13 +6,13 @@ import signal
 import sys
 from types import FrameType
 
-# How long the event loop, or a thread with a batch, waits for another's Python; a page of metrics takes 20 ms to write.
+# How long the event loop, or a thread with a batch, waits for another's Python, such as that which writes the metrics.
 _SWITCH_SECONDS = 0.0005
 
 
 def main() -> int:
     """Serve until a signal, and return the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # until the server listens for them
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own handlers
         signal.signal(number, _end_at_once)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which asks for a look at the models: the start has one
     # Else gRPC's core would write a line for each frame of a client's that is wrong, with the client's bytes in it.
@@ -31,7 +31,7 @@ def main() -> int:
     from serving.settings import read, service_links
 
     settings = read(sys.argv[1:])
-    warnings.filterwarnings("ignore", module="PIL")  # about clients' files, in words that clients choose
+    warnings.filterwarnings("ignore", module="PIL")  # they are about clients' files, with text that clients choose
     sys.setswitchinterval(_SWITCH_SECONDS)
     limit_metadata()
     set_up(settings.log_format, settings.log_level)
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:
-    """End a process that serves nobody yet, and not by the interpreter, which would print what it was doing."""
+    """End the process before it serves. The interpreter's own exit would print a traceback."""
     print("stopped before the start", file=sys.stderr, flush=True)
     os._exit(128 + number)
 

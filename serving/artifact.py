@@ -1,8 +1,8 @@
-"""Artifact: the folder that passes from export to serving, its manifest, and its verification.
+"""Artifact: the folder that export writes and serving reads, its manifest, and its verification.
 
 ``<repository>/<name>/<version>/`` holds ``model.onnx``, the network in single precision; further graphs, which the
-manifest names; ``manifest.json`` with the digest of each file; and ``manifest.sha256`` with the manifest's own, as
-``sha256sum`` writes it. The manifest is written last, so a folder without one is an export that did not finish.
+manifest names; ``manifest.json`` with the digest of each file; and ``manifest.sha256`` with the digest of the manifest,
+in the format of ``sha256sum``. The manifest is written last, so a folder without a manifest is an unfinished export.
 """
 
 import hashlib
@@ -20,24 +20,28 @@ FORMAT = "capsnet-artifact-2"
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 MODEL = "model.onnx"
-#: The precisions that a network may be there in; the first always is.
+#: The possible precisions of a network. The first one always exists.
 PRECISIONS = ("fp32", "int8", "fp16")
 
-_MAX_SHOWN_CHARACTERS = 200  # of a value: clients may read it, in a header of limited size
-_DIFFERENCE = re.compile("max_(.*)_difference")
+_MAX_SHOWN_CHARACTERS = 200  # of a value in an error: clients may get it in a header of limited size
+_DIFFERENCE_NAME = re.compile("max_(.*)_difference")
 
 
 class ArtifactError(ValueError):
-    """A model folder that is missing, unfinished, changed or of another format; the text names the file."""
+    """A model folder is missing, unfinished, changed or of another format. The text names the file."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """A graph that classifies, in one precision, and the figures of its certificate.
 
-    test_errors, test_images: what was measured on the test images; 0 images before the graph is certified.
-    images: how many images it was compared on with ``reference``, in ``runtime`` by ``provider``; the differences are
-    absolute. tolerance: by figure, the largest that was accepted, None for any. bytes: size of the file.
+    test_errors, test_images: wrongly classified and all test images; 0 images before the graph is certified.
+    images: the number of images in the comparison with ``reference``, in ``runtime`` by ``provider``. Differences are
+        absolute.
+    tolerance: by figure, the largest accepted value; None for any value.
+    rounded: of fp16, the figures of an emulation that rounds the result of each half-precision operation, since
+        ``provider`` computes them in single precision.
+    bytes: the size of the file.
     images_per_second: by batch size, on ``device``.
     """
 
@@ -54,22 +58,23 @@ class Variant:
     test_errors: int = 0
     test_images: int = 0
     tolerance: Mapping[str, float | None] = field(default_factory=dict)
+    rounded: Mapping[str, float] = field(default_factory=dict)
     bytes: int = 0
     images_per_second: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
 
     @property
     def test_error(self) -> str:
-        """Measured test error, for people: ``0.42 % (42 of 10000)``."""
+        """Return the measured test error as text: ``0.42 % (42 of 10000)``."""
         return f"{100 * self.test_errors / self.test_images:.2f} % ({self.test_errors} of {self.test_images})"
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """Pixels that each primary capsule sees, for reading couplings.
+    """The pixels that each primary capsule sees, to interpret couplings.
 
     Capsule ``(type * grid + row) * grid + column`` of ``types * grid * grid`` sees the ``size`` x ``size`` pixels from
-    row ``stride * row + offset`` and column ``stride * column + offset`` on; a negative offset begins in the padding.
+    row ``stride * row + offset`` and column ``stride * column + offset``. A negative offset starts in the padding.
     """
 
     order: str
@@ -84,8 +89,8 @@ class ReceptiveField:
 class Graph:
     """A further graph, such as ``explain`` and ``decoder``.
 
-    images: how many images it was compared on with PyTorch; None where it was not. differences: by output, the largest
-    absolute difference. receptive_field: of a graph that tells its couplings.
+    images: the number of images in the comparison with PyTorch; None without a comparison. differences: by output, the
+    largest absolute difference. receptive_field: for a graph that returns its couplings.
     """
 
     file: str
@@ -96,9 +101,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class Training:
-    """Training run, and the data that it was tested on.
+    """A training run, and its test data.
 
-    config, recipe and figures: as the checkpoint has them; their names are those of ``training``.
+    config, recipe and figures: those of the checkpoint, with the names of ``training``.
     """
 
     dataset: str
@@ -111,14 +116,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version of one model, its files verified against the manifest.
+    """One version of one model. Its files were verified against the manifest.
 
     image_shape: (C, H, W) of the uint8 input ``images``, (B, C, H, W).
     pose_size: E, of the output ``poses``, (B, J, E); J is the number of labels, and ``probabilities`` is (B, J).
-    files: the SHA-256 of each file but the manifest's two, hexadecimal, by name.
+    files: by name, the SHA-256 of each file except the manifest's two, hexadecimal.
     variants: by precision, the graphs that classify.
-    graphs: by name, the further ones, ``explain`` and ``decoder``.
-    batches: sizes that TensorRT is to expect.
+    graphs: by name, the further graphs, such as ``explain`` and ``decoder``.
+    batches: the batch sizes for TensorRT.
     """
 
     folder: Path
@@ -134,27 +139,27 @@ class Artifact:
     training: Training
 
     def variant(self, precision: str = PRECISIONS[0]) -> Variant:
-        """Return the graph that classifies in this precision. Raises ArtifactError where there is none."""
+        """Return the graph that classifies in this precision. Raises ArtifactError if there is none."""
         if precision not in self.variants:
             known = ", ".join(self.variants)
             raise ArtifactError(f"{self.folder / MANIFEST}: has no graph in {precision}; there is: {known}")
         return self.variants[precision]
 
     def file(self, precision: str = PRECISIONS[0]) -> Path:
-        """Return the file of the graph that classifies in this precision. Raises ArtifactError where there is none."""
+        """Return the file of the graph that classifies in this precision. Raises ArtifactError if there is none."""
         return self.folder / self.variant(precision).file
 
     def sha256(self, precision: str = PRECISIONS[0]) -> str:
-        """SHA-256 of the graph in this precision, hexadecimal."""
+        """Return the SHA-256 of the graph in this precision, hexadecimal."""
         return self.files[self.variant(precision).file]
 
     def test_error(self, precision: str = PRECISIONS[0]) -> str:
-        """Measured test error in this precision, for people: ``0.42 % (42 of 10000)``."""
+        """Return the measured test error in this precision as text: ``0.42 % (42 of 10000)``."""
         return self.variant(precision).test_error
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -176,11 +181,18 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
             name: {"sha256": sha256, "bytes": (artifact.folder / name).stat().st_size}
             for name, sha256 in artifact.files.items()
         },
-        "variants": {precision: asdict(variant) for precision, variant in artifact.variants.items()},
+        "variants": {precision: _variant_content(variant) for precision, variant in artifact.variants.items()},
         "graphs": {name: _graph_content(graph) for name, graph in artifact.graphs.items()},
         "tensorrt": {"batches": asdict(artifact.batches)},
         "training": asdict(artifact.training),
     }
+
+
+def _variant_content(variant: Variant) -> dict[str, Any]:
+    content = asdict(variant)
+    if not variant.rounded:
+        del content["rounded"]
+    return content
 
 
 def _graph_content(graph: Graph) -> dict[str, Any]:
@@ -190,14 +202,14 @@ def _graph_content(graph: Graph) -> dict[str, Any]:
     content |= {f"max_{output}_difference": value for output, value in graph.differences.items()}
     if graph.receptive_field:
         seen = asdict(graph.receptive_field)
-        if not graph.receptive_field.offset:  # as manifests had it before there was padding
+        if not graph.receptive_field.offset:  # older manifests, without padding, have no offset
             del seen["offset"]
         content["receptive_field"] = seen
     return content
 
 
 def write_manifest(artifact: Artifact) -> None:
-    """Write ``manifest.sha256`` and then ``manifest.json``, under its name only once it is whole."""
+    """Write ``manifest.sha256`` and then ``manifest.json``, which gets its name when it is complete."""
     content = (json.dumps(manifest(artifact), indent=2) + "\n").encode()
     (artifact.folder / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n")
     partial = artifact.folder / (MANIFEST + ".partial")
@@ -208,8 +220,8 @@ def write_manifest(artifact: Artifact) -> None:
 def load(folder: Path) -> Artifact:
     """Read and verify one version's folder.
 
-    Raises ArtifactError naming the file: no manifest, not JSON, another format, a field that is missing or not what
-    was expected, or a file whose SHA-256 is not the one written down. Fields that are not known are passed over.
+    Raises ArtifactError with the file's name if the manifest is missing, is not JSON or has another format, if a field
+    is missing or wrong, or if a file has another SHA-256 than in the manifest. Unknown fields are ignored.
     """
     path = folder / MANIFEST
     content = _Section(path, "", _read_manifest(path))
@@ -237,13 +249,13 @@ def load(folder: Path) -> Artifact:
 
 
 class _Section:
-    """A JSON object of the manifest, read field by field; each error names the field by its path from the top.
+    """A JSON object of the manifest, read field by field. Each error names the field by its path from the top.
 
     Every method raises ArtifactError where the field is missing, without a default, or of another type.
     """
 
     def __init__(self, path: Path, name: str, content: object) -> None:
-        """path: the manifest. name: of the section, with a dot at its end; empty for all of the manifest."""
+        """Wrap an object. path: the manifest. name: the section's name and a dot, or "" for the whole manifest."""
         self._path = path
         self._name = name
         if not isinstance(content, dict):
@@ -290,7 +302,7 @@ class _Section:
         return value
 
     def shape(self, field: str, axes: int) -> list[object]:
-        """Return the sizes after the batch axis, unchecked, of a tensor with so many axes."""
+        """Return the unchecked sizes after the batch axis of a tensor with this number of axes."""
         value = self.section(field).content.get("shape")
         if not isinstance(value, list) or len(value) != axes:
             raise self.error(f"{field}.shape", value, f"a list of {axes} sizes")
@@ -341,6 +353,7 @@ def _variant(section: _Section) -> Variant:
     if not (_is_count(errors) or (errors == 0 and type(errors) is int)) or errors > images:
         raise section.error("test_errors", errors, "a whole number up to test_images")
     tolerance = section.section("tolerance", {})
+    rounded = section.section("rounded", {})
     speeds = section.section("images_per_second", {})
     return Variant(
         file=section.text("file"),
@@ -358,6 +371,7 @@ def _variant(section: _Section) -> Variant:
         tolerance={
             name: None if value is None else tolerance.number(name) for name, value in tolerance.content.items()
         },
+        rounded={name: rounded.number(name) for name in rounded.content},
         bytes=section.count_or_zero("bytes", 0),
         images_per_second={batch: speeds.number(batch) for batch in speeds.content},
         device=section.text("device", ""),
@@ -365,7 +379,7 @@ def _variant(section: _Section) -> Variant:
 
 
 def _graph(section: _Section) -> Graph:
-    found = {name: _DIFFERENCE.fullmatch(name) for name in section.content}
+    found = {name: _DIFFERENCE_NAME.fullmatch(name) for name in section.content}
     return Graph(
         file=section.text("file"),
         images=section.count("images") if "images" in section.content else None,
@@ -413,7 +427,7 @@ def _training(section: _Section) -> Training:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest's content.
 
-    Raises ArtifactError where the file is missing, another than was written, or not of our format.
+    Raises ArtifactError if the file is missing, was changed, or has another format.
     """
     if not path.exists():
         raise ArtifactError(f"{path}: missing; not a model's version folder, or its export did not finish")
@@ -441,7 +455,7 @@ def _check_digest(path: Path, expected: str, source: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """Return a value as an error shows it."""
+    """Return a value as text for an error."""
     return repr(value)[:_MAX_SHOWN_CHARACTERS]
 
 
@@ -450,7 +464,7 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Tell whether it is a text that a file's name or a message can hold.
+    """Return True for a text that a file's name or a message can hold.
 
     Such a text has no null character, and no half of a surrogate pair.
     """
@@ -458,9 +472,9 @@ def _is_text(value: object) -> TypeGuard[str]:
 
 
 def find(repository: Path, name: str = "", version: str = "") -> Path:
-    """Return the folder ``<repository>/<name>/<version>``; by default the only model, and its highest version.
+    """Return the folder ``<repository>/<name>/<version>``. The default is the only model, and its highest version.
 
-    Raises ArtifactError where there is none, or several models and no name, saying which there are.
+    Raises ArtifactError if there is none, or if there are several models and no name. The text names the models.
     """
     models = sorted({path.parent.parent.name for path in repository.glob(f"[!.]*/*/{MANIFEST}")})
     if not models:

@@ -11,7 +11,7 @@ class ServingError(Exception):
     """Base of the errors that reach a client."""
 
     code = grpc.StatusCode.INTERNAL
-    #: Its value of the label ``reason`` in the metrics.
+    #: The value of the label ``reason`` in the metrics.
     reason = "internal"
 
 
@@ -19,7 +19,7 @@ class InvalidRequest(ServingError):
     """A field of the request, or the request as a whole, is wrong.
 
     field: path of the field in the request, such as ``images[3].pixels``. description: the value that came and the
-    values that are expected.
+    expected values.
     """
 
     code = grpc.StatusCode.INVALID_ARGUMENT
@@ -75,7 +75,7 @@ class InferenceFailed(ServingError):
         super().__init__("the model could not compute this request")
 
 
-#: Reason of a refusal before any service sees the call: too large, too much at once, or an unknown method.
+#: The reason of a refusal before any service sees the call: too large, too many at once, or an unknown method.
 TRANSPORT = "transport"
 #: All values of the label ``reason``.
 REASONS = (ServingError.reason, *(error.reason for error in ServingError.__subclasses__()), TRANSPORT)

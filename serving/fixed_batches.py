@@ -1,4 +1,4 @@
-"""Sessions of one graph that each compute batches of one size, for ONNX Runtime's CUDA provider."""
+"""Sessions of one graph for ONNX Runtime's CUDA provider. Each computes batches of one size."""
 
 import threading
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-_STEP = 8  # each size is so many times the one before: on a GPU 8 rows take hardly longer than 1
+_SIZE_FACTOR = 8  # between two sizes: on a GPU, 8 rows take hardly longer than 1
 
 
 class Session(Protocol):
-    """Computes a graph, as ``onnxruntime.InferenceSession`` does."""
+    """The method of ``onnxruntime.InferenceSession`` that computes a graph."""
 
     def run(
         self, output_names: list[str], inputs: "dict[str, NDArray[np.generic]]", /
@@ -19,20 +19,20 @@ class Session(Protocol):
 
 
 class _Sized(NamedTuple):
-    """A session, and the lock of whoever computes on it."""
+    """A session of one size, and the lock that each call holds."""
 
     session: Session
     lock: threading.Lock
 
 
 class FixedBatches:
-    """Fills each batch up to 1, 8, 64, 512, … rows and computes it on the session of that size.
+    """A runtime that pads each batch to 1, 8, 64, 512, … rows and computes it on the session of that size.
 
-    ONNX Runtime's CUDA provider plans every convolution anew for a batch of another size than the one before: 36 ms
-    where the batch itself takes 0.5. And of calls at the same time on one session some answers were not finite. Both
-    are in benchmarks/results/gpu-served-h200.csv. So no session ever sees a second size or a second call at once.
+    If the batch size changes, ONNX Runtime's CUDA provider plans every convolution again: this takes 36 ms, the batch
+    itself 0.5 ms. With simultaneous calls on one session, some answers were not finite.
+    benchmarks/results/gpu-served-h200.csv has both. So each session sees one size, and one call at a time.
 
-    open_session: makes a session; called for each size when it is first needed.
+    open_session: makes a session. It is called for each size when the size is first needed.
     """
 
     def __init__(self, open_session: Callable[[], Session]) -> None:
@@ -45,10 +45,10 @@ class FixedBatches:
         count = len(next(iter(inputs.values())))
         size = 1
         while size < count:
-            size *= _STEP
+            size *= _SIZE_FACTOR
         sized = self._of_size(size)
         with sized.lock:
-            outputs = sized.session.run(output_names, {name: _filled(rows, size) for name, rows in inputs.items()})
+            outputs = sized.session.run(output_names, {name: _padded(rows, size) for name, rows in inputs.items()})
         return [output[:count] for output in outputs]
 
     def _of_size(self, size: int) -> _Sized:
@@ -58,8 +58,8 @@ class FixedBatches:
             return self._sessions[size]
 
 
-def _filled(rows: NDArray[np.generic], size: int) -> NDArray[np.generic]:
-    """Return the rows with zeros after them, ``size`` in all."""
+def _padded(rows: NDArray[np.generic], size: int) -> NDArray[np.generic]:
+    """Return the rows followed by rows of zeros, ``size`` rows in all."""
     if len(rows) == size:
         return rows
     filled = np.zeros((size, *rows.shape[1:]), rows.dtype)

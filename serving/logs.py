@@ -1,4 +1,4 @@
-"""The log: text for people or JSON for programs, and a line for each request that was refused or failed."""
+"""The log: text for people or JSON for programs, with a line for each refused or failed request."""
 
 import json
 import logging
@@ -16,7 +16,10 @@ _logger = logging.getLogger(__name__)
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes a record as one line of JSON: time, level, logger, message, the record's fields, and a traceback."""
+    """A formatter that writes a record as one line of JSON.
+
+    The line has time, level, logger, message, the record's fields, and a traceback.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -32,7 +35,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Writes a record as a line of text, with its fields after the message."""
+    """A formatter that writes a record as a line of text, with its fields after the message."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -43,17 +46,17 @@ class TextFormatter(logging.Formatter):
 
 
 def set_up(format_: str, level: str) -> None:
-    """Send the log of this process to standard error. format_: of FORMATS; level: of LEVELS."""
+    """Send the log of this process to standard error. format_: one of FORMATS. level: one of LEVELS."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 class RefusalLog:
-    """Writes a line for each request that was refused or failed, up to a limit.
+    """The log of refused and failed requests, with a limit.
 
-    limit: lines a second; of further requests only their number is logged, since a flood of refusals must not cost the
-    time that refusing saves.
+    limit: the most lines a second. Of further requests only the number is logged: in a flood of refusals, logging must
+    not cost the time that refusing saves.
     """
 
     def __init__(self, limit: int = 50) -> None:
@@ -64,7 +67,8 @@ class RefusalLog:
     def write(self, level: int, method: str, code: str, text: str, request_ids: Iterable[str], requests: int) -> None:
         """Log requests that have the same error.
 
-        text: the error's. requests: how many they are. request_ids: theirs; read only as far as lines are written.
+        text: the text of the error. requests: the number of requests. request_ids: their ids; one is read for each line
+        that is written.
         """
         second = int(time.monotonic())
         if second != self._second:
@@ -79,5 +83,5 @@ class RefusalLog:
 
 
 def _on_one_line(text: str) -> str:
-    """Escape what is not printable, so that a text that a client chose cannot look like another line."""
+    """Escape unprintable characters, so that a client's text cannot look like another line of the log."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

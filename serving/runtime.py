@@ -1,4 +1,4 @@
-"""ONNX Runtime: the one place where a batch of any graph is computed."""
+"""ONNX Runtime: computation of a batch of any graph."""
 
 import importlib
 import os
@@ -23,7 +23,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
-#: ONNX Runtime's names of element types, and numpy's.
+#: ONNX Runtime's names of element types, and NumPy's names.
 _DTYPES = {
     "tensor(bool)": "bool",
     "tensor(double)": "float64",
@@ -34,18 +34,18 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(uint8)": "uint8",
 }
-_CPU_INFO = Path("/proc/cpuinfo")
+_CPU_INFO_FILE = Path("/proc/cpuinfo")
 
 
 class RuntimeSetupError(RuntimeError):
-    """ONNX Runtime is missing, installed twice, cannot load the model, or lacks the device that was asked for."""
+    """ONNX Runtime is missing or installed twice, cannot load the model, or lacks the requested device."""
 
 
 def saturates(cpu_info: Path) -> bool:
     """Return True if this x86 processor adds products of 8-bit integers in 16 bits that saturate.
 
-    cpu_info: a file as /proc/cpuinfo. Processors without VNNI instructions do, and need ONNX Runtime's precise, slower
-    way, which would slow the others down too.
+    Processors without VNNI instructions do so. They need ONNX Runtime's precise mode, which is slower; other processors
+    do not need it. cpu_info: a file like /proc/cpuinfo.
     """
     try:
         flags = next(line for line in cpu_info.read_text().splitlines() if line.startswith("flags")).split()
@@ -55,7 +55,7 @@ def saturates(cpu_info: Path) -> bool:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use, by its affinity and by its control group's quota."""
+    """Return the number of cores that this process may use, by its affinity and its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -65,14 +65,17 @@ def usable_cores() -> int:
 
 
 class TensorSpec(NamedTuple):
-    """An input or output of a graph: its element type, and the shape of one row, with None for a free axis."""
+    """An input or output of a graph: element type, and the shape of one row with None for a free axis."""
 
     dtype: "np.dtype[np.generic]"
     shape: tuple[int | None, ...]
 
 
 class TensorRtSetup(NamedTuple):
-    """How TensorRT builds one graph's engine: the provider's options, by the folder that keeps what it builds."""
+    """The setup of TensorRT for one graph.
+
+    cache: the folder for the built engine. options: returns the provider's options for this folder.
+    """
 
     cache: Path
     options: Callable[[Path], dict[str, str]]
@@ -84,9 +87,9 @@ def rows(arrays: Arrays) -> int:
 
 
 def example(inputs: Mapping[str, TensorSpec], count: int, generator: np.random.Generator) -> dict[str, Array]:
-    """Return inputs of so many rows: any bytes, floats from 0 to 1, and else zeros, since whole numbers may be indices.
+    """Return inputs of ``count`` rows: random bytes, random floats from 0 to 1, and zeros for other types.
 
-    A free axis gets the length 1.
+    Other whole numbers may be indices, so only 0 is safe. A free axis gets the length 1.
     """
     arrays: dict[str, Array] = {}
     for name, (dtype, shape) in inputs.items():
@@ -101,7 +104,10 @@ def example(inputs: Mapping[str, TensorSpec], count: int, generator: np.random.G
 
 
 def onnxruntime() -> Any:
-    """Import ONNX Runtime with its telemetry off, which Linux builds since 1.29 have on by default."""
+    """Import ONNX Runtime with its telemetry off. Linux builds have it on by default since 1.29.
+
+    Raises RuntimeSetupError if it is missing or installed twice.
+    """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     installed = [
         name for name in ("onnxruntime", "onnxruntime-gpu") if next(iter(metadata.distributions(name=name)), None)
@@ -122,7 +128,7 @@ class _Tensor(Protocol):
 
 
 class _Session(Session, Protocol):
-    """The part of ``onnxruntime.InferenceSession`` that is used here."""
+    """The used part of ``onnxruntime.InferenceSession``."""
 
     def get_providers(self) -> list[str]: ...
     def get_inputs(self) -> list[_Tensor]: ...
@@ -132,9 +138,12 @@ class _Session(Session, Protocol):
 class Runtime:
     """An ONNX Runtime session for one graph file.
 
-    device: ``auto`` takes CUDA where it works and else the CPU; ``cuda`` and ``tensorrt`` fail where these do not
-    work, since ONNX Runtime by itself would fall back to the CPU without a word. threads: for one call, 0 for ONNX
-    Runtime's choice. quantized: the graph multiplies 8-bit integers. tensorrt: needed for that device alone.
+    device: ``auto`` uses CUDA if it works, else the CPU. ``cuda`` and ``tensorrt`` fail if these do not work: ONNX
+        Runtime alone would fall back silently to the CPU.
+    threads: the threads of one call; 0 for ONNX Runtime's choice.
+    quantized: True if the graph multiplies 8-bit integers.
+    tensorrt: required for the device ``tensorrt`` and unused otherwise.
+
     Raises RuntimeSetupError.
     """
 
@@ -152,20 +161,20 @@ class Runtime:
         options.intra_op_num_threads = threads
         # Threads that spin between calls take the cores from the event loop and from other processes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if quantized and saturates(_CPU_INFO):
+        if quantized and saturates(_CPU_INFO_FILE):
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.log_severity_level = 3
         providers = _providers(ort, device, tensorrt)
-        # The bytes of the verified file, since a graph that is opened by its name may read weights from other files.
-        # TensorRT's cache needs the name.
+        # The bytes of the verified file: a graph that is opened by name may read weights from other files. TensorRT's
+        # cache needs the name.
         source = str(file) if device == "tensorrt" else file.read_bytes()
         try:
             session: _Session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise RuntimeSetupError(f"{file}: ONNX Runtime cannot load it: {error}") from error
-        #: The provider that ONNX Runtime really uses first, by its own name.
+        #: ONNX Runtime's name of the provider that it really uses first.
         self.provider: str = session.get_providers()[0]
-        #: CUDA is installed and was allowed, but did not start.
+        #: True if CUDA is installed and was allowed, but did not start.
         self.fell_back = len(providers) > 1 and self.provider == CPU
         needed = {"cuda": CUDA, "tensorrt": TENSORRT}.get(device, self.provider)
         if self.provider != needed:
@@ -178,13 +187,13 @@ class Runtime:
             self._session = FixedBatches(lambda: ort.InferenceSession(source, options, providers=providers))
 
     def run(self, arrays: Arrays) -> dict[str, Array]:
-        """Compute all outputs of the graph from its inputs. Blocks; releases Python's lock while it computes."""
+        """Compute all outputs of the graph from its inputs. Blocks, and releases Python's lock while it computes."""
         outputs = self._session.run(self._output_names, dict(arrays))
         return dict(zip(self._output_names, outputs, strict=True))
 
 
 def _providers(ort: Any, device: str, tensorrt: TensorRtSetup | None) -> list[Any]:
-    """Return the execution providers to ask for, the best first. Raises RuntimeSetupError."""
+    """Return the execution providers to request, the best first. Raises RuntimeSetupError."""
     available = ort.get_available_providers()
     providers: list[Any] = [CPU]
     if device != "cpu" and CUDA in available:
@@ -209,7 +218,7 @@ def _providers(ort: Any, device: str, tensorrt: TensorRtSetup | None) -> list[An
 
 
 def _specs(tensors: "list[_Tensor]") -> dict[str, TensorSpec]:
-    """Return the inputs or outputs that a session describes. Raises RuntimeSetupError for unknown element types."""
+    """Return the specs of a session's inputs or outputs. Raises RuntimeSetupError for an unknown element type."""
     specs = {}
     for tensor in tensors:
         if tensor.type not in _DTYPES:

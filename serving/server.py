@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
     from serving.rpc.tracing import Tracing
 
-# The transport refuses messages of more than this many times max_request_bytes. Those between are refused by a service,
-# whose answer keeps its place in a stream.
+# The transport refuses messages above this multiple of max_request_bytes. A service refuses smaller ones, so that the
+# error keeps its place in a stream.
 _TRANSPORT_LIMIT = 2
-_GARBAGE_THRESHOLD = 20_000  # objects more than there were
+# Objects more than there were, at which garbage is collected: seldom, since requests that wait leave no cycles behind.
+_GARBAGE_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5
 _PORT_REASONS = {
@@ -55,13 +56,13 @@ _logger = logging.getLogger(__name__)
 
 
 class StartError(RuntimeError):
-    """The server cannot start; the text says why."""
+    """The server cannot start. The text says why."""
 
 
 class Server:
     """The models of a repository behind gRPC, with metrics over HTTP.
 
-    spans: where traces go, in place of the collector that the settings name.
+    spans: the exporter of traces, instead of the collector in the settings.
     """
 
     def __init__(self, settings: Settings, spans: "SpanExporter | None" = None) -> None:
@@ -73,8 +74,8 @@ class Server:
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
         self._scanning: set[asyncio.Task[None]] = set()
         self._pipeline = Pipeline(self.repository, settings.stream_window)
-        self._started = AsyncExitStack()  # closes what was started, the last first
-        self._drain_end = 0.0  # of the clock of time.monotonic
+        self._started = AsyncExitStack()  # closes the started parts, the last one first
+        self._drain_end = 0.0  # a time of time.monotonic
         self._stopping = False
         self.metrics.in_flight.labels().read(lambda: self._edge.under_way)
         self.metrics.ready.labels().read(lambda: self._edge.ready)
@@ -90,12 +91,12 @@ class Server:
             started.push_async_callback(self._close_models)
             await self._open_ports(started)
             await self.repository.open()
-            _set_garbage_apart()
+            gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
             await self._take_requests(started)
             self._started = started.pop_all()
 
     async def stop(self) -> None:
-        """Report NOT_SERVING, let requests under way finish, then stop everything."""
+        """Report NOT_SERVING, let requests in flight finish, then stop everything."""
         self._stopping = True
         self._edge.ready = False
         for task in self._scanning:
@@ -118,7 +119,7 @@ class Server:
             started.push_async_callback(asyncio.to_thread, self._tracing.close)
 
     async def _open_ports(self, started: AsyncExitStack) -> None:
-        """Open every port before any model is loaded, so that a port that is taken is told at once."""
+        """Open every port before any model is loaded, so that a taken port is reported at once."""
         settings = self.settings
         self._grpc = self._new_grpc_server()
         self._add_services()
@@ -130,8 +131,9 @@ class Server:
             except OSError as error:
                 reason = _SOCKET_REASONS.get(error.errno or 0) or error.strerror
                 raise StartError(f"unix_socket: {settings.unix_socket!r} cannot be opened: {reason}") from error
-        self._admin = self._new_grpc_server()
+        self._admin: TransportServer | None = None
         if settings.admin_port >= 0:
+            self._admin = self._new_grpc_server()
             self._admin.add_methods(AdminService(self.repository, self._edge, settings).methods())
             started.push_async_callback(self._admin.stop, 0)
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
@@ -150,30 +152,31 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._edge.ready = True
         await self._grpc.start()
-        await self._admin.start()
+        if self._admin:
+            await self._admin.start()
         self._scan_beside(self._watch())
 
     async def _drain(self) -> None:
-        """Let what is under way finish, by the end of the drain; turn away what comes after the clients were told."""
+        """Let calls in flight finish until the end of the drain. Refuse calls that come after the clients know."""
         self._pipeline.end_streams()
         await self._grpc.drain(self.settings.drain_seconds)
-        self._pipeline.end_streams()  # those that were on their way
+        self._pipeline.end_streams()  # streams that were on their way
         while self._edge.under_way and time.monotonic() < self._drain_end:
             await asyncio.sleep(_CHECK_SECONDS)
 
     async def _close_models(self) -> None:
-        """Close them; what still computes at the drain's end hangs, and its thread ends with the process."""
+        """Close the models. A batch that still computes at the drain's end hangs; its thread ends with the process."""
         left = max(0.0, self._drain_end - time.monotonic()) + _LAST_ANSWERS_SECONDS
         with suppress(TimeoutError):
             await asyncio.wait_for(self.repository.close(), left)
 
     def rescan_soon(self) -> None:
-        """Look at the repository folder again, if the server has started."""
+        """Check the repository folder again, if the server has started."""
         if self._edge.ready:
             self._scan_beside(self._rescan())
 
     def _scan_beside(self, scan: Coroutine[None, None, None]) -> None:
-        """Run it beside the requests, until it ends or the server stops."""
+        """Run a scan beside the requests, until the scan ends or the server stops."""
         task = asyncio.create_task(scan)
         self._scanning.add(task)
         task.add_done_callback(self._scanning.discard)
@@ -187,13 +190,13 @@ class Server:
             _logger.exception("the model repository could not be looked at")
 
     def _unready(self) -> str:
-        """Return why no request is taken now, for the health page and from its thread; empty if requests are taken."""
+        """Return the reason why no request is taken now, or "". The thread of the health page calls it."""
         if not self._edge.ready:
             return "the server is stopping" if self._stopping else "the server is starting"
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log where it serves, and a warning if the settings ask for more threads than there are cores."""
+        """Log the addresses, and a warning if the settings ask for more threads than cores."""
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -217,7 +220,7 @@ class Server:
             memory_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
             refused=self._edge.refused_by_transport,
         )
-        # What is under way on a connection that is renewed has as long as in a stop.
+        # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
         return kind(limits, settings.connection_seconds, settings.drain_seconds)
 
@@ -228,7 +231,7 @@ class Server:
             raise self._port_error(error, port, purpose, flag) from error
 
     def _port_error(self, error: OSError, port: int, purpose: str, flag: str) -> StartError:
-        """Return the error that says why a port cannot be opened, and which flag to change."""
+        """Return the error for a port that cannot be opened, with the reason and the flag to change."""
         if isinstance(error, socket.gaierror):
             reason = "the host's name is not known (--host chooses another)"
         else:
@@ -245,22 +248,12 @@ class Server:
 
     @property
     def _host(self) -> str:
-        """The host without the brackets that an IPv6 address may come in."""
+        """Return the host without the brackets of an IPv6 address."""
         return self.settings.host.strip("[]")
 
 
-def _set_garbage_apart() -> None:
-    """Keep the garbage collector from holding up requests."""
-    # What is there now stays: collecting garbage need not look through it again.
-    gc.collect()
-    gc.freeze()
-    # Nor, again and again, through requests that wait: they leave no cycles behind, and under overload that took a
-    # tenth of the event loop's time.
-    gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
-
-
 def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
-    try:  # an extra: whoever wants no traces need not have it
+    try:  # an extra, needed only for traces
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         from serving.rpc.tracing import Tracing
@@ -279,9 +272,12 @@ async def serve(settings: Settings) -> bool:
 
     def stop_at(number: signal.Signals) -> None:
         stopping.set()
-        loop.remove_signal_handler(number)  # a second one ends the process at once
+        loop.remove_signal_handler(number)  # a second signal ends the process at once
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # first: as process 1 of a container Python would ignore SIGTERM
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # set first: as process 1 of a container, Python would ignore SIGTERM
         loop.add_signal_handler(number, stop_at, number)
     server = Server(settings)
     loop.add_signal_handler(signal.SIGHUP, server.rescan_soon)

@@ -1,4 +1,4 @@
-"""The server's settings: each is said once, as a field, and set by flag, environment variable or default."""
+"""The server's settings: each is one field, set by flag, environment variable or default."""
 
 import argparse
 import os
@@ -16,14 +16,14 @@ from serving.runtime import DEVICES
 from serving.transport.methods import TRANSPORTS
 
 ENVIRONMENT_PREFIX = "CAPSNET_"
-# What docker-compose.yml reads, which may be set where a server is started without it too.
+# Variables of docker-compose.yml. They may also be set for a server that starts without it.
 _OTHER_VARIABLES = ("CAPSNET_CPUS", "CAPSNET_TRAINING_")
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT|PORT_\w+)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 def embedded_models() -> Path:
-    """The model repository that comes with the package: beside the code in a checkout, inside it when installed."""
+    """Return the model repository of the package: beside the code in a checkout, inside the installed package."""
     package = Path(__file__).parent
     inside = package / "models"
     return inside if inside.is_dir() else package.parent / "models"
@@ -31,7 +31,7 @@ def embedded_models() -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be set. Raises ValueError where settings do not fit together."""
+    """All settings of the server. Raises ValueError for a wrong value, or if settings contradict each other."""
 
     host: str = option(
         "127.0.0.1", "address to listen on, for gRPC and metrics; 0.0.0.0 for every interface", metavar="ADDRESS"
@@ -145,9 +145,9 @@ class Settings:
 
 
 def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
-    """Return the settings from command line and environment; a flag wins over its variable.
+    """Return the settings from command line and environment. A flag overrides its variable.
 
-    Ends the process with a message, as argparse does, on a wrong one, and on one that is not known.
+    A wrong or unknown setting ends the process with a message, as in argparse.
     """
     parser = _parser()
     flags, unknown = parser.parse_known_args(arguments)
@@ -161,7 +161,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in made_by_kubernetes:
             continue
         if variable in names:
-            if text:  # an empty one is as none, as compose files have it
+            if text:  # an empty variable counts as unset, as in compose files
                 values[names[variable].name] = _value(parser, names[variable], variable, text)
         elif not variable.startswith(_OTHER_VARIABLES):
             parser.error(f"environment variable {variable} is no setting{_suggestion(variable, _variable)}")
@@ -172,9 +172,9 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
 
 def service_links(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables that no user set: those by which Kubernetes tells every pod of a Service named capsnet.
+    """Return the variables that Kubernetes sets in every pod for a Service named capsnet.
 
-    Its documentation calls them service links. ``CAPSNET_PORT=tcp://10.96.12.7:8001`` is one, and no setting.
+    Its documentation calls them service links. ``CAPSNET_PORT=tcp://10.96.12.7:8001`` is one, and not a setting.
     """
     return sorted(
         name
@@ -214,7 +214,7 @@ def _value(parser: argparse.ArgumentParser, setting: "Field[Any]", variable: str
 
 
 def _suggestion(name: str, spell: "Callable[[Field[Any]], str]") -> str:
-    """Return the end of a message about a name that is not known: the nearest setting, spelt as it should have been."""
+    """Return the end of a message about an unknown name, with the nearest setting in its correct spelling."""
     plain = name.removeprefix(ENVIRONMENT_PREFIX).lstrip("-").lower().replace("-", "_")
     known = {setting.name: setting for setting in fields(Settings)}
     nearest = get_close_matches(plain, known, 1)

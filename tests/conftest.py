@@ -32,11 +32,11 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
 EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
-# The markers of what is run as a process, by its package, and of what is run in the test's own.
+# The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
-# Begun first, so that no process is left with one of them while the others are done.
-LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport", "test_lifecycle")
+# These files run first, so that no process still runs one of them when the others are done.
+LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport_calls", "test_lifecycle")
 
 
 class Digits(NamedTuple):
@@ -66,7 +66,7 @@ class Running:
 
     @property
     def model(self) -> ServedModel:
-        """The only one that is served."""
+        """The only model that is served."""
         return self.server.repository.get("", "")
 
     @property
@@ -83,7 +83,7 @@ class Running:
 
 
 def settings(**chosen: object) -> Settings:
-    """On free ports, and with a plan of its own rather than one that is measured at each start."""
+    """Settings with free ports and a fixed plan, so that no start measures one."""
     return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
 
 
@@ -107,7 +107,7 @@ class InThread:
         await self._server.stop()
 
     def __enter__(self) -> Server:
-        """Wait until the server has started. Raises what its start raises."""
+        """Wait until the server has started. Raises the error of its start."""
         self._thread.start()
         try:
             self._started.result(60)
@@ -129,7 +129,7 @@ class InThread:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Running]]:
-    """Starts servers with settings of one's own; they stop when the test ends."""
+    """Return a function that starts servers with given settings. They stop when the test ends."""
     running: list[tuple[InThread, grpc.Channel]] = []
 
     def begin(
@@ -208,7 +208,7 @@ def raw(serving: Serving) -> Iterator[Raw]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Have the tests of one file in one process, and those that use the exporter in the same one."""
+    """Run the tests of one file in one process, and all tests that use the exporter in the same process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it has no types
@@ -225,7 +225,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, and mark what ``make check`` leaves out: servers and trainings."""
+    """Run the longest tests first, and mark the tests that ``make check`` leaves out: servers and trainings."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if isinstance(item, pytest.Function):
@@ -236,7 +236,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _whole_parts(item: pytest.Function) -> set[str]:
     """Return "server" if a test, or a fixture of it, starts a server, and "training" if one trains a network.
 
-    It does if it reaches, through functions and classes of the tests, one that does, in its own process or another.
+    A test also counts if it does so through other functions and classes of the tests, in this process or another.
     """
     fixtures = item._fixtureinfo.name2fixturedefs.values()
     pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]

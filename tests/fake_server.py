@@ -1,4 +1,4 @@
-"""A small gRPC server that does as a test tells it, for what a real one does only when it is in trouble."""
+"""A small gRPC server that a test scripts, for faults that a real server shows only in trouble."""
 
 import threading
 import time
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.channel import SERVICE
 
-# What a call does before it answers: nothing, or end with a status and trailing metadata.
+# A call's first step: nothing, or an end with a status and trailing metadata.
 Step = tuple[grpc.StatusCode, Sequence[tuple[str, str | bytes]]] | None
 
 
 def numbered(number: int) -> NDArray[np.uint8]:
-    """An image (2, 2) that a fake server answers with this number, up to 65535, as its pose."""
+    """Return an image (2, 2) that a fake server answers with this number, up to 65535, as its pose."""
     return np.frombuffer(number.to_bytes(4), np.uint8).reshape(2, 2)
 
 
@@ -32,7 +32,7 @@ def answer(request: pb.ClassifyRequest, version: str = "1") -> pb.ClassifyRespon
 
 
 class FakeServer:
-    """``steps`` tells, call by call, how Classify begins; ``stream`` is what answers ClassifyStream."""
+    """A fake server. ``steps`` scripts Classify, call by call; ``stream`` answers ClassifyStream."""
 
     def __init__(self, *, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> None:
         self.steps: list[Step] = []

@@ -1,4 +1,4 @@
-"""What the tests put in the place of the classifying graph."""
+"""Substitutes for the classifying graph."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -40,5 +40,5 @@ def as_predict(run: Run) -> Predict:
 
 
 def change_predict(batcher: Batcher, change: Callable[[Predict], Predict]) -> None:
-    """Let a batcher compute with another function, made from the one that it has."""
+    """Replace the function with which a batcher computes by one that is made from it."""
     batcher._run = as_run(change(as_predict(batcher._run)))

@@ -25,7 +25,7 @@ HEADERS = [
 
 
 class Answer:
-    """What came for one stream."""
+    """The frames that came for one stream."""
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
@@ -44,7 +44,7 @@ class Answer:
 
 
 class Raw:
-    """A client that sends what it is told to, right or wrong."""
+    """A client that sends any frames, right or wrong."""
 
     def __init__(self, port: int, preface: bytes = frames.PREFACE, settings: dict[int, int] | None = None) -> None:
         self.take(socket.create_connection(("127.0.0.1", port), 10), preface, settings)
@@ -52,7 +52,7 @@ class Raw:
     def take(
         self, link: socket.socket, preface: bytes = frames.PREFACE, settings: dict[int, int] | None = None
     ) -> None:
-        """Greet the server on a connection that is there."""
+        """Send the preface on an existing connection."""
         self.socket = link
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.encoder, self.decoder = Encoder(), Decoder()
@@ -79,7 +79,7 @@ class Raw:
         self.send_data(stream, framed(message))
 
     def send_data(self, stream: int, sent: bytes) -> None:
-        """As the last data of the stream."""
+        """Send data as the last data of the stream."""
         for at in range(0, len(sent), frames.MAX_FRAME_BYTES):
             last = at + frames.MAX_FRAME_BYTES >= len(sent)
             self.send(data(stream, sent[at : at + frames.MAX_FRAME_BYTES], frames.END_STREAM if last else 0))

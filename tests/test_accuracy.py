@@ -27,7 +27,7 @@ FIGURES = {
 
 
 def finish(folder: Path, seed: int, errors: int, command: str = COMMAND) -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     folder.mkdir()
     figures = FIGURES | {"test_errors": errors, "command": f"{command} --seed {seed} --out {folder}"}
     recipe = {"seed": seed, "epochs": 2}
@@ -48,7 +48,7 @@ def test_a_run_becomes_a_row_without_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", ["--seed=4", "--seed 4", "--out=x --seed 4 --data-dir y", "--resume"])
-def test_a_command_is_told_without_seed_and_folders(flags: str) -> None:
+def test_a_command_is_shown_without_seed_and_folders(flags: str) -> None:
     assert accuracy.plain(f"python -m training {flags} --config compact") == "python -m training --config compact"
 
 
@@ -69,9 +69,7 @@ def test_each_command_has_a_line_and_one_seed_no_interval(tmp_path: Path) -> Non
     assert [line.split(" | ")[2] for line in lines] == ["**1.00 %**"] * 2
 
 
-def test_a_run_that_does_not_say_where_it_comes_from_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_its_origin_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = {name: torch.zeros_like(value) for name, value in CapsNet(CONFIG).state_dict().items()}
     checkpoint = Checkpoint(CONFIG, "mnist", tuple("0123456789"), asdict(CONFIG), {"test_errors": 1}, state)
     save(checkpoint, tmp_path / "capsnet.pt")

@@ -1,4 +1,4 @@
-"""The rules between the parts of the project."""
+"""Tests of the rules between the parts of the project."""
 
 import ast
 import shutil

@@ -1,4 +1,4 @@
-"""The manifest: what serving refuses to start with."""
+"""Tests of the manifest, and of the faults with which the server refuses to start."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, text: str) -> None:
-    """A manifest with the digest that belongs to it."""
+    """Write a manifest with its digest."""
     (folder / MANIFEST).write_text(text)
     (folder / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n")
 
@@ -90,13 +90,14 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
             "variants.int8.max_pose_difference is '0'; expected a number",
         ),
         (["variants", "int8", "tolerance"], {"difference": "0"}, "variants.int8.tolerance.difference is '0'"),
+        (["variants", "int8", "rounded"], {"test_errors": "0"}, "variants.int8.rounded.test_errors is '0'"),
         (["graphs", "explain", "file"], None, "graphs.explain.file is None; expected a text"),
         (["graphs", "explain", "receptive_field", "grid"], 0, "graphs.explain.receptive_field.grid is 0"),
         (["graphs", "explain", "receptive_field", "offset"], 0.5, "graphs.explain.receptive_field.offset is 0.5"),
         (["training", "figures"], [], "training.figures is []; expected an object"),
     ],
 )
-def test_a_wrong_field_is_told_by_name(copy: Path, keys: list[str], value: Any, message: str) -> None:
+def test_a_wrong_field_is_reported_by_name(copy: Path, keys: list[str], value: Any, message: str) -> None:
     content = json.loads((copy / MANIFEST).read_text())
     part = content
     for key in keys[:-1]:
@@ -114,6 +115,7 @@ def test_a_manifest_is_read_and_written_without_loss(copy: Path, padding: int) -
     content = json.loads((copy / MANIFEST).read_text())
     if padding:  # the first capsule's receptive field begins outside the image
         content["graphs"]["explain"]["receptive_field"]["offset"] = -padding
+        content["variants"]["fp32"]["rounded"] = {"max_pose_difference": 0.25, "labels_changed": 2}
         write(copy, json.dumps(content))
     artifact = load(copy)
     assert manifest(artifact) == content
@@ -175,13 +177,13 @@ def test_one_changed_byte_in_any_file_is_found_when_the_model_is_loaded(copy: Pa
 
 
 @pytest.mark.parametrize("name", files())
-def test_a_missing_file_is_told_by_name(copy: Path, name: str) -> None:
+def test_a_missing_file_is_reported_by_name(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(ArtifactError, match=re.escape(str(copy / name))):
         load(copy)
 
 
-def test_a_precision_that_is_not_there_is_told_with_those_that_are(copy: Path) -> None:
+def test_a_missing_precision_is_reported_with_those_that_exist(copy: Path) -> None:
     content = json.loads((copy / MANIFEST).read_text())
     del content["variants"]["int8"]
     write(copy, json.dumps(content))

@@ -1,17 +1,18 @@
 """Tests of the random changes to training images."""
 
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training.data.augment import AUGMENTATIONS, affine, all_shifts, none, shift
+from training.data.augment import AUGMENTATIONS, Augmentation, affine, all_shifts, distort, erase, none, shift
 
-HEIGHT, WIDTH = 20, 30  # different, so that the axes cannot be mixed up
+HEIGHT, WIDTH = 20, 30  # different, so that a swap of the axes fails
 SHIFTS = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
-TURNS = torch.arange(5)  # of no account to augmentations that are drawn
+TURNS = torch.arange(5)  # random augmentations ignore it
 RANDOM = pytest.mark.parametrize("name", ["shift", "affine"])
 
 
@@ -24,13 +25,13 @@ def random_images(count: int, channels: int = 1, seed: int = 0) -> Tensor:
 
 
 def shifted(image: Tensor, down: int, right: int) -> Tensor:
-    """The image moved by whole pixels, zeros moving in: a window cut from a wide black frame around it."""
+    """Return the image moved by whole pixels, with zeros moving in."""
     top, left = 2 - down, 2 - right
     return pad(image, (2, 2, 2, 2))[..., top : top + HEIGHT, left : left + WIDTH]
 
 
 def applied_shifts(image: Tensor, results: Tensor) -> list[tuple[int, int]]:
-    """The shift by up to two pixels that made each of the results (B, C, H, W) of the image (C, H, W)."""
+    """Return the shift, by up to two pixels, of each result (B, C, H, W) of the image (C, H, W)."""
     candidates = torch.stack([shifted(image, *by) for by in SHIFTS])
     errors = (results[:, None] - candidates).abs().flatten(2).amax(2)
     assert errors.amin(1).max() < 1e-5
@@ -38,7 +39,7 @@ def applied_shifts(image: Tensor, results: Tensor) -> list[tuple[int, int]]:
 
 
 def centres(images: Tensor) -> Tensor:
-    """The centre of mass of each image's first channel, (B, 2), in pixels down and right."""
+    """Return the centre of mass of each image's first channel, (B, 2), in pixels down and right."""
     weights = images[:, 0] / images[:, 0].sum((1, 2), keepdim=True)
     down = (weights * torch.arange(images.shape[2])[:, None]).sum((1, 2))
     right = (weights * torch.arange(images.shape[3])).sum((1, 2))
@@ -46,7 +47,7 @@ def centres(images: Tensor) -> Tensor:
 
 
 def test_a_shift_moves_an_image_by_whole_pixels_and_loses_only_what_leaves_the_frame() -> None:
-    images = random_images(30, channels=3) + 0.1  # nothing black, so what is black in the results has moved in
+    images = random_images(30, channels=3) + 0.1  # no black pixels, so every black pixel in the results has moved in
 
     results = shift(images, TURNS, generator(1))
 
@@ -99,7 +100,7 @@ def test_an_affine_change_moves_the_centre_by_little_and_on_average_not_at_all()
     assert moves.mean(0).abs().max() < 0.15
 
 
-def test_an_affine_change_turns_and_stretches_by_no_more_than_it_says() -> None:
+def test_an_affine_change_stays_within_its_limits() -> None:
     size = 41
     images = torch.zeros(1000, 1, size, size)
     images[:, 0, 19:22, 5:36] = 1  # a horizontal bar
@@ -137,7 +138,7 @@ def test_the_channels_of_an_image_move_together(name: str) -> None:
 
 
 @RANDOM
-def test_the_generator_alone_decides_what_is_changed(name: str) -> None:
+def test_the_generator_alone_decides_the_changes(name: str) -> None:
     images = random_images(10)
     augment = AUGMENTATIONS[name]
     with torch.random.fork_rng():
@@ -172,3 +173,51 @@ def test_none_changes_nothing() -> None:
 
 def test_the_augmentations_go_by_their_names() -> None:
     assert {"affine": affine, "shift": shift, "all-shifts": all_shifts, "none": none} == AUGMENTATIONS
+
+
+@pytest.mark.parametrize("size", [28, 140])
+def test_the_furthest_affine_shift_is_a_share_of_the_image(size: int) -> None:
+    images = torch.zeros(500, 1, size, size)
+    images[:, 0, size // 2 - 1 : size // 2 + 1, size // 2 - 1 : size // 2 + 1] = 1
+    moves = centres(Augmentation("affine", shift_share=0.1)(images, TURNS, generator())) - (size - 1) / 2
+    assert 0.08 * size < moves.abs().max() < 0.14 * size
+
+
+@pytest.mark.parametrize("name", ["none", "shift", "all-shifts", "affine"])
+def test_an_elastic_deformation_moves_the_parts_of_an_image_differently_and_weakly(name: str) -> None:
+    ramps = torch.stack([torch.arange(29.0).expand(29, 29), torch.arange(29.0)[:, None].expand(29, 29)])
+    images = ramps.expand(200, 2, 29, 29) / 29
+    turns = torch.full((200,), 12)  # the shift by nothing
+    elastic = Augmentation(name, elastic=0.4)(images, turns, generator(1))
+    if name == "affine":  # which draws its matrices first
+        plain = AUGMENTATIONS[name](images, turns, generator(1))
+    elif name == "shift":
+        plain = shift(images, turns, generator(1))
+    else:
+        plain = images
+    moved = 29 * (elastic - plain)[:, :, 8:21, 8:21]  # in pixels, within the image
+    assert 0.2 < moved.std() < 0.5
+    assert moved.flatten(2).std(2).mean() > 0.1
+    assert (moved[..., 1:] - moved[..., :-1]).abs().max() < 1
+
+
+def test_everything_that_moves_pixels_is_one_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Mock(side_effect=torch.nn.functional.grid_sample)
+    monkeypatch.setattr(torch.nn.functional, "grid_sample", sample)
+    Augmentation("affine", elastic=0.4, erasing=0.5)(random_images(4), TURNS, generator())
+    distort(random_images(4), generator(), elastic=0.4)
+    assert sample.call_count == 2
+
+
+def test_erasing_makes_a_square_of_four_by_four_pixels_black_in_its_share_of_the_images() -> None:
+    images = torch.ones(1000, 3, HEIGHT, WIDTH)
+    results = erase(images, 0.25, generator())
+    erased = (results == 0).all(1)
+    counts = erased.flatten(1).sum(1)
+    assert set(counts.tolist()) == {0, 16}
+    assert 200 < (counts == 16).sum() < 300
+    squares = erased[counts == 16]
+    assert (squares.any(1).sum(1) == 4).all()
+    assert (squares.any(2).sum(1) == 4).all()
+    assert squares.any(0).float().mean() > 0.95
+    assert erase(torch.ones(2, 1, 2, 3), 1, generator()).eq(0).all()

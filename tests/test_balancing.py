@@ -43,7 +43,7 @@ class Member:
 
 
 def _answered(page: str) -> int:
-    """How many Classify calls were, by a metrics page."""
+    """Return the number of Classify calls on a metrics page."""
     return sum(
         int(sample.value)
         for family in text_string_to_metric_families(page)
@@ -81,14 +81,14 @@ def _member(process: subprocess.Popen[str]) -> Member:
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[list[Member]]:
-    """For all tests that end none of them."""
+    """Three servers for all tests that end none of them."""
     with _members(3) as members:
         yield members
 
 
 @pytest.fixture
 def survivors(three: list[Member]) -> list[Member]:
-    """Two of them, for a test that brings its own third."""
+    """Two of the servers, for a test that starts its own third one."""
     return three[:2]
 
 
@@ -100,7 +100,7 @@ def victim() -> Iterator[Member]:
 
 @dataclass
 class Outcome:
-    """What callers saw. answered_after: of the answered, those after the victim had gone."""
+    """The callers' results. answered_after: the calls answered after the victim had gone."""
 
     answered: int = 0
     answered_after: int = 0
@@ -108,7 +108,7 @@ class Outcome:
 
 
 async def _call(target: str, options: list[tuple[str, Any]], disturb: Callable[[], object]) -> Outcome:
-    """Let callers each send one request after the other, before and after something that is done and waited for."""
+    """Let callers each send one request after the other, before and after an action that is awaited."""
     outcome = Outcome()
     stopping = asyncio.Event()
 
@@ -138,7 +138,7 @@ async def _call(target: str, options: list[tuple[str, Any]], disturb: Callable[[
 
 
 def _of_client(members: list[Member], retries: bool) -> tuple[str, list[tuple[str, Any]]]:
-    """Return the target and options of a client that balances as the service config has it, or without its retries."""
+    """Return the target and options of a client with the service config, or with the config without retries."""
     target = "ipv4:" + ",".join(member.address for member in members)
     config = {name: value for name, value in SERVICE_CONFIG.items() if retries or name != "methodConfig"}
     return target, [("grpc.service_config", json.dumps(config)), ("grpc.enable_retries", int(retries))]
@@ -161,9 +161,9 @@ def _counts(members: list[Member]) -> list[int]:
 
 
 async def _shares(target: str, options: list[tuple[str, Any]], members: list[Member], calls: int) -> list[int]:
-    """Return how many of so many calls each server answers, once a client is connected to all of them.
+    """Return the number of calls that each server answers, once a client is connected to all of them.
 
-    Counted while no call is under way, so that the machine may be as slow as it likes. Raises what a call raises.
+    The calls are counted while none is in flight, so a slow machine does no harm. Raises the error of a call.
     """
 
     async def send(stub: CapsNetServiceStub, count: int) -> None:
@@ -201,7 +201,7 @@ def test_a_client_with_the_service_config_sends_each_server_its_share(three: lis
     _assert_even(counts, 0.2)
 
 
-def test_a_server_killed_under_load_costs_its_clients_nothing_where_they_retry(
+def test_a_server_killed_under_load_fails_no_call_of_clients_that_retry(
     survivors: list[Member], victim: Member
 ) -> None:
     outcome = _balanced([*survivors, victim], _end(victim, signal.SIGKILL), retries=True)
@@ -209,7 +209,7 @@ def test_a_server_killed_under_load_costs_its_clients_nothing_where_they_retry(
     assert outcome.answered_after > 0
 
 
-def test_a_server_killed_under_load_loses_no_more_than_what_it_had_where_clients_do_not_retry(
+def test_a_server_killed_under_load_fails_only_its_calls_in_flight_if_clients_do_not_retry(
     survivors: list[Member], victim: Member
 ) -> None:
     outcome = _balanced([*survivors, victim], _end(victim, signal.SIGKILL), retries=False)
@@ -218,7 +218,7 @@ def test_a_server_killed_under_load_loses_no_more_than_what_it_had_where_clients
     assert outcome.answered_after > 0
 
 
-def test_a_server_stopped_under_load_loses_nothing_where_clients_watch_its_health_even_without_retries(
+def test_a_server_stopped_under_load_fails_no_call_of_clients_that_watch_its_health_and_do_not_retry(
     survivors: list[Member], victim: Member
 ) -> None:
     outcome = _balanced([*survivors, victim], _end(victim, signal.SIGTERM), retries=False)
@@ -227,7 +227,7 @@ def test_a_server_stopped_under_load_loses_nothing_where_clients_watch_its_healt
     assert outcome.answered_after > 0
 
 
-def test_a_server_stopped_without_delay_loses_nothing_that_was_sent_where_clients_neither_watch_nor_retry(
+def test_a_server_stopped_without_delay_fails_no_sent_call_of_clients_that_neither_watch_nor_retry(
     survivors: list[Member],
 ) -> None:
     with _members(1, drain_delay=0) as (victim,):
@@ -236,8 +236,8 @@ def test_a_server_stopped_without_delay_loses_nothing_that_was_sent_where_client
         options = [("grpc.service_config", config), ("grpc.enable_retries", 0)]
         outcome = asyncio.run(_call(target, options, _end(victim, signal.SIGTERM)))
         assert victim.process.returncode == 0
-    # Now and then gRPC's client gives a connection a call at the moment in which it learns that this one takes no more;
-    # it never sends it, and without retries its caller is told so (cancel_unstarted_streams in chttp2_transport.cc).
+    # Sometimes grpc's client gives a connection a call just when it learns that this connection takes no new calls. It
+    # does not send the call, and without retries the call fails (cancel_unstarted_streams in chttp2_transport.cc).
     assert [error.details() for error in outcome.failures if "GOAWAY received" not in str(error.details())] == []
     assert len(outcome.failures) <= CALLERS
     assert outcome.answered_after > 0
@@ -245,7 +245,7 @@ def test_a_server_stopped_without_delay_loses_nothing_that_was_sent_where_client
 
 @contextmanager
 def _haproxy(members: list[Member]) -> Iterator[tuple[str, str]]:
-    """HAProxy with the configuration of the repository: its gRPC address, and that of its metrics."""
+    """Run HAProxy with the repository's configuration. Yield its gRPC address and the address of its metrics."""
     assert HAPROXY
     with socket.create_server(("127.0.0.1", 0)) as grpc_socket, socket.create_server(("127.0.0.1", 0)) as http_socket:
         sockets = {"LISTEN": grpc_socket, "METRICS_LISTEN": http_socket}
@@ -269,7 +269,7 @@ def _haproxy(members: list[Member]) -> Iterator[tuple[str, str]]:
 
 
 def _proxied(target: str, disturb: Callable[[], object]) -> Outcome:
-    """By a client that knows of one server, and does not retry."""
+    """Return the answers to a client that knows one address and does not retry."""
     return asyncio.run(_call(target, [("grpc.enable_retries", 0)], disturb))
 
 
@@ -282,7 +282,7 @@ def test_haproxy_spreads_the_calls_of_one_connection_over_all_servers(three: lis
     with _haproxy(three) as (target, _):
         counts = asyncio.run(_shares(target, [("grpc.enable_retries", 0)], three, calls=1200))
     assert sum(counts) == 1200
-    _assert_even(counts, 0.5)  # whoever is slower for a while gets fewer
+    _assert_even(counts, 0.5)  # a server that is slower for a while gets fewer
 
 
 @needs_haproxy

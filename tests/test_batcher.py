@@ -1,4 +1,4 @@
-"""The batching rule, with a predict function of the test's own and no server."""
+"""Tests of the batcher with a fake predict function and no server."""
 
 import asyncio
 import threading
@@ -24,7 +24,7 @@ from tests.predictions import Prediction, as_run
 
 POISON = 255
 NOT_FINITE = 254
-BOTH_INFINITE = 253  # ways: their sum is no number, which numpy warns of
+BOTH_INFINITE = 253  # infinities of both signs: their sum is not a number, and numpy warns
 MISSHAPEN = 252
 WIDE = 251  # answered with poses of another size
 POISON_FREE = 250
@@ -32,7 +32,7 @@ QUICK = BatchCost([(1, 0.0001), (4, 0.0004)])
 
 
 class FakeModel:
-    """Shares each image's first pixel. It can be held up, and fails where an image's first pixel is POISON."""
+    """A fake model that computes from first pixels. A test can hold it up, and the pixel POISON makes it fail."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -69,7 +69,7 @@ class FakeModel:
 
 @dataclass
 class Setting:
-    """A batcher that computes, what it computes with, and its metrics."""
+    """A running batcher, its fake model and its metrics."""
 
     batcher: Batcher
     model: FakeModel
@@ -86,7 +86,7 @@ class Setting:
         return task
 
     async def until_begun(self, batches: int) -> None:
-        """Wait until so many batches have begun."""
+        """Wait until this number of batches has begun."""
         end = time.monotonic() + 10
         while len(self.model.batches) < batches:
             assert time.monotonic() < end
@@ -111,7 +111,7 @@ async def submit(
 
 
 def _slow() -> BatchCost:
-    """Return a cost of 0.1 s an image."""
+    """Return a cost of 0.1 seconds an image."""
     return BatchCost([(1, 0.1), (2, 0.2)])
 
 
@@ -159,7 +159,7 @@ def test_an_idle_runtime_takes_a_single_request_at_once() -> None:
     assert _run(test).sizes == [1]
 
 
-def test_of_what_has_gathered_while_the_only_slot_computed_half_is_left_for_the_next_batch() -> None:
+def test_half_of_the_requests_that_gathered_while_the_only_slot_computed_are_left_for_the_next_batch() -> None:
     async def test(setting: Setting) -> None:
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(value) for value in range(1, 13)]
@@ -169,7 +169,7 @@ def test_of_what_has_gathered_while_the_only_slot_computed_half_is_left_for_the_
     assert _run(test, max_batch=8, good_batch=2).sizes == [1, 6, 6]
 
 
-def test_two_slots_share_what_waits() -> None:
+def test_two_slots_share_the_waiting_requests() -> None:
     async def test(setting: Setting) -> None:
         setting.model.hold()
         tasks = [asyncio.create_task(submit(setting.batcher, _images(value))) for value in range(8)]
@@ -186,7 +186,7 @@ def test_good_batches_are_no_larger_than_they_need_to_be_and_no_smaller() -> Non
     assert good_batch(BatchCost([(1, 0.01), (2, 0.0101)]), 64) == 64
 
 
-def test_what_any_request_would_be_refused_with_is_known_without_it() -> None:
+def test_the_error_that_any_request_would_get_is_known_before_it_arrives() -> None:
     async def test(setting: Setting) -> None:
         batcher = setting.batcher
         assert batcher.refusal(None, False, 0) is None and batcher.refusal(0.5, False, 0) is None
@@ -212,7 +212,7 @@ def test_what_any_request_would_be_refused_with_is_known_without_it() -> None:
     _run(test, max_batch=8, max_queue=4, cost=_slow())
 
 
-def test_an_answer_can_be_told_at_once_and_once() -> None:
+def test_an_answer_is_delivered_at_once_and_once() -> None:
     async def test(setting: Setting) -> None:
         told: list[Ticket] = []
         setting.model.hold()
@@ -238,7 +238,7 @@ def test_requests_that_come_together_are_computed_together_even_when_the_runtime
     assert _run(test).sizes == [4]
 
 
-def test_what_waits_while_the_runtime_computes_is_computed_together_and_splits_to_fill_batches() -> None:
+def test_requests_that_wait_while_the_runtime_computes_share_batches_and_split_to_fill_them() -> None:
     async def test(setting: Setting) -> None:
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(*values) for values in ([1, 2, 3], [4, 5], [6, 7])]
@@ -256,7 +256,7 @@ def test_a_request_larger_than_a_batch_is_split_and_joined_in_order() -> None:
     assert _run(test).sizes == [4, 4, 2]
 
 
-def test_two_slots_share_what_waits_and_answer_split_requests_in_order() -> None:
+def test_two_slots_share_the_waiting_requests_and_answer_split_ones_in_order() -> None:
     async def test(setting: Setting) -> None:
         setting.model.hold()
         first = asyncio.create_task(submit(setting.batcher, _images(*range(6))))
@@ -280,7 +280,7 @@ def test_a_slot_takes_its_next_batch_by_itself_while_the_event_loop_is_held_up()
         setting.model.go.set()
         end = time.monotonic() + 10
         while len(setting.model.batches) < 3 and time.monotonic() < end:
-            time.sleep(0.001)  # not asyncio's: the event loop does nothing meanwhile
+            time.sleep(0.001)  # not asyncio.sleep: the event loop must be blocked
         assert setting.model.batches == [[0], [1, 2, 3, 4], [5]]
         assert setting.batcher.queued == 0
         assert [_values(answer) for answer in await asyncio.gather(*tasks)] == [[0], [1, 2, 3, 4], [5]]
@@ -288,7 +288,7 @@ def test_a_slot_takes_its_next_batch_by_itself_while_the_event_loop_is_held_up()
     _run(test)
 
 
-def test_what_the_queue_cannot_hold_is_refused_at_once_with_a_hint_and_nothing_else_is_harmed() -> None:
+def test_a_request_beyond_the_queue_is_refused_at_once_with_a_hint_and_no_other_is_harmed() -> None:
     async def test(setting: Setting) -> None:
         first = await setting.occupy()
         waiting = await setting.queue(1, 2, 3)
@@ -317,7 +317,7 @@ def test_streams_wait_for_half_the_queue_in_the_order_they_came() -> None:
         tasks += [asyncio.create_task(patient(value)) for value in range(1, 6)]
         await asyncio.sleep(0.01)
         assert order == [1], "the second would fill more than half of the queue"
-        tasks.append(await setting.queue(9, 9, 9))  # one that does not wait still has room
+        tasks.append(await setting.queue(9, 9, 9))  # a request that need not wait still has room
         setting.model.go.set()
         await asyncio.gather(*tasks)
         assert order == [1, 2, 3, 4, 5]
@@ -363,7 +363,7 @@ def test_a_request_that_cannot_make_its_deadline_is_refused_at_the_door() -> Non
     assert _run(test, cost=_slow()).batches == [[5]]
 
 
-def test_what_is_ahead_counts_towards_a_deadline_and_an_urgent_request_is_not_behind_it() -> None:
+def test_waiting_requests_count_towards_a_deadline_but_not_for_an_urgent_request() -> None:
     async def test(setting: Setting) -> None:
         tasks = [await setting.occupy()]
         tasks += [await setting.queue(1, 2, 3)]
@@ -377,7 +377,7 @@ def test_what_is_ahead_counts_towards_a_deadline_and_an_urgent_request_is_not_be
     _run(test, cost=_slow())
 
 
-def test_a_request_whose_time_ran_out_in_the_queue_is_dropped_and_told() -> None:
+def test_a_request_whose_time_ran_out_in_the_queue_is_dropped_with_an_error() -> None:
     async def test(setting: Setting) -> None:
         first = await setting.occupy()
         late = asyncio.create_task(submit(setting.batcher, _images(1), deadline=time.monotonic() + 0.05))
@@ -464,7 +464,7 @@ def test_a_runtime_that_hangs_is_given_up_and_others_are_computed() -> None:
         setting.model.go.set()
         assert _values(await ahead) + _values(await behind) == [1, 2, 3, 4, 5]
         assert setting.value("capsnet_inference_hangs_total") == 1
-        await asyncio.sleep(0.05)  # the thread left behind returns, and its answer harms nobody
+        await asyncio.sleep(0.05)  # the abandoned thread returns, and its answer does no harm
         assert _values(await submit(setting.batcher, _images(6))) == [6]
 
     _run(test, timeout=0.2)
@@ -487,7 +487,7 @@ def test_an_exception_in_the_code_that_answers_one_member_harms_no_other(caplog:
     assert "a fault of one service" in caplog.text
 
 
-def test_an_exception_in_the_code_that_is_told_of_a_lost_deadline_harms_no_other() -> None:
+def test_an_exception_in_the_callback_of_a_lost_deadline_harms_no_other_request() -> None:
     def fail(ticket: Ticket) -> None:
         raise RuntimeError("a fault of one service")
 
@@ -514,7 +514,7 @@ def test_outputs_that_cannot_be_joined_fail_alone() -> None:
     assert _run(test).batches == [[0], [1, 2, 3, 4], [WIDE, 6]]
 
 
-def test_what_is_given_up_is_freed_at_once_though_nobody_else_calls() -> None:
+def test_an_abandoned_request_is_freed_at_once_even_if_no_other_call_comes() -> None:
     async def test(setting: Setting) -> None:
         first = await setting.occupy()
         told: list[Ticket] = []
@@ -543,7 +543,7 @@ def test_a_request_that_has_ended_holds_its_images_no_longer() -> None:
         ticket = setting.batcher.enqueue({"images": images}, then=settle(told))
         del images
         assert _values(await told) == [1, 2]
-        await submit(setting.batcher, _images(3))  # the slot has let go of its batch
+        await submit(setting.batcher, _images(3))  # the slot has released its batch
         assert ticket.state is State.ANSWERED and alive() is None
 
     _run(test)
@@ -567,7 +567,7 @@ def test_a_request_that_is_given_up_between_its_batches_is_not_computed_any_furt
 
 @pytest.mark.parametrize("in_flight", [1, 64, 256])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_of_many_requests_at_once_none_is_lost_mixed_up_or_told_twice(in_flight: int, slots: int) -> None:
+def test_none_of_many_requests_at_once_is_lost_mixed_up_or_answered_twice(in_flight: int, slots: int) -> None:
     total, given_up = 2000, 0
 
     async def test(setting: Setting) -> None:
@@ -636,7 +636,7 @@ def test_any_named_inputs_and_outputs_go_through_and_large_ones_are_joined_too()
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def test_closing_answers_what_waits_and_refuses_what_comes() -> None:
+def test_closing_answers_waiting_requests_and_refuses_new_ones() -> None:
     async def test(setting: Setting) -> None:
         setting.model.hold()
         tasks = [asyncio.create_task(submit(setting.batcher, _images(value))) for value in range(6)]

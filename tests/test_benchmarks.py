@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: that they measure all there is, count memory exactly, and refuse unequal variants."""
+"""Tests of the benchmarks: they measure all variants, count memory exactly, and refuse unequal variants."""
 
 import csv
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def test_a_variant_with_other_gradients_is_refused(
     assert "compact, batch 1: other: gradient of u differ from the plain loop's by" in capsys.readouterr().err
 
 
-def test_compiled_variants_are_left_out_with_the_reason_where_nothing_can_be_compiled(
+def test_compiled_variants_are_left_out_with_the_reason_if_nothing_can_be_compiled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(routing, "compiler_fault", lambda device: "no C++ compiler")
@@ -108,7 +108,7 @@ def test_numbers_below_one_are_refused(arguments: list[str], message: str, capsy
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, bytes]:
-    """Graphs by their files' names, so that each is exported once, which takes seconds."""
+    """The exported graphs by file name. Each is exported once, since an export takes seconds."""
     return {}
 
 

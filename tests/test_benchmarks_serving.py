@@ -1,4 +1,4 @@
-"""Tests of the serving benchmarks: that the loads account for every call, and that short runs end with sane figures."""
+"""Tests of the serving benchmarks: loads account for every call, and short runs end with sane figures."""
 
 import csv
 import gzip
@@ -16,11 +16,15 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks import load, overload, scrape, server, serving, start
+from benchmarks import load, overload, scrape, server, serving, start, tricks
 from benchmarks.load import Flood, LoadError, Probes, Sample, flood, framed, in_streams, probe
 from benchmarks.server import SERVICE, Case, Page, Served
 from benchmarks.serving import Collected, Raw, RawSample, figures
+from benchmarks.tricks import Figures, Gain
+from benchmarks.without import LOADS, OVERLOAD, REFUSALS, TRICKS
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving.settings import embedded_models
 from tests.conftest import Running
 from training.model import CONFIGS, CapsNetConfig
 
@@ -55,7 +59,7 @@ def test_probes_come_at_their_rate_and_each_is_accounted_for(running: Running) -
     assert (probes.calls, probes.expired) == (50, 0)
 
 
-def test_refusals_are_told_apart_by_their_status(running: Running) -> None:
+def test_refusals_are_distinguished_by_their_status(running: Running) -> None:
     body = framed(pb.ClassifyRequest().SerializeToString())
     probes = probe(running.address, f"{SERVICE}/Classify", body, 100, 0.2, 10)
     invalid = grpc.StatusCode.INVALID_ARGUMENT.value[0]
@@ -74,7 +78,7 @@ def test_a_flood_comes_at_its_rate_and_is_answered_in_full(running: Running, tmp
     assert 0 < flooded.latencies_ms.max() < 1000
 
 
-def test_what_came_too_late_is_not_counted_as_goodput() -> None:
+def test_late_answers_are_not_counted_as_goodput() -> None:
     flooded = Flood(900, 90.0, 10.0, np.array([*[1.0] * 600, *[800.0] * 290, *[1001.0] * 10]))
     probed = Probes(100, 2, {0: [700.0] * 30, 4: [1.0, 2.0, 3.0]})
     row = overload.figures(flooded, probed, {"OK": 312, "DEADLINE_EXCEEDED": 688}, 1.0, 30, 50)
@@ -87,7 +91,7 @@ def test_what_came_too_late_is_not_counted_as_goodput() -> None:
 
 @contextmanager
 def silent(most_streams: int) -> Iterator[str]:
-    """The address of a server that tells its HTTP/2 settings, how many streams it takes at once, and never answers."""
+    """Yield the address of a server that sends its HTTP/2 settings, with its stream limit, and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def accept() -> None:
@@ -145,7 +149,7 @@ def test_the_parts_of_the_cpu_time_add_up_to_the_whole() -> None:
     assert values["server_overhead_ms"] == pytest.approx(4 - 5)
 
 
-def test_what_the_metrics_lack_is_left_out() -> None:
+def test_figures_that_the_metrics_lack_are_left_out() -> None:
     sample = Sample(1000, 2.0, (3.0, 4.0, 5.0), 0.1)
     values = figures(Case(2), sample, page(), page(), ONE, TEN, 10)
     names = {"requests_per_second", "images_per_second", "p50_ms", "p95_ms", "p99_ms", "client_cpu_us"}
@@ -227,7 +231,7 @@ def sample(requests_per_second: int) -> Sample:
     return Sample(requests_per_second, 1.0, (3.0, 4.0, 5.0), 0.1)
 
 
-def test_what_scraping_costs_is_taken_in_each_round_and_scaled_by_the_number_of_scrapes() -> None:
+def test_the_cost_of_scraping_is_computed_in_each_round_and_scaled_by_the_number_of_scrapes() -> None:
     collected = scrape.Collected(
         unscraped=[(sample(990), sample(1010)), (sample(490), sample(510)), (sample(100), sample(100))],
         scraped={1.0: [sample(1000), sample(495), sample(98)], 0.1: [sample(900), sample(460), sample(90)]},
@@ -299,7 +303,7 @@ def test_a_start_is_measured_with_the_plan_that_the_first_one_chose(tiny: None, 
     assert re.fullmatch(r"--threads=\d+ --runtimes=\d+ --max-batch=4", fixed["flags"])
     for row in (tuned, fixed):
         parts = [float(row[name]) for name in ("imports_s", "models_s", "ports_s")]
-        assert sum(parts) == pytest.approx(float(row["ready_s"]), rel=0.01, abs=0.02)  # of 3 digits
+        assert sum(parts) == pytest.approx(float(row["ready_s"]), rel=0.01, abs=0.02)  # rounded to 3 digits
         assert row["ready_least_s"] == row["ready_s"] == row["ready_most_s"]
         assert float(row["cpu_s"]) > 0
 
@@ -310,7 +314,60 @@ def test_a_server_that_does_not_start_ends_the_measurement(tiny: None, capsys: p
     assert "tiny: the server did not start: cannot start: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main])
+def test_a_gain_is_above_one_where_a_trick_helps() -> None:
+    kept, off = Figures(1000, 0.0005, 0.0001), Figures(800, 0.0008, 0.0002)
+    gain = Gain.of(kept, off)
+    assert (gain.throughput, gain.cpu, gain.loop) == pytest.approx((1.25, 1.6, 1.2))
+    assert Gain.of(kept, kept) == Gain(1, 1, 1)
+
+
+@pytest.mark.server
+@needs_h2load
+def test_each_trick_is_measured_with_it_and_without(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tricks.csv"
+    arguments = ["--config=tiny", "--rounds=1", "--seconds=0.1", "--settings=--threads 1 --max-batch 8"]
+    chosen = ["--tricks", "headers remembered", "--loads", "16 in flight", REFUSALS, OVERLOAD]
+    assert tricks.main([*arguments, *chosen, f"--out={out}"]) == 0
+    rows = read(out)
+    assert [row["load"] for row in rows] == ["16 in flight", REFUSALS, OVERLOAD]
+    assert {row["trick"] for row in rows} == {"headers remembered"}
+    for row in rows:
+        assert float(row["per_second"]) > 0
+        assert 0 < float(row["loop_us"]) <= float(row["cpu_us"])
+        for name in ("throughput", "cpu", "loop"):
+            assert 0 < float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"])
+        assert row["commit"] and row["device"]
+    assert "headers remembered" in capsys.readouterr().out
+
+
+@pytest.mark.server
+def test_a_server_without_any_trick_answers_as_it_does_with_them(running: Running, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    request = pb.ClassifyRequest(images=[pb.Image(pixels=random.bytes(784)) for _ in range(2)])
+    expected = running.stub.Classify(request)
+    flags = ["--threads=1", "--max-batch=8", "--runtimes=1"]
+    program = ("benchmarks.without", ",".join(TRICKS))
+    with (
+        server.serve(embedded_models(), "fp32", flags, tmp_path, program=program) as served,
+        grpc.insecure_channel(served.targets["tcp"]) as channel,
+    ):
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        streamed = next(stub.ClassifyStream(iter([pb.ClassifyStreamRequest(request=request)])))
+        for response in (stub.Classify(request), streamed.response):
+            for one, other in zip(response.results, expected.results, strict=True):
+                assert one.label == other.label
+                for capsule, its in zip(one.capsules, other.capsules, strict=True):
+                    np.testing.assert_allclose(list(capsule.pose), list(its.pose), rtol=1e-3, atol=1e-5)
+        assert served.page().total("grpc_server_handled_total", grpc_method="Classify", grpc_code="OK") == 1
+
+
+def test_every_trick_names_loads_that_there_are() -> None:
+    assert all(trick.loads and set(trick.loads) <= set(LOADS) for trick in TRICKS.values())
+
+
+@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main, tricks.main])
 def test_without_h2load_it_is_told_how_to_get_it(
     main: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The gRPC surface, as a client meets it: answers, and what wrong requests are told."""
+"""Tests of the service as a client sees it: answers, and the errors of wrong requests."""
 
 import io
 import struct
@@ -49,7 +49,7 @@ def _png(size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:
 
 
 def _huge_png() -> bytes:
-    """A valid PNG of 10,000 x 10,000 grey pixels in about 100 KB."""
+    """Return a valid PNG of 10,000 x 10,000 grey pixels in about 100 KB."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -153,7 +153,7 @@ def test_a_request_above_the_size_limit_is_refused_with_the_limit(
     code, details = _refusal(limited, pb.Image(encoded=bytes(10_000)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details == "request: 10006 bytes; the limit is 10000 bytes (max_request_bytes)"
-    code, details = _refusal(limited, pb.Image(encoded=bytes(50_000)))  # more than is read at all
+    code, details = _refusal(limited, pb.Image(encoded=bytes(50_000)))  # more than the server reads
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     if transport == "native":
         assert details == "request: 50008 bytes; the limit is 10000 bytes (max_request_bytes)"
@@ -231,7 +231,7 @@ def test_many_streams_wait_for_room_in_the_queue_and_leave_some_to_others(start:
 
 
 def test_a_small_file_that_unpacks_to_much_text_is_refused_quickly(running: Running) -> None:
-    limit_metadata()  # as the server's process does
+    limit_metadata()  # the server's process does this at its start
     text = b"\0".join([b"Comment", b"", zlib.compress(bytes(2**20), 9)])
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
     bomb = SEVEN[:33] + chunk * 60 + SEVEN[33:]
@@ -306,7 +306,7 @@ def test_images_are_not_looked_at_where_they_are_too_many() -> None:
 
 
 def test_a_watch_keeps_no_more_of_a_client_than_a_name(running_on_each: Running) -> None:
-    stub = health_pb2_grpc.HealthStub(running_on_each.channel)
+    stub: Any = health_pb2_grpc.HealthStub(running_on_each.channel)
     named = health_pb2.HealthCheckRequest(service="a" * 5000)
     for ask in (stub.Check, stub.Watch):
         with pytest.raises(grpc.RpcError) as caught:

@@ -1,4 +1,4 @@
-"""Requests of raw pixels, read straight from bytes and by way of messages."""
+"""Tests of requests of raw pixels, read from bytes directly and through protobuf messages."""
 
 import math
 
@@ -9,7 +9,7 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.services.capsnet_codec import PixelReader
 
 SHAPES = [(1, 28, 28), (1, 2, 2), (3, 8, 8), (1, 12, 12), (2, 100, 100)]
-MOST = 70
+MAX_IMAGES = 70
 
 
 def request(shape: tuple[int, int, int], count: int) -> pb.ClassifyRequest:
@@ -22,9 +22,9 @@ def of_stream(identifier: str, message: pb.ClassifyRequest) -> bytes:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("count", [1, 2, 3, 16, MOST])
+@pytest.mark.parametrize("count", [1, 2, 3, 16, MAX_IMAGES])
 def test_the_images_are_those_that_protobuf_reads(shape: tuple[int, int, int], count: int) -> None:
-    message, reader = request(shape, count), PixelReader(shape, MOST)
+    message, reader = request(shape, count), PixelReader(shape, MAX_IMAGES)
     expected = np.stack([np.frombuffer(image.pixels, np.uint8).reshape(shape) for image in message.images])
     images = reader.read(message.SerializeToString())
     assert images is not None and images.flags.c_contiguous
@@ -35,12 +35,12 @@ def test_the_images_are_those_that_protobuf_reads(shape: tuple[int, int, int], c
         np.testing.assert_array_equal(read[1], expected)
 
 
-def test_what_is_said_of_the_model_or_is_no_raw_pixels_is_left_to_protobuf() -> None:
+def test_every_other_request_is_left_to_protobuf() -> None:
     shape = SHAPES[0]
-    reader = PixelReader(shape, MOST)
+    reader = PixelReader(shape, MAX_IMAGES)
     others = [
         pb.ClassifyRequest(),
-        request(shape, MOST + 1),
+        request(shape, MAX_IMAGES + 1),
         request((1, 28, 27), 1),
         request((1, 28, 56), 1),
         pb.ClassifyRequest(model_name="mnist", images=request(shape, 1).images),
@@ -59,9 +59,9 @@ def test_what_is_said_of_the_model_or_is_no_raw_pixels_is_left_to_protobuf() -> 
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_bytes_that_are_cut_off_or_changed_mean_what_they_mean_to_protobuf(count: int) -> None:
+def test_truncated_or_changed_bytes_are_read_as_protobuf_reads_them(count: int) -> None:
     shape = (1, 2, 2)
-    reader, random = PixelReader(shape, MOST), np.random.default_rng(0)
+    reader, random = PixelReader(shape, MAX_IMAGES), np.random.default_rng(0)
     whole = of_stream("ab", request(shape, count))
     inner = request(shape, count).SerializeToString()
     for data in [whole[:end] for end in range(len(whole))]:

@@ -1,4 +1,4 @@
-"""Tests of checkpoint files: what is written comes back, and anything else is refused without being run."""
+"""Tests of checkpoint files: a written one comes back, and any other file is refused without being run."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ IMAGES = torch.linspace(0, 1, 2 * 17 * 17).reshape(2, 1, 17, 17)
 
 
 class Touch:
-    """Unpickled by an unsafe reader, creates a file."""
+    """An object that creates a file if an unsafe reader unpickles it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ def make_checkpoint(config: CapsNetConfig = CONFIG) -> Checkpoint:
 
 
 def content(**changes: Any) -> dict[str, Any]:
-    """What ``save`` writes, with changes."""
+    """Return the content that ``save`` writes, with changes."""
     checkpoint = make_checkpoint()
     fields = {name: getattr(checkpoint, name) for name in ("dataset", "labels", "recipe", "figures", "state_dict")}
     return fields | {"format": FORMAT, "config": asdict(CONFIG)} | changes
@@ -56,7 +56,7 @@ def assert_refused(path: Path, reason: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     saved = make_checkpoint()
     path = tmp_path / "capsnet.pt"
 
@@ -96,9 +96,7 @@ def test_a_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     assert load(path).dataset == "other"
 
 
-def test_a_checkpoint_whose_writing_fails_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "capsnet.pt"
     save(make_checkpoint(), path)
 

@@ -1,4 +1,4 @@
-"""The command-line client, as a person and as a program meets it."""
+"""Tests of the command-line client, as a person and as a program uses it."""
 
 import contextlib
 import fcntl
@@ -44,7 +44,7 @@ def test_json_has_probabilities_and_poses_of_all_classes(running: Running, capsy
     assert len(answers[0]["poses"]["7"]) == 16
 
 
-def test_a_bad_file_is_told_and_the_others_are_answered_in_order(
+def test_a_bad_file_is_reported_and_the_others_are_answered_in_order(
     running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.png"
@@ -82,12 +82,14 @@ def test_a_limit_that_is_no_number_of_images_is_refused(limit: str, capsys: pyte
     assert "expected a whole number above 0" in capsys.readouterr().err
 
 
-def test_no_server_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_server_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([SEVEN, "--address", "127.0.0.1:1"]) == 1
     assert "127.0.0.1:1: no server answers there" in capsys.readouterr().err
 
 
-def test_what_is_no_image_file_is_told(running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_path_that_is_no_image_file_is_reported(
+    running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     empty = tmp_path / "empty.png"
     empty.touch()
     assert main([str(tmp_path), str(empty), "--address", running.address]) == 1
@@ -97,7 +99,7 @@ def test_what_is_no_image_file_is_told(running: Running, capsys: pytest.CaptureF
     ]
 
 
-def test_what_is_asked_wrongly_is_told_in_one_line(
+def test_wrong_options_are_reported_in_one_line(
     running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     token = tmp_path / "token"
@@ -148,8 +150,8 @@ class _Terminal:
             self.shown += os.read(self._reader, 4096).decode()
 
     def end(self) -> int:
-        """Its exit status, once all that it wrote is in ``shown``."""
-        with contextlib.suppress(OSError):  # so Linux tells that the other side is closed
+        """Return the exit status, after all output was read into ``shown``."""
+        with contextlib.suppress(OSError):  # Linux reports a closed other side in this way
             while more := os.read(self._reader, 4096):
                 self.shown += more.decode()
         os.close(self._reader)
@@ -163,7 +165,7 @@ def test_a_terminal_shows_progress_until_an_interrupt(tmp_path: Path) -> None:
 
         def stream(requests: Iterator[pb.ClassifyStreamRequest], context: Any) -> Iterator[pb.ClassifyStreamResponse]:
             for one in requests:
-                server.stopping.wait(0.02)  # all would take minutes, so that no interrupt comes too late
+                server.stopping.wait(0.02)  # the whole stream would take minutes, so no interrupt is too late
                 blank = pb.ClassifyRequest(images=[pb.Image(pixels=b"")] * len(one.request.images))
                 yield pb.ClassifyStreamResponse(id=one.id, response=answer(blank))
 
@@ -177,6 +179,6 @@ def test_a_terminal_shows_progress_until_an_interrupt(tmp_path: Path) -> None:
     assert 0 < len(output.read_text().splitlines()) < 10_001
 
 
-def test_a_terminal_shows_nothing_of_what_is_quick(running: Running, tmp_path: Path) -> None:
+def test_a_terminal_shows_no_progress_of_a_quick_run(running: Running, tmp_path: Path) -> None:
     terminal = _Terminal(tmp_path / "answers", SEVEN, "--address", running.address)
     assert (terminal.end(), terminal.shown) == (0, "")

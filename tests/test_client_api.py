@@ -1,4 +1,4 @@
-"""The Python client against a real server, without and with asyncio."""
+"""Tests of the Python client with a real server, without and with asyncio."""
 
 import asyncio
 import gc
@@ -27,10 +27,10 @@ from serving.client import (
 from tests.conftest import DATA, Digits, Running
 
 SEVEN = DATA / "seven.png"
-FIRST = "72104149590690159734"  # what MNIST's first test digits are
+FIRST = "72104149590690159734"  # the labels of MNIST's first test digits
 
 Outcome = Classification | CapsNetError
-# Streams images through one of the two clients, and gives all that comes.
+# A function that streams images through one of the two clients and returns all results.
 Stream = Callable[..., list[Outcome]]
 
 
@@ -119,7 +119,7 @@ def test_arrays_and_files_are_taken_in_all_their_shapes(
     ],
     ids=lambda value: "" if isinstance(value, str) else None,
 )
-def test_what_no_model_takes_is_refused_by_name(
+def test_an_input_that_no_model_takes_is_refused_by_name(
     running: Running, client: CapsNetClient, stream: Stream, digits: Digits, item: Any, text: str
 ) -> None:
     with pytest.raises(InvalidImage, match=text) as raised:
@@ -141,9 +141,9 @@ def test_an_input_that_is_none_is_refused(client: CapsNetClient) -> None:
         client.classify_stream([], window=0)
 
 
-def test_what_a_request_does_not_hold_goes_in_several(start: Callable[..., Running], digits: Digits) -> None:
+def test_images_beyond_the_limit_of_a_request_go_in_several(start: Callable[..., Running], digits: Digits) -> None:
     address = start(max_images_per_request=7, max_request_bytes=10_000).address
-    file = SEVEN.read_bytes() + bytes(3000)  # which PNG allows after an image's end
+    file = SEVEN.read_bytes() + bytes(3000)  # PNG allows further bytes after the end of an image
     with CapsNetClient(address) as client:
         assert _labels(client.classify(digits.images[:20])) == FIRST
         assert _labels(client.classify([file] * 6)) == "777777"
@@ -155,7 +155,7 @@ def test_what_a_request_does_not_hold_goes_in_several(start: Callable[..., Runni
     assert asyncio.run(main()) == f"7{FIRST}7"
 
 
-def test_a_file_is_scaled_where_it_is_asked(client: CapsNetClient, tmp_path: Path) -> None:
+def test_a_file_is_scaled_on_request(client: CapsNetClient, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     with Image.open(SEVEN) as image:
         image.resize((280, 280)).save(large)
@@ -204,7 +204,7 @@ def test_a_stream_keeps_the_order_and_gives_errors_in_place(stream: Stream, digi
     assert [outcome.index for outcome in outcomes if isinstance(outcome, CapsNetError)] == list(range(0, 300, 9))
 
 
-def test_a_stream_takes_what_classify_takes(stream: Stream, digits: Digits) -> None:
+def test_a_stream_takes_the_same_inputs_as_classify(stream: Stream, digits: Digits) -> None:
     assert _labels(stream(digits.images[:20])) == FIRST
     assert _labels(stream(SEVEN)) == "7"
     assert _labels(stream([])) == ""
@@ -212,7 +212,7 @@ def test_a_stream_takes_what_classify_takes(stream: Stream, digits: Digits) -> N
     assert _labels(stream(iter([SEVEN, idx]), window=100)) == "7" + "".join(map(str, digits.labels[:240]))
 
 
-def test_a_stream_raises_the_first_error_after_what_came_before_it(client: CapsNetClient, digits: Digits) -> None:
+def test_a_stream_raises_the_first_error_after_the_results_before_it(client: CapsNetClient, digits: Digits) -> None:
     results = client.classify_stream([*digits.images[:5], b"junk", digits.images[6]])
     assert _labels(itertools.islice(results, 5)) == "72104"
     with pytest.raises(InvalidImage, match=r"images\[5\]"):
@@ -220,7 +220,7 @@ def test_a_stream_raises_the_first_error_after_what_came_before_it(client: CapsN
     assert list(results) == []
 
 
-def test_what_the_input_raises_comes_after_its_results(stream: Stream, digits: Digits) -> None:
+def test_an_error_of_the_input_is_raised_after_its_results(stream: Stream, digits: Digits) -> None:
     class Broken(Exception):
         pass
 
@@ -358,7 +358,7 @@ def test_several_calls_run_at_once_with_asyncio(running: Running, digits: Digits
     assert "".join(asyncio.run(main())) == FIRST
 
 
-def test_a_model_that_is_not_served_is_told(running: Running) -> None:
+def test_an_unknown_model_is_reported(running: Running) -> None:
     with (
         CapsNetClient(running.address, model="capsnet-mnist", version="99") as client,
         pytest.raises(UnknownModel, match="99"),

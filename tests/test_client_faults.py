@@ -1,4 +1,4 @@
-"""The Python client and a server in trouble: retries, streams that break, deadlines, tokens and TLS."""
+"""Tests of the Python client with a server in trouble: retries, broken streams, deadlines, tokens and TLS."""
 
 import asyncio
 import itertools
@@ -60,7 +60,7 @@ def client(server: FakeServer) -> Iterator[CapsNetClient]:
 
 @pytest.fixture(params=["threads", "asyncio"])
 def stream(request: pytest.FixtureRequest, server: FakeServer) -> Stream:
-    """Streams images through one of the two clients to the server, and gives the numbers that come, and errors."""
+    """Return a function that streams images through one of the two clients and returns the numbers and errors."""
 
     def number(outcome: Classification | CapsNetError) -> float | CapsNetError:
         return float(outcome.pose[0]) if isinstance(outcome, Classification) else outcome
@@ -115,9 +115,7 @@ def test_a_call_is_tried_again_with_growing_pauses_without_a_hint(server: FakeSe
 
 
 @pytest.mark.parametrize("hint", ["-1", "never"])
-def test_a_call_is_not_tried_again_where_the_server_asks_not_to(
-    server: FakeServer, client: CapsNetClient, hint: str
-) -> None:
+def test_a_call_is_not_retried_if_the_server_asks_not_to(server: FakeServer, client: CapsNetClient, hint: str) -> None:
     server.steps = [_hint(hint)]
     with pytest.raises(Overloaded, match="told to") as raised:
         client.classify(numbered(7))
@@ -281,7 +279,7 @@ def test_a_stream_that_the_server_ends_early_goes_on(server: FakeServer, stream:
     assert stream([numbered(number) for number in range(130)]) == list(range(130))
 
 
-def test_a_request_in_a_stream_is_sent_again_where_that_may_help(server: FakeServer, stream: Stream) -> None:
+def test_a_request_in_a_stream_is_retried_if_that_may_help(server: FakeServer, stream: Stream) -> None:
     refused: set[int] = set()
 
     def refuse_each_once(requests: Requests, context: Any) -> Responses:
@@ -383,7 +381,7 @@ def test_a_server_that_restarts_is_found_again(tmp_path: Path) -> None:
     assert results == list(range(20))
 
 
-def test_no_server_is_told_after_the_retries() -> None:
+def test_a_missing_server_is_reported_after_the_retries() -> None:
     with CapsNetClient("127.0.0.1:1", retries=1) as client:
         with pytest.raises(Unavailable, match=r"127.0.0.1:1: no server answers there \(.*refused"):
             client.classify(numbered(1))
@@ -400,7 +398,7 @@ def test_no_server_is_told_after_the_retries() -> None:
     asyncio.run(main())
 
 
-def test_closing_the_client_ends_what_is_under_way(server: FakeServer) -> None:
+def test_closing_the_client_ends_its_calls(server: FakeServer) -> None:
     def wait(requests: Requests, context: Any) -> Responses:
         server.stopping.wait(5)
         yield from ()
@@ -462,7 +460,7 @@ def test_the_token_goes_along_on_this_machine_only(server: FakeServer) -> None:
         ("vsock:2:8001", False),
     ],
 )
-def test_a_local_address_is_told_from_others(address: str, local: bool) -> None:
+def test_a_local_address_is_recognised(address: str, local: bool) -> None:
     assert is_local(address) is local
 
 
@@ -484,7 +482,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], text: st
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ca, server (for the name capsnet and 127.0.0.1) and client, each .pem and .key, and other.pem."""
+    """Return a folder with ca, server (for capsnet and 127.0.0.1) and client, each .pem and .key, and other.pem."""
     folder = tmp_path_factory.mktemp("certificates")
 
     def openssl(*arguments: str) -> None:
@@ -562,8 +560,8 @@ def test_the_model_is_asked_again_once_it_may_have_changed(
     server.shape = (1, 3, 3)
     changed = np.zeros((3, 3), np.uint8)
     with pytest.raises(InvalidImage, match=r"shape \(3, 3\); fake takes \(2, 2\)"):
-        client.classify(changed)  # it was fetched a moment ago
-    monkeypatch.setattr("serving.client.base._FRESH", 0)
+        client.classify(changed)  # the model was fetched a moment ago
+    monkeypatch.setattr("serving.client.base._MODEL_FRESH_SECONDS", 0)
     assert len(client.classify([changed, changed])) == 2
     assert server.models_asked == 3
 

@@ -1,4 +1,4 @@
-"""Tests of images composed of digits: where the digits are, which go together, and what the test sets are made of."""
+"""Tests of images composed of digits: their places, their pairs, and the content of the test sets."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,13 +18,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def solid(count: int, height: int = 3, width: int = 4) -> Tensor:
-    """Images (N, 2, H, W) without a black pixel, each pixel and channel of another value."""
+    """Return images (N, 2, H, W) without a black pixel, each pixel and channel with another value."""
     pixels = count * 2 * height * width
     return (1 + torch.arange(pixels) % 254).to(torch.uint8).reshape(count, 2, height, width)
 
 
 def corners(images: Tensor) -> list[tuple[int, int]]:
-    """The first row and column with something in them, of each image (N, C, S, S)."""
+    """Return the first row and column of each image (N, C, S, S) that are not black."""
     found = []
     for ink in images.amax(1) > 0:
         rows, columns = ink.any(1).nonzero(), ink.any(0).nonzero()
@@ -123,7 +123,7 @@ def test_a_blank_digit_stays_blank() -> None:
 
 @pytest.fixture
 def mnist(monkeypatch: pytest.MonkeyPatch, digits: Digits) -> Dataset:
-    """MNIST with a few of its test digits in the place of its training digits."""
+    """Replace MNIST's training digits by a few of its test digits."""
     images, labels = torch.from_numpy(digits.images).unsqueeze(1), torch.from_numpy(digits.labels).long()
     dataset = Dataset("mnist", tuple("0123456789"), images[:50], labels[:50], images[50:350], labels[50:350])
     load = datasets.load
@@ -135,11 +135,21 @@ def test_multimnist_trains_on_mnists_digits_and_tests_on_pairs_of_its_test_digit
     dataset = datasets.load("multimnist")
     assert (dataset.objects, dataset.canvas, dataset.image_shape) == (2, 36, (1, 36, 36))
     assert dataset.train_images is mnist.train_images
-    assert dataset.test_images.shape == (300, 1, 36, 36)
-    assert dataset.test_labels[:, 0].equal(mnist.test_labels)
+    assert dataset.test_images.shape == (3000, 1, 36, 36)
+    assert dataset.test_labels[:, 0].equal(mnist.test_labels.repeat(10))
     assert (dataset.test_labels[:, 0] != dataset.test_labels[:, 1]).all()
     again = datasets.load("multimnist")
     assert again.test_images.equal(dataset.test_images)
+
+
+def test_the_first_pairs_of_multimnist_are_one_round_and_the_others_are_further_rounds(mnist: Dataset) -> None:
+    dataset = datasets.load("multimnist")
+    drawn = generator()
+    for part, labels in zip(torch.split(dataset.test_images, 300), torch.split(dataset.test_labels, 300), strict=True):
+        images, expected = scenes(mnist.test_images, mnist.test_labels, 2, 36, drawn)
+        assert part.equal(images)
+        assert labels.equal(expected)
+    assert len({image.numpy().tobytes() for image in dataset.test_images}) == 3000
 
 
 def test_affnist_spec_trains_on_plain_digits_and_tests_on_distorted_ones(mnist: Dataset) -> None:

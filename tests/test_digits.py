@@ -1,4 +1,4 @@
-"""The proof of the whole: real digits through the running server make exactly the mistakes of the checkpoint."""
+"""The end-to-end test: on real digits, the running server makes exactly the mistakes of the checkpoint."""
 
 import asyncio
 from collections.abc import Iterator

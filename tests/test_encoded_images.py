@@ -1,4 +1,4 @@
-"""Decoding of what clients send."""
+"""Tests of the decoding of encoded images."""
 
 import io
 import struct
@@ -59,7 +59,7 @@ def test_other_modes_become_grey(mode: str) -> None:
 
 def test_a_jpegs_orientation_is_obeyed() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
     image = Image.new("L", (28, 28))
     image.paste(255, (0, 0, 28, 14))
     decoded = from_encoded(_encode(image, "JPEG", exif=exif, quality=95), GREY, "f")[0]
@@ -87,7 +87,7 @@ def test_any_cut_or_changed_byte_gives_an_image_or_a_refusal_and_never_another_e
 
 
 def test_an_orientation_beside_an_odd_tag_is_obeyed() -> None:
-    """A resolution written as text: Pillow reads it, and fails when it writes it again."""
+    """The tag is a resolution written as text. Pillow reads it, but fails when it writes it again."""
     entries = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x011A, 2, 1, b"a")
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
     image = Image.new("L", (28, 28))

@@ -1,4 +1,4 @@
-"""Tests of the export: the graph, its parity with PyTorch, and what is on the disk afterwards."""
+"""Tests of the export: the graph, its parity with PyTorch, and the files on the disk."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ NAME = "capsnet-mnist"
 
 
 def random_network(config: CapsNetConfig) -> CapsNet:
-    """A network whose poses are as long as a trained one's, so that a difference has something to show in."""
+    """Return a network whose poses are as long as a trained network's, so that differences are visible."""
     torch.manual_seed(0)
     network = CapsNet(config).eval()
     with torch.no_grad():
@@ -71,7 +71,7 @@ def random_images(config: CapsNetConfig, count: int) -> Tensor:
 
 
 def unverified(model: onnx.ModelProto, config: CapsNetConfig, folder: Path) -> Artifact:
-    """An artifact around a graph, as ``Runtime`` takes it."""
+    """Return an artifact with this graph for ``Runtime``."""
     onnx.save_model(model, folder / MODEL)
     return Artifact(
         folder=folder,
@@ -97,13 +97,13 @@ DATASET = Dataset("mnist", tuple("0123456789"), random_images(TINY, 300), torch.
 @pytest.fixture(scope="module", autouse=True)
 def short_timing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.verify._SECONDS", 0.0)
+        patch.setattr("export.verify._MIN_TIMED_SECONDS", 0.0)
         yield
 
 
 @pytest.fixture(scope="module")
 def trained() -> Checkpoint:
-    """A checkpoint whose figures belong to its weights, of a network that was never trained."""
+    """A checkpoint of an untrained network, with the figures that its weights have."""
     network = random_network(TINY)
     errors = int((predict(network, IMAGES)[0].argmax(1) != LABELS).sum())
     return Checkpoint(
@@ -135,7 +135,7 @@ def graph(exported: Artifact) -> onnx.ModelProto:
 
 @pytest.fixture
 def tampered(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the graph for a test to change."""
+    """A copy of the graph that a test may change."""
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)
     return copy
@@ -143,7 +143,7 @@ def tampered(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.fixture
 def ready_made(monkeypatch: pytest.MonkeyPatch, exported: Artifact, graph: onnx.ModelProto) -> None:
-    """The exporter takes seconds: give it the finished graphs where a test is about what comes after."""
+    """Replace the exporter, which takes seconds, by the finished graphs, for tests of later steps."""
 
     def copy(network: CapsNet, opset: int) -> onnx.ModelProto:
         result = onnx.ModelProto()
@@ -167,7 +167,7 @@ def test_the_manifest_reports_the_parity_of_all_test_and_edge_images(exported: A
     assert parity.provider == "CPUExecutionProvider"
 
 
-def test_what_export_wrote_is_what_serving_loads(exported: Artifact) -> None:
+def test_serving_loads_an_exported_artifact(exported: Artifact) -> None:
     assert artifacts.load(exported.folder) == exported
     graphs = [f"{name}.onnx" for name in ("decoder", "explain", "fp16", "int8", "model")]
     assert sorted(path.name for path in exported.folder.iterdir()) == sorted(
@@ -194,7 +194,7 @@ def test_a_network_of_overlapping_digits_is_measured_by_pairs(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
     probabilities, _ = predict(trained.model(), IMAGES)
-    pairs = probabilities.topk(2).indices  # most probable first, in whatever order the classes are
+    pairs = probabilities.topk(2).indices  # most probable first, whatever the order of the classes
     pairs[:3, 1] = probabilities.argmin(1)[:3]
     figures = trained.figures | {"test_errors": 3, "test_images": len(IMAGES)}
 
@@ -215,7 +215,7 @@ def test_the_manifest_says_how_the_network_was_trained(exported: Artifact, train
     assert CapsNetConfig(**{**config, "decoder_widths": tuple(config["decoder_widths"]), "stem": ()}) == TINY
 
 
-def test_the_onnx_file_says_what_it_is(exported: Artifact, graph: onnx.ModelProto) -> None:
+def test_the_onnx_file_describes_itself(exported: Artifact, graph: onnx.ModelProto) -> None:
     properties = {entry.key: entry.value for entry in graph.metadata_props}
     assert properties.pop("config") == json.dumps(exported.training.config)
     digest = hashlib.sha256(IMAGES.numpy().tobytes() + LABELS.numpy().tobytes()).hexdigest()
@@ -234,7 +234,7 @@ def test_the_onnx_file_holds_no_paths_of_the_machine_it_was_exported_on(exported
     assert str(Path(__file__).parent.parent).encode() not in content
 
 
-def test_the_same_network_exports_to_the_same_graph_and_without_a_word(
+def test_the_same_network_exports_silently_to_the_same_graph(
     trained: Checkpoint,
     graph: onnx.ModelProto,
     capfd: pytest.CaptureFixture[str],
@@ -261,12 +261,12 @@ def test_the_weights_are_stored_once_and_the_decoder_not_at_all(exported: Artifa
     stored = [
         int(np.prod(tensor.dims)) for tensor in graph.graph.initializer if len(tensor.dims) and tensor.dims != [1]
     ]
-    assert sum(stored) <= parameters + 100  # the shapes of reshapes are small initializers too
+    assert sum(stored) <= parameters + 100  # the shapes for Reshape are small initializers too
     assert exported.file().stat().st_size < 4 * parameters + 20_000
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, trained: Checkpoint, batch: int) -> None:
+def test_a_batch_of_any_size_gives_the_results_of_pytorch(exported: Artifact, trained: Checkpoint, batch: int) -> None:
     images = random_images(TINY, batch)
     found = Runtime(exported.file(), device="cpu").run({"images": images.numpy()})
     probabilities, poses = predict(trained.model(), images)
@@ -277,7 +277,7 @@ def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, traine
 @pytest.mark.parametrize(
     ("config", "opset"),
     [
-        # Several are those of the tests of int8 and fp16, so that each graph is made once.
+        # Several are the same as in the tests of int8 and fp16, so that each graph is made once.
         pytest.param(replace(BARE, image_channels=3, image_size=36, classes=3, routing_iterations=5), 20, id="36x36x3"),
         pytest.param(replace(BARE, image_size=17, classes=1, digit_dim=1, routing_iterations=1), 18, id="smallest"),
         pytest.param(replace(BARE, routing_iterations=2), 25, id="two-iterations"),
@@ -285,6 +285,10 @@ def test_a_batch_of_any_size_gives_what_pytorch_gives(exported: Artifact, traine
         pytest.param(replace(BARE, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
         pytest.param(replace(BARE, agreement="euclidean"), 25, id="euclidean"),
         pytest.param(replace(BARE, normalization="max-min"), 20, id="max-min"),
+        pytest.param(graphs.STEM, 20, id="stem"),
+        pytest.param(replace(CONFIGS["fast"], decoder_widths=()), 20, id="fast"),
+        pytest.param(replace(CONFIGS["accurate"], decoder_widths=()), 20, id="accurate"),
+        pytest.param(replace(CONFIGS["pairs"], decoder_widths=()), 20, id="pairs"),
     ],
 )
 def test_any_network_exports_to_any_opset_and_agrees_with_pytorch(
@@ -350,7 +354,7 @@ def test_check_refuses_a_graph_of_another_config(graph: onnx.ModelProto) -> None
         check(graph, served_signature(replace(TINY, digit_dim=8)))
 
 
-def test_check_refuses_what_is_not_valid_onnx(tampered: onnx.ModelProto) -> None:
+def test_check_refuses_invalid_onnx(tampered: onnx.ModelProto) -> None:
     del tampered.graph.initializer[0]
     with pytest.raises(GraphError, match="not valid ONNX"):
         check(tampered, served_signature(TINY))
@@ -536,7 +540,7 @@ def test_the_explanation_is_compared_on_the_test_images_and_each_edge_image_once
     assert exported.graphs["explain"].images == 20 + 15
 
 
-def test_a_precision_that_cannot_be_made_is_left_out_and_told(
+def test_a_precision_that_cannot_be_made_is_left_out_and_reported(
     trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -555,7 +559,7 @@ def test_tritons_files_are_those_of_the_highest_version(trained: Checkpoint, tmp
         assert (tmp_path / NAME / "labels.txt").read_text().startswith(f"{first}\n")
 
 
-def test_what_killed_exports_have_left_is_removed_by_the_next_one(
+def test_the_next_export_removes_the_files_of_killed_ones(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
     for version in ("1", "7"):
@@ -590,7 +594,7 @@ def test_a_label_that_triton_cannot_read_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_graph_that_fails_its_certificate_is_left_out_and_told(
+def test_a_graph_that_fails_its_certificate_is_left_out_and_reported(
     trained: Checkpoint, checkpoint_file: Path, test_set: None, tmp_path: Path, ready_made: None,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -659,6 +663,68 @@ def test_the_receptive_field_is_the_pixels_that_change_a_primary_capsule(
         for indices, place in ((rows, row), (columns, column)):
             first = field.stride * place
             assert indices.tolist() == list(range(first, first + field.size))
+
+
+@pytest.mark.parametrize("name", ["fast", "accurate", "pairs"])
+def test_the_receptive_field_of_a_stem_is_the_pixels_that_change_a_primary_capsule(name: str) -> None:
+    config = replace(CONFIGS[name], decoder_widths=())
+    field = receptive_field(config)
+    model = graphs.random_network(config).double()
+    for layer in model.modules():  # so that no pixel is hidden behind a ReLU that is closed
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.weight.data.abs_()
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_parameters()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, *config.image_shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    grid = field.grid
+    for kind, row, column in ((0, 0, 0), (1, 2, grid - 2), (3, grid - 1, grid - 1)):
+        capsule = (kind * grid + row) * grid + column
+        (gradient,) = torch.autograd.grad(model.primary_capsules(image)[0, capsule].sum(), image)
+        seen = gradient[0, 0] != 0
+        rows, columns = seen.any(1).nonzero().flatten(), seen.any(0).nonzero().flatten()
+        for indices, place in ((rows, row), (columns, column)):
+            first = field.stride * place + field.offset
+            assert indices.tolist() == list(range(max(first, 0), min(first + field.size, config.image_size)))
+
+
+def test_half_precision_is_compared_with_every_operation_rounded_too(exported: Artifact) -> None:
+    rounded = exported.variants["fp16"].rounded
+    assert rounded["max_pose_difference"] <= 1e-2
+    assert rounded["max_pose_difference"] != exported.variants["fp16"].max_pose_difference
+    assert not exported.variants["fp32"].rounded
+    assert not exported.variants["int8"].rounded
+    page = (exported.folder / CERTIFICATE).read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| fp16")]
+    assert [row.split(" | ")[0] for row in rows] == ["| fp16", "| fp16, rounded", "| fp16"]
+    assert f"{rounded['max_probability_difference']:.2g}, {rounded['mean_probability_difference']:.2g}" in rows[1]
+    assert "fp16 on the CPU is single precision" in page
+
+
+def test_half_precision_that_differs_once_it_is_rounded_is_not_written(
+    trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.verify.rounded", lambda model: onnx.load_model(tmp_path / "other.onnx"))
+    with torch.no_grad():
+        other = random_network(TINY)
+        other.weight.mul_(2)
+    onnx.save_model(to_onnx(other), tmp_path / "other.onnx")
+    artifact, failures = export_checkpoint(trained, DATASET, tmp_path / "models", NAME, "1")
+    assert failures["fp16"].startswith("each operation rounded to half precision: fp16 and PyTorch differ")
+    assert set(artifact.variants) == {"fp32", "int8"}
+    assert not (artifact.folder / "fp16.onnx").exists()
+
+
+def test_onnx_runtimes_cpu_convolves_half_precision_in_single_precision(exported: Artifact, tmp_path: Path) -> None:
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    ort.InferenceSession(str(exported.folder / "fp16.onnx"), options, providers=["CPUExecutionProvider"])
+    model = onnx.shape_inference.infer_shapes(onnx.load_model(tmp_path / "optimized.onnx"))
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
+    products = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul")]
+    assert {kinds[node.output[0]] for node in products} == {onnx.TensorProto.FLOAT}
 
 
 def test_the_decoder_reconstructs_from_the_live_pose_alone(exported: Artifact, trained: Checkpoint) -> None:
@@ -751,7 +817,7 @@ def test_a_recipe_that_json_cannot_hold_is_refused(trained: Checkpoint, tmp_path
 
 
 class Payload:
-    """Unpickled by ``pickle.load``, it creates a file."""
+    """An object that creates a file if ``pickle.load`` reads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -783,11 +849,11 @@ def checkpoint_file(trained: Checkpoint, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def test_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets.load`` answers with the test images of this module."""
+    """Let ``datasets.load`` return the test images of this module."""
     monkeypatch.setattr(datasets, "load", lambda name, folder: DATASET)
 
 
-def test_the_command_writes_one_version_after_another_and_prints_what_it_measured(
+def test_the_command_writes_one_version_after_another_and_prints_its_measurements(
     checkpoint_file: Path, tmp_path: Path, test_set: None, ready_made: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "models"
@@ -877,7 +943,7 @@ def test_the_command_refuses_a_checkpoint_of_an_unknown_data_set(
     assert "unknown data set '../letters'" in capsys.readouterr().err
 
 
-def test_the_command_fails_where_the_test_set_cannot_be_had(
+def test_the_command_fails_if_the_test_set_is_not_available(
     checkpoint_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str, folder: Path) -> Dataset:

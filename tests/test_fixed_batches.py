@@ -14,7 +14,7 @@ from tests.conftest import ROOT, Digits
 
 
 class Doubling:
-    """A session that doubles its input and notes the sizes it saw, and whether two calls ever overlapped."""
+    """A session that doubles its input. It notes the sizes it saw, and if two calls overlapped."""
 
     def __init__(self) -> None:
         self.sizes: set[int] = set()

@@ -1,4 +1,4 @@
-"""A folder of images of any kind: read, trained on, exported and served, with no code touched."""
+"""Tests of a folder of images of any kind: read, trained on, exported and served without a change of code."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,10 @@ from serving.client.__main__ import main as client
 from serving.files.images import to_pixels
 from tests.conftest import Running
 from training.__main__ import main as train
+from training.checkpoint import load
 from training.data.datasets import load_folder
 from training.data.sources import DatasetError
+from training.data.specs import NONE
 from training.loss import presence_loss
 
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 60), "red": (230, 40, 30)}
@@ -95,7 +97,7 @@ def test_grey_square_images_keep_their_size_and_channel(tmp_path: Path) -> None:
     assert (dataset.train_images == 9).all()
 
 
-def test_what_is_wrong_with_a_folder_is_told_by_name(tmp_path: Path) -> None:
+def test_a_fault_of_a_folder_is_reported_by_name(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="nothing: no such folder"):
         load_folder(tmp_path / "nothing")
     with pytest.raises(DatasetError, match="no images to train on"):
@@ -111,7 +113,7 @@ def test_what_is_wrong_with_a_folder_is_told_by_name(tmp_path: Path) -> None:
         load_folder(tmp_path, progress=False)
 
 
-def test_folders_without_an_image_are_told_by_name(colours: Path) -> None:
+def test_folders_without_an_image_are_reported_by_name(colours: Path) -> None:
     (colours / "logs").mkdir()
     (colours / "logs" / "events.txt").write_text("no image")
     (colours / "bird").mkdir()
@@ -131,7 +133,7 @@ def test_hidden_files_and_folders_are_left_out(colours: Path) -> None:
     assert dataset.notes == clean.notes
 
 
-def test_images_in_sub_folders_of_a_class_are_read_and_told(colours: Path) -> None:
+def test_images_in_sub_folders_of_a_class_are_read_and_reported(colours: Path) -> None:
     for index in range(3):
         _save(colours / "red" / "more" / "red" / f"{index}.png")
     dataset = load_folder(colours, progress=False)
@@ -140,12 +142,12 @@ def test_images_in_sub_folders_of_a_class_are_read_and_told(colours: Path) -> No
     assert any("images in sub-folders of a class are read as that class's: red (3)" in note for note in dataset.notes)
 
 
-def test_a_folder_one_level_too_high_is_told(colours: Path) -> None:
+def test_a_folder_one_level_too_high_is_reported(colours: Path) -> None:
     with pytest.raises(DatasetError, match=r"its only folder colours has .*\(blue, green, red\).*give .*colours"):
         load_folder(colours.parent, progress=False)
 
 
-def test_half_of_a_split_is_told_and_a_class_may_be_called_so(tmp_path: Path) -> None:
+def test_half_of_a_split_is_reported_and_a_class_may_have_its_name(tmp_path: Path) -> None:
     _save(tmp_path / "half" / "train" / "a" / "1.png")
     with pytest.raises(DatasetError, match="has train alone of train and test"):
         load_folder(tmp_path / "half", progress=False)
@@ -155,7 +157,7 @@ def test_half_of_a_split_is_told_and_a_class_may_be_called_so(tmp_path: Path) ->
     assert load_folder(tmp_path / "vehicles", progress=False).labels == ("bus", "train")
 
 
-def test_files_that_are_left_out_are_told(colours: Path) -> None:
+def test_files_that_are_left_out_are_reported(colours: Path) -> None:
     _save(colours / "loose.png")
     (colours / "blue" / "photo.heic").write_bytes(b"ftypheic")
     (colours / "blue" / "README").write_text("no image")
@@ -164,7 +166,7 @@ def test_files_that_are_left_out_are_told(colours: Path) -> None:
     assert any("no images by their ending are left out: .heic (1), no ending (1)" in note for note in notes)
 
 
-def test_a_split_with_a_third_part_or_loose_images_is_told(tmp_path: Path) -> None:
+def test_a_split_with_a_third_part_or_loose_images_is_reported(tmp_path: Path) -> None:
     for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "valid/a/1.png", "test/loose.png"):
         _save(tmp_path / path)
     notes = load_folder(tmp_path, progress=False).notes
@@ -172,7 +174,7 @@ def test_a_split_with_a_third_part_or_loose_images_is_told(tmp_path: Path) -> No
     assert any("in no class's folder are left out: 1" in note for note in notes)
 
 
-def test_classes_of_few_images_are_told(tmp_path: Path) -> None:
+def test_classes_of_few_images_are_reported(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         for index in range(2):
             _save(tmp_path / name / f"{index}.png")
@@ -185,7 +187,7 @@ def test_classes_of_few_images_are_told(tmp_path: Path) -> None:
     assert load_folder(tmp_path, progress=False).notes == ()
 
 
-def test_scaling_is_told_with_the_sizes_and_whether_proportions_are_lost(colours: Path, tmp_path: Path) -> None:
+def test_scaling_is_reported_with_the_sizes_and_lost_proportions(colours: Path, tmp_path: Path) -> None:
     (note,) = load_folder(colours, progress=False).notes
     assert note.endswith(
         "images of 20 x 24 to 39 x 24 pixels are scaled to 32 x 32; what is not square is squashed; "
@@ -227,7 +229,7 @@ def test_an_image_of_any_mode_becomes_the_same_pixels(image: Image.Image, channe
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((20, 20), np.float32), np.full((20, 20), 2**16, np.int32)])
-def test_an_image_whose_range_is_not_known_is_told_by_name(tmp_path: Path, pixels: NDArray[Any]) -> None:
+def test_an_image_whose_range_is_not_known_is_reported_by_name(tmp_path: Path, pixels: NDArray[Any]) -> None:
     _save(tmp_path / "class" / "0.png")
     Image.fromarray(pixels).save(tmp_path / "class" / "1.tif")
     with pytest.raises(DatasetError, match=r"1\.tif: .*; save them with 8 or 16 bits each"):
@@ -236,8 +238,58 @@ def test_an_image_whose_range_is_not_known_is_told_by_name(tmp_path: Path, pixel
 
 def test_a_network_of_one_class_learns_by_cross_entropy() -> None:
     probabilities = torch.tensor([[0.5], [0.25]], requires_grad=True)
-    loss = presence_loss(probabilities)
+    loss = presence_loss(probabilities, torch.tensor([0, 0]))
     torch.testing.assert_close(loss, torch.tensor((math.log(2) + math.log(4)) / 2))
     loss.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(probabilities.grad, torch.tensor([[-1.0], [-2.0]]))
-    assert presence_loss(torch.zeros(1, 1)).isfinite()
+    assert presence_loss(torch.zeros(1, 1), torch.tensor([0])).isfinite()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_images_in_the_folder_none_show_none_of_the_classes(tmp_path: Path, split: bool) -> None:
+    for index in range(10):
+        for name, shade in (("cat", 200), ("none", 90), ("owl", 30)):
+            part = ("test" if index % 5 == 1 else "train") if split else ""
+            _save(tmp_path / part / name / f"{index}.png", (20, 20), shade, "L")
+    dataset = load_folder(tmp_path, progress=False)
+    assert dataset.labels == ("cat", "owl")
+    assert dataset.train_labels.tolist() == [0] * 8 + [1] * 8 + [NONE] * 8
+    assert dataset.test_labels.tolist() == [0, 0, 1, 1]
+    assert (dataset.train_images[16:] == 90).all()
+    assert dataset.none_test_images is not None
+    assert dataset.none_test_images.shape == (2, 1, 20, 20)
+    assert (dataset.none_test_images == 90).all()
+
+
+def test_images_of_no_class_alone_are_refused(tmp_path: Path) -> None:
+    for index in range(3):
+        _save(tmp_path / "none" / f"{index}.png")
+    with pytest.raises(DatasetError, match="no images to train on"):
+        load_folder(tmp_path, progress=False)
+
+
+def test_one_class_is_learned_with_images_without_it_and_refused_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    for index in range(30):
+        _save(folder / "red" / f"{index}.png", (20, 20), (230 - index, 40, 30))
+    flags = ["--data", str(folder), "--out", str(tmp_path / "run"), "--epochs", "4", "--batch-size", "8"]
+    small = ["--conv-channels", "16", "--primary-types", "2", "--decoder-widths", "16", "--precision", "32-true"]
+    assert train([*flags, *small]) == 1
+    error = capsys.readouterr().err
+    assert "one class alone, red" in error
+    assert "into a folder none" in error
+    assert not (tmp_path / "run").exists()
+
+    for index in range(30):
+        _save(folder / "none" / f"{index}.png", (20, 20), (40, 60, 220 - index))
+    assert train([*flags, *small]) == 0
+    assert "of 6 test images of none of the classes, 0 are taken for one" in capsys.readouterr().out
+    checkpoint = load(tmp_path / "run" / "capsnet.pt")
+    assert checkpoint.labels == ("red",)
+    assert checkpoint.figures["test_errors"] == 0
+    assert checkpoint.figures["held_out_errors"] == 0
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert "| test, none of the classes | 6 | 0 | 0.00 %" in page
+    assert "Errors by class" not in page

@@ -1,4 +1,4 @@
-"""A service over a graph that does not classify, added here alone: the engine serves it as it is."""
+"""Tests of a service on a graph that does not classify. It is added here; the engine needs no change."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
@@ -59,7 +59,7 @@ class ExplainQuery:
 
 
 class ExplainService:
-    """Two methods: Explain and its stream."""
+    """A service with two methods: Explain and its stream."""
 
     def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics) -> None:
         self._pipeline = pipeline
@@ -84,7 +84,7 @@ class ExplainService:
 
 
 class Serving:
-    """A server of the toy service, as its tests see it."""
+    """A server of the toy service, for its tests."""
 
     def __init__(self, repository: Repository, metrics: Metrics, channel: grpc.aio.Channel) -> None:
         self.model = repository.get("", "")
@@ -121,14 +121,14 @@ def serve(test: Callable[[Serving], Coroutine[None, None, None]], graphs: set[st
 
 
 def expected(digits: Digits, count: int) -> dict[str, NDArray[np.float32]]:
-    """What ONNX Runtime itself computes for the first digits."""
+    """Return the outputs of ONNX Runtime alone for the first digits."""
     session = onnxruntime().InferenceSession(find(ROOT / "models") / "explain.onnx")
     names = ["probabilities", "couplings"]
     return dict(zip(names, session.run(names, {"images": digits.images[:count, None]}), strict=True))
 
 
 def couplings(answer: bytes) -> NDArray[np.float32]:
-    """Couplings (J, I) from an answer's bytes."""
+    """Return the couplings (J, I) of an answer's bytes."""
     return np.frombuffer(answer, np.float32).reshape(10, -1)
 
 
@@ -191,7 +191,7 @@ def test_its_errors_are_those_of_every_service(digits: Digits) -> None:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The files that ONNX Runtime was given."""
+    """The files that ONNX Runtime has opened."""
     from serving import runtime
 
     names: list[str] = []
@@ -221,7 +221,7 @@ def test_a_graph_that_no_service_needs_is_never_opened(digits: Digits, opened: l
 
 
 def a_graph(node: str, **attributes: Any) -> bytes:
-    """A graph of one operator, from ``numbers`` (B, 3) to ``result``."""
+    """Return a graph of one operator, from ``numbers`` (B, 3) to ``result``."""
     numbers = helper.make_tensor_value_info("numbers", TensorProto.FLOAT, ["B", 3])
     result = helper.make_tensor_value_info("result", TensorProto.FLOAT, None)
     nodes = [

@@ -1,4 +1,4 @@
-"""The manifests: valid by Kubernetes's schemas, and of one mind with each other and with the code."""
+"""Tests of the manifests: valid by Kubernetes's schemas, and consistent with each other and with the code."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def _kustomizations() -> list[Path]:
 
 
 def _listed(kustomization: Path) -> Iterator[Path]:
-    """What a kustomization is made of, files and folders."""
+    """Return the files and folders of which a kustomization is made."""
     (content,) = _documents(kustomization)
     names = [*content.get("resources", []), *content.get("components", [])]
     names += [patch["path"] for patch in content.get("patches", [])]
@@ -45,7 +45,7 @@ def _listed(kustomization: Path) -> Iterator[Path]:
 
 
 def _resources() -> list[Document]:
-    """All that is not a patch, as it is in the files."""
+    """Return all resources that are not patches, as they are in the files."""
     return [
         document
         for kustomization in _kustomizations()
@@ -89,7 +89,7 @@ def _runtime_container() -> Document:
 
 
 def _settings(container: Document) -> Settings:
-    """As the server would read them."""
+    """Return the settings that the server would read from a container."""
     environment = {variable["name"]: variable["value"] for variable in container.get("env", [])}
     known = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.__dataclass_fields__}
     assert {name for name in environment if name.startswith(ENVIRONMENT_PREFIX)} <= known
@@ -116,7 +116,7 @@ def test_every_resource_is_valid_by_the_schemas_of_kubernetes(version: str) -> N
 
 @needs_kustomize
 @pytest.mark.parametrize("folder", BUILDS)
-def test_what_kustomize_makes_of_them_is_valid_too(folder: str) -> None:
+def test_the_output_of_kustomize_is_valid_too(folder: str) -> None:
     built = _build(folder)
     for resource in built:
         if resource["kind"] not in CUSTOM:
@@ -196,7 +196,7 @@ def test_ports_are_those_that_the_server_opens() -> None:
 
 
 def test_no_service_can_set_a_setting() -> None:
-    """Kubernetes sets NAME_PORT for each Service of a namespace, unless it is told not to."""
+    """Kubernetes sets NAME_PORT for each Service of a namespace, unless the pod turns that off."""
     for spec in (_pod()["spec"], _one("InferenceService")["spec"]["predictor"]):
         assert spec["enableServiceLinks"] is False
 

@@ -1,4 +1,4 @@
-"""The server as a process: its first lines, its end, and what it says when it cannot start."""
+"""Tests of the server as a process: its first lines, its end, and its errors when it cannot start."""
 
 import asyncio
 import errno
@@ -38,9 +38,9 @@ DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 
 @contextmanager
 def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """``python -m serving`` on free ports: the process, its gRPC address, and its lines up to that of the ports.
+    """Run ``python -m serving`` on free ports. Yield the process, its gRPC address, and its first lines.
 
-    With a plan of its own, rather than one that is measured, unless the arguments say otherwise.
+    The plan is fixed and not measured, unless the arguments say otherwise.
     """
     command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -67,7 +67,7 @@ def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
     return result.returncode, result.stderr
 
 
-def test_the_first_lines_say_what_is_served_where_and_on_what() -> None:
+def test_the_first_lines_name_the_model_the_addresses_and_the_device() -> None:
     with server_process(*MEASURED) as (_, _, lines):
         text = "".join(lines)
     assert re.search(r"capsnet-mnist version 1 in fp32: 28 x 28 images .* test error 0\.\d\d %", text)
@@ -96,7 +96,7 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
                 try:
                     response = await stub.Classify(pb.ClassifyRequest(images=[DIGIT] * 8), timeout=20)
                 except grpc.aio.AioRpcError as error:
-                    # Refused before it was accepted: the port is closed or the connection said goodbye.
+                    # Refused before it was accepted: the port is closed, or the connection has sent GOAWAY.
                     if error.code() is not grpc.StatusCode.UNAVAILABLE:
                         other_failures.append(f"{error.code()} {error.details()}")
                     return
@@ -189,10 +189,10 @@ def refused_start(server: Server) -> Exception:
 
 
 @pytest.mark.parametrize("purpose", ["gRPC", "admin", "metrics"])
-def test_a_port_that_is_taken_is_told_before_a_model_is_loaded_and_leaves_no_port_open(
+def test_a_taken_port_is_reported_before_a_model_is_loaded_and_leaves_no_port_open(
     monkeypatch: pytest.MonkeyPatch, purpose: str
 ) -> None:
-    monkeypatch.setattr("serving.repository.repository.ServedModel", None)  # to call it would be an error
+    monkeypatch.setattr("serving.repository.repository.ServedModel", None)  # a call of it would fail
     ports = {"port": free_port(), "admin_port": free_port(), "metrics_port": free_port()}
     name = "port" if purpose == "gRPC" else f"{purpose}_port"
     with socket.create_server(("127.0.0.1", ports[name])):
@@ -256,13 +256,13 @@ def test_ctrl_c_while_the_server_starts_prints_one_line(library: str) -> None:
     command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=_mind_interrupts)
     loaded, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
-    while library not in loaded.read_text():  # one of those that take so long to import
+    while library not in loaded.read_text():  # a library with a long import
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[1]
     assert "Traceback" not in text
-    if "gRPC on" not in text:  # else it had started already
+    if "gRPC on" not in text:  # otherwise it had already started
         assert [line for line in text.splitlines() if "stopped before" in line] == text.splitlines()
 
 
@@ -283,11 +283,11 @@ def test_a_look_at_the_models_that_is_asked_for_too_early_does_not_end_the_serve
 
 
 def _mind_interrupts() -> None:
-    """What runs in the background of a shell ignores them from the beginning."""
+    """Restore the default of SIGINT: a process in the background of a shell starts with it ignored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_missing_model_names_what_there_is(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_model_names_the_existing_ones(tmp_path: Path) -> None:
     assert failed_start("--models", str(tmp_path)) == (
         1,
         f"cannot start: {tmp_path}: no model there (expected NAME/VERSION/manifest.json)\n",
@@ -312,7 +312,7 @@ def test_a_wrong_setting_in_the_environment_is_named() -> None:
     assert "CAPSNET_MAX_BATCH: 'many' is not a number" in text
 
 
-def test_the_log_says_what_kubernetes_set_and_the_server_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_names_the_kubernetes_variables_that_the_server_ignores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPSNET_PORT", "tcp://10.96.12.7:8001")
     with server_process("--threads", "1", "--runtimes", "1", "--max-batch", "1") as (_, _, lines):
         assert "WARNING passed over" in lines[0]
@@ -414,7 +414,7 @@ def test_sigterm_under_load_of_every_kind_fails_no_request_that_was_accepted() -
 async def _load_of_every_kind_until_stopped(
     process: subprocess.Popen[str], address: str
 ) -> tuple[dict[str, int], list[str]]:
-    """Answers by kind of client, and all failures but those of requests that were refused before they were accepted."""
+    """Return the answers by kind of client, and all failures except refusals before a request was accepted."""
     answered = {"single": 0, "large": 0, "stream": 0}
     failures: list[str] = []
 
@@ -438,7 +438,7 @@ async def _load_of_every_kind_until_stopped(
                     return
 
         def stream() -> None:
-            # Not by asyncio's client, which takes an end that comes while it writes for a fault of its own.
+            # The threaded client: asyncio's client reports an end during a write as an internal error.
             sent = itertools.count()
 
             def requests() -> Iterator[pb.ClassifyStreamRequest]:
@@ -468,7 +468,7 @@ async def _load_of_every_kind_until_stopped(
     return answered, failures
 
 
-def test_a_stream_whose_client_has_sent_all_ends_well_in_a_stop(transport: str) -> None:
+def test_a_stream_whose_client_has_sent_all_ends_well_during_a_stop(transport: str) -> None:
     with server_process("--transport", transport, "--max-batch", "1", "--runtimes", "1") as (process, address, _):
         with grpc.insecure_channel(address) as channel:
             stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -481,7 +481,7 @@ def test_a_stream_whose_client_has_sent_all_ends_well_in_a_stop(transport: str) 
         assert process.wait(20) == 0
 
 
-def test_the_drains_limit_holds_even_where_the_model_hangs() -> None:
+def test_the_time_limit_of_a_drain_holds_even_if_the_model_hangs() -> None:
     go = threading.Event()
     server = Server(settings(max_batch=1, runtimes=1, drain_seconds=0.5, batch_timeout=15.0))
 

@@ -1,4 +1,4 @@
-"""The log: its formats, and one line a refusal."""
+"""Tests of the log: its formats, and one line for each refusal."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def test_a_refusal_is_one_line_with_the_clients_request_id_and_a_success_none(
     assert len(caplog.records) == 1
 
 
-def test_a_refusal_in_a_stream_is_a_line_too_and_a_request_id_is_made_up_where_none_came(
+def test_a_refusal_in_a_stream_has_a_line_and_a_missing_request_id_is_made_up(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -91,7 +91,7 @@ def test_of_requests_that_are_refused_together_each_has_its_line(caplog: pytest.
     assert caplog.records[3].getMessage() == "7 more requests were refused or failed in a second"
 
 
-def test_what_a_client_chose_cannot_look_like_another_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_text_from_a_client_cannot_look_like_another_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     RefusalLog().write(logging.INFO, "s/m", "OK", "a\n2026 ERROR b\x1b[31m", ["i\nd"], 1)
     (record,) = caplog.records

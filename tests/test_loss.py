@@ -1,11 +1,12 @@
-"""Tests of the two losses, and of the mask that picks the pose to reconstruct from."""
+"""Tests of the two losses, and of the mask that selects the pose for the reconstruction."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from training.loss import margin_loss, presence_loss, reconstruction_loss
+from training.data.specs import NONE
+from training.loss import distillation_loss, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNetConfig, Decoder
 
 CONFIG = CapsNetConfig(image_channels=2, image_size=17, classes=4, digit_dim=3, decoder_widths=(6, 5))
@@ -72,17 +73,38 @@ def test_the_gradient_of_the_margin_loss_is_that_of_its_formula() -> None:
     assert torch.autograd.gradcheck(lambda probabilities: margin_loss(probabilities, classes), probabilities)
 
 
-def test_the_presence_loss_is_the_mean_of_the_negative_logarithms() -> None:
-    probabilities = random(5, 1)
-    assert presence_loss(probabilities).item() == pytest.approx(-np.log(probabilities.numpy()).mean(), rel=1e-12)
+def test_an_image_of_none_of_the_classes_has_a_margin_loss_of_its_long_capsules_alone() -> None:
+    probabilities = torch.tensor([[0.4, 0.0, 0.6], [0.4, 0.0, 0.0]], dtype=torch.float64)
+    assert margin_loss(probabilities[:1], torch.tensor([NONE])).item() == pytest.approx(0.5 * (0.09 + 0.25))
+    assert margin_loss(probabilities, torch.tensor([NONE, 0])).item() == pytest.approx((0.17 + 0.25) / 2)
+    assert margin_loss(probabilities, torch.tensor([[NONE, NONE], [0, 1]])).item() == pytest.approx(
+        (0.17 + 0.25 + 0.81) / 2
+    )
 
 
-def test_the_presence_loss_of_an_absence_is_large_and_finite() -> None:
+def test_the_presence_loss_is_the_binary_cross_entropy() -> None:
+    probabilities, labels = random(6, 1), torch.tensor([0, NONE, 0, 0, NONE, 0])
+    loss = presence_loss(probabilities, labels)
+    present = (labels[:, None] == 0).double()
+    torch.testing.assert_close(loss, nn.functional.binary_cross_entropy(probabilities, present))
+    assert presence_loss(probabilities, torch.zeros(6, dtype=torch.int64)).item() == pytest.approx(
+        -np.log(probabilities.numpy()).mean(), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("label", [0, NONE])
+def test_the_presence_loss_of_a_mistake_is_large_and_finite(label: int) -> None:
     probabilities = torch.tensor([[0.0], [1.0]], requires_grad=True)
-    loss = presence_loss(probabilities)
+    loss = presence_loss(probabilities, torch.tensor([label, label]))
     (gradient,) = torch.autograd.grad(loss, probabilities)
     assert 10 < loss.item() < 100
     assert gradient.isfinite().all()
+
+
+def test_the_distillation_loss_is_the_squared_difference_summed_over_classes() -> None:
+    probabilities, targets = random(5, 3), random(5, 3, seed=1)
+    expected = ((probabilities - targets) ** 2).sum() / 5
+    torch.testing.assert_close(distillation_loss(probabilities, targets), expected)
 
 
 def test_the_reconstruction_loss_is_0_0005_times_the_sum_of_squared_pixel_errors_averaged_over_images() -> None:

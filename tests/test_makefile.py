@@ -1,4 +1,4 @@
-"""The commands of the Makefile: that they are listed, and what they run."""
+"""Tests of the Makefile: its list of targets, and the commands that they run."""
 
 import os
 import re
@@ -11,13 +11,13 @@ TARGETS = set(re.search(r"^\.PHONY: (.*)$", TEXT, re.MULTILINE)[1].split())  # t
 
 
 def make(*arguments: str) -> str:
-    # Without what a make that runs these tests tells those below it.
+    # Without the variables that a make which runs these tests sets for its children.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def test_help_lists_every_target_with_what_it_does() -> None:
+def test_help_lists_every_target_with_a_description() -> None:
     listed = dict(re.findall(r"^make ([a-z-]+) +(\S.*)$", make("help"), re.MULTILINE))
     assert listed.keys() == TARGETS
     assert {"dev", "train", "export", "check", "test", "serve"} <= TARGETS
@@ -28,7 +28,7 @@ def test_training_and_export_take_their_arguments() -> None:
         assert make("--dry-run", target, "ARGS=--epochs 2").strip().endswith(command)
 
 
-def test_the_check_lints_and_leaves_out_what_starts_a_server() -> None:
+def test_the_check_lints_and_leaves_out_tests_that_start_a_server() -> None:
     commands = make("--dry-run", "check")
     assert "mypy" in commands
     assert '-m "not server and not training"' in commands

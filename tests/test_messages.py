@@ -22,8 +22,8 @@ def reader(encoding: str = "identity") -> MessageReader:
     return MessageReader(MAX_BYTES, "too large", encoding)
 
 
-def fed(to: MessageReader, pieces: Iterable[bytes | memoryview]) -> list[bytes]:
-    """What the pieces make, every inflation being done before the next piece comes."""
+def fed(to: MessageReader, pieces: Iterable[bytes]) -> list[bytes]:
+    """Return the messages of the pieces; every inflation ends before the next piece comes."""
     found = []
     for piece in pieces:
         found += to.feed(piece)
@@ -40,11 +40,10 @@ MESSAGES = [b"", b"a", bytes(784), b"", random.Random(1).randbytes(40_000), b"\0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 100, 16384, 100_000])
-@pytest.mark.parametrize("view", [bytes, memoryview])
-def test_messages_come_out_whole_however_their_bytes_are_cut(size: int, view: type) -> None:
+def test_messages_come_out_whole_however_their_bytes_are_cut(size: int) -> None:
     to = reader()
     data = b"".join(map(framed, MESSAGES))
-    assert fed(to, map(view, pieces(data, size))) == MESSAGES
+    assert fed(to, pieces(data, size)) == MESSAGES
     assert to.buffered == 0
 
 
@@ -69,13 +68,10 @@ def test_what_comes_while_a_message_is_inflated_waits_for_it() -> None:
     assert to.inflation is None and to.buffered == 1
 
 
-def test_what_is_kept_is_counted_and_holds_no_other_bytes() -> None:
+def test_what_is_kept_is_counted() -> None:
     to = reader()
-    came = bytearray(framed(bytes(1000)) + framed(b"abcdef")[:8])
-    assert to.feed(memoryview(came)) == [bytes(1000)]
+    assert to.feed(framed(bytes(1000)) + framed(b"abcdef")[:8]) == [bytes(1000)]
     assert to.buffered == 3, "the prefix is read, and what it says is known"
-    to.settle()
-    came.clear()  # raises BufferError while a view of it is kept
     assert to.feed(b"def") == [b"abcdef"]
 
 
@@ -114,8 +110,7 @@ def test_a_flag_that_says_nothing_is_refused(flag: int, encoding: str) -> None:
     assert refusal(reader(encoding), struct.pack(">BI", flag, 3)).code is grpc.StatusCode.INTERNAL
 
 
-@pytest.mark.parametrize("view", [bytes, memoryview])
-def test_only_bytes_that_are_one_message_are_whole(view: type) -> None:
-    assert whole(view(framed(b"abc"))) == b"abc" and whole(view(framed(b""))) == b""
+def test_only_bytes_that_are_one_message_are_whole() -> None:
+    assert whole(framed(b"abc")) == b"abc" and whole(framed(b"")) == b""
     for data in (b"", b"\0\0\0\0", framed(b"abc")[:-1], framed(b"abc") + b"d", framed(b"abc", True)):
-        assert whole(view(data)) is None
+        assert whole(data) is None

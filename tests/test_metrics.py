@@ -1,4 +1,4 @@
-"""The metrics page, scraped from a running server."""
+"""Tests of the metrics page, scraped from a running server."""
 
 import shutil
 import subprocess
@@ -132,7 +132,7 @@ def test_batches_are_measured(used: Running) -> None:
     assert _value(page, "capsnet_queue_images") == 0
 
 
-def test_model_and_provider_are_told(used: Running) -> None:
+def test_model_and_provider_are_on_the_page(used: Running) -> None:
     page = _scrape(used)
     assert _value(page, "capsnet_model_info", model="capsnet-mnist", version="1", dataset="mnist") == 1
     assert _value(page, "capsnet_execution_provider_info", provider="CPUExecutionProvider") == 1
@@ -140,7 +140,7 @@ def test_model_and_provider_are_told(used: Running) -> None:
     assert _value(page, "capsnet_ready") == 1
 
 
-def test_tritons_names_tell_what_was_done(used: Running) -> None:
+def test_the_metrics_with_tritons_names_count_the_work(used: Running) -> None:
     page = _scrape(used)
     assert _value(page, "nv_inference_request_success") == 3
     assert _value(page, "nv_inference_request_failure", reason="OTHER") == 1
@@ -152,7 +152,7 @@ def test_tritons_names_tell_what_was_done(used: Running) -> None:
     assert _value(page, "nv_inference_request_duration_us") == pytest.approx(sum(spent), abs=8)
 
 
-def test_the_answers_are_told_by_class_length_margin_and_active_capsules(used: Running) -> None:
+def test_the_answers_are_counted_by_class_length_margin_and_active_capsules(used: Running) -> None:
     page = _scrape(used)
     assert _value(page, "capsnet_predicted_images_total", label="7") == 12
     assert _value(page, "capsnet_predicted_images_total", label="3") == 0

@@ -1,4 +1,4 @@
-"""Tests of the capsule network against the paper's equations, written out here a second time without shortcuts."""
+"""Tests of the capsule network against the paper's equations, which are written again here without shortcuts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +36,7 @@ CHOICES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and lose much where other programs keep the cores busy."""
+    """Use one thread: small tensors gain nothing from more, and lose much if other programs keep the cores busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["subnormals kept", "subnormals flushed"])
 def subnormals(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways that the processor can treat subnormal numbers; training switches to the second, for good."""
+    """Run the test with both treatments of subnormal numbers. Training switches a process to the second one."""
     torch.set_flush_denormal(request.param)
     yield
     torch.set_flush_denormal(False)
@@ -79,7 +79,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def paper_squash(s: Array) -> Array:
-    """Equation 1 as it is printed."""
+    """Compute equation 1 as it is printed."""
     squared = (s**2).sum(-1, keepdims=True)
     scaled: Array = squared / (1 + squared) * s / np.sqrt(squared)
     return scaled
@@ -93,9 +93,9 @@ def paper_routing(
     agreement: str = "scalar-product",
     normalization: str = "softmax",
 ) -> Array:
-    """Procedure 1 as it is printed, for one image: u (I, D), weight (I, D, J, E); returns v, (J, E).
+    """Compute procedure 1 as it is printed, for one image: u (I, D), weight (I, D, J, E). Return v, (J, E).
 
-    bias, (J, E), the other agreement and the other normalization are what the text does not have.
+    bias, (J, E), and the further values of agreement and normalization are not in the paper.
     """
     primaries, parents = weight.shape[0], weight.shape[2]
     u_hat = np.stack([np.stack([u[i] @ weight[i, :, j] for j in range(parents)]) for i in range(primaries)])
@@ -119,18 +119,18 @@ def paper_routing(
 
 
 def unsquashed(v: Tensor) -> Tensor:
-    """The s that squash turned into v: ``|v| = |s|^2 / (1 + |s|^2)`` solved for s."""
+    """Return the s that squash turned into v: ``|v| = |s|^2 / (1 + |s|^2)`` solved for s."""
     length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     s: Tensor = v / length * (length / (1 - length)).sqrt()
     return s
 
 
-# One axis of the poses for each primary capsule: then s_j has the couplings, times the votes' sizes, as its elements.
+# Each primary capsule has its own axis of the poses, so the elements of s_j are the couplings times the votes' sizes.
 VOTE_SIZES = torch.tensor([[4.0, 1.0, 0.5], [2.0, 2.5, 0.1], [0.3, 3.0, 1.5], [1.0, 1.0, 5.0]], dtype=torch.float64)
 
 
 def couplings(iterations: int) -> Tensor:
-    """The couplings c of the last iteration, (I, J), read off the poses that routing returns."""
+    """Return the couplings c of the last iteration, (I, J), computed from the poses that routing returns."""
     primaries, parents = VOTE_SIZES.shape
     weight = torch.zeros(primaries, 1, parents, primaries, dtype=torch.float64)
     for i in range(primaries):
@@ -256,7 +256,7 @@ def test_routing_with_a_bias_and_other_choices_is_procedure_1_with_these(
 def test_the_gradients_of_routing_flow_through_every_iteration(
     agreement: str, normalization: str, iterations: int, blocks: int
 ) -> None:
-    # Three parents: of two, Max-Min couples one with 1 and the other with 0, which has no slope.
+    # Three parents: with two, Max-Min gives couplings of exactly 1 and 0, whose gradient is 0.
     inputs = [normal(*shape, seed=seed) for seed, shape in enumerate([(1, 3, 2), (3, 2, 3, 2), (3, 2)])]
     assert torch.autograd.gradcheck(
         lambda u, weight, bias: route(u, weight, Routing(iterations, agreement, normalization), bias, blocks)[0],
@@ -280,7 +280,7 @@ def test_routing_without_stored_votes_has_the_same_poses_and_gradients(
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
-def test_votes_are_kept_for_the_gradient_only_where_they_are_stored(blocks: int) -> None:
+def test_votes_are_kept_for_the_gradient_only_if_they_are_stored(blocks: int) -> None:
     u, weight = normal(3, 8, 4, seed=1).requires_grad_(), normal(8, 4, 5, 6, seed=2).requires_grad_()
     kept: list[int] = []
 
@@ -342,9 +342,13 @@ def test_without_the_routing_gradient_poses_are_the_same_and_the_couplings_are_c
 
 
 def test_the_authors_network_has_a_bias_more_and_begins_as_theirs() -> None:
-    model = CapsNet(replace(CONFIGS["authors"], decoder_widths=()))
-    assert parameter_count(model) == 6_804_384
-    for layer, deviation in ((model.conv1, 0.05), (model.primary, 0.1)):
+    assert parameter_count(CapsNet(replace(CONFIGS["authors"], decoder_widths=()))) == 6_804_384
+    model = CapsNet(CONFIGS["authors"])
+    assert model.decoder is not None
+    dense = [layer for layer in model.decoder.layers if isinstance(layer, nn.Linear)]
+    assert len(dense) == 3
+    layers: list[nn.Conv2d | nn.Linear] = [model.primary, *dense]
+    for layer, deviation in ((model.conv1, 0.05), *((layer, 0.1) for layer in layers)):
         assert layer.bias is not None
         assert (layer.bias == 0.1).all()
         assert layer.weight.abs().max() <= 2 * deviation
@@ -354,7 +358,7 @@ def test_the_authors_network_has_a_bias_more_and_begins_as_theirs() -> None:
     assert (model.digit_bias == 0.1).all()
 
 
-def test_the_primary_divisor_divides_what_the_convolution_adds_to_its_bias() -> None:
+def test_the_primary_divisor_divides_the_convolution_without_its_bias() -> None:
     divided, plain = network(replace(TINY, primary_divisor=32.0)), network(TINY)
     with torch.no_grad():
         plain.primary.weight.div_(32)
@@ -418,7 +422,7 @@ def test_the_last_couplings_come_from_agreement_with_the_poses_of_all_iterations
 @ITERATIONS
 @CHOICES
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_the_couplings_that_are_told_are_those_that_weigh_the_votes(
+def test_the_returned_couplings_are_the_weights_of_the_votes(
     agreement: str, normalization: str, iterations: int, blocks: int
 ) -> None:
     u, weight, bias = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2), normal(5, 6, seed=3)
@@ -471,7 +475,7 @@ def test_a_pixel_in_the_corner_reaches_only_the_capsules_of_the_corner() -> None
     batch[1, :, 0, 0] += 1
     with torch.no_grad():
         assert model.conv1.bias is not None
-        model.conv1.bias += 10  # so that no ReLU hides the pixel
+        model.conv1.bias += 10  # so that ReLU does not hide the pixel
         before, after = model.primary_capsules(batch)
 
     changed = (before != after).any(1).reshape(config.primary_types, config.primary_grid, config.primary_grid)
@@ -565,7 +569,7 @@ def test_networks_of_any_shape_take_batches_of_any_size(config: CapsNetConfig, c
 
 
 @pytest.mark.parametrize(("image_size", "grid"), [(17, 1), (18, 1), (19, 2), (28, 6), (36, 10), (40, 12)])
-def test_the_primary_grid_is_what_the_convolutions_leave(image_size: int, grid: int) -> None:
+def test_the_primary_grid_has_the_size_of_the_convolutions_output(image_size: int, grid: int) -> None:
     config = replace(TINY, image_size=image_size)
     model = network(config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Rules, alerts and dashboard, checked by Prometheus's own tools and run by a Prometheus that watches a real server."""
+"""Tests of rules, alerts and dashboard, with Prometheus's own tools and a Prometheus that scrapes a real server."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULES = (PROMETHEUS / "rules.yml").read_text()
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "capsnet.json").read_text())
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
-#: What Grafana puts in their place.
+#: The values that Grafana puts in their place.
 VARIABLES = {
     "$job": "capsnet",
     "$instance": ".+",
@@ -55,7 +55,7 @@ class Watched:
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
-        """The data that Prometheus's API has at a path; of a wrong query, what is wrong with it."""
+        """Return the data of Prometheus's API at a path, or the error text of a wrong query."""
         try:
             with urllib.request.urlopen(
                 f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=10
@@ -66,12 +66,12 @@ class Watched:
                 pytest.fail(f"{parameters}: {error.read().decode()}")
 
     def values(self, query: str) -> list[float]:
-        """Those of a query's series that are numbers."""
+        """Return the values of a query's series that are numbers."""
         found = [float(series["value"][1]) for series in self.get("query", query=query)["result"]]
         return [value for value in found if not math.isnan(value)]
 
     def wait_for_values(self, queries: Iterable[str]) -> None:
-        """Until each query has a number; fails with those that have none."""
+        """Wait until each query has a number. Fail with the queries that have none."""
         missing, end = list(queries), time.monotonic() + PATIENCE
         while missing := [query for query in missing if not self.values(query)]:
             assert time.monotonic() < end, "no data: " + "\n".join(missing)
@@ -80,7 +80,7 @@ class Watched:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[Watched]:
-    """A server under load, and a Prometheus with the configuration as shipped, but for its addresses and intervals."""
+    """A server under load, and a Prometheus with the shipped configuration except for addresses and intervals."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         own = f"127.0.0.1:{free.getsockname()[1]}"
     with server_process("--threads", "1", "--runtimes", "1", "--max-batch", "8") as (server, address, lines):
@@ -103,7 +103,7 @@ def watched(folder: Path) -> Iterator[Watched]:
 
 
 def _copy(name: str, folder: Path, changes: dict[str, str]) -> None:
-    """A configuration file, with whole words of it changed."""
+    """Return a copy of a configuration file with whole words replaced."""
     text = (PROMETHEUS / name).read_text()
     for old in changes:
         assert old in text
@@ -127,7 +127,7 @@ def _wait_until_ready(url: str) -> None:
 
 @contextmanager
 def _load(address: str) -> Iterator[None]:
-    """Right and wrong requests, by themselves and in streams, until it ends or the server does."""
+    """Send right and wrong requests, alone and in streams, until the process or the server ends."""
     stop = threading.Event()
 
     def send() -> None:
@@ -151,7 +151,7 @@ def _load(address: str) -> Iterator[None]:
 
 
 def _targets() -> dict[str, str]:
-    """The queries of the dashboard's panels with their variables filled in, each by its panel's title and letter."""
+    """Return the queries of the dashboard's panels with their variables set, by panel title and letter."""
     return {
         f"{panel['title']} {target['refId']}": _filled(target["expr"])
         for panel in DASHBOARD["panels"]
@@ -188,7 +188,7 @@ def test_the_rules_pass_their_own_tests_and_each_alert_has_one() -> None:
 
 @needs_prometheus
 def test_every_panel_has_data_of_models_of_several_versions_and_graphs(tmp_path: Path) -> None:
-    """A query that joins series may be right for one graph and wrong for two."""
+    """Check all queries with two graphs: a query that joins series may be right for one graph and wrong for two."""
     expressions = [query.replace("[10s]", "[5m]") for query in _targets().values()]
     panels = [{"record": f"panel:{number}", "expr": query} for number, query in enumerate(expressions)]
     rules, tests = tmp_path / "panels.yml", tmp_path / "tests.yml"
@@ -196,7 +196,7 @@ def test_every_panel_has_data_of_models_of_several_versions_and_graphs(tmp_path:
     test = {
         "interval": "1m",
         "input_series": [{"series": series, "values": "1+60x30"} for series in _series_of_two_graphs()],
-        # With an empty answer promtool also tells which rule could not be evaluated.
+        # With an empty answer promtool also names the rule that could not be evaluated.
         "promql_expr_test": [
             {"expr": f"absent({panel['record']})", "eval_time": "20m", "exp_samples": []} for panel in panels
         ],
@@ -207,7 +207,7 @@ def test_every_panel_has_data_of_models_of_several_versions_and_graphs(tmp_path:
 
 
 def _series_of_two_graphs() -> Iterator[str]:
-    """Series of two servers that serve two versions of a model, each with two graphs."""
+    """Return series of two servers that serve two versions of a model, each with two graphs."""
     values: dict[str, tuple[str, ...]] = {
         "version": ("1", "2"), "graph": ("classify", "explain"), "grpc_code": ("OK", "INTERNAL"),
         "grpc_type": ("unary",), "grpc_method": ("Classify", "GetModel"),
@@ -239,7 +239,7 @@ def test_every_rule_and_panel_has_data_of_a_server_under_load(tmp_path: Path) ->
         rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
         assert len(rules) == RULES.count("- alert:") + RULES.count("- record:")
         records = {rule["name"] for rule in rules if rule["type"] == "recording"}
-        # What stands in for errors while there are none would hide a wrong query: the load makes real ones.
+        # A fallback for missing errors would hide a wrong query, so the load makes real errors.
         errors = [query.split(" or on ()")[0] for query in queries.values() if " or on ()" in query]
         assert len(errors) == 4
         prometheus.wait_for_values([*queries.values(), *errors, *records])
@@ -264,7 +264,7 @@ def test_killing_the_server_raises_its_alert_and_no_other_of_availability(tmp_pa
 
 
 def _queries() -> list[str]:
-    """Every query of the rules, panels, variables and annotations; the rules' comments are no queries."""
+    """Return every query of the rules, panels, variables and annotations."""
     variables = [
         variable["query"]["query"] for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"
     ]
@@ -286,7 +286,7 @@ def test_every_metric_of_rules_and_dashboard_is_declared() -> None:
 
 
 def _selectors(queries: Iterable[str]) -> list[tuple[str, set[str]]]:
-    """Name of a declared metric's sample and names of the labels that it is selected by, for each selector."""
+    """Return, for each selector, the metric's sample name and the names of the labels in the selector."""
     declared = {sample for metric in Metrics().declarations for sample in metric.samples}
     return [
         (name, set(re.findall(r"(\w+)=", selector)) - {"job", "instance"})
@@ -300,7 +300,7 @@ def test_rules_and_dashboard_select_by_labels_that_the_metrics_have() -> None:
     selectors = _selectors(_queries())
     assert len(selectors) > 100
     assert [(name, given - known[name]) for name, given in selectors if not given <= known[name]] == []
-    # What is chosen at the top of the dashboard holds for every panel that shows models.
+    # The selection at the top of the dashboard applies to every panel that shows models.
     for name, given in _selectors(_targets().values()):
         assert given >= known[name] & {"model", "version", "graph"} or name == "nv_inference_request_success", name
 
@@ -317,7 +317,7 @@ def test_every_alert_has_a_severity_a_runbook_and_the_runbook_a_section() -> Non
         assert f"\n### Alert {name}\n" in page
 
 
-def test_every_panel_says_what_it_shows_and_in_which_unit() -> None:
+def test_every_panel_has_a_description_and_a_unit() -> None:
     panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
     assert DASHBOARD["uid"] == "capsnet-serving"
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])

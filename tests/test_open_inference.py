@@ -1,6 +1,6 @@
-"""The Open Inference Protocol and Triton's extensions: NVIDIA's own client, unmodified, with a running server.
+"""Tests of the Open Inference Protocol and Triton's extensions: NVIDIA's unmodified client with a running server.
 
-That client runs in a process of its own, see triton_calls.py; what it cannot say is sent by the generated code of ours.
+The client runs in its own process, see triton_calls.py. Our generated code sends what that client cannot send.
 """
 
 import base64
@@ -35,7 +35,7 @@ Ask = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def triton() -> Iterator[Ask]:
-    """Calls a function of triton_calls.py in the client's process."""
+    """Return a function that calls a function of triton_calls.py in the client's process."""
     command = [sys.executable, "-m", "tests.triton_calls"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
@@ -65,7 +65,7 @@ def stub(running: Running) -> GRPCInferenceServiceStub:
 
 @pytest.fixture(scope="module")
 def admin() -> Iterator[GRPCInferenceServiceStub]:
-    """The administration port of a server that has one."""
+    """A server's administration port."""
     with (
         InThread(Server(settings(admin_port=0))) as server,
         grpc.insecure_channel(f"127.0.0.1:{server.admin_port}") as channel,
@@ -81,7 +81,7 @@ def images(digits: Digits) -> list[Any]:
 
 
 def _ours(running: Running, images: list[Any]) -> dict[str, Any]:
-    """What capsnet.v1 answers, as the protocol's outputs."""
+    """Return the answer of capsnet.v1 as the protocol's outputs."""
     pixels = (np.array(image, np.uint8).tobytes() for image in images)
     response = running.classify(*(capsnet_pb2.Image(pixels=one) for one in pixels))
     return {
@@ -97,7 +97,7 @@ def _request(digits: Digits, images: int = 1) -> pb.ModelInferRequest:
 
 
 def _slow(model: ServedModel) -> None:
-    """Half a second for a batch."""
+    """Slow the model down to half a second for a batch."""
     run = model.classify.runtime.run
 
     def slowly(arrays: Arrays) -> Arrays:
@@ -211,7 +211,7 @@ def test_a_wrong_request_gets_a_code_and_a_text(
     assert answer["error"].startswith(text)
 
 
-def test_a_request_above_the_size_limit_is_told_the_limit(
+def test_the_error_of_a_request_above_the_size_limit_names_the_limit(
     start: Callable[..., Running], triton: Ask, images: list[Any]
 ) -> None:
     answer = triton("infer", start(max_request_bytes=2048).address, model_name=NAME, images=images)
@@ -248,7 +248,7 @@ def test_a_request_with_too_little_time_is_given_up(
     assert time.monotonic() - began < 5
 
 
-def test_a_high_priority_overtakes_what_waits(start: Callable[..., Running], digits: Digits) -> None:
+def test_a_high_priority_overtakes_waiting_requests(start: Callable[..., Running], digits: Digits) -> None:
     running = start(_slow, runtimes=1, max_batch=1, priority_ageing=20.0)
     stub = GRPCInferenceServiceStub(running.channel)  # type: ignore[no-untyped-call]
     order: list[str] = []
@@ -262,7 +262,7 @@ def test_a_high_priority_overtakes_what_waits(start: Callable[..., Running], dig
         time.sleep(0.05)
         return future
 
-    # The first is computed and the second handed ahead by the time that the others come.
+    # When the others come, the first is being computed and the second is next.
     futures = [ask(name, 0) for name in ("first", "second", "third")] + [ask("urgent", 1)]
     for future in futures:
         future.result(timeout=20)
@@ -388,7 +388,9 @@ def test_models_are_loaded_and_unloaded_on_the_administration_port_alone(
         ),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(request_: dict[str, Any], text: str, admin: GRPCInferenceServiceStub) -> None:
+def test_a_model_that_cannot_be_loaded_is_refused(
+    request_: dict[str, Any], text: str, admin: GRPCInferenceServiceStub
+) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         admin.RepositoryModelLoad(pb.RepositoryModelLoadRequest(**request_), timeout=20)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -396,8 +398,8 @@ def test_what_cannot_be_loaded_is_refused(request_: dict[str, Any], text: str, a
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_perf_analyzer_finds_what_it_needs(batch: int, triton: Ask, running: Running, images: list[Any]) -> None:
-    """Its calls in its order, and what its source demands of each answer."""
+def test_perf_analyzer_finds_all_that_it_needs(batch: int, triton: Ask, running: Running, images: list[Any]) -> None:
+    """Make perf_analyzer's calls in its order, and check each answer as its source does."""
 
     def statistics() -> Any:
         (found,) = triton("ask", running.address, "get_inference_statistics", NAME)["model_stats"]
@@ -406,7 +408,7 @@ def test_perf_analyzer_finds_what_it_needs(batch: int, triton: Ask, running: Run
     metadata = triton("ask", running.address, "get_model_metadata", NAME)
     config = triton("ask", running.address, "get_model_config", NAME)["config"]
     assert config["max_batch_size"] >= batch
-    # It takes the batch away from the metadata's shapes where the model has batches.
+    # It removes the batch axis from the metadata's shapes if the model has batches.
     described = {one["name"]: one["shape"][1:] for one in metadata["inputs"] + metadata["outputs"]}
     assert {one["name"]: one["dims"] for one in config["input"] + config["output"]} == described
     assert all(int(size) > 0 for shape in described.values() for size in shape)
@@ -437,7 +439,7 @@ def test_our_client_and_tritons_fit_in_one_process() -> None:
 
 
 def _fields(message: Descriptor) -> dict[tuple[str, str], tuple[object, ...]]:
-    """By message and field, all that counts on the wire."""
+    """Return, by message and field, all that matters on the wire."""
     found: dict[tuple[str, str], tuple[object, ...]] = {}
     for field in message.fields:
         kind = field.message_type or field.enum_type

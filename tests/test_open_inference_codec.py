@@ -1,4 +1,4 @@
-"""Tests of ModelInfer's messages without a server: what requests mean, and the bytes of answers."""
+"""Tests of ModelInfer's messages without a server: the decoding of requests, and the bytes of answers."""
 
 import struct
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from serving.services.open_inference_codec import Output, TensorMessages, refuse
 from serving.tensorrt_options import BatchProfile
 
 LABELS = ("circle", "a:b", "größe", "")
-MOST = 5
+MAX_IMAGES = 5
 MESSAGES = TensorMessages(
     Artifact(
         folder=Path(),
@@ -31,7 +31,7 @@ MESSAGES = TensorMessages(
         batches=BatchProfile(1, 1, 1),
         training=Training("shapes"),
     ),
-    MOST,
+    MAX_IMAGES,
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
 
@@ -65,7 +65,7 @@ def _asking(*outputs: tuple[str, dict[str, pb.InferParameter]]) -> pb.ModelInfer
     return request
 
 
-@pytest.mark.parametrize("images", [1, MOST])
+@pytest.mark.parametrize("images", [1, MAX_IMAGES])
 @pytest.mark.parametrize("form", [_request, _typed])
 def test_pixels_arrive_as_they_were_sent(form: Callable[..., pb.ModelInferRequest], images: int) -> None:
     pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 4, 5), np.uint8)
@@ -163,7 +163,7 @@ def test_a_wrong_input_is_refused_by_its_field(
     assert caught.value.description.startswith(description)
 
 
-def test_all_outputs_come_where_none_is_named() -> None:
+def test_all_outputs_come_if_none_is_named() -> None:
     assert MESSAGES.outputs(_request()) == (Output("probabilities"), Output("poses"))
 
 
@@ -173,7 +173,7 @@ def test_named_outputs_come_in_the_order_of_the_request() -> None:
     assert MESSAGES.outputs(both) == (Output("poses"), Output("probabilities", 3))
 
 
-def test_what_an_output_is_told_that_means_nothing_here_is_ignored() -> None:
+def test_a_parameter_of_an_output_without_meaning_here_is_ignored() -> None:
     request = _asking(("poses", {"binary_data": pb.InferParameter(bool_param=True)}))
     assert MESSAGES.outputs(request) == (Output("poses"),)
 
@@ -272,7 +272,7 @@ SELECTIONS: list[tuple[Output, ...]] = [
 
 
 def _plain(identifier: str, outputs: tuple[Output, ...], prediction: Share) -> pb.ModelInferResponse:
-    """The answer as protobuf's own classes build it."""
+    """Return the answer as protobuf's own classes build it."""
     images = len(prediction)
     response = pb.ModelInferResponse(model_name="shapes", model_version="7", id=identifier)
     for output in outputs:

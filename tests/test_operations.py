@@ -1,4 +1,4 @@
-"""The page for operators and the container's recipe say what the code does."""
+"""Tests that the page for operators and the container's recipe agree with the code."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 
 
 def _rows(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading, without its own first two lines."""
+    """Return the cells of the table under a heading, without the table's first two lines."""
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
@@ -51,7 +51,7 @@ def test_the_metrics_table_is_that_of_the_declared_metrics() -> None:
 @pytest.mark.parametrize(
     ("file", "extras"), [("cpu", ("cpu", "tracing")), ("gpu", ("gpu", "tracing")), ("training", ("cpu", "export"))]
 )
-def test_what_an_image_installs_is_pinned_with_digests_and_is_what_the_project_asks_for(
+def test_the_requirements_of_an_image_are_pinned_with_digests_and_match_the_project(
     file: str, extras: tuple[str, ...]
 ) -> None:
     text = (ROOT / "deploy" / "requirements" / f"{file}.txt").read_text()

@@ -1,6 +1,6 @@
-"""More requests than the model can compute: what is refused, how it is told, and that capacity is not wasted.
+"""Tests with more requests than the model can compute: refusals, their errors, and no waste of capacity.
 
-The model is slowed to a known rate, far below what the machine could do, so that the figures do not depend on it.
+The model is slowed to a known rate, far below the machine's, so that the figures do not depend on the machine.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ SECONDS = 3.0
 
 
 def slow(model: ServedModel) -> None:
-    """A batch takes the same time, however many images it has."""
+    """Make each batch take the same time, whatever its size."""
     run = model.classify.batcher._run
 
     def slowly(arrays: Arrays) -> Arrays:
@@ -52,7 +52,7 @@ def slow(model: ServedModel) -> None:
 
 @dataclass
 class Load:
-    """What came of requests sent at a steady rate, whatever the answers. longest: the queue, in images."""
+    """The results of requests sent at a steady rate. longest: the longest queue, in images."""
 
     outcomes: Counter[grpc.StatusCode] = field(default_factory=Counter)
     refused_by_the_server: int = 0
@@ -62,7 +62,7 @@ class Load:
 
 
 def send(running: Running, rate: float, timeout: float | None) -> Load:
-    """Single images for ``SECONDS``, each with this deadline."""
+    """Send single images for ``SECONDS``, each with this deadline."""
     load, lock, under = Load(), threading.Lock(), threading.Semaphore(0)
     request = pb.ClassifyRequest(images=[image()])
     begin = time.monotonic()
@@ -79,7 +79,7 @@ def send(running: Running, rate: float, timeout: float | None) -> Load:
                 load.slowest_refusal = max(load.slowest_refusal, seconds)
         under.release()
 
-    calls = []  # a call that nothing refers to is cancelled
+    calls = []  # grpc cancels a call without references
     for index in range(count):
         time.sleep(max(0.0, begin + index / rate - time.monotonic()))
         calls.append(running.stub.Classify.future(request, timeout=timeout))
@@ -96,7 +96,7 @@ def _has_come(running: Running, images: int) -> bool:
 
 @pytest.fixture
 def slowed(start: Callable[..., Running]) -> Callable[..., Running]:
-    """Starts a server of ``CAPACITY`` that has learned what its batches take."""
+    """Return a function that starts a server of ``CAPACITY``, which has measured the time of its batches."""
 
     def begin(**chosen: object) -> Running:
         running = start(slow, max_batch=BATCH, runtimes=1, **chosen)
@@ -120,7 +120,7 @@ def test_at_three_times_the_capacity_with_deadlines_nearly_all_of_it_is_answered
     computed = value(running, "capsnet_batch_size_images_sum") - before
     assert computed - answered <= 0.01 * computed, "computed for nobody, since the deadline had passed"
     assert load.longest <= CAPACITY + 2 * BATCH, "no more waits than can be answered in time"
-    # The others learned from the server, and not from their own timers.
+    # The server ended the others, not their own timers.
     assert load.refused_by_the_server >= 0.99 * load.outcomes[grpc.StatusCode.DEADLINE_EXCEEDED]
 
 
@@ -164,7 +164,7 @@ def test_a_full_queue_tells_when_to_try_again_for_clients_of_every_kind(
     assert [len(call.result().results) for call in calls] == [1, 4]
 
 
-def test_a_client_that_retries_as_it_is_told_is_answered(slowed: Callable[..., Running]) -> None:
+def test_a_client_that_retries_after_the_given_time_is_answered(slowed: Callable[..., Running]) -> None:
     running = slowed(max_queue=BATCH, max_images_per_request=BATCH)
     policy = (
         '{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "20s",'
@@ -236,7 +236,7 @@ def test_a_request_that_is_given_up_just_when_its_time_runs_out_harms_no_other()
         kept = asyncio.create_task(submit(batcher, images))
         await asyncio.sleep(0.06)
         go.set()
-        time.sleep(0.1)  # the event loop is held up: the batch is done, and that is the next thing it will hear
+        time.sleep(0.1)  # the event loop is blocked: the batch ends meanwhile, and its end is the loop's next event
         late.cancel()
         await asyncio.wait_for(asyncio.gather(first, kept), 5)
         assert batcher.queued == 0

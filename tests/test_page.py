@@ -1,4 +1,4 @@
-"""The HTTP port of metrics and health: its answers, and what slow, silent and too many clients can do to it."""
+"""Tests of the HTTP port of metrics and health: its answers, and its behaviour with slow, silent and many clients."""
 
 import asyncio
 import gzip
@@ -27,7 +27,7 @@ PATIENCE = 20.0
 
 @dataclass(frozen=True)
 class Answer:
-    """Status, fields by their names in lower case, and body."""
+    """An HTTP answer: status, fields by name in lower case, and body."""
 
     status: int
     fields: Mapping[str, str]
@@ -50,7 +50,7 @@ def ask(port: int, path: str, method: str = "GET", host: str = "127.0.0.1", **he
 
 
 def raw(port: int, *parts: bytes) -> bytes:
-    """Send bytes as they are, and return all that comes back."""
+    """Send bytes unchanged, and return all that comes back."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         for part in parts:
             connection.sendall(part)
@@ -59,7 +59,7 @@ def raw(port: int, *parts: bytes) -> bytes:
 
 @dataclass
 class Opened:
-    """A page with one gauge, ``ours`` 7, and the event loop that stands for that of the server."""
+    """A page with one gauge, ``ours`` 7, and an event loop in the role of the server's."""
 
     port: int
     loop: asyncio.AbstractEventLoop
@@ -202,11 +202,11 @@ def test_each_connection_is_closed_after_its_answer(port: int) -> None:
         (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 9000, 431),
     ],
 )
-def test_what_is_no_request_is_told_so(port: int, head: bytes, status: int) -> None:
+def test_bytes_that_are_no_request_get_an_error(port: int, head: bytes, status: int) -> None:
     assert raw(port, head, b"\r\n\r\n").startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_a_call_of_grpc_on_the_port_of_metrics_is_told_where_it_is(port: int) -> None:
+def test_a_grpc_call_on_the_metrics_port_gets_a_helpful_error(port: int) -> None:
     answer = raw(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
     assert answer.endswith(b"\r\n\r\nthis port speaks HTTP/1.1, for metrics and health; gRPC has a port of its own\n")
 
@@ -307,15 +307,15 @@ def test_no_client_keeps_the_port_from_closing() -> None:
 
 
 def _rest(connection: socket.socket) -> bytes:
-    """All that comes until the other side ends."""
+    """Return all that comes until the other side closes the connection."""
     try:
         return b"".join(iter(lambda: connection.recv(4096), b""))
     except ConnectionResetError:
         return b""
 
 
-#: A page in a process that can open only few files, all of which it has open; it prints its port, and a line of its CPU
-#: time for each line that it reads.
+#: A page in a process that has opened all files that it may. It prints its port, and its CPU time for each line that it
+#: reads.
 EXHAUSTED = """
 import asyncio, os, resource, sys, time
 from serving.metrics.page import Page
@@ -358,7 +358,7 @@ def test_metrics_can_be_seen_while_no_file_can_be_opened_and_the_port_does_not_s
         before = float(tell())
         for _ in range(3):
             assert "process_open_fds 1" in ask(port, "/metrics").text
-        # More than it can take, none of which says anything.
+        # More connections than it can take. All of them are silent.
         for _ in range(20):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Tests of the picture of a decoder: what is reconstructed, what is changed, and the command that draws it."""
+"""Tests of the picture of a decoder: its reconstructions, its changes of poses, and the command that draws it."""
 
 import warnings
 from dataclasses import replace
@@ -40,7 +40,7 @@ NAMES = ("lying", "standing", "square")
 
 
 def network(config: CapsNetConfig = CONFIG) -> CapsNet:
-    """A network whose poses are as long as a trained one's, so that changing them shows."""
+    """A network whose poses are as long as a trained network's, so that a change of them is visible."""
     torch.manual_seed(0)
     model = CapsNet(config).eval()
     with torch.no_grad():
@@ -52,7 +52,7 @@ MODEL = network()
 IMAGES = torch.randint(0, 256, (12, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 PROBABILITIES, POSES = predict(MODEL, IMAGES)
 ANSWERS = PROBABILITIES.argmax(1)
-# Images 3 and 7 are classified right, and no other.
+# Only images 3 and 7 are classified right.
 LABELS = (ANSWERS + 1 + torch.arange(12) % 2) % 3
 LABELS[[3, 7]] = ANSWERS[[3, 7]]
 
@@ -62,7 +62,7 @@ def make_checkpoint(model: CapsNet = MODEL, dataset: str = "mnist") -> Checkpoin
 
 
 def texts(figure: Any) -> list[str]:
-    """All that is written in a figure."""
+    """Return all texts in a figure."""
     found = [text.get_text() for text in figure.texts]
     for axes in figure.axes:
         found += [text.get_text() for text in (*axes.texts, *axes.get_yticklabels(), axes.title)]
@@ -159,7 +159,7 @@ def make_dataset(images: Tensor = IMAGES, labels: Tensor = LABELS, names: tuple[
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint for the command, whose data set is the tiny one."""
+    """A checkpoint for the command, with the tiny data set."""
     monkeypatch.setattr(datasets, "load", lambda name, folder: replace(make_dataset(), name=name))
     save(make_checkpoint(), tmp_path / "capsnet.pt")
     return tmp_path / "capsnet.pt"
@@ -195,7 +195,7 @@ def test_the_command_draws_the_first_image_classified_right_or_the_one_asked_for
         (["--out", "nowhere/decoder.png"], "No such file or directory: 'nowhere/decoder.png'"),
     ],
 )
-def test_the_command_says_in_a_line_what_it_cannot_draw(
+def test_the_command_says_in_one_line_that_it_cannot_draw(
     file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,7 +229,7 @@ def test_the_command_says_in_a_line_that_the_data_do_not_fit(
     assert capsys.readouterr().err == message + "\n"
 
 
-def test_the_command_says_in_a_line_what_is_wrong_with_a_checkpoint(
+def test_the_command_reports_a_bad_checkpoint_in_one_line(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other, cut = tmp_path / "other.pt", tmp_path / "cut.pt"

@@ -1,4 +1,4 @@
-"""The path of a request through a running server: what goes wrong in the model, and streams from end to end."""
+"""Tests of a request's path through a running server: faults in the model, and streams from end to end."""
 
 import itertools
 import logging
@@ -36,7 +36,7 @@ PLAIN = {"max_batch": 4, "runtimes": 1}
 
 
 def image(value: int = 0) -> pb.Image:
-    """An image all of whose pixels have this value."""
+    """Return an image whose pixels all have this value."""
     return pb.Image(pixels=bytes([value]) * 784)
 
 
@@ -57,7 +57,7 @@ def inference_stub(running: Running) -> GRPCInferenceServiceStub:
 
 
 def with_predict(change: Callable[[Predict], Predict]) -> Callable[[ServedModel], None]:
-    """A patch for ``start``."""
+    """Return a patch for ``start`` that replaces the model's function."""
 
     def patch(model: ServedModel) -> None:
         change_predict(model.classify.batcher, change)
@@ -66,7 +66,7 @@ def with_predict(change: Callable[[Predict], Predict]) -> Callable[[ServedModel]
 
 
 class Gate:
-    """Holds the model up, each batch until it is let go."""
+    """A gate that holds each batch up until the test lets it go."""
 
     def __init__(self) -> None:
         self.begun = threading.Semaphore(0)
@@ -112,7 +112,7 @@ def detail(error: grpc.RpcError, into: Message) -> None:
 
 
 def value(running: Running, metric: str, **labels: str) -> float:
-    """A metric's value, or the sum over those with these labels, from the page."""
+    """Return a metric's value from the page, or the sum over the samples with these labels."""
     with urllib.request.urlopen(running.metrics_url, timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
     samples = [sample for family in families for sample in family.samples if sample.name == metric]
@@ -122,7 +122,7 @@ def value(running: Running, metric: str, **labels: str) -> float:
 
 
 def under_way(running: Running) -> int:
-    """Images that wait or are in a batch that is not computed."""
+    """Return the number of images that wait or are in a batch that is not computed yet."""
     batcher = running.model.classify.batcher
     batches = [slot.batch for slot in batcher._slots._slots]
     return batcher.queued + sum(batch.rows for batch in batches if batch)
@@ -233,7 +233,7 @@ def test_of_a_batch_of_32_with_a_poisoned_member_31_are_answered(start: Callable
     def patch(model: ServedModel) -> None:
         with_predict(lambda predict: gate(fail_on_poison(predict)))(model)
         slots = model.classify.batcher._slots
-        slots._policy = replace(slots._policy, good_batch=32)  # one batch, not several that are good
+        slots._policy = replace(slots._policy, good_batch=32)  # one batch instead of several good ones
 
     running = start(patch, max_batch=32, runtimes=1)
     first = later(running)
@@ -398,7 +398,7 @@ def test_a_stream_is_read_no_further_than_its_window(start: Callable[..., Runnin
     assert value(running, "capsnet_batch_size_images_sum") == 100
 
 
-def test_a_client_that_leaves_its_stream_takes_what_waits_with_it(
+def test_a_client_that_leaves_its_stream_removes_its_waiting_requests(
     start: Callable[..., Running], caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate()
@@ -427,7 +427,7 @@ def test_a_client_that_leaves_its_stream_takes_what_waits_with_it(
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def test_a_client_that_leaves_a_stream_whose_requests_fail_leaves_no_trace_of_errors_of_ours(
+def test_a_client_that_leaves_a_stream_of_failing_requests_causes_no_server_errors(
     start: Callable[..., Running], caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate()
@@ -465,7 +465,7 @@ def test_a_deadline_that_cannot_be_met_is_answered_long_before_it(start: Callabl
 
     running = start(with_predict(slow), **PLAIN)
     for _ in range(3):
-        running.classify(*[image()] * 8)  # the server learns what a batch takes
+        running.classify(*[image()] * 8)  # the server measures the time of a batch
     began = time.monotonic()
     error = refusal(lambda: later(running, *[image()] * 200, timeout=2).result())
     elapsed = time.monotonic() - began
@@ -496,7 +496,7 @@ def test_one_slow_batch_does_not_make_an_idle_server_refuse_for_ever(start: Call
     assert all(answered[-10:]), "it has learned that batches are quick again"
 
 
-def test_priority_1_goes_ahead_of_what_waits(start: Callable[..., Running]) -> None:
+def test_priority_1_goes_before_waiting_requests(start: Callable[..., Running]) -> None:
     gate = Gate()
     running = start(with_predict(gate), max_batch=1, runtimes=1, priority_ageing=30.0)
     stub = inference_stub(running)

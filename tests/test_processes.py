@@ -1,4 +1,4 @@
-"""Tests of training as real processes: two at once, killed without warning, and in mixed precision."""
+"""Tests of training in real processes: two at once, killed without warning, and in mixed precision."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from training import checkpoint as checkpoints
 
 STEPS_PER_EPOCH = 7
-# Trains, and is killed right after a step: at a moment that does not depend on how fast the machine is.
+# Train, and kill the process right after a step. The moment does not depend on the machine's speed.
 KILLED_IN_MID_EPOCH = """
 import os, runpy, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -76,7 +76,7 @@ def run(*arguments: str, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run by one process that nothing happened to."""
+    """The folder of an undisturbed run of one process."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run(*command(data, folder))
     return folder
@@ -132,7 +132,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_weights_of_an_undis
 def test_mixed_precision_trains_as_well_and_keeps_weights_in_single(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    # oneDNN's newest matrix instructions are announced by some virtual machines that do not carry them out.
+    # Some virtual machines announce oneDNN's newest matrix instructions but cannot execute them.
     run(*command(data, tmp_path, "--precision=bf16-mixed", "--gradient-clip=1"), ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
     assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
     mixed, single = (logged(folder, "classification_loss_epoch") for folder in (tmp_path, undisturbed))

@@ -1,4 +1,4 @@
-"""The generated code is that of the .proto files, and these are well kept."""
+"""Tests that the generated code belongs to the .proto files, and that buf finds no fault in them."""
 
 import subprocess
 import sys

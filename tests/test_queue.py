@@ -1,4 +1,4 @@
-"""The rule that makes batches, by itself: no threads, no clock, no deadlines."""
+"""Tests of the rule that makes batches, without threads, clock or deadlines."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_a_request_that_is_removed_leaves_nothing_behind() -> None:
     assert _take(queue, 9) == [(kept, 0, 2)]
 
 
-def test_of_a_request_that_is_removed_only_what_is_in_no_batch_counts() -> None:
+def test_only_the_rows_in_no_batch_count_when_a_request_is_removed() -> None:
     ticket = _ticket(5, urgent=True)
     queue = _queue(ticket)
     _take(queue, 2)
@@ -95,7 +95,7 @@ def test_of_a_request_that_is_removed_only_what_is_in_no_batch_counts() -> None:
     assert (queue.rows, queue.urgent_rows) == (0, 0)
 
 
-def test_what_is_dropped_on_the_way_takes_no_room() -> None:
+def test_requests_dropped_on_the_way_take_no_room() -> None:
     late, kept = _ticket(4), _ticket(2)
     queue = _queue(late, kept)
 
@@ -111,17 +111,17 @@ def test_what_is_dropped_on_the_way_takes_no_room() -> None:
     [
         (1, 1.0, 1, 4, 8, 1),
         (3, 3.0, 1, 4, 8, 3),  # less than a good batch: all
-        (12, 12.0, 1, 4, 16, 6),  # half of what is there, so that the slot has the next batch at once
+        (12, 12.0, 1, 4, 16, 6),  # half of the waiting rows, so that the slot gets its next batch at once
         (6, 11.7, 1, 4, 16, 6),
         (100, 100.0, 1, 4, 16, 16),
-        (8, 8.0, 2, 6, 4, 4),  # as much as another slot that is free can have
+        (8, 8.0, 2, 6, 4, 4),  # as much as another free slot can have
         (4, 64.0, 2, 6, 2, 2),
         (8, 16.0, 2, 4, 16, 6),  # a third of those in the server
-        (8, 16.0, 2, 32, 16, 8),  # a batch costs much by itself, whatever its size
+        (8, 16.0, 2, 32, 16, 8),  # the fixed cost of a batch is high
         (40, 56.0, 2, 32, 16, 16),
     ],
 )
-def test_a_free_slot_takes_a_part_of_what_waits(
+def test_a_free_slot_takes_a_part_of_the_waiting_rows(
     waiting: int, crowd: float, slots: int, good: int, limit: int, expected: int
 ) -> None:
     assert batch_room(waiting, crowd, slots, good, limit) == expected

@@ -1,4 +1,4 @@
-"""The README's commands and code, run as they stand, in a copy of the repository."""
+"""Tests that run the README's commands and code unchanged, in a copy of the repository."""
 
 import os
 import re
@@ -24,7 +24,7 @@ SHELL = [line for language, text in BLOCKS if language == "sh" for line in text.
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that git knows, with the environment that runs this test in the place of ``.venv-dev``."""
+    """A copy of the files that git knows. Its ``.venv-dev`` is the environment of this test."""
     folder = tmp_path_factory.mktemp("clone")
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -40,21 +40,21 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A new user's: an empty home, and nothing of this test run's Python."""
+    """The environment variables of a new user: an empty home, and nothing from this run's Python."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "VIRTUAL_ENV", "MAKE"))}
     return kept | {"HOME": str(tmp_path_factory.mktemp("home"))}
 
 
 @dataclass(frozen=True)
 class Served:
-    """A clone in which the README's first command runs, on free ports in the place of those that the README names."""
+    """A clone in which the README's first command runs, on free ports instead of the README's."""
 
     clone: Path
     environment: dict[str, str]
     port: int
 
     def run(self, command: str) -> str:
-        """Run a command or a piece of code of the README in the clone, and return what it prints."""
+        """Run a command in the clone, and return its output."""
         return _run(command, self.clone, self.environment)
 
     def at_its_port(self, text: str) -> str:
@@ -86,7 +86,7 @@ def served(clone: Path, environment: dict[str, str]) -> Iterator[Served]:
             time.sleep(0.2)
         yield Served(clone, environment, port)
     finally:
-        with suppress(ProcessLookupError):  # it has ended by itself, and the test says why
+        with suppress(ProcessLookupError):  # it has already ended, and the test says why
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
@@ -100,7 +100,7 @@ def _run(command: str, clone: Path, environment: dict[str, str]) -> str:
 
 
 def _assert_alike(shown: str, real: str) -> None:
-    """The same words, and numbers that differ by no more than another machine's rounding."""
+    """Check that two texts have the same words, and numbers that differ only by another machine's rounding."""
     for one, other in zip(shown.split(), real.split(), strict=True):
         try:
             assert float(one) == pytest.approx(float(other), abs=0.011)

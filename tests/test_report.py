@@ -14,21 +14,23 @@ from torch import Tensor
 from training import report
 from training.checkpoint import Checkpoint, save
 from training.data.datasets import Dataset
-from training.evaluate import by_confidence, confusion, predict, wrong
+from training.data.specs import NONE
+from training.evaluate import by_confidence, confusion, most_probable, predict, wrong
 from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.pictures import MAX_DRAWN_MISTAKES, confusion_picture, curves_picture, mistakes_picture
 from training.report import MAX_TABLE_CLASSES, epoch_curves, wilson, write_report
+from training.routing_figures import routing_figures
 
 NAMES = ("T-shirt/top", "a|b", "Ankle boot")
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 PROBABILITIES = torch.tensor(
     [
         [0.9, 0.1, 0.1],
-        [0.5, 0.3, 0.1],  # 1 taken for 0, by 0.2
+        [0.5, 0.3, 0.1],  # 1 mistaken for 0, by 0.2
         [0.1, 0.2, 0.8],
-        [0.1, 0.9, 0.3],  # 2 taken for 1, by 0.6
+        [0.1, 0.9, 0.3],  # 2 mistaken for 1, by 0.6
         [0.1, 0.8, 0.1],
-        [0.3, 0.9, 0.1],  # 0 taken for 1, by 0.6
+        [0.3, 0.9, 0.1],  # 0 mistaken for 1, by 0.6
     ]
 )
 IMAGES = torch.randint(0, 256, (6, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -57,7 +59,7 @@ def make(
     config: CapsNetConfig = CONFIG,
     **figures: Any,
 ) -> tuple[Checkpoint, Dataset, Tensor]:
-    """What ``write_report`` takes besides the folder."""
+    """Return the arguments of ``write_report`` after the folder."""
     model = CapsNet(config)
     measured = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -76,7 +78,7 @@ def log(folder: Path, version: int, *lines: str) -> None:
 
 
 def texts(figure: Any) -> list[str]:
-    """All that is written in a figure."""
+    """Return all texts in a figure."""
     return [text.get_text() for part in (figure, *figure.axes) for text in part.texts]
 
 
@@ -134,9 +136,20 @@ def test_confusion_counts_labels_in_rows_and_answers_in_columns() -> None:
     assert confusion(torch.rand(4, 1), torch.zeros(4, dtype=torch.int64)).tolist() == [[4]]
 
 
+def test_an_image_of_none_of_the_classes_is_wrong_where_a_capsule_is_long() -> None:
+    probabilities = torch.tensor([[0.6, 0.1], [0.5, 0.4], [0.6, 0.1], [0.1, 0.2]])
+    assert wrong(probabilities, torch.tensor([NONE, NONE, 0, 0])).tolist() == [True, False, False, True]
+    assert wrong(probabilities, torch.tensor([[NONE, NONE]] * 4)).tolist() == [True, False, True, False]
+
+
+def test_an_image_of_the_only_class_is_wrong_where_its_capsule_is_not_long() -> None:
+    probabilities = torch.tensor([[0.6], [0.4], [0.6], [0.4]])
+    assert wrong(probabilities, torch.tensor([0, 0, NONE, NONE])).tolist() == [False, True, True, False]
+
+
 def test_confusion_of_pairs_counts_the_labels_missed_against_the_classes_wrongly_given() -> None:
     probabilities = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.8, 0.1, 0.0], [0.1, 0.2, 0.9, 0.8]])
-    labels = torch.tensor([[1, 0], [3, 0], [1, 0]])  # right; 3 taken for 1; 0 and 1 taken for 2 and 3
+    labels = torch.tensor([[1, 0], [3, 0], [1, 0]])  # right; 3 mistaken for 1; 0 and 1 mistaken for 2 and 3
     counts = confusion(probabilities, labels)
     assert counts.tolist() == [[2, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert counts.sum(1).tolist() == labels.flatten().bincount(minlength=4).tolist()
@@ -172,10 +185,11 @@ def test_the_text_of_a_confusion_matrix_fits_its_cells_and_can_be_read(classes: 
 def test_mistakes_are_ordered_by_how_much_longer_the_wrong_capsule_is() -> None:
     assert by_confidence(PROBABILITIES, LABELS) == [3, 5, 1]  # 3 and 5 are equal
     assert by_confidence(PROBABILITIES, PROBABILITIES.argmax(1)) == []
-    assert by_confidence(torch.rand(3, 1), torch.zeros(3, dtype=torch.int64)) == []
+    assert by_confidence(0.51 + torch.rand(3, 1) / 3, torch.zeros(3, dtype=torch.int64)) == []
+    assert by_confidence(torch.tensor([[0.4], [0.9], [0.1]]), torch.zeros(3, dtype=torch.int64)) == [2, 0]
     pairs = torch.tensor([[0.9, 0.2, 0.5], [0.9, 0.1, 0.8]])
     assert by_confidence(pairs, torch.tensor([[0, 1], [1, 0]])) == [1, 0]
-    pairs = torch.tensor([[0.9, 0.2, 0.5], [0.6, 0.4, 0.65]])  # by the shorter label's capsule, not by the longer one's
+    pairs = torch.tensor([[0.9, 0.2, 0.5], [0.6, 0.4, 0.65]])  # sorted by the shorter capsule of the labels
     assert by_confidence(pairs, torch.tensor([[0, 1], [1, 0]])) == [0, 1]
 
 
@@ -199,7 +213,7 @@ def test_a_tile_of_a_pair_has_both_labels_and_both_answers() -> None:
     ]  # fmt: skip
 
 
-def test_no_more_than_the_worst_mistakes_are_drawn_and_none_is_said() -> None:
+def test_only_the_worst_mistakes_are_drawn_and_a_page_without_mistakes_says_so() -> None:
     count = MAX_DRAWN_MISTAKES + 5
     labels = torch.ones(count, dtype=torch.int64)
     probabilities = torch.stack([torch.linspace(0.5, 0.9, count), torch.full((count,), 0.1)], 1)
@@ -212,7 +226,7 @@ def test_no_more_than_the_worst_mistakes_are_drawn_and_none_is_said() -> None:
     ]
 
 
-def test_the_report_tells_what_was_trained_how_it_was_chosen_and_how_sure_the_errors_are(tmp_path: Path) -> None:
+def test_the_report_names_the_network_its_selection_and_the_intervals_of_its_errors(tmp_path: Path) -> None:
     log(tmp_path, 0, "epoch,classification_loss_epoch", "0,0.5")
     checkpoint, dataset, probabilities = make(**FIGURES)
     write_report(tmp_path, checkpoint, dataset, probabilities)
@@ -247,6 +261,50 @@ def test_the_report_tells_what_was_trained_how_it_was_chosen_and_how_sure_the_er
     for link in links:
         with Image.open(tmp_path / link) as picture:
             assert picture.format == "PNG"
+
+
+def test_the_report_tells_what_routing_does(tmp_path: Path) -> None:
+    checkpoint, dataset, probabilities = make(**FIGURES)
+    write_report(tmp_path, checkpoint, dataset, probabilities)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    figures = routing_figures(checkpoint.model(), IMAGES)
+    assert "## What routing does" in lines
+    assert f"| mean length of the primary capsules | {figures.primary_length:.4f} |" in lines
+    assert "| entropy of the couplings in iteration 1 | 1.0000 |" in lines
+    assert f"| entropy of the couplings in iteration 3 | {figures.entropies[2]:.4f} |" in lines
+    assert f"| answers that one iteration changes | {figures.changed} of 6 |" in lines
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_the_figures_of_routing_are_those_of_the_networks_capsules_and_couplings(objects: int) -> None:
+    model = CapsNet(replace(CONFIG, routing_iterations=2)).eval()
+    with torch.no_grad():
+        model.primary.weight.mul_(30)
+        model.weight.mul_(30)  # so that routing decides something
+    images = torch.randint(0, 256, (250, 1, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    figures = routing_figures(model, images, objects)
+
+    with torch.no_grad():
+        u = model.primary_capsules(images / 255)
+        poses, couplings = model.with_couplings(images / 255)
+        model.config = replace(model.config, routing_iterations=1)
+        uniform = model(images / 255)
+    assert figures.images == 250
+    assert figures.primary_length == pytest.approx(u.norm(dim=-1).mean().item(), rel=1e-5)
+    entropy = -(couplings * couplings.log()).sum(1).mean().item() / np.log(3)
+    assert figures.entropies == pytest.approx((1, entropy), rel=1e-4)
+    assert entropy < 0.9
+    best, other = (most_probable(one.norm(dim=-1), objects) for one in (poses, uniform))
+    assert figures.changed == (best != other).any(1).sum()
+    assert figures.changed > 0
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "max-min"])
+def test_the_figures_of_routing_are_finite_for_every_network(normalization: str) -> None:
+    for classes in (1, 3):
+        figures = routing_figures(CapsNet(replace(CONFIG, classes=classes, normalization=normalization)).eval(), IMAGES)
+        assert len(figures.entropies) == (0 if classes == 1 else 3)
+        assert all(0 <= entropy <= 1 + 1e-6 for entropy in figures.entropies)
 
 
 def test_a_network_without_a_decoder_that_was_trained_on_all_images_has_a_shorter_report(tmp_path: Path) -> None:

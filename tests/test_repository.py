@@ -1,4 +1,4 @@
-"""The models of a repository folder: several at once, new versions, bad ones, and those that go."""
+"""Tests of the models of a repository folder: several at once, new versions, bad versions, and removed ones."""
 
 import asyncio
 import logging
@@ -43,7 +43,7 @@ PATIENCE = 10.0
 
 
 def put(repository: Path, version: str = "1", name: str = "digits", graph: bytes | None = None) -> Path:
-    """A version with the embedded model's graph, or another, whose labels tell the version: ``7 of 1``."""
+    """Write a version with the embedded model's graph, or another graph. Its labels name the version: ``7 of 1``."""
     folder = repository / name / version
     folder.mkdir(parents=True, exist_ok=True)
     (folder / artifact.MODEL).write_bytes(graph or (EMBEDDED / artifact.MODEL).read_bytes())
@@ -64,7 +64,7 @@ def put(repository: Path, version: str = "1", name: str = "digits", graph: bytes
 
 
 def linear_graph(weights: NDArray[np.float32], classes: int = 10) -> bytes:
-    """A graph of one layer with the network's input and outputs; weights: (784, 16 * classes)."""
+    """Return a graph of one layer with the network's input and outputs. weights: (784, 16 * classes)."""
     nodes = [
         helper.make_node("Cast", ["images"], ["numbers"], to=TensorProto.FLOAT),
         helper.make_node("Flatten", ["numbers"], ["rows"]),
@@ -90,7 +90,7 @@ def linear_graph(weights: NDArray[np.float32], classes: int = 10) -> bytes:
 
 
 def another_graph() -> bytes:
-    """The embedded model's graph in other bytes."""
+    """Return the embedded model's graph in other bytes."""
     model = onnx.load(EMBEDDED / artifact.MODEL)
     model.doc_string = "another"
     data: bytes = model.SerializeToString()
@@ -128,7 +128,7 @@ def failed_loads(running: Running) -> float:
 
 
 def index(channel: grpc.Channel) -> dict[tuple[str, str], tuple[str, str]]:
-    """(state, reason) by (name, version)."""
+    """Return (state, reason) by (name, version)."""
     stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
     models = stub.RepositoryIndex(inference.RepositoryIndexRequest(), timeout=20).models
     return {(model.name, model.version): (model.state, model.reason) for model in models}
@@ -180,7 +180,7 @@ def test_with_several_models_a_request_must_name_one(start: Callable[..., Runnin
     assert [(one.field, one.description) for one in violations.field_violations] == [("model_name", text)]
 
 
-def test_what_is_not_served_is_not_found_and_what_there_is_is_told(
+def test_an_unknown_model_is_not_found_and_the_error_names_the_served_ones(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:
     put(tmp_path)
@@ -191,9 +191,7 @@ def test_what_is_not_served_is_not_found_and_what_there_is_is_told(
         assert str(error.details()).endswith("is not served; there is: digits version 1")
 
 
-def test_the_highest_versions_by_number_are_served_and_no_more_than_asked_for(
-    start: Callable[..., Running], tmp_path: Path
-) -> None:
+def test_only_the_requested_number_of_highest_versions_is_served(start: Callable[..., Running], tmp_path: Path) -> None:
     for version in ("2", "9", "10"):
         put(tmp_path, version)
     (tmp_path / "digits" / "draft").mkdir()
@@ -234,7 +232,7 @@ def test_without_polling_a_new_version_waits_for_a_sighup(tmp_path: Path) -> Non
 
 
 def test_a_new_version_is_swapped_in_under_full_load_without_a_failed_request(tmp_path: Path) -> None:
-    put(tmp_path)  # and again below, which changes nothing
+    put(tmp_path)  # again below, which changes nothing
     with server_process("--models", str(tmp_path), "--poll-seconds", "0.1", *QUICK_FLAGS) as (process, address, _):
         seen = asyncio.run(_load_while_versions_change(tmp_path, address))
         process.send_signal(signal.SIGTERM)
@@ -245,7 +243,7 @@ def test_a_new_version_is_swapped_in_under_full_load_without_a_failed_request(tm
 
 
 async def _load_while_versions_change(repository: Path, address: str) -> list[list[str]]:
-    """The versions that each client met: four with single images, two with eight a request, and two streams."""
+    """Return the versions seen by each client: four with single images, two with eight a request, two streams."""
     seen: list[list[str]] = []
 
     def met(response: pb.ClassifyResponse, images: int, versions: list[str]) -> None:
@@ -382,7 +380,7 @@ def test_a_bad_new_version_never_serves_until_it_is_repaired_in_place(
 
 
 def copy_what_differs(source: Path, target: Path, pause: float = 0.0) -> None:
-    """File by file in the order of the alphabet, each at once under its name, as tools that synchronise folders do."""
+    """Copy the files in alphabetical order, each directly under its final name, as synchronisation tools do."""
     target.mkdir(exist_ok=True)
     for file in sorted(source.iterdir()):
         content, path = file.read_bytes(), target / file.name
@@ -437,7 +435,7 @@ def test_without_one_good_version_the_server_does_not_start_and_says_why(tmp_pat
     assert "Traceback" not in text
 
 
-def test_versions_that_are_no_numbers_are_told_at_the_start(tmp_path: Path) -> None:
+def test_versions_that_are_no_numbers_are_reported_at_the_start(tmp_path: Path) -> None:
     put(tmp_path, "latest")
     code, text = failed_start("--models", str(tmp_path), *QUICK_FLAGS)
     assert code == 1
@@ -478,9 +476,7 @@ def test_a_bad_change_in_the_folder_that_is_served_harms_nobody(start: Callable[
     until(lambda: index(running.channel) == {("digits", "1"): ("READY", "")}, "a clean index")
 
 
-def test_other_files_in_the_folder_that_is_served_do_not_load_it_anew(
-    start: Callable[..., Running], tmp_path: Path
-) -> None:
+def test_other_files_in_a_served_folder_do_not_reload_it(start: Callable[..., Running], tmp_path: Path) -> None:
     folder = put(tmp_path)
     running = start(models=str(tmp_path), poll_seconds=0.0, admin_port=0, **QUICK)
     model = running.model
@@ -489,7 +485,7 @@ def test_other_files_in_the_folder_that_is_served_do_not_load_it_anew(
         (tmp_path / name).write_text("a system's, or an editor's")
     (folder / "folder").mkdir()
     with admin_of(running) as admin:
-        load(admin, "digits")  # a look at the folder, at once
+        load(admin, "digits")  # check the folder at once
         assert running.model is model
         os.utime(folder / artifact.MODEL, ns=(1, 1))
         load(admin, "digits")
@@ -588,7 +584,7 @@ def test_the_admin_port_loads_and_unloads(start: Callable[..., Running], tmp_pat
         assert label(running, "others") == "7 of 1"
 
 
-def test_loading_what_is_bad_or_not_there_is_refused_with_the_reason_and_tried_again_each_time(
+def test_loading_a_bad_or_missing_model_is_refused_with_the_reason_and_retried_each_time(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:
     put(tmp_path, name="others")
@@ -635,7 +631,7 @@ def test_names_of_nothing_are_not_there(start: Callable[..., Running], tmp_path:
     assert label(running) == "7 of 1"
 
 
-def test_a_model_is_what_its_folder_has_and_not_what_a_load_request_brings(
+def test_a_model_comes_from_its_folder_and_not_from_a_load_request(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:
     put(tmp_path)
@@ -670,7 +666,7 @@ def test_the_admin_methods_are_on_a_port_of_their_own_and_by_default_on_none(sta
 
 
 def _hold(model: ServedModel) -> tuple[threading.Event, threading.Event]:
-    """Let the model's next batches wait; (a batch has begun, let them go)."""
+    """Hold the model's next batches. Return two events: a batch has begun, and let them go."""
     run, begun, go = model.classify.batcher._run, threading.Event(), threading.Event()
 
     def held(arrays: Arrays) -> Arrays:
@@ -682,7 +678,7 @@ def _hold(model: ServedModel) -> tuple[threading.Event, threading.Event]:
     return begun, go
 
 
-def test_an_unloaded_model_answers_what_it_has_taken(start: Callable[..., Running], tmp_path: Path) -> None:
+def test_an_unloaded_model_answers_its_accepted_requests(start: Callable[..., Running], tmp_path: Path) -> None:
     put(tmp_path)
     running = start(models=str(tmp_path), poll_seconds=0.0, admin_port=0, **QUICK)
     begun, go = _hold(running.model)
@@ -736,9 +732,9 @@ def test_a_load_whose_client_has_gone_does_not_keep_a_version_from_being_served(
 
 
 def put_a_pipe(repository: Path, version: str = "1") -> Path:
-    """A version whose graph is a pipe, so that loading it takes as long as the other end is open.
+    """Put a version whose graph is a pipe, so that its load lasts as long as the other end is open.
 
-    To open that end, the path that this returns, waits until the server reads.
+    Return the path of the other end. Opening it waits until the server reads.
     """
     folder = put(repository / "prepared", version)
     (folder / artifact.MODEL).unlink()

@@ -1,4 +1,4 @@
-"""The one path of a request without a transport: how it ends, what it releases, and that it leaves nothing behind."""
+"""Tests of a request's path without a transport: its end, its releases, and no leaks."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ POISON = 255
 
 
 class FakeGraph:
-    """Doubles its input once ``go`` is set."""
+    """A graph that doubles its input once ``go`` is set."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -69,7 +69,7 @@ class FakeModel:
 
 
 class NumberQuery:
-    """Numbers to double, negative ones are refused; decoding waits for ``decoding`` where it is slow."""
+    """A query of numbers to double. Negative ones are refused. Slow decoding waits for ``decoding``."""
 
     model_name = model_version = ""
     timeout: float | None = None
@@ -96,7 +96,7 @@ class NumberQuery:
 
 
 class Note:
-    """A reply that keeps what it is told."""
+    """A reply that keeps its result or error."""
 
     deadline: float | None = None
 
@@ -120,7 +120,7 @@ class Note:
         self._tell(None)
 
     async def wait(self) -> bytes | Exception | None:
-        """What it is told at the end, and that it is told once."""
+        """Return the result or error at the end, and check that it comes once."""
         end = time.monotonic() + PATIENCE
         while not self.told:
             assert time.monotonic() < end
@@ -135,7 +135,7 @@ class Note:
 
 
 def run(test: Callable[[FakeModel], Coroutine[None, None, None]]) -> FakeModel:
-    """Run a test with a model; it is used by nobody in the end."""
+    """Run a test with a model, and check that nothing uses the model at the end."""
 
     async def main() -> FakeModel:
         model = FakeModel()
@@ -154,7 +154,7 @@ def request(model: FakeModel, query: NumberQuery, reply: Note) -> Request:
 
 
 async def begin(request: Request, way: str) -> None:
-    """Begin a request as unary calls do, or as streams do."""
+    """Begin a request in the way of unary calls, or in the way of streams."""
     if way == "unary":
         request.begin()
     else:
@@ -296,7 +296,7 @@ def test_an_ended_request_goes_without_the_garbage_collector(no_collection: None
         await reply.wait()
         del reply, one
         later = Note()
-        request(model, NumberQuery(1), later).begin()  # a slot's thread keeps its last batch until the next
+        request(model, NumberQuery(1), later).begin()  # a slot keeps its last batch until the next one
         await later.wait()
         assert [reference() for reference in ended] == [None, None]
 

@@ -1,4 +1,4 @@
-"""Tests of the runtime: each precision of the embedded model, and what it asks of ONNX Runtime."""
+"""Tests of the runtime: each precision of the embedded model, and the options for ONNX Runtime."""
 
 import shutil
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certifica
     parts = [runtime.run({"images": images[start : start + 250]}) for start in range(0, len(images), 250)]
     classes = np.concatenate([part["probabilities"].argmax(1) for part in parts])
     errors = int((classes != digits.labels).sum())
-    # Another processor may round another way in the last digit, where two classes are as good as equal.
+    # Another processor may round the last digit differently, and two classes may be almost equal.
     assert abs(errors - artifact.variants[precision].test_errors) <= (0 if precision == "fp32" else 3)
 
 
@@ -109,7 +109,7 @@ def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], p
 
 
 class FakeSession:
-    """Answers blank images as a session of the provider listed first would, and remembers what it was made with."""
+    """A session of the first provider that answers blank images. It remembers the arguments of its construction."""
 
     made: ClassVar[list[tuple[str, list[Any]]]] = []
 
@@ -141,7 +141,7 @@ class FakeSession:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_apart(
+def test_tensorrt_gets_the_manifests_batches_and_keeps_each_graphs_engines_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     fake = Mock(__version__="1.31", InferenceSession=FakeSession)
@@ -154,7 +154,7 @@ def test_tensorrt_is_told_the_manifests_batches_and_keeps_each_graphs_engines_ap
     assert runtime.provider == TENSORRT
     assert not runtime.fell_back
     file, (first, *others) = FakeSession.made[-1]
-    assert file == str(artifact.file(precision))  # and not its bytes: the cache goes by the file
+    assert file == str(artifact.file(precision))  # not its bytes: the cache key is the file
     assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     folder = tmp_path / artifact.sha256(precision)
     assert folder.is_dir()
@@ -170,7 +170,7 @@ def test_tensorrt_that_is_not_there_is_an_error_and_no_silent_fallback(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_made_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Mock(__version__="1.31", InferenceSession=FakeSession)
     fake.get_available_providers.return_value = [TENSORRT, "CPUExecutionProvider"]
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
@@ -179,7 +179,7 @@ def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest
         open_classifier(load(find(ROOT / "models")), "tensorrt", 0, "fp32", tmp_path / "file")
 
 
-def test_a_batch_larger_than_tensorrt_was_told_of_is_refused_before_anything_is_built() -> None:
+def test_a_batch_beyond_tensorrts_profile_is_refused_before_anything_is_built() -> None:
     with pytest.raises(RuntimeSetupError, match="max_batch: 33; this model was exported for batches of up to 32"):
         ServedModel(find(ROOT / "models"), Settings(device="tensorrt", max_batch=33), Metrics())
 

@@ -1,4 +1,4 @@
-"""What waits for a peer's windows and what goes, without a socket."""
+"""Tests of the data that waits for a peer's windows and the data that goes out, without a socket."""
 
 import random
 import struct

@@ -1,4 +1,4 @@
-"""Settings: one definition for flag, environment variable, default and help."""
+"""Tests of the settings: one definition for flag, environment variable, default and help."""
 
 import re
 from dataclasses import fields
@@ -76,7 +76,7 @@ def test_an_empty_variable_is_as_none() -> None:
     assert read([], {"CAPSNET_PRECISION": "", "CAPSNET_MAX_BATCH": ""}) == Settings()
 
 
-def test_what_kubernetes_sets_for_services_is_passed_over() -> None:
+def test_variables_that_kubernetes_sets_for_services_are_ignored() -> None:
     links = {
         "CAPSNET_PORT": "tcp://10.96.12.7:8001",
         "CAPSNET_METRICS_PORT": "tcp://10.96.12.8:8002",
@@ -97,7 +97,7 @@ def test_what_kubernetes_sets_for_services_is_passed_over() -> None:
     assert service_links({"CAPSNET_PORT": "9000"}) == []
 
 
-def test_what_the_compose_file_reads_itself_does_not_keep_a_server_from_starting() -> None:
+def test_variables_of_the_compose_file_do_not_keep_a_server_from_starting() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     variables = set(re.findall(rf"\$\{{({ENVIRONMENT_PREFIX}\w+)", text))
     assert {"CAPSNET_TRAINING_EPOCHS", "CAPSNET_CPUS"} <= variables

@@ -1,4 +1,4 @@
-"""Listening sockets: whose a port or a path is, and from when on."""
+"""Tests of listening sockets: the owner of a port or a path, and the moment from which it has it."""
 
 import asyncio
 import errno
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from serving.transport.frames import PREFACE
 from serving.transport.methods import TransportLimits
 from serving.transport.server import GrpcServer
 from serving.transport.sockets import UnixSocket, listen_tcp
@@ -48,13 +49,16 @@ def test_who_connects_before_the_start_is_served_from_then_on(loop: Any) -> None
         server = grpc_server()
         port = await server.listen("127.0.0.1", 0)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(PREFACE)
         greeting = asyncio.create_task(reader.read(1))
-        await asyncio.sleep(0.1)
-        assert not greeting.done()
-        await server.start()
-        assert await asyncio.wait_for(greeting, 10)
-        writer.close()
-        await server.stop(0)
+        try:
+            await asyncio.sleep(0.1)
+            assert not greeting.done()
+            await server.start()
+            assert await asyncio.wait_for(greeting, 10)
+        finally:
+            writer.close()
+            await server.stop(0)
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(main())
@@ -87,7 +91,7 @@ def test_all_addresses_of_a_host_have_the_same_free_port() -> None:
         one.close()
 
 
-def test_every_interface_is_the_empty_host_and_leaves_nothing_open_where_one_address_fails() -> None:
+def test_the_empty_host_means_every_interface_and_leaves_nothing_open_if_one_address_fails() -> None:
     opened = listen_tcp("", 0)
     port = opened[0].getsockname()[1]
     with socket.create_connection(("127.0.0.1", port), timeout=10):
@@ -114,6 +118,7 @@ def test_a_server_that_stops_leaves_its_successors_socket_alone(loop: Any, tmp_p
         await second.start()
         await first.stop(0)
         reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(PREFACE)
         assert await asyncio.wait_for(reader.read(1), 10), "the successor greets"
         writer.close()
         await second.stop(0)
@@ -137,7 +142,7 @@ def test_a_socket_that_somebody_else_put_in_its_place_is_not_removed(tmp_path: P
     second.socket.close()
 
 
-def test_a_socket_that_is_listened_on_and_what_is_no_socket_are_not_replaced(tmp_path: Path) -> None:
+def test_a_socket_in_use_and_a_file_that_is_no_socket_are_not_replaced(tmp_path: Path) -> None:
     running = UnixSocket(str(tmp_path / "socket"))
     (tmp_path / "file").write_text("precious")
     for name in ("socket", "file"):

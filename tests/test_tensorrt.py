@@ -1,7 +1,7 @@
-"""Tests of the TensorRT build against a stand-in: which calls are made, what is written, what is said on failure.
+"""Tests of the TensorRT build with a stand-in: the calls, the written files, and the errors on failure.
 
-The stand-in answers as TensorRT's Python binding does as far as its source shows: functions answer None or False and
-give their reason to the logger, ``Builder`` raises TypeError, and memory comes as buffers.
+The stand-in follows the source of TensorRT's Python binding: functions return None or False and give their reason to
+the logger, ``Builder`` raises TypeError, and memory comes as buffers.
 """
 
 import sys
@@ -19,7 +19,7 @@ from serving.tensorrt_options import CONTEXT_MODEL, BatchProfile, execution_prov
 
 PROFILE = BatchProfile(1, 8, 32)
 IMAGE = (1, 28, 28)
-GPU = b"H200:"  # what the stand-in's timing caches begin with
+GPU = b"H200:"  # the first bytes of the stand-in's timing caches
 
 
 class Severity(IntEnum):
@@ -144,7 +144,7 @@ class Config:
 
 
 class FakeTensorRT(ModuleType):
-    """``tensorrt``: what was built is in ``network_flags`` and ``config``, what is to go wrong is set beforehand."""
+    """A stand-in for ``tensorrt``. ``network_flags`` and ``config`` hold what was built. Tests set faults."""
 
     ILogger, NetworkDefinitionCreationFlag, BuilderFlag = ILogger, NetworkDefinitionCreationFlag, BuilderFlag
     OnnxParser = OnnxParser
@@ -238,7 +238,7 @@ def test_kernel_times_are_kept_from_one_build_to_the_next(tensorrt: FakeTensorRT
 
 
 @pytest.mark.parametrize("content", [b"A100:timed", b"damaged"])
-def test_kernel_times_that_do_not_fit_are_begun_anew_and_that_is_said(
+def test_kernel_times_that_do_not_fit_are_discarded_with_a_message(
     tensorrt: FakeTensorRT, model: Path, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "timing.cache"
@@ -259,7 +259,7 @@ def test_a_node_that_tensorrt_does_not_know_is_named(tensorrt: FakeTensorRT, tmp
     assert not (tmp_path / "model.engine").exists()
 
 
-def test_a_file_that_is_no_onnx_is_told_without_a_node(tensorrt: FakeTensorRT, tmp_path: Path) -> None:
+def test_a_file_that_is_no_onnx_is_reported_without_a_node(tensorrt: FakeTensorRT, tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(b"\xff")
     with pytest.raises(EngineError, match="cannot parse it: MODEL_DESERIALIZE_FAILED: Failed to parse the ONNX model"):
@@ -275,13 +275,15 @@ def test_a_model_with_another_input_is_refused(
         build_engine(model, tmp_path / "model.engine", PROFILE)
 
 
-def test_a_profile_that_tensorrt_does_not_take_is_told(tensorrt: FakeTensorRT, model: Path, tmp_path: Path) -> None:
+def test_a_profile_that_tensorrt_refuses_is_reported(tensorrt: FakeTensorRT, model: Path, tmp_path: Path) -> None:
     tensorrt.profile_index = -1
     with pytest.raises(EngineError, match=r"does not take BatchProfile\(min=1, opt=8, max=32\) for images"):
         build_engine(model, tmp_path / "model.engine", PROFILE)
 
 
-def test_a_failed_build_says_why_and_leaves_what_was_there(tensorrt: FakeTensorRT, model: Path, tmp_path: Path) -> None:
+def test_a_failed_build_says_why_and_keeps_the_previous_files(
+    tensorrt: FakeTensorRT, model: Path, tmp_path: Path
+) -> None:
     engine, cache = tmp_path / "model.engine", tmp_path / "timing.cache"
     engine.write_bytes(b"the engine before")
     tensorrt.build_problem = "Could not find any implementation for node node_last"
@@ -309,7 +311,7 @@ def test_without_the_package_the_message_says_how_to_get_it(
         ("import tensorrt_bindings_of_nobody", "the Python package tensorrt lacks tensorrt_bindings_of_nobody"),
     ],
 )
-def test_a_package_that_does_not_load_is_told_with_the_reason(
+def test_a_package_that_does_not_load_is_reported_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path, source: str, message: str
 ) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
@@ -319,14 +321,14 @@ def test_a_package_that_does_not_load_is_told_with_the_reason(
         build_engine(model, tmp_path / "model.engine", PROFILE)
 
 
-def test_a_tensorrt_that_is_too_old_is_told(tensorrt: FakeTensorRT, model: Path, tmp_path: Path) -> None:
+def test_a_tensorrt_that_is_too_old_is_reported(tensorrt: FakeTensorRT, model: Path, tmp_path: Path) -> None:
     tensorrt.__version__ = "8.6.1"
     with pytest.raises(TensorRTMissing, match=r"TensorRT 8\.6\.1 is installed, and 10 or newer is needed"):
         build_engine(model, tmp_path / "model.engine", PROFILE)
 
 
 @pytest.mark.parametrize("severity", [Severity.ERROR, Severity.WARNING])
-def test_a_machine_without_a_gpu_or_driver_is_told_in_tensorrts_words(
+def test_a_machine_without_a_gpu_or_driver_is_reported_in_tensorrts_words(
     tensorrt: FakeTensorRT, model: Path, tmp_path: Path, severity: Severity
 ) -> None:
     tensorrt.start_problem = severity, "CUDA initialization failure with error: 35"

@@ -1,4 +1,4 @@
-"""Tests of the graph in half precision: what is float16 in it, and how near it comes to float32."""
+"""Tests of the graph in half precision: its float16 parts, and its difference to float32."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from export.graph import GraphError
-from export.to_fp16 import to_fp16
+from export.to_fp16 import rounded, to_fp16
 from export.verify import edge_images
-from tests.graphs import TINY, assert_kept, exported, random_images, run
+from tests.graphs import STEM, TINY, assert_kept, by_hand, digest, exported, random_images, run
 from training.model import CapsNetConfig
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -31,7 +31,7 @@ def half(graph: ModelProto) -> ModelProto:
 
 
 def types(model: ModelProto) -> dict[str, int]:
-    """The element type of each value and initializer."""
+    """Return the element type of each value and initializer."""
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     result = {tensor.name: tensor.data_type for tensor in inferred.initializer}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
@@ -40,7 +40,7 @@ def types(model: ModelProto) -> dict[str, int]:
 
 
 def edited(model: ModelProto, name: str, change: Any) -> ModelProto:
-    """A copy with ``change`` applied to one initializer, found by how its name ends."""
+    """Return a copy with ``change`` applied to the one initializer whose name has this end."""
     result = ModelProto()
     result.CopyFrom(model)
     (tensor,) = (tensor for tensor in result.graph.initializer if tensor.name.endswith(name))
@@ -52,7 +52,7 @@ def edited(model: ModelProto, name: str, change: Any) -> ModelProto:
 def test_convolutions_and_votes_are_in_half_precision_and_the_rest_in_single(half: ModelProto) -> None:
     found = types(half)
     products = [found[node.output[0]] for node in half.graph.node if node.op_type == "MatMul"]
-    assert products == [FLOAT, HALF, FLOAT, FLOAT, FLOAT, FLOAT]  # the second are the votes
+    assert products == [FLOAT, HALF, FLOAT, FLOAT, FLOAT, FLOAT]  # the second product is the votes
     for node in half.graph.node:
         if node.op_type in ("Conv", "Relu"):
             assert {found[name] for name in (*node.input, *node.output)} == {HALF}
@@ -62,9 +62,9 @@ def test_convolutions_and_votes_are_in_half_precision_and_the_rest_in_single(hal
     assert found["probabilities"] == found["poses"] == FLOAT
 
 
-def test_no_more_is_cast_than_the_borders_of_half_precision(half: ModelProto) -> None:
+def test_casts_stand_only_at_the_borders_of_half_precision(half: ModelProto) -> None:
     casts = [node for node in half.graph.node if node.op_type == "Cast"]
-    # The image, capsules from half and to half, votes, and once, when the model is loaded, the weights.
+    # The image, the capsules from and to half, the votes, and the weights, which are cast once at the load.
     assert len(casts) == 5
     assert casts[0].input[0] == "images"
     assert len({node.input[0] for node in casts}) == 5
@@ -119,14 +119,61 @@ def test_blank_saturated_and_noise_images_are_near_to_single_precision(graph: Mo
         pytest.param(replace(TINY, normalization="max-min"), 20, id="max-min"),
         pytest.param(replace(TINY, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
         pytest.param(replace(TINY, routing_iterations=1, classes=1, digit_dim=1), 20, id="one-iteration-one-class"),
+        pytest.param(STEM, 20, id="stem"),
     ],
 )
 def test_any_network_is_near_to_single_precision(config: CapsNetConfig, opset: int) -> None:
     graph = exported(config, opset)
     half = to_fp16(graph)
     images = torch.cat((random_images(config, 3), edge_images(config.image_channels, config.image_size)))
-    for found, expected in zip(run(half, images), run(graph, images), strict=True):
-        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+    for model in (half, rounded(half)):
+        for found, expected in zip(run(model, images), run(graph, images), strict=True):
+            np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_all_convolutions_of_a_stem_are_in_half_precision() -> None:
+    half = to_fp16(exported(STEM))
+    found = types(half)
+    convolutions = [node for node in half.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == len(STEM.stem) + 1
+    assert {found[name] for node in convolutions for name in (*node.input, *node.output)} == {HALF}
+
+
+def test_the_bytes_of_two_convolutions_are_those_that_they_always_were() -> None:
+    assert digest(to_fp16(by_hand())) == "7ba2f7bdafaabd75b8423f76ca9bfb709c981e530f82bbd5a12e902d06118c11"
+
+
+def test_the_rounded_graph_rounds_where_onnx_runtimes_cpu_does_not() -> None:
+    half = to_fp16(by_hand())
+    told = ModelProto()
+    told.CopyFrom(rounded(half))
+    names = ["scaled", "first", "features", "divided", "maps"]
+    told.graph.output.extend(onnx.helper.make_tensor_value_info(name, FLOAT, None) for name in names)
+    images = torch.randint(0, 256, (4, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    poses, *values = run(told, images)
+    for value in values:
+        assert np.array_equal(value, value.astype(np.float16))
+    pixels = (images / 256).half().float()
+    weights = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in half.graph.initializer}
+    maps = pixels
+    for layer, stride, divisor in (("first", 1, 4), ("second", 2, 1)):
+        weight, bias = (weights[f"{layer}.{name}"].float() for name in ("weight", "bias"))
+        maps = torch.nn.functional.conv2d(maps, weight, bias, stride=stride).half().float()
+        maps = (maps.relu() / divisor).half().float() if layer == "first" else maps
+    assert np.array_equal(values[-1], maps.numpy())
+    assert np.array_equal(poses, run(rounded(half), images)[0])
+    assert not np.array_equal(poses, run(half, images)[0])
+
+
+def test_the_rounded_graph_is_single_precision_but_for_its_rounding(half: ModelProto) -> None:
+    model = rounded(half)
+    found = types(model)
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    assert {name for name, kind in found.items() if kind == HALF} == {
+        node.output[0] for node in casts if node.attribute[0].i == HALF
+    }
+    assert all(tensor.data_type != HALF for tensor in model.graph.initializer)
+    assert list(model.graph.output) == list(half.graph.output)
 
 
 @pytest.mark.parametrize("factor", [100, 3000])

@@ -1,4 +1,4 @@
-"""Tests of the graph in 8-bit integers: what is quantised in it, what ONNX Runtime makes of it, and how near it is."""
+"""Tests of the graph in 8-bit integers: its quantised parts, ONNX Runtime's optimisation, and its accuracy."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +16,7 @@ from torch import Tensor
 from export.graph import GraphError
 from export.to_int8 import to_int8
 from export.verify import edge_images
-from tests.graphs import TINY, assert_kept, exported, random_images, run
+from tests.graphs import STEM, TINY, assert_kept, by_hand, digest, exported, random_images, run
 from training.model import CapsNetConfig
 
 TOLERANCE = 0.03  # of probabilities and poses, which are from -1 to 1
@@ -133,6 +133,8 @@ def test_an_image_gets_the_same_answer_in_any_batch(integer: ModelProto) -> None
         pytest.param(replace(TINY, normalization="max-min"), 20, id="max-min"),
         pytest.param(replace(TINY, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
         pytest.param(replace(TINY, routing_iterations=1, classes=1, digit_dim=1), 20, id="one-iteration-one-class"),
+        pytest.param(STEM, 20, id="stem"),
+        pytest.param(replace(STEM, image_channels=3, stem=((8, 3, 2, 0),), primary_divisor=4.0), 20, id="one-in-stem"),
     ],
 )
 def test_any_network_is_near_to_float_on_images_of_any_kind(config: CapsNetConfig, opset: int, tmp_path: Path) -> None:
@@ -144,7 +146,36 @@ def test_any_network_is_near_to_float_on_images_of_any_kind(config: CapsNetConfi
     for found, expected in zip(run(integer, images, path), run(graph, images), strict=True):
         np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
     operators = Counter(node.op_type for node in onnx.load_model(path).graph.node)
-    assert (operators["QLinearConv"], operators["QuantizeLinear"]) == (2, 0)
+    assert (operators["QLinearConv"], operators["QuantizeLinear"]) == (len(config.convolutions) + 1, 0)
+
+
+def test_every_convolution_of_a_stem_has_a_step_for_its_own_input() -> None:
+    graph = exported(STEM)
+    images = random_images(STEM, 8)
+    integer = to_int8(graph, images)
+    values = [node.output[0] for node in graph.graph.node if node.op_type == "Relu"]
+    told = ModelProto()
+    told.CopyFrom(graph)
+    told.graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in values)
+    _, _, *features = run(told, torch.cat((images, edge_images(1, 28))))
+    convolutions = [node for node in integer.graph.node if node.op_type == "Conv"]
+    steps = [float(constant(integer, maker(integer, node.input[0]).input[1])) for node in convolutions]
+    assert steps == pytest.approx([1 / 255, *(float(array.max()) / 255 for array in features)], rel=1e-5)
+    assert len(set(steps)) == len(STEM.stem) + 1
+
+
+def test_the_bytes_of_two_convolutions_are_those_that_they_always_were() -> None:
+    images = torch.randint(0, 256, (4, 1, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert digest(to_int8(by_hand(), images)) == "42d5932f0bc847f52101951e01ba35ed8c2dc655a1284364c0f8d0303f97b897"
+
+
+def test_two_convolutions_may_share_a_constant(graph: ModelProto) -> None:
+    shared = ModelProto()
+    shared.CopyFrom(exported(replace(TINY, primary_types=1)))
+    (first, second) = (node for node in shared.graph.node if node.op_type == "Conv")
+    second.input[2] = first.input[2]
+    for found, expected in zip(run(to_int8(shared, IMAGES), IMAGES), run(shared, IMAGES), strict=True):
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_images_beyond_the_calibrated_range_are_cut_off_and_stay_finite(graph: ModelProto) -> None:
@@ -154,7 +185,7 @@ def test_images_beyond_the_calibrated_range_are_cut_off_and_stay_finite(graph: M
 
 
 def edited(model: ModelProto, name: str, value: float, rows: slice) -> ModelProto:
-    """A copy with some rows of one initializer, found by how its name ends, set to a value."""
+    """Return a copy in which some rows of one initializer, found by the end of its name, have this value."""
     result = ModelProto()
     result.CopyFrom(model)
     (tensor,) = (tensor for tensor in result.graph.initializer if tensor.name.endswith(name))
@@ -209,6 +240,14 @@ def test_images_that_the_graph_does_not_take_are_refused(graph: ModelProto, imag
 def test_a_graph_that_is_quantised_already_is_a_graph_error(integer: ModelProto) -> None:
     with pytest.raises(GraphError, match="the graph begins with DequantizeLinear, Conv"):
         to_int8(integer, IMAGES)
+
+
+def test_a_convolution_without_a_bias_is_a_graph_error(graph: ModelProto) -> None:
+    bare = ModelProto()
+    bare.CopyFrom(graph)
+    del next(node for node in bare.graph.node if node.op_type == "Conv").input[2]
+    with pytest.raises(GraphError, match=r"input 2 of Conv .* is no constant"):
+        to_int8(bare, IMAGES)
 
 
 def test_the_file_is_smaller_by_three_bytes_a_weight_of_the_convolutions(

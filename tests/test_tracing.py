@@ -1,4 +1,4 @@
-"""Traces of requests, in memory in place of a collector."""
+"""Tests of the traces of requests, kept in memory instead of a collector."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,7 +18,7 @@ STEPS = ["decode", "queue", "infer", "encode"]
 
 @pytest.fixture
 def traced(start: Callable[..., Running]) -> tuple[Running, Callable[[], list[ReadableSpan]]]:
-    """A server, and its spans so far."""
+    """A server with the spans that it has made so far."""
     exporter = InMemorySpanExporter()
     running = start(spans=exporter)
 

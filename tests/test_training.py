@@ -1,13 +1,12 @@
-"""Tests of training runs: what they learn, select, test and write, and that an interrupted one loses nothing."""
+"""Tests of training runs: learning, selection, test and files. An interrupted run loses nothing."""
 
-import csv
 import math
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,6 @@ from unittest.mock import Mock
 import lightning
 import pytest
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 import training.data.datasets
@@ -26,71 +24,50 @@ import training.report
 import training.train
 from serving.files.options import option_of
 from tests.conftest import ROOT
+from tests.trainings import (
+    CONFIG,
+    DATASET,
+    MISLABELLED,
+    RECIPE,
+    STEPS_PER_EPOCH,
+    PowerCut,
+    act_at,
+    assert_same,
+    cut_power,
+    epoch_figures,
+    interrupt,
+    process_state,
+    train,
+    train_until,
+)
 from training import checkpoint as checkpoints
 from training import recipe as recipe_choices
 from training.__main__ import main
-from training.callbacks import Interrupted, StopBetweenSteps
+from training.callbacks import AveragedWeights, Interrupted, StopBetweenSteps
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data.augment import AUGMENTATIONS
 from training.data.batches import Batches
 from training.data.compose import scenes
 from training.data.datasets import Dataset, split
 from training.data.sources import DatasetError
+from training.data.specs import NONE
 from training.evaluate import mistakes, predict
 from training.loss import margin_loss
 from training.model import CONFIGS, CapsNet, CapsNetConfig, lengths, to_pixels
 from training.recipe import NetworkChanges, Recipe
 from training.report import write_report
 from training.run_folder import BEST_FILE, CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE
-from training.train import Training, TrainingError, run
+from training.train import Training, TrainingError
 
-CONFIG = CapsNetConfig(image_size=20, classes=3, conv_channels=8, primary_types=2, decoder_widths=(16,))
-RECIPE = Recipe(
-    epochs=3, batch_size=32, learning_rate=2e-2, warmup_epochs=0.5, ema_decay=0.7, augment="affine", held_out=20, seed=3
-)
-STEPS_PER_EPOCH = 4  # of 140 - 20 images
+__all__ = ["process_state"]  # a fixture that surrounds every run
 FLAGS = [
     "--config=compact",
     *(
         f"--{name.replace('_', '-')}={value}"
         for name, value in asdict(RECIPE).items()
-        if value is not None and not isinstance(value, bool)
+        if value is not None and not isinstance(value, bool | tuple)
     ),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_state() -> Iterator[None]:
-    """Undo what a run changes for the whole process, and keep it to one thread: sums then come out alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with isolate_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PL_GLOBAL_SEED", "0")
-        patch.setenv("PL_SEED_WORKERS", "0")
-        yield
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)
-
-
-def bars(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise with a bar at the top, a bar at the left or a square at the bottom right, by class."""
-    source = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 3, (count,), generator=source)
-    images = torch.randint(0, 60, (count, 1, 20, 20), generator=source)
-    images[labels == 0, :, 3:9, 3:17] += 190
-    images[labels == 1, :, 3:17, 3:9] += 190
-    images[labels == 2, :, 10:17, 10:17] += 190
-    return images.to(torch.uint8), labels
-
-
-def make_dataset() -> Dataset:
-    test_images, test_labels = bars(60, seed=2)
-    test_labels[MISLABELLED] = (test_labels[MISLABELLED] + 1) % 3
-    return Dataset("tiny", ("lying", "standing", "square"), *bars(140, seed=1), test_images, test_labels)
-
-
-MISLABELLED = [4, 17, 50]
-DATASET = make_dataset()
 
 
 class RecordedDataset(Dataset):
@@ -102,78 +79,9 @@ class RecordedDataset(Dataset):
         return super().__getattribute__(name)
 
 
-def train(
-    folder: Path,
-    recipe: Recipe = RECIPE,
-    *,
-    resume: bool = False,
-    dataset: Dataset = DATASET,
-    config: CapsNetConfig = CONFIG,
-) -> Checkpoint:
-    result = run(config, dataset, recipe, folder, resume=resume, progress=False)
-    assert result is not None
-    return result.checkpoint
-
-
-class PowerCut(Exception):
-    """Stops a run without its knowledge."""
-
-
-def cut_power() -> None:
-    raise PowerCut
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def act_at(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
-    """Have something happen during the given optimizer step, counted from 1."""
-    original = StopBetweenSteps.on_train_batch_end
-
-    def on_train_batch_end(
-        self: StopBetweenSteps,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        index: int,
-    ) -> None:
-        if trainer.global_step == step:
-            act()
-        original(self, trainer, module, outputs, batch, index)
-
-    patch.setattr(StopBetweenSteps, "on_train_batch_end", on_train_batch_end)
-
-
-def train_until(step: int, folder: Path, recipe: Recipe = RECIPE, act: Callable[[], None] = interrupt) -> None:
-    """Train until what is done in the given step stops the run."""
-    with pytest.MonkeyPatch.context() as patch:
-        act_at(patch, step, act)
-        with pytest.raises((Interrupted, PowerCut)):
-            train(folder, recipe)
-
-
-def assert_same(one: Checkpoint, other: Checkpoint) -> None:
-    for name, value in other.state_dict.items():
-        assert one.state_dict[name].equal(value), name
-    for checkpoint in (one, other):
-        checkpoint.figures["seconds"] = 0
-    assert replace(one, state_dict={}) == replace(other, state_dict={})
-
-
 def log_held_out_losses(patch: pytest.MonkeyPatch, losses: list[float]) -> None:
     remaining = iter(losses)
     patch.setattr(Training, "validation_step", lambda self, *_: self.log("held_out_loss", next(remaining)))
-
-
-def epoch_figures(folder: Path, name: str) -> list[float]:
-    """One of the figures that were logged, by epoch."""
-    found: dict[int, float] = {}
-    for log in sorted(folder.glob("logs/*/metrics.csv")):
-        with log.open() as lines:
-            found |= {int(row["epoch"]): float(row[name]) for row in csv.DictReader(lines) if row[name]}
-    return [found[epoch] for epoch in sorted(found)]
 
 
 def held_out_examples() -> tuple[Tensor, Tensor]:
@@ -206,7 +114,7 @@ def test_a_network_learns(finished: tuple[Checkpoint, Path]) -> None:
     assert checkpoint.figures["test_mistakes"] == MISLABELLED
 
 
-def test_a_run_writes_a_checkpoint_that_holds_what_it_returns(finished: tuple[Checkpoint, Path]) -> None:
+def test_a_run_writes_the_checkpoint_that_it_returns(finished: tuple[Checkpoint, Path]) -> None:
     checkpoint, folder = finished
 
     loaded = checkpoints.load(folder / CHECKPOINT_FILE)
@@ -271,25 +179,72 @@ def test_without_held_out_images_the_averaged_weights_of_the_last_epoch_are_kept
     assert checkpoint.figures["test_images"] == 60
 
 
-def test_one_training_image_in_twelve_is_held_out_unless_told_otherwise(tmp_path: Path) -> None:
+def test_one_training_image_in_twelve_is_held_out_by_default(tmp_path: Path) -> None:
     assert train(tmp_path, replace(RECIPE, epochs=1, held_out=None)).figures["held_out_images"] == 140 // 12
 
 
-def test_a_network_of_one_class_learns_that_it_is_there(tmp_path: Path) -> None:
+def test_a_network_of_one_class_learns_where_it_is_there_and_where_not(tmp_path: Path) -> None:
     config = replace(CONFIG, classes=1)
+    present = DATASET.test_labels == 0
+    present[MISLABELLED] = False
+    shown, others = DATASET.test_images[present], DATASET.test_images[DATASET.test_labels == 2]
+    dataset = replace(
+        DATASET,
+        labels=("lying",),
+        train_labels=torch.where(DATASET.train_labels == 0, 0, NONE),
+        test_images=shown,
+        test_labels=torch.zeros(len(shown), dtype=torch.int64),
+        none_test_images=others,
+    )
+
+    checkpoint = train(tmp_path, replace(RECIPE, epochs=8), dataset=dataset, config=config)
+
+    losses = epoch_figures(tmp_path, "held_out_loss")
+    assert losses[-1] < 0.5 * losses[0]
+    assert predict(checkpoint.model(), shown)[0].min() > 0.5
+    assert checkpoint.figures["test_errors"] == 0
+    assert checkpoint.figures["none_test_images"] == len(others)
+    assert checkpoint.figures["none_test_errors"] <= 2
+    assert checkpoint.figures["held_out_errors"] <= 1
+
+
+def test_one_class_without_images_of_none_is_refused(tmp_path: Path) -> None:
     dataset = replace(
         DATASET,
         labels=("thing",),
         train_labels=torch.zeros_like(DATASET.train_labels),
         test_labels=torch.zeros_like(DATASET.test_labels),
     )
+    with pytest.raises(TrainingError, match="one class alone; it takes images without it"):
+        train(tmp_path, dataset=dataset, config=replace(CONFIG, classes=1))
 
-    checkpoint = train(tmp_path, dataset=dataset, config=config)
 
-    losses = epoch_figures(tmp_path, "held_out_loss")
-    assert losses[-1] < 0.5 * losses[0]
-    probabilities, _ = predict(checkpoint.model(), dataset.test_images)
-    assert probabilities.min() > 0.5
+def test_few_images_are_learned_in_fifty_steps_by_the_default_recipe(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=2, per_class=10, held_out=20)
+    checkpoint = train(tmp_path, recipe)
+    assert torch.load(tmp_path / RESUME_FILE, weights_only=True)["global_step"] == 50
+    assert checkpoint.figures["train_images"] == 30
+    assert checkpoint.figures["test_errors"] <= len(MISLABELLED) + 2
+
+
+def test_the_decay_of_the_averaged_weights_grows_with_the_steps() -> None:
+    module = lightning.LightningModule()
+    module.layer = layer = torch.nn.BatchNorm1d(1)
+    callback = AveragedWeights(0.5)
+    callback.setup(Mock(), module, "fit")
+    average = 0.0
+    for step in range(1, 21):
+        torch.nn.init.constant_(layer.weight, step)
+        layer.running_mean = torch.full((1,), float(step))
+        layer.num_batches_tracked = torch.tensor(step)
+        callback.on_train_batch_end(Mock(global_step=step), module, None, None, 0)
+        decay = 0 if step == 1 else min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * step
+        assert callback._average_model is not None
+        averaged = callback._average_model.module.state_dict()
+        assert averaged["layer.weight"].item() == pytest.approx(average, rel=1e-5)
+        assert averaged["layer.running_mean"].item() == pytest.approx(average, rel=1e-5)
+        assert averaged["layer.num_batches_tracked"] == step
 
 
 def test_the_test_images_are_read_once_and_only_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +276,7 @@ def test_the_test_images_are_read_once_and_only_after_training(tmp_path: Path, m
 def test_a_run_is_repeated_exactly_by_its_seed_and_changed_by_another(
     tmp_path: Path, finished: tuple[Checkpoint, Path]
 ) -> None:
-    torch.rand(5)  # what was drawn before must not matter
+    torch.rand(5)  # earlier random numbers must not matter
     assert_same(train(tmp_path / "again"), finished[0])
     other = train(tmp_path / "other", replace(RECIPE, epochs=1, seed=4))
     assert not other.state_dict["weight"].equal(finished[0].state_dict["weight"])
@@ -350,7 +305,7 @@ def test_a_run_interrupted_in_the_last_step_of_an_epoch_and_resumed_evaluates_th
         except Interrupted:
             checkpoint = train(tmp_path, resume=True)
         else:
-            assert epoch == 3  # nothing is left to interrupt
+            assert epoch == 3  # no step is left to interrupt
 
     assert_same(checkpoint, finished[0])
     assert epoch_figures(tmp_path, "held_out_loss") == epoch_figures(finished[1], "held_out_loss")
@@ -375,6 +330,16 @@ def test_a_run_can_be_interrupted_and_resumed_again_and_again(
                 train(tmp_path, resume=True)
 
     assert_same(train(tmp_path, resume=True), finished[0])
+
+
+@pytest.mark.parametrize("step", [2, 9, 12])
+def test_a_run_whose_epochs_pass_over_few_images_several_times_is_resumed_as_exactly(tmp_path: Path, step: int) -> None:
+    recipe = replace(RECIPE, epochs=2, min_epoch_steps=7)
+    undisturbed = train(tmp_path / "undisturbed", recipe)
+    train_until(step, tmp_path / "halved", recipe)
+    resumed = train(tmp_path / "halved", recipe, resume=True)
+    assert torch.load(tmp_path / "halved" / RESUME_FILE, weights_only=True)["global_step"] == 14
+    assert_same(resumed, undisturbed)
 
 
 @pytest.mark.parametrize("step", [4, STEPS_PER_EPOCH + 2])
@@ -510,7 +475,7 @@ def test_the_training_loss_is_the_margin_loss_plus_the_reconstruction_of_the_tru
     module = Training(CONFIG, replace(RECIPE, augment="none", pixel_weight=0.01), STEPS_PER_EPOCH)
     with torch.no_grad():
         for parameter in module.model.parameters():
-            parameter.mul_(4)  # so that one class's pose does not give nearly the reconstruction of another's
+            parameter.mul_(4)  # so that the reconstructions of two classes differ clearly
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     module.trainer = Mock(global_rank=0, world_size=1, global_step=0)
@@ -541,7 +506,7 @@ def test_the_training_loss_of_pairs_has_a_reconstruction_of_each_digit_from_its_
     seen: list[Tensor] = []
 
     class Painter(torch.nn.Module):
-        """Paints an image as bright as the class is high, whatever the poses."""
+        """A decoder that paints an image as bright as the class is high, whatever the poses."""
 
         def forward(self, poses: Tensor, classes: Tensor) -> Tensor:
             seen.append(poses)
@@ -640,7 +605,7 @@ def test_held_out_pairs_are_made_of_held_out_images_alone_and_the_images_are_not
     assert_same(train(tmp_path / "halved", recipe, resume=True, dataset=PAIRS, config=config), checkpoint)
 
 
-def test_pairs_that_cannot_be_made_are_told_by_the_setting(tmp_path: Path) -> None:
+def test_the_error_of_impossible_pairs_names_the_setting(tmp_path: Path) -> None:
     recipe = replace(RECIPE, held_out=1)
     with pytest.raises(TrainingError, match="held_out: 1; the images held out are of one class, and pairs need two"):
         train(tmp_path, recipe, dataset=PAIRS, config=replace(CONFIG, image_size=24))
@@ -650,6 +615,14 @@ def test_a_run_on_few_images_learns_from_so_many_of_each_class_and_holds_out_oth
     checkpoint = train(tmp_path, replace(RECIPE, epochs=1, per_class=5))
     assert checkpoint.figures["train_images"] == 15
     assert checkpoint.figures["held_out_images"] == 20
+
+
+def test_images_of_none_of_the_classes_count_as_a_class_where_few_are_learned_from(tmp_path: Path) -> None:
+    dataset = replace(DATASET, train_labels=torch.where(DATASET.train_labels == 2, NONE, DATASET.train_labels))
+    recipe = replace(RECIPE, epochs=1, per_class=5)
+    assert train(tmp_path / "few", recipe, dataset=dataset).figures["train_images"] == 15
+    with pytest.raises(ValueError, match="per_class: 100; none of the classes has"):
+        train(tmp_path / "many", replace(recipe, per_class=100), dataset=dataset)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_network_and_its_error(
@@ -669,7 +642,7 @@ def numbered(count: int, batch_size: int, seed: int = 1, steps_done: int = 0) ->
 
 
 def order(batches: Batches) -> list[int]:
-    """The images of the next epoch, or of what is left of it."""
+    """Return the images of the next epoch, or of the rest of this one."""
     return [image for images, _, _ in batches for image in images.flatten().tolist()]
 
 
@@ -686,6 +659,23 @@ def test_every_epoch_has_every_image_once_with_its_label_in_another_order() -> N
 
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_an_epoch_of_few_images_passes_over_them_until_it_has_its_steps() -> None:
+    seen: list[tuple[int, int]] = []
+    for epoch in range(3):
+        batches = Batches(torch.arange(6), torch.arange(6), 5, 1, Mock(return_value=5 * epoch), steps_per_epoch=5)
+        drawn = list(batches)
+        assert len(drawn) == len(batches) == 5
+        seen += [(image, turn) for images, _, turns in drawn for image, turn in zip(images[:, 0], turns, strict=True)]
+    assert len(seen) == 7 * 6 + 5
+    for number in range(7):
+        one_pass = seen[6 * number : 6 * number + 6]
+        assert sorted(int(image) for image, _ in one_pass) == list(range(6))
+        assert all(turn == image + number for image, turn in one_pass)
+    for done in range(5, 10):
+        batches = Batches(torch.arange(6), torch.arange(6), 5, 1, Mock(return_value=done), steps_per_epoch=5)
+        assert len(list(batches)) == 10 - done
 
 
 def test_the_order_is_decided_by_seed_and_epoch_alone() -> None:
@@ -730,14 +720,14 @@ def test_mistakes_are_the_images_that_get_another_class_than_their_label() -> No
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``python -m training`` with a tiny network and a tiny data set; returns the folder for its run."""
+    """Set up ``python -m training`` with a tiny network and data set. Return the folder for its run."""
     monkeypatch.setitem(CONFIGS, "compact", CONFIG)
     monkeypatch.setattr(training.data.datasets, "load", lambda name, folder, **_: replace(DATASET, name=name))
     monkeypatch.setattr(training.report, "write_report", lambda folder, *_: (folder / REPORT_FILE).touch())
     return tmp_path / "runs" / "tiny"
 
 
-def test_the_command_trains_and_prints_the_test_error_and_where_the_network_is(
+def test_the_command_trains_and_prints_the_test_error_and_the_path_of_the_network(
     command: Path,
     finished: tuple[Checkpoint, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -794,7 +784,7 @@ def test_the_command_refuses_a_folder_that_holds_a_run(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_the_command_refuses_to_resume_where_there_is_nothing_to_resume(
+def test_the_command_refuses_to_resume_without_a_run_to_resume(
     command: Path, capsys: pytest.CaptureFixture[str], exists: bool
 ) -> None:
     if exists:
@@ -830,7 +820,7 @@ def test_the_command_refuses_to_resume_a_run_without_its_settings(
 
 
 @pytest.mark.parametrize("error", [DatasetError("no source"), TrainingError("the loss is nan at step 7")])
-def test_the_command_prints_what_went_wrong_without_a_traceback(
+def test_the_command_prints_an_error_without_a_traceback(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     monkeypatch.setattr(training.train, "run", Mock(side_effect=error))
@@ -843,6 +833,7 @@ def test_the_command_prints_what_went_wrong_without_a_traceback(
     [
         ("--epochs=0", 2),
         ("--epochs=-1", 2),
+        ("--min-epoch-steps=-1", 2),
         ("--batch-size=0", 2),
         ("--learning-rate=0", 2),
         ("--learning-rate=nan", 2),
@@ -854,6 +845,17 @@ def test_the_command_prints_what_went_wrong_without_a_traceback(
         ("--augment=flip", 2),
         ("--pixel-weight=-1", 2),
         ("--pixel-weight=inf", 2),
+        ("--steps=0", 2),
+        ("--optimizer=sgd", 2),
+        ("--weight-decay=-1", 2),
+        ("--schedule=linear", 2),
+        ("--shift-share=1", 2),
+        ("--elastic=-0.1", 2),
+        ("--erasing=1.1", 2),
+        ("--none=0.6", 2),
+        ("--none=-0.1", 2),
+        ("--distil-weight=-1", 2),
+        ("--distil=nowhere.pt", 1),
         ("--gradient-clip=nan", 2),
         ("--primary-divisor=inf", 2),
         ("--gradient-clip=-1", 2),
@@ -910,7 +912,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_what_can_be_refused_without_pytorch_is_refused_before_it_is_imported(tmp_path: Path) -> None:
+def test_wrong_flags_are_refused_before_pytorch_is_imported(tmp_path: Path) -> None:
     for name in ("finished", "begun"):
         (tmp_path / name).mkdir()
     (tmp_path / "finished" / CHECKPOINT_FILE).touch()
@@ -987,12 +989,12 @@ def test_ctrl_c_before_the_first_step_is_one_line(
     try:
         assert main([*FLAGS, f"--out={command}"]) == 130
     finally:
-        signal.signal(signal.SIGINT, before)  # which Lightning leaves ignored
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     assert capsys.readouterr().err == "\ninterrupted\n"
     monkeypatch.undo()
 
 
-def test_the_command_says_what_is_to_know_of_the_data(
+def test_the_command_prints_the_notes_on_the_data(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     noted = replace(DATASET, notes=("images are scaled", "few images"))
@@ -1002,7 +1004,7 @@ def test_the_command_says_what_is_to_know_of_the_data(
     assert capsys.readouterr().err == "note: images are scaled\nnote: few images\n"
 
 
-def test_a_held_out_loss_that_is_never_a_number_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_out_loss_that_is_never_a_number_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log_held_out_losses(monkeypatch, [math.nan, math.inf, math.nan])
     with pytest.raises(TrainingError, match="held-out loss was a finite number in none of the 3 epochs"):
         train(tmp_path)
@@ -1046,7 +1048,7 @@ def test_a_finished_run_goes_on_with_more_epochs_and_keeps_its_first_network(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_where_memory_runs_out_the_flags_that_need_less_are_told(
+def test_the_error_of_exhausted_memory_names_the_flags_that_need_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(training.train, "margin_loss", Mock(side_effect=error))
@@ -1082,7 +1084,7 @@ def test_a_disk_that_fills_up_leaves_the_last_whole_resume_file(
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"hello" * 100])
-def test_a_damaged_resume_file_is_told_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_resume_file_is_reported_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     train_until(3, tmp_path)
     path = tmp_path / RESUME_FILE
     path.write_bytes(damage(path.read_bytes()))

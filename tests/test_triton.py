@@ -26,9 +26,9 @@ DESCRIPTION = (
 
 @cache
 def messages() -> descriptor_pool.DescriptorPool:
-    """Triton's own messages in a pool of their own, and fetched by another process: the default pool has the server's.
+    """Triton's own messages, read in another process and kept in their own pool.
 
-    Those have the same names, which one pool cannot hold twice.
+    The server's messages in the default pool have the same names, and a pool cannot hold a name twice.
     """
     command = [sys.executable, "-c", DESCRIPTION]
     pool = descriptor_pool.DescriptorPool()
@@ -50,14 +50,14 @@ def written(**options: Any) -> Any:
 
 
 def accelerator(content: Any) -> dict[str, str]:
-    """The one accelerator's parameters."""
+    """Return the parameters of the only accelerator."""
     (found,) = content.optimization.execution_accelerators.gpu_execution_accelerator
     assert found.name == "tensorrt"
     return dict(found.parameters)
 
 
 def values(found: Any) -> list[tuple[str, str, list[int]]]:
-    """Name, type and shape without the batch axis of an ONNX graph's inputs or outputs, in Triton's words."""
+    """Return the name, type and shape, without the batch axis, of a graph's inputs or outputs, in Triton's words."""
     types = {onnx.TensorProto.UINT8: "TYPE_UINT8", onnx.TensorProto.FLOAT: "TYPE_FP32"}
     tensors = [(value.name, value.type.tensor_type) for value in found]
     return [(name, types[of.elem_type], [size.dim_value for size in of.shape.dim[1:]]) for name, of in tensors]
@@ -122,7 +122,7 @@ def test_tensorrt_builds_one_engine_for_all_batch_sizes() -> None:
     }
 
 
-def test_tensorrts_engines_and_timings_are_kept_where_a_folder_is_given() -> None:
+def test_tensorrts_engines_and_timings_are_kept_if_a_folder_is_given() -> None:
     assert accelerator(written(engine_cache="/var/cache/engines")).items() >= {
         ("trt_engine_cache_enable", "1"),
         ("trt_engine_cache_path", "/var/cache/engines"),

@@ -1,4 +1,4 @@
-"""The choice of threads, runtimes and batch size, with runtimes whose cost is known, and what is warm after it."""
+"""Tests of the choice of threads, runtimes and batch size, with runtimes of known cost, and of the warm-up."""
 
 import threading
 import time
@@ -22,10 +22,10 @@ MILLISECOND = 0.001
 
 
 class FakeMachine:
-    """Runtimes whose calls take a known time, by a clock of each thread's own that no other load can slow down."""
+    """Runtimes whose calls take a known time on the clock of each thread, which no other load slows down."""
 
     def __init__(self, seconds: Callable[[int, int], float]) -> None:
-        """seconds: of a call, by threads and images."""
+        """Prepare a machine. seconds: the time of a call, by threads and images."""
         self._seconds = seconds
         self._clock = threading.local()
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class FakeMachine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], float]], FakeMachine]:
-    """Makes a machine, whose clock is that of the tuning."""
+    """Return a function that makes a machine. The tuning uses the machine's clock."""
 
     def make(seconds: Callable[[int, int], float]) -> FakeMachine:
         fake = FakeMachine(seconds)
@@ -80,7 +80,7 @@ Make = Callable[[Callable[[int, int], float]], FakeMachine]
         (2, 0, 16, [(1, 16)]),
     ],
 )
-def test_the_pairs_that_are_compared_use_the_cores_and_keep_what_is_set(
+def test_the_compared_pairs_use_the_cores_and_keep_fixed_settings(
     cores: int, threads: int, runtimes: int, expected: list[tuple[int, int]]
 ) -> None:
     assert candidates(cores, threads, runtimes) == expected
@@ -92,10 +92,10 @@ def test_a_batch_that_costs_much_by_itself_makes_batches_large(machine: Make) ->
     assert tuned.plan == Plan(threads=1, runtimes=1, max_batch=64)
 
 
-def test_where_size_gains_next_to_nothing_the_smallest_batch_that_is_nearly_as_good_is_chosen(machine: Make) -> None:
+def test_the_smallest_batch_that_is_nearly_as_fast_is_chosen(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND * (0.01 + images))
     _, tuned = tune(fake.open, INPUTS, [(1, 1)], max_batch=0, most=64)
-    # With 0.5 ms that the server adds, batches of 8 lose 5.2 % and batches of 16 2.3 % of the rate of batches of 64.
+    # The server adds 0.5 ms. So batches of 8 lose 5.2 % of the rate of batches of 64, and batches of 16 lose 2.3 %.
     assert tuned.plan.max_batch == 16
 
 
@@ -110,7 +110,7 @@ def test_a_runtime_that_slows_with_size_is_given_small_batches(machine: Make) ->
     [({1: 1, 2: 1.2, 4: 1.3}, (1, 4)), ({1: 1, 2: 1.97, 4: 2.5}, (2, 2)), ({1: 1, 2: 1.9, 4: 3.97}, (4, 1))],
     ids=["one thread", "two", "four"],
 )
-def test_of_the_ways_to_use_the_cores_that_are_nearly_as_good_the_one_whose_batch_is_done_first_is_chosen(
+def test_the_fastest_single_batch_decides_between_nearly_equal_ways_to_use_the_cores(
     machine: Make, gains: dict[int, float], expected: tuple[int, int]
 ) -> None:
     fake = machine(lambda threads, images: 10 * MILLISECOND * (4 + images) / gains[threads])
@@ -118,7 +118,7 @@ def test_of_the_ways_to_use_the_cores_that_are_nearly_as_good_the_one_whose_batc
     assert tuned.plan == Plan(*expected, max_batch=8)
 
 
-def test_what_was_compared_is_told_and_its_times_are_right(machine: Make) -> None:
+def test_the_comparison_is_reported_with_the_right_times(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND * images)
     _, tuned = tune(fake.open, INPUTS, [(1, 2), (2, 1)], max_batch=0, most=5)
     assert [(timing.threads, timing.runtimes, timing.batch) for timing in tuned.compared] == [
@@ -144,7 +144,7 @@ def test_every_batch_size_of_the_plan_is_warm_in_every_runtime(machine: Make, ma
     assert fake.calls[plan.threads, 1] == before + 1, "the runtime that is warm is the one that serves"
 
 
-def test_what_is_set_in_full_is_not_compared_but_warmed(machine: Make) -> None:
+def test_a_plan_that_is_set_in_full_is_warmed_without_a_comparison(machine: Make) -> None:
     fake = machine(lambda threads, images: MILLISECOND)
     _, tuned = tune(fake.open, INPUTS, [(2, 2)], max_batch=6, most=64)
     assert tuned.compared == ()
@@ -183,7 +183,7 @@ def test_a_server_is_ready_only_after_all_its_batch_sizes_were_computed(
     assert 0 < tuning.image_seconds + tuning.batch_seconds < 1
 
 
-def test_what_is_not_set_is_measured_and_told(start: Callable[..., Running]) -> None:
+def test_settings_without_a_value_are_measured_and_reported(start: Callable[..., Running]) -> None:
     running = start(threads=1, runtimes=1, max_batch=0)
     tuning = running.stub.GetModel(pb.GetModelRequest(), timeout=20).tuning
     assert [timing.batch for timing in tuning.compared] == [1, 2, 4, 8, 16, 32]
@@ -202,7 +202,9 @@ def test_the_first_requests_of_every_size_are_not_slower_than_later_ones(digits:
         grpc.insecure_channel(address) as channel,
     ):
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
-        stub.GetModel(pb.GetModelRequest(), timeout=20)  # the connection, which is the client's own to warm
+        stub.GetModel(
+            pb.GetModelRequest(), timeout=20
+        )  # connect first: the warm-up does not include the client's connection
 
         def seconds(size: int) -> float:
             begin = time.perf_counter()

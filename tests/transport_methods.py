@@ -179,7 +179,7 @@ class Serving(NamedTuple):
 
     @property
     def memory(self) -> Memory:
-        """Of a native server."""
+        """Return the memory of a native server."""
         memory: Memory = self.server.memory
         return memory
 

@@ -1,7 +1,7 @@
-"""What NVIDIA's own client, unmodified, gets from a server.
+"""Calls to a server with NVIDIA's unmodified client.
 
-Its messages have the names of ours, and one process cannot hold both: so no test imports this module. It runs as a
-process that takes calls, a line of JSON each, ``[name, arguments]``, and prints a line of JSON with what came back.
+The client's messages have the same names as ours, and one process cannot hold both. So no test imports this module. It
+is a process that reads calls, a line of JSON each, ``[name, arguments]``, and prints each result as a line of JSON.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ SECONDS = 20
 
 
 def _inputs(images: Any) -> list[Any]:
-    """images: (n, C, H, W), nested lists of pixels."""
+    """Return the client's inputs. images: (n, C, H, W), nested lists of pixels."""
     pixels = np.array(images, np.uint8)
     tensor = triton.InferInput("images", pixels.shape, "UINT8")
     tensor.set_data_from_numpy(pixels)
@@ -30,7 +30,7 @@ def _inputs(images: Any) -> list[Any]:
 
 
 def _arguments(images: Any, outputs: dict[str, int] | None = None, **request: Any) -> dict[str, Any]:
-    """A request as the client takes it. outputs: by name, how many classes; 0 for the numbers."""
+    """Return a request's arguments for the client. outputs: by name, the number of classes; 0 for the numbers."""
     arguments = {**request, "inputs": _inputs(images)}
     if outputs:
         asked = [triton.InferRequestedOutput(name, class_count=classes) for name, classes in outputs.items()]
@@ -82,7 +82,7 @@ def aio_infer(address: str, **request: Any) -> Any:
 
 
 def stream(address: str, requests: list[dict[str, Any]], **options: Any) -> list[Any]:
-    """options: of each request, beside its own."""
+    """Send a stream of requests. options: further options of each request."""
     answers: queue.Queue[Any] = queue.Queue()
     with triton.InferenceServerClient(address) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
@@ -107,7 +107,7 @@ def aio_stream(address: str, requests: list[dict[str, Any]]) -> list[Any]:
 
 
 def ask(address: str, method: str, *arguments: Any) -> Any:
-    """A call of the client that is no inference, such as ``get_model_config``."""
+    """Make a call of the client other than inference, such as ``get_model_config``."""
     with triton.InferenceServerClient(address) as client:
         try:
             answer = getattr(client, method)(*arguments)
@@ -126,12 +126,12 @@ def aio_ask(address: str, method: str, *arguments: Any) -> Any:
 
 
 def _as_json(message: Any) -> Any:
-    """As perf_analyzer reads a message."""
+    """Return a message as JSON, in the form in which perf_analyzer reads it."""
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
 def descriptions() -> list[str]:
-    """The files that the client's messages are described in, in base 64."""
+    """Return the descriptors of the client's messages, in base 64."""
     files = (model_config_pb2.DESCRIPTOR, service_pb2.DESCRIPTOR)
     return [base64.b64encode(file.serialized_pb).decode() for file in files]
 

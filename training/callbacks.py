@@ -1,4 +1,4 @@
-"""Callbacks around the steps of a run: interruption, keeping the best epoch, writing whole files."""
+"""Callbacks around the steps of a run: interruption, the best epoch, and complete files."""
 
 import math
 import signal
@@ -7,16 +7,19 @@ from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from training.checkpoint import write_whole
+from training.optimization import ema_decay
 
 
 class Interrupted(Exception):
-    """The user stopped the run; a checkpoint to resume from was written.
+    """The user stopped the run. A checkpoint for ``--resume`` was written.
 
-    Not a KeyboardInterrupt, which Lightning turns into SystemExit.
+    It is no KeyboardInterrupt, because Lightning turns that into SystemExit.
     """
 
 
@@ -45,7 +48,7 @@ class StopBetweenSteps(Callback):
         self.previous = {name: signal.signal(name, self._request) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        # Asked in an epoch's last step, which may be its only one: its end has written the resume file.
+        # The signal came in the last step of an epoch: the end of the epoch has written the resume file.
         if trainer.global_step and trainer.strategy.reduce_boolean_decision(self.requested, all=False):
             raise Interrupted
 
@@ -79,7 +82,7 @@ class KeepBest(Callback):
 
     @property
     def kept(self) -> bool:
-        """Tell whether an epoch had a loss that is a finite number, and so was kept."""
+        """Return True if an epoch had a loss that is a finite number, and so was kept."""
         return self.loss < math.inf
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -95,8 +98,28 @@ class KeepBest(Callback):
         self.loss = state_dict["loss"]
 
 
+class AveragedWeights(WeightAveraging):
+    """Exponential moving averages of weights and statistics, with the warm-up of ``ema_decay``.
+
+    The number of steps averaged is part of the resume file, so a resumed run averages as an undisturbed one.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=self._update)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _update(self, averages: list[Tensor], values: list[Tensor], averaged: Tensor) -> None:
+        """Move the averages; ``averaged`` steps went before, and the first one's weights were copied."""
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, float(1 - ema_decay(averaged + 1, self.decay)))
+            return
+        for average, value in zip(averages, values, strict=True):  # counters of batch normalization
+            average.copy_(value)
+
+
 class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints under their names only once they are whole, so that a full disk leaves the last good one."""
+    """The writer of checkpoints. A file gets its name when it is complete, so a full disk keeps the last good one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_whole(checkpoint, Path(path))

@@ -13,14 +13,14 @@ FORMAT = "capsnet-checkpoint-1"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of ours, or whose weights do not fit its config."""
+    """A file is no checkpoint of this project, or its weights do not fit its config."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and what is known of it.
+    """A trained network with its recipe and its figures.
 
-    figures: what was measured, by name: ``test_errors`` of ``test_images``, ``test_mistakes`` (their indices),
+    figures: the measurements by name: ``test_errors`` of ``test_images``, ``test_mistakes`` (their indices),
     ``held_out_errors`` and more.
     recipe: the settings of the training run.
     """
@@ -33,7 +33,7 @@ class Checkpoint:
     state_dict: dict[str, torch.Tensor]
 
     def model(self) -> CapsNet:
-        """Return the network, in evaluation mode. Raises CheckpointError where the weights do not fit its config."""
+        """Return the network, in evaluation mode. Raises CheckpointError if the weights do not fit its config."""
         model = CapsNet(self.config)
         try:
             model.load_state_dict(self.state_dict)
@@ -43,23 +43,23 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the checkpoint, whole or not at all."""
+    """Write the checkpoint, completely or not at all."""
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     content |= {"format": FORMAT, "config": asdict(checkpoint.config)}
     write_whole(content, path)
 
 
 def write_whole(content: dict[str, Any], path: Path) -> None:
-    """Write a PyTorch file, under its name only once it is whole."""
+    """Write a PyTorch file, under its name only when it is complete."""
     partial = path.with_name(path.name + ".partial")
     torch.save(content, partial)
     partial.replace(path)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint to the CPU; nothing in it is executed (``weights_only``).
+    """Read a checkpoint to the CPU. Nothing in it is executed (``weights_only``).
 
-    Raises CheckpointError, naming the file, where it is missing, cut off, of another format or unsafe.
+    Raises CheckpointError, with the file's name, if the file is missing, cut off, unsafe or of another format.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -67,7 +67,7 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: not a checkpoint of plain tensors and values; nothing in it was run") from error
-    except Exception as error:  # bytes of another kind make torch.load raise almost anything
+    except Exception as error:  # torch.load raises many kinds of errors for other files
         raise CheckpointError(f"{path}: not a readable PyTorch file, or cut off") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path}: not a {FORMAT} file (export takes capsnet.pt, not a trainer's last.ckpt)")

@@ -1,6 +1,6 @@
 """The command ``python -m training``: its flags, its refusals, and the run with its report.
 
-PyTorch takes seconds to import: everything that can be refused without it is refused before.
+The import of PyTorch takes seconds, so all checks that do not need it come first.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.files.options import add_flags, read
-from training.data.folder import find_images
+from training.data.folder import find_images, require_negatives
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
 from training.run_folder import CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE, SETTINGS_FILE
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The folder of the run cannot be used; the text says why."""
+    """The folder of the run cannot be used. The text says why."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def run_command(arguments: list[str] | None = None) -> int:
         settings = _settings(options, recipe, changes)
         _check_folder(folder, settings, options.resume)
         if options.data is not None:
-            find_images(options.data)
+            require_negatives(options.data, find_images(options.data))
         return _train(command, options, recipe, changes, folder, settings)
     except Refused as error:
         print(error, file=sys.stderr)
@@ -71,7 +71,7 @@ def run_command(arguments: list[str] | None = None) -> int:
 
 
 def _settings(options: RunOptions, recipe: Recipe, changes: NetworkChanges) -> str:
-    """Return what a run is made with, as JSON; a run is resumed with the same alone."""
+    """Return the settings of a run as JSON. A run can be resumed only with the same settings."""
     chosen = {
         "config": options.config,
         "dataset": str(options.data or options.data_name),
@@ -87,7 +87,7 @@ def _given(changes: NetworkChanges) -> dict[str, object]:
 
 
 def _check_folder(folder: Path, settings: str, resume: bool) -> None:
-    """Raise Refused where the folder holds another run, or nothing to resume with these settings."""
+    """Raise Refused if the folder holds another run, or nothing to resume with these settings."""
     finished, begun = (folder / CHECKPOINT_FILE).exists(), (folder / RESUME_FILE).exists()
     written = folder / SETTINGS_FILE
     if not resume:
@@ -108,12 +108,13 @@ def _check_folder(folder: Path, settings: str, resume: bool) -> None:
 
 
 def _goes_on(written: Path, settings: str) -> bool:
-    """Tell whether the settings are those of a run's folder with more epochs."""
+    """Return True if the settings are those of a run's folder with more epochs."""
     try:
         before, now = (_without_epochs(text) for text in (written.read_text(), settings))
-    except (KeyError, TypeError, ValueError):  # a file that training has not written
+    except (KeyError, TypeError, ValueError):  # a file that training did not write
         return False
-    return before[0] < now[0] and before[1] == now[1]
+    # Parts of a schedule that is said in steps would have other lengths with more epochs.
+    return before[0] < now[0] and before[1] == now[1] and now[1]["recipe"].get("steps") is None
 
 
 def _without_epochs(settings: str) -> tuple[int, dict[str, Any]]:
@@ -122,7 +123,7 @@ def _without_epochs(settings: str) -> tuple[int, dict[str, Any]]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Keep a finished run's network under the number of its epochs, so that the run counts as begun again."""
+    """Rename a finished run's network by its number of epochs, so that the run counts as unfinished again."""
     epochs, _ = _without_epochs((folder / SETTINGS_FILE).read_text())
     (folder / CHECKPOINT_FILE).rename(folder / f"capsnet-{epochs}.pt")
 
@@ -135,13 +136,13 @@ def _train(
     folder: Path,
     settings: str,
 ) -> int:
-    """Train with PyTorch, print what was measured, and write the report. Returns the command's exit status."""
+    """Train with PyTorch, print the figures, and write the report. Return the command's exit status."""
     from training import train
     from training.callbacks import Interrupted
     from training.data import datasets
     from training.model import CONFIGS
 
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started; the others are silent
+    first = os.environ.get("RANK", "0") == "0"  # only the first process of torchrun prints
     try:
         config = replace(CONFIGS[options.config], **_given(changes))  # type: ignore[arg-type]
         if options.image_size is not None:
@@ -185,10 +186,12 @@ def _tell(folder: Path, result: "Result", dataset: "Dataset") -> None:
     figures = result.checkpoint.figures
     percent = 100 * figures["test_errors"] / figures["test_images"]
     print(f"test error {percent:.2f} % ({figures['test_errors']} of {figures['test_images']} images)")
+    if others := figures.get("none_test_images"):
+        print(f"of {others} test images of none of the classes, {figures['none_test_errors']} are taken for one")
     written = [folder / CHECKPOINT_FILE]
     try:
         report.write_report(folder, result.checkpoint, dataset, result.probabilities)
         written.append(folder / REPORT_FILE)
-    except Exception as error:  # drawing can fail in many ways, and what counts is written
+    except Exception as error:  # drawing can fail in many ways, and the important files are written
         _logger.warning("%s could not be written: %s", folder / REPORT_FILE, error)
     print(f"wrote {' and '.join(map(str, written))}")

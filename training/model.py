@@ -1,4 +1,4 @@
-"""The capsule network of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules" (NIPS 2017), whole.
+"""The complete capsule network of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules" (NIPS 2017).
 
 Axes, as they are named at the ends of lines:
 B images, C image channels, H W image height and width, T primary capsule types, h w the primary grid,
@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from training.recipe import AGREEMENTS, INITIALIZATIONS, NORMALIZATIONS
 
 KERNEL = 9  # the paper's first convolution is 9x9 with stride 1, without padding
-BIAS = 0.1  # every bias of the authors' code begins with it
+BIAS = 0.1  # the initial value of every bias in the authors' code
 
 
 @dataclass(frozen=True)
 class CapsNetConfig:
-    """The shape of a network, and its choices. The defaults are the paper's MNIST network by its text (section 4).
+    """The shape of a network, and its choices. The defaults are the MNIST network in the paper's text (section 4).
 
     stem: the convolutions before the primary capsules, each as (channels, kernel, stride, padding), with batch
     normalisation and ReLU; empty for the paper's one, 9x9 with ``conv_channels`` channels, a bias and no normalisation.
@@ -33,10 +33,10 @@ class CapsNetConfig:
 
     digit_bias: a bias (J, E) is added to s_j in every iteration (the authors' code).
     primary_divisor: the primary convolution's output is divided by it before its bias is added (the authors' code:
-    32). initialization: of the convolutions, ``pytorch`` for its default, or ``authors`` for their truncated normal
-    (0.05 in the first, 0.1 in the second) and biases of 0.1. agreement: of a vote with a pose, their scalar product
-    (the paper), or less their squared Euclidean distance. normalization: of a primary capsule's logits over its
-    parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
+    32). initialization: of convolutions and decoder, ``pytorch`` for its default, or ``authors`` for their truncated
+    normal (0.05 in the first convolution, else 0.1) and biases of 0.1. agreement: of a vote with a pose, their scalar
+    product (the paper), or less their squared Euclidean distance. normalization: of a primary capsule's logits over
+    its parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
     through all iterations (the authors' code); False stops them at the couplings, as many ports do.
     """
 
@@ -87,17 +87,17 @@ class CapsNetConfig:
 
     @property
     def convolutions(self) -> tuple[tuple[int, int, int, int], ...]:
-        """(channels, kernel, stride, padding) of each convolution before the primary capsules' one."""
+        """Return (channels, kernel, stride, padding) of each convolution before that of the primary capsules."""
         return self.stem or ((self.conv_channels, KERNEL, 1, 0),)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images."""
+        """Return the shape (C, H, W) of the images."""
         return self.image_channels, self.image_size, self.image_size
 
     @property
     def primary_grid(self) -> int:
-        """Height and width of the primary capsules' grid, in positions."""
+        """Return the height and width of the primary capsules' grid, in positions."""
         size = self.image_size
         for _, kernel, stride, padding in self.convolutions:
             size = (size + 2 * padding - kernel) // stride + 1
@@ -105,7 +105,7 @@ class CapsNetConfig:
 
     @property
     def primary_capsules(self) -> int:
-        """I, the number of primary capsules."""
+        """Return I, the number of primary capsules."""
         return self.primary_types * self.primary_grid**2
 
 
@@ -125,7 +125,7 @@ CONFIGS = {
         primary_kernel=3,
         primary_stride=1,
     ),
-    # For two digits that overlap on 36x36 pixels, which take more context to part than one wide convolution sees.
+    # For two overlapping digits on 36x36 pixels. To separate them takes more context than one wide convolution sees.
     "pairs": CapsNetConfig(
         image_size=36,
         stem=((32, 5, 2, 2), (64, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1), (128, 3, 1, 1)),
@@ -150,7 +150,7 @@ def squash(s: Tensor) -> Tensor:
 
 
 def votes(u: Tensor, weight: Tensor) -> Tensor:
-    """Each primary capsule's prediction of each digit capsule, ``u_hat_{j|i} = W_ij u_i`` (equation 2).
+    """Return each primary capsule's prediction of each digit capsule, ``u_hat_{j|i} = W_ij u_i`` (equation 2).
 
     u: (B, I, D); weight: (I, D, J, E). Returns (B, J, I, E).
 
@@ -163,7 +163,7 @@ def votes(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def max_min(b: Tensor) -> Tensor:
-    """Logits b (B, J, I) to couplings ``(b - min b) / (max b - min b)``, least and greatest over the J parents.
+    """Convert logits b (B, J, I) to couplings ``(b - min b) / (max b - min b)``, with minima and maxima over J.
 
     Max-Min normalization (Zhao et al., "Capsule Networks with Max-Min Normalization", arXiv 1903.09662) between the
     bounds 0 and 1: of each primary capsule's parents one is coupled with 1 and one with 0, and they need not sum to
@@ -192,8 +192,8 @@ Weigh = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _weigh(u_hat: Tensor, total: Tensor, squares: Tensor, updates: int, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Return the part of s that votes (B, J, I, E) bring, and their couplings; see Weigh and route."""
-    compared = u_hat if routing.gradient else u_hat.detach()  # what the couplings are made from
+    """Return the part of s from votes (B, J, I, E), and their couplings; see Weigh and route."""
+    compared = u_hat if routing.gradient else u_hat.detach()  # the input of the couplings
     b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
     if routing.agreement == "euclidean":
         b = 2 * b - updates * compared.square().sum(-1) - squares
@@ -211,7 +211,7 @@ def _stored(u: Tensor, weight: Tensor, routing: Routing) -> Weigh:
 def _by_blocks(u: Tensor, weight: Tensor, routing: Routing, blocks: int) -> Weigh:
     """Compute the votes of one block of primary capsules after the other, and keep none for the gradient."""
     size = math.ceil(len(weight) / blocks)
-    # Split once and not in each iteration: what a split gives back to the gradient is as large as all weights.
+    # Split once and not in each iteration: the gradient of a split is as large as all weights.
     parts = list(zip(torch.split(u, size, 1), torch.split(weight, size), strict=True))
 
     def weigh_block(u: Tensor, weight: Tensor, total: Tensor, squares: Tensor, updates: int) -> tuple[Tensor, Tensor]:
@@ -229,19 +229,19 @@ def _by_blocks(u: Tensor, weight: Tensor, routing: Routing, blocks: int) -> Weig
 def route(
     u: Tensor, weight: Tensor, routing: Routing, bias: Tensor | None = None, blocks: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Routing by agreement (procedure 1), unrolled for a fixed number of iterations.
+    """Route by agreement (procedure 1), unrolled for a fixed number of iterations.
 
     u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s. Returns the digit capsules' poses v, (B, J, E), and
     the couplings c of the last iteration, (B, J, I).
 
-    Two identities shorten it and change no result; what they save is memory, no time that could be measured. Before
+    Two identities shorten it without a change of the result. They save memory, but no measurable time. Before
     the first update all couplings are the same, 1/J, so the first iteration is one matrix product that needs no votes.
-    The logits after t updates are ``b_ij = u_hat_ij . (v_1 + ... + v_t)``, so the sum of the poses is kept in place of
+    The logits after t updates are ``b_ij = u_hat_ij . (v_1 + ... + v_t)``, so the sum of the poses is kept instead of
     the logits; with Euclidean agreement, ``-|u_hat_ij - v_j|^2`` summed over t is twice that less t times
     ``|u_hat_ij|^2`` and the sum of the poses' squares.
 
     blocks: with more than 1, the votes are not stored: the couplings of a primary capsule depend on no other, so the
-    primary capsules are taken in so many blocks, and a block's votes are computed anew in each iteration and for the
+    primary capsules are taken in so many blocks, and a block's votes are computed again in each iteration and for the
     gradient. Memory for the votes, (B, J, I, E), falls by that factor; the result is the same.
     """
     i, d, j, e = weight.shape
@@ -265,7 +265,7 @@ def route(
 
 
 class Decoder(nn.Module):
-    """Reconstructs an image from one digit capsule's pose (section 4.1).
+    """The decoder, which reconstructs an image from one digit capsule's pose (section 4.1).
 
     Takes poses (B, J, E) and the class (B,) whose pose is kept, the others masked with zeros; returns pixels from
     0 to 1, (B, C, H, W).
@@ -289,11 +289,11 @@ class Decoder(nn.Module):
 
 
 class CapsNet(nn.Module):
-    """Convolutions, primary capsules, digit capsules by routing; and the decoder, for training.
+    """The network: convolutions, primary capsules, digit capsules by routing, and the decoder for training.
 
     ``forward`` takes images (B, C, H, W), float pixels from 0 to 1, and returns the poses (B, J, E). A class's
-    probability is its pose's length (``lengths``). The decoder is called apart; ``decoder_widths=()`` leaves it out.
-    vote_blocks: into how many the primary capsules are split to save the memory of their votes, see ``route``.
+    probability is its pose's length (``lengths``). The decoder is called separately; ``decoder_widths=()`` leaves it
+    out. vote_blocks: the number of blocks of primary capsules, to save the memory of their votes, see ``route``.
     """
 
     def __init__(self, config: CapsNetConfig, vote_blocks: int = 1) -> None:
@@ -312,7 +312,7 @@ class CapsNet(nn.Module):
         )
         shape = (config.primary_capsules, config.primary_dim, config.classes, config.digit_dim)
         self.weight = nn.Parameter(torch.empty(shape))  # (I, D, J, E)
-        _truncated_normal(self.weight, 0.1)  # as the authors' code; the paper's text does not say
+        _truncated_normal(self.weight, 0.1)  # as in the authors' code; the paper's text does not say
         self.digit_bias = nn.Parameter(torch.full(shape[2:], BIAS)) if config.digit_bias else None  # (J, E)
         if config.initialization == "authors":
             for layer, deviation in ((self.conv1, 0.05), (self.primary, 0.1)):
@@ -320,12 +320,17 @@ class CapsNet(nn.Module):
                 assert layer.bias is not None
                 nn.init.constant_(layer.bias, BIAS)
         self.decoder = Decoder(config) if config.decoder_widths else None
+        if config.initialization == "authors" and self.decoder is not None:
+            for part in self.decoder.layers:
+                if isinstance(part, nn.Linear):
+                    _truncated_normal(part.weight, 0.1)
+                    nn.init.constant_(part.bias, BIAS)
 
     def primary_capsules(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to primary capsules (B, I, D), each the D channels of one type at one position."""
+        """Return primary capsules (B, I, D) of images (B, C, H, W): the D channels of one type at one position each."""
         divisor = self.config.primary_divisor
         features = self.stem(images) if self.config.stem else torch.relu(self.conv1(images))
-        # Dividing what goes into a convolution divides what comes out, and leaves the bias as it is.
+        # Dividing the input of a convolution divides its output, but not its bias.
         maps = self.primary(features if divisor == 1 else features / divisor)  # (B, T*D, h, w)
         grouped = maps.unflatten(1, (self.config.primary_types, self.config.primary_dim))  # (B, T, D, h, w)
         return squash(grouped.permute(0, 1, 3, 4, 2).flatten(1, 3))  # (B, I, D)
@@ -334,14 +339,14 @@ class CapsNet(nn.Module):
         return self.with_couplings(images)[0]
 
     def with_couplings(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The poses, (B, J, E), and the couplings of the last routing iteration, (B, J, I)."""
+        """Return the poses, (B, J, E), and the couplings of the last routing iteration, (B, J, I)."""
         config = self.config
         routing = Routing(config.routing_iterations, config.agreement, config.normalization, config.routing_gradient)
         return route(self.primary_capsules(images), self.weight, routing, self.digit_bias, self.vote_blocks)
 
 
 def _stem(config: CapsNetConfig) -> nn.Sequential:
-    """Convolutions without bias, each with batch normalisation and ReLU."""
+    """Return convolutions without bias, each with batch normalisation and ReLU."""
     layers: list[nn.Module] = []
     fan_in = config.image_channels
     for channels, kernel, stride, padding in config.stem:
@@ -360,7 +365,7 @@ def _truncated_normal(weight: Tensor, deviation: float) -> None:
 
 
 def lengths(poses: Tensor) -> Tensor:
-    """The probability of each class, the length of its pose (section 2): (B, J, E) to (B, J).
+    """Return the probability of each class, the length of its pose (section 2): (B, J, E) to (B, J).
 
     No softmax: several classes may be present at once, and none.
     """
@@ -369,5 +374,5 @@ def lengths(poses: Tensor) -> Tensor:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 images, 0 to 255, to the float pixels from 0 to 1 that the network takes; shape in, shape out."""
+    """Convert uint8 images, 0 to 255, to the network's float pixels from 0 to 1, of the same shape."""
     return images.to(torch.float32) / 255

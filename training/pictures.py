@@ -1,9 +1,7 @@
-"""The pictures of a run: curves, confusion matrix, worst mistakes, and what the decoder makes of poses.
+"""The pictures of a run: curves, confusion matrix, worst mistakes, and reconstructions from poses.
 
-``python -m training.pictures`` draws the last in one picture.
-
-Reconstructions, and what each dimension of a pose stands for, as figures 3 and 4 and section 5.1 of "Dynamic Routing
-Between Capsules" show them.
+``python -m training.pictures`` draws the last of these: reconstructions, and the effect of each pose dimension, as in
+figures 3 and 4 and section 5.1 of "Dynamic Routing Between Capsules".
 """
 
 import argparse
@@ -60,11 +58,11 @@ _BATCH = 250
 
 
 class PictureError(ValueError):
-    """There is nothing to draw of what was asked for; the text says why."""
+    """The requested picture cannot be drawn. The text says why."""
 
 
 def drawable(names: Sequence[str]) -> list[str]:
-    """Class names as pictures show them: shortened, or ``#number`` where the font lacks one of the characters."""
+    """Return class names for pictures: shortened, or ``#number`` if the font lacks a character."""
     known = get_font(findfont(FontProperties())).get_charmap()
     return [
         f"#{number}"
@@ -77,7 +75,7 @@ def drawable(names: Sequence[str]) -> list[str]:
 
 
 def to_rgb(images: Tensor) -> Pixels:
-    """Images (..., C, H, W), uint8 or float from 0 to 1, as (..., H, W, 3) from 0 to 1.
+    """Return images (..., C, H, W), uint8 or float from 0 to 1, as (..., H, W, 3) from 0 to 1.
 
     One channel is grey, three are a colour; any other number of channels becomes grey images side by side.
     """
@@ -92,7 +90,7 @@ def to_rgb(images: Tensor) -> Pixels:
 
 
 def mosaic(images: Pixels) -> Pixels:
-    """Rows of images (R, N, H, W, 3) as one of (R*(H+gap), N*(W+gap), 3): each has white to its right and below."""
+    """Join rows of images (R, N, H, W, 3) to one of (R*(H+gap), N*(W+gap), 3), with white to the right and below."""
     rows, columns, height, width, _ = images.shape
     gap = _gap(height)
     padded = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=1)
@@ -105,12 +103,12 @@ def _gap(size: int) -> int:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, cropped to what is drawn; the same bytes for the same figure."""
+    """Write a figure as PNG, cropped to its content. The same figure gives the same bytes."""
     figure.savefig(path, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches from the upper left corner of a figure."""
+    """Return axes at a position in inches from the upper left corner of a figure."""
     total_width, total_height = figure.get_size_inches()
     place = (left / total_width, 1 - (top + height) / total_height, width / total_width, height / total_height)
     return figure.add_axes(place)
@@ -125,9 +123,9 @@ def first_of_each_class(labels: Tensor, classes: int, maximum: int = MAX_RECONST
 
 
 def first_right(model: CapsNet, images: Tensor, labels: Tensor, category: int | None = None) -> int | None:
-    """Find the first image, of a class if given, that is classified right; None where there is none.
+    """Return the index of the first correctly classified image, of a class if given, or None.
 
-    images: uint8 (M, C, H, W); labels: (M,) or (M, K). Runs the network no further than to that image's batch.
+    images: uint8 (M, C, H, W); labels: (M,) or (M, K). The network runs only up to that image's batch.
     """
     chosen = torch.arange(len(labels))
     if category is not None:
@@ -153,9 +151,9 @@ def reconstruct(model: CapsNet, poses: Tensor, classes: Tensor) -> Tensor:
 
 
 def sweep(model: CapsNet, poses: Tensor, category: int) -> Tensor:
-    """Reconstructions of one image with each dimension of one class's pose changed by each of OFFSETS.
+    """Reconstruct one image with each dimension of one class's pose changed by each of OFFSETS.
 
-    poses: (J, E), of which only the pose of ``category`` counts. Returns (E, len(OFFSETS), C, H, W), 0 to 1.
+    poses: (J, E); only the pose of ``category`` is used. Returns (E, len(OFFSETS), C, H, W), 0 to 1.
     """
     dimensions = poses.shape[1]
     changes = torch.eye(dimensions).unsqueeze(1) * torch.tensor(OFFSETS).reshape(1, -1, 1)  # (E, offsets, E)
@@ -167,7 +165,7 @@ def sweep(model: CapsNet, poses: Tensor, category: int) -> Tensor:
 
 
 def decoder_picture(model: CapsNet, names: Sequence[str], images: Tensor, labels: Tensor, chosen: int) -> Figure:
-    """Reconstructions of one image of each class, and the sweep of each pose dimension of image ``chosen``.
+    """Draw reconstructions of one image of each class, and the sweep of each pose dimension of image ``chosen``.
 
     names: of the J classes; images: uint8 (M, C, H, W); labels: int64 (M,), or (M, K) of images with K objects, each
     of which is reconstructed from one of the K longest capsules. The sweep is of the longest capsule. The network
@@ -238,7 +236,7 @@ def _tiles(
 ) -> Axes:
     """Draw rows of images (R, N, H, W, 3), ``left`` and ``top`` in inches, with names of rows and columns.
 
-    below: of each column, what is written under it in red.
+    below: the red text under each column.
     """
     rows, columns, height, width, _ = images.shape
     gap = _gap(height)
@@ -273,7 +271,7 @@ def _tiles(
 
 
 def curves_picture(curves: dict[str, dict[int, float]], selected: int | None = None) -> Figure:
-    """Losses and held-out error by epoch, a panel each, as far as there are any; ``selected`` is the epoch kept."""
+    """Draw losses and held-out error by epoch, one panel for each that exists. selected: the kept epoch."""
     panels = list(dict.fromkeys(CURVES[name][0] for name in curves))
     figure = Figure(figsize=(4.2 * len(panels), 3.3), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -306,8 +304,8 @@ def curves_picture(curves: dict[str, dict[int, float]], selected: int | None = N
 def confusion_picture(counts: Tensor, names: Sequence[str]) -> Figure:
     """Draw the confusion matrix (J, J) with its counts, rows for labels.
 
-    Only mistakes have a colour, by the square root of their number, so that neither the diagonal drowns them nor a
-    frequent one the rare.
+    Only mistakes have a colour, by the square root of their number, so that the diagonal does not hide them and a
+    frequent mistake does not hide a rare one.
     """
     names, classes = drawable(names), len(counts)
     cell = min(0.62, max(0.26, 7 / classes))  # inches
@@ -346,7 +344,7 @@ def confusion_picture(counts: Tensor, names: Sequence[str]) -> Figure:
 
 
 def mistakes_picture(images: Tensor, labels: Tensor, probabilities: Tensor, names: Sequence[str]) -> Figure:
-    """Draw the worst mistakes, up to MAX_DRAWN_MISTAKES in the order of ``by_confidence``, or say that there are none.
+    """Draw the worst mistakes, up to MAX_DRAWN_MISTAKES in the order of ``by_confidence``, or a text if there are none.
 
     Each with its number, its label or labels above and the answer below, and their capsules' lengths. images: uint8
     (M, C, H, W); labels: (M,) or (M, K); probabilities: (M, J).

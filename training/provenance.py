@@ -11,9 +11,9 @@ import torch
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Collect the facts that one needs to repeat a run: ``command``, ``commit``, ``device`` and ``torch``, all texts.
+    """Collect the facts that are needed to repeat a run: ``command``, ``commit``, ``device`` and ``torch``, as texts.
 
-    commit: of the source as git knows it, with ``+changes`` where files differ from it; empty outside a checkout.
+    commit: git's commit of the source, with ``+changes`` if files differ from it; empty outside a checkout.
     """
     return {
         "command": _command(),
@@ -24,7 +24,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _command() -> str:
-    words = [word for word in sys.orig_argv[1:] if word != "-u"]  # which torchrun adds
+    words = [word for word in sys.orig_argv[1:] if word != "-u"]  # torchrun adds it
     nodes = process_count() // process_count("LOCAL_WORLD_SIZE")
     if process_count() == 1:
         return shlex.join(["python", *words])
@@ -38,7 +38,7 @@ def process_count(variable: str = "WORLD_SIZE") -> int:
 
 
 def commit() -> str:
-    """The commit of the source, as ``provenance`` has it."""
+    """Return the commit of the source, as in ``provenance``."""
     source = Path(__file__).parent
     try:
         head, changes = (
@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def _processes() -> str:
-    """``2 x`` and so on where torchrun has started several processes."""
+    """Return ``2 x`` and so on if torchrun has started several processes, else ""."""
     count = process_count()
     return f"{count} x " if count > 1 else ""
 
@@ -63,7 +63,7 @@ def _name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The name of this machine's processor, as Linux has it; ``CPU`` elsewhere."""
+    """Return Linux's name of this machine's processor, or ``CPU`` on other systems."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

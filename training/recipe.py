@@ -1,6 +1,6 @@
-"""Everything that can be chosen of a run, each choice said once: its flag, default, choices, help and check.
+"""The options of a run, one field for each: its flag, default, choices, help and check.
 
-Nothing here needs PyTorch, whose import takes seconds, so that a wrong choice is refused at once.
+This module does not import PyTorch, which takes seconds, so that a wrong choice is refused at once.
 """
 
 import argparse
@@ -11,6 +11,8 @@ from serving.files.options import check, option
 from training.data.specs import NAMES
 
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("cosine", "exponential")
 AUGMENTATION_NAMES = ("affine", "shift", "all-shifts", "none")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 INITIALIZATIONS = ("pytorch", "authors")
@@ -18,6 +20,7 @@ AGREEMENTS = ("scalar-product", "euclidean")
 NORMALIZATIONS = ("softmax", "max-min")
 
 DEFAULT_DATASET = "mnist"
+SHIFT_SHARE = 2 / 28  # of the image's height and width
 HELD_OUT_SHARE = 12  # MNIST's 60,000 training images hold out 5,000
 # Of the sum of squared pixel errors, against the margin loss: 0.392 times the mean of MNIST's 784 pixels. The authors'
 # code averages the margin loss over the classes and halves it, which makes it 0.01, 7.84 times the mean.
@@ -46,18 +49,42 @@ def parse_stem(text: str) -> tuple[tuple[int, ...], ...]:
 class Recipe:
     """The choices of a training. Every field is a flag of ``python -m training``. Raises ValueError on a wrong one.
 
-    augment: None for the data set's own: ``none`` where images are composed of objects at random places, as they are
-    in the papers, else ``affine``. per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
+    steps: None for as many as the epochs have. augment: None for the data set's own: ``none`` where images are
+    composed of objects at random places, as they are in the papers, else ``affine``. precision: None for what the
+    device computes fast. per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
     """
 
-    epochs: int = option(40, "passes over the training images", minimum=1)
+    epochs: int = option(40, "epochs, each a pass over the training images or --min-epoch-steps", minimum=1)
+    min_epoch_steps: int = option(
+        25,
+        "steps of an epoch at least: where the images are few, an epoch passes over them several times",
+        minimum=0,
+    )
+    steps: int | None = option(
+        None,
+        "steps of the run, in --epochs parts of as many, whatever the number of images",
+        parse=int,
+        minimum=1,
+        shown="those of the epochs",
+    )
     batch_size: int = option(128, "images a step, of all processes together", minimum=1)
-    learning_rate: float = option(
-        2e-3, "peak of Adam's learning rate; a linear warm-up leads to it and half a cosine down to 0", above=0
+    optimizer: str = option("adam", "adam, or adamw with --weight-decay", choices=OPTIMIZERS)
+    weight_decay: float = option(
+        0.01, "decay of matrices and kernels by adamw, not of biases and normalizations", minimum=0
+    )
+    learning_rate: float = option(2e-3, "peak of the learning rate, to which a linear warm-up leads", above=0)
+    schedule: str = option(
+        "cosine",
+        "of the learning rate after the warm-up: half a cosine down to 0; or exponential, the authors' "
+        "0.96^(step/2000) down to 1e-6",
+        choices=SCHEDULES,
     )
     warmup_epochs: float = option(1.0, "length of the warm-up", minimum=0)
     ema_decay: float = option(
-        0.999, "decay a step of the averaged weights, the ones that are evaluated and kept", minimum=0, below=1
+        0.999,
+        "decay a step of the averaged weights, the ones that are evaluated and kept; at most (1+n)/(10+n) in step n",
+        minimum=0,
+        below=1,
     )
     augment: str | None = option(
         None,
@@ -65,6 +92,21 @@ class Recipe:
         "them in turn, the authors'; or none",
         choices=AUGMENTATION_NAMES,
         shown="affine, or none where the data set composes its images",
+    )
+    shift_share: float = option(
+        SHIFT_SHARE,
+        "furthest shift of affine, as a share of the image's height and width; 2 pixels of 28",
+        minimum=0,
+        below=1,
+        shown="1/14",
+    )
+    elastic: float = option(
+        0.0,
+        "standard deviation of an elastic deformation, in pixels, as 0.4; in one interpolation with the other changes",
+        minimum=0,
+    )
+    erasing: float = option(
+        0.0, "share of the images of which a square of 4x4 pixels becomes black", minimum=0, maximum=1
     )
     pixel_weight: float = option(
         PIXEL_WEIGHT,
@@ -74,7 +116,29 @@ class Recipe:
     gradient_clip: float = option(
         0.0, "largest norm of the gradient, longer ones are shortened to it; 0 for any", minimum=0
     )
-    precision: str = option("32-true", "32-true, or mixed: bf16-mixed, or 16-mixed on a GPU", choices=PRECISIONS)
+    precision: str | None = option(
+        None,
+        "32-true, or mixed: bf16-mixed, or 16-mixed on a GPU",
+        choices=PRECISIONS,
+        shown="bf16-mixed where the GPU or the processor computes it fast, else 32-true",
+    )
+    compile: bool = option(False, "compile the network with PyTorch's compiler, which needs a C++ compiler")
+    none: float = option(
+        0.0,
+        "share of a step's images that show none of the classes, as 0.125 for one in eight: constants, noise, shuffled "
+        "patches, blobs; no capsule is to be long",
+        minimum=0,
+        maximum=0.5,
+    )
+    distil: tuple[str, ...] = option(
+        (),
+        "checkpoints (capsnet.pt) of networks for the same classes; the means of their lengths are learned too",
+        parse=str,
+        count="+",
+        metavar="CHECKPOINT",
+        shown="none",
+    )
+    distil_weight: float = option(1.0, "weight of the squared differences to these means in the loss", minimum=0)
     vote_blocks: int = option(
         1,
         "blocks of primary capsules that are routed one after the other, without storing the votes: less memory, more "
@@ -106,7 +170,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class NetworkChanges:
-    """The fields of ``CapsNetConfig`` that differ from those of --config; None for as there."""
+    """The fields of ``CapsNetConfig`` that differ from --config. None: as in --config."""
 
     conv_channels: int | None = option(None, "channels of the first convolution", parse=int, minimum=1, shown="")
     primary_types: int | None = option(None, "types of primary capsules", parse=int, minimum=1, shown="")
@@ -132,7 +196,7 @@ class NetworkChanges:
         above=0,
         shown="",
     )
-    initialization: str | None = option(None, "of the convolutions", choices=INITIALIZATIONS, shown="")
+    initialization: str | None = option(None, "of the convolutions and the decoder", choices=INITIALIZATIONS, shown="")
     agreement: str | None = option(None, "of a vote with a pose", choices=AGREEMENTS, shown="")
     normalization: str | None = option(None, "of the routing logits to couplings", choices=NORMALIZATIONS, shown="")
     routing_gradient: bool | None = option(
@@ -162,7 +226,7 @@ class NetworkChanges:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The network, the data and the folder of a run. Raises ValueError where options do not go together."""
+    """The network, the data and the folder of a run. Raises ValueError if options contradict each other."""
 
     config: str = option("compact", "the network", choices=CONFIG_NAMES)
     dataset: str | None = option(None, "what it learns", choices=NAMES, shown=DEFAULT_DATASET)
@@ -195,5 +259,5 @@ class RunOptions:
 
     @property
     def data_name(self) -> str:
-        """The name of the data set, or of the folder."""
+        """Return the name of the data set, or of the folder."""
         return self.data.resolve().name if self.data else self.dataset or DEFAULT_DATASET

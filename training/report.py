@@ -29,6 +29,7 @@ from training.pictures import (
     mistakes_picture,
     save,
 )
+from training.routing_figures import RoutingFigures, routing_figures
 from training.run_folder import CHECKPOINT_FILE, REPORT_FILE
 
 MAX_TABLE_CLASSES = 20  # in the table of errors by class
@@ -38,7 +39,8 @@ def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabi
     """Write ``report.md`` and its pictures into the folder of a finished run.
 
     probabilities: (M, J), the network's answers to ``dataset.test_images``; the network is not run over them again,
-    only over the few images of which ``decoder.png`` shows reconstructions, where it has a decoder. The curves are
+    only over the few images of which ``decoder.png`` shows reconstructions, where it has a decoder, and over the first
+    ones to measure its routing. The curves are
     those of the logs in the folder; without logs there is no ``curves.png``. Raises ValueError where probabilities
     and checkpoint do not belong to the data.
     """
@@ -63,12 +65,13 @@ def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabi
     for name, figure in figures.items():
         save(figure, folder / name)
     # Class names come from folders, whose names need not be text.
-    page = _page(checkpoint, dataset, probabilities, list(figures))
+    routing = routing_figures(model, dataset.test_images, labels.reshape(len(labels), -1).shape[1])
+    page = _page(checkpoint, dataset, probabilities, routing, list(figures))
     (folder / REPORT_FILE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of a share of which ``count`` of ``total`` were seen, as two numbers from 0 to 1.
+    """Return the 95 % interval of a share, given ``count`` of ``total``, as two numbers from 0 to 1.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference" (1927). Raises ValueError
     where count is not between 0 and total, or total is 0.
@@ -78,7 +81,7 @@ def wilson(count: int, total: int, confidence: float = 0.95) -> tuple[float, flo
     z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
     middle = (count + z2 / 2) / (total + z2)
     half = math.sqrt(z2 * (count * (total - count) / total + z2 / 4)) / (total + z2)
-    # At the ends the interval reaches 0 or 1, which rounding would miss.
+    # At the ends the interval reaches exactly 0 or 1, which rounding would miss.
     return (max(0.0, middle - half) if count else 0.0), (min(1.0, middle + half) if count < total else 1.0)
 
 
@@ -106,11 +109,19 @@ def _version(log: Path) -> str:
     return log.parent.name.removeprefix("version_")
 
 
-def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictures: Sequence[str]) -> str:
+def _page(
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    probabilities: Tensor,
+    routing: RoutingFigures,
+    pictures: Sequence[str],
+) -> str:
     figures, recipe = checkpoint.figures, checkpoint.recipe
     network = _network(checkpoint)
     test = _error(figures["test_errors"], figures["test_images"])
     sets = [("test", figures["test_images"], figures["test_errors"])]
+    if "none_test_images" in figures:
+        sets.append(("test, none of the classes", figures["none_test_images"], figures["none_test_errors"]))
     if "held_out_images" in figures:
         sets.insert(0, ("held out", figures["held_out_images"], figures["held_out_errors"]))
         selection = (
@@ -134,14 +145,16 @@ def _page(checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor, pictu
     ]
     if command := figures.get("command"):
         parts += ["The command:", textwrap.indent(command, "    ")]
-    parts += _classes(confusion(probabilities, dataset.test_labels), dataset.labels)
+    parts += _routing(routing)
+    if len(dataset.labels) > 1:
+        parts += _classes(confusion(probabilities, dataset.test_labels), dataset.labels)
     for name in pictures:
         title, note = _PICTURES[name]
         parts += [f"## {title}", note, f"![{title}]({name})"]
     return "\n\n".join(parts) + "\n"
 
 
-# Of each picture, its title and what one must know to read it.
+# The title of each picture, and the text that explains it.
 _PICTURES = {
     "curves.png": (
         "By epoch",
@@ -187,14 +200,14 @@ def _facts(checkpoint: Checkpoint, dataset: Dataset, network: str) -> list[tuple
 
 
 def _network(checkpoint: Checkpoint) -> str:
-    """Return the name of the config; the sizes that follow from the data do not count."""
+    """Return the name of the config. Sizes that follow from the data do not matter."""
     config = checkpoint.config
     sizes = {name: getattr(config, name) for name in ("image_channels", "image_size", "classes")}
     return next((name for name, known in CONFIGS.items() if replace(known, **sizes) == config), "own config")
 
 
 def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
-    """Return the section with the errors of each class, the worst first where there are many."""
+    """Return the section with the errors of each class, the worst first if there are many."""
     totals = counts.sum(1).tolist()
     missed = (counts.sum(1) - counts.diagonal()).tolist()
     off_diagonal = counts.clone().fill_diagonal_(0)
@@ -210,6 +223,23 @@ def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
         often = f"{_plain(names[other])} ({int(off_diagonal[one, other]):,})" if missed[one] else ""
         rows.append((str(one), _plain(names[one]), f"{totals[one]:,}", f"{missed[one]:,}", share, often))
     return [*parts, _table(("#", "class", "in the test", "missed", "error", "most often taken for"), rows)]
+
+
+def _routing(figures: RoutingFigures) -> list[str]:
+    """Return the section that tells whether capsules can be absent and whether routing decides anything."""
+    rows = [("mean length of the primary capsules", f"{figures.primary_length:.4f}")]
+    rows += [
+        (f"entropy of the couplings in iteration {number}", f"{entropy:.4f}")
+        for number, entropy in enumerate(figures.entropies, 1)
+    ]
+    rows.append(("answers that one iteration changes", f"{figures.changed:,} of {figures.images:,}"))
+    return [
+        "## What routing does",
+        f"Measured on the first {figures.images:,} test images. A mean length near 1 says that primary capsules are "
+        "present in every image. The entropy of a primary capsule's couplings over its parents is 1 where all are the "
+        "same and 0 where one parent has all. One iteration is routing with uniform couplings.",
+        _table(("", ""), rows),
+    ]
 
 
 def _error(errors: int, images: int) -> str:
@@ -238,7 +268,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes for nothing but text, in one line."""
+    """Return a text in one line with Markdown's characters escaped."""
     return "".join(
         "\\" + character if character in "\\`*_[]<>|#$~" else character for character in " ".join(text.split())
     )

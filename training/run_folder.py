@@ -1,6 +1,6 @@
 """The files of a run's folder, by name.
 
-Nothing here needs PyTorch, so that a folder that cannot be used is refused at once.
+This module does not import PyTorch, so that a folder that cannot be used is refused at once.
 """
 
 from pathlib import Path
@@ -13,5 +13,5 @@ REPORT_FILE = "report.md"
 
 
 def checkpoint_path(path: Path) -> Path:
-    """Return the finished network's file, where a run's folder is given, or the path itself."""
+    """Return the finished network's file if the path is a run's folder, else the path itself."""
     return path / CHECKPOINT_FILE if path.is_dir() else path

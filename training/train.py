@@ -3,30 +3,35 @@
 import logging
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from training.callbacks import KeepBest, StopBetweenSteps, WholeFiles
-from training.checkpoint import Checkpoint, save
-from training.data.augment import AUGMENTATIONS
-from training.data.batches import FIRST_STEP_NUMBER, Batches
+from training.callbacks import AveragedWeights, KeepBest, StopBetweenSteps, WholeFiles
+from training.checkpoint import Checkpoint, CheckpointError, load, save
+from training.data.augment import Augmentation
+from training.data.batches import FIRST_STEP_NUMBER, Batches, steps_per_pass
 from training.data.batches import generator as seeded
 from training.data.compose import combine, place, scenes
 from training.data.datasets import Dataset, per_class, split
-from training.evaluate import mistakes, predict, wrong
-from training.loss import margin_loss, presence_loss, reconstruction_loss
+from training.data.non_objects import non_objects
+from training.data.specs import NONE
+from training.evaluate import mean_lengths, mistakes, predict, wrong
+from training.loss import distillation_loss, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+from training.optimization import cosine_factor, exponential_factor, parameter_groups
+from training.precision import default_precision
 from training.provenance import process_count, provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
-from training.run_folder import BEST_FILE, CHECKPOINT_FILE, RESUME_FILE
+from training.run_folder import BEST_FILE, CHECKPOINT_FILE, RESUME_FILE, checkpoint_path
 
 EVALUATION_BATCH_SIZE = 500
 
@@ -34,7 +39,7 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the text says why. The resume file of the last whole epoch is kept."""
+    """Training cannot go on. The text says why. The resume file of the last whole epoch is kept."""
 
 
 class Result(NamedTuple):
@@ -45,51 +50,95 @@ class Result(NamedTuple):
 
 
 class Training(lightning.LightningModule):
-    """The network with its losses, optimizer and schedule, as Lightning drives it.
+    """The network with its losses, optimizer and schedule, as a module of Lightning.
 
-    canvas: of composed images, see ``Dataset``.
+    steps_per_epoch: of the ``recipe.epochs`` epochs. canvas: of composed images, see ``Dataset``. teachers: networks
+    whose mean lengths are learned too.
     """
 
-    def __init__(self, config: CapsNetConfig, recipe: Recipe, steps_per_epoch: int, canvas: int = 0) -> None:
+    def __init__(
+        self,
+        config: CapsNetConfig,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        canvas: int = 0,
+        teachers: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.steps_per_epoch = steps_per_epoch
         self.canvas = canvas
         model = CapsNet(config, recipe.vote_blocks)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.augment = AUGMENTATIONS[recipe.augment or "affine"]
+        self.augment: Callable[[Tensor, Tensor, torch.Generator], Tensor] = Augmentation(
+            recipe.augment or "affine", recipe.shift_share, recipe.elastic, recipe.erasing
+        )
+        # In a function, so that the teachers are neither learned nor averaged nor saved.
+        self.targets = (lambda pixels: _targets(teachers, pixels)) if teachers else None
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
-        images, labels, turns = batch
-        count, objects = labels.shape
-        # Seeded by the step, not by what was drawn before, so that a resumed run draws the same.
-        generator = seeded(self.recipe.seed, FIRST_STEP_NUMBER + self.global_step)
-        parts = self.augment(to_pixels(images.flatten(0, 1)), turns.repeat_interleave(objects), generator)
-        if self.canvas:
-            parts = place(parts, self.canvas, generator)
+        parts, labels, pixels = self._images(*batch)
+        count = len(labels)
         # Every process makes the whole batch and takes its share of it, so that their number changes no result.
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         share = slice(rank, None, processes) if rank < count else slice(1)
         weight = len(range(rank, count, processes)) * processes / count  # the mean over processes is the batch's mean
-        parts, labels = parts.reshape(count, objects, *parts.shape[1:])[share], labels[share]
+        parts, labels, pixels = parts[share], labels[share], pixels[share]
 
-        poses = self.model(combine(parts))
-        loss = weight * self._classification_loss(lengths(poses), labels)
+        poses = self.model(pixels).float()
+        probabilities = lengths(poses)
+        loss = weight * self._classification_loss(probabilities, labels)
         self._log("classification_loss", loss, count, prog_bar=True, on_epoch=True)
+        if self.targets is not None:
+            distillation = weight * self.recipe.distil_weight * distillation_loss(probabilities, self.targets(pixels))
+            self._log("distillation_loss", distillation, count, on_epoch=True)
+            loss = loss + distillation
         if self.model.decoder is not None:
-            reconstruction = torch.zeros_like(loss)
-            for part, label in zip(parts.unbind(1), labels.unbind(1), strict=True):
-                reconstructed = self.model.decoder(poses, label)
-                reconstruction = reconstruction + reconstruction_loss(reconstructed, part, self.recipe.pixel_weight)
-            self._log("reconstruction_loss", weight * reconstruction, count, on_epoch=True)
-            loss = loss + weight * reconstruction
+            reconstruction = weight * self._reconstruction_loss(self.model.decoder, poses, parts, labels)
+            self._log("reconstruction_loss", reconstruction, count, on_epoch=True)
+            loss = loss + reconstruction
         if not torch.isfinite(loss):
             raise TrainingError(f"the loss is {loss.item()} at step {self.global_step}; try a lower learning rate")
         return loss
 
+    def _images(self, images: Tensor, labels: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a step's objects (B, K, C, H, W), their labels (B, K), and the images of them (B, C, H, W), as pixels.
+
+        images: (B, K, C, H, W) uint8; labels: (B, K); turns: (B,). Images of none of the classes are added, as many as
+        the recipe says.
+        """
+        count, objects = labels.shape
+        # The seed depends on the step, not on earlier draws, so that a resumed run draws the same numbers.
+        generator = seeded(self.recipe.seed, FIRST_STEP_NUMBER + self.global_step)
+        parts = self.augment(to_pixels(images.flatten(0, 1)), turns.repeat_interleave(objects), generator)
+        if self.canvas:
+            parts = place(parts, self.canvas, generator)
+        parts = parts.reshape(count, objects, *parts.shape[1:])
+        pixels = combine(parts)
+        if added := round(count * self.recipe.none / (1 - self.recipe.none)):
+            drawn = (255 * pixels[:added]).round().to(torch.uint8).cpu()
+            others = to_pixels(non_objects(drawn, generator)).to(pixels.device)
+            pixels = torch.cat([pixels, others])
+            parts = torch.cat([parts, others.unsqueeze(1).expand(-1, objects, -1, -1, -1)])
+            labels = torch.cat([labels, labels.new_full((len(others), objects), NONE)])
+        return parts, labels, pixels
+
+    def _reconstruction_loss(self, decoder: nn.Module, poses: Tensor, parts: Tensor, labels: Tensor) -> Tensor:
+        """Return the reconstruction loss, averaged over all images; those of none of the classes add nothing."""
+        result = poses.new_zeros(())
+        known = labels[:, 0] != NONE
+        if not known.any():
+            return result
+        share = 1.0
+        if not known.all():
+            poses, parts, labels, share = poses[known], parts[known], labels[known], float(known.float().mean())
+        for part, label in zip(parts.unbind(1), labels.unbind(1), strict=True):
+            result = result + reconstruction_loss(decoder(poses, label), part, self.recipe.pixel_weight)
+        return share * result
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         images, labels = batch
-        probabilities = lengths(self.model(to_pixels(images)))
+        probabilities = lengths(self.model(to_pixels(images)).float())
         self._log("held_out_loss", self._classification_loss(probabilities, labels), len(labels))
         errors = wrong(probabilities, labels).float().mean()
         self._log("held_out_error_percent", 100 * errors, len(labels), prog_bar=True)
@@ -99,7 +148,7 @@ class Training(lightning.LightningModule):
 
     def _classification_loss(self, probabilities: Tensor, labels: Tensor) -> Tensor:
         if self.model.config.classes == 1:
-            return presence_loss(probabilities)
+            return presence_loss(probabilities, labels)
         return margin_loss(probabilities, labels)
 
     def configure_optimizers(self) -> Any:
@@ -107,21 +156,47 @@ class Training(lightning.LightningModule):
         total = self.recipe.epochs * self.steps_per_epoch
 
         def factor(step: int) -> float:
-            """Linear from 0, then half a cosine down to 0."""
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))
+            if self.recipe.schedule == "exponential":
+                return exponential_factor(step, warmup, self.recipe.learning_rate)
+            return cosine_factor(step, warmup, total)
 
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.recipe.learning_rate)
+        optimizer: torch.optim.Optimizer
+        if self.recipe.optimizer == "adamw":
+            groups = parameter_groups(self.model, self.recipe.weight_decay)
+            optimizer = torch.optim.AdamW(groups, lr=self.recipe.learning_rate)
+        else:
+            optimizer = torch.optim.Adam(self.parameters(), lr=self.recipe.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@torch.no_grad()
+def _targets(teachers: Sequence[nn.Module], pixels: Tensor) -> Tensor:
+    return mean_lengths([teacher.to(pixels.device) for teacher in teachers], pixels)
+
+
+def load_teachers(recipe: Recipe, config: CapsNetConfig, labels: Sequence[str]) -> list[nn.Module]:
+    """Read the networks to learn from.
+
+    Raises TrainingError, naming the file, where one is none or has other images or classes.
+    """
+    teachers: list[nn.Module] = []
+    for path in recipe.distil:
+        try:
+            teacher = load(checkpoint_path(Path(path)))
+            if teacher.config.image_shape != config.image_shape or tuple(teacher.labels) != tuple(labels):
+                raise CheckpointError(f"{path}: trained on other images or classes")
+            teachers.append(teacher.model().requires_grad_(False))
+        except CheckpointError as error:
+            raise TrainingError(f"distil: {error}") from error
+    return teachers
 
 
 def _check_resumable(path: Path) -> None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         whole = isinstance(content, dict) and {"pytorch-lightning_version", "averaging_state"} <= content.keys()
-    except Exception as error:  # bytes of another kind make torch.load raise almost anything
+    except Exception as error:  # torch.load raises many kinds of errors for other files
         raise TrainingError(f"{path}: damaged or cut off; it cannot be resumed") from error
     if not whole:
         raise TrainingError(f"{path}: not a file that training wrote to resume from")
@@ -139,32 +214,40 @@ def run(
     """Train, select on the held-out images, test once, and write ``folder/capsnet.pt``.
 
     The averaged weights of the epoch with the lowest held-out loss are kept; with ``held_out=0``, those of the last
-    epoch. Started by ``torchrun``, the processes train together, each on its share of every batch, and all but the
-    first return None. Raises TrainingError on a loss that is no number, Interrupted when stopped by a signal, and
-    KeyboardInterrupt where that comes before the first step.
+    epoch. Under ``torchrun`` the processes train together, each on its share of every batch, and only the first
+    returns a result; the others return None. Raises TrainingError if a loss is not a number, Interrupted after a
+    signal, and KeyboardInterrupt if the signal comes before the first step.
     """
     if resume:
         _check_resumable(folder / RESUME_FILE)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
-    if recipe.augment is None:
-        recipe = replace(recipe, augment="none" if dataset.canvas else "affine")
+    recipe = replace(
+        recipe,
+        augment=recipe.augment or ("none" if dataset.canvas else "affine"),
+        precision=recipe.precision or default_precision(),
+    )
     train, held_out = _parts(dataset, recipe)
+    batch_size = recipe.batch_size - round(recipe.none * recipe.batch_size)
+    recipe, steps_per_epoch = _schedule(recipe, steps_per_pass(len(train), batch_size))
     selection = _held_out_images(dataset, held_out, recipe.seed)
     batches = Batches(
         dataset.train_images[train],
         dataset.train_labels[train],
-        recipe.batch_size,
+        batch_size,
         recipe.seed,
         lambda: module.global_step,
         dataset.objects,
+        steps_per_epoch,
     )
-    module = Training(config, recipe, len(batches), dataset.canvas)
+    module = Training(config, recipe, len(batches), dataset.canvas, load_teachers(recipe, config, dataset.labels))
+    if recipe.compile:
+        module.model.compile()
     timer = Timer()  # goes on counting after an interruption
     keep_best = KeepBest(folder / BEST_FILE) if selection else None
     trainer = _trainer(recipe, folder, timer, keep_best, progress)
-    origin = provenance(trainer.strategy.root_device)  # before training, while the source is what it runs
+    origin = provenance(trainer.strategy.root_device)  # before training, while the files are still the running source
     _fit(trainer, module, batches, selection, folder / RESUME_FILE if resume else None)
     if not trainer.is_global_zero:
         return None
@@ -173,7 +256,7 @@ def run(
             f"the held-out loss was a finite number in none of the {recipe.epochs} epochs; try a lower learning rate"
         )
 
-    # From the file, since in memory the averaged weights are in place only when training has just ended.
+    # From the file: in memory the averaged weights are set only directly after training.
     kept = torch.load(keep_best.path if keep_best else folder / RESUME_FILE, map_location="cpu", weights_only=True)
     module.load_state_dict(kept["state_dict"])
     model = module.model.eval()
@@ -188,8 +271,16 @@ def run(
     return Result(checkpoint, probabilities)
 
 
+def _schedule(recipe: Recipe, one_pass: int) -> tuple[Recipe, int]:
+    """Return the recipe with the number of epochs that the run has, and the steps of an epoch; a pass has one_pass."""
+    if recipe.steps is None:
+        return recipe, max(one_pass, recipe.min_epoch_steps)
+    steps_per_epoch = math.ceil(recipe.steps / recipe.epochs)
+    return replace(recipe, epochs=math.ceil(recipe.steps / steps_per_epoch)), steps_per_epoch
+
+
 def _held_out_images(dataset: Dataset, held_out: Tensor, seed: int) -> Labelled | None:
-    """Return the held-out images as the network takes them, with their labels; None where there are none."""
+    """Return the held-out images in the form for the network, with their labels, or None if there are none."""
     if not len(held_out):
         return None
     images, labels = dataset.train_images[held_out], dataset.train_labels[held_out]
@@ -211,12 +302,12 @@ def _fit(
     selection: Labelled | None,
     resume_from: Path | None,
 ) -> None:
-    """Have Lightning train.
+    """Train with Lightning.
 
-    Raises TrainingError where memory runs out, and KeyboardInterrupt on a Ctrl-C that comes before the first step.
+    Raises TrainingError if memory runs out, and KeyboardInterrupt on a Ctrl-C that comes before the first step.
     """
     with warnings.catch_warnings():
-        # Advice on worker processes and logging intervals, which data held in memory has no use for.
+        # Advice on worker processes and logging intervals does not apply to data in memory.
         warnings.filterwarnings("ignore", module="lightning")
         try:
             trainer.fit(
@@ -226,9 +317,11 @@ def _fit(
                 ckpt_path=resume_from,
                 weights_only=True,
             )
-        except SystemExit as error:  # which Lightning makes of it
+        except SystemExit as error:  # Lightning turns KeyboardInterrupt into it
             raise KeyboardInterrupt from error
         except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise TrainingError(f"--compile failed: {str(error).strip().splitlines()[0]}") from error
             if not _is_out_of_memory(error):
                 raise
             raise TrainingError(
@@ -237,15 +330,21 @@ def _fit(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether PyTorch or Python found no memory; on a CPU PyTorch says so in the text alone."""
+    """Return True if PyTorch or Python found no memory. On a CPU only PyTorch's text says so."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _test(model: CapsNet, dataset: Dataset) -> tuple[Tensor, dict[str, Any]]:
-    """Run the finished network over the test images, once: their probabilities (M, J), and the figures."""
+    """Run the finished network once over the test images. Return probabilities (M, J), and the figures."""
     probabilities, _ = predict(model, dataset.test_images)
     test_mistakes = wrong(probabilities, dataset.test_labels).nonzero().flatten().tolist()
-    return probabilities, {
+    others = dataset.none_test_images
+    none: dict[str, Any] = {}
+    if others is not None:
+        lengths_of_others, _ = predict(model, others)
+        errors = wrong(lengths_of_others, torch.full((len(others),), NONE))
+        none = {"none_test_errors": int(errors.sum()), "none_test_images": len(others)}
+    return probabilities, none | {
         "test_errors": len(test_mistakes),
         "test_mistakes": test_mistakes,
         "test_images": len(dataset.test_images),
@@ -253,7 +352,7 @@ def _test(model: CapsNet, dataset: Dataset) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The indices of the training images to learn from and of those held out."""
+    """Return the indices of the training images and of the held-out images."""
     labels = dataset.train_labels
     count = len(labels)
     held_out_count = count // HELD_OUT_SHARE if recipe.held_out is None else recipe.held_out
@@ -262,6 +361,8 @@ def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
     train, held_out = split(count, held_out_count, recipe.seed)
     if recipe.per_class is not None:
         train = train[per_class(labels[train], recipe.per_class, recipe.seed)]
+    if len(dataset.labels) == 1 and not (labels[train] == NONE).any():
+        raise TrainingError(f"{dataset.name}: one class alone; it takes images without it to learn what it is not")
     for part, name in ((train, "learned from"), (held_out, "held out")):
         if dataset.objects > 1 and len(part) and len(set(labels[part].tolist())) == 1:
             raise TrainingError(f"held_out: {held_out_count}; the images {name} are of one class, and pairs need two")
@@ -271,14 +372,14 @@ def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def _trainer(
     recipe: Recipe, folder: Path, timer: Timer, keep_best: KeepBest | None, progress: bool
 ) -> lightning.Trainer:
-    """Make Lightning's trainer, on as many processes as torchrun says it has started, else on one."""
+    """Make Lightning's trainer for the number of processes that torchrun has started, else for one."""
     processes, here = process_count(), process_count("LOCAL_WORLD_SIZE")
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.precision == "16-mixed" and accelerator == "cpu":
         raise TrainingError("precision: 16-mixed needs a GPU; bf16-mixed runs on a CPU too")
     callbacks: list[Callback] = [
         timer,
-        EMAWeightAveraging(decay=recipe.ema_decay),
+        AveragedWeights(recipe.ema_decay),
         StopBetweenSteps(folder / RESUME_FILE),
         ModelCheckpoint(folder, Path(RESUME_FILE).stem, enable_version_counter=False, save_on_train_epoch_end=True),
     ]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from training.data.augment import distort
 from training.data.compose import combine, members, place
-from training.data.non_objects import NONE, non_objects
+from training.data.non_objects import non_objects
+from training.data.specs import NONE
 
-NONE_SHARE = 8  # one image in so many shows none of the classes
+NONE_SHARE = 8  # one image in this many shows none of the classes
 
 
 class Chunk(NamedTuple):
@@ -24,7 +25,7 @@ class Chunk(NamedTuple):
 
 
 class Digits:
-    """Epochs of single digits, each rotated, sheared, scaled and shifted anew, with images of none of the classes."""
+    """Epochs of single digits, each rotated, sheared, scaled and shifted again, with images of none of the classes."""
 
     def __init__(self, images: Tensor, labels: Tensor, batch: int, seed: int, max_shift: float, none: bool) -> None:
         self._images, self._labels = images, labels
@@ -51,7 +52,7 @@ class Digits:
 
 
 class Pairs:
-    """Chunks of overlapping pairs of digits of different classes on a larger canvas, each pair composed anew.
+    """Chunks of overlapping pairs of digits of different classes on a larger canvas, each pair composed again.
 
     Every second digit is rotated by up to 8 degrees, sheared by up to 0.08 and scaled by 0.92 to 1.08 before it is
     placed; the others keep the pixels of their data set, as the test's digits do.

@@ -11,17 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.epochs import Chunk
-from training.data.non_objects import NONE
-from training.loss import ABSENT, DOWN_WEIGHT, PRESENT
+from training.data.specs import NONE
+from training.evaluate import mean_lengths as lengths_of
+from training.loss import distillation_loss, margin_loss, present_classes
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+from training.optimization import ema_decay, parameter_groups
 
-WARMUP_STEPS = 3  # before a graph is recorded, so that all kernels are built and all memory is there
+WARMUP_STEPS = 3  # before a graph is recorded: they build all kernels and allocate all memory
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """weight_decay: of matrices and kernels alone. ema_decay: at most; it grows from 0.1 on. distil: weight of the
-    squared difference to the teachers' lengths, 0 for none."""
+    """The settings of a training run.
+
+    weight_decay: for matrices and kernels alone. ema_decay: the largest decay; the decay grows from 0.1. distil: the
+    weight of the squared difference to the teachers' lengths; 0 for none.
+    """
 
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
@@ -41,14 +46,11 @@ def total_loss(
     """
     poses = model(to_pixels(images)).float()
     probabilities = lengths(poses)  # (B, J)
-    classes = torch.arange(model.config.classes, device=labels.device)
-    one_hot = (labels.unsqueeze(-1) == classes).to(poses.dtype)  # (B, K, J); all 0 for NONE
-    present = one_hot.sum(1)
-    short, long = torch.relu(PRESENT - probabilities).square(), torch.relu(probabilities - ABSENT).square()
-    loss = (present * short + DOWN_WEIGHT * (1 - present) * long).sum(1).mean()
+    loss = margin_loss(probabilities, labels)
     if targets is not None:
-        loss = loss + settings.distil * (probabilities - targets).square().sum(1).mean()
+        loss = loss + settings.distil * distillation_loss(probabilities, targets)
     if model.decoder is not None:
+        one_hot = present_classes(labels, model.config.classes)  # (B, K, J)
         masked = (poses.unsqueeze(1) * one_hot.unsqueeze(-1)).flatten(0, 1).flatten(1)  # (B*K, J*E)
         pixels = model.decoder.layers(masked).float()
         errors = (pixels - to_pixels(parts).flatten(0, 1).flatten(1)).square().sum(1)
@@ -57,7 +59,7 @@ def total_loss(
 
 
 def on_device(model: CapsNet, device: torch.device) -> CapsNet:
-    """Move a network, its convolutions' weights with the channels last, as tensor cores take them."""
+    """Move a network to the device, with the channels of its convolutions last, as tensor cores need them."""
     moved: CapsNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
 
@@ -83,11 +85,9 @@ class Learner:
         self.config, self.settings, self.steps, self.device = config, settings, steps, device
         self.model = on_device(CapsNet(config), device)
         self._loss = torch.compile(total_loss) if compiled else total_loss
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim <= 1]
         self._rate = torch.zeros((), device=device)
         self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            parameter_groups(self.model, settings.weight_decay),
             lr=self._rate,
             fused=True,
             capturable=device.type == "cuda",
@@ -100,7 +100,7 @@ class Learner:
         self._average = [value.clone() for value in self._state]
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)  # which batch of the chunk is next
-        self.loss = torch.zeros((), device=device)  # summed since it was last set to 0
+        self.loss = torch.zeros((), device=device)  # the sum since it was last set to 0
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -165,8 +165,7 @@ class Learner:
             self._step += 1
             self._next += 1
             self._next.remainder_(len(self._chunk.images))
-            count = self._step.float()
-            weight = 1 - torch.clamp((1 + count) / (10 + count), max=self.settings.ema_decay)
+            weight = 1 - ema_decay(self._step, self.settings.ema_decay)
             change = torch._foreach_sub(self._state, self._average)
             torch._foreach_mul_(change, weight)
             torch._foreach_add_(self._average, change)
@@ -187,5 +186,5 @@ def mean_lengths(models: list[nn.Module], images: Tensor, part: int = 8192) -> T
     means = []
     for some in torch.split(images, part):
         with torch.autocast(some.device.type, torch.bfloat16):
-            means.append(torch.stack([lengths(model(to_pixels(some)).float()) for model in models]).mean(0))
+            means.append(lengths_of(models, to_pixels(some)))
     return torch.cat(means)

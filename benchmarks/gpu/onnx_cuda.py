@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from benchmarks.figures import write
 from export.to_fp16 import to_fp16
 from export.to_onnx import to_onnx
-from serving.files.idx import read_idx
 from training.checkpoint import load
+from training.data.datasets import load as load_dataset
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit, processor
 
@@ -80,7 +80,7 @@ def speed(name: str, file: Path, image_shape: Sequence[int], seconds: float, cud
                 rate, median = _rate(runtime, way, batch, image_shape, seconds)
                 row = {"graph": name, "way": way, "batch": batch, "images_per_second": f"{rate:.4g}"}
                 rows.append(row | {"median_ms": f"{1000 * median:.4g}", "error": ""})
-        except Exception as error:  # one way that fails must not end the others
+        except Exception as error:  # the other ways must still run
             rows.append({"graph": name, "way": way, "batch": "", "images_per_second": "", "median_ms": ""})
             rows[-1]["error"] = " ".join(str(error).split())[:200]
     return rows
@@ -129,7 +129,7 @@ def exported(name: str, checkpoint: Path | None, folder: Path) -> dict[str, Path
     files["fp32"].write_bytes(model.SerializeToString())
     try:
         half = to_fp16(model)
-    except Exception as error:  # a network that half precision does not know yet is measured in single precision
+    except Exception as error:  # a network without a half-precision export is measured in single precision
         print(f"{name}: no fp16: {error}", flush=True)
     else:
         files["fp16"] = folder / f"{name}-fp16.onnx"
@@ -139,7 +139,7 @@ def exported(name: str, checkpoint: Path | None, folder: Path) -> dict[str, Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.onnx_cuda", allow_abbrev=False)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with MNIST's test images")
+    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
     parser.add_argument("--graph", action="append", default=[], metavar="NAME=FILE=REFERENCE", help="a served graph")
     parser.add_argument("--config", action="append", default=[], help="a configuration to export with random weights")
     parser.add_argument("--checkpoint", action="append", default=[], type=Path, help="a checkpoint to export")
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and _CUDA in ort.get_available_providers()
     options.out.mkdir(parents=True, exist_ok=True)
-    images = read_idx((options.data_dir / "t10k-images-idx3-ubyte").read_bytes())[:, None]
+    images = load_dataset("mnist", options.data_dir, progress=False).test_images.numpy()
     graphs: list[tuple[str, Path, Path]] = []
     for given in options.graph:
         name, file, reference = given.split("=")
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cuda:
                 equal.append(parity(name, file, reference, np.ascontiguousarray(padded)) | origin)
                 print(equal[-1], flush=True)
-        except Exception as error:  # the next graph may well run
+        except Exception as error:  # the next graph may still run
             print(f"{name}: {' '.join(str(error).split())[:300]}", flush=True)
             continue
         fast += [row | origin for row in speed(name, file, size, options.seconds, cuda)]

@@ -33,7 +33,7 @@ def body(folder: Path, images: int) -> Path:
 
 
 def measure(device: str, flags: Sequence[str], seconds: float, log: Path) -> list[dict[str, Any]]:
-    """Start a server on the device, load it, and stop it. Raises RuntimeError where it does not start."""
+    """Start a server on the device, load it, and stop it. Raises RuntimeError if it does not start."""
     command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-m", "serving", "--device", device]
     with log.open("w") as output:
         server = subprocess.Popen(

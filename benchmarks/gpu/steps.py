@@ -58,6 +58,7 @@ def _wait(device: torch.device) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.steps", allow_abbrev=False)
     parser.add_argument("--case", action="append", default=[], metavar="CONFIG:BATCH", required=True)
+    parser.add_argument("--way", action="append", choices=WAYS, help="(default: all)")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -74,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for case in options.case:
         name, batch = case.split(":")
-        for way in WAYS:
+        for way in options.way or WAYS:
             try:
                 rows.append(measure(name, int(batch), way, options.steps, device) | origin)
-            except Exception as error:  # one way that fails must not end the others
+            except Exception as error:  # the other ways must still run
                 print(f"{case} {way}: {type(error).__name__} {' '.join(str(error).split())[:600]}", flush=True)
                 continue
             print(rows[-1], flush=True)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.training``: train several networks side by side on one device, in a box of time.
+"""``python -m benchmarks.gpu.training``: train several networks side by side on one device, within a time budget.
 
 Networks of one cohort are trained at once, each on a stream of its own, since one small network leaves most of a GPU
 idle. The test images are read once a network, after its last step; nothing is chosen by them.
@@ -6,6 +6,7 @@ idle. The test images are read once a network, after its last step; nothing is c
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.epochs import Chunk, Digits, Pairs
 from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device
 from training.checkpoint import Checkpoint, load, save
-from training.data.compose import scenes
-from training.data.datasets import Dataset
+from training.data.datasets import Dataset, generate
 from training.data.datasets import load as load_dataset
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNetConfig
@@ -30,29 +30,27 @@ BATCH = 128
 PAIR_BATCH = 1024
 PAIR_CANVAS = 36
 PAIRS = "multimnist"
-PAIR_STEPS = 64  # of a chunk
-TEST_PAIRS = 100_000
-MAX_SHIFT = 2.5  # pixels
-PROBE_STEPS = 60  # which tell how many epochs the time is for
-_TEST_SEED = 0
+PAIR_CHUNK_STEPS = 64
+MAX_SHIFT_PIXELS = 2.5
+PROBE_STEPS = 60  # their time decides how many epochs fit into the budget
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train: on ``dataset``, with a seed for weights and data."""
+    """One network to train on ``dataset``. The seed is for weights and data."""
 
     name: str
     config: str
     seed: int
     settings: Hyperparameters
     dataset: str = "mnist"
-    max_shift: float = MAX_SHIFT
+    max_shift: float = MAX_SHIFT_PIXELS
     none: bool = True
 
 
 @dataclass(frozen=True)
 class Box:
-    """A time to train in. epochs: at most (for pairs: chunks)."""
+    """A time budget for training. epochs: the most epochs; for pairs, the most chunks."""
 
     seconds: float
     epochs: int
@@ -61,7 +59,7 @@ class Box:
 def data_of(job: Job, mnist: Dataset, device: torch.device, pair_batch: int) -> Digits | Pairs:
     images, labels = mnist.train_images.to(device), mnist.train_labels.to(device)
     if job.dataset == PAIRS:
-        return Pairs(images, labels, pair_batch, job.seed, PAIR_CANVAS, PAIR_STEPS)
+        return Pairs(images, labels, pair_batch, job.seed, PAIR_CANVAS, PAIR_CHUNK_STEPS)
     return Digits(images, labels, BATCH, job.seed, job.max_shift, job.none)
 
 
@@ -80,7 +78,7 @@ def run(
     graph: bool = True,
     pair_batch: int = PAIR_BATCH,
 ) -> list[dict[str, Any]]:
-    """Train the jobs at once for as many epochs as the box holds, and return each one's network and figures.
+    """Train the jobs at once for as many epochs as the budget allows, and return each one's network and figures.
 
     Jobs of the same seed share their data and their teachers' lengths.
     """
@@ -154,7 +152,7 @@ def _epochs_that_fit(
     steps: int,
     begin: float,
 ) -> int:
-    """Return how many epochs the rest of the box holds, by the time of some steps and of one epoch's data."""
+    """Return the epochs that fit into the rest of the budget, from the time of some steps and of one epoch's data."""
     device = learners[0].device
     count = min(PROBE_STEPS, steps)
     start = time.perf_counter()
@@ -186,8 +184,9 @@ def _finished(
 ) -> dict[str, Any]:
     model = learner.averaged()
     pairs = job.dataset == PAIRS
-    images, labels = test_pairs(mnist) if pairs else (mnist.test_images, mnist.test_labels)
-    # On the processor where it is quick, so that a certificate's count, made on one too, is the same.
+    tests = generate(PAIRS, mnist) if pairs else mnist
+    images, labels = tests.test_images, tests.test_labels
+    # A quick network is evaluated on the CPU, like a certificate, so that both counts are the same.
     probabilities, _ = predict(model if pairs else model.cpu(), images, 1000)
     mistakes = wrong(probabilities, labels).nonzero().flatten().tolist()
     figures = {
@@ -209,19 +208,8 @@ def _finished(
     return {"job": job, "model": model, "figures": figures, "labels": mnist.labels, "batch": learner.batch}
 
 
-def test_pairs(mnist: Dataset) -> tuple[Tensor, Tensor]:
-    """Return 100,000 pairs of test digits from a fixed seed; the first 10,000 are the test set of multimnist."""
-    generator = torch.Generator().manual_seed(_TEST_SEED)
-    made = [
-        scenes(mnist.test_images, mnist.test_labels, 2, PAIR_CANVAS, generator)
-        for _ in range(-(-TEST_PAIRS // len(mnist.test_images)))
-    ]
-    images, labels = (torch.cat(values)[:TEST_PAIRS] for values in zip(*made, strict=True))
-    return images, labels
-
-
 def write(result: dict[str, Any], folder: Path) -> None:
-    """Write a network's checkpoint, which says how it was trained, and its figures beside it."""
+    """Write a network's checkpoint with its recipe, and its figures beside it."""
     job: Job = result["job"]
     model, figures = result["model"], result["figures"]
     state = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
@@ -243,7 +231,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def jobs_of(phase: str, seeds: Sequence[int]) -> list[Job]:
-    """Return what each phase trains; the students learn from the teachers too."""
+    """Return the jobs of each phase. The students also learn from the teachers."""
     paper = Hyperparameters(learning_rate=1e-3, weight_decay=0.0, warmup_share=0.02, ema_decay=0.999)
     student = Hyperparameters(distil=1.0)
     match phase:
@@ -279,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
     parser.add_argument("--eager", action="store_true", help="neither compile nor record the step")
     parser.add_argument("--no-graph", action="store_true", help="compile, but do not record the step")
-    parser.add_argument("--limit", type=int, help="train on the first N images alone, to try the command out")
+    parser.add_argument("--limit", type=int, help="train and test on the first N images alone, to try the command out")
     parser.add_argument("--pair-batch", type=int, default=PAIR_BATCH)
     options = parser.parse_args(arguments)
     torch._dynamo.config.cache_size_limit = 64
@@ -293,6 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mnist,
             train_images=mnist.train_images[: options.limit],
             train_labels=mnist.train_labels[: options.limit],
+            test_images=mnist.test_images[: options.limit],
+            test_labels=mnist.test_labels[: options.limit],
         )
     teachers: list[nn.Module] = []
     if options.phase == "students":
@@ -308,7 +298,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         graph=not (options.eager or options.no_graph),
         pair_batch=options.pair_batch,
     )
+    command = shlex.join(
+        ["python", "-m", "benchmarks.gpu.training", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     for result in results:
+        result["figures"]["command"] = command
         write(result, options.out)
     return 0
 

@@ -2,7 +2,7 @@
 
 mosec_server.py MODEL PORT MAX_BATCH THREADS: one worker, mosec's default wait of 10 ms for a batch to fill.
 """
-# What it imports is installed in an environment of its own.
+# Its imports are installed in an environment of its own.
 # mypy: ignore-errors
 
 import os

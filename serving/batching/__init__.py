@@ -1,1 +1,1 @@
-"""Dynamic batching: requests that wait together are computed together."""
+"""Dynamic batching: requests that wait at the same time are computed together."""

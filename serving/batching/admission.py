@@ -1,4 +1,4 @@
-"""Admission: which requests are refused, since the queue is full or since their answer would come too late."""
+"""Admission: the decision which requests to refuse because the queue is full or their answer would be late."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,22 +7,24 @@ from typing import NamedTuple
 from serving.batching.cost import BatchCost
 from serving.errors import DeadlineUnmeetable, QueueFull
 
-# What is expected to be only just in time is too late: the answer has yet to go through the event loop.
-_MARGIN = 1.1
+# An answer that is expected just in time will be late: it must still pass through the event loop.
+_ESTIMATE_MARGIN = 1.1
 _LAG_SECONDS = 0.002
-# And more for what waits before a request, since what comes later delays it too: to refuse a request at once costs far
-# less than to find later on that it was taken in vain.
+# The queue before a request gets a further margin, since later requests delay it too. A refusal at once costs far less
+# than a request that is accepted and dropped later.
 _QUEUE_MARGIN = 1.25
 _MAX_KEPT_ERRORS = 1024
 
 
 @dataclass(frozen=True)
 class BatchPolicy:
-    """How requests are batched.
+    """The limits of batches and of the queue.
 
-    max_batch: rows in a batch. good_batch: rows from which on a larger batch takes hardly less time a row. max_queue:
-    rows that wait. timeout: seconds after which a batch is given up. ageing: seconds by which an urgent request
-    overtakes others; one that came earlier by more is not overtaken.
+    max_batch: the most rows in a batch.
+    good_batch: the rows above which a larger batch hardly takes less time for each row.
+    max_queue: the most rows that wait.
+    timeout: seconds after which a batch is given up.
+    ageing: an urgent request overtakes requests that came at most this many seconds before it.
     """
 
     max_batch: int
@@ -33,10 +35,11 @@ class BatchPolicy:
 
 
 class Load(NamedTuple):
-    """What there is to compute at one moment.
+    """The waiting work at one moment.
 
-    rows: those that wait. urgent_rows: those of urgent requests among them. free_in: seconds until a slot is expected
-    to be free. outdated: nothing was computed lately, so that what a batch costs may have changed.
+    rows: the rows that wait. urgent_rows: the waiting rows of urgent requests.
+    free_in: the expected seconds until a slot is free.
+    outdated: True if nothing was computed lately, so that the cost of a batch may have changed.
     """
 
     rows: int
@@ -46,18 +49,18 @@ class Load(NamedTuple):
 
 
 class Admission:
-    """Tells how long requests will take, and refuses those that cannot be answered in time."""
+    """The estimate of the time that requests will take, and the refusal of those that would be late."""
 
     def __init__(self, policy: BatchPolicy, cost: BatchCost, slots: int) -> None:
         self._policy = policy
         self._cost = cost
         self._slots = slots
-        # Errors to be used again.
+        # The same errors serve many requests.
         self._full = lru_cache(_MAX_KEPT_ERRORS)(_full)
         self._hopeless = lru_cache(_MAX_KEPT_ERRORS)(_hopeless)
 
     def check_room(self, rows: int, waiting: int) -> None:
-        """Raise QueueFull where a request of so many rows does not fit into a queue in which ``waiting`` rows wait."""
+        """Raise QueueFull if a request of ``rows`` rows does not fit into a queue with ``waiting`` rows."""
         if waiting + rows > self._policy.max_queue:
             raise QueueFull(
                 f"the queue holds {waiting} images, {rows} more would pass its limit of {self._policy.max_queue}; "
@@ -66,9 +69,9 @@ class Admission:
             )
 
     def check_deadline(self, rows: int, left: float, urgent: bool, load: Load) -> None:
-        """Raise DeadlineUnmeetable where a request of so many rows may take longer than the seconds that are left.
+        """Raise DeadlineUnmeetable if a request of ``rows`` rows may take longer than ``left`` seconds.
 
-        Where the load is outdated it does not: computing is the only way to learn what a batch takes now.
+        With an outdated load no request is refused: only a new batch shows the present cost.
         """
         if not load.outdated:
             needed = self._needed(rows, urgent, load)
@@ -76,18 +79,18 @@ class Admission:
                 raise _unmeetable(needed, left)
 
     def full(self, waiting: int) -> QueueFull | None:
-        """Return the error that a request of one row gets behind ``waiting`` rows, None where it fits.
+        """Return the error that a request of one row gets behind ``waiting`` rows, or None if it fits.
 
-        The numbers in it are rounded, so that under overload the same error serves many requests.
+        The error's numbers are rounded, so that under overload the same error serves many requests.
         """
         if waiting < self._policy.max_queue:
             return None
         return self._full(self._policy.max_queue, _hundredths(self._seconds(waiting)))
 
     def hopeless(self, left: float, urgent: bool, expected: int, load: Load) -> DeadlineUnmeetable | None:
-        """Return the error that a request of one row gets for its deadline, rounded as above, or None.
+        """Return the error that a request of one row gets for its deadline, or None. Its numbers are rounded too.
 
-        expected: requests that are about to be queued before it, taken to be not urgent.
+        expected: requests that will be queued before it. They count as not urgent.
         """
         if load.outdated:
             return None
@@ -95,9 +98,9 @@ class Admission:
         return self._hopeless(_hundredths(needed)) if needed > left else None
 
     def expiry(self, rows: int, left: float, batch: int) -> DeadlineUnmeetable | None:
-        """Return the error for a request that would be answered too late if it were computed from now on, or None.
+        """Return the error for a request that would be late even if its computation began now, or None.
 
-        rows: those of it that wait. left: seconds until its deadline. batch: rows of the batch that begins now.
+        rows: its waiting rows. left: seconds until its deadline. batch: rows of the batch that begins now.
         """
         needed = self._cost(batch)
         if rows > batch:
@@ -106,25 +109,25 @@ class Admission:
         return _unmeetable(needed, left) if needed > left else None
 
     def _needed(self, rows: int, urgent: bool, load: Load, expected: int = 0) -> float:
-        """Upper estimate of the seconds until a request of so many rows that comes now is answered.
+        """Return an upper estimate of the seconds until the answer of a request that arrives now.
 
-        expected: rows that will be queued before it, and computed before it.
+        rows: its rows. expected: rows that will be queued and computed before it.
         """
         waiting = load.rows + expected
-        batch = max(rows, min(waiting + rows, self._policy.max_batch))  # with others, or several by itself
+        batch = max(rows, min(waiting + rows, self._policy.max_batch))  # a shared batch, or several batches of its own
         ahead = (load.urgent_rows if urgent else load.rows) + expected
         return _upper_estimate(load.free_in + _QUEUE_MARGIN * self._seconds(ahead) + self._seconds(batch))
 
     def _seconds(self, rows: int) -> float:
-        """Seconds that so many rows take, with all slots computing."""
+        """Return the seconds that ``rows`` rows take if all slots compute."""
         batches = -(-rows // self._policy.max_batch)
         seconds = self._cost(rows, batches)
         return seconds / min(batches, self._slots) if batches > 1 else seconds
 
 
 def _upper_estimate(seconds: float) -> float:
-    """Upper estimate of a duration that is expected to take so many seconds."""
-    return _MARGIN * seconds + _LAG_SECONDS
+    """Return an upper estimate of a duration, from its expected seconds."""
+    return _ESTIMATE_MARGIN * seconds + _LAG_SECONDS
 
 
 def _hundredths(seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""A batch: its inputs brought together, and computed by one call of the runtime."""
+"""A batch: its inputs are joined and computed by one call of the runtime."""
 
 import logging
 import time
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from serving.batching.queue import Part
 from serving.runtime import Array, Arrays, Run, rows
 
-#: Looks at a batch's outputs: which rows are good, (B,), or None where all are. Raises where the batch as a whole is
-#: wrong; its members are then computed again, each by itself.
+#: A function of a batch's outputs that returns which rows are good, (B,), or None if all are good. It raises if the
+#: batch as a whole is wrong; its members are then computed again one by one.
 Check = Callable[[Arrays], NDArray[np.bool_] | None]
 
 _MAX_JOINED_WITH_LOCK_BYTES = 2**20
@@ -21,26 +21,26 @@ _logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Requests that are computed together. again: it is one part of a batch that failed, by itself."""
+    """Requests that are computed together. again: True for a single part of a failed batch."""
 
     parts: list[Part]
     again: bool = False
 
     @property
     def rows(self) -> int:
-        """Number of rows of all parts."""
+        """Return the number of rows of all parts."""
         return sum([part.stop - part.start for part in self.parts])
 
 
 class Inputs(NamedTuple):
-    """The inputs of a batch, or why they could not be brought together, and the seconds that it took."""
+    """The joined inputs of a batch, or the error of joining them. seconds: the time that it took."""
 
     arrays: Arrays | Exception
     seconds: float
 
 
 class Outcome(NamedTuple):
-    """Result of a batch: its outputs or what went wrong; which rows are good, None for all; and the seconds it took."""
+    """The result of a batch: its outputs or an error, and the seconds that it took. good: None if all rows are good."""
 
     outputs: Arrays | Exception
     good: NDArray[np.bool_] | None
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
 
 def stack(batch: Batch) -> Inputs:
-    """Bring the inputs of a batch together. An exception is a result here: it must not end the thread."""
+    """Join the inputs of a batch. An exception becomes a result, since it must not end the thread."""
     start = time.perf_counter()
     parts = batch.parts
     arrays: Arrays | Exception
@@ -68,7 +68,7 @@ def stack(batch: Batch) -> Inputs:
 
 
 def compute(inputs: Inputs, run: Run, check: Check) -> Outcome:
-    """Compute a batch by one call of the runtime. An exception is a result here: it must not end the thread."""
+    """Compute a batch by one call of the runtime. An exception becomes a result, since it must not end the thread."""
     arrays, input_time = inputs
     if isinstance(arrays, Exception):
         return Outcome(arrays, None, input_time, 0.0)
@@ -87,10 +87,11 @@ def compute(inputs: Inputs, run: Run, check: Check) -> Outcome:
 
 
 def _joined(parts: list[Array]) -> Array:
-    """Join arrays, each contiguous and all of one type, along their first axis.
+    """Join contiguous arrays of one type along their first axis.
 
-    Small ones, unlike by ``np.concatenate``, with Python's lock kept: the event loop would take it, and a batch's
-    computation wait for it, as often as there are parts. While large ones are copied, the event loop is to go on.
+    ``np.concatenate`` releases Python's lock for each part; the event loop would take the lock each time, and the batch
+    would wait for it. So small arrays are joined without releasing the lock. Large arrays release it, so that the event
+    loop can run during the copy.
     """
     if sum([part.nbytes for part in parts]) > _MAX_JOINED_WITH_LOCK_BYTES:
         return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""The batcher: requests go in on the event loop, are computed in batches on threads, and end on the event loop."""
+"""The batcher: requests come from the event loop, threads compute them in batches, and they end on the event loop."""
 
 import asyncio
 import logging
@@ -19,12 +19,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Batcher:
-    """One queue, and as many threads that compute as ``slots``.
+    """One queue, and ``slots`` threads that compute.
 
-    A slot that is free takes its next batch at once and by itself, without the event loop, from what waits then and up
-    to ``max_batch`` rows; there is no timer. While all compute, requests gather for the next batches.
-    All methods belong on one event loop, on which tickets end and metrics are written; the threads call ``run`` and
-    ``check`` alone.
+    A free slot takes its next batch at once from the waiting requests, up to ``max_batch`` rows, without the event
+    loop. There is no timer. While all slots compute, requests gather for the next batches. All methods must be called
+    on one event loop; tickets end and metrics are written there. The threads only call ``run`` and ``check``.
     """
 
     def __init__(
@@ -38,19 +37,19 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._closing = False
         self._dispatching = False
-        self._turn = asyncio.Lock()  # of those that wait for room in the queue
-        self._progress = asyncio.Event()  # something has left the queue or ended
+        self._turn = asyncio.Lock()  # held by the caller whose turn it is to wait for room in the queue
+        self._progress = asyncio.Event()  # set when a request has left the queue or ended
         self._watchdog: asyncio.TimerHandle | None = None
         self._slots = Slots(slots, policy, cost, self._compute, self._deliver)
 
     @property
     def queued(self) -> int:
-        """Rows that wait."""
+        """Return the number of rows that wait."""
         return self._slots.rows
 
     @property
     def pending(self) -> int:
-        """Requests that wait."""
+        """Return the number of requests that wait."""
         return self._slots.requests
 
     def enqueue(
@@ -61,17 +60,20 @@ class Batcher:
         deadline: float | None = None,
         urgent: bool = False,
     ) -> Ticket:
-        """Queue the inputs of a request, contiguous and of one row at least, for one or several batches.
+        """Queue the inputs of a request for one or several batches.
 
-        deadline: by the clock of ``time.monotonic``; a request that would be answered later is refused, or dropped
-        once that shows. then: called with the ticket once, at its end, on the event loop. Raises QueueFull,
-        DeadlineUnmeetable or Draining; the ticket may end with DeadlineUnmeetable or InferenceFailed.
+        arrays: contiguous, with at least one row.
+        then: called once with the ticket, at its end, on the event loop.
+        deadline: a time of ``time.monotonic``. A request that would be answered later is refused, or dropped as soon as
+            that is clear.
+
+        Raises QueueFull, DeadlineUnmeetable or Draining. The ticket may end with DeadlineUnmeetable or InferenceFailed.
         """
         if self._closing:
             raise Draining
         ticket = Ticket(arrays, then, deadline, urgent, time.monotonic())
         self._slots.push(ticket)
-        # Not at once: what else has arrived in this turn of the event loop belongs in the same batch.
+        # Not at once: other requests of this turn of the event loop belong in the same batch.
         if not self._dispatching:
             self._dispatching = True
             self._loop.call_soon(self._dispatch)
@@ -85,9 +87,10 @@ class Batcher:
         deadline: float | None = None,
         urgent: bool = False,
     ) -> Ticket:
-        """Do as ``enqueue``, but wait, first come first served, until half of the queue stays free, or it is empty.
+        """Wait until half of the queue stays free or the queue is empty, then do as ``enqueue``. First come, first
+        served.
 
-        For streams, which can simply be read more slowly, and leave the other half to those that cannot.
+        Streams use it: they can be read more slowly, and so leave half of the queue to calls that cannot wait.
         """
         async with self._turn:
             self._slots.room_wanted = True
@@ -100,21 +103,21 @@ class Batcher:
             return self.enqueue(arrays, then=then, deadline=deadline, urgent=urgent)
 
     def refusal(self, left: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
-        """Return the error that a request of one row would get now, or None if it would be let in.
+        """Return the error that a request of one row would get now, or None if it would be accepted.
 
-        left: seconds until its deadline, None for none. expected: requests that are about to be queued before it.
+        left: seconds until its deadline, or None without one. expected: requests that will be queued before it.
         """
         return self._slots.refusal(left, urgent, expected)
 
     def give_up(self, ticket: Ticket) -> None:
-        """End a request whose client has gone: the rows that are in no batch yet are freed, and never computed."""
+        """End a request whose client has gone. Its rows that are in no batch yet are freed and never computed."""
         if not ticket.ended:
             self._metrics.cancelled.inc(self._slots.remove(ticket))
             ticket.give_up()
             self._progress.set()
 
     async def close(self) -> None:
-        """Refuse new requests from now on, and return once those in the queue are answered."""
+        """Refuse new requests from now on, and return once the queued requests are answered."""
         self._closing = True
         while self._slots.busy:
             self._progress.clear()
@@ -127,7 +130,7 @@ class Batcher:
         return compute(inputs, self._run, self._check)
 
     def _deliver(self, computed: Computed | None, late: list[Late]) -> None:
-        """Pass on from a slot's thread. Raises RuntimeError where the event loop was closed."""
+        """Pass results from a slot's thread to the event loop. Raises RuntimeError if the event loop was closed."""
         self._loop.call_soon_threadsafe(self._advance, computed, late)
 
     def _dispatch(self) -> None:
@@ -137,7 +140,7 @@ class Batcher:
             self._watchdog = self._loop.call_later(self._policy.timeout, self._watch)
 
     def _watch(self) -> None:
-        """Give up the batches that have taken too long, and look again when the next may have."""
+        """Give up the batches that have taken too long, and schedule the next check."""
         for batch in self._slots.abandon(time.monotonic()):
             _logger.error("a batch was not computed within %g s; its thread is left behind", self._policy.timeout)
             self._metrics.hangs.inc()
@@ -149,7 +152,7 @@ class Batcher:
         self._watchdog = None if seconds is None else self._loop.call_later(seconds, self._watch)
 
     def _advance(self, computed: Computed | None, late: list[Late]) -> None:
-        """End the requests of a batch that was computed, and those that can only be late."""
+        """End the requests of a computed batch, and the requests that would be late."""
         try:
             for ticket, left, error in late:
                 self._metrics.expired.inc(left)
@@ -189,19 +192,19 @@ class Batcher:
         ticket.infer_time += outcome.infer_time
         try:
             ticket.answer(part.start, share)
-        except Exception:  # such as for want of memory
+        except Exception:  # such as MemoryError
             _logger.exception("the outputs of a request could not be joined")
             self._refuse(ticket)
 
     def _note_waiting(self, batch: Batch) -> None:
-        """Count how long the requests have waited whose first row is in a batch."""
+        """Record the waiting time of each request whose first row is in this batch."""
         if not batch.again:
             for part in batch.parts:
                 if not part.start:
                     self._metrics.queue_time.observe(part.ticket.waited)
 
     def _fail(self, batch: Batch) -> None:
-        """Compute the members of a batch that failed again one by one, so that one bad member fails alone."""
+        """Compute the members of a failed batch again one by one, so that a bad member fails alone."""
         self._metrics.failures.inc()
         if len(batch.parts) == 1:
             self._refuse(batch.parts[0].ticket)

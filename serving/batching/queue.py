@@ -1,6 +1,6 @@
-"""The rule that makes batches: which of the requests that wait are computed next, and how many of their rows.
+"""The rule that makes batches: it selects the waiting requests, and the rows of each, that are computed next.
 
-Nothing here knows of deadlines, threads, clocks or metrics.
+The rule uses no deadlines, threads, clocks or metrics.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from serving.runtime import Arrays
 
 
 class Part(NamedTuple):
-    """Rows of a request that are in one batch: of ``arrays``, from ``start`` to before ``stop``."""
+    """The rows of a request in one batch: rows ``start`` to ``stop`` of ``arrays``, without ``stop``."""
 
     ticket: Ticket
     arrays: Arrays
@@ -22,16 +22,16 @@ class Part(NamedTuple):
 
 
 class TicketQueue:
-    """Requests that wait, in the order of their arrival in each of two lanes: urgent ones, and the others.
+    """The waiting requests in two lanes, urgent and other ones, each in order of arrival.
 
-    ageing: seconds by which an urgent request overtakes others; one that came earlier by more is not overtaken.
+    ageing: an urgent request overtakes requests that came at most this many seconds before it.
     """
 
     def __init__(self, ageing: float) -> None:
         self._ageing = ageing
         self._urgent: OrderedDict[Ticket, None] = OrderedDict()
         self._others: OrderedDict[Ticket, None] = OrderedDict()
-        #: Rows that wait, and those of urgent requests among them.
+        #: The rows that wait, and the waiting rows of urgent requests.
         self.rows = 0
         self.urgent_rows = 0
 
@@ -40,12 +40,12 @@ class TicketQueue:
         return len(self._urgent) + len(self._others)
 
     def push(self, ticket: Ticket) -> None:
-        """Let a request wait."""
+        """Add a request."""
         (self._urgent if ticket.urgent else self._others)[ticket] = None
         self._count(ticket, ticket.left)
 
     def remove(self, ticket: Ticket) -> int:
-        """Take a request out, and return how many of its rows waited; 0 where it does not wait."""
+        """Remove a request and return the number of its waiting rows, or 0 if it does not wait."""
         lane = self._urgent if ticket.urgent else self._others
         if ticket not in lane:
             return 0
@@ -56,16 +56,16 @@ class TicketQueue:
         return left
 
     def first(self) -> Ticket | None:
-        """Return the request whose turn it is: the first urgent one, unless another has waited for too long."""
+        """Return the next request: the first urgent one, unless another one has waited for too long."""
         urgent, other = next(iter(self._urgent), None), next(iter(self._others), None)
         if urgent and not (other and other.queued_at + self._ageing < urgent.queued_at):
             return urgent
         return other
 
     def take(self, room: int, limit: int, drops: Callable[[Ticket], bool]) -> list[Part]:
-        """Take about ``room`` rows in turn, ``limit`` at most. A request is split only where it passes the limit.
+        """Take about ``room`` rows in turn, and at most ``limit``. A request is split only if it exceeds the limit.
 
-        drops: called with each request whose turn comes; where it returns True, it has removed the request.
+        drops: called with each next request. If it returns True, it has removed the request.
         """
         batch: list[Part] = []
         while room > 0 and (ticket := self.first()):
@@ -89,10 +89,10 @@ class TicketQueue:
 
 
 def batch_room(waiting: int, crowd: float, slots: int, good_batch: int, limit: int) -> int:
-    """Return how many of the rows that wait a free slot takes, ``limit`` at most.
+    """Return the number of waiting rows that a free slot takes, at most ``limit``.
 
-    crowd: the most rows that waited or were computed at one time lately. Of these each slot gets a part, and one part
-    is left over: those whose answers go out, or whose next requests come in, while the slots compute. A batch is
-    smaller than a good one only where no more waits, or at the limit.
+    crowd: the most rows that waited or were computed at the same time lately. Each slot gets an equal part of them, and
+    one part is left: rows whose answers go out, or whose next requests come in, while the slots compute. A batch is
+    smaller than a good batch only if fewer rows wait, or at the limit.
     """
     return min(limit, waiting, max(good_batch, ceil(crowd / (slots + 1))))

@@ -1,4 +1,4 @@
-"""The threads that compute batches, and what they share with the event loop."""
+"""The threads that compute batches, and the state that they share with the event loop."""
 
 import os
 import threading
@@ -19,21 +19,21 @@ from serving.batching.ticket import Ticket
 from serving.errors import DeadlineUnmeetable, QueueFull
 
 _ADDED_NICENESS = 5
-# What remains of the memory of a crowd with each batch: it is forgotten after about 50.
+# Factor of the remembered crowd at each batch: it is forgotten after about 50 batches.
 _CROWD_KEPT = 0.98
-# Time after which the cost of a batch may be another.
+# Time without a batch after which the known cost of a batch may be wrong.
 _COST_STALE_SECONDS = 10.0
 
 
 class Computed(NamedTuple):
-    """A batch and what came of it."""
+    """A batch and its outcome."""
 
     batch: Batch
     outcome: Outcome
 
 
 class Late(NamedTuple):
-    """A request that can only be answered too late, how many of its rows waited, and its error."""
+    """A request that would be answered too late, the number of its waiting rows, and its error."""
 
     ticket: Ticket
     rows: int
@@ -41,34 +41,34 @@ class Late(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """The next batch of a slot, None for none, and the requests that were dropped on the way to it."""
+    """The next batch of a slot, or None, and the requests that were dropped while it was chosen."""
 
     batch: Batch | None
     late: list[Late]
 
 
 class SlotState(Enum):
-    """Stages of a slot."""
+    """The states of a slot."""
 
     IDLE = auto()
-    #: It was idle, and is about to look for a batch.
+    #: The slot was idle and will look for a batch now.
     WOKEN = auto()
     COMPUTING = auto()
-    #: Its batch took too long: whatever comes of it is thrown away.
+    #: The batch took too long. Its result will be thrown away.
     ABANDONED = auto()
     CLOSED = auto()
 
 
 class Slot:
-    """The state of a thread that takes one batch after the other; under the lock of ``Slots``."""
+    """The state of a thread that computes one batch after the other. The lock of ``Slots`` guards it."""
 
     def __init__(self) -> None:
         self.state = SlotState.IDLE
         self.batch: Batch | None = None
-        #: When its batch began, and when it is expected to end, by the clock of ``time.monotonic``.
+        #: The start and the expected end of its batch, as times of ``time.monotonic``.
         self.began = 0.0
         self.free_at = 0.0
-        #: What its thread waits for while it is idle.
+        #: The signal for which its thread waits while it is idle.
         self.signal: SimpleQueue[None] = SimpleQueue()
 
     @property
@@ -77,16 +77,16 @@ class Slot:
 
     @property
     def over(self) -> bool:
-        """It takes no batch any more."""
+        """Return True if it will take no further batch."""
         return self.state in (SlotState.ABANDONED, SlotState.CLOSED)
 
     def wake(self) -> None:
-        """Let an idle slot look for a batch."""
+        """Make an idle slot look for a batch."""
         self.state = SlotState.WOKEN
         self.signal.put(None)
 
     def begin(self, batch: Batch, now: float, free_at: float) -> None:
-        """Note the batch that it has taken."""
+        """Note its new batch."""
         self.state, self.batch, self.began, self.free_at = SlotState.COMPUTING, batch, now, free_at
 
     def rest(self) -> None:
@@ -94,11 +94,11 @@ class Slot:
         self.state, self.batch = SlotState.IDLE, None
 
     def abandon(self) -> None:
-        """Leave its thread behind with the batch that it computes."""
+        """Leave its thread behind with the batch in computation."""
         self.state, self.batch = SlotState.ABANDONED, None
 
     def close(self) -> None:
-        """End its thread, once that has no batch."""
+        """End its thread when the thread has no batch."""
         self.state, self.batch = SlotState.CLOSED, None
         self.signal.put(None)
 
@@ -106,8 +106,9 @@ class Slot:
 class Slots:
     """The threads that compute, the queue that they share with the event loop, and the lock around both.
 
-    compute: called on the threads. deliver: called on a thread with what was computed, None for nothing, and with the
-    requests that were dropped; it passes them to the event loop, and raises RuntimeError where that has ended.
+    compute: called on the threads.
+    deliver: called on a thread with the computed batch, or None, and with the dropped requests. It passes them to the
+        event loop and raises RuntimeError if the event loop has ended.
     """
 
     def __init__(
@@ -123,29 +124,29 @@ class Slots:
         self._compute = compute
         self._deliver = deliver
         self._admission = Admission(policy, cost, count)
-        #: Somebody waits for room in the queue.
+        #: True while a caller waits for room in the queue.
         self.room_wanted = False
         self._lock = threading.Lock()
         self._queue = TicketQueue(policy.ageing)
-        self._again: deque[Part] = deque()  # of batches that failed, each to be computed by itself
-        self._crowd = 0.0  # the most rows that waited or were computed at one time, fading
-        self._under_way = 0  # batches that were taken, and whose outcome the event loop has not dealt with
-        self._computed_at = time.monotonic()  # when a batch last began
+        self._again: deque[Part] = deque()  # parts of failed batches, to be computed one by one
+        self._crowd = 0.0  # the most rows that waited or were computed at the same time; older values fade
+        self._under_way = 0  # batches whose outcome the event loop has not handled yet
+        self._computed_at = time.monotonic()  # the start of the latest batch
         self._slots = [self._start() for _ in range(count)]
 
     @property
     def rows(self) -> int:
-        """Rows that wait."""
+        """Return the number of rows that wait."""
         return self._queue.rows
 
     @property
     def requests(self) -> int:
-        """Requests that wait."""
+        """Return the number of requests that wait."""
         return len(self._queue)
 
     @property
     def busy(self) -> bool:
-        """Something waits, is computed, or was computed and not dealt with."""
+        """Return True while a request waits or is computed, or an outcome is not handled yet."""
         with self._lock:
             again = any(not part.ticket.ended for part in self._again)
             return bool(self._queue.rows or again or self._under_way)
@@ -160,27 +161,27 @@ class Slots:
             self._queue.push(ticket)
 
     def refusal(self, left: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
-        """Return the error that a request of one row would get now, or None if it would be let in.
+        """Return the error that a request of one row would get now, or None if it would be accepted.
 
-        left: seconds until its deadline, None for none. expected: requests that are about to be queued before it.
+        left: seconds until its deadline, or None without one. expected: requests that will be queued before it.
         """
         if full := self._admission.full(self._queue.rows + expected):
             return full
         return None if left is None else self._admission.hopeless(left, urgent, expected, self._load(time.monotonic()))
 
     def remove(self, ticket: Ticket) -> int:
-        """Take a request out of the queue, and return how many of its rows waited."""
+        """Remove a request from the queue and return the number of its waiting rows."""
         with self._lock:
             return self._queue.remove(ticket)
 
     def retry(self, parts: Iterable[Part]) -> None:
-        """Compute parts of a batch that failed again, each by itself."""
+        """Compute the parts of a failed batch again, one by one."""
         with self._lock:
             self._again.extend(parts)
         self.wake()
 
     def wake(self) -> None:
-        """Wake as many idle slots as there is work for."""
+        """Wake as many idle slots as have work."""
         with self._lock:
             waiting = len(self._again) + self._queue.rows
             for slot in self._slots:
@@ -189,12 +190,12 @@ class Slots:
                     waiting -= 1
 
     def dealt_with(self) -> None:
-        """Note that the event loop has ended the requests of a batch that was computed."""
+        """Note that the event loop has ended the requests of a computed batch."""
         with self._lock:
             self._under_way -= 1
 
     def abandon(self, now: float) -> list[Batch]:
-        """Leave slots behind whose batches have taken too long, put new ones in their place, and return the batches."""
+        """Replace the slots whose batches have taken too long, and return these batches."""
         hung = []
         with self._lock:
             for index, slot in enumerate(self._slots):
@@ -215,29 +216,29 @@ class Slots:
             return max(0.0, min(begun, default=now) + self._policy.timeout - now)
 
     def close(self) -> None:
-        """End all threads, once nothing is computed."""
+        """End all threads. No batch may be in computation."""
         with self._lock:
             for slot in self._slots:
                 slot.close()
 
     def _load(self, now: float) -> Load:
-        """Return what there is to compute."""
+        """Return the present load."""
         free_at = min([slot.free_at for slot in self._slots])
         return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), self._outdated(now))
 
     def _outdated(self, now: float) -> bool:
-        """Return True if nothing was computed lately, so that what a batch costs may have changed."""
+        """Return True if nothing was computed lately, so that the cost of a batch may have changed."""
         return now - self._computed_at > _COST_STALE_SECONDS and all(slot.idle for slot in self._slots)
 
     def _start(self) -> Slot:
-        """Start a thread; a daemon, so that one that hangs lets the process end."""
+        """Start a thread. It is a daemon, so that a hanging thread does not keep the process alive."""
         slot = Slot()
         threading.Thread(target=self._work, args=(slot,), name="inference", daemon=True).start()
         return slot
 
     def _work(self, slot: Slot) -> None:
-        """Take and compute one batch after the other; on the slot's thread."""
-        # The event loop, which has little to do at a time, need not wait for a core until a batch is computed.
+        """Compute one batch after the other. Runs on the slot's thread."""
+        # A lower priority: the event loop has short tasks and must not wait for a core until a batch ends.
         with suppress(AttributeError, OSError):
             thread = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _ADDED_NICENESS)
@@ -257,7 +258,7 @@ class Slots:
             computed = Computed(batch, self._compute(stack(batch))) if batch else None
 
     def _next_batch(self, slot: Slot) -> Taken | None:
-        """Let a slot take its next batch; None once it is over."""
+        """Take the next batch for a slot. Return None if the slot must end."""
         late: list[Late] = []
         with self._lock:
             if slot.over:
@@ -272,7 +273,7 @@ class Slots:
         return Taken(batch, late)
 
     def _retried(self) -> Batch | None:
-        """Take the next part of a batch that failed; with the lock held."""
+        """Return the next part of a failed batch as a batch, or None. The lock must be held."""
         while self._again:
             part = self._again.popleft()
             if not part.ticket.ended:
@@ -280,7 +281,7 @@ class Slots:
         return None
 
     def _from_queue(self, now: float, late: list[Late]) -> Batch | None:
-        """Take the next batch of those that wait, and drop into ``late`` what can only be late; with the lock held."""
+        """Take the next batch from the queue, and put requests that would be late into ``late``. Needs the lock."""
         if not self._queue.rows:
             return None
         room, limit = self._room()
@@ -301,7 +302,7 @@ class Slots:
         return Batch(parts) if parts else None
 
     def _room(self) -> tuple[int, int]:
-        """Return how many rows a free slot takes now, and how many at most, so that other free ones have as many."""
+        """Return the rows that a free slot takes now, and the most rows, so that other free slots get as many."""
         policy, slots, waiting = self._policy, self._slots, self._queue.rows
         computed, free = 0, 0
         for slot in slots:

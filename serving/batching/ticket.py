@@ -15,7 +15,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The rows of a batch's outputs that belong to one request: of ``batch``, from ``start`` to before ``stop``."""
+    """The rows of a batch's outputs for one request: rows ``start`` to ``stop`` of ``batch``, without ``stop``."""
 
     batch: Arrays
     start: int
@@ -31,7 +31,7 @@ class Share:
 
 
 class State(Enum):
-    """Stages of a ticket. It leaves OPEN once, for one of the others."""
+    """The states of a ticket. It leaves OPEN once, for one of the others."""
 
     OPEN = auto()
     ANSWERED = auto()
@@ -41,11 +41,14 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request in the batcher: its input arrays, and how and when it ended.
+    """A request in the batcher: its input arrays, its state and its times.
 
-    arrays: empty once it has ended. then: called with the ticket once, at its end. deadline: by the clock of
-    ``time.monotonic``. waited: seconds until its first row was taken into a batch. input_time and infer_time: seconds
-    of the batches that it was in. size: number of its rows; taken: of those that are in batches.
+    arrays: empty after the end.
+    then: called once with the ticket, at its end.
+    deadline, queued_at: times of ``time.monotonic``.
+    size: the number of its rows. taken: the number of its rows in batches.
+    waited: seconds until a batch took its first row.
+    input_time, infer_time: seconds of its batches.
     """
 
     arrays: Arrays
@@ -72,13 +75,13 @@ class Ticket:
 
     @property
     def left(self) -> int:
-        """Number of rows that are in no batch yet."""
+        """Return the number of rows that are in no batch yet."""
         return self.size - self.taken
 
     def result(self) -> Share:
         """Return the outputs of a ticket that has ended.
 
-        Raises the error that it ended with, and asyncio.CancelledError where it was given up.
+        Raises the error with which it ended, or asyncio.CancelledError if it was given up.
         """
         if self.state is State.GIVEN_UP:
             raise asyncio.CancelledError
@@ -88,7 +91,7 @@ class Ticket:
         return self._result
 
     def answer(self, start: int, share: Share) -> None:
-        """Take in the outputs of the rows from ``start`` on; the ticket ends once it has those of all rows."""
+        """Add the outputs of the rows from ``start`` on. The ticket ends when all rows have outputs."""
         if len(share) == self.size:
             self._result = share
         else:
@@ -106,23 +109,23 @@ class Ticket:
         self._end(State.FAILED)
 
     def give_up(self) -> None:
-        """End the ticket, since nobody waits for its answer."""
+        """End the ticket because no client waits for its answer."""
         self._end(State.GIVEN_UP)
 
     def _end(self, state: State) -> None:
         self.state = state
         self.arrays = {}
         self._shares.clear()
-        then, self.then = self.then, None  # else the ticket and its owner would keep each other alive
+        then, self.then = self.then, None  # otherwise the ticket and its owner would keep each other alive
         assert then
         try:
             then(self)
         except Exception:  # a fault in the code that answers one request must not reach the others of its batch
-            _logger.exception("the end of a request could not be told to its owner")
+            _logger.exception("the end of a request could not be passed to its owner")
 
 
 def settle(future: "asyncio.Future[Share]") -> Callable[[Ticket], None]:
-    """Return a callback for a ticket that passes its end to a future, which is left alone where it is done already."""
+    """Return a callback that passes the end of a ticket to a future, unless the future is already done."""
 
     def then(ticket: Ticket) -> None:
         if future.done():
@@ -133,6 +136,6 @@ def settle(future: "asyncio.Future[Share]") -> Callable[[Ticket], None]:
             future.cancel()
         except Exception as error:
             future.set_exception(error)
-            future.exception()  # else it would be logged where nobody awaits the future any longer
+            future.exception()  # otherwise asyncio would log it if no task awaits the future
 
     return then

@@ -1,4 +1,4 @@
-"""The client: classify arrays and image files with a running server, from Python or asyncio.
+"""The client: classify arrays and image files with a running server, with threads or with asyncio.
 
 ::
 
@@ -8,7 +8,7 @@
         [seven] = client.classify("tests/data/seven.png")
     print(seven.label, seven.probability, seven.pose)
 
-``python -m serving.client FILE...`` does it on the command line.
+``python -m serving.client FILE...`` does the same on the command line.
 """
 
 from serving.client.aio import AsyncCapsNetClient

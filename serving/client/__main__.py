@@ -1,6 +1,6 @@
 """``python -m serving.client FILE...``: classify images with a running server.
 
-Takes PNG and JPEG files of the model's size, and IDX files of images (MNIST's format, gzipped or not).
+It takes PNG and JPEG files of the model's size, and IDX files of images (MNIST's format, gzipped or not).
 """
 
 import argparse
@@ -23,21 +23,27 @@ from serving.client.inputs import ItemError, parse
 from serving.client.results import Classification
 from serving.client.sync import CapsNetClient
 
-_BAR = 30  # characters of a probability of 1
-_QUICK = 0.5  # seconds without a progress bar
-_INTERRUPTED = 130  # what a shell says of a process that SIGINT ended
+_BAR_CHARACTERS = 30  # the bar of a probability of 1
+_PROGRESS_DELAY_SECONDS = 0.5  # a shorter run shows no progress bar
+_INTERRUPTED_EXIT_CODE = 130  # a shell's exit code for a process that SIGINT ended
 
 
 @dataclass(frozen=True)
 class _Place:
-    """What a result is shown as; error: the file could not be read, and there will be no result."""
+    """The name under which a result is shown.
+
+    error: why the file could not be read; such a file gets no result. Empty for an image that was sent.
+    """
 
     name: str
     error: str = ""
 
 
 class _Files:
-    """The files' images, up to ``limit`` in all; places: what each was, in order, for who takes the results."""
+    """An iterable of the files' images, at most ``limit`` in all.
+
+    places: the name or the error of each item, in order. The caller removes one for each result.
+    """
 
     def __init__(self, paths: Sequence[Path], limit: int | None, progress: "tqdm[Any]") -> None:
         self._paths = paths
@@ -73,8 +79,8 @@ def _as_text(name: str, result: Classification, bar: str) -> str:
     width = max(len(label) for label in result.labels)
     lines = [f"{name}: {result.label}"]
     for label, probability in zip(result.labels, result.probabilities.tolist(), strict=True):
-        length = round(_BAR * min(1.0, max(0.0, probability)))
-        lines.append(f"  {label:>{width}} {bar * length:<{_BAR}} {probability:.3f}")
+        length = round(_BAR_CHARACTERS * min(1.0, max(0.0, probability)))
+        lines.append(f"  {label:>{width}} {bar * length:<{_BAR_CHARACTERS}} {probability:.3f}")
     pose = [f"{value:+.2f}" for value in result.pose.tolist()]
     rows = [" ".join(pose[start : start + 8]) for start in range(0, len(pose), 8)]
     return "\n".join([*lines, f"  pose of {result.label}:", *(f"    {row}" for row in rows)])
@@ -125,7 +131,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--resize", action="store_true", help="scale image files to the model's size first")
     result.add_argument("--limit", type=_count, metavar="N", help="stop after N images")
     result.add_argument(
-        "--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="most time for all (default: %(default)s)"
+        "--timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="time limit for all images (default: %(default)s)",
     )
     result.add_argument("--tls", action="store_true", help="encrypt, and trust the well-known certificates")
     result.add_argument("--ca-file", type=Path, metavar="FILE", help="encrypt, and trust these certificates (PEM)")
@@ -136,9 +146,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _client(options: argparse.Namespace) -> CapsNetClient:
-    """Raises ValueError where options do not fit together, OSError where a file cannot be read."""
+    """Return a client with these options.
+
+    Raises ValueError if options contradict each other, and OSError if a file cannot be read.
+    """
     if (options.cert_file is None) != (options.key_file is None):
-        raise ValueError("--cert-file and --key-file: one without the other; expected both or none")
+        raise ValueError("--cert-file and --key-file: one without the other; expected both or neither")
     return CapsNetClient(
         options.address,
         model=options.model,
@@ -151,7 +164,7 @@ def _client(options: argparse.Namespace) -> CapsNetClient:
 
 
 def _classify(client: CapsNetClient, options: argparse.Namespace, progress: "tqdm[Any]") -> bool:
-    """Print a result, or why there is none, for each image; whether all have one."""
+    """Print a result or an error for each image. Return True if every image has a result."""
     bar = "█" if (sys.stdout.encoding or "ascii").lower().startswith("utf") else "#"
     files = _Files(options.files, options.limit, progress)
     all_well = True
@@ -186,13 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
-    # Where the results go to the terminal too, they show the progress themselves.
+    # Results that go to the same terminal show the progress already.
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
     total = len(options.files) if options.limit is None else min(options.limit, len(options.files))
     try:
         with (
             _client(options) as client,
-            tqdm(total=total, unit=" images", delay=_QUICK, leave=False, disable=not shown) as progress,
+            tqdm(
+                total=total, unit=" images", delay=_PROGRESS_DELAY_SECONDS, leave=False, disable=not shown
+            ) as progress,
         ):
             return 0 if _classify(client, options, progress) else 1
     except Unavailable as error:
@@ -204,13 +219,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}{hint}", file=sys.stderr)
     except CapsNetError as error:
         print(error, file=sys.stderr)
-    except BrokenPipeError:  # the reader of our output, such as head, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
         sys.stderr.close()
     except (ValueError, OSError) as error:
         print(f"python -m serving.client: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return _INTERRUPTED_EXIT_CODE
     return 1
 
 

@@ -13,30 +13,30 @@ from grpc_health.v1 import health_pb2_grpc
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.client.base import WINDOW, ClientBase, Deadline, Errors, Patience, check_stream
-from serving.client.channel import FIRST_BACKOFF
+from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
+from serving.client.channel import FIRST_BACKOFF_SECONDS
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, Unavailable, failure_of_call
 from serving.client.inputs import Images, Item, ItemError, ShapeError, blocks, items_of, located, messages, read
 from serving.client.results import Classification, Model
-from serving.client.window import LAST_SECONDS, Window
+from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
-# What grpc.aio puts in the place of a call's status where the server ended the call while a request was being written.
-_WRITE_FAILED = "Internal error from Core"
-_SLICE = 0.005  # seconds that reading a plain iterable may hold up the event loop
+# grpc.aio gives this text instead of the status of a call that the server ended while a request was being written.
+_WRITE_FAILED_TEXT = "Internal error from Core"
+_READ_SLICE_SECONDS = 0.005  # time for which reading a plain iterable may block the event loop
 
 
 class AsyncCapsNetClient(ClientBase):
-    """Classifies images with a server, for tasks of one event loop. Errors are those of CapsNetClient."""
+    """A client for the tasks of one event loop. It raises the same errors as CapsNetClient."""
 
     def _connect(self) -> None:
         self._opened: aio.Channel | None = None
 
     @property
     def _channel(self) -> aio.Channel:
-        """Made at the first call, since a channel belongs to the event loop that runs then."""
+        """Return the channel, made at the first call because a channel belongs to the event loop that runs then."""
         self._check_open()
         if self._opened is None:
-            made = self._connection
+            made = self._channel_settings
             if made.credentials is None:
                 self._opened = aio.insecure_channel(made.target, options=made.options)
             else:
@@ -54,24 +54,27 @@ class AsyncCapsNetClient(ClientBase):
         await self.close()
 
     async def close(self) -> None:
-        """End the connection, and with it what is under way."""
+        """Close the connection and end all calls in flight."""
         self._closed = True
         if self._opened:
             await self._opened.close(None)
 
     async def get_model(self, *, refresh: bool = False, timeout: float | None = None) -> Model:
-        """The model that is asked: fetched once, and anew with ``refresh`` or after the server changed it."""
+        """Return the model that the client asks.
+
+        It is fetched once, and again with ``refresh`` or after the server changed it.
+        """
         return await self._get_model(refresh, self._deadline(timeout))
 
     async def wait_until_ready(self, timeout: float | None = 60.0) -> None:
-        """Wait for a server that starts, up to ``timeout`` seconds. Raises DeadlineExceeded after that."""
+        """Wait up to ``timeout`` seconds until the server is ready. Raises DeadlineExceeded after that."""
         readiness = self._readiness(timeout)
         while True:
             watch = health_pb2_grpc.HealthStub(self._channel).Watch(
                 readiness.request,
                 timeout=readiness.deadline.left(),
                 wait_for_ready=True,
-                metadata=self._connection.metadata(),
+                metadata=self._channel_settings.metadata(),
             )
             try:
                 async for answer in watch:
@@ -80,12 +83,12 @@ class AsyncCapsNetClient(ClientBase):
                         return
             except grpc.RpcError as error:
                 readiness.ended(error)
-            await asyncio.sleep(FIRST_BACKOFF)
+            await asyncio.sleep(FIRST_BACKOFF_SECONDS)
 
     async def classify(
         self, images: Images, *, resize: bool = False, timeout: float | None = None
     ) -> list[Classification]:
-        """The results of all images in order, or an error; as CapsNetClient.classify."""
+        """Return the results of all images in order, or raise an error, like CapsNetClient.classify."""
         deadline = self._deadline(timeout)
         limits = self._limits(await self._get_model(False, deadline))
         encoded: list[pb.Image] = []
@@ -100,7 +103,9 @@ class AsyncCapsNetClient(ClientBase):
         if not encoded:
             return []
         if not limits.hold(len(encoded), size):
-            return [result async for result in _raising(self._outcomes(encoded, False, deadline, WINDOW))]
+            return [
+                result async for result in _raising(self._outcomes(encoded, False, deadline, DEFAULT_WINDOW_IMAGES))
+            ]
         response = await self._call(self._stub.Classify, self._request(encoded), deadline, len(encoded))
         return self._decode(response, len(encoded))
 
@@ -112,7 +117,7 @@ class AsyncCapsNetClient(ClientBase):
         errors: Literal["raise"] = "raise",
         resize: bool = False,
         timeout: float | None = None,
-        window: int = WINDOW,
+        window: int = DEFAULT_WINDOW_IMAGES,
     ) -> AsyncIterator[Classification]: ...
 
     @overload
@@ -123,7 +128,7 @@ class AsyncCapsNetClient(ClientBase):
         errors: Literal["yield"],
         resize: bool = False,
         timeout: float | None = None,
-        window: int = WINDOW,
+        window: int = DEFAULT_WINDOW_IMAGES,
     ) -> AsyncIterator[Classification | CapsNetError]: ...
 
     def classify_stream(
@@ -133,13 +138,15 @@ class AsyncCapsNetClient(ClientBase):
         errors: Errors = "raise",
         resize: bool = False,
         timeout: float | None = None,
-        window: int = WINDOW,
+        window: int = DEFAULT_WINDOW_IMAGES,
     ) -> AsyncIterator[Classification] | AsyncIterator[Classification | CapsNetError]:
-        """The results of images as they come, in order, for any number of images; as CapsNetClient.classify_stream.
+        """Yield the results of any number of images, in order, as they come, like CapsNetClient.classify_stream.
 
-        images: an asynchronous iterable as well; a plain one is read in the event loop, which it must not hold up.
-        Files that it names are read in a thread. Whoever does not read on to the end ends the stream by
-        ``contextlib.aclosing``, or leaves it to asyncio, which does it soon after.
+        images: may also be an asynchronous iterable. A plain iterable is read in the event loop and must not block it.
+        Files that it names are read in a thread.
+
+        To stop before the end, close the iterator, for example with ``contextlib.aclosing``; else asyncio closes it
+        a little later.
         """
         check_stream(errors, window)
         items = images if isinstance(images, AsyncIterable) else items_of(images)
@@ -153,9 +160,9 @@ class AsyncCapsNetClient(ClientBase):
         return self._keep(await self._call(self._stub.GetModel, self._model_request, deadline))
 
     async def _call(self, method: Any, request: Any, deadline: Deadline, images: int = 0) -> Any:
-        """The response to a request of so many images."""
+        """Make a unary call and return its response. images: the number of images in the request."""
         try:
-            return await method(request, timeout=deadline.left(), metadata=self._connection.metadata())
+            return await method(request, timeout=deadline.left(), metadata=self._channel_settings.metadata())
         except grpc.RpcError as error:
             raise self._error(error, images) from error
         except asyncio.CancelledError:
@@ -164,7 +171,7 @@ class AsyncCapsNetClient(ClientBase):
             raise Unavailable(f"{self._address}: the client was closed") from None
 
     async def _encode(self, item: Item | pb.Image, resize: bool, deadline: Deadline) -> Iterable[pb.Image]:
-        """Raises ItemError."""
+        """Return an item's images, encoded for a request. Raises ItemError."""
 
         def encode(model: Model) -> Iterator[pb.Image]:
             return messages(read(item), model, resize)
@@ -191,7 +198,7 @@ class AsyncCapsNetClient(ClientBase):
         window = self._window(await self._get_model(False, call_deadline), window_size)
 
         def open_stream() -> Any:
-            return self._stub.ClassifyStream(timeout=deadline.left(), metadata=self._connection.metadata())
+            return self._stub.ClassifyStream(timeout=deadline.left(), metadata=self._channel_settings.metadata())
 
         async def encode(item: Item | pb.Image) -> Iterable[pb.Image]:
             return await self._encode(item, resize, self._deadline(None))
@@ -221,13 +228,13 @@ _Encode = Callable[[Item | pb.Image], Any]
 
 
 class _Stream:
-    """A stream under way: one task reads the input, one sends, and one takes the answers; the window is shared."""
+    """A stream in progress. One task reads the input, one sends, and one takes the answers; they share the window."""
 
     def __init__(self, window: Window, address: str, open_stream: Callable[[], Any]) -> None:
         self._window = window
         self._address = address
         self._open_stream = open_stream
-        # Each has one that waits, who clears it.
+        # Exactly one task waits for each event, and clears it.
         self._room = asyncio.Event()
         self._to_send = asyncio.Event()
         self._ready = asyncio.Event()
@@ -239,7 +246,7 @@ class _Stream:
         self._tasks = [asyncio.create_task(self._read(items, encode)), asyncio.create_task(self._run())]
 
     async def next(self, patience: Patience) -> Classification | CapsNetError | None:
-        """The next result in order, None after the last. Raises what ended the stream before."""
+        """Return the next result in order, or None after the last. Raises the error that ended the stream early."""
         while (outcome := self._window.pop()) is None:
             if self._window.all_yielded:
                 if self._read_error:
@@ -252,8 +259,8 @@ class _Stream:
         return outcome
 
     async def finish(self) -> None:
-        """After the last result, wait a little for the call's status: without it a server counts a cancelled call."""
-        await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
+        """Wait a little for the call's status after the last result. Without it the server counts a cancelled call."""
+        await asyncio.wait(self._tasks, timeout=MAX_STATUS_WAIT_SECONDS)
 
     async def stop(self) -> None:
         """End all tasks."""
@@ -270,17 +277,17 @@ class _Stream:
                 since = time.monotonic()
                 for one in items:
                     await self._add(one, encode)
-                    if time.monotonic() > since + _SLICE:
+                    if time.monotonic() > since + _READ_SLICE_SECONDS:
                         await asyncio.sleep(0)
                         since = time.monotonic()
-        except BaseException as raised:  # the consumer's to see, whatever it is
+        except BaseException as raised:  # next() raises it to the consumer, whatever it is
             self._read_error = raised
         self._window.all_read = True
         self._to_send.set()
         self._ready.set()
 
     async def _add(self, item: Item | pb.Image, encode: _Encode) -> None:
-        """Put an item's images in the window, each once there is room."""
+        """Put an item's images into the window, one by one, when there is room."""
         try:
             for image in await encode(item):
                 await self._wait_for_room()
@@ -303,12 +310,12 @@ class _Stream:
                     break
                 if error := self._window.broke(failure):
                     raise error
-        except BaseException as error:  # the consumer's to see, whatever it is
+        except BaseException as error:  # next() raises it to the consumer, whatever it is
             self._error = error
         self._ready.set()
 
     async def _wait_to_send(self) -> bool:
-        """Wait until something is to be sent; False where there will be nothing."""
+        """Wait until there is something to send. Return False if nothing will follow."""
         while not self._window.asks or self._window.paused_until > time.monotonic():
             if self._window.all_answered:
                 return False
@@ -316,7 +323,7 @@ class _Stream:
         return True
 
     async def _run_call(self) -> Failure:
-        """One call to its end; how it ended."""
+        """Run one call to its end and return how it ended."""
         call = self._open_stream()
         sender = asyncio.create_task(self._send(call))
         try:
@@ -326,7 +333,7 @@ class _Stream:
                 self._ready.set()
         except grpc.RpcError as error:
             failure = failure_of_call(error, self._address)
-            return replace(STREAM_LOST, cause=error) if _WRITE_FAILED in failure.text else failure
+            return replace(STREAM_LOST, cause=error) if _WRITE_FAILED_TEXT in failure.text else failure
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
@@ -338,22 +345,22 @@ class _Stream:
         return STREAM_LOST
 
     async def _send(self, call: Any) -> None:
-        """Send what waits until all is answered; a call that ends is the receiver's to see."""
+        """Send waiting images until all are answered. If the call ends early, the receiver handles it."""
         while await self._wait_to_send():
             request = self._window.next_request()
-            self._ready.set()  # from now on it waits for an answer
+            self._ready.set()  # the time limit for an answer starts now
             await call.write(request)
         await call.done_writing()
 
 
 def _is_cancelled() -> bool:
-    """Whether it is this task that is cancelled; gRPC raises the same when a channel is closed."""
+    """Return True if this task is being cancelled. grpc raises the same exception when a channel is closed."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 async def _wait(event: asyncio.Event, seconds: float | None = None) -> None:
-    """Until the event is set, which may be for nothing, or the time is up."""
+    """Wait until the event is set or the time is up. The caller must check its condition again."""
     event.clear()
     try:
         async with asyncio.timeout(seconds):

@@ -1,4 +1,4 @@
-"""What the two clients share: their settings, and the requests they make."""
+"""The settings and the requests that both clients share."""
 
 import time
 from collections.abc import Sequence
@@ -8,14 +8,15 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.channel import SERVICE, Pem, Token, connection
+from serving.client.channel import SERVICE, Pem, Token, channel_settings
 from serving.client.errors import CapsNetError, DeadlineExceeded, InvalidRequest, UnknownModel, failure_of_call
-from serving.client.inputs import Limits
+from serving.client.inputs import RequestLimits
 from serving.client.results import Classification, Model, decode
 from serving.client.window import Window
 
-WINDOW = 256  # images
-_FRESH = 1.0  # seconds in which a model is not fetched again for an array that does not fit it
+DEFAULT_WINDOW_IMAGES = 256
+# An array of the wrong shape makes the client fetch the model again, unless it was fetched within this time.
+_MODEL_FRESH_SECONDS = 1.0
 
 _MAX_SECONDS = 1e9  # thirty years; gRPC takes a timeout that is much longer for none at all that is left
 
@@ -23,7 +24,10 @@ Errors = Literal["raise", "yield"]
 
 
 class Deadline:
-    """A moment until which a call and its retries may take; seconds of None: for ever."""
+    """The moment by which a call and all its retries must end.
+
+    seconds: the time left at the start; None for no limit. Raises ValueError unless it is above 0.
+    """
 
     def __init__(self, seconds: float | None) -> None:
         if seconds is not None and not seconds > 0:
@@ -32,12 +36,12 @@ class Deadline:
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def left(self) -> float | None:
-        """Seconds, not below 0."""
+        """Return the seconds that are left, at least 0, or None for no limit."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 class ClientBase:
-    """The settings of a client, and what it knows of the model."""
+    """The settings of a client, and the model as it was last fetched."""
 
     def __init__(
         self,
@@ -53,23 +57,25 @@ class ClientBase:
         allow_plaintext_token: bool = False,
         retries: int = 4,
     ) -> None:
-        """Connects at the first call.
+        """Prepare a client. It connects at its first call.
 
-        address: HOST:PORT, or unix:PATH. model, version: which to ask for; empty for the server's only model, and its
-        highest version. timeout: most seconds for a call with all its retries, and for one answer of a stream; None
-        for no limit. token: sent as ``authorization: Bearer TOKEN``; a function is asked for it anew for each call.
-        tls: True to trust the well-known root certificates, or those to trust, as PEM bytes or a path.
-        client_certificate: the chain and the private key, each as PEM bytes or a path. server_name: the name in the
-        server's certificate, where it is not that of the address. allow_plaintext_token: send the token without TLS
-        to other machines too. retries: further attempts, 0 to 4, where the server is overloaded or unavailable; they
-        wait for as long as the server asks, or else for a time that doubles.
+        address: HOST:PORT, or unix:PATH.
+        model, version: the model and version to ask for. Empty: the server's only model, and its highest version.
+        timeout: time limit in seconds for a call with all its retries, and for one answer of a stream. None: no limit.
+        token: sent as ``authorization: Bearer TOKEN``. A function is called for the token before each call.
+        tls: True to trust the well-known root certificates, or the certificates to trust, as PEM bytes or a path.
+        client_certificate: the chain and the private key, each as PEM bytes or a path.
+        server_name: the name in the server's certificate, if the address has another one.
+        allow_plaintext_token: send the token to other machines even without TLS.
+        retries: further attempts, 0 to 4, while the server is overloaded or unavailable. Before each, the client waits
+            as long as the server asks, or else for a time that doubles.
 
-        Raises ValueError where settings do not fit together, OSError where a certificate cannot be read.
+        Raises ValueError if settings contradict each other, and OSError if a certificate cannot be read.
         """
         self._timeout = Deadline(timeout).seconds
         self._address = address
         self._retries = retries
-        self._connection = connection(
+        self._channel_settings = channel_settings(
             address,
             tls=tls,
             client_certificate=client_certificate,
@@ -86,13 +92,13 @@ class ClientBase:
         self._connect()
 
     def _connect(self) -> None:
-        """Make the channel, where that needs no event loop."""
+        """Make the channel now, if it needs no event loop."""
 
     def _deadline(self, timeout: float | None) -> Deadline:
         return Deadline(self._timeout if timeout is None else timeout)
 
-    def _limits(self, model: Model) -> Limits:
-        return Limits.of(model, self._template)
+    def _limits(self, model: Model) -> RequestLimits:
+        return RequestLimits.of(model, self._template)
 
     def _window(self, model: Model, size: int) -> Window:
         return Window(self._template, self._limits(model), size, self._retries)
@@ -114,16 +120,16 @@ class ClientBase:
 
     @property
     def _is_fresh(self) -> bool:
-        return time.monotonic() < self._fetched_at + _FRESH
+        return time.monotonic() < self._fetched_at + _MODEL_FRESH_SECONDS
 
     def _note(self, name: str, version: str) -> None:
-        """Forget the model where another version answers now, whose shape may be another."""
+        """Forget the model if another version answered: its image shape may differ."""
         known = self._model
         if known and (known.name, known.version) != (name, version):
             self._model = None
 
     def _error(self, error: grpc.RpcError, count: int = 0) -> CapsNetError:
-        """The exception for a call that failed, of a request of so many images."""
+        """Return the exception for a failed call. count: the number of images in its request."""
         result = failure_of_call(error, self._address).to_error(range(count))
         if isinstance(result, InvalidRequest | UnknownModel):
             self._model = None
@@ -138,7 +144,7 @@ class ClientBase:
 
 
 class Readiness:
-    """What is known of a server that one waits for."""
+    """The state of a server, as its health service reports it while a client waits."""
 
     request = health_pb2.HealthCheckRequest(service=SERVICE)
 
@@ -148,12 +154,15 @@ class Readiness:
         self._status = "no server answers"
 
     def is_ready(self, answer: health_pb2.HealthCheckResponse) -> bool:
-        """By this answer of the health service."""
+        """Note an answer of the health service. Return True if it reports SERVING."""
         self._status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def ended(self, error: grpc.RpcError) -> None:
-        """The watch ended. Raises the error where waiting on is in vain, DeadlineExceeded where the time is up."""
+        """Note that the watch ended; the caller may start another one.
+
+        Raises DeadlineExceeded once the time is up, and the error itself if another watch would end in the same way.
+        """
         failure = failure_of_call(error, self._address)
         if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             raise DeadlineExceeded(
@@ -166,7 +175,7 @@ class Readiness:
 
 
 def check_stream(errors: str, window: int) -> None:
-    """Raises ValueError for settings of a stream that do not exist."""
+    """Raise ValueError for invalid settings of a stream."""
     if errors not in ("raise", "yield"):
         raise ValueError(f"errors: {errors!r}; expected 'raise' or 'yield'")
     if window < 1:
@@ -174,7 +183,7 @@ def check_stream(errors: str, window: int) -> None:
 
 
 class Patience:
-    """How long a stream may take, in all and for one answer."""
+    """The time limits of a stream: one for the whole stream, and one for each answer."""
 
     def __init__(self, address: str, deadline: Deadline, stall: float | None, window: Window) -> None:
         self._address = address
@@ -183,7 +192,10 @@ class Patience:
         self._window = window
 
     def left(self) -> float | None:
-        """Seconds to wait at most before asking again; None for any time. Raises DeadlineExceeded at their end."""
+        """Return the seconds to wait before the next check, or None for no limit.
+
+        Raises DeadlineExceeded once a limit has passed.
+        """
         total = self._deadline.left()
         if total == 0:
             raise DeadlineExceeded(f"{self._address}: not all images were answered in {self._deadline.seconds} seconds")

@@ -1,4 +1,4 @@
-"""How a server is reached: its address, TLS, the token, and what gRPC itself does about retries."""
+"""The settings of a channel to a server: address, TLS, token, load balancing, and the retries that grpc makes."""
 
 import ipaddress
 import json
@@ -13,10 +13,10 @@ import grpc
 from protos.capsnet.v1 import capsnet_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
-#: gRPC makes no more than five attempts.
+#: grpc makes at most five attempts.
 MAX_RETRIES = 4
-FIRST_BACKOFF = 0.1  # seconds
-MAX_BACKOFF = 2.0
+FIRST_BACKOFF_SECONDS = 0.1
+MAX_BACKOFF_SECONDS = 2.0
 BACKOFF_FACTOR = 2.0
 
 Pem = bytes | str | os.PathLike[str]
@@ -24,10 +24,10 @@ Token = str | Callable[[], str]
 
 
 @dataclass(frozen=True)
-class Connection:
-    """What a channel is made of.
+class ChannelSettings:
+    """The arguments from which grpc makes a channel.
 
-    credentials: None for plaintext. plaintext_token: what to send along with each call where there is no TLS.
+    credentials: None for plaintext. plaintext_token: the token that each call carries if there is no TLS.
     """
 
     target: str
@@ -36,13 +36,13 @@ class Connection:
     plaintext_token: Token | None
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What each call sends along."""
+        """Return the metadata that each call carries."""
         if self.plaintext_token is None:
             return ()
         return (("authorization", f"Bearer {_text_of(self.plaintext_token)}"),)
 
 
-def connection(
+def channel_settings(
     address: str,
     *,
     tls: bool | Pem,
@@ -51,8 +51,11 @@ def connection(
     token: Token | None,
     allow_plaintext_token: bool,
     retries: int,
-) -> Connection:
-    """Raises ValueError where these do not fit together, OSError where a file cannot be read."""
+) -> ChannelSettings:
+    """Return the channel's settings for a client's settings.
+
+    Raises ValueError if these contradict each other, and OSError if a file cannot be read.
+    """
     if not 0 <= retries <= MAX_RETRIES:
         raise ValueError(f"retries: {retries}; expected 0 to {MAX_RETRIES}")
     if not address:
@@ -63,7 +66,7 @@ def connection(
             raise ValueError("client_certificate and server_name need TLS: give tls=True or root certificates")
         if token is not None and not local and not allow_plaintext_token:
             raise ValueError(
-                f"token: would go unencrypted to {address}; use TLS, or allow_plaintext_token=True where the network "
+                f"token: would go unencrypted to {address}; use TLS, or allow_plaintext_token=True if the network "
                 "itself is safe"
             )
         credentials = None
@@ -82,23 +85,23 @@ def connection(
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", -1),
         ("grpc.enable_retries", int(retries > 0)),
-        # Calls larger than this are not tried again, and by default that is a quarter of a megabyte.
+        # grpc does not retry a larger call. Its default is a quarter of a megabyte.
         ("grpc.per_rpc_retry_buffer_size", 2**30),
         ("grpc.service_config", json.dumps(_service_config(retries))),
-        ("grpc.initial_reconnect_backoff_ms", round(1000 * FIRST_BACKOFF)),
-        ("grpc.max_reconnect_backoff_ms", round(1000 * MAX_BACKOFF)),
-        # Each client has connections of its own, which end with it.
+        ("grpc.initial_reconnect_backoff_ms", round(1000 * FIRST_BACKOFF_SECONDS)),
+        ("grpc.max_reconnect_backoff_ms", round(1000 * MAX_BACKOFF_SECONDS)),
+        # Each client has its own connections, which close when the client closes.
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if local:
         options.append(("grpc.enable_http_proxy", 0))
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
-    return Connection(address, credentials, tuple(options), token if credentials is None else None)
+    return ChannelSettings(address, credentials, tuple(options), token if credentials is None else None)
 
 
 def is_local(address: str) -> bool:
-    """Whether an address cannot leave this machine: a Unix socket, or a loopback address."""
+    """Return True if an address stays on this machine: a Unix socket, or a loopback address."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     plain = address
@@ -113,26 +116,26 @@ def is_local(address: str) -> bool:
 
 
 def _service_config(retries: int) -> dict[str, Any]:
-    """Turns among an address's servers that are well, and the retries of unary calls.
+    """Return the service config: round robin among an address's healthy servers, and the retries of unary calls.
 
-    Those of a stream are the client's own, since gRPC does not resume one.
+    The client itself retries streams, since grpc does not resume a stream.
     """
-    turns = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
+    balancing = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}
     if not retries:
-        return turns
+        return balancing
     policy = {
         "maxAttempts": retries + 1,
-        "initialBackoff": f"{FIRST_BACKOFF}s",
-        "maxBackoff": f"{MAX_BACKOFF}s",
+        "initialBackoff": f"{FIRST_BACKOFF_SECONDS}s",
+        "maxBackoff": f"{MAX_BACKOFF_SECONDS}s",
         "backoffMultiplier": BACKOFF_FACTOR,
         "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
     }
     methods = [{"service": SERVICE, "method": name} for name in ("Classify", "GetModel")]
-    return {**turns, "methodConfig": [{"name": methods, "retryPolicy": policy}]}
+    return {**balancing, "methodConfig": [{"name": methods, "retryPolicy": policy}]}
 
 
 class _BearerToken(grpc.AuthMetadataPlugin):
-    """Sends the token along; gRPC does so over TLS only."""
+    """Adds the token to each call. grpc calls it over TLS only."""
 
     def __init__(self, token: Token) -> None:
         self._token = token

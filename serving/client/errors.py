@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree of exceptions below CapsNetError, and how the server's answers become them."""
+"""The client's exceptions, one tree below CapsNetError, and their construction from the server's answers."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -9,18 +9,18 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-_DETAILS = "grpc-status-details-bin"
-_PUSHBACK = "grpc-retry-pushback-ms"
-_FIELD = re.compile(r"[a-z][a-z_0-9]*(\[\d+\])?(\.[a-z][a-z_0-9]*)*(?=: )")
-_IMAGE = re.compile(r"images\[(\d+)\]")
-_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+_DETAILS_KEY = "grpc-status-details-bin"
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_FIELD_PATTERN = re.compile(r"[a-z][a-z_0-9]*(\[\d+\])?(\.[a-z][a-z_0-9]*)*(?=: )")
+_IMAGE_PATTERN = re.compile(r"images\[(\d+)\]")
+_STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class CapsNetError(Exception):
     """Base of all errors of the client.
 
-    code: the gRPC status that the server answered with; None where the client found the error itself.
-    index: the number, from 0, of the image in the call's input; None where the error is not of one image.
+    code: the gRPC status of the server's answer; None if the client found the error itself.
+    index: the number, from 0, of the image in the call's input; None if the error concerns more than one image.
     """
 
     def __init__(self, text: str, *, code: grpc.StatusCode | None = None, index: int | None = None) -> None:
@@ -30,7 +30,7 @@ class CapsNetError(Exception):
 
 
 class InvalidRequest(CapsNetError, ValueError):
-    """The server cannot answer the request as it is. field: what is wrong in it, such as ``images[3].pixels``."""
+    """The request is invalid. field: the invalid field, such as ``images[3].pixels``."""
 
     def __init__(
         self, text: str, *, field: str = "", code: grpc.StatusCode | None = None, index: int | None = None
@@ -40,16 +40,19 @@ class InvalidRequest(CapsNetError, ValueError):
 
     @property
     def reason(self) -> str:
-        """The text without the field."""
+        """Return the text without the field."""
         return str(self).removeprefix(f"{self.field}: ")
 
 
 class InvalidImage(InvalidRequest):
-    """One image cannot be classified: its shape, its type, or its file is not what the model takes."""
+    """One image cannot be classified: the model does not take its shape, its type or its file."""
 
 
 class Overloaded(CapsNetError):
-    """The server has no room for the request now. retry_after: seconds that it asks to wait; None where it does not."""
+    """The server has no room for the request now.
+
+    retry_after: the seconds that the server asks to wait; None if it does not ask.
+    """
 
     def __init__(
         self,
@@ -76,18 +79,18 @@ class UnknownModel(CapsNetError):
 
 
 class AccessDenied(CapsNetError):
-    """The server wants a token, or another one."""
+    """The server requires a token, or refuses the one that came."""
 
 
 class ServerFault(CapsNetError):
-    """The server failed, or answered what the contract does not allow."""
+    """The server failed, or its answer breaks the contract."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How a call, or one request of a stream, ended without an answer.
+    """The end without an answer of a call, or of one request of a stream.
 
-    retry_after: seconds that the server asks to wait. may_retry: False where it asks not to try again.
+    retry_after: the seconds that the server asks to wait. may_retry: False if the server asks not to retry.
     """
 
     code: grpc.StatusCode
@@ -99,12 +102,12 @@ class Failure:
 
     @property
     def passing(self) -> bool:
-        """The same request may be answered later, or by another server."""
+        """Return True if the same request may succeed later, or at another server."""
         return self.may_retry and self.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
     @property
     def may_be_one_image(self) -> bool:
-        """One image of several in the request may be the reason."""
+        """Return True if a single image of the request may be the cause."""
         return self.code in (
             grpc.StatusCode.INVALID_ARGUMENT,
             grpc.StatusCode.INTERNAL,
@@ -112,7 +115,7 @@ class Failure:
         )
 
     def to_error(self, indices: Sequence[int] = ()) -> CapsNetError:
-        """The exception to raise. indices: the numbers, in the call's input, of the images of the request."""
+        """Return the exception to raise. indices: the number, in the call's input, of each image of the request."""
         index = indices[0] if len(indices) == 1 else None
         error: CapsNetError
         match self.code:
@@ -121,27 +124,27 @@ class Failure:
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 error = Overloaded(self.text, retry_after=self.retry_after, code=self.code, index=index)
             case code:
-                error = _KINDS.get(code, ServerFault)(self.text, code=code, index=index)
+                error = _ERROR_BY_STATUS.get(code, ServerFault)(self.text, code=code, index=index)
         error.__cause__ = self.cause
         return error
 
     def _invalid(self, indices: Sequence[int]) -> InvalidRequest:
         text, name = self.text, self.field
-        found = _IMAGE.match(name)
+        found = _IMAGE_PATTERN.match(name)
         if not found:
             return InvalidRequest(text, field=name, code=self.code)
         position = int(found[1])
         index = indices[position] if position < len(indices) else position
         numbered = f"images[{index}]{name[found.end() :]}"
-        # The server numbers the images of its request, which may be some of the caller's only.
+        # The server counts the images of this request, which may hold only a part of the caller's images.
         text = numbered + text[len(name) :] if text.startswith(name) else f"{numbered}: {text}"
         return InvalidImage(text, field=numbered, code=self.code, index=index)
 
 
-#: A stream that the server ended as if all were answered.
+#: The server ended the stream with OK although answers were missing.
 STREAM_LOST = Failure(grpc.StatusCode.UNAVAILABLE, "the server ended the stream before its last answer")
 
-_KINDS: dict[grpc.StatusCode, type[CapsNetError]] = {
+_ERROR_BY_STATUS: dict[grpc.StatusCode, type[CapsNetError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.CANCELLED: Unavailable,
@@ -152,44 +155,44 @@ _KINDS: dict[grpc.StatusCode, type[CapsNetError]] = {
 
 
 def failure_of_call(error: grpc.RpcError, address: str) -> Failure:
-    """How a call to this address failed, with what ``google.rpc`` details and retry hints the server sent along."""
-    call: Any = error  # grpc raises calls, which have these methods, and types them without
+    """Return the failure of a call to this address, with the ``google.rpc`` details and retry hints of the server."""
+    call: Any = error  # grpc raises objects that have these methods, but their declared type lacks them
     code = call.code()
     text = call.details() or "no reason was given"
     name, retry_after, may_retry = "", None, True
     for key, value in call.trailing_metadata() or ():
-        if key == _PUSHBACK:
-            # By gRPC's rules what is no number from 0 on means: do not retry.
+        if key == _PUSHBACK_KEY:
+            # By gRPC's rules any value but a whole number from 0 means: do not retry.
             may_retry = value.isdecimal()
             retry_after = int(value) / 1000 if may_retry else retry_after
-        elif key == _DETAILS:
+        elif key == _DETAILS_KEY:
             name, delay = _read_details(value)
             retry_after = delay if retry_after is None else retry_after
     if code is grpc.StatusCode.UNAVAILABLE and text.startswith(("failed to connect", "connections to all")):
         text = f"no server answers there ({text})"
-    if not _is_ours(code):
+    if not _is_about_the_request(code):
         text = f"{address}: {text}"
     return Failure(code, text, name or _field_of(text), retry_after, may_retry, error)
 
 
 def failure_of_item(code: int, text: str) -> Failure:
-    """How one request of a stream failed."""
-    status = _CODES.get(code, grpc.StatusCode.UNKNOWN)
+    """Return the failure of one request of a stream. code: a gRPC status as a number."""
+    status = _STATUS_BY_NUMBER.get(code, grpc.StatusCode.UNKNOWN)
     return Failure(status, text, _field_of(text))
 
 
-def _is_ours(code: grpc.StatusCode) -> bool:
-    """The text is about the request, not about the server."""
+def _is_about_the_request(code: grpc.StatusCode) -> bool:
+    """Return True if the text of such a status speaks of the request and not of the server."""
     return code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.NOT_FOUND)
 
 
 def _field_of(text: str) -> str:
-    found = _FIELD.match(text)
+    found = _FIELD_PATTERN.match(text)
     return found[0] if found else ""
 
 
 def _read_details(data: bytes) -> tuple[str, float | None]:
-    """(field, seconds to wait) of a ``google.rpc.Status``; ("", None) where it does not tell."""
+    """Return the field and the seconds to wait that a ``google.rpc.Status`` names; "" and None if it names none."""
     name, seconds = "", None
     try:
         details: Iterable[Any] = status_pb2.Status.FromString(data).details
@@ -200,5 +203,5 @@ def _read_details(data: bytes) -> tuple[str, float | None]:
             elif detail.Unpack(retry):
                 seconds = retry.retry_delay.ToNanoseconds() / 1e9
     except DecodeError:
-        pass  # the status itself tells enough
+        pass  # the call's own status says enough
     return name, seconds

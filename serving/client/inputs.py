@@ -1,4 +1,4 @@
-"""From arrays, files and their bytes to the images of a request."""
+"""Conversion of arrays, files and their bytes to the images of a request."""
 
 import io
 import os
@@ -24,11 +24,11 @@ Images = Item | Iterable[Item]
 #: An array, the bytes of a PNG or JPEG file, an image that Pillow has opened, or one that is ready to be sent.
 Content = NDArray[Any] | bytes | pb.Image | Image.Image
 
-_EXPECTED = "an array, or the path or bytes of a PNG, JPEG or IDX file"
+_EXPECTED_ITEM = "an array, or the path or bytes of a PNG, JPEG or IDX file"
 
 
 class ItemError(ValueError):
-    """An item holds no image; the text says what came and what was expected, and not where."""
+    """An item holds no image. The text says what came and what was expected, but not which item it was."""
 
 
 class ShapeError(ItemError):
@@ -36,16 +36,16 @@ class ShapeError(ItemError):
 
 
 def items_of(images: Images) -> Iterable[Item]:
-    """The items of an input, which may be one itself. Raises InvalidImage where it is neither."""
+    """Return the items of an input, which may itself be an item. Raises InvalidImage for any other object."""
     if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or _is_array(images):
         return (images,)  # type: ignore[return-value]
     if not isinstance(images, Iterable):
-        raise InvalidImage(f"images: {type(images).__name__}; expected {_EXPECTED}, or an iterable of these")
+        raise InvalidImage(f"images: {type(images).__name__}; expected {_EXPECTED_ITEM}, or an iterable of these")
     return images
 
 
 def read(item: Item | pb.Image) -> Content:
-    """An item with its file read. Raises ItemError.
+    """Read an item's file, if it names or holds one, and return its content. Raises ItemError.
 
     An IDX file becomes an array (n, 1, H, W) or (n, C, H, W).
     """
@@ -64,11 +64,11 @@ def read(item: Item | pb.Image) -> Content:
         return item
     if _is_array(item):
         return np.asarray(item)
-    raise ItemError(f"{type(item).__name__}; expected {_EXPECTED}")
+    raise ItemError(f"{type(item).__name__}; expected {_EXPECTED_ITEM}")
 
 
 def parse(data: bytes) -> bytes | NDArray[np.uint8]:
-    """A file's bytes: those of an IDX file as an array, others as they are. Raises ItemError."""
+    """Return the content of a file: an array for an IDX file, else the bytes unchanged. Raises ItemError."""
     if not (is_idx(data[:4]) or data.startswith(GZIP_MAGIC)):
         return data
     try:
@@ -81,9 +81,9 @@ def parse(data: bytes) -> bytes | NDArray[np.uint8]:
 
 
 def messages(content: Content, model: Model, resize: bool) -> Iterator[pb.Image]:
-    """What ``read`` gave, as the images of a request. Raises ItemError before the first.
+    """Return a content, as ``read`` gives it, as images of a request. Raises ItemError before the first image.
 
-    Files are sent as they are; with ``resize`` they are decoded here and scaled to the model's size.
+    PNG and JPEG files are sent unchanged. With ``resize`` they are decoded here and scaled to the model's size.
     """
     if isinstance(content, pb.Image):
         return iter((content,))
@@ -97,12 +97,12 @@ def messages(content: Content, model: Model, resize: bool) -> Iterator[pb.Image]
 
 
 def blocks(item: Item | pb.Image, resize: bool) -> bool:
-    """Whether reading an item takes so long that an event loop should not wait for it."""
+    """Return True if reading an item takes so long that an event loop must not wait for it."""
     return isinstance(item, str | os.PathLike) or (resize and isinstance(item, bytes | bytearray | memoryview))
 
 
 def located(error: ItemError, index: int) -> InvalidImage:
-    """The exception to raise for the image of this number in the call's input."""
+    """Return the exception to raise. index: the number of the image in the call's input."""
     field = f"images[{index}]"
     result = InvalidImage(f"{field}: {error}", field=field, index=index)
     result.__cause__ = error.__cause__
@@ -110,27 +110,30 @@ def located(error: ItemError, index: int) -> InvalidImage:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one request may hold. overhead: bytes of a request without images."""
+class RequestLimits:
+    """The limits of one request.
+
+    images: the most images. bytes: the largest request, in bytes. overhead: bytes of a request without images.
+    """
 
     images: int
     bytes: int
     overhead: int
 
     @classmethod
-    def of(cls, model: Model, request: pb.ClassifyRequest) -> "Limits":
-        # What the stream's message adds, its id and lengths, is less than 64 bytes.
+    def of(cls, model: Model, request: pb.ClassifyRequest) -> "RequestLimits":
+        # A stream's message adds its id and lengths: less than 64 bytes.
         return cls(max(1, model.max_images_per_request), model.max_request_bytes, request.ByteSize() + 64)
 
     def check(self, image: pb.Image) -> int:
-        """The bytes that an image takes in a request. Raises ItemError where it can be in none."""
+        """Return the bytes that an image takes in a request. Raises ItemError if no request can hold it."""
         size = _size(image)
         if self.overhead + size > self.bytes:
             raise ItemError(f"{size} bytes; the server takes requests of up to {self.bytes} bytes (max_request_bytes)")
         return size
 
     def hold(self, images: int, size: int) -> bool:
-        """Whether so many images, of so many bytes in all, go in one request."""
+        """Return True if one request can hold this number of images, of ``size`` bytes in all."""
         return images <= self.images and self.overhead + size <= self.bytes
 
 
@@ -140,7 +143,7 @@ def _size(image: pb.Image) -> int:
 
 
 def _is_array(item: object) -> bool:
-    """NumPy's arrays, and what turns itself into one: tensors on the CPU, Pillow's images."""
+    """Return True for a NumPy array and for any object that NumPy can convert: CPU tensors, Pillow's images."""
     return isinstance(item, np.ndarray) or hasattr(item, "__array__") or hasattr(item, "__array_interface__")
 
 
@@ -149,7 +152,7 @@ def _pixels(images: NDArray[np.uint8]) -> Iterator[pb.Image]:
 
 
 def _stacked(array: NDArray[Any], model: Model) -> NDArray[np.uint8]:
-    """An array as (n, C, H, W) uint8. Raises ItemError for another type, ShapeError for another shape."""
+    """Return an array as (n, C, H, W) uint8. Raises ItemError for another type, ShapeError for another shape."""
     if array.dtype != np.uint8:
         hint = "; for values from 0 to 1: (255 * images).round().astype(numpy.uint8)" if array.dtype.kind == "f" else ""
         raise ItemError(f"an array of {array.dtype}; expected uint8, from 0 to 255{hint}")
@@ -184,10 +187,10 @@ def _opened(image: Image.Image, model: Model, resize: bool) -> NDArray[np.uint8]
 
 
 def _scaled(data: bytes, model: Model) -> NDArray[np.uint8]:
-    """(C, H, W)."""
+    """Decode an image file and scale it to the model's size: (C, H, W) uint8. Raises ItemError."""
     channels, height, width = model.image_shape
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_pixels(image, channels, (width, height))
-    except Exception as error:  # damaged files make Pillow raise almost anything
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise ItemError("not an image, or a damaged one") from error

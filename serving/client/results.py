@@ -1,4 +1,4 @@
-"""What the server answers, as plain values with NumPy arrays."""
+"""The server's answers as plain values with NumPy arrays."""
 
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,11 +12,13 @@ from serving.client.errors import ServerFault
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Classification:
-    """What the model sees in one image.
+    """The model's result for one image, with J classes and poses of E numbers. The arrays are read-only.
 
-    label, class_index: the class with the longest capsule. probability: its length, from 0 to 1.
-    probabilities: (J,) float32, one for each class; they need not add up to 1. poses: (J, E) float32, the class
-    capsules' pose vectors. labels: the J class names. The arrays are read-only.
+    label, class_index: the class with the longest capsule.
+    probability: the length of that capsule, from 0 to 1.
+    probabilities: (J,) float32, one for each class. They need not add up to 1.
+    poses: (J, E) float32, the class capsules' pose vectors.
+    labels: the J class names.
     """
 
     label: str
@@ -30,7 +32,7 @@ class Classification:
 
     @property
     def pose(self) -> NDArray[np.float32]:
-        """The winner's pose vector, (E,) float32."""
+        """Return the winner's pose vector, (E,) float32."""
         pose: NDArray[np.float32] = self.poses[self.class_index]
         return pose
 
@@ -39,8 +41,11 @@ class Classification:
 class Model:
     """A served model.
 
-    labels: the class names, in the order of the capsules. image_shape: (C, H, W). pose_size: the dimension of a pose.
-    test_errors: wrongly classified images of the test_images of the data set. The limits are the server's.
+    labels: the class names, in the order of the capsules.
+    image_shape: (C, H, W).
+    pose_size: the dimension of a pose.
+    max_images_per_request, max_request_bytes: the server's limits for one request.
+    test_errors: the number of images, out of test_images of the data set, that the model classified wrongly.
     """
 
     name: str
@@ -77,14 +82,17 @@ class Model:
 
 
 def decode(response: pb.ClassifyResponse, count: int) -> list[Classification]:
-    """The results of a response to a request of so many images. Raises ServerFault where they do not fit together."""
+    """Return the results of a response to a request of ``count`` images.
+
+    Raises ServerFault if the response has another number of results, or results of different shapes.
+    """
     results = response.results
     capsules = [capsule for result in results for capsule in result.capsules]
     if len(results) != count or not capsules or len(capsules) % count:
         raise ServerFault(f"results: {len(results)} of {len(capsules)} capsules in all; expected {count}, all alike")
     labels = tuple(capsule.label for capsule in results[0].capsules)
     probabilities = np.array([capsule.probability for capsule in capsules], np.float32)
-    # One array for all, since one for each pose would cost ten times as much.
+    # One array for all, and not one for each pose.
     poses = np.fromiter(chain.from_iterable([capsule.pose for capsule in capsules]), np.float32)
     if poses.size % len(capsules) or len(labels) * count != len(capsules):
         raise ServerFault(

@@ -1,4 +1,4 @@
-"""The client for programs without asyncio. Its streams use threads, which end with them."""
+"""The client for programs without asyncio. Each stream uses threads, which end with it."""
 
 import threading
 import time
@@ -11,25 +11,25 @@ from grpc_health.v1 import health_pb2_grpc
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.client.base import WINDOW, ClientBase, Deadline, Errors, Patience, check_stream
-from serving.client.channel import FIRST_BACKOFF
+from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
+from serving.client.channel import FIRST_BACKOFF_SECONDS
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
 from serving.client.inputs import Images, Item, ItemError, ShapeError, items_of, located, messages, read
 from serving.client.results import Classification, Model
-from serving.client.window import LAST_SECONDS, Window
+from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
 _Open = Callable[[Iterator[pb.ClassifyStreamRequest]], Any]
 
 
 class CapsNetClient(ClientBase):
-    """Classifies images with a server. Several threads may use one client at once.
+    """A client for programs without asyncio. Several threads may use one client at once.
 
-    All methods raise errors of the tree below CapsNetError: Unavailable where no server answers, DeadlineExceeded,
-    Overloaded, UnknownModel, AccessDenied, ServerFault, and InvalidImage for an image that the model does not take.
+    All methods raise subclasses of CapsNetError: Unavailable if no server answers, DeadlineExceeded, Overloaded,
+    UnknownModel, AccessDenied, ServerFault, and InvalidImage for an image that the model does not take.
     """
 
     def _connect(self) -> None:
-        made = self._connection
+        made = self._channel_settings
         if made.credentials is None:
             self._channel = grpc.insecure_channel(made.target, options=made.options)
         else:
@@ -43,16 +43,19 @@ class CapsNetClient(ClientBase):
         self.close()
 
     def close(self) -> None:
-        """End the connection, and with it what is under way."""
+        """Close the connection and end all calls in flight."""
         self._closed = True
         self._channel.close()
 
     def get_model(self, *, refresh: bool = False, timeout: float | None = None) -> Model:
-        """The model that is asked: fetched once, and anew with ``refresh`` or after the server changed it."""
+        """Return the model that the client asks.
+
+        It is fetched once, and again with ``refresh`` or after the server changed it.
+        """
         return self._get_model(refresh, self._deadline(timeout))
 
     def wait_until_ready(self, timeout: float | None = 60.0) -> None:
-        """Wait for a server that starts, up to ``timeout`` seconds. Raises DeadlineExceeded after that."""
+        """Wait up to ``timeout`` seconds until the server is ready. Raises DeadlineExceeded after that."""
         readiness = self._readiness(timeout)
         while True:
             self._check_open()
@@ -60,7 +63,7 @@ class CapsNetClient(ClientBase):
                 readiness.request,
                 timeout=readiness.deadline.left(),
                 wait_for_ready=True,
-                metadata=self._connection.metadata(),
+                metadata=self._channel_settings.metadata(),
             )
             try:
                 for answer in watch:
@@ -69,15 +72,16 @@ class CapsNetClient(ClientBase):
                         return
             except grpc.RpcError as error:
                 readiness.ended(error)
-            time.sleep(FIRST_BACKOFF)
+            time.sleep(FIRST_BACKOFF_SECONDS)
 
     def classify(self, images: Images, *, resize: bool = False, timeout: float | None = None) -> list[Classification]:
-        """The results of all images in order, or an error.
+        """Return the results of all images in order. If one image fails, the whole call raises its error.
 
         images: an array of uint8 from 0 to 255, (H, W), (C, H, W), (n, H, W) or (n, C, H, W); a PNG, JPEG or IDX
-        file, by path or as bytes; or several of these. More than the server takes in one request goes in several.
-        resize: scale PNG and JPEG files to the model's size. timeout: most seconds for it all, in place of the
-        client's.
+            file, by path or as bytes; or an iterable of these. Images beyond the server's limit for one request go
+            out in several requests.
+        resize: scale PNG and JPEG files to the model's size.
+        timeout: time limit for all images in seconds, instead of the client's.
         """
         deadline = self._deadline(timeout)
         limits = self._limits(self._get_model(False, deadline))
@@ -93,10 +97,10 @@ class CapsNetClient(ClientBase):
         if not encoded:
             return []
         if not limits.hold(len(encoded), size):
-            return list(_raising(self._outcomes(encoded, False, deadline, WINDOW)))
+            return list(_raising(self._outcomes(encoded, False, deadline, DEFAULT_WINDOW_IMAGES)))
         try:
             response = self._stub.Classify(
-                self._request(encoded), timeout=deadline.left(), metadata=self._connection.metadata()
+                self._request(encoded), timeout=deadline.left(), metadata=self._channel_settings.metadata()
             )
         except grpc.RpcError as error:
             raise self._error(error, len(encoded)) from error
@@ -110,7 +114,7 @@ class CapsNetClient(ClientBase):
         errors: Literal["raise"] = "raise",
         resize: bool = False,
         timeout: float | None = None,
-        window: int = WINDOW,
+        window: int = DEFAULT_WINDOW_IMAGES,
     ) -> Iterator[Classification]: ...
 
     @overload
@@ -121,7 +125,7 @@ class CapsNetClient(ClientBase):
         errors: Literal["yield"],
         resize: bool = False,
         timeout: float | None = None,
-        window: int = WINDOW,
+        window: int = DEFAULT_WINDOW_IMAGES,
     ) -> Iterator[Classification | CapsNetError]: ...
 
     def classify_stream(
@@ -131,18 +135,19 @@ class CapsNetClient(ClientBase):
         errors: Errors = "raise",
         resize: bool = False,
         timeout: float | None = None,
-        window: int = WINDOW,
+        window: int = DEFAULT_WINDOW_IMAGES,
     ) -> Iterator[Classification] | Iterator[Classification | CapsNetError]:
-        """The results of images as they come, in order, for any number of images.
+        """Yield the results of any number of images, in order, as they come.
 
-        images: as for ``classify``, or any iterable of these. It is read in a thread, never more than ``window``
-        images ahead of what was yielded; what it raises is raised here, after the results of what it gave before.
-        errors: "raise" ends the stream at the first image that cannot be classified; "yield" gives the error in its
-        place, with its ``index``, and goes on. What concerns the whole stream is raised always. resize: as for
-        ``classify``. timeout: most seconds for the whole stream, by default any; the client's own is for one answer.
+        images: as for ``classify``. A thread reads the iterable, at most ``window`` images ahead of the last result.
+            If the iterable raises, the stream raises the same error after the results of the images before it.
+        errors: "raise" ends the stream at the first image that cannot be classified. "yield" gives the error in the
+            place of the result, with its ``index``, and goes on. An error of the whole stream is always raised.
+        resize: scale PNG and JPEG files to the model's size.
+        timeout: time limit for the whole stream in seconds; by default none. The client's limit holds for each answer.
 
-        Where the server goes away the stream goes on with another one that answers there, for up to ``retries``
-        attempts. Not reading on to the end ends it.
+        If the server goes away, the stream goes on at another server of the same address, with up to ``retries``
+        further attempts. Closing the iterator ends the stream.
         """
         check_stream(errors, window)
         outcomes = self._outcomes(items_of(images), resize, Deadline(timeout), window)
@@ -155,14 +160,14 @@ class CapsNetClient(ClientBase):
         self._check_open()
         try:
             message = self._stub.GetModel(
-                self._model_request, timeout=deadline.left(), metadata=self._connection.metadata()
+                self._model_request, timeout=deadline.left(), metadata=self._channel_settings.metadata()
             )
         except grpc.RpcError as error:
             raise self._error(error) from error
         return self._keep(message)
 
     def _encode(self, item: Item | pb.Image, resize: bool, deadline: Deadline) -> Iterator[pb.Image]:
-        """Raises ItemError."""
+        """Return an item's images, encoded for a request. Raises ItemError."""
         content = read(item)
         try:
             return messages(content, self._get_model(False, deadline), resize)
@@ -180,7 +185,9 @@ class CapsNetClient(ClientBase):
 
         def open_stream(requests: Iterator[pb.ClassifyStreamRequest]) -> Any:
             self._check_open()
-            return self._stub.ClassifyStream(requests, timeout=deadline.left(), metadata=self._connection.metadata())
+            return self._stub.ClassifyStream(
+                requests, timeout=deadline.left(), metadata=self._channel_settings.metadata()
+            )
 
         def encode(item: Item | pb.Image) -> Iterator[pb.Image]:
             return self._encode(item, resize, self._deadline(None))
@@ -207,9 +214,9 @@ def _raising(outcomes: Generator[Classification | CapsNetError]) -> Iterator[Cla
 
 
 class _Stream:
-    """A stream under way.
+    """A stream in progress.
 
-    One thread reads the input, one takes the answers, and one of gRPC's own takes the requests; what they share is the
+    One thread reads the input, one takes the answers, and one of grpc's threads takes the requests. They share the
     window, under one lock.
     """
 
@@ -218,24 +225,24 @@ class _Stream:
         self._address = address
         self._open_stream = open_stream
         lock = threading.Lock()
-        self._room = threading.Condition(lock)  # the reader waits here
-        self._to_send = threading.Condition(lock)  # the sender, and the receiver between two calls
-        self._ready = threading.Condition(lock)  # the consumer
+        self._room = threading.Condition(lock)  # the reader of the input waits here
+        self._to_send = threading.Condition(lock)  # the sender waits here, and the receiver between two calls
+        self._ready = threading.Condition(lock)  # the consumer waits here
         self._lock = lock
         self._calls = 0
         self._call: Any = None
         self._stopped = False
-        self._ended = threading.Event()  # the last call has its status
+        self._ended = threading.Event()  # the status of the last call has come
         self._read_error: BaseException | None = None
         self._error: BaseException | None = None
 
     def start(self, items: Iterable[Item | pb.Image], encode: Callable[[Item | pb.Image], Iterator[pb.Image]]) -> None:
         for target, arguments in ((self._read, (items, encode)), (self._receive, ())):
-            # Daemons, since nothing can end a thread that waits for an item of the caller's.
+            # Daemons, since nothing can end a thread that waits for the caller's iterable.
             threading.Thread(target=target, args=arguments, name="capsnet-client", daemon=True).start()
 
     def next(self, patience: Patience) -> Classification | CapsNetError | None:
-        """The next result in order, None after the last. Raises what ended the stream before."""
+        """Return the next result in order, or None after the last. Raises the error that ended the stream early."""
         with self._lock:
             while (outcome := self._window.pop()) is None:
                 if self._window.all_yielded:
@@ -249,11 +256,11 @@ class _Stream:
             return outcome
 
     def finish(self) -> None:
-        """After the last result, wait a little for the call's status: without it a server counts a cancelled call."""
-        self._ended.wait(LAST_SECONDS)
+        """Wait a little for the call's status after the last result. Without it the server counts a cancelled call."""
+        self._ended.wait(MAX_STATUS_WAIT_SECONDS)
 
     def stop(self) -> None:
-        """Let all threads end."""
+        """Tell all threads to end."""
         with self._lock:
             self._stopped = True
             call = self._call
@@ -273,7 +280,7 @@ class _Stream:
                 except ItemError as invalid:
                     if not self._add(invalid):
                         return
-        except BaseException as raised:  # the consumer's to see, whatever it is
+        except BaseException as raised:  # next() raises it to the consumer, whatever it is
             error = raised
         with self._lock:
             self._read_error = error
@@ -282,7 +289,7 @@ class _Stream:
             self._ready.notify()
 
     def _add(self, image: pb.Image | ItemError) -> bool:
-        """Put an image in the window once there is room; False after the end of the stream."""
+        """Put an image into the window when there is room. Return False after the end of the stream."""
         with self._lock:
             while not (self._window.has_room or self._stopped):
                 self._room.wait()
@@ -297,7 +304,7 @@ class _Stream:
             return True
 
     def _requests(self, call: int) -> Iterator[pb.ClassifyStreamRequest]:
-        """What the call of this number sends."""
+        """Yield the requests that the call of this number sends."""
         window = self._window
         while True:
             with self._lock:
@@ -308,12 +315,12 @@ class _Stream:
                 if self._stopped or self._calls != call:
                     return
                 request = window.next_request()
-                self._ready.notify()  # from now on it waits for an answer
+                self._ready.notify()  # the time limit for an answer starts now
             if request:
                 yield request
 
     def _pause(self) -> float | None:
-        """Seconds until something is to be sent; None while nothing is."""
+        """Return the seconds until there is something to send, or None while nothing waits."""
         return self._window.paused_until - time.monotonic() if self._window.asks else None
 
     def _receive(self) -> None:
@@ -327,7 +334,7 @@ class _Stream:
                         break
                     if error := self._window.broke(failure):
                         raise error
-        except BaseException as error:  # the consumer's to see, whatever it is
+        except BaseException as error:  # next() raises it to the consumer, whatever it is
             with self._lock:
                 self._error = error
         with self._lock:
@@ -337,7 +344,7 @@ class _Stream:
         self._ended.set()
 
     def _wait_to_call(self) -> bool:
-        """Wait until there is something to send; False where there will be nothing."""
+        """Wait until there is something to send. Return False if nothing will follow."""
         with self._lock:
             while (pause := self._pause()) is None or pause > 0:
                 if self._stopped or self._window.all_answered:
@@ -346,7 +353,7 @@ class _Stream:
             return not self._stopped
 
     def _run_call(self) -> Failure:
-        """Take the answers of one call; how it ended."""
+        """Take the answers of one call and return how it ended."""
         call = self._open_stream(self._requests(self._calls))
         with self._lock:
             self._call = call

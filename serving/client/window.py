@@ -1,6 +1,6 @@
-"""The images of one stream between being read and being yielded, whatever carries the messages.
+"""The images of one stream, from when they are read until their results are yielded.
 
-No input, output or waiting happens here: the two clients do these, with threads or tasks.
+This module does no input, output or waiting: the two clients do these, with threads or tasks.
 """
 
 import random
@@ -9,24 +9,24 @@ from collections import deque
 from dataclasses import dataclass
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.channel import BACKOFF_FACTOR, FIRST_BACKOFF, MAX_BACKOFF
+from serving.client.channel import BACKOFF_FACTOR, FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS
 from serving.client.errors import CapsNetError, Failure, ServerFault, failure_of_item
-from serving.client.inputs import ItemError, Limits, located
+from serving.client.inputs import ItemError, RequestLimits, located
 from serving.client.results import Classification, decode
 
-#: Images joined to one request, at most: two batches of the server.
-JOINED = 64
-# Requests under way that leave a server no time to wait.
-_BUSY = 2
-#: Bytes of images that wait for their answers, at most.
-MAX_BYTES = 64 * 2**20
-#: After the last answer, at most, until a call's status is given up.
-LAST_SECONDS = 1.0
+#: Most images that are joined to one request: two batches of the server.
+MAX_JOINED_IMAGES = 64
+# With this many requests in flight the server is busy, so more images may gather before the next request.
+_BUSY_REQUESTS = 2
+#: Most bytes of images that wait for their answers.
+MAX_WAITING_BYTES = 64 * 2**20
+#: Longest wait for a call's status after its last answer.
+MAX_STATUS_WAIT_SECONDS = 1.0
 
 
 @dataclass(eq=False, slots=True)
-class _Slot:
-    """The place of one image in the order of the results."""
+class _Entry:
+    """One image in the order of the results, with its result once it has come."""
 
     index: int
     image: pb.Image | None
@@ -37,147 +37,153 @@ class _Slot:
 
 
 class Window:
-    """Up to ``size`` images that were read and not yielded yet.
+    """Up to ``size`` images that were read and whose results were not yielded yet.
 
-    Images go out in requests of as many as wait, up to JOINED. A request that fails for what may be one of its images
-    goes out again as one request for each image, so that only that one gets the error.
+    A request joins the images that wait, up to MAX_JOINED_IMAGES. If a request fails and one of its images may be the
+    cause, each image goes out again in its own request, so that only that image gets the error.
     """
 
-    def __init__(self, request: pb.ClassifyRequest, limits: Limits, size: int, retries: int) -> None:
+    def __init__(self, request: pb.ClassifyRequest, limits: RequestLimits, size: int, retries: int) -> None:
         self._request = request
         self._limits = limits
         self._size = size
         # Small enough that the window holds several requests.
-        self._joined = max(1, min(JOINED, size // 4))
+        self._joined = max(1, min(MAX_JOINED_IMAGES, size // 4))
         self._retries = retries
-        self._slots: deque[_Slot] = deque()
-        self._unsent: deque[_Slot] = deque()
-        self._in_flight: dict[str, list[_Slot]] = {}
+        self._entries: deque[_Entry] = deque()
+        self._unsent: deque[_Entry] = deque()
+        self._in_flight: dict[str, list[_Entry]] = {}
         self._bytes = 0
         self._read = 0
         self._sent = 0
         self._breaks = 0
-        #: The input has come to its end.
+        #: True once the whole input was read.
         self.all_read = False
-        #: When the server last gave a sign, or was first asked, on ``time.monotonic``.
+        #: The ``time.monotonic`` of the last answer, or of the first request after an idle time.
         self.heard_at = 0.0
-        #: No request goes out before this time, on ``time.monotonic``.
+        #: The ``time.monotonic`` before which no request goes out.
         self.paused_until = 0.0
 
     @property
     def has_room(self) -> bool:
-        return len(self._slots) < self._size and self._bytes < MAX_BYTES
+        return len(self._entries) < self._size and self._bytes < MAX_WAITING_BYTES
 
     @property
     def all_answered(self) -> bool:
-        """Nothing more will go out."""
+        """Return True once the input was read and every image has its result."""
         return self.all_read and not self._unsent and not self._in_flight
 
     @property
     def all_yielded(self) -> bool:
-        return self.all_read and not self._slots
+        return self.all_read and not self._entries
 
     @property
     def asks(self) -> bool:
-        """A request is to go out: an image waits, and not for others to go with it while the server is busy anyway."""
+        """Return True if a request should go out now.
+
+        While the server is busy, images wait until they fill a request.
+        """
         if not self._unsent:
             return False
-        few = len(self._in_flight) < _BUSY
+        few = len(self._in_flight) < _BUSY_REQUESTS
         return few or self.all_read or self._unsent[0].alone or len(self._unsent) >= self._joined
 
     @property
     def waits(self) -> bool:
-        """Something was sent and is not answered yet."""
+        """Return True while a request is in flight."""
         return bool(self._in_flight)
 
     def add(self, image: pb.Image) -> None:
-        """The next image of the input."""
+        """Add the next image of the input."""
         try:
             size = self._limits.check(image)
         except ItemError as error:
             self.add_error(error)
             return
-        slot = _Slot(self._read, image, size)
-        self._slots.append(slot)
-        self._unsent.append(slot)
+        entry = _Entry(self._read, image, size)
+        self._entries.append(entry)
+        self._unsent.append(entry)
         self._bytes += size
         self._read += 1
 
     def add_error(self, error: ItemError) -> None:
-        """The next image of the input cannot be sent."""
-        self._slots.append(_Slot(self._read, None, 0, outcome=located(error, self._read)))
+        """Add the error of the next image of the input, which cannot be sent."""
+        self._entries.append(_Entry(self._read, None, 0, outcome=located(error, self._read)))
         self._read += 1
 
     def next_request(self) -> pb.ClassifyStreamRequest | None:
-        """What to send now, or None while nothing waits."""
+        """Return the request to send now, or None if no image waits."""
         if not self._unsent:
             return None
-        slots = [self._unsent.popleft()]
-        size = slots[0].size
-        while self._unsent and len(slots) < JOINED and not (slots[0].alone or self._unsent[0].alone):
+        entries = [self._unsent.popleft()]
+        size = entries[0].size
+        while self._unsent and len(entries) < MAX_JOINED_IMAGES and not (entries[0].alone or self._unsent[0].alone):
             size += self._unsent[0].size
-            if not self._limits.hold(len(slots) + 1, size):
+            if not self._limits.hold(len(entries) + 1, size):
                 break
-            slots.append(self._unsent.popleft())
+            entries.append(self._unsent.popleft())
         self._sent += 1
         name = str(self._sent)
         if not self._in_flight:
             self.heard_at = time.monotonic()
-        self._in_flight[name] = slots
+        self._in_flight[name] = entries
         message = pb.ClassifyStreamRequest(id=name, request=self._request)
-        message.request.images.extend([slot.image for slot in slots if slot.image is not None])
+        message.request.images.extend([entry.image for entry in entries if entry.image is not None])
         return message
 
     def answer(self, message: pb.ClassifyStreamResponse) -> None:
-        """Take an answer of the server. Raises ServerFault where it answers nothing that was asked."""
-        slots = self._in_flight.pop(message.id, None)
-        if slots is None:
+        """Take an answer of the server. Raises ServerFault if its id belongs to no request in flight."""
+        entries = self._in_flight.pop(message.id, None)
+        if entries is None:
             raise ServerFault(f"id: an answer to {message.id[:64]!r}, which no request under way has")
         self.heard_at = time.monotonic()
         self._breaks = 0
         if message.WhichOneof("result") != "error":
-            for slot, result in zip(slots, decode(message.response, len(slots)), strict=True):
-                self._resolve(slot, result)
+            for entry, result in zip(entries, decode(message.response, len(entries)), strict=True):
+                self._resolve(entry, result)
             return
         failure = failure_of_item(message.error.code, message.error.message)
-        if len(slots) > 1 and failure.may_be_one_image:
-            for slot in slots:
-                slot.alone = True
-            self._unsent.extendleft(reversed(slots))
-        elif failure.passing and slots[0].attempts <= self._retries:
-            self._pause(slots[0].attempts, failure)
-            self._again(slots)
+        if len(entries) > 1 and failure.may_be_one_image:
+            for entry in entries:
+                entry.alone = True
+            self._unsent.extendleft(reversed(entries))
+        elif failure.passing and entries[0].attempts <= self._retries:
+            self._pause(entries[0].attempts, failure)
+            self._again(entries)
         else:
-            for slot in slots:
-                self._resolve(slot, failure.to_error([slot.index]))
+            for entry in entries:
+                self._resolve(entry, failure.to_error([entry.index]))
 
     def broke(self, failure: Failure) -> CapsNetError | None:
-        """The stream ended: what was not answered goes out again on the next one. The error once that is in vain."""
-        under_way = [slot for slots in self._in_flight.values() for slot in slots]
+        """Note that the stream ended: images without an answer go out again on the next stream.
+
+        Return the error to raise if a further attempt is pointless, else None.
+        """
+        in_flight = [entry for entries in self._in_flight.values() for entry in entries]
         self._in_flight.clear()
         self._breaks += 1
-        tried = max([self._breaks, *(slot.attempts for slot in under_way)])
+        tried = max([self._breaks, *(entry.attempts for entry in in_flight)])
         if not failure.passing or tried > self._retries:
             return failure.to_error()
         self._pause(self._breaks, failure)
-        self._again(under_way)
+        self._again(in_flight)
         return None
 
     def pop(self) -> Classification | CapsNetError | None:
-        """The result of the next image in order, or None while it has none."""
-        if not self._slots or self._slots[0].outcome is None:
+        """Remove and return the result of the next image in order, or return None while it has none."""
+        if not self._entries or self._entries[0].outcome is None:
             return None
-        return self._slots.popleft().outcome
+        return self._entries.popleft().outcome
 
-    def _resolve(self, slot: _Slot, outcome: Classification | CapsNetError) -> None:
-        slot.outcome = outcome
-        slot.image = None
-        self._bytes -= slot.size
+    def _resolve(self, entry: _Entry, outcome: Classification | CapsNetError) -> None:
+        entry.outcome = outcome
+        entry.image = None
+        self._bytes -= entry.size
 
-    def _again(self, slots: list[_Slot]) -> None:
-        for slot in slots:
-            slot.attempts += 1
-        self._unsent = deque(sorted([*slots, *self._unsent], key=lambda slot: slot.index))
+    def _again(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            entry.attempts += 1
+        self._unsent = deque(sorted([*entries, *self._unsent], key=lambda entry: entry.index))
 
     def _pause(self, attempt: int, failure: Failure) -> None:
         seconds = failure.retry_after if failure.retry_after is not None else backoff(attempt)
@@ -185,5 +191,5 @@ class Window:
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to wait after the failure of this attempt, the first being 1: gRPC's own rule, with its jitter."""
-    return min(MAX_BACKOFF, FIRST_BACKOFF * BACKOFF_FACTOR ** (attempt - 1)) * random.uniform(0.8, 1.2)
+    """Return the seconds to wait after this attempt failed; the first attempt is 1. The rule and jitter are gRPC's."""
+    return min(MAX_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * BACKOFF_FACTOR ** (attempt - 1)) * random.uniform(0.8, 1.2)

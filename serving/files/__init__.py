@@ -1,1 +1,1 @@
-"""What the server, the client, training and export share: file formats, folders, and options that are said once."""
+"""Code that server, client, training and export share: file formats, folders, and options."""

@@ -1,9 +1,9 @@
-"""Where files that can be had again are kept."""
+"""The folder for files that can be downloaded or made again."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/capsnet``, or ``~/.cache/capsnet``; it need not be there."""
+    """Return ``$XDG_CACHE_HOME/capsnet``, or ``~/.cache/capsnet``. The folder may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capsnet"

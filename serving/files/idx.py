@@ -20,9 +20,9 @@ _MAX_DIMENSIONS = 4
 
 
 def is_idx(head: bytes) -> bool:
-    """Tell whether a file that begins with ``head`` looks like an uncompressed IDX file, of whatever element type.
+    """Return True if a file that begins with ``head`` looks like an uncompressed IDX file of any element type.
 
-    Only the first four bytes are looked at; fewer than four are never IDX.
+    Only the first four bytes count. Fewer than four bytes are never IDX.
     """
     return len(head) >= 4 and head[:2] == b"\0\0" and head[2] in _ELEMENT_TYPES and head[3] > 0
 
@@ -30,12 +30,11 @@ def is_idx(head: bytes) -> bool:
 def read_idx(data: bytes) -> NDArray[np.uint8]:
     """Parse an IDX file of unsigned bytes, gzipped or not.
 
-    Returns a new array of the shape that the file announces, with one to four dimensions.
+    Returns a new array of the shape in the file's header, with one to four dimensions.
 
     Raises:
         ValueError: ``data`` is not an IDX file, holds other elements than unsigned bytes, has more than four
-            dimensions, or is shorter or longer than its header announces; or it is gzipped and fails as
-            :func:`decompress` does.
+            dimensions, or is shorter or longer than its header says; or :func:`decompress` refuses it.
     """
     raw = decompress(data)
     shape = _parse_shape(raw)
@@ -48,9 +47,9 @@ def read_idx(data: bytes) -> NDArray[np.uint8]:
 
 
 def decompress(data: bytes) -> bytes:
-    """Gunzip an IDX file of unsigned bytes; data that is not gzipped is returned as it is, unchecked.
+    """Gunzip an IDX file of unsigned bytes. Data that is not gzipped is returned unchanged and unchecked.
 
-    No more is decompressed than the IDX header at the beginning announces, whatever the compressed stream holds.
+    At most the bytes that the IDX header announces are decompressed, whatever the compressed stream holds.
 
     Raises:
         ValueError: ``data`` is gzipped and corrupt or incomplete, does not contain an IDX file that :func:`read_idx`
@@ -67,7 +66,7 @@ def decompress(data: bytes) -> bytes:
             raise ValueError(
                 f"gzipped IDX file of shape {shape} takes {size} bytes, expected at most {MAX_DECOMPRESSED_BYTES}"
             )
-        # One byte more than announced, so that a longer stream shows; zlib takes 0 for "no limit".
+        # One byte more than announced, to detect a longer stream. For zlib, 0 would mean no limit.
         raw = head + stream.decompress(stream.unconsumed_tail, max(size + 1 - len(head), 1))
     except zlib.error as error:
         raise ValueError(f"corrupt gzip stream: {error}") from error

@@ -1,7 +1,7 @@
-"""Options said once: one dataclass field makes an option's flag, default, choices, help and check.
+"""Options of commands: one dataclass field defines an option's flag, default, choices, help and check.
 
-``option`` declares a field, ``check`` belongs into ``__post_init__``, ``add_flags`` and ``read`` stand on both sides of
-argparse. Fields that are declared otherwise are left alone.
+``option`` declares a field. ``__post_init__`` calls ``check``. ``add_flags`` comes before argparse, ``read`` after it.
+Other fields of the dataclass are ignored.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
-_KEY = "option"
+_METADATA_KEY = "option"
 _DEFAULT_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 T = TypeVar("T")
@@ -19,11 +19,11 @@ Parse = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Option:
-    """A field's part of its command, beside its name and its default.
+    """The definition of an option, except for its name and its default.
 
     parse: from a flag's text to the value; raises ValueError or ArgumentTypeError. count: how many texts the flag
-    takes; its value is a tuple then. shown: the default as the help names it, empty for not at all. minimum and maximum
-    are allowed values; above and below are the first that are not.
+    takes, "+" for one or more; its value is a tuple then. shown: the default as the help names it, empty for not at
+    all. minimum and maximum are allowed values; above and below are the first that are not.
     """
 
     help: str
@@ -34,19 +34,19 @@ class Option:
     maximum: float | None = None
     below: float | None = None
     metavar: str | tuple[str, ...] = ""
-    count: int | None = None
+    count: int | str | None = None
     shown: str | None = None
 
 
 def option(default: Any, help_: str, **said: Any) -> Any:
-    """Return a dataclass field with this default; ``said`` is what ``Option`` takes."""
-    return field(default=default, metadata={_KEY: Option(help_, **said)})
+    """Return a dataclass field with this default. ``said`` holds further arguments of ``Option``."""
+    return field(default=default, metadata={_METADATA_KEY: Option(help_, **said)})
 
 
 def check(options: object) -> None:
-    """Raise ValueError, naming the field, at the first value that its option does not allow.
+    """Raise ValueError, with the field's name, for the first value that its option does not allow.
 
-    None is allowed where it is the default. No float may be infinite or no number.
+    None is allowed if it is the default. Floats must be finite.
     """
     for one, said in _options(type(options)):
         value = getattr(options, one.name)
@@ -58,10 +58,10 @@ def check(options: object) -> None:
 
 
 def _expected(value: Any, said: Option) -> str:
-    """Return the values that would be allowed, or nothing where this one is."""
+    """Return a description of the allowed values, or "" if this value is allowed."""
     if said.choices:
         return "" if value in said.choices else f"one of {', '.join(said.choices)}"
-    if said.minimum is not None and not value >= said.minimum:  # nor is no number
+    if said.minimum is not None and not value >= said.minimum:  # false for NaN too
         return f"{said.minimum:g} or more"
     if said.above is not None and not value > said.above:
         return f"a number above {said.above:g}"
@@ -73,7 +73,7 @@ def _expected(value: Any, said: Option) -> str:
 
 
 def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
-    """Add a flag for each option of a dataclass; those that are not given are left out of argparse's result."""
+    """Add a flag for each option of a dataclass. Flags that are not given are absent from argparse's result."""
     for one, said in _options(cls):
         shown = str(one.default) if said.shown is None else said.shown
         text = f"{said.help} (default: {shown})" if shown else said.help
@@ -87,16 +87,16 @@ def add_flags(parser: argparse._ActionsContainer, cls: type) -> None:
 
 
 def read(cls: type[T], parsed: argparse.Namespace) -> T:
-    """Make the dataclass of the flags that were given. Raises ValueError as its check does."""
+    """Make the dataclass from the given flags. Raises ValueError like its check."""
     given = {one.name: value for one, _ in _options(cls) if (value := getattr(parsed, one.name, None)) is not None}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _options(cls: type) -> list[tuple[Field[Any], Option]]:
-    return [(one, one.metadata[_KEY]) for one in fields(cls) if _KEY in one.metadata]
+    return [(one, one.metadata[_METADATA_KEY]) for one in fields(cls) if _METADATA_KEY in one.metadata]
 
 
 def option_of(one: Field[Any]) -> Option:
-    """Return what ``option`` was told for a field."""
-    said: Option = one.metadata[_KEY]
+    """Return the ``Option`` of a field."""
+    said: Option = one.metadata[_METADATA_KEY]
     return said

@@ -1,11 +1,10 @@
 """Declarations of metrics and the series behind them, shown on prometheus_client's registry.
 
-There are two kinds of series. An event is counted when it happens (Count, Observations). A figure that exists anyway is
-read off when the page is asked for (Reading, DistributionReading).
+There are two kinds of series. Events are counted when they happen (Count, Observations). Figures that exist anyway are
+read when the page is requested (Reading, DistributionReading).
 
-The instruments of prometheus_client take a lock and check their labels for each number, which for a small network's
-requests added up to a tenth of the server's time. Events here may be counted by one thread alone, the event loop's, and
-read by any.
+Events may be counted by one thread alone, the event loop's, and read by any, so that they need no lock, unlike those of
+prometheus_client's instruments.
 """
 
 from bisect import bisect_left
@@ -26,21 +25,21 @@ from prometheus_client.utils import floatToGoString
 
 
 class Kind(Enum):
-    """Type of a metric, in Prometheus's words."""
+    """The types of metrics, in Prometheus's words."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
     HISTOGRAM = "histogram"
-    #: A counter whose name does not end in ``_total``, which prometheus_client gives to every counter.
+    #: A counter without the end ``_total``, which prometheus_client gives to every counter's name.
     UNTYPED = "untyped"
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A metric as the page, the documentation and the dashboard know it.
+    """The declaration of a metric for the page, the documentation and the dashboard.
 
-    name: as a counter's sample has it, with ``_total``. buckets: upper bounds of a histogram's buckets but the last,
-    which has none; empty where each series has bounds of its own.
+    name: for a counter, with ``_total``. buckets: the upper bounds of a histogram's buckets, without the last,
+    unbounded one; empty if each series has its own bounds.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Declaration:
 
     @property
     def samples(self) -> tuple[str, ...]:
-        """Names of the metric's samples on the page."""
+        """Return the names of the metric's samples on the page."""
         if self.kind is Kind.HISTOGRAM:
             return tuple(f"{self.name}_{part}" for part in ("bucket", "count", "sum"))
         return (self.name,)
@@ -71,7 +70,7 @@ class Declaration:
 
 
 class Distribution(Protocol):
-    """A histogram's numbers: counts has one more entry than bounds; a value on a bound is below it."""
+    """The numbers of a histogram. counts has one more entry than bounds. A value on a bound counts as below it."""
 
     @property
     def bounds(self) -> Sequence[float]: ...
@@ -84,7 +83,7 @@ class Distribution(Protocol):
 
 
 class Count:
-    """Number of times that something happened."""
+    """The number of events."""
 
     __slots__ = ("value",)
 
@@ -96,7 +95,7 @@ class Count:
 
 
 class Observations:
-    """Numbers that were observed, by the bucket that each falls into."""
+    """Observed numbers, counted by bucket."""
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -115,7 +114,7 @@ class Observations:
 
 
 class Reading:
-    """A number that is read off: the sum of what the functions return, one function a part."""
+    """A number that is read on request: the sum of the results of functions, one for each part."""
 
     __slots__ = ("_parts",)
 
@@ -123,7 +122,7 @@ class Reading:
         self._parts: dict[str, Callable[[], float]] = {}
 
     def read(self, function: Callable[[], float], part: str = "") -> None:
-        """Take a part's number from this function from now on; the thread that writes the page calls it."""
+        """Set the function that returns a part's number. The thread that writes the page calls it."""
         self._parts[part] = function
 
     @property
@@ -132,7 +131,7 @@ class Reading:
 
 
 class DistributionReading:
-    """A histogram that is read off."""
+    """A histogram that is read on request."""
 
     __slots__ = ("_function",)
 
@@ -140,7 +139,7 @@ class DistributionReading:
         self._function: Callable[[], Distribution] = lambda: Observations(())
 
     def read(self, function: Callable[[], Distribution]) -> None:
-        """Take the numbers from this function from now on; the thread that writes the page calls it."""
+        """Set the function that returns the numbers. The thread that writes the page calls it."""
         self._function = function
 
     @property
@@ -152,7 +151,7 @@ Series = TypeVar("Series", Count, Observations, Reading, DistributionReading)
 
 
 class Family(Generic[Series]):
-    """The series of one metric, by the values of their labels."""
+    """The series of one metric, by label values."""
 
     def __init__(self, declaration: Declaration, make: Callable[[], Series]) -> None:
         self.declaration = declaration
@@ -160,7 +159,10 @@ class Family(Generic[Series]):
         self._series: dict[tuple[str, ...], Series] = {}
 
     def labels(self, *values: str) -> Series:
-        """Return the series with these labels; a new one begins at 0. Raises ValueError for a wrong number of them."""
+        """Return the series with these labels.
+
+        A new one starts at 0. Raises ValueError for a wrong number of labels.
+        """
         if len(values) != len(self.declaration.labels):
             raise ValueError(f"labels {values}; expected values for {self.declaration.labels}")
         if values not in self._series:
@@ -175,7 +177,7 @@ class Family(Generic[Series]):
                 del self._series[values]
 
     def collect(self) -> Metric:
-        """Return the metric as it is now; from any thread."""
+        """Return the present state of the metric. Any thread may call it."""
         family = self.declaration.without_samples()
         for labels, series in list(self._series.items()):  # in one step, since another thread may add one
             _add(family, labels, series.value)
@@ -183,7 +185,7 @@ class Family(Generic[Series]):
 
 
 def _add(family: Metric, labels: tuple[str, ...], value: float | Distribution) -> None:
-    """Add a series as it is now."""
+    """Add the present state of a series."""
     if isinstance(value, int | float):
         assert isinstance(family, CounterMetricFamily | GaugeMetricFamily | UnknownMetricFamily)
         family.add_metric(labels, value)

@@ -1,7 +1,7 @@
-"""HTTP for Prometheus and for health probes: ``/metrics``, ``/livez`` and ``/readyz``, on a thread of their own.
+"""HTTP for Prometheus and for health probes: ``/metrics``, ``/livez`` and ``/readyz``, on a separate thread.
 
-To write the metrics takes some 10 ms of Python, for which the event loop that serves requests must not wait. The thread
-has an event loop of its own, so a client that is slow or silent holds up nobody. Each connection gets one answer.
+The event loop that serves requests must not wait while the metrics are written. The thread has an event loop of its
+own, so a client that is slow or silent holds up nobody. Each connection gets one answer.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _MAX_CONNECTIONS = 32
 _BACKLOG = 128  # connections that wait to be accepted
 _MAX_HEAD_BYTES = 8192
 _CONNECTION_SECONDS = 10.0
-#: Time in which the event loop that serves requests must show that it runs; far more than overload holds it up.
+#: The event loop that serves requests must show within this time that it runs. Overload delays it far less.
 _ALIVE_SECONDS = 5.0
 _BACK_OFF_SECONDS = 0.1
 _RESERVED_FILES = 3
@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _Response(NamedTuple):
-    """Status, further headers, and body of an answer."""
+    """An answer: status, further headers, and body."""
 
     status: int
     body: bytes
@@ -52,7 +52,7 @@ class _Response(NamedTuple):
 
 
 class _Refusal(Exception):
-    """A request that is answered with an error at once."""
+    """The request is answered with an error at once."""
 
     def __init__(self, status: int, text: str, **headers: str) -> None:
         super().__init__(text)
@@ -60,7 +60,7 @@ class _Refusal(Exception):
 
 
 class _Request(NamedTuple):
-    """Head of a request; fields: by their names in lower case."""
+    """The head of a request. fields: by name in lower case."""
 
     method: str
     path: str
@@ -94,7 +94,7 @@ class _Request(NamedTuple):
 class Page:
     """The metrics of a registry and the health of the server, on an HTTP port.
 
-    unready: returns why the server takes no requests now, empty if it does; called from the page's thread.
+    unready: returns the reason why the server takes no requests now, or "" if it does. The page's thread calls it.
     """
 
     def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
@@ -102,9 +102,9 @@ class Page:
         self._unready = unready
 
     def open(self, host: str, port: int) -> int:
-        """Listen, answer from a thread of its own, and return the port; on the event loop that serves requests.
+        """Listen, answer from a separate thread, and return the port. Call it on the event loop that serves requests.
 
-        host: a name or an address, an IPv6 one with or without brackets. Raises OSError.
+        host: a name or an address; an IPv6 address may have brackets. Raises OSError.
         """
         self._serving = asyncio.get_running_loop()
         family, *_, address = socket.getaddrinfo(
@@ -120,7 +120,7 @@ class Page:
         return number
 
     def close(self) -> None:
-        """Close the port and every connection; from any thread but the page's own."""
+        """Close the port and every connection. Any thread except the page's own may call it."""
         self._loop.call_soon_threadsafe(self._accepting.cancel)
         self._thread.join()
 
@@ -130,7 +130,7 @@ class Page:
         self._loop.close()
 
     async def _answer(self, head: bytes) -> bytes:
-        """Return the whole answer to a request, of which head has the bytes before the empty line."""
+        """Return the whole answer to a request. head: its bytes before the empty line."""
         try:
             response = await self._respond(_Request.parse(head))
         except _Refusal as refusal:
@@ -183,15 +183,15 @@ class Page:
 
 
 class _Acceptor:
-    """Accept connections and end each in time, not too many at once, and even where no more files can be opened.
+    """The acceptor of connections. It limits their number and time, and works even without free file descriptors.
 
-    answer: from what a client sent before the empty line to all that it gets.
+    answer: returns the whole answer for the bytes before the empty line.
     """
 
     def __init__(self, listener: socket.socket, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
         self._listener = listener
         self._answer = answer
-        self._connections: dict[asyncio.Task[None], socket.socket] = {}  # the oldest first
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}  # oldest first
         self._reserve: list[int] = []
 
     async def run(self) -> None:
@@ -217,8 +217,8 @@ class _Acceptor:
     async def _accept(self) -> socket.socket:
         """Return the next connection.
 
-        Where the process can open no more files, the connection takes the place of those held in reserve, or else of
-        the oldest connection. A port that cannot accept stays readable, so it is looked at again only after a pause.
+        If the process cannot open another file, the connection gets a reserved descriptor, or that of the oldest
+        connection. A port that cannot accept stays readable, so the next attempt comes after a pause.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -242,12 +242,12 @@ class _Acceptor:
                 if head := await self._head(connection):
                     await loop.sock_sendall(connection, await self._answer(head))
                     connection.shutdown(socket.SHUT_WR)
-                    # To close with bytes unread would reset the connection, and the answer could be lost.
+                    # A close with unread bytes would reset the connection, and the answer could be lost.
                     while await loop.sock_recv(connection, _RECEIVE_BYTES):
                         pass
 
     async def _head(self, connection: socket.socket) -> bytes:
-        """Return what comes before the empty line, or more than is allowed; empty if the client ends before that."""
+        """Return the bytes before the empty line, or too many bytes, or b"" if the client ends early."""
         loop, head = asyncio.get_running_loop(), b""
         while len(head) <= _MAX_HEAD_BYTES:
             received = await loop.sock_recv(connection, _RECEIVE_BYTES)
@@ -260,7 +260,7 @@ class _Acceptor:
 
     def _close(self, task: asyncio.Task[None]) -> None:
         self._connections.pop(task).close()
-        if not self._connections:  # else an answer that is written now may need to open a file
+        if not self._connections:  # otherwise an answer that is being written may need a file
             self._refill_reserve()
 
     def _end_oldest(self) -> None:

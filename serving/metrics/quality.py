@@ -1,4 +1,4 @@
-"""Figures of a classifying model's answers, for alarms when the images or the model change: which classes, how sure."""
+"""Figures of a classifying model's answers, for alerts on changed images or models: classes and capsule lengths."""
 
 import threading
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Upper bounds of the buckets of a length or of a difference of lengths.
+#: The upper bounds of the buckets of a capsule length or of a difference of lengths.
 LENGTH_BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
-#: A capsule that is longer is active: its object is there.
+#: A longer capsule is active: its object is present.
 ACTIVE_LENGTH = 0.5
 _MAX_IMAGES_KEPT = 512
 
 
 class ArrayDistribution:
-    """A histogram that takes in whole arrays; a value on a bound is below it, as Prometheus has it."""
+    """A histogram of whole arrays. A value on a bound counts as below it, as in Prometheus."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -24,12 +24,12 @@ class ArrayDistribution:
 
     @property
     def counts(self) -> list[int]:
-        """Number of values in each bucket, the one above all bounds last."""
+        """Return the number of values in each bucket; the last one is above all bounds."""
         counts: list[int] = self._counts.tolist()
         return counts
 
     def add(self, values: NDArray[np.floating] | NDArray[np.integer]) -> None:
-        """Take in values (n,)."""
+        """Add values (n,)."""
         self._counts += np.bincount(np.searchsorted(self._edges, values), minlength=len(self._counts))
         self.sum += float(values.sum())
 
@@ -37,8 +37,8 @@ class ArrayDistribution:
 class Quality:
     """Figures of all answers of one version of one model.
 
-    winners: how often each class had the longest capsule. lengths: of the winner's capsule. margins: how much longer
-    it was than the runner-up's. active: how many capsules were longer than ACTIVE_LENGTH.
+    winners: by class, how often it had the longest capsule. lengths: the capsule length of the winner. margins: the
+    difference to the second longest capsule. active: the number of capsules longer than ACTIVE_LENGTH.
     """
 
     def __init__(self, labels: Sequence[str]) -> None:
@@ -47,13 +47,13 @@ class Quality:
         self.lengths = ArrayDistribution(LENGTH_BOUNDS)
         self.margins = ArrayDistribution(LENGTH_BOUNDS)
         self.active = ArrayDistribution(range(len(labels) + 1))
-        # Few at a time would cost more than a small network itself.
+        # Those of several batches are counted in one step.
         self._new: list[NDArray[np.float32]] = []
         self._new_images = 0
         self._lock = threading.Lock()
 
     def add(self, probabilities: NDArray[np.float32]) -> None:
-        """Keep a batch's probabilities (B, J), all finite; ``up_to_date`` counts them. From any thread."""
+        """Add a batch's finite probabilities (B, J), which ``up_to_date`` counts. Any thread may call it."""
         with self._lock:
             self._new.append(probabilities)
             self._new_images += len(probabilities)
@@ -62,18 +62,18 @@ class Quality:
 
     @property
     def up_to_date(self) -> "Quality":
-        """These figures, once they count all that was added; from any thread."""
+        """Return these figures after counting all added batches. Any thread may call it."""
         with self._lock:
             if self._new:
                 self._count_new()
         return self
 
     def wins(self, index: int) -> int:
-        """Return how often the class of this index had the longest capsule, in all answers that were added."""
+        """Return the number of added answers in which the class of this index had the longest capsule."""
         return int(self.up_to_date.winners[index])
 
     def _count_new(self) -> None:
-        """Count what was kept; the caller holds the lock."""
+        """Count the added batches. The caller must hold the lock."""
         probabilities = np.concatenate(self._new)
         self._new, self._new_images = [], 0
         self.winners += np.bincount(probabilities.argmax(1), minlength=len(self.labels))

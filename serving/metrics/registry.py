@@ -1,4 +1,4 @@
-"""Every metric of the server: its name, type, labels, buckets and meaning, said once."""
+"""All metrics of the server in one table: name, type, labels, buckets and meaning."""
 # ruff: noqa: RUF009  # each call in Metrics makes a field, whose factory gives every server series of its own
 
 import asyncio
@@ -72,7 +72,7 @@ def _read_histogram(
 
 @dataclass(eq=False)
 class Metrics(Collector):
-    """The server's metrics, in a registry of their own; the page shows them in this order.
+    """The server's metrics, in their own registry. The page shows them in this order.
 
     The ``grpc_server_*`` names follow the gRPC convention. The ``nv_inference_*`` names, labels and meanings are
     Triton's, so that its dashboards and scaling rules work; they are summed over a version's graphs.
@@ -201,24 +201,24 @@ class Metrics(Collector):
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.registry.register(self)
-        for reason in REASONS:  # from 0 on, so that a rate sees the first one too
+        for reason in REASONS:  # start at 0, so that a rate counts the first one too
             self.refused.labels(reason)
 
     @property
     def declarations(self) -> list[Declaration]:
-        """All metrics, in the order of the page."""
+        """Return the declarations of all metrics, in the order of the page."""
         return [family.declaration for family in self._families()]
 
     def describe(self) -> Iterator[Metric]:
-        """Tell the registry the names, as prometheus_client's protocol of collectors has it."""
+        """Return the metrics' names for the registry, by prometheus_client's protocol of collectors."""
         return (declaration.without_samples() for declaration in self.declarations)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric as it is now; from any thread."""
+        """Yield the present state of every metric. Any thread may call it."""
         return (family.collect() for family in self._families())
 
     def forget(self, model: str, version: str) -> None:
-        """Remove the series of a version that is not served any more."""
+        """Remove the series of a version that is no longer served."""
         for family in self._families():
             if set(_VERSION) <= set(family.declaration.labels):
                 family.remove({"model": model, "version": version})
@@ -228,9 +228,9 @@ class Metrics(Collector):
 
 
 class ModelMetrics:
-    """The metrics of one graph of one version of a model, their labels looked up once, and its statistics.
+    """The metrics of one graph of a version, with labels that are looked up once, and its statistics.
 
-    labels_of_classes: names of the classes; empty for a graph that does not classify.
+    labels_of_classes: the class names; empty for a graph that does not classify.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class ModelMetrics:
     ) -> None:
         self.statistics = Statistics()
         self.quality = Quality(labels_of_classes)
-        #: Values of the labels model, version and graph.
+        #: The values of the labels model, version and graph.
         self.labels = labels = (model, version, graph)
         self.queue_time = metrics.queue_time.labels(*labels)
         self.cancelled = metrics.cancelled.labels(*labels)
@@ -262,7 +262,7 @@ class ModelMetrics:
             self._show_quality(metrics)
 
     def batch(self, images: int, input_time: float, infer_time: float) -> None:
-        """Count a batch of so many images, with the seconds of each step."""
+        """Count a batch: its images, and the seconds of each step."""
         self._batch_size.observe(images)
         self._stack_time.observe(input_time)
         self._inference_time.observe(infer_time)
@@ -275,13 +275,13 @@ class ModelMetrics:
         batch.compute_infer.add(infer_time)
 
     def answered(self, decode: float, queue: float, compute_input: float, infer: float, encode: float) -> None:
-        """Count a request that was answered, with the seconds of each part of its way."""
+        """Count an answered request, with the seconds of each step."""
         self._decode_time.observe(decode)
         self._encode_time.observe(encode)
         self.statistics.answered(queue, decode + compute_input, infer, encode)
 
     def failed(self, error: BaseException, seconds: float, requests: int = 1) -> None:
-        """Count requests that were answered with an error, or given up, so many seconds after each came."""
+        """Count requests that got an error or were given up. seconds: from the arrival to the end of each."""
         match error:
             case QueueFull() | DeadlineUnmeetable() | Draining():
                 reason = REJECTED

@@ -2,25 +2,25 @@
 
 from dataclasses import dataclass, field
 
-#: Not taken; given up by the client; not computed; any other, such as a wrong request.
+#: Triton's reasons: refused; given up by the client; not computed; any other, such as a wrong request.
 REJECTED, CANCELED, BACKEND, OTHER = FAILURES = ("REJECTED", "CANCELED", "BACKEND", "OTHER")
 
 
 @dataclass(slots=True)
 class Duration:
-    """Number of events, and the seconds that they took in all."""
+    """The number of events, and the sum of their seconds."""
 
     count: int = 0
     seconds: float = 0.0
 
     @property
     def ns(self) -> int:
-        """The same in nanoseconds."""
+        """Return the sum in nanoseconds."""
         return round(self.seconds * 1e9)
 
     @property
     def us(self) -> int:
-        """The same in whole microseconds, rounded down."""
+        """Return the sum in whole microseconds, rounded down."""
         return self.ns // 1000
 
     def add(self, seconds: float, times: int = 1) -> None:
@@ -30,7 +30,7 @@ class Duration:
 
 @dataclass(slots=True)
 class BatchStatistics:
-    """Times of all batches of one size: bringing the images together, and ONNX Runtime's call."""
+    """The times of all batches of one size: joining the inputs, and ONNX Runtime's call."""
 
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
@@ -38,11 +38,11 @@ class BatchStatistics:
 
 @dataclass(slots=True)
 class Statistics:
-    """Statistics of one graph of a version.
+    """The statistics of one graph of a version.
 
     last_inference: milliseconds since 1970. inference_count: images computed. execution_count: batches computed.
-    success and fail: requests, from their arrival to their answer. failures: those that failed, by Triton's reasons.
-    queue, compute_input, compute_infer and compute_output: the parts of the time of requests that succeeded.
+    success, fail: requests, from arrival to answer. failures: failed requests by Triton's reasons.
+    queue, compute_input, compute_infer, compute_output: the steps of successful requests.
     """
 
     last_inference: int = 0
@@ -58,7 +58,7 @@ class Statistics:
     batches: dict[int, BatchStatistics] = field(default_factory=dict)
 
     def answered(self, queue: float, compute_input: float, compute_infer: float, compute_output: float) -> None:
-        """Count a request that succeeded, with the seconds of each part of its time."""
+        """Count a successful request, with the seconds of each step."""
         self.success.add(queue + compute_input + compute_infer + compute_output)
         self.queue.add(queue)
         self.compute_input.add(compute_input)

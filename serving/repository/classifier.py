@@ -1,4 +1,4 @@
-"""Graph that classifies: how it is opened, tested before it serves, and its answers checked."""
+"""The graph that classifies: its opening, its test before it serves, and the check of its answers."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from serving.settings import Settings
 from serving.tensorrt_options import execution_provider_options
 
 IMAGES, PROBABILITIES, POSES = "images", "probabilities", "poses"
-#: Largest difference of a probability or of a component of a pose, in any precision.
+#: The largest allowed difference of a probability or of a component of a pose, in any precision.
 _TOLERANCE = 0.01
 
 
 class Classifier:
-    """Graph that every model has, in the precision that the settings choose.
+    """The classifying graph, which every model has, in the precision of the settings.
 
-    Its check is that every answer is finite; the answers that are go into the quality figures.
+    Its check requires finite answers. The finite answers go into the quality figures.
     """
 
     name = CLASSIFY
@@ -53,14 +53,14 @@ def open_classifier(
 ) -> Runtime:
     """Open the artifact's graph in this precision, and test it.
 
-    engine_cache: a folder for what TensorRT builds, in which each graph gets one of its own. Raises RuntimeSetupError,
-    and ArtifactError where the artifact has no graph in this precision.
+    engine_cache: a folder for TensorRT's engines, with a sub-folder for each graph. Raises RuntimeSetupError, or
+    ArtifactError if the artifact has no graph in this precision.
     """
     file = artifact.file(precision)
     tensorrt = None
     if device == "tensorrt":
         profile = artifact.batches
-        # By the graph's digest, since TensorRT's cache tells engines apart by names and not by weights.
+        # Named by the graph's digest, since TensorRT's cache distinguishes engines by names and not by weights.
         tensorrt = TensorRtSetup(
             (engine_cache or cache_folder() / "tensorrt") / artifact.sha256(precision),
             lambda folder: execution_provider_options(profile, artifact.image_shape, folder, fp16=precision == "fp16"),
@@ -76,9 +76,9 @@ def open_classifier(
 
 
 def self_test(runtime: Runtime, artifact: Artifact) -> None:
-    """Hold the graph to its manifest and to what serving relies on, before any client's image meets it.
+    """Test the graph against its manifest and the requirements of serving, before it gets a client's image.
 
-    Raises RuntimeSetupError, or whatever ONNX Runtime raises.
+    Raises RuntimeSetupError, or any error of ONNX Runtime.
     """
     blank = np.zeros(artifact.image_shape, np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, artifact.image_shape, np.uint8)
@@ -101,9 +101,9 @@ def self_test(runtime: Runtime, artifact: Artifact) -> None:
 
 
 def finite_rows(outputs: Arrays) -> NDArray[np.bool_] | None:
-    """Return which images' answers are finite, (B,); None where all are.
+    """Return True for each image with a finite answer, (B,), or None if all are finite.
 
-    Raises ValueError where the shapes are not those of probabilities (B, J) and poses (B, J, E).
+    Raises ValueError if the shapes are not those of probabilities (B, J) and poses (B, J, E).
     """
     probabilities, poses = outputs[PROBABILITIES], outputs[POSES]
     shape = probabilities.shape

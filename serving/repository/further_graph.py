@@ -1,4 +1,4 @@
-"""Graphs beside the one that classifies, such as ``explain`` and ``decoder``: opened where a service needs them."""
+"""Further graphs, such as ``explain`` and ``decoder``. They are opened if a service needs them."""
 
 import numpy as np
 
@@ -9,12 +9,12 @@ from serving.repository.served_graph import all_finite
 from serving.runtime import Runtime, RuntimeSetupError, example, rows
 from serving.settings import Settings
 
-#: Largest difference between an output of a row alone and in a batch.
+#: The largest allowed difference between the outputs of a row alone and in a batch.
 _TOLERANCE = 0.01
 
 
 class FurtherGraph:
-    """A graph that the artifact names, in single precision. Its check is that every answer is finite."""
+    """A further graph of an artifact, in single precision. Its check requires finite answers."""
 
     labels: tuple[str, ...] = ()
     max_batch = 0
@@ -22,7 +22,7 @@ class FurtherGraph:
     def __init__(self, name: str, artifact: Artifact, settings: Settings) -> None:
         self.name = name
         self._file = artifact.folder / artifact.graphs[name].file
-        # TensorRT is told the shapes of the classifying graph alone.
+        # TensorRT has shapes for the classifying graph only.
         self._device = "auto" if settings.device == "tensorrt" else settings.device
 
     def open(self, threads: int) -> Runtime:
@@ -39,7 +39,7 @@ class FurtherGraph:
         return all_finite
 
     def _test(self, runtime: Runtime) -> None:
-        """Compute two rows together, and one of them alone. Raises RuntimeSetupError where the answers are wrong."""
+        """Compute two rows together, and one of them alone. Raises RuntimeSetupError if the answers are wrong."""
         inputs = example(runtime.inputs, 2, np.random.default_rng(0))
         together, alone = runtime.run(inputs), runtime.run({name: array[1:] for name, array in inputs.items()})
         if all_finite(together) is not None:

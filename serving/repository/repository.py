@@ -1,4 +1,4 @@
-"""Models that are served: those of a repository folder, as it is now and as it changes."""
+"""The served models: those of a repository folder, now and after each change of the folder."""
 
 import asyncio
 import json
@@ -18,13 +18,13 @@ from serving.repository.served_model import ServedModel
 from serving.runtime import RuntimeSetupError
 from serving.settings import Settings
 
-_SHOWN = 64  # characters of a name that a client sent: the text of an error goes out as a header, of limited size
+_MAX_SHOWN_CHARACTERS = 64  # of a client's text: errors go out in headers of limited size
 
 _logger = logging.getLogger(__name__)
 
 
 class State(StrEnum):
-    """States of a version, in Triton's words."""
+    """The states of a version, in Triton's words."""
 
     LOADING = "LOADING"
     READY = "READY"
@@ -34,72 +34,72 @@ class State(StrEnum):
 
 @dataclass
 class Entry:
-    """A version of a model: its state, the reason of it, and the model that is served."""
+    """A version of a model: its state, the reason for it, and the served model."""
 
     name: str
     version: str
     state: State
     reason: str = ""
     model: ServedModel | None = None
-    #: Look of its folder when it was loaded or could not be.
+    #: The description of its files at the last attempt to load it.
     look: str = ""
 
 
 class LoadError(ServingError):
-    """A model that a client wants loaded cannot be; the text says why."""
+    """A model cannot be loaded as a client requested. The text says why."""
 
     code = InvalidRequest.code
     reason = "invalid"
 
 
 class Repository:
-    """``<folder>/<name>/<version>/``: of each model the highest versions, as many as ``settings.versions``.
+    """The models of ``<folder>/<name>/<version>/``: of each, the ``settings.versions`` highest versions.
 
-    A version is loaded, verified and warmed beside those that are served, and only then takes their place, which go
-    once their last request is answered. One that cannot be loaded is passed over for the next lower one, and is not
-    tried again until its folder changes.
+    A new version is loaded, verified and warmed beside the served ones before it replaces them. A replaced version is
+    closed after its last answer. If a version cannot be loaded, the next lower one is served instead, and the version
+    is not tried again until its folder changes.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, graphs: Iterable[str] = (CLASSIFY,)) -> None:
-        """graphs: names of those that the services need; of each model no others are opened."""
+        """Prepare a repository. graphs: the names of the graphs that the services need; no others are opened."""
         self._settings = settings
         self._graphs = frozenset(graphs)
         self._metrics = metrics
         self._folder = settings.repository
         self._entries: dict[tuple[str, str], Entry] = {}
         self._current: dict[str, list[ServedModel]] = {}  # by name, the highest version first
-        #: The version that serves a request which names no model; None where there are several models, or none.
+        #: The version for requests without a model's name. None if there are several models, or none.
         self.default: ServedModel | None = None
-        #: The version that is served, where it is the only one.
+        #: The only served version, or None if there are several or none.
         self.only: ServedModel | None = None
-        self._unloaded: set[str] = set()  # by request, until they are loaded by request
+        self._unloaded: set[str] = set()  # unloaded by request, until a load request
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
-        self._left_alone: set[str] = set()  # models without a version in their folder, of which the log has been told
+        self._left_alone: set[str] = set()  # models without a version in their folder that the log has reported
         self._failures: list[Exception] = []
 
     async def open(self) -> None:
-        """Load all. Raises ArtifactError or RuntimeSetupError where a model cannot be served in any version."""
+        """Load all models. Raises ArtifactError or RuntimeSetupError if a model has no version that can be served."""
         settings = self._settings
         if settings.model or settings.model_version or not self._names():
             artifacts.find(self._folder, settings.model, settings.model_version)
         await self.scan()
         if not self._current:
-            if not self._failures:  # folders, but of no version
+            if not self._failures:  # folders without a version
                 artifacts.find(self._folder, self._names()[0])
             raise self._failures[0]
 
     async def scan(self) -> None:
-        """Bring what is served in line with the folder."""
+        """Load and remove models until the served ones match the folder."""
         async with self._changing:
             self._failures = []
-            # Also those that are gone, so that they are forgotten.
+            # Removed models too, so that they are forgotten.
             known = {name for name, _ in self._entries}
             for name in sorted({*await asyncio.to_thread(self._names), *self._current, *known}):
                 await self._scan_model(name)
 
     def get(self, name: str, version: str) -> ServedModel:
-        """Return a model that is served. Raises InvalidRequest or UnknownModel.
+        """Return a served model. Raises InvalidRequest or UnknownModel.
 
         name: empty for the only model. version: empty for the highest.
         """
@@ -115,20 +115,22 @@ class Repository:
         for model in models:
             if model.artifact.version == version:
                 return model
-        wanted = f"{name[:_SHOWN]!r}" + (f" version {version[:_SHOWN]!r}" if version else "")
+        wanted = f"{name[:_MAX_SHOWN_CHARACTERS]!r}" + (
+            f" version {version[:_MAX_SHOWN_CHARACTERS]!r}" if version else ""
+        )
         raise UnknownModel(f"model_name, model_version: {wanted} is not served; there is: {self._known() or 'none'}")
 
     def models(self) -> list[ServedModel]:
-        """Return all versions that are served."""
-        # A copy, since the metrics page asks from its own thread.
+        """Return all served versions."""
+        # A copy, since the metrics page calls from its own thread.
         return [model for models in list(self._current.values()) for model in models]
 
     def index(self) -> list[Entry]:
-        """Return all versions that are served, are on their way, or could not be loaded."""
+        """Return all versions that are served, are being loaded, or could not be loaded."""
         return [entry for _, entry in sorted(self._entries.items(), key=lambda item: (item[0][0], int(item[0][1])))]
 
     async def load(self, name: str) -> None:
-        """Load what a model's folder has now, those that could not be loaded before too. Raises LoadError."""
+        """Load the present versions of a model's folder, also those that failed before. Raises LoadError."""
         async with self._changing:
             self._unloaded.discard(name)
             for entry in self._entries.values():
@@ -141,20 +143,22 @@ class Repository:
             if name not in self._current:
                 reasons = [entry.reason for entry in self._entries.values() if entry.name == name and entry.reason]
                 raise LoadError(
-                    f"model_name: {name[:_SHOWN]!r} "
+                    f"model_name: {name[:_MAX_SHOWN_CHARACTERS]!r} "
                     + (f"cannot be served: {reasons[-1]}" if reasons else "is not there")
                 )
 
     async def unload(self, name: str) -> None:
-        """Stop serving a model, until it is loaded by request. Raises UnknownModel."""
+        """Stop serving a model until a load request for it. Raises UnknownModel."""
         async with self._changing:
             if name not in self._current:
-                raise UnknownModel(f"model_name: {name[:_SHOWN]!r} is not served; there is: {self._known() or 'none'}")
+                raise UnknownModel(
+                    f"model_name: {name[:_MAX_SHOWN_CHARACTERS]!r} is not served; there is: {self._known() or 'none'}"
+                )
             self._unloaded.add(name)
             await self._scan_model(name)
 
     async def close(self) -> None:
-        """Close all models, once the requests that use them are answered."""
+        """Close all models when the requests that use them are answered."""
         async with self._changing:
             for model in self.models():
                 self._leave(model)
@@ -174,7 +178,7 @@ class Repository:
         return sorted(found & {only} if only else found)
 
     def _versions(self, name: str) -> list[tuple[str, str]]:
-        """(version, look of its folder) of what the repository has, the highest first."""
+        """Return (version, description of its files) for the repository's versions of a model, the highest first."""
         only = self._settings.model_version
         found = [path.parent.name for path in (self._folder / name).glob(f"*/{MANIFEST}")]
         versions = sorted((one for one in found if one.isdecimal() and only in ("", one)), key=int, reverse=True)
@@ -213,20 +217,20 @@ class Repository:
                 self._leave(model)
 
     def _choose_default(self) -> None:
-        """Find the default model beforehand, since nearly every request asks for it, more than once."""
+        """Find the default model in advance: nearly every request asks for it, more than once."""
         models = next(iter(self._current.values())) if len(self._current) == 1 else []
         self.default = models[0] if models else None
         self.only = self.default if len(models) == 1 else None
 
     async def _load(self, name: str, version: str, look: str, before: list[ServedModel]) -> Entry:
-        """Load a version beside those that are served. An error is logged and kept in the entry."""
+        """Load a version beside the served ones. An error is logged and kept in the entry."""
         old = self._entries.get((name, version))
         entry = self._entries[name, version] = Entry(name, version, State.LOADING, look=look)
         folder = self._folder / name / version
         plan = before[0].classify.plan if before else None
         try:
             model = await _in_thread(lambda: ServedModel(folder, self._settings, self._metrics, plan, self._graphs))
-        except asyncio.CancelledError:  # to be tried again
+        except asyncio.CancelledError:  # it will be tried again
             entry.state, entry.look = State.UNAVAILABLE, ""
             raise
         except Exception as error:
@@ -234,21 +238,21 @@ class Repository:
             expected = isinstance(error, (ArtifactError, RuntimeSetupError))
             _logger.error("%s version %s is not served: %s", name, version, error, exc_info=not expected)
             self._metrics.model_loads.labels(name, "failed").inc()
-            # Clients may read it: it says nothing of where the repository lies.
+            # Clients may read it, so it does not contain the repository's path.
             reason = str(error).replace(f"{self._folder}/", "") if expected else "internal error; see the server's log"
             entry.state, entry.reason = State.UNAVAILABLE, reason
-            if old and old.model and old.model in before:  # its folder was changed; what was loaded still serves
+            if old and old.model and old.model in before:  # its folder has changed; the loaded version still serves
                 entry.state, entry.model = State.READY, old.model
             return entry
         model.start()
         model.announce()
-        self._metrics.model_loads.labels(name, "failed")  # from 0 on, so that a rate sees the first one too
+        self._metrics.model_loads.labels(name, "failed")  # start at 0, so that a rate counts the first one too
         self._metrics.model_loads.labels(name, "ok").inc()
         entry.state, entry.model = State.READY, model
         return entry
 
     def _leave(self, model: ServedModel) -> None:
-        """Close a model that takes no further requests, without waiting for those that it has."""
+        """Start to close a model that gets no further requests, without waiting for its requests."""
         task = asyncio.create_task(self._close(model))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
@@ -262,7 +266,7 @@ class Repository:
         if entry and entry.model is model and self._entries.get(key) is entry:
             del self._entries[key]
         successor = self._entries[key].model if key in self._entries else None
-        if successor:  # the same version, changed in its folder
+        if successor:  # the same version after a change of its folder
             model.withdraw(successor)
             _logger.info("%s version %s, as its folder was before, is unloaded", *key)
         else:
@@ -271,7 +275,7 @@ class Repository:
 
 
 async def _in_thread(load: Callable[[], ServedModel]) -> ServedModel:
-    """Load in a daemon thread; one of ``asyncio.to_thread`` would keep the process from ending."""
+    """Load in a daemon thread. A thread of ``asyncio.to_thread`` would keep the process from ending."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[ServedModel] = loop.create_future()
 
@@ -297,13 +301,13 @@ async def _in_thread(load: Callable[[], ServedModel]) -> ServedModel:
 
 
 def _look(folder: Path) -> str:
-    """Describe the files of a version, so that a change of one shows: what could not be loaded may be whole by then.
+    """Describe the files of a version, to detect changes: a version that failed may be complete later.
 
-    Others in the folder do not count, such as a ``.DS_Store``, or a note that somebody puts there.
+    Other files in the folder, such as ``.DS_Store`` or a note, do not count.
     """
     found = []
     for name in sorted({MANIFEST, MANIFEST_DIGEST, *_files_named_by(folder / MANIFEST)}):
-        with suppress(OSError, ValueError):  # missing, or no name of a file
+        with suppress(OSError, ValueError):  # missing, or not a file's name
             state = (folder / name).stat()
             found.append(f"{name} {state.st_size} {state.st_mtime_ns}")
     return "\n".join(found)

@@ -16,43 +16,46 @@ from serving.repository.tuning import Plan, Tuned, candidates, good_batch, tune
 from serving.runtime import CPU, Arrays, Run, Runtime, usable_cores
 from serving.settings import Settings
 
-# On a GPU two calls overlap copies with computation; more only divide it.
+# On a GPU, two calls overlap copies with computation. More calls only share it.
 _GPU_RUNTIMES = (1, 2)
 _MAX_TUNED_IMAGES = 64
-# Each size up to the one that is chosen is computed at the start, and larger ones gain a processor nothing.
+# Every size up to the chosen one is computed at the start, and a CPU gains nothing from larger ones.
 _MAX_TUNED_IMAGES_ON_CPU = 32
 
 _logger = logging.getLogger(__name__)
 
 
 class GraphSource(Protocol):
-    """Source of a graph, with all that sets it apart from other graphs."""
+    """The source of a graph, with everything that differs between graphs."""
 
-    #: Name of the graph.
+    #: The name of the graph.
     name: str
-    #: Names of the classes of a graph that classifies; empty for any other.
+    #: The class names of a graph that classifies; empty for other graphs.
     labels: tuple[str, ...]
-    #: Most images that a batch may have, 0 for any number.
+    #: The most images in a batch; 0 for no limit.
     max_batch: int
 
     def open(self, threads: int, /) -> Runtime:
-        """Open the graph with so many threads a call, and test it. Raises RuntimeSetupError and ArtifactError."""
+        """Open the graph with ``threads`` threads for each call, and test it.
+
+        Raises RuntimeSetupError, ArtifactError.
+        """
 
     def check(self, metrics: ModelMetrics, /) -> Check:
-        """Return what looks at each batch's outputs before they are answers."""
+        """Return the function that checks the outputs of each batch."""
 
 
 class ServedGraph:
-    """A graph that is opened, tuned and warm. The constructor blocks; the batcher and the metrics begin with ``start``.
+    """A graph that is open, tuned and warm. The constructor blocks. ``start`` starts the batcher and the metrics.
 
-    plan: as the graph was tuned before, to be taken over; None to tune it.
+    plan: the plan of an earlier tuning, to use again; None to tune the graph.
     """
 
     metrics: ModelMetrics
     batcher: Batcher
 
     def __init__(self, source: GraphSource, settings: Settings, plan: Plan | None = None) -> None:
-        """Raises RuntimeSetupError and ArtifactError."""
+        """Open, tune and warm the graph. Raises RuntimeSetupError and ArtifactError."""
         self.name = source.name
         self._source = source
         self._settings = settings
@@ -66,7 +69,7 @@ class ServedGraph:
         return self.tuned.plan
 
     def start(self, metrics: Metrics, model: str, version: str) -> None:
-        """Take requests; on the event loop that is to serve them."""
+        """Start to take requests. Call it on the event loop that serves them."""
         settings, plan, source = self._settings, self.plan, self._source
         self.metrics = ModelMetrics(metrics, model, version, source.labels, self.name)
         policy = BatchPolicy(
@@ -80,11 +83,11 @@ class ServedGraph:
         self._show(metrics)
 
     async def close(self) -> None:
-        """Answer what is queued, and end the threads."""
+        """Answer the queued requests, and end the threads."""
         await self.batcher.close()
 
     def announce(self) -> None:
-        """Log how it was tuned."""
+        """Log the plan."""
         _logger.info(
             "%s: %s on %s: %d batch(es) in parallel, of up to %d images and on %d thread(s) each; "
             "a batch of n takes about %.3g ms * n + %.3g ms",
@@ -103,7 +106,7 @@ class ServedGraph:
             _logger.warning("CUDA is installed but did not start: the model runs on the CPU")
 
     def _tune(self, plan: Plan | None, opened: dict[int, Runtime]) -> tuple[Run, Tuned]:
-        """opened: by threads, gets the runtimes that were opened."""
+        """Choose a plan. opened: gets the opened runtimes, by threads."""
 
         def runtime(threads: int) -> Runtime:
             if threads not in opened:
@@ -127,7 +130,7 @@ class ServedGraph:
         return tune(lambda threads: runtime(threads).run, runtime(pairs[0][0]).inputs, pairs, max_batch, most)
 
     def _show(self, metrics: Metrics) -> None:
-        """Let the metrics page read off how it is, and what waits for it."""
+        """Let the metrics page read the graph's state and its waiting requests."""
         labels = model, version, graph = self.metrics.labels
         metrics.provider.labels(*labels, self.runtime.provider, self.runtime.description).read(lambda: 1)
         metrics.fallback.labels(*labels).read(lambda: self.runtime.fell_back)
@@ -141,9 +144,9 @@ class ServedGraph:
 
 
 def all_finite(outputs: Arrays) -> NDArray[np.bool_] | None:
-    """Return which rows of a batch are finite in every output of floating numbers, (B,); None where all are."""
+    """Return True for each row that is finite in every floating-point output, (B,), or None if all rows are."""
     numbers = [array for array in outputs.values() if np.issubdtype(array.dtype, np.floating)]
-    # The sum is finite almost always, and takes far less time than a look at each number.
+    # The sum is almost always finite, and it takes far less time than a check of each number.
     with np.errstate(all="ignore"):
         if isfinite(sum(float(array.sum()) for array in numbers)):
             return None

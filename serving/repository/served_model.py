@@ -1,4 +1,4 @@
-"""A version of a model that is served: its artifact and its graphs."""
+"""A served version of a model: its artifact and its graphs."""
 
 import asyncio
 import logging
@@ -20,12 +20,12 @@ _logger = logging.getLogger(__name__)
 
 
 class ServedModel:
-    """One version, loaded, verified, tuned and warm. The constructor blocks; requests are taken from ``start`` on.
+    """A version that is loaded, verified, tuned and warm. The constructor blocks. ``start`` starts to take requests.
 
-    graphs: names of the graphs that the services need. Every model has ``classify``; of the others it opens those that
-    its artifact has. Graphs that are not named are not opened.
-    plan: as another version of this model was tuned, to be taken over; tuning beside a server that works would only
-    measure its load.
+    graphs: the names of the graphs that the services need. Every model has ``classify``. The others are opened if the
+        artifact has them. Graphs that are not named are not opened.
+    plan: the plan of another version of this model, to use again: a measurement beside a busy server would only show
+        its load.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ServedModel:
         plan: Plan | None = None,
         graphs: Iterable[str] = (CLASSIFY,),
     ) -> None:
-        """Raises ArtifactError and RuntimeSetupError."""
+        """Load a version. Raises ArtifactError and RuntimeSetupError."""
         self.artifact: Artifact = artifacts.load(folder)
         self.settings = settings
         most = self.artifact.batches.max
@@ -47,17 +47,18 @@ class ServedModel:
         self._metrics = metrics
         #: The graph that every model has.
         self.classify = ServedGraph(Classifier(self.artifact, settings), settings, plan)
-        #: By name, those that are opened.
+        #: The open graphs by name.
         self.graphs = {CLASSIFY: self.classify}
         for name in sorted(self.artifact.graphs.keys() & set(graphs)):
             source = FurtherGraph(name, self.artifact, settings)
-            # The network that was measured, or a part of it; to measure each graph would lengthen the start.
+            # The plan of the network applies, since further graphs are a part of it, and measuring each would delay the
+            # start.
             self.graphs[name] = ServedGraph(source, settings, self.classify.plan)
         self._in_use = 0
         self._unused = asyncio.Event()
 
     def graph(self, name: str) -> ServedGraph:
-        """Return an open graph. Raises UnknownModel where the model does not have it."""
+        """Return an open graph. Raises UnknownModel if the model does not have it."""
         try:
             return self.graphs[name]
         except KeyError:
@@ -67,7 +68,7 @@ class ServedModel:
             ) from None
 
     def start(self) -> None:
-        """Take requests; on the event loop that is to serve them."""
+        """Start to take requests. Call it on the event loop that serves them."""
         name, version = self.artifact.name, self.artifact.version
         for graph in self.graphs.values():
             graph.start(self._metrics, name, version)
@@ -79,13 +80,13 @@ class ServedModel:
         self._in_use += 1
 
     def release(self) -> None:
-        """Take notice that a request has ended."""
+        """Note that a request has ended."""
         self._in_use -= 1
         if not self._in_use:
             self._unused.set()
 
     async def close(self) -> None:
-        """End the threads, once no request uses the model any longer."""
+        """End the threads when no request uses the model."""
         while self._in_use:
             self._unused.clear()
             await self._unused.wait()
@@ -93,13 +94,13 @@ class ServedModel:
             await graph.close()
 
     def withdraw(self, successor: "ServedModel") -> None:
-        """Remove what the metrics say of this one alone, since another of its name and version has taken over."""
+        """Remove the metrics of this version only, since another one with the same name and version has taken over."""
         if self._info != successor._info:
             info = self._metrics.model_info
             info.remove(dict(zip(info.declaration.labels, self._info, strict=True)))
 
     def announce(self) -> None:
-        """Log what it is and how it was tuned."""
+        """Log the version and its plan."""
         channels, height, width = self.artifact.image_shape
         _logger.info(
             "%s version %s in %s: %d x %d images of %d channel(s), %d classes (%s), poses of %d; test error %s",

@@ -1,4 +1,4 @@
-"""Self-tuning: how many threads, how many batches at once, and how large a batch, by measurement on this machine."""
+"""Tuning: the choice of threads, parallel batches and batch size, by measurement on this machine."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from time import monotonic, sleep  # real ones, also where tests give the tuning a clock of their own
+from time import monotonic, sleep  # the real functions, even if tests give the tuning another clock
 from typing import NamedTuple
 
 import numpy as np
@@ -14,23 +14,26 @@ import numpy as np
 from serving.batching.cost import BatchCost
 from serving.runtime import Arrays, Run, TensorSpec, example
 
-# What a batch costs beside its computation and beside what each request does: the way to a thread and back, what runs
-# between two batches under the lock of Python, caches that others have filled meanwhile. By the difference of what the
-# server takes for a request in batches of 4 and of 16.
+# The cost of a batch besides its computation and its requests: the way to a thread and back, code between two batches
+# that holds Python's lock, and caches that other code has filled. Measured as the difference between the server's times
+# for a request in batches of 4 and of 16.
 _OVERHEAD_SECONDS = 0.0005
-# A smaller batch is taken where it loses no more than this, since its members wait less for each other.
-_NEARLY = 0.95
-# Part of the rate of batches without end that a good batch has. With larger ones, slots wait for answers to go out and
-# requests to come in.
-_GOOD = 0.85
+# A smaller batch with at least this part of the best rate is chosen, since its requests wait less for each other.
+_NEARLY_BEST_SHARE = 0.95
+# A good batch reaches this part of the rate of endless batches. With larger ones, slots wait for answers to go out and
+# for requests to come in.
+_GOOD_SHARE = 0.85
 _SAMPLE_SECONDS = 0.025
-# A fifth of a core, which the event loop takes while a small network is served at full load.
+# A fifth of a core: the load of the event loop while a small network is served at full load.
 _BURST_SECONDS = 0.0005
 _PAUSE_SECONDS = 0.002
 
 
 class Plan(NamedTuple):
-    """threads: of one call. runtimes: calls at once. max_batch: images in one call."""
+    """The plan of a graph.
+
+    threads: the threads of one call. runtimes: the number of parallel calls. max_batch: the most images in one call.
+    """
 
     threads: int
     runtimes: int
@@ -38,7 +41,7 @@ class Plan(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """A measurement: seconds that each of ``runtimes`` calls at once took for a batch of ``batch`` images."""
+    """A measurement: the seconds of each of ``runtimes`` parallel calls with a batch of ``batch`` images."""
 
     threads: int
     runtimes: int
@@ -51,13 +54,13 @@ class Timing(NamedTuple):
 
     @property
     def served_per_second(self) -> float:
-        """Images a second with the time that the server adds to each batch."""
+        """Return the images a second, with the time that the server adds to each batch."""
         return self.runtimes * self.batch / (self.seconds + _OVERHEAD_SECONDS)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A plan, the timings that it was chosen from, and the time of every batch size that it can meet."""
+    """A plan, the timings from which it was chosen, and the time of every possible batch size."""
 
     plan: Plan
     compared: tuple[Timing, ...]
@@ -79,11 +82,11 @@ def candidates(cores: int, threads: int, runtimes: int) -> list[tuple[int, int]]
 
 
 def good_batch(cost: BatchCost, max_batch: int) -> int:
-    """Return the images from which on a larger batch takes hardly less time an image, ``max_batch`` at most."""
+    """Return the batch size above which an image hardly takes less time, at most ``max_batch``."""
     if not cost.per_image:
         return max_batch
     of_each_batch = cost.per_batch + _OVERHEAD_SECONDS
-    return min(max_batch, math.ceil(_GOOD / (1 - _GOOD) * of_each_batch / cost.per_image))
+    return min(max_batch, math.ceil(_GOOD_SHARE / (1 - _GOOD_SHARE) * of_each_batch / cost.per_image))
 
 
 def tune(
@@ -93,11 +96,11 @@ def tune(
     max_batch: int,
     most: int,
 ) -> tuple[Run, Tuned]:
-    """Choose a plan, and warm every batch size that it can meet.
+    """Choose a plan, and warm every possible batch size.
 
-    open_runtime: makes a runtime with so many threads a call. inputs: those of its graph. pairs: of threads and
-    runtimes, as ``candidates`` gives them. max_batch: 0 to choose one, up to ``most``. Takes about two seconds on a
-    small network.
+    open_runtime: makes a runtime with this number of threads for each call. inputs: those of its graph. pairs: threads
+    and runtimes, from ``candidates``. max_batch: 0 to choose one, up to ``most``. Takes about two seconds for a small
+    network.
     """
     compared: list[Timing] = []
     opened: dict[int, Run] = {}
@@ -105,7 +108,7 @@ def tune(
         for threads in {threads: None for threads, _ in pairs}:
             opened[threads] = open_runtime(threads)
         sizes = _sizes(max_batch or most)
-        # Twice over all of them, so that a machine that is slow for a moment misjudges none.
+        # Two passes over all of them, so that a short slowdown of the machine misjudges none.
         first, second = (
             [
                 timing
@@ -116,8 +119,8 @@ def tune(
         )
         compared = [min(both, key=lambda timing: timing.seconds) for both in zip(first, second, strict=True)]
         best = max(timing.served_per_second for timing in compared)
-        good = [timing for timing in compared if timing.served_per_second >= _NEARLY * best]
-        # Of those that are nearly as fast as the fastest, the one whose batch is done first.
+        good = [timing for timing in compared if timing.served_per_second >= _NEARLY_BEST_SHARE * best]
+        # Among those nearly as fast as the fastest, the one with the shortest batch.
         chosen = min(good, key=lambda timing: timing.seconds)
         plan = Plan(chosen.threads, chosen.runtimes, max_batch or chosen.batch)
     else:
@@ -144,7 +147,7 @@ def _time(
 ) -> list[Timing]:
     """Measure a call of each size in turn, by ``sample``.
 
-    warm: all have been computed before. busy: beside a thread that takes what an event loop takes.
+    warm: True if all sizes were computed before. busy: measure beside a thread with the load of an event loop.
     """
     generator = np.random.default_rng(0)
     timings = []
@@ -159,9 +162,9 @@ def _time(
 
 
 def _be_busy_until(work: "Sequence[Future[float]]") -> None:
-    """Take a core, and Python's lock, as the event loop of a busy server does while a batch is computed.
+    """Use a core and Python's lock like the event loop of a busy server during a batch.
 
-    A call on all cores waits for the slowest of its threads, which alone on the machine it does not show.
+    A call on all cores waits for its slowest thread. On an idle machine this would not show.
     """
     while not all(one.done() for one in work):
         end = monotonic() + _BURST_SECONDS
@@ -171,17 +174,16 @@ def _be_busy_until(work: "Sequence[Future[float]]") -> None:
 
 
 def _sample(run: Run, arrays: Arrays, sample: Callable[[Run, Arrays], float], warm: bool) -> float:
-    """Measure by ``sample`` without the first call, which allocates."""
+    """Measure with ``sample``, without the first call, which allocates."""
     if not warm:
         run(arrays)
     return sample(run, arrays)
 
 
 def _mean_of(run: Run, arrays: Arrays) -> float:
-    """Return the mean seconds of a call; each size is measured for about the same time.
+    """Return the mean seconds of a call. Each size is measured for about the same time.
 
-    Of the least, small batches would have more to choose from, and look better than they are on a machine that others
-    use too.
+    The least would favour small batches on a shared machine, since they have more samples.
     """
     calls, begin = 0, time.perf_counter()
     while (seconds := time.perf_counter() - begin) < _SAMPLE_SECONDS:
@@ -191,7 +193,7 @@ def _mean_of(run: Run, arrays: Arrays) -> float:
 
 
 def _least_of(run: Run, arrays: Arrays) -> float:
-    """Return the least seconds of two calls: all else that the machine does only adds to them."""
+    """Return the least seconds of two calls: other work of the machine only adds to them."""
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()

@@ -1,8 +1,8 @@
-"""The door of a method: calls are refused by their headers alone, at a fraction of a request's cost."""
+"""The door of a method: it refuses calls from their headers alone, at a fraction of a request's cost."""
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import grpc
 
@@ -12,18 +12,18 @@ from serving.rpc.recorder import Recorder
 from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
 
-#: Returns the error that a call is refused with unread, and the metrics that count it, or None; by the seconds that its
-#: client gives it, and how many calls are to be begun before it.
+#: A function that decides about a call before its message is read, from its timeout in seconds and the number of calls
+#: that will begin before it. It returns the error and the metrics that count it, or None to accept the call.
 Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
 
-_MAX_STATUSES = 1024  # of refusals that are kept
+_MAX_STATUSES = 1024  # of remembered refusals
 
 
 class Notes(Protocol):
-    """Counts and logs refused requests; see Edge."""
+    """The count and the log of refused requests; see Edge."""
 
     def to_status(self, error: Exception, requests: int = 1, /) -> tuple[grpc.StatusCode, str]:
-        """Return the code and the text that clients are told, and count them."""
+        """Return the code and the text for clients, and count the requests."""
 
     def note_refusals(
         self, method: str, requests: list[Metadata], seconds: float, code: grpc.StatusCode, text: str, /
@@ -31,44 +31,31 @@ class Notes(Protocol):
         """Log requests that got the same error."""
 
 
-class _Refused(NamedTuple):
-    """A refusal of one turn: how many calls were expected, the status, and the metadata of all that were refused so."""
-
-    expected: int
-    status: Status
-    calls: list[Metadata]
-
-
 class MethodDoor:
-    """Turns calls of a method away by their headers alone; under overload most of them, so it is to cost little.
+    """The door of one method. It must be cheap: under overload it refuses most calls.
 
-    A refusal holds for all calls with the same timeout that come in one turn of the event loop, in which the queue
-    hardly gets shorter, and they are counted together.
+    Those that are refused in one turn of the event loop with the same error are counted together.
     """
 
     def __init__(self, notes: Notes, record: Recorder, refusal: Refusal) -> None:
         self._notes = notes
         self._record = record
         self._refusal = refusal
-        # Of this turn: the latest refusal by timeout, and what is to be counted by error.
-        self._known: dict[float | None, _Refused] = {}
+        # Of this turn, what is to be counted by error.
         self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
-        # By error, what a client is sent: the same one serves many calls.
+        # The status of each error: many calls get the same one.
         self._statuses: dict[ServingError, Status] = {}
 
     def __call__(self, timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
         """Return the status of a refusal, or None. expected: how many calls are to be begun before this one."""
-        refused = self._known.get(timeout)
-        if refused is None or expected < refused.expected:
-            if (refusal := self._refusal(timeout, expected)) is None:
-                return None
-            if not self._uncounted:
-                asyncio.get_running_loop().call_soon(self._count)
-            error, metrics = refusal
-            _, calls = self._uncounted.setdefault(error, (metrics, []))
-            refused = self._known[timeout] = _Refused(expected, self._status(error), calls)
-        refused.calls.append(metadata)
-        return refused.status
+        if (refusal := self._refusal(timeout, expected)) is None:
+            return None
+        if not self._uncounted:
+            asyncio.get_running_loop().call_soon(self._count)
+        error, metrics = refusal
+        _, calls = self._uncounted.setdefault(error, (metrics, []))
+        calls.append(metadata)
+        return self._status(error)
 
     def _status(self, error: ServingError) -> Status:
         if (status := self._statuses.get(error)) is None:
@@ -78,7 +65,7 @@ class MethodDoor:
         return status
 
     def _count(self) -> None:
-        uncounted, self._uncounted, self._known = self._uncounted, {}, {}
+        uncounted, self._uncounted = self._uncounted, {}
         for error, (metrics, calls) in uncounted.items():
             code, text = self._notes.to_status(error, len(calls))
             self._record.refuse(code, len(calls))

@@ -1,6 +1,6 @@
 """The edge between gRPC and the services: bytes in and out, errors to status codes, and the RPC metrics.
 
-Handlers get and give bytes, so that a message that cannot be parsed gets an answer of ours, and its size is known.
+Handlers take and return bytes, so that this server answers an invalid message itself, and knows its size.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from serving.rpc.status import status_of
 from serving.transport.headers import Metadata
 from serving.transport.methods import CallbackMethod, Context, StreamMethod, UnaryMethod
 
-#: Where a client may name its request, to find it again in the log.
+#: The metadata in which a client may name its request, to find it in the log.
 REQUEST_ID = "x-request-id"
-_SHOWN = 64  # characters of it
+_MAX_SHOWN_CHARACTERS = 64
 
 Request = TypeVar("Request", bound=Message)
 
@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """The model and size of a request that was answered, and the seconds of each part of its way."""
+    """The model and size of an answered request, and the seconds of each step."""
 
     model: str
     version: str
@@ -46,7 +46,7 @@ class Steps:
 
 
 class Trace(Protocol):
-    """Takes note of a request that has ended; see Tracing.request in serving/rpc/tracing.py."""
+    """A function that traces an ended request; see Tracing.request in serving/rpc/tracing.py."""
 
     def __call__(
         self,
@@ -60,10 +60,10 @@ class Trace(Protocol):
 
 
 class Call:
-    """An RPC under way: what a service is told of it, and where it answers.
+    """An RPC in flight, with which a service reads its properties and answers it.
 
-    method: service/method. deadline: of the clock of ``time.monotonic``, or None. A unary one is ended by one of
-    ``succeed``, ``fail`` and ``end``.
+    method: service/method. deadline: a time of ``time.monotonic``, or None. A unary RPC ends with one of ``succeed``,
+    ``fail`` and ``end``.
     """
 
     __slots__ = ("_began", "_context", "_edge", "_record", "deadline")
@@ -86,62 +86,62 @@ class Call:
 
     @property
     def over(self) -> bool:
-        """Tell if the client no longer waits for the answer."""
+        """Return True if the client does not wait for the answer."""
         return self._context.over
 
     def when_given_up(self, then: Callable[[], object]) -> None:
-        """Call ``then``, and nothing that was given before, once the client no longer waits for the answer."""
+        """Set the function that is called once the client does not wait for the answer. It replaces an earlier one."""
         self._context.given_up = then
 
     def succeed(self, data: bytes, steps: Steps | None = None) -> None:
-        """The RPC has an answer."""
+        """Send the answer, and end the RPC."""
         self._context.answer(data)
         if self.traced:
             self.answered(self.seconds, steps)
         self.end(grpc.StatusCode.OK)
 
     def fail(self, error: Exception) -> None:
-        """The RPC is answered with an error."""
+        """Send an error, and end the RPC."""
         code, text = self._edge.to_status(error)
         self.refused(self.seconds, code, text)
         self._context.finish(code, text, status_of(error).metadata if isinstance(error, ServingError) else ())
         self.end(code)
 
     def end(self, code: grpc.StatusCode | None = None) -> None:
-        """The RPC is over; without a code since the client, or its deadline, ended it."""
+        """Note the end of the RPC. code: None if the client or its deadline ended it."""
         given_up = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
         self._record.end(self._began, code or given_up)
         self._edge.under_way -= 1
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Return the seconds since the RPC began."""
         return time.perf_counter() - self._began
 
     def answered(self, seconds: float, steps: Steps | None) -> None:
-        """The RPC, or a request in its stream, was answered after so many seconds."""
+        """Trace that the RPC, or a request in its stream, was answered after these seconds."""
         if trace := self._edge.trace:
             trace(self.method, self._context.invocation_metadata(), seconds, steps, grpc.StatusCode.OK)
 
     def refused(self, seconds: float, code: grpc.StatusCode, text: str) -> None:
-        """The RPC, or a request in its stream, got an error after so many seconds."""
+        """Log and trace that the RPC, or a request in its stream, got an error after these seconds."""
         self._edge.note_refusals(self.method, (self._context.invocation_metadata(),), seconds, code, text)
 
 
 def request_id(metadata: Metadata) -> str:
-    """The client's own, or else one made up."""
+    """Return the request id that the client gave, or a generated one."""
     given = next((value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)), "")
-    return given[:_SHOWN] if given else secrets.token_hex(8)
+    return given[:_MAX_SHOWN_CHARACTERS] if given else secrets.token_hex(8)
 
 
 def check_size(data: bytes, max_bytes: int) -> None:
-    """Raises InvalidRequest where a message is too large."""
+    """Raise InvalidRequest if a message is too large."""
     if len(data) > max_bytes:
         raise InvalidRequest("request", f"{len(data)} bytes; the limit is {max_bytes} bytes (max_request_bytes)")
 
 
 def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
-    """A message from its bytes. Raises InvalidRequest."""
+    """Parse a message. Raises InvalidRequest."""
     check_size(data, max_bytes)
     try:
         return kind.FromString(data)
@@ -150,21 +150,21 @@ def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
 
 
 class Edge:
-    """Makes gRPC method handlers of a service's functions."""
+    """The maker of gRPC methods from a service's functions."""
 
     def __init__(self, metrics: Metrics, trace: Trace | None = None) -> None:
         self._metrics = metrics
         self.trace = trace
         self._log = RefusalLog()
-        #: What clients are told: new requests are welcome.
+        #: True while new requests are accepted.
         self.ready = False
-        #: RPCs that have begun and not ended.
+        #: The number of RPCs in flight.
         self.under_way = 0
 
     def note_refusals(
         self, method: str, requests: Sequence[Metadata], seconds: float, code: grpc.StatusCode, text: str
     ) -> None:
-        """Log and trace requests, by their metadata, that got the same error after so many seconds."""
+        """Log and trace requests, given by their metadata, that got the same error after these seconds."""
         level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.INFO
         self._log.write(level, method, code.name, text, map(request_id, requests), len(requests))
         if self.trace:
@@ -174,10 +174,15 @@ class Edge:
     def refused_by_transport(self, path: str, metadata: Metadata, code: grpc.StatusCode, text: str) -> None:
         """Count and log a call that no service has seen."""
         self._metrics.refused.labels(TRANSPORT).inc()
-        self._log.write(logging.INFO, path[1:][:_SHOWN], code.name, text, map(request_id, (metadata,)), 1)
+        self._log.write(
+            logging.INFO, path[1:][:_MAX_SHOWN_CHARACTERS], code.name, text, map(request_id, (metadata,)), 1
+        )
 
     def to_status(self, error: Exception, requests: int = 1) -> tuple[grpc.StatusCode, str]:
-        """The status and text that clients are told, counted; what an error that is not ours says stays in the log."""
+        """Return the status and text for clients, and count the requests.
+
+        Other errors are logged, without text to clients.
+        """
         if isinstance(error, ServingError):
             self._metrics.refused.labels(error.reason).inc(requests)
             return error.code, str(error)
@@ -210,10 +215,10 @@ class Edge:
         begin: Callable[[bytes, Call], None],
         refusal: Refusal,
     ) -> CallbackMethod:
-        """Return a unary method that is begun with a message's bytes, and answered then or later by way of its call.
+        """Return a unary method that begins with a message's bytes, and whose call is answered then or later.
 
-        It needs no task of asyncio's, which would cost a tenth of the whole request. refusal: what calls are refused
-        with at the door.
+        It needs no task of asyncio's; benchmarks/README.md says what that brings. refusal: what calls are refused with
+        at the door.
         """
         record = Recorder(self._metrics, "unary", service, method)
 
@@ -229,7 +234,7 @@ class Edge:
     def stream(
         self, service: str, method: str, answer: Callable[[AsyncIterator[bytes], Call], AsyncGenerator[bytes]]
     ) -> StreamMethod:
-        """Return a bidirectional method; each message's bytes are the service's to refuse."""
+        """Return a bidirectional method. The service itself must check the bytes of each message."""
         record = Recorder(self._metrics, "bidi_stream", service, method)
 
         async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:

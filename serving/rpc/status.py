@@ -1,4 +1,4 @@
-"""Statuses of calls that did not go well, with details that programs read (google.rpc.Status)."""
+"""The statuses of failed calls, with details for programs (google.rpc.Status)."""
 
 import math
 
@@ -11,12 +11,12 @@ from serving.transport.headers import Metadata, Status
 
 
 def status_of(error: ServingError) -> Status:
-    """Return the status that a client is told of an error: its code, its text, and details of it."""
+    """Return the status of an error for the client: code, text and details."""
     return Status(error.code, str(error), _details(error))
 
 
 def _details(error: ServingError) -> Metadata:
-    """Return which field is wrong, or when to try again, as trailing metadata."""
+    """Return the invalid field, or the time to retry, as trailing metadata."""
     detail: BadRequest | RetryInfo
     hint: Metadata = ()
     match error:

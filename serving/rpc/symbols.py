@@ -1,4 +1,4 @@
-"""The symbols that reflection finds: those of the default pool, members of services and messages, and its own v1."""
+"""The symbols for reflection: the default pool, members of services and messages, and reflection v1."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-#: Reflection's current name; its messages are those of v1alpha.
+#: The current name of reflection. Its messages are those of v1alpha.
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 _V1ALPHA_PACKAGE = reflection.SERVICE_NAME.rpartition(".")[0]
@@ -14,7 +14,7 @@ _V1_PACKAGE = REFLECTION_V1.rpartition(".")[0]
 
 
 class Symbols:
-    """A descriptor pool, as far as reflection asks one. Each method raises KeyError for what it does not find."""
+    """The part of a descriptor pool that reflection uses. Each method raises KeyError for an unknown name."""
 
     def __init__(self) -> None:
         own = descriptor_pool.DescriptorPool()
@@ -81,7 +81,7 @@ def _v1_file() -> bytes:
     old, new = f".{_V1ALPHA_PACKAGE}.", f".{_V1_PACKAGE}."
     for message in file.message_type:
         for field in message.field:
-            if field.type_name:  # else it would be set, and be none
+            if field.type_name:  # otherwise it would be set to an empty name
                 field.type_name = field.type_name.replace(old, new)
     for service in file.service:
         for method in service.method:

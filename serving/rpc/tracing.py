@@ -16,7 +16,7 @@ _NANO = 1_000_000_000
 
 
 class Tracing:
-    """Turns finished requests into spans. The parent is taken from the client's W3C trace context."""
+    """The conversion of ended requests to spans. The parent comes from the client's W3C trace context."""
 
     def __init__(self, exporter: SpanExporter, version: str) -> None:
         resource = Resource.create({"service.name": "capsnet-serving", "service.version": version})
@@ -32,7 +32,7 @@ class Tracing:
         steps: Steps | None,
         code: grpc.StatusCode,
     ) -> None:
-        """A request of ``method`` (service/method) ended now, after so many seconds; steps: if it was answered."""
+        """Trace a request of ``method`` (service/method) that ended now. steps: None if there is no answer."""
         end = time.time_ns()
         start = end - round(seconds * _NANO)
         carrier = {key: value for key, value in metadata if isinstance(value, str)}
@@ -54,7 +54,7 @@ class Tracing:
         span.end(end)
 
     def _add_steps(self, parent: Span, start: int, end: int, steps: Steps) -> None:
-        """One after the other; what a request spent in turns of the event loop counts as infer."""
+        """Add the steps, one after the other. Time in turns of the event loop counts as infer."""
         context = set_span_in_context(parent)
         decoded = start + round(steps.decode * _NANO)
         taken = decoded + round(steps.queue * _NANO)
@@ -65,5 +65,5 @@ class Tracing:
             begin = finish
 
     def close(self) -> None:
-        """Send what has not been sent yet."""
+        """Send all spans that are not sent yet."""
         self._provider.shutdown()

@@ -31,9 +31,9 @@ _ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
 
 
 class CapsNetService:
-    """Project's own service: classification, and the description of a model."""
+    """The project's own service: classification, and the description of a model."""
 
-    #: Graphs that it needs of each model.
+    #: The graphs of each model that the service needs.
     GRAPHS = (CLASSIFY,)
 
     def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics, settings: Settings) -> None:
@@ -98,7 +98,7 @@ class CapsNetService:
 
 
 class _ClassifyQuery:
-    """A request in this protocol, which does not say when, or how urgently, it is to be answered."""
+    """A request in this protocol, which has neither a timeout nor a priority of its own."""
 
     graph = CLASSIFY
     timeout: float | None = None
@@ -116,14 +116,14 @@ class _Pixels(_ClassifyQuery):
     slow = False
 
     def __init__(self, images: Images, codec: CapsNetCodec, codecs: PerModel[CapsNetCodec]) -> None:
-        """codec: of the default model as it is now."""
+        """Prepare a request. codec: of the present default model."""
         self.size = len(images)
         self._images = images
         self._codec = codec
         self._codecs = codecs
 
     def decode(self, model: ServedModel) -> Arrays:
-        if model.artifact is not self._codec.artifact:  # the default model has become another meanwhile
+        if model.artifact is not self._codec.artifact:  # the default model has changed meanwhile
             self._codec, shape = self._codecs(model), model.artifact.image_shape
             images = [from_pixels(one.tobytes(), shape, _field(index)) for index, one in enumerate(self._images)]
             return {IMAGES: np.stack(images)}
@@ -166,7 +166,7 @@ class _Message(_ClassifyQuery):
 
 
 class _Streamed:
-    """A ClassifyStreamRequest: a query and the id that its answer gets; error: why it could not be parsed."""
+    """A ClassifyStreamRequest: a query, and the id of its answer. error: the error of parsing, or None."""
 
     graph = CLASSIFY
     timeout: float | None = None

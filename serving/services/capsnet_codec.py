@@ -1,8 +1,8 @@
-"""Messages of ``capsnet.v1`` that every request needs, read and written as bytes without protobuf's classes.
+"""The messages of ``capsnet.v1`` for classification, read and written as bytes without protobuf's classes.
 
-Only bytes that can mean nothing else are read here, as protobuf itself writes them; all others are left to protobuf.
-Answers are those of protobuf's own encoding, but for a probability or component of exactly 0, which is written out here
-and left out there.
+Only bytes with a single possible meaning are read here, in the form in which protobuf writes them. Protobuf reads all
+others. Answers have the bytes of protobuf's own encoding, with one exception: a probability or component of exactly 0
+is written here, and omitted there.
 """
 
 import math
@@ -14,7 +14,6 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.batching.ticket import Share
 from serving.repository.classifier import POSES, PROBABILITIES
-from serving.runtime import Arrays
 from serving.services.encoded_images import Images
 from serving.services.protobuf_wire import BYTES, FIXED32, VARINT, delimited, tag, varint
 
@@ -22,25 +21,25 @@ _ID = tag(pb.ClassifyStreamRequest.ID_FIELD_NUMBER, BYTES)
 _REQUEST = tag(pb.ClassifyStreamRequest.REQUEST_FIELD_NUMBER, BYTES)
 _IMAGE = tag(pb.ClassifyRequest.IMAGES_FIELD_NUMBER, BYTES)
 _PIXELS = tag(pb.Image.PIXELS_FIELD_NUMBER, BYTES)
-_ONE_BYTE = 0x80  # lengths below it take one
+_ONE_BYTE = 0x80  # lengths below it take one byte
 
 
 class PixelReader:
-    """Reads requests of raw pixels that name no model."""
+    """The reader of requests of raw pixels that name no model."""
 
     def __init__(self, image_shape: tuple[int, int, int], max_images: int) -> None:
-        """image_shape: (C, H, W) of the model that the requests are for. max_images: most images in one request."""
+        """Prepare a reader. image_shape: (C, H, W) of the images. max_images: the most images in one request."""
         self._shape = image_shape
         self._max_images = max_images
         size = math.prod(image_shape)
         before_pixels = _PIXELS + varint(size)
-        #: Bytes before each image's pixels.
+        #: The bytes before each image's pixels.
         self._head = _IMAGE + varint(len(before_pixels) + size) + before_pixels
         self._head_array = np.frombuffer(self._head, np.uint8)
         self._width = len(self._head) + size
 
     def read(self, data: bytes, start: int = 0) -> Images | None:
-        """Return the images (n, C, H, W) of the ``ClassifyRequest`` that begins there; None if protobuf must."""
+        """Return the images (n, C, H, W) of the ``ClassifyRequest`` that begins there. None: protobuf must read it."""
         count, rest = divmod(len(data) - start, self._width)
         if rest or not data.startswith(self._head, start) or count > self._max_images:
             return None
@@ -52,7 +51,7 @@ class PixelReader:
         return np.ascontiguousarray(rows[:, len(self._head) :]).reshape(count, *self._shape)
 
     def read_of_stream(self, data: bytes) -> tuple[str, Images] | None:
-        """Return the id and the images of a ``ClassifyStreamRequest``; None if protobuf must read it."""
+        """Return the id and the images of a ``ClassifyStreamRequest``. None: protobuf must read it."""
         identifier, start = "", 0
         if data.startswith(_ID) and len(data) > 1 and data[1] < _ONE_BYTE:
             start = 2 + data[1]
@@ -71,15 +70,17 @@ class PixelReader:
 
 
 class AnswerWriter:
-    """Writes the answers of one version of one model."""
+    """The writer of the answers of one version of a model."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._prefix = delimited(1, artifact.name.encode()) + delimited(2, artifact.version.encode())
-        # All capsules of one image, as bytes that differ from image to image only at the places of the numbers. Labels
-        # of the same length have their numbers at equal distances, which are written in one step.
+        # The bytes of all capsules of one image. Only the numbers differ from image to image. For labels of the same
+        # length the distance between the numbers is constant, so these are written in one step.
         numbers = 4 * artifact.pose_size
         template = bytearray()
-        runs: list[tuple[slice, int, np.dtype[np.void]]] = []  # of classes: which, their first byte, and their layout
+        runs: list[
+            tuple[slice, int, np.dtype[np.void]]
+        ] = []  # for each run of classes: the classes, their first byte, and their layout
         labels = [label.encode() for label in artifact.labels]
         for _, group in groupby(range(len(labels)), lambda index: len(labels[index])):
             classes, begin = list(group), len(template)
@@ -114,38 +115,28 @@ class AnswerWriter:
             if index:
                 head += tag(2, VARINT) + varint(index)
             self._heads.append(tag(3, BYTES) + varint(len(head) + len(template)) + head)
-        self._batch: Arrays | None = None
-        self._written = b""  # the capsules of all of its images
-        self._winners: list[int] = []
 
     def __call__(self, share: Share) -> bytes:
         """Return the ``ClassifyResponse`` for the images of a share."""
-        if share.batch is not self._batch:  # written once for all requests of a batch, which are answered in a row
-            self._write(share.batch)
-        parts = [self._prefix]
-        width = self._layout.itemsize
-        at = share.start * width
-        for winner in self._winners[share.start : share.stop]:
-            parts += self._heads[winner], self._written[at : at + width]
-            at += width
-        return b"".join(parts)
-
-    def _write(self, batch: Arrays) -> None:
-        probabilities, poses = batch[PROBABILITIES], batch[POSES]
-        written = bytearray(self._template * len(probabilities))
+        probabilities, poses = share[PROBABILITIES], share[POSES]
+        written = bytearray(self._template * len(share))
         images = np.frombuffer(written, self._layout)
         for number, classes in enumerate(self._classes):
             capsules = images[str(number)]
             capsules["probability"] = probabilities[:, classes]
             capsules["pose"] = poses[:, classes]
-        self._batch, self._written, self._winners = batch, bytes(written), probabilities.argmax(1).tolist()
+        parts: list[bytes | memoryview] = [self._prefix]
+        width, view = self._layout.itemsize, memoryview(written)
+        for index, winner in enumerate(probabilities.argmax(1).tolist()):
+            parts += self._heads[winner], view[index * width : (index + 1) * width]
+        return b"".join(parts)
 
 
 class CapsNetCodec:
-    """Reads requests for one version of a model, and writes its answers."""
+    """The reader of requests for one version of a model, and the writer of its answers."""
 
     def __init__(self, artifact: Artifact, max_images: int) -> None:
-        """max_images: most images in one request."""
+        """Prepare a codec. max_images: the most images in one request."""
         self.artifact = artifact
         self.pixels = PixelReader(artifact.image_shape, max_images)
         self.write = AnswerWriter(artifact)

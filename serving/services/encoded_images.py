@@ -1,4 +1,4 @@
-"""Images of a request: raw pixels or an encoded file, to the pixels that a model takes."""
+"""Conversion of a request's images, raw pixels or encoded files, to the pixels that a model takes."""
 
 import io
 
@@ -19,7 +19,7 @@ Images = NDArray[np.uint8]
 def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
     """Read raw pixels, one byte each, channel by channel and row by row, as (C, H, W) uint8.
 
-    Raises InvalidRequest naming ``field`` where the number of bytes is not C x H x W.
+    Raises InvalidRequest with ``field`` if the number of bytes is not C x H x W.
     """
     channels, height, width = shape
     if len(pixels) != channels * height * width:
@@ -34,23 +34,23 @@ def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
 def from_encoded(data: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
     """Decode a PNG or JPEG file of the model's size to (C, H, W) uint8, by the rules of ``to_pixels``.
 
-    The size in the file's header is checked before any pixel is decompressed. Raises InvalidRequest naming ``field``.
+    The size in the file's header is checked before any pixel is decompressed. Raises InvalidRequest with ``field``.
     """
     name, opener = next((found for magic, found in _FORMATS.items() if data.startswith(magic)), (None, None))
     if opener is None:
         raise InvalidRequest(field, f"{len(data)} bytes that are neither a PNG nor a JPEG file")
     channels, height, width = shape
     try:
-        # The format's own class, since Image.open warns of large images on the server's terminal.
+        # The class of the format: Image.open would warn of large images on the server's terminal.
         with opener(io.BytesIO(data)) as image:
-            if sorted(image.size) != sorted((width, height)):  # either way round: the orientation is not read yet
+            if sorted(image.size) != sorted((width, height)):  # in either order, since the orientation is not read yet
                 raise InvalidRequest(
                     field, f"a {name} image of {image.width} x {image.height} pixels; expected {width} x {height}"
                 )
             pixels = to_pixels(image, channels)
     except InvalidRequest:
         raise
-    except Exception as error:  # damaged files make Pillow raise almost anything
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise InvalidRequest(field, f"a {name} file of {len(data)} bytes that is damaged or cut off") from error
     if pixels.shape[1:] != (height, width):
         raise InvalidRequest(

@@ -1,6 +1,6 @@
 """``inference.GRPCInferenceService``: the Open Inference Protocol and Triton's extensions.
 
-Requests for inference go onto the pipeline; all other questions are answered from the repository.
+Requests for inference go to the pipeline. All other requests are answered from the repository.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -39,16 +39,16 @@ EXTENSIONS = (
     "parameters",
     "statistics",
 )
-# From this size on, a request whose pixels are no bytes is decoded beside the event loop.
+# From this size on, a request whose pixels are not in bytes is decoded in a thread.
 _SLOW_BYTES = 16384
 _MAX_FIELDS = 4096  # of a ModelInferRequest, which has a handful
-_SHOWN = 64  # characters of a name that a client sent
+_MAX_SHOWN_CHARACTERS = 64  # of a name that a client sent
 
 
 class InferenceService:
-    """The protocol without the methods that change the repository."""
+    """The protocol's service, without the methods that change the repository."""
 
-    #: Graphs that it needs of each model.
+    #: The graphs of each model that the service needs.
     GRAPHS = (CLASSIFY,)
 
     def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics, settings: Settings) -> None:
@@ -85,7 +85,7 @@ class InferenceService:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
     async def server_ready(self, data: bytes, call: Call) -> bytes:
-        """Return a ServerReadyResponse: ready while a model is served, until the server begins to stop."""
+        """Return a ServerReadyResponse: ready while a model is served and the server does not stop."""
         ready = self._edge.ready and bool(self._repository.models())
         return pb.ServerReadyResponse(ready=ready).SerializeToString()
 
@@ -141,7 +141,7 @@ class InferenceService:
             if request.name in ("", model.artifact.name) and request.version in ("", model.artifact.version)
         ]
         if request.name and not models:
-            self._repository.get(request.name, request.version)  # its error tells which models there are
+            self._repository.get(request.name, request.version)  # its error names the served models
         return pb.ModelStatisticsResponse(model_stats=map(_statistics, models)).SerializeToString()
 
     async def repository_index(self, data: bytes, call: Call) -> bytes:
@@ -149,7 +149,7 @@ class InferenceService:
         return _index(parse(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
 
     def _versions(self, name: str) -> list[str]:
-        """Return the versions of a model that are served, the lowest first."""
+        """Return the served versions of a model, the lowest first."""
         served = (model.artifact for model in self._repository.models())
         return sorted((artifact.version for artifact in served if artifact.name == name), key=int)
 
@@ -161,7 +161,7 @@ class InferenceService:
             platform=PLATFORM,
             backend=BACKEND,
             default_model_filename=artifact.file(settings.precision).name,
-            # Clients take it for the most images of a request; those of several batches are computed in several.
+            # Clients take it for the most images of a request. A larger request is computed in several batches.
             max_batch_size=settings.max_images_per_request,
         )
         config.input.add(name=IMAGES, data_type=pb.TYPE_UINT8, dims=artifact.image_shape)
@@ -185,7 +185,7 @@ class InferenceService:
 
 
 class AdminService:
-    """Methods that change the repository, and its index; for a port of its own."""
+    """The methods that change the repository, and its index, for a separate port."""
 
     def __init__(self, repository: Repository, edge: Edge, settings: Settings) -> None:
         self._repository = repository
@@ -208,7 +208,7 @@ class AdminService:
         _check_repository(request.repository_name)
         for name in request.parameters:
             if name == "config" or name.startswith("file:"):
-                field = f'parameters["{name[:_SHOWN]}"]'
+                field = f'parameters["{name[:_MAX_SHOWN_CHARACTERS]}"]'
                 raise InvalidRequest(field, "not supported; expected none, a model is what its folder has")
         await self._repository.load(_model_name(request.model_name))
         return pb.RepositoryModelLoadResponse().SerializeToString()
@@ -222,7 +222,7 @@ class AdminService:
 
 
 class _InferQuery:
-    """A ModelInferRequest of so many bytes. Raises InvalidRequest."""
+    """A ModelInferRequest. size: its bytes. Raises InvalidRequest."""
 
     graph = CLASSIFY
 
@@ -248,7 +248,7 @@ class _InferQuery:
 
 
 class _StreamedQuery(_InferQuery):
-    """A ModelInferRequest of a stream; error: why it could not be parsed."""
+    """A ModelInferRequest of a stream. error: the error of parsing, or None."""
 
     def __init__(
         self,
@@ -282,13 +282,17 @@ def _index(request: pb.RepositoryIndexRequest, repository: Repository) -> bytes:
 
 def _check_repository(name: str) -> None:
     if name:
-        raise InvalidRequest("repository_name", f"{name[:_SHOWN]!r}; expected none, since there is one repository")
+        raise InvalidRequest(
+            "repository_name", f"{name[:_MAX_SHOWN_CHARACTERS]!r}; expected none, since there is one repository"
+        )
 
 
 def _model_name(name: str) -> str:
-    """Return the name of a model. Raises InvalidRequest where it would lead out of the repository's folder."""
+    """Return the name of a model. Raises InvalidRequest if it would lead out of the repository's folder."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise InvalidRequest("model_name", f"{name[:_SHOWN]!r}; expected the name of a folder in the repository")
+        raise InvalidRequest(
+            "model_name", f"{name[:_MAX_SHOWN_CHARACTERS]!r}; expected the name of a folder in the repository"
+        )
     return name
 
 

@@ -1,4 +1,4 @@
-"""Messages of ``inference.GRPCInferenceService.ModelInfer``: requests to images, outputs to answers."""
+"""The messages of ``inference.GRPCInferenceService.ModelInfer``: decoding of requests, encoding of answers."""
 
 import struct
 from functools import lru_cache
@@ -19,23 +19,23 @@ SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 _ID = pb.ModelInferResponse.ID_FIELD_NUMBER
 _RAW = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 _RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
-# How much of a foreign text an error repeats: the text goes out as a header, whose size is limited.
-_SHOWN = 64
+# The most characters of a client's text in an error: the error goes out as a header of limited size.
+_MAX_SHOWN_CHARACTERS = 64
 _SHOWN_SIZES = 8
 
 
 class Output(NamedTuple):
-    """An output that a request asks for. classes: how many of the most probable classes; 0 for the numbers."""
+    """A requested output. classes: the number of most probable classes to return; 0 for the numbers."""
 
     name: str
     classes: int = 0
 
 
 class TensorMessages:
-    """Reads requests for one version of a model, and writes its answers from bytes that are prepared."""
+    """The reader of requests for one version of a model, and the writer of its answers from prepared bytes."""
 
     def __init__(self, artifact: Artifact, max_images: int) -> None:
-        """max_images: most images in one request."""
+        """Prepare the messages. max_images: the most images in one request."""
         self._image_shape = artifact.image_shape
         self._image_bytes = artifact.image_shape[0] * artifact.image_shape[1] * artifact.image_shape[2]
         self._max_images = max_images
@@ -51,15 +51,16 @@ class TensorMessages:
         self._described = lru_cache(1024)(self._describe)
 
     def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
-        """Return the images (n, C, H, W), read-only. Raises InvalidRequest."""
+        """Return the images (n, C, H, W) as a read-only array. Raises InvalidRequest."""
         if len(request.inputs) != 1:
             raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {IMAGES!r}")
         tensor = request.inputs[0]
         if tensor.name != IMAGES:
-            raise InvalidRequest("inputs[0].name", f"{tensor.name[:_SHOWN]!r}; expected {IMAGES!r}")
+            raise InvalidRequest("inputs[0].name", f"{tensor.name[:_MAX_SHOWN_CHARACTERS]!r}; expected {IMAGES!r}")
         if tensor.datatype != "UINT8":
             raise InvalidRequest(
-                "inputs[0].datatype", f"{tensor.datatype[:_SHOWN]!r}; expected 'UINT8', pixels from 0 to 255 as bytes"
+                "inputs[0].datatype",
+                f"{tensor.datatype[:_MAX_SHOWN_CHARACTERS]!r}; expected 'UINT8', pixels from 0 to 255 as bytes",
             )
         shape = tuple(tensor.shape)
         if shape[1:] != self._image_shape or not 1 <= shape[0] <= self._max_images:
@@ -69,7 +70,7 @@ class TensorMessages:
         return np.frombuffer(self._content(request, tensor, shape[0]), np.uint8).reshape(shape)
 
     def outputs(self, request: pb.ModelInferRequest) -> tuple[Output, ...]:
-        """Return the outputs that are asked for, in the order of the request. Raises InvalidRequest."""
+        """Return the requested outputs, in the order of the request. Raises InvalidRequest."""
         if not request.outputs:
             return self._all
         chosen: dict[str, Output] = {}
@@ -77,18 +78,18 @@ class TensorMessages:
             field, name = f"outputs[{index}]", output.name
             if name not in self._shapes:
                 expected = " or ".join(map(repr, self._shapes))
-                raise InvalidRequest(f"{field}.name", f"{name[:_SHOWN]!r}; expected {expected}")
+                raise InvalidRequest(f"{field}.name", f"{name[:_MAX_SHOWN_CHARACTERS]!r}; expected {expected}")
             if name in chosen:
                 raise InvalidRequest(f"{field}.name", f"{name!r} once more; expected each output once")
             chosen[name] = Output(name, self._classes(output, field) if output.parameters else 0)
         return tuple(chosen.values())
 
     def encode(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> bytes:
-        """Return a ModelInferResponse with these outputs. identifier: of the request."""
+        """Return a ModelInferResponse with these outputs. identifier: the request's id."""
         return b"".join(self._parts(identifier, outputs, share))
 
     def encode_for_stream(self, identifier: str, outputs: tuple[Output, ...], share: Share) -> bytes:
-        """Return a ModelStreamInferResponse with these outputs. identifier: of the request."""
+        """Return a ModelStreamInferResponse with these outputs. identifier: the request's id."""
         parts = self._final, *self._parts(identifier, outputs, share)
         return b"".join((tag(_RESPONSE, BYTES), varint(sum(map(len, parts))), *parts))
 
@@ -103,7 +104,7 @@ class TensorMessages:
     def _content(
         self, request: pb.ModelInferRequest, tensor: pb.ModelInferRequest.InferInputTensor, images: int
     ) -> bytes:
-        """Return the pixels of so many images. Raises InvalidRequest."""
+        """Return the pixels of a request's images. Raises InvalidRequest."""
         raw, size = request.raw_input_contents, images * self._image_bytes
         if raw:
             if tensor.HasField("contents"):
@@ -126,14 +127,14 @@ class TensorMessages:
                 "inputs[0].contents.uint_contents", f"{len(values)} values; expected {self._about_size(images)}"
             )
         try:
-            return bytes(values[:])  # of a list it is faster
+            return bytes(values[:])
         except ValueError as error:
             index, value = next((index, value) for index, value in enumerate(values) if value > 255)
             field = f"inputs[0].contents.uint_contents[{index}]"
             raise InvalidRequest(field, f"{value}; expected 0 to 255") from error
 
     def _classes(self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str) -> int:
-        """Return how many classes are asked for in place of the numbers; 0 for the numbers. Raises InvalidRequest."""
+        """Return the number of requested classes, or 0 for the numbers. Raises InvalidRequest."""
         _refuse_shared_memory(output, field)
         if "classification" not in output.parameters:
             return 0
@@ -156,11 +157,11 @@ class TensorMessages:
                 data = self._classified(np.asarray(share[PROBABILITIES], np.float32), output.classes)
             else:
                 data = share[output.name].tobytes()
-            parts += self._raw + varint(len(data)), data  # not in one piece yet, as large data would be copied twice
+            parts += self._raw + varint(len(data)), data  # not joined yet: large data would be copied twice
         return parts
 
     def _describe(self, images: int, outputs: tuple[Output, ...]) -> bytes:
-        """Return the outputs' names, types and shapes, as they stand in a ModelInferResponse."""
+        """Return the outputs' names, types and shapes as bytes of a ModelInferResponse."""
         response = pb.ModelInferResponse()
         for output in outputs:
             if output.classes:
@@ -170,7 +171,7 @@ class TensorMessages:
         return response.SerializeToString()
 
     def _classified(self, probabilities: NDArray[np.float32], classes: int) -> bytes:
-        """Return for each row of (n, J) its most probable classes, ``value:index:label``, as BYTES in raw contents."""
+        """Return the most probable classes of each row of (n, J), ``value:index:label``, as BYTES in raw contents."""
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :classes]
         values = np.take_along_axis(probabilities, order, axis=1)
         parts: list[bytes] = []
@@ -188,21 +189,21 @@ def refused(identifier: str, text: str) -> bytes:
 
 
 def schedule(request: pb.ModelInferRequest) -> tuple[float | None, bool]:
-    """Return the seconds that the client gives the request, None for any, and whether it goes ahead of others.
+    """Return the request's timeout in seconds, or None, and True if it goes before others.
 
     Raises InvalidRequest.
     """
     parameters = request.parameters
     if not parameters:
         return None, False
-    # Each is asked for by name, since a request may carry any number of others, which mean nothing here.
+    # Each is read by name: a request may carry any number of unknown parameters.
     for name in SEQUENCE:
         if name in parameters and (value := _value(parameters[name])):
-            text = f"{str(value)[:_SHOWN]!r}; expected none, since sequences are not supported"
+            text = f"{str(value)[:_MAX_SHOWN_CHARACTERS]!r}; expected none, since sequences are not supported"
             raise InvalidRequest(f'parameters["{name}"]', text)
     urgent = "priority" in parameters and _whole_number(parameters["priority"], 'parameters["priority"]') == 1
     microseconds = "timeout" in parameters and _whole_number(parameters["timeout"], 'parameters["timeout"]')
-    return microseconds / 1e6 or None, urgent  # 0 is none, as in Triton
+    return microseconds / 1e6 or None, urgent  # 0 means no timeout, as in Triton
 
 
 def _refuse_shared_memory(
@@ -215,13 +216,13 @@ def _refuse_shared_memory(
 
 
 def _whole_number(parameter: pb.InferParameter, field: str) -> int:
-    """Return a number from 0 up; clients send it in different kinds of parameter. Raises InvalidRequest."""
+    """Return a whole number from 0, which clients send in different kinds of parameter. Raises InvalidRequest."""
     value = _value(parameter)
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
         value = int(value)
     if type(value) is not int or value < 0:
         kind = parameter.WhichOneof("parameter_choice")
-        shown = f"{kind} {str(value)[:_SHOWN]!r}" if kind else "no value"
+        shown = f"{kind} {str(value)[:_MAX_SHOWN_CHARACTERS]!r}" if kind else "no value"
         raise InvalidRequest(field, f"{shown}; expected a whole number from 0 up, in int64_param")
     return value
 

@@ -1,4 +1,4 @@
-"""Things that a service prepares once for each served version of a model, such as its codec."""
+"""Objects that a service prepares once for each served version of a model, such as its codec."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -10,14 +10,14 @@ Prepared = TypeVar("Prepared")
 
 
 class PerModel(Generic[Prepared]):
-    """Makes something for each served model at its first use, and forgets it with the model."""
+    """A cache of objects by served model. Each is made at its first use, and forgotten with the model."""
 
     def __init__(self, make: Callable[[ServedModel], Prepared]) -> None:
         self._make: Callable[[ServedModel], Prepared] = make
         self._made: WeakKeyDictionary[ServedModel, Prepared] = WeakKeyDictionary()
 
     def __call__(self, model: ServedModel) -> Prepared:
-        """Return what was made for this model."""
+        """Return the object of a model."""
         try:
             return self._made[model]
         except KeyError:

@@ -1,4 +1,4 @@
-"""Way from a service to the models and back, for single requests and for streams."""
+"""The way from a service to the models and back, for single requests and for streams."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
@@ -11,7 +11,7 @@ from serving.services.stream import Refuse, Stream, StreamQuery
 
 
 class Pipeline:
-    """Takes requests to their models and back. stream_window: most images of one stream under way."""
+    """The way of requests to their models and back. stream_window: the most images of one stream in flight."""
 
     def __init__(self, repository: Repository, stream_window: int) -> None:
         self.repository = repository
@@ -19,16 +19,16 @@ class Pipeline:
         self._streams: set[Stream] = set()
 
     def begin(self, query: Query, reply: Reply) -> None:
-        """Answer a query, then or later, by its reply. Raises UnknownModel and InvalidRequest where no model fits."""
+        """Answer a query through its reply, now or later. Raises UnknownModel and InvalidRequest if no model fits."""
         Request(query, self.repository.get(query.model_name, query.model_version), reply).begin()
 
     def refusal(
         self, timeout: float | None, expected: int, urgent: bool, graph: str = CLASSIFY
     ) -> tuple[ServingError, ModelMetrics] | None:
-        """Return the error that a request arriving now would get, and the metrics that count it.
+        """Return the error that a request arriving now would get before it is read, and the metrics that count it.
 
-        None if the request must be read to decide. timeout: seconds that it is given, or None. expected: requests that
-        are to be begun before it. urgent: it may be.
+        None: the request must be read to decide. timeout: its timeout in seconds, or None. expected: requests that will
+        begin before it. urgent: True if it may be urgent.
         """
         model = self.repository.only
         if not model or not (served := model.graphs.get(graph)):
@@ -41,8 +41,8 @@ class Pipeline:
     ) -> AsyncGenerator[bytes]:
         """Answer a stream's requests in order, while later ones are read and computed, up to a window of images.
 
-        parse: never raises; what cannot be parsed is a query with an ``error``. refuse: counts and logs an error, and
-        tells its status. Raises Draining after ``end_streams``, and what reading the messages raises.
+        parse: never raises; it returns a query with an ``error`` for an invalid message. refuse: counts and logs an
+        error, and returns its status. Raises Draining after ``end_streams``, and any error of reading the messages.
         """
         stream = Stream(call, refuse, self._stream_window)
         self._streams.add(stream)
@@ -54,7 +54,7 @@ class Pipeline:
             await stream.close()
 
     def end_streams(self) -> None:
-        """Read nothing further of any stream; each ends with UNAVAILABLE once what it has read is answered."""
+        """Stop reading all streams. Each ends with UNAVAILABLE when its read requests are answered."""
         for stream in self._streams:
             stream.end()
 

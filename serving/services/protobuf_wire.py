@@ -1,6 +1,4 @@
-"""Protobuf's encoding, for the messages that are written and read here by hand (protobuf.dev, "Encoding")."""
-
-from functools import lru_cache
+"""Protobuf's encoding, for messages that this package writes and reads itself (protobuf.dev, "Encoding")."""
 
 from serving.errors import InvalidRequest
 
@@ -8,9 +6,8 @@ from serving.errors import InvalidRequest
 VARINT, BYTES, FIXED32 = 0, 2, 5
 
 
-@lru_cache(1024)
 def varint(value: int) -> bytes:
-    """Return a whole number from 0 on in protobuf's variable-length encoding."""
+    """Return a whole number from 0 in protobuf's variable-length encoding."""
     groups = bytearray()
     while value > 0x7F:
         groups.append(value & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""Path of every request, whichever protocol and method it came by: decode, queue, compute, encode."""
+"""The path of every request of any protocol and method: decode, queue, compute, encode."""
 
 import asyncio
 import time
@@ -13,63 +13,62 @@ from serving.runtime import Arrays
 
 
 class Query(Protocol):
-    """A parsed message of a protocol: which graph of which model computes it, and how its bytes become arrays."""
+    """A parsed message of a protocol: it names the model and graph, and converts its bytes to arrays."""
 
-    #: Empty for the server's only model, and for its highest version.
+    #: The model and its version. Empty: the server's only model, and its highest version.
     model_name: str
     model_version: str
-    #: Name of the graph.
+    #: The name of the graph.
     graph: str
-    #: Number of rows that it says it has, such as images; not checked yet.
+    #: The number of rows, such as images, that the message claims. It is not checked yet.
     size: int
-    #: Seconds that the client gives it, beside the RPC's own deadline, or None.
+    #: The timeout in the message in seconds, besides the RPC's deadline, or None.
     timeout: float | None
     urgent: bool
-    #: Decoding takes long enough to hold up other requests.
+    #: True if decoding takes so long that it would delay other requests.
     slow: bool
 
     def decode(self, model: ServedModel, /) -> Arrays:
-        """Return the inputs of the graph, contiguous and of one row at least. Raises InvalidRequest."""
+        """Return the graph's inputs: contiguous arrays of at least one row. Raises InvalidRequest."""
 
     def encode(self, model: ServedModel, share: Share, /) -> bytes:
-        """Return the answer's bytes for the graph's outputs; called after ``decode``."""
+        """Return the answer's bytes for the graph's outputs. Called after ``decode``."""
 
 
 class Reply(Protocol):
-    """Place of a request's answer. It gets exactly one of ``succeed``, ``fail`` and ``end``, once."""
+    """The receiver of a request's answer. Exactly one of ``succeed``, ``fail`` and ``end`` is called, once."""
 
     @property
     def deadline(self) -> float | None:
-        """Deadline of this answer by the clock of ``time.monotonic``, or None."""
+        """Return the deadline of the answer as a time of ``time.monotonic``, or None."""
 
     @property
     def traced(self) -> bool:
-        """Tell whether ``succeed`` needs the steps of the request."""
+        """Return True if ``succeed`` needs the steps of the request."""
 
     def when_given_up(self, then: Callable[[], object], /) -> None:
-        """Call ``then``, in place of an earlier one, as soon as nobody waits for the answer any longer."""
+        """Set the function that is called when nobody waits for the answer. It replaces an earlier one."""
 
     def succeed(self, data: bytes, steps: Steps | None = None, /) -> None:
         """Take the answer."""
 
     def fail(self, error: Exception, /) -> None:
-        """Take an error in place of an answer."""
+        """Take the error of a failed request."""
 
     def end(self) -> None:
-        """Take notice that the request was given up."""
+        """Note that the request was given up."""
 
 
 class Request:
-    """A request on its way through a graph, driven by the ends of its steps. Its model stays until it has ended.
+    """A request on its way through a graph. The end of each step starts the next. Its model stays open until the end.
 
-    It keeps no reference to its ticket, which has one to it: a cycle would outlive the request until garbage is
-    collected.
+    It has no reference to its ticket, since the ticket refers to it: a cycle would live on until a garbage collection.
     """
 
     __slots__ = ("_began", "_decode_time", "_graph", "_model", "_query", "_reply")
 
     def __init__(self, query: Query, model: ServedModel, reply: Reply) -> None:
-        """Raises UnknownModel where the model has no such graph."""
+        """Prepare the request. Raises UnknownModel if the model has no such graph."""
         self._query = query
         self._model = model
         self._graph = model.graph(query.graph)
@@ -79,7 +78,7 @@ class Request:
         model.acquire()
 
     def begin(self) -> None:
-        """Decode and queue the request now, or in a task of its own where decoding is slow."""
+        """Decode and queue the request now, or in a task if decoding is slow."""
         if self._query.slow:
             task = asyncio.get_running_loop().create_task(self.begin_slowly(patient=False))
             self._reply.when_given_up(task.cancel)
@@ -90,9 +89,9 @@ class Request:
             self._fail(error)
 
     async def begin_slowly(self, patient: bool = True) -> None:
-        """Decode and queue the request, and wait for what takes long: decoding, and where patient, room in the queue.
+        """Decode and queue the request, and wait for slow decoding and, if patient, for room in the queue.
 
-        Patience is for streams, which can simply be read more slowly. Raises asyncio.CancelledError alone.
+        Streams are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
         """
         query, batcher = self._query, self._graph.batcher
         try:
@@ -121,7 +120,7 @@ class Request:
         self._reply.when_given_up(partial(batcher.give_up, ticket))
 
     def _deadline(self) -> float | None:
-        """Return when the answer must be there, by the RPC's deadline and the query's own."""
+        """Return the earlier of the RPC's deadline and the query's own, or None."""
         deadline, timeout = self._reply.deadline, self._query.timeout
         if timeout is None:
             return deadline
@@ -129,7 +128,7 @@ class Request:
         return end if deadline is None else min(deadline, end)
 
     def _computed(self, ticket: Ticket) -> None:
-        """Answer with what the ticket ended with."""
+        """Answer with the result or the error of the ticket."""
         try:
             share = ticket.result()
             begin = time.perf_counter()

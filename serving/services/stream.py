@@ -1,4 +1,4 @@
-"""A stream of requests and its answers in order, while later requests are read and computed already."""
+"""A stream of requests. Answers keep the order, while later requests are already read and computed."""
 
 import asyncio
 import time
@@ -14,22 +14,22 @@ from serving.metrics.registry import Metrics
 from serving.rpc.edge import Call, Edge, Steps
 from serving.services.request import Query, Reply, Request
 
-#: Counts and logs an error of a request that came so many seconds ago; returns the status that its client is told.
+#: A function that counts and logs the error of a request, given the seconds since it came, and returns its status.
 Refuse = Callable[[Exception, Call, float], tuple[grpc.StatusCode, str]]
 
 
 class StreamQuery(Query, Protocol):
-    """A query of a stream, where an error is an answer too."""
+    """A query of a stream, in which an error is an answer too."""
 
-    #: Error of a message that cannot be parsed.
+    #: The error of an invalid message, or None.
     error: Exception | None
 
     def encode_error(self, code: grpc.StatusCode, text: str, /) -> bytes:
-        """Return the bytes of the answer that tells of an error."""
+        """Return the bytes of an answer with an error."""
 
 
 class StreamRefusals:
-    """Counts and logs the errors that are answers in the streams of one method."""
+    """The counter of errors that are answers in the streams of one method."""
 
     def __init__(self, edge: Edge, metrics: Metrics, service: str, method: str) -> None:
         self._edge = edge
@@ -45,9 +45,9 @@ class StreamRefusals:
 
 
 class Stream:
-    """One stream: a task reads its requests, and ``answers`` yields what they are answered with.
+    """One stream: a task reads its requests, and ``answers`` yields their answers.
 
-    window: most images under way; a request that has more goes alone.
+    window: the most images in flight. A larger request goes alone.
     """
 
     _reader: "asyncio.Task[None]"
@@ -57,10 +57,10 @@ class Stream:
         self.refuse = refuse
         self._window = _Window(window)
         self._replies: deque[_StreamReply] = deque()
-        self._waiter: asyncio.Future[None] | None = None  # for the first answer, or the end of reading
-        self._reading = False  # it waits for the client's next request
-        self._ended = False  # it is to read nothing further
-        self._complete = False  # the client has sent all
+        self._waiter: asyncio.Future[None] | None = None  # waits for the first answer, or for the end of reading
+        self._reading = False  # True while it waits for the client's next request
+        self._ended = False  # True after end(): it reads nothing else
+        self._complete = False  # True when the client has sent everything
 
     async def answers(
         self,
@@ -70,7 +70,7 @@ class Stream:
     ) -> AsyncGenerator[bytes]:
         """Yield the answers in the order of their requests.
 
-        Raises Draining where reading was ended before the client had sent all, and what reading the messages raises.
+        Raises Draining if reading ended before the client had sent everything, and any error of reading the messages.
         """
         self._reader = asyncio.create_task(self._read(messages, parse, make))
         self._reader.add_done_callback(lambda _: self.wake())
@@ -83,26 +83,26 @@ class Stream:
         await self._reader
 
     def end(self) -> None:
-        """Read nothing further."""
+        """Stop reading."""
         self._ended = True
         if self._reading:
             self._reader.cancel()
 
     async def close(self) -> None:
-        """Give up what is under way: the client waits for nothing any longer, or all is answered."""
+        """Give up all requests in flight: the client has gone, or everything is answered."""
         self._reader.cancel()
-        with suppress(asyncio.CancelledError, Exception):  # its error no longer matters
+        with suppress(asyncio.CancelledError, Exception):  # its error does not matter now
             await self._reader
         while self._replies:
             self._replies.popleft().give_up()
 
     def wake(self) -> None:
-        """Look whether the first answer is there."""
+        """Wake the writer if the first answer has come."""
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def _next(self) -> "_StreamReply | None":
-        """Wait for the first reply's answer; None once all are answered and nothing more comes."""
+        """Wait for the next answer in order. Return None when all requests are answered and none will follow."""
         while True:
             if self._replies and self._replies[0].answered:
                 return self._replies.popleft()
@@ -146,11 +146,11 @@ class Stream:
 
 
 class _StreamReply:
-    """Place of one request's answer in its stream."""
+    """The place of one answer in its stream."""
 
     __slots__ = ("_began", "_given_up", "_query", "_stream", "answer", "answered", "size")
 
-    #: A stream's own deadline is that of its last answer, not of each.
+    #: The deadline of a stream is for its last answer, not for each one.
     deadline: float | None = None
 
     def __init__(self, query: StreamQuery, stream: Stream) -> None:
@@ -158,7 +158,7 @@ class _StreamReply:
         self._stream = stream
         self._given_up: Callable[[], object] | None = None
         self._began = time.perf_counter()
-        #: Images that it takes of the window: one at least, so that not even wrong requests pile up without bound.
+        #: Images that it takes from the window: at least one, so that even wrong requests are limited.
         self.size = max(1, query.size)
         self.answer = b""
         self.answered = False
@@ -184,7 +184,7 @@ class _StreamReply:
         self._given_up = None
 
     def give_up(self) -> None:
-        """Tell whoever computes the answer that nobody waits for it."""
+        """Tell the request that nobody waits for its answer."""
         if given_up := self._given_up:
             given_up()
 
@@ -195,7 +195,7 @@ class _StreamReply:
 
 
 class _Window:
-    """Images of one stream that may be under way; a request larger than the window enters when it is empty."""
+    """The images of one stream in flight. A request larger than the window enters when the window is empty."""
 
     def __init__(self, size: int) -> None:
         self._size = size

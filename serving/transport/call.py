@@ -16,27 +16,22 @@ from serving.transport.methods import Abort, Method
 from serving.transport.sending import Sending, only_answer
 from serving.transport.streams import Streams, StreamState
 
-#: What clients are told of a fault of this server's.
+#: The text for clients after a fault of this server.
 INTERNAL_TEXT = "internal error; the server's log has the details"
 
 _logger = logging.getLogger(__name__)
 
 
-# Looked up often; an enumeration's own look-up is slow.
-OPEN, HALF_CLOSED_REMOTE, CLOSED = StreamState
-
-
 class Call:
     """A stream of a connection, and the context of its handler (see serving.transport.methods.Context).
 
-    This is its answering half. Only the event loop's thread may use it.
+    This class is the answering half. Only the event loop's thread may use it.
     """
 
-    # Most calls never change these, so that they cost nothing to set up.
     #: Whether what is held waits for the client; kept by Memory.
     waits = False
     _sending: Sending | None = None
-    state = OPEN
+    state = StreamState.OPEN
     deadline: float | None = None
     expired = False
     given_up: Callable[[], object] | None = None
@@ -47,7 +42,7 @@ class Call:
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         self.streams = streams
         self.stream = stream
-        #: Bytes that count as this call's: at first those of its headers.
+        #: Bytes that this call holds, at first those of its headers.
         self.held = head.size
         self._head = head
         streams.memory.used += head.size
@@ -58,11 +53,11 @@ class Call:
     @property
     def over(self) -> bool:
         """Tell if nobody waits for anything from the handler."""
-        return self.state is CLOSED or (self._sending is not None and self._sending.trailers is not None)
+        return self.state is StreamState.CLOSED or (self._sending is not None and self._sending.trailers is not None)
 
     @property
     def sending(self) -> Sending:
-        """Return what waits to be sent; a call whose answer goes at once never needs it."""
+        """Return the data that waits to be sent. A call whose answer goes out at once never needs it."""
         if self._sending is None:
             self._sending = Sending(self.streams.peer, self.stream)
         return self._sending
@@ -72,9 +67,9 @@ class Call:
         return self._head.metadata
 
     def answer(self, data: bytes) -> None:
-        """Send the only answer, and that all went well."""
+        """Send the only answer, and the status OK."""
         self.given_up = None
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
         streams = self.streams
         if self._sending is None and not streams.shrinks_table:
@@ -90,7 +85,7 @@ class Call:
         self.finish(grpc.StatusCode.OK)
 
     def finish(self, code: grpc.StatusCode, text: str = "", metadata: Metadata = ()) -> None:
-        """Send the status, after all that waits to be sent."""
+        """Send the status, after all waiting data."""
         self.given_up = None
         if self.over:
             return
@@ -109,12 +104,12 @@ class Call:
         self.finish(code, text)
 
     def abandon(self) -> None:
-        """Take note that the client has gone, or is to be sent nothing more."""
+        """Note that the client has gone, or must not be sent anything else."""
         self._stop_handler()
         self._close()
 
     def pump(self) -> None:
-        """Send what waits, as far as the client lets it."""
+        """Send waiting data, as far as the client's windows allow."""
         streams, sending = self.streams, self.sending
         if before := sending.size:
             if sent := sending.take():
@@ -131,10 +126,10 @@ class Call:
             self._leave()
 
     def wake_writer(self) -> None:
-        """Let a handler go on that waits for the client to read."""
+        """Resume a handler that waits for the client to read."""
 
     def evict(self, stalled: bool) -> None:
-        """Give up a call that waits for its client, or that there is no room for (see Memory)."""
+        """End a call that waits for its client, or for which there is no room (see Memory)."""
         if self.sending.size:
             self.sending.drop()
             self.streams.reset(self, ErrorCode.CANCEL if stalled else ErrorCode.ENHANCE_YOUR_CALM)
@@ -146,12 +141,12 @@ class Call:
         self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     def _all_sent(self) -> None:
-        """Take note that no answer waits any longer."""
+        """Note that no answer waits."""
         self.streams.memory.works(self)
         self.wake_writer()
 
     def _put(self, data: bytes) -> None:
-        """Let an answer wait for the client's windows, as far as they are shut."""
+        """Send an answer, and keep the part for which the client's windows have no room."""
         self.sending.put(data)
         self.streams.memory.hold(self, len(data) + PREFIX.size)
         self.pump()
@@ -162,13 +157,13 @@ class Call:
 
     @abstractmethod
     async def _handle(self) -> None:
-        """Have the method's handler answer."""
+        """Run the method's handler."""
 
     def _start_task(self) -> None:
         self._task = self.streams.loop.create_task(self._run())
 
     async def _run(self) -> None:
-        """End the call as its handler ends."""
+        """Run the handler, and end the call when it ends."""
         try:
             await self._handle()
         except Abort as abort:
@@ -193,19 +188,19 @@ class Call:
     def _expire(self) -> None:
         self.expired = True
         self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
-        if self.state is not CLOSED:  # the client does not take what waits for it
+        if self.state is not StreamState.CLOSED:  # the client does not take what waits for it
             self.streams.reset(self, ErrorCode.CANCEL)
 
     def _leave(self) -> None:
         """Close the stream, since all is sent; what the client may still send is not wanted (RFC 9113, section 8.1)."""
-        if self.state is OPEN:
+        if self.state is StreamState.OPEN:
             self.streams.send_reset(self.stream, ErrorCode.NO_ERROR)
         self._close()
 
     def _close(self) -> None:
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
-        self.state = CLOSED
+        self.state = StreamState.CLOSED
         self.streams.memory.leave(self)
         if self._timer:
             self._timer.cancel()

@@ -1,4 +1,4 @@
-"""One client's connection: the socket and the timers around what is read and written (RFC 9113)."""
+"""One client's connection: the socket and the timers around reader and writer (RFC 9113)."""
 
 import asyncio
 import logging
@@ -16,10 +16,9 @@ from serving.transport.streams import ConnectionState
 from serving.transport.terms import Terms
 
 _HANDSHAKE_SECONDS = 20.0
-_STALL_SECONDS = 60.0  # that a client's system may take no bytes, before it is cut off
+_STALL_SECONDS = 60.0  # a client whose system takes no bytes for this time is cut off
 _PING_SECONDS = 2.0
 _MAX_BUFFERED_BYTES = 2**20
-_JOINED_BYTES = 4096  # that buffers have on average, up to which they are joined
 _CLOSE_SECONDS = 5.0  # for the last bytes to leave
 # Seconds of silence before the first probe, and between probes; and how many may stay unanswered.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
@@ -28,11 +27,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Connection(asyncio.Protocol):
-    """Hands on what comes, and writes what a turn of the event loop has brought in one piece."""
+    """The socket of a client. It passes bytes to the reader, and joins the writes of a turn of the event loop."""
 
     def __init__(self, terms: "Terms[Connection]", loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        #: Done once the client knows the last call that is answered, or has gone.
+        #: Done once the client knows the last call that will be answered, or has gone.
         self.told: asyncio.Future[None] = loop.create_future()
         self._terms = terms
         self._reader = FrameReader(self, terms.find, terms.limits, terms.memory)
@@ -43,12 +42,12 @@ class Connection(asyncio.Protocol):
         self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._keep_alive()
         self._terms.opened(self)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
-        if self._terms.age:  # spread, so that clients that came together do not come back together
+        if self._terms.age:  # spread, so that clients that came together do not return together
             age = self._terms.age * random.uniform(0.9, 1.1)
             self._timers.append(self.loop.call_later(age, self.drain, self._terms.grace))
 
@@ -62,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._terms.lost(self)
 
     def pause_writing(self) -> None:
-        # What is not read is not answered either, so a client that only sends cannot fill the memory.
+        # Requests that are not read need no answers, so a client that only sends cannot fill the memory.
         self._streams.paused = True
         self._transport.pause_reading()
         self._stall = self.loop.call_later(_STALL_SECONDS, self._transport.abort)
@@ -92,7 +91,7 @@ class Connection(asyncio.Protocol):
             self._fail(fault.code, str(fault))
         except NotHttp2 as other:
             self._refuse(other.answer)
-        except Exception:  # a fault of this server's must not leave a connection that nobody reads
+        except Exception:  # after a fault of this server, no task would read the connection
             _logger.exception("a connection failed")
             self._fail(ErrorCode.INTERNAL_ERROR, "")
 
@@ -103,19 +102,19 @@ class Connection(asyncio.Protocol):
             self.data_received(b"")
 
     def send(self, data: bytes) -> None:
-        """Send with all else that this turn of the event loop brings."""
+        """Send data together with the other data of this turn of the event loop."""
         if not self._out:
             self.loop.call_soon(self._flush)
         self._out.append(data)
 
     def send_all(self, buffers: Buffers) -> None:
-        """Send several in their order."""
+        """Send several buffers in their order."""
         if not self._out:
             self.loop.call_soon(self._flush)
         self._out += buffers
 
     def drain(self, grace: float) -> None:
-        """Let the client open no further calls; close once those that are open are over, at latest after ``grace``."""
+        """Refuse new calls, and close when the open ones have ended, at the latest after ``grace`` seconds."""
         if self._closed or self._draining:
             return
         self._draining = True
@@ -125,21 +124,21 @@ class Connection(asyncio.Protocol):
             self._ask_for_drain()
 
     def drained(self) -> None:
-        """Tell the client the last call that is answered; those that it opens later it may try elsewhere."""
+        """Tell the client the last call that will be answered. It may send later calls elsewhere."""
         if not self._draining or self._closed or self._streams.state is ConnectionState.GOING_AWAY:
             return
-        if self._streams.state is not ConnectionState.PREFACE:  # before it no frame may be sent
+        if self._streams.state is not ConnectionState.PREFACE:  # before the preface no frame may be sent
             self._streams.go_away(ErrorCode.NO_ERROR)
         self._is_told()
         if not self._streams.calls:
             self._close()
 
     def all_over(self) -> None:
-        """Close, since no call is left."""
+        """Close after the last call has ended."""
         self._close()
 
     def cut_off(self) -> None:
-        """End the calls that are open, and close."""
+        """End the open calls, and close."""
         for call in self._streams:
             call.refuse(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
         if self._streams.state in (ConnectionState.SETTINGS, ConnectionState.OPEN):
@@ -151,7 +150,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def _ask_for_drain(self) -> None:
-        """Announce the drain. Calls on their way are taken: only after a ping's answer is the last one known."""
+        """Announce the drain. Calls on their way are accepted: the answer of a ping shows which one is the last."""
         self.send(frames.go_away(frames.MAX_STREAM, ErrorCode.NO_ERROR))
         self.send(frames.frame(frames.PING, 0, 0, DRAIN_PING))
 
@@ -160,25 +159,22 @@ class Connection(asyncio.Protocol):
         return self._streams.state is ConnectionState.CLOSED
 
     def _keep_alive(self) -> None:
-        """Have the system notice a client that is gone without a word."""
+        """Let the system detect a client that has gone silently."""
         link = self._transport.get_extra_info("socket")
         if link is None or link.family not in (socket.AF_INET, socket.AF_INET6):
             return
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _KEEP_ALIVE.items():
-            if option := getattr(socket, name, None):  # by the system
+            if option := getattr(socket, name, None):  # not on every system
                 link.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def _flush(self) -> None:
         out, self._out = self._out, []
         if self._transport.is_closing():
             return
-        size = sum(map(len, out))
-        if size > _JOINED_BYTES * len(out):  # a copy would cost more than the system's look at each
-            self._transport.writelines(out)
-        else:
-            self._transport.write(b"".join(out))
-        self._streams.sent_bytes += size
+        data = b"".join(out)
+        self._transport.write(data)
+        self._streams.sent_bytes += len(data)
 
     def _check_settled(self) -> None:
         if self._streams.state is ConnectionState.PREFACE:
@@ -210,7 +206,7 @@ class Connection(asyncio.Protocol):
             call.abandon()
 
     def _close(self) -> None:
-        """Close once what waits is sent."""
+        """Close when all waiting data was sent."""
         if self._closed:
             return
         self._end_calls()

@@ -1,4 +1,4 @@
-"""Reads the frames of one connection and tells its calls what they say (RFC 9113, sections 3 to 6)."""
+"""The reader of one connection's frames, which passes their content to the calls (RFC 9113, sections 3 to 6)."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
 from serving.transport.streams import ConnectionState, Link, Streams, StreamState
 
-#: Calls that a client may have open on one connection.
+#: The most calls that a client may have open on one connection.
 MAX_CALLS = 4096
-#: A ping's payload, by whose answer a drain knows that all calls sent before are there.
+#: The payload of a drain's ping. Its answer shows that all calls sent before have arrived.
 DRAIN_PING = b"drain\0\0\0"
 _TEXT = b"This port speaks gRPC (HTTP/2 without TLS), not HTTP/1.1.\n"
 #: The answer to a client of HTTP/1.
@@ -21,8 +21,8 @@ HTTP1_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
     % (len(_TEXT), _TEXT)
 )
-_WINDOW = 2**24  # bytes that a client may send on a connection ahead of what is read
-_LOW_WINDOW = _WINDOW // 2  # at which it is filled up
+_WINDOW = 2**24  # bytes that a client may send on a connection before the server reads them
+_LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _MIN_DATA_BYTES = 64  # of a frame that brings a call further without ending its request
 _MAX_FIELDS = 128  # of a call's headers; each one above them counts as a frame that brings no call further
@@ -40,7 +40,7 @@ _PREFACE, _SETTINGS, _OPEN, *_ = ConnectionState
 
 
 class NotHttp2(Exception):
-    """The client speaks another protocol. answer: sent to it before the connection is closed, if it is HTTP/1."""
+    """The client speaks another protocol. answer: the bytes to send before closing if it speaks HTTP/1, else empty."""
 
     def __init__(self, answer: bytes) -> None:
         super().__init__("not HTTP/2")
@@ -68,25 +68,14 @@ class FrameReader:
         """Read what has come. Raises ConnectionFault and NotHttp2, after which nothing more can be read."""
         at, self._fields_left = 0, _FIELDS_A_TURN
         if self._rest:
-            rest, self._rest = self._rest, b""
-            missing = _missing(rest) if len(data) > _LARGE_READ_BYTES and self.streams.state is not _PREFACE else 0
-            if 0 < missing <= len(data):  # without a copy of all that has come
-                self._read(rest + data[:missing], 0)
-                at = missing
-            else:
-                data = rest + data
-        if self.streams.state is _PREFACE:
+            data, self._rest = self._rest + data, b""
+        if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
             at = len(frames.PREFACE)
         at = self._read(data, at)
         self._rest = data[at:]
         self._reception.all_read()
-        if self._viewed:
-            for stream in self._viewed:
-                if call := self.streams.calls.get(stream):
-                    call.settle()
-            self._viewed.clear()
 
     @property
     def unread(self) -> bool:
@@ -94,13 +83,13 @@ class FrameReader:
         return self._fields_left < 0
 
     def _greet(self, data: bytes) -> bool:
-        """Answer the client's preface; False if it has not come in full. Raises NotHttp2."""
+        """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
         if not data.startswith(frames.PREFACE[: len(data)]):
             raise NotHttp2(HTTP1_ANSWER if data[:3].isalpha() and data[:3].isupper() else b"")
         if len(data) < len(frames.PREFACE):
             self._rest = data
             return False
-        self.streams.state = _SETTINGS
+        self.streams.state = ConnectionState.SETTINGS
         values = {
             frames.MAX_CONCURRENT_STREAMS: MAX_CALLS,
             frames.INITIAL_WINDOW_SIZE: WINDOW,
@@ -111,12 +100,12 @@ class FrameReader:
         return True
 
     def _read(self, data: bytes, at: int) -> int:
-        """Read all whole frames from ``at`` on; return where the rest begins. Raises ConnectionFault."""
+        """Read all complete frames from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
         end = len(data)
         while end - at >= _HEAD_BYTES:
-            high, low, kind, flags, stream = _unpack_head(data, at)
+            high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
             length = high << 8 | low
-            if length > _MAX_FRAME_BYTES:
+            if length > frames.MAX_FRAME_BYTES:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             begin = at + _HEAD_BYTES
             if begin + length > end:
@@ -124,14 +113,10 @@ class FrameReader:
             at = begin + length
             if self._block and kind != frames.CONTINUATION:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
-            stream &= _MAX_STREAM
-            if kind == _DATA:
-                if length < _LARGE_PAYLOAD_BYTES:
-                    self._data(flags, stream, data[begin:at])
-                else:
-                    self._data(flags, stream, memoryview(data)[begin:at])
-                    self._viewed.add(stream)
-            elif kind == _HEADERS:
+            stream &= frames.MAX_STREAM
+            if kind == frames.DATA:
+                self._data(flags, stream, data[begin:at])
+            elif kind == frames.HEADERS:
                 if flags & _NOT_BLOCK_ALONE == frames.END_HEADERS:
                     self._headers(flags, stream, data[begin:at])
                 else:
@@ -144,7 +129,7 @@ class FrameReader:
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         """Read any frame but DATA and HEADERS."""
-        if self.streams.state is _SETTINGS and kind != frames.SETTINGS:
+        if self.streams.state is ConnectionState.SETTINGS and kind != frames.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if kind in (frames.SETTINGS, frames.PING, frames.GOAWAY) and stream:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a frame about the connection on a stream")
@@ -168,7 +153,7 @@ class FrameReader:
                 self._wrong_priority(stream, len(payload))
         elif kind == frames.PUSH_PROMISE:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
-        # Others mean nothing here: that the client takes no streams of the server's, and what is not known.
+        # Other frames are ignored: those that concern streams of the server, and unknown ones.
 
     def _wrong_priority(self, stream: int, size: int) -> None:
         """Reset the stream (section 6.3), or end the connection where there is none to reset (section 5.1)."""
@@ -195,7 +180,7 @@ class FrameReader:
         else:
             self.streams.count_idle()
 
-    def _data(self, flags: int, stream: int, payload: bytes | memoryview) -> None:
+    def _data(self, flags: int, stream: int, payload: bytes) -> None:
         size = len(payload)
         self._may_receive -= size
         if self._may_receive < _LOW_WINDOW:
@@ -236,11 +221,12 @@ class FrameReader:
             self._headers(block.flags, stream, block.data)
 
     def _headers(self, flags: int, stream: int, block: bytes) -> None:
-        """Read all headers of a stream: of a new one, or a client's trailers."""
+        """Read a complete header block: the headers of a new stream, or a client's trailers."""
         streams, end = self.streams, bool(flags & frames.END_STREAM)
         if len(block) > _MAX_BYTES_DECODED:
             streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
-        if stream > streams.last_stream and stream % 2 and streams.state is _OPEN and len(streams.calls) < MAX_CALLS:
+        new = stream > streams.last_stream and stream % 2
+        if new and streams.state is ConnectionState.OPEN and len(streams.calls) < MAX_CALLS:
             streams.last_stream = stream
             try:
                 head = self._header_reader.read(block)
@@ -251,7 +237,7 @@ class FrameReader:
                 self._count_fields(_MAX_FIELDS)
                 self._reception.open(stream, head, end)
             return
-        if streams.state is _SETTINGS:
+        if streams.state is ConnectionState.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
         if not stream % 2:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client's stream {stream}")
@@ -259,7 +245,7 @@ class FrameReader:
             self._trailers(stream, block, end)
             return
         self._skip(block)
-        if streams.state is _OPEN:
+        if streams.state is ConnectionState.OPEN:
             streams.last_stream = stream
             streams.send_reset(stream, ErrorCode.REFUSED_STREAM)
 

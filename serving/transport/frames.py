@@ -2,17 +2,16 @@
 
 import struct
 from enum import IntEnum
-from functools import lru_cache
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-#: Bytes of the largest frame that a peer may send by default (SETTINGS_MAX_FRAME_SIZE); this server allows no larger.
+#: The largest frame by default, in bytes (SETTINGS_MAX_FRAME_SIZE). This server never allows a larger one.
 MAX_FRAME_BYTES = 16384
-#: Bytes that both sides may send at first, on a connection and on each stream.
+#: The initial window of a connection and of each stream, in bytes.
 DEFAULT_WINDOW = 65535
 MAX_WINDOW = 2**31 - 1
 MAX_STREAM = 2**31 - 1
 
-# Plain numbers, since comparing members of an enumeration for every frame is slow.
+# Types of frames (section 6), and their flags.
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_STREAM = ACK = 0x01
 END_HEADERS = 0x04
@@ -31,7 +30,7 @@ _NUMBER = struct.Struct(">I")
 
 
 class ErrorCode(IntEnum):
-    """Reasons for which a stream or a connection ends (section 7)."""
+    """The reasons for the end of a stream or a connection (section 7)."""
 
     NO_ERROR = 0
     PROTOCOL_ERROR = 1
@@ -47,22 +46,21 @@ class ErrorCode(IntEnum):
 
 
 class ConnectionFault(Exception):
-    """A peer did what ends its connection. code: told to the peer, with the text."""
+    """A peer broke the protocol or a limit, so its connection ends. The peer gets the code and the text."""
 
     def __init__(self, code: ErrorCode, text: str) -> None:
         super().__init__(text)
         self.code = code
 
 
-@lru_cache(1024)
-def head_of(kind: int, flags: int, size: int) -> bytes:
-    """Return the first five bytes of a frame's head: all but the stream."""
-    return HEAD.pack(size >> 8, size & 255, kind, flags, 0)[:5]
+def head(kind: int, flags: int, stream: int, size: int) -> bytes:
+    """Return the head of a frame. size: bytes of its payload."""
+    return HEAD.pack(size >> 8, size & 255, kind, flags, stream)
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     """Return a whole frame."""
-    return head_of(kind, flags, len(payload)) + stream.to_bytes(4) + payload
+    return head(kind, flags, stream, len(payload)) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
@@ -71,7 +69,7 @@ def settings(values: dict[int, int]) -> bytes:
 
 
 def read_settings(payload: bytes) -> list[tuple[int, int]]:
-    """Return identifiers and values in their order. Raises ConnectionFault."""
+    """Return the identifiers and values of a SETTINGS frame, in order. Raises ConnectionFault."""
     if len(payload) % _SETTING.size:
         raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"SETTINGS of {len(payload)} bytes")
     return list(_SETTING.iter_unpack(payload))
@@ -93,14 +91,14 @@ def go_away(last_stream: int, code: ErrorCode, text: str = "") -> bytes:
 
 
 def read_number(payload: bytes, name: str) -> int:
-    """Return the one number of 31 bits that a frame holds. Raises ConnectionFault."""
+    """Return the number of 31 bits in a frame. Raises ConnectionFault."""
     if len(payload) != _NUMBER.size:
         raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"{name} of {len(payload)} bytes")
     number: int = _NUMBER.unpack(payload)[0]
     return number & MAX_WINDOW
 
 
-def without_padding(flags: int, payload: bytes | memoryview) -> bytes | memoryview:
+def without_padding(flags: int, payload: bytes) -> bytes:
     """Return a frame's payload without its padding (section 6.1). Raises ConnectionFault."""
     if not flags & PADDED:
         return payload

@@ -1,4 +1,4 @@
-"""gRPC's own server, grpc.aio, under the same method table: for whoever trusts gRPC's C core alone."""
+"""gRPC's own server, grpc.aio, with the same method table, for users who trust only gRPC's C core."""
 
 import asyncio
 import errno
@@ -27,8 +27,8 @@ from serving.transport.methods import (
 from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 4 * MAX_CALLS  # of all connections together
-_LAST_SECONDS = 0.2  # after the grace, for the last statuses to leave
-_END_SECONDS = 0.005  # in which gRPC tells whether a client's end is that of the call, in most cases
+_LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
+_END_SECONDS = 0.005  # in this time gRPC mostly reports if the end of the requests is the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
@@ -39,10 +39,10 @@ _logger = logging.getLogger(__name__)
 
 
 class GrpcioServer:
-    """Serves a method table by grpc.aio (a TransportServer). Made, and used, in an event loop that runs.
+    """A TransportServer on grpc.aio. Make and use it in a running event loop.
 
-    connection_age: seconds after which a client's connection is renewed, 0 for never; grace: seconds that its calls
-    then get to finish.
+    connection_age: seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of
+    such a connection get to finish.
     """
 
     def __init__(self, limits: TransportLimits, connection_age: float = 0.0, grace: float = 0.0) -> None:
@@ -55,7 +55,7 @@ class GrpcioServer:
             ("grpc.max_concurrent_streams", MAX_CALLS),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
-            ("grpc.so_reuseport", 0),  # or a second server would take half of the connections without a word
+            ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
         if connection_age:
             options.append(("grpc.max_connection_age_ms", max(1, round(1000 * connection_age))))
@@ -64,12 +64,12 @@ class GrpcioServer:
         self._server.add_generic_rpc_handlers((self._handlers,))
 
     def add_methods(self, methods: Table) -> None:
-        """Serve these methods too; before ``start``."""
+        """Add methods. Call it before ``start``."""
         self._handlers.add(methods)
 
     async def listen(self, host: str, port: int) -> int:
         """Open a port, 0 for any free one, and return it. Raises OSError."""
-        if port:  # since gRPC does not say why it cannot
+        if port:  # gRPC does not report the reason of a failure
             for probe in listen_tcp(host, port):
                 probe.close()
         address = f"[{host}]" if ":" in host else host or "[::]"
@@ -80,8 +80,8 @@ class GrpcioServer:
         return bound
 
     async def listen_unix(self, path: str) -> None:
-        """Open a Unix socket, in the place of one that nobody listens on. Raises OSError."""
-        probe = UnixSocket(path)  # since gRPC would take it from another server without a word
+        """Open a Unix socket, and replace a file on which no server listens. Raises OSError."""
+        probe = UnixSocket(path)  # gRPC would silently take it from another server
         probe.unlink()
         probe.socket.close()
         try:
@@ -90,20 +90,20 @@ class GrpcioServer:
             raise OSError(errno.EADDRINUSE, "the socket cannot be opened") from error
 
     async def start(self) -> None:
-        """Take connections."""
+        """Start to accept connections."""
         self._started = True
         await self._server.start()
 
     async def drain(self, grace: float) -> None:
-        """Take no further connection or call; those under way go on for ``grace`` seconds at most."""
-        if not self._started:  # gRPC stops, and closes its ports, only what was started
+        """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds."""
+        if not self._started:  # gRPC stops and closes the ports of a started server only
             await self.start()
         if self._draining is None:
             self._draining = asyncio.create_task(self._server.stop(grace + _LAST_SECONDS))
-            await asyncio.sleep(0)  # it begins
+            await asyncio.sleep(0)  # let it begin
 
     async def stop(self, grace: float) -> None:
-        """Drain, and wait for the calls under way, for at most ``grace`` seconds; then end them."""
+        """Drain, wait at most ``grace`` seconds for the calls in flight, and then end them."""
         await self.drain(grace)
         assert self._draining
         if grace:
@@ -116,11 +116,11 @@ class GrpcioServer:
 
 
 class _Context:
-    """A call, as its handler sees it (see serving.transport.methods.Context)."""
+    """The context of a handler (see serving.transport.methods.Context)."""
 
     def __init__(self, context: Any) -> None:
         self._context = context
-        #: Seconds that the client gave it, as far as they are left.
+        #: The seconds that are left until the deadline.
         self.timeout: float | None = context.time_remaining()
         self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
         self.given_up: Callable[[], object] | None = None
@@ -129,17 +129,17 @@ class _Context:
 
     @property
     def gone(self) -> bool:
-        """Tell if the client has ended the call."""
+        """Return True if the client has ended the call."""
         return bool(self._context.cancelled())
 
     @property
     def expired(self) -> bool:
-        """Tell if the deadline has passed."""
+        """Return True if the deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     @property
     def over(self) -> bool:
-        """Tell if nobody waits for anything from the handler."""
+        """Return True if nobody waits for the handler."""
         return self.outcome.done()
 
     def invocation_metadata(self) -> Metadata:
@@ -147,7 +147,7 @@ class _Context:
         return self.metadata
 
     def answer(self, data: bytes) -> None:
-        """Send the only answer of a unary call, and that all went well."""
+        """Send the only answer of a unary call, and the status OK."""
         self._end(data)
 
     def finish(self, code: grpc.StatusCode, text: str = "", metadata: Metadata = ()) -> None:
@@ -155,7 +155,7 @@ class _Context:
         self._end(Status(code, text, metadata))
 
     def give_up(self) -> None:
-        """Tell the handler that nobody waits any longer."""
+        """Tell the handler that nobody waits for its answer."""
         self.outcome.cancel()
         if given_up := self.given_up:
             self.given_up = None
@@ -167,18 +167,18 @@ class _Context:
             self.outcome.set_result(outcome)
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic in its stubs alone
-    """The method table as grpc.aio asks for it, and the calls that are under way."""
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its stubs are generic
+    """The method table for grpc.aio, and the calls in flight."""
 
     def __init__(self, limits: TransportLimits) -> None:
         self._limits = limits
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off = False
-        self._bytes = 0  # of unary requests under way
+        self._bytes = 0  # of unary requests in flight
 
     def add(self, methods: Table) -> None:
-        """Take the methods of a table."""
+        """Add the methods of a table."""
         self._handlers |= {path: self._handler(method) for path, method in methods.items()}
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
@@ -190,7 +190,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
         return handler
 
     def cut_off(self) -> None:
-        """End the calls that are under way."""
+        """End the calls in flight."""
         self._cut_off = True
         for task in self._tasks:
             task.cancel()
@@ -213,7 +213,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
         return grpc.unary_unary_rpc_method_handler(unary)
 
     async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
-        """Return the answer of a unary method, or the status that its call ends with."""
+        """Return the answer of a unary method, or the status with which its call ends."""
         if method.door and (status := method.door(call.timeout, call.metadata, 0)):
             return status
         limits = self._limits
@@ -227,7 +227,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
             self._bytes -= len(data)
 
     async def _streamed(self, method: StreamMethod, requests: Any, context: Any) -> Status:
-        """Send the answers of a stream method, and return the status that its call ends with."""
+        """Send the answers of a stream method, and return the status with which its call ends."""
         call = _Context(context)
 
         async def answer() -> Status:
@@ -244,7 +244,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
         return await self._guarded(answer(), call)
 
     async def _guarded(self, work: Awaitable[Outcome], call: _Context) -> Outcome | Status:
-        """Return what a handler's work comes to, whatever it raises, unless grpc.aio itself has ended the call."""
+        """Return the result of a handler, or a status for any exception, unless grpc.aio itself has ended the call."""
         task = asyncio.current_task()
         assert task
         self._tasks.add(task)
@@ -257,7 +257,9 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
             if self._cut_off:
                 task.uncancel()
                 return _STOPPED
-            if not task.cancelling() and not call.gone:  # a handler's own doing; the client would never learn of it
+            if (
+                not task.cancelling() and not call.gone
+            ):  # raised by the handler; grpc.aio would leave the client without a status
                 return Status(grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
@@ -280,7 +282,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is gene
 
 
 async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
-    """Return the outcome of a unary call. Raises what its handler raises."""
+    """Return the outcome of a unary call. Raises any exception of its handler."""
     if isinstance(method, CallbackMethod):
         returned: object = method.begin(data, call)  # type: ignore[func-returns-value]
         if returned is not None:  # a coroutine would never run
@@ -295,9 +297,9 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
 
 
 async def _messages(requests: Any, call: _Context) -> AsyncGenerator[bytes]:
-    """Yield what grpc.aio's iterator of requests does, which is no iterator for ``anext``.
+    """Yield the requests of grpc.aio's iterator, which ``anext`` does not accept.
 
-    Raises CancelledError where that one ends as if the client had sent all, though the client has ended the call.
+    Raises CancelledError if that iterator ends normally although the client has ended the call.
     """
     async for message in requests:
         yield message

@@ -1,4 +1,4 @@
-"""Header blocks: from a request's to what it asks for, and from an answer's fields to bytes (HPACK, RFC 7541)."""
+"""Header blocks: decoding of requests, and encoding of answers (HPACK, RFC 7541)."""
 
 import base64
 import binascii
@@ -18,49 +18,52 @@ from serving.transport.messages import ENCODINGS
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-#: Bytes of a request's headers that are allowed, counted as in RFC 9113, section 6.5.2.
+#: The most bytes of a request's headers, counted as in RFC 9113, section 6.5.2.
 MAX_BYTES = 16384
-#: Bytes of a header block that is decoded in full; of a larger one only what later blocks need.
+#: The largest header block that is decoded in full, in bytes. Of a larger one, only the parts for HPACK's table are.
 MAX_BYTES_DECODED = 4 * MAX_BYTES
-#: Bytes of the largest header block that is read at all; a larger one ends its connection.
+#: The largest header block that is read at all, in bytes. A larger one ends its connection.
 MAX_BLOCK_BYTES = 2**20
-# Fields of a block that is not decoded in full; more of them end the connection.
+# The most fields of a block that is not decoded in full. More of them end the connection.
 _MAX_FIELDS_SKIPPED = 4096
-_FIELDS_WITH_PATH = 6  # resizes and pseudo-headers, which come first
-_MAX_CONTINUATIONS = 8  # beside those that are half full at least
+_FIELDS_WITH_PATH = 6  # table resizes and pseudo-headers come first
+_MAX_CONTINUATIONS = 8  # without those that are at least half full
 _HALF_FRAME_BYTES = 8192
 _FIELD_BYTES = 32
 _MAX_RESIZED = 2
 IDENTITY = "identity"
 KNOWN_ENCODINGS = (IDENTITY, *ENCODINGS)
 _ENCODING = "grpc-encoding"
-#: Before an answer's first headers, for a client that wants a smaller table: none at all.
+#: The prefix of an answer's first headers for a client that wants a smaller table: it sets the size 0.
 NO_TABLE = b"\x20"
 _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
 _MAX_KNOWN = 64
-_MAX_KNOWN_BYTES = 2048  # of headers that are remembered
+_MAX_KNOWN_BYTES = 2048  # of remembered headers
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-# Headers that are the protocol's, not a call's metadata.
+# Headers of the protocol, which are no metadata of a call.
 _OF_PROTOCOL = {"te", "content-type", "grpc-timeout", _ENCODING, "grpc-accept-encoding"}
 _OF_CONNECTION = {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
-# In a status message, what stands for itself (PROTOCOL-HTTP2.md: Percent-Byte-Unencoded).
+# The characters of a status message that are not escaped (PROTOCOL-HTTP2.md: Percent-Byte-Unencoded).
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 Method = TypeVar("Method")
 
 
 class MalformedRequest(Exception):
-    """Headers that no HTTP/2 request may have; the stream is reset (RFC 9113, section 8.1.1)."""
+    """The headers are not valid in an HTTP/2 request. The stream is reset (RFC 9113, section 8.1.1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestHead(Generic[Method]):
-    """A request, as its headers describe it.
+    """The headers of a request.
 
-    http_status: why it is no gRPC request, or 200. method: None for one that is not known. timeout: in seconds.
-    timeout_error: what came in place of one. encoding: of messages that are compressed. size: bytes of all headers, as
-    MAX_BYTES counts them. acceptable: a known method can take it.
+    http_status: 200, or the HTTP error if it is no gRPC request.
+    method: None for an unknown method.
+    timeout: in seconds. timeout_error: the header's value if it is not a timeout.
+    encoding: the encoding of compressed messages.
+    size: the bytes of all headers, counted as for MAX_BYTES.
+    acceptable: True if a known method can take the request.
     """
 
     http_status: int
@@ -75,9 +78,9 @@ class RequestHead(Generic[Method]):
 
 
 class HeaderBlock:
-    """A header block that comes in a HEADERS frame and several CONTINUATION frames (RFC 9113, section 6.10).
+    """A header block in a HEADERS frame and several CONTINUATION frames (RFC 9113, section 6.10).
 
-    flags: of the HEADERS frame.
+    flags: the flags of the HEADERS frame.
     """
 
     __slots__ = ("_continuations", "_data", "flags", "stream")
@@ -89,7 +92,7 @@ class HeaderBlock:
         self._continuations = 0
 
     def add(self, data: bytes) -> None:
-        """Raises ConnectionFault for a block that is too large, or in too many small pieces."""
+        """Add a piece. Raises ConnectionFault if the block is too large or has too many small pieces."""
         self._data += data
         self._continuations += 1
         allowed = _MAX_CONTINUATIONS + len(self._data) // _HALF_FRAME_BYTES
@@ -98,15 +101,15 @@ class HeaderBlock:
 
     @property
     def data(self) -> bytes:
-        """The block as far as it has come."""
+        """Return the received part of the block."""
         return bytes(self._data)
 
 
 class HeaderReader(Generic[Method]):
-    """Reads a connection's header blocks. find: the method with a path, or None.
+    """The reader of a connection's header blocks. find: returns the method of a path, or None.
 
-    A client's requests mostly have the same headers, and once HPACK's table has them, the same bytes. So a block's
-    meaning is remembered for as long as the table does not change.
+    Most requests of a client have the same headers, and the same bytes once HPACK's table has the headers. So the
+    reader remembers the content of a block until the table changes.
     """
 
     def __init__(self, find: Callable[[str], Method | None]) -> None:
@@ -117,9 +120,9 @@ class HeaderReader(Generic[Method]):
         self.fields = 0
 
     def read(self, block: bytes) -> RequestHead[Method]:
-        """Return the request of a block. One above MAX_BYTES_DECODED has no method and no metadata.
+        """Return the request of a block. A block above MAX_BYTES_DECODED gives neither method nor metadata.
 
-        Raises ConnectionFault, after which no further block can be read, and MalformedRequest.
+        Raises MalformedRequest, or ConnectionFault, after which no further block can be read.
         """
         if head := self._known.get(block):
             return head
@@ -137,7 +140,7 @@ class HeaderReader(Generic[Method]):
         return head
 
     def skip(self, block: bytes) -> None:
-        """Read a block that belongs to nothing, for the table that later ones need. Raises ConnectionFault."""
+        """Read a block only to update the table for later blocks. Raises ConnectionFault."""
         if block in self._known:
             return
         if len(block) > MAX_BYTES_DECODED:
@@ -147,7 +150,7 @@ class HeaderReader(Generic[Method]):
             self._known.clear()
 
     def _decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
-        """Return name and value of each header. Raises ConnectionFault."""
+        """Return the name and value of each header. Raises ConnectionFault."""
         if block[:1] and block[0] & 0xE0 == 0x20:
             _count_resizes(block)
         return self._decode_part(block)
@@ -161,10 +164,10 @@ class HeaderReader(Generic[Method]):
         return fields
 
     def _skip_large(self, block: bytes) -> str:
-        """Do to the table what a large block does, decoding nothing that it need not; return the path.
+        """Update the table from a large block, with as little decoding as possible. Return the path.
 
-        What does not go into the table is passed over, and an entry that is larger than the table empties it
-        (RFC 7541, section 4.4). Raises ConnectionFault.
+        Fields that do not enter the table are skipped. An entry larger than the table empties it (RFC 7541, section
+        4.4). Raises ConnectionFault.
         """
         self._known.clear()
         resized = _count_resizes(block)
@@ -174,7 +177,7 @@ class HeaderReader(Generic[Method]):
                 raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
             if number >= resized and block[begin] & 0xE0 == 0x20:
                 raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "the table's size changes within headers")
-            if indexed and (end - begin) * 8 // 30 > table_bytes:  # of Huffman's code no symbol takes more than 30 bits
+            if indexed and (end - begin) * 8 // 30 > table_bytes:  # no symbol of the Huffman code has more than 30 bits
                 self._decoder.header_table_size = 0
                 self._decoder.header_table_size = table_bytes
             elif indexed or (number < _FIELDS_WITH_PATH and end - begin < MAX_BYTES):
@@ -185,16 +188,16 @@ class HeaderReader(Generic[Method]):
         return path
 
     def _table(self) -> tuple[object, int, int]:
-        """Return what tells whether the table has changed: each change puts a new entry first, or leaves fewer."""
+        """Return a mark of the table's state: each change puts a new entry first, or leaves fewer entries."""
         table = self._decoder.header_table
         entries = table.dynamic_entries
         return entries[0] if entries else None, len(entries), table.maxsize
 
 
 def _count_resizes(block: bytes) -> int:
-    """Return how often a block changes the table's size before its headers.
+    """Return the number of changes of the table's size before a block's headers.
 
-    Raises ConnectionFault if that is more often than it may need to (RFC 7541, section 4.2).
+    Raises ConnectionFault if there are more than a block can need (RFC 7541, section 4.2).
     """
     at = count = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
@@ -206,9 +209,9 @@ def _count_resizes(block: bytes) -> int:
 
 
 def _fields(block: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield begin and end of each field of a block, and whether it may change the table (RFC 7541, section 6).
+    """Yield begin and end of each field of a block, and True if it may change the table (RFC 7541, section 6).
 
-    Raises ConnectionFault for a block that ends within a field.
+    Raises ConnectionFault if the block ends within a field.
     """
     at, end = 0, len(block)
     while at < end:
@@ -230,13 +233,13 @@ def _fields(block: bytes) -> Iterator[tuple[int, int, bool]]:
 
 
 def _integer(block: bytes, at: int, prefix: int) -> tuple[int, int]:
-    """Return the integer at a place, and the place after it (RFC 7541, section 5.1). Raises ConnectionFault."""
-    most = (1 << prefix) - 1
-    part = block[at : at + 6]  # four bytes after the prefix reach beyond any block
+    """Return the integer at a position, and the position after it (RFC 7541, section 5.1). Raises ConnectionFault."""
+    prefix_limit = (1 << prefix) - 1
+    part = block[at : at + 6]  # four bytes after the prefix can express more than any block's size
     if not part:
         raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "headers that end within a field")
-    value = part[0] & most
-    if value < most:
+    value = part[0] & prefix_limit
+    if value < prefix_limit:
         return value, at + 1
     for shift, byte in enumerate(part[1:]):
         value += (byte & 127) << 7 * shift
@@ -246,7 +249,7 @@ def _integer(block: bytes, at: int, prefix: int) -> tuple[int, int]:
 
 
 def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method | None]) -> RequestHead[Method]:
-    """Raises MalformedRequest."""
+    """Return the request of decoded headers. Raises MalformedRequest."""
     pseudo: dict[str, str] = {}
     special: dict[str, str] = {}
     metadata: list[tuple[str, str | bytes]] = []
@@ -285,7 +288,7 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
 
 
 def _binary(value: bytes) -> list[bytes]:
-    """Return the values of a ``-bin`` header, in base64 with or without padding, several divided by commas.
+    """Decode a ``-bin`` header: values in base64, with or without padding, separated by commas.
 
     Raises MalformedRequest.
     """
@@ -296,9 +299,9 @@ def _binary(value: bytes) -> list[bytes]:
 
 
 def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
-    """Return a header block that depends on no earlier one: names and values as they are.
+    """Return a header block that does not depend on earlier ones: names and values in full.
 
-    Raises ValueError for a name or text that may not stand in a header.
+    Raises ValueError for a name or text that is not allowed in a header.
     """
     block = bytearray()
     for name, value in fields:
@@ -314,20 +317,20 @@ def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
 
 
 def _quoted(text: str) -> str:
-    """Return a status message as it stands in a header."""
+    """Return a status message in the form of a header's value."""
     return quote_from_bytes(text.encode(), safe=_PLAIN)
 
 
 def status_fields(
     code: grpc.StatusCode, text: str, metadata: Iterable[tuple[str, str | bytes]] = ()
 ) -> list[tuple[str, str | bytes]]:
-    """Return the trailers of a call that did not go well."""
+    """Return the trailers of a call that ends with this status."""
     message = [("grpc-message", _quoted(text))] if text else []
     return [("grpc-status", str(code.value[0])), *message, *metadata]
 
 
 def status_block(code: grpc.StatusCode, text: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> bytes:
-    """Return the header block of an answer that has nothing but a status."""
+    """Return the header block of an answer that has only a status."""
     return ANSWER + write(status_fields(code, text, metadata))
 
 
@@ -341,12 +344,12 @@ class Status:
 
     @cached_property
     def block(self) -> bytes:
-        """The header block of an answer that has nothing but this status."""
+        """Return the header block of an answer that has only this status."""
         return status_block(self.code, self.text, self.metadata)
 
 
 def _length(value: int) -> bytes:
-    """Return the length of a text that is not Huffman-coded: a number with a prefix of seven bits (section 5.1)."""
+    """Return the encoded length of a text without Huffman code: a number with a prefix of seven bits (section 5.1)."""
     if value < 127:
         return bytes((value,))
     rest = value - 127
@@ -358,7 +361,7 @@ def _length(value: int) -> bytes:
     return bytes(parts)
 
 
-#: ``:status: 200`` from HPACK's table, and the content type with its name from there.
+#: The headers of an answer: ``:status: 200`` from HPACK's table, and the content type, whose name is from the table.
 ANSWER = b"\x88\x0f\x10" + _length(len("application/grpc")) + b"application/grpc"
-#: The trailers of a call that went well.
+#: The trailers of a call that ends with OK.
 OK = write([("grpc-status", "0")])

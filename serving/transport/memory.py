@@ -1,6 +1,6 @@
-"""The memory policy of a server: who holds bytes, who waits for its peer since when, and who is evicted.
+"""The memory policy of a server: the bytes of each call, its wait for its peer, and the choice of calls to evict.
 
-Pure: it is told the time and calls nothing but ``evict`` of a holder.
+Pure: the caller gives the time, and the policy calls only ``evict`` of a holder.
 """
 
 from typing import Protocol
@@ -10,25 +10,26 @@ STALL_SECONDS = 60.0
 
 
 class Holder(Protocol):
-    """A call, as the policy sees it. Compared by identity.
+    """The part of a call that the policy uses. Calls are compared by identity.
 
-    held: bytes that it has in memory. waits: whether they wait for the peer; both are set by Memory alone.
+    held: the bytes that the call has in memory. waits: True if the call waits for its peer. Only Memory sets both.
     """
 
     held: int
     waits: bool
 
     def evict(self, stalled: bool, /) -> None:
-        """End, and release all that is held. stalled: for want of progress, not for want of memory."""
+        """End the call, and release its bytes. stalled: True for lack of progress, False for lack of memory."""
 
 
 class Memory:
-    """Bytes of requests under way and of answers that their clients do not take, of all clients of a server.
+    """The bytes of requests in flight and of unread answers, of all clients of a server.
 
-    A holder that waits for its peer (with half a message, or with an answer that is not read) can be evicted. One that
-    waits for the server cannot, since what is wrong is not the client's doing.
-    max_bytes: bytes that all may hold together. stall_seconds: time without progress after which who waits is evicted
-    even where there is room.
+    A holder that waits for its peer (with an incomplete message, or an unread answer) can be evicted. A holder that
+    waits for the server cannot, since the delay is not its client's fault.
+
+    max_bytes: the most bytes of all holders together. stall_seconds: time without progress after which a waiting holder
+    is evicted even if there is room.
     """
 
     __slots__ = ("_progress", "max_bytes", "stall_seconds", "used")
@@ -38,7 +39,7 @@ class Memory:
         self.stall_seconds = stall_seconds
         #: Bytes that are held now.
         self.used = 0
-        # Who waits for its peer, and when it last made progress; the oldest progress first.
+        # The holders that wait for their peers, with the time of their last progress, oldest first.
         self._progress: dict[Holder, float] = {}
 
     def hold(self, holder: Holder, size: int) -> None:
@@ -47,7 +48,7 @@ class Memory:
         self.used += size
 
     def waits(self, holder: Holder, now: float) -> None:
-        """Note that a holder waits for its peer, and has made progress now, in seconds of any clock."""
+        """Note that a holder waits for its peer, and has made progress now. now: seconds of any clock."""
         self._progress.pop(holder, None)
         self._progress[holder] = now
         holder.waits = True
@@ -59,14 +60,14 @@ class Memory:
             del self._progress[holder]
 
     def leave(self, holder: Holder) -> None:
-        """Release all that a holder has."""
+        """Release all bytes of a holder."""
         if holder.waits:
             self.works(holder)
         self.used -= holder.held
         holder.held = 0
 
     def make_room(self, asking: Holder) -> None:
-        """Evict until what is held fits: the longest without progress first, and in the end who asks."""
+        """Evict holders until the rest fits: the one with the oldest progress first, and ``asking`` last."""
         while self.used > self.max_bytes:
             victim = next(iter(self._progress), asking)
             self.works(victim)
@@ -82,6 +83,6 @@ class Memory:
                 break
             stalled.append(holder)
         for holder in stalled:
-            if holder.waits:  # else the end of another has ended it
+            if holder.waits:  # otherwise another holder's end has ended it
                 self.works(holder)
                 holder.evict(True)

@@ -1,4 +1,4 @@
-"""Length-prefixed messages (gRPC's PROTOCOL-HTTP2.md): a request's bytes in, its messages out.
+"""Length-prefixed messages (gRPC's PROTOCOL-HTTP2.md): conversion of a request's bytes to messages.
 
 Pure: no socket, no clock.
 """
@@ -8,18 +8,16 @@ import zlib
 
 import grpc
 
-#: Encodings of messages that a client may use, and zlib's parameter for each.
+#: The encodings that a client may use, with zlib's parameter for each.
 ENCODINGS = {"gzip": 31, "deflate": 15}
-#: Stands before each message: whether it is compressed, and its length.
+#: The prefix of each message: a flag for compression, and the length.
 PREFIX = struct.Struct(">BI")
-_PREFIX_BYTES = PREFIX.size
-_unpack_prefix = PREFIX.unpack_from
-# Bytes that are inflated at once, in some 0.2 ms; the rest of a message is left to a thread.
+# Bytes that are inflated at once; the rest of a message is left to a thread, since other calls would wait for it.
 _MAX_INFLATED_AT_ONCE = 2**16
 
 
 class MessageError(Exception):
-    """A request's bytes are not the messages expected; the call ends with this code and text."""
+    """A request's bytes are not valid messages. The call ends with this code and text."""
 
     def __init__(self, code: grpc.StatusCode, text: str) -> None:
         super().__init__(text)
@@ -27,7 +25,7 @@ class MessageError(Exception):
 
 
 class Inflation:
-    """A compressed message of which only the beginning is inflated yet."""
+    """A compressed message. Only its beginning is inflated yet."""
 
     def __init__(self, data: bytes, encoding: str, max_bytes: int) -> None:
         self.size = len(data)
@@ -38,11 +36,11 @@ class Inflation:
 
     @property
     def done(self) -> bool:
-        """Tell if nothing is left to be inflated."""
+        """Return True if nothing is left to inflate."""
         return self._begin is None or self._reader.eof
 
     def rest(self) -> bytes | None:
-        """Inflate what is left, in any thread; None if it cannot be inflated."""
+        """Inflate the rest, in any thread. Return None if it is corrupt."""
         if self._begin is None:
             return None
         return self._inflate(self._reader.unconsumed_tail, self._max_bytes + 1 - len(self._begin))
@@ -66,20 +64,19 @@ class Inflation:
         return inflated
 
 
-def whole(data: bytes | memoryview) -> bytes | None:
+def whole(data: bytes) -> bytes | None:
     """Return the message of bytes that are exactly one, not compressed; None for any others."""
-    size = len(data) - _PREFIX_BYTES
-    if size < 0 or _unpack_prefix(data) != (0, size):
+    size = len(data) - PREFIX.size
+    if size < 0 or PREFIX.unpack_from(data) != (0, size):
         return None
-    message = data[_PREFIX_BYTES:]
-    return message if isinstance(message, bytes) else bytes(message)
+    return data[PREFIX.size :]
 
 
 class MessageReader:
-    """Cuts the bytes of one request into messages, in their order.
+    """The reader that cuts the bytes of one request into messages.
 
-    max_bytes: bytes of the largest message. limit_text: told to a client that exceeds it. encoding: of messages that
-    are compressed.
+    max_bytes: the largest message, in bytes. limit_text: the text for a client that exceeds it. encoding: the encoding
+    of compressed messages.
     """
 
     __slots__ = ("_encoding", "_flag", "_limit_text", "_max_bytes", "_missing", "_parts", "buffered", "inflation")
@@ -90,18 +87,16 @@ class MessageReader:
         self._encoding = encoding
         self._flag = 0  # of the message that has begun
         self._missing = -1  # bytes that it lacks; -1 while its prefix is not whole
-        self._parts: list[
-            bytes | memoryview
-        ] = []  # of the message, or of its prefix, or what came since an inflation began
+        self._parts: list[bytes] = []  # of the message, or of its prefix, or what came since an inflation began
         #: Bytes that are kept, since they are no whole message yet, or since it is being inflated.
         self.buffered = 0
-        #: The message that is to be inflated before what came after it is read.
+        #: The message that must be inflated before later bytes are read.
         self.inflation: Inflation | None = None
 
-    def feed(self, data: bytes | memoryview) -> list[bytes]:
+    def feed(self, data: bytes) -> list[bytes]:
         """Return the messages that more bytes complete. Raises MessageError, after which nothing more can be read.
 
-        While there is an ``inflation`` the bytes are kept, and ``inflated`` returns what they hold.
+        During an ``inflation`` the bytes are kept, and ``inflated`` returns their messages.
         """
         if self.inflation or (self._missing < 0 and self._parts):
             self._keep(data)
@@ -137,7 +132,7 @@ class MessageReader:
         return messages
 
     def inflated(self, rest: bytes | None) -> list[bytes]:
-        """Return the message that was inflated, by what its ``rest`` gave, and those after it. Raises MessageError."""
+        """Return the inflated message and those after it. rest: from ``Inflation.rest``. Raises MessageError."""
         assert self.inflation
         message = self.inflation.message(rest, self._limit_text)
         self.inflation = None
@@ -153,12 +148,7 @@ class MessageReader:
             raise MessageError(grpc.StatusCode.INTERNAL, text)
         self._flag, self._missing = flag, length
 
-    def settle(self) -> None:
-        """Copy what is kept as a view, which holds all bytes that came with it in memory."""
-        if self._parts and isinstance(self._parts[-1], memoryview):
-            self._parts = [bytes(part) for part in self._parts]
-
-    def _keep(self, data: bytes | memoryview) -> None:
+    def _keep(self, data: bytes) -> None:
         if data:
             self._parts.append(data)
             self.buffered += len(data)
@@ -169,10 +159,10 @@ class MessageReader:
         self.buffered = 0
         return kept
 
-    def _joined(self, last: bytes | memoryview) -> bytes:
+    def _joined(self, last: bytes) -> bytes:
         """Return the message that a last piece completes, with one copy of what came before."""
         if not self._parts:
-            return bytes(last)
+            return last
         message = b"".join((*self._parts, last))
         self._parts.clear()
         self.buffered = 0

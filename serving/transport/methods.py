@@ -1,6 +1,6 @@
 """The method table: the typed contract between a transport and the handlers of methods.
 
-A table maps a method's path, ``/service/method``, to one of three kinds of method. Both transports serve the same one.
+A table maps a method's path, ``/service/method``, to one of three kinds of method. Both transports serve one table.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -14,7 +14,7 @@ from serving.transport.memory import STALL_SECONDS
 
 
 class Abort(Exception):
-    """Raised by a handler to end its call with a status."""
+    """An exception with which a handler ends its call with a status."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(status.text)
@@ -22,46 +22,46 @@ class Abort(Exception):
 
 
 class Context(Protocol):
-    """A call, as its handler sees it. Only the event loop's thread may use it.
+    """The context of a handler. Only the event loop's thread may use it.
 
-    given_up: called once when nobody waits for the answer any longer, before there is one.
+    given_up: called once if nobody waits for the answer before there is one.
     """
 
     given_up: Callable[[], object] | None
 
     @property
     def deadline(self) -> float | None:
-        """Return the deadline by the clock of ``time.monotonic``, or None."""
+        """Return the deadline as a time of ``time.monotonic``, or None."""
 
     @property
     def expired(self) -> bool:
-        """Tell if the deadline, and not the client, has ended the call."""
+        """Return True if the deadline has ended the call, and not the client."""
 
     @property
     def over(self) -> bool:
-        """Tell if nobody waits for anything from the handler."""
+        """Return True if nobody waits for the handler."""
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
 
     def answer(self, data: bytes) -> None:
-        """Send the only answer of a unary call, and that all went well."""
+        """Send the only answer of a unary call, and the status OK."""
 
     def finish(self, code: grpc.StatusCode, text: str = "", metadata: Metadata = ()) -> None:
-        """Send the status, after all that waits to be sent."""
+        """Send the status, after all waiting data."""
 
 
-#: Asked as soon as a call's headers are there, with its timeout in seconds or None, its metadata, and how many calls
-#: were let in before it and have yet to come in full. Returns what the call is refused with, or None to let it in.
+#: A function that is called with the headers of a call: its timeout in seconds or None, its metadata, and the number
+#: of calls that were accepted before it but are not complete yet. It returns the status of a refusal, or None.
 Door = Callable[[float | None, Metadata, int], Status | None]
 
 
 @dataclass(frozen=True, slots=True)
 class UnaryMethod:
-    """One request, one answer, by a coroutine.
+    """A method with one request and one answer, handled by a coroutine.
 
-    answer: returns the answer's bytes, or None after it has called ``answer`` or ``finish`` of the context. Raises
-    Abort.
+    answer: returns the answer's bytes, or None after it has called ``answer`` or ``finish`` of the context. It may
+    raise Abort.
     """
 
     answer: Callable[[bytes, Context], Awaitable[bytes | None]]
@@ -70,10 +70,10 @@ class UnaryMethod:
 
 @dataclass(frozen=True, slots=True)
 class CallbackMethod:
-    """One request, one answer, without a task of asyncio's.
+    """A method with one request and one answer, handled without an asyncio task.
 
-    begin: takes note of the request and returns at once; ``answer`` or ``finish`` of the context is called then or
-    later; raises Abort.
+    begin: takes the request and returns at once. It calls ``answer`` or ``finish`` of the context then or later. It may
+    raise Abort.
     """
 
     begin: Callable[[bytes, Context], None]
@@ -82,16 +82,17 @@ class CallbackMethod:
 
 @dataclass(frozen=True, slots=True)
 class StreamMethod:
-    """Any number of requests and of answers.
+    """A method with any number of requests and answers.
 
-    answers: takes an iterator of the requests and returns the answers, as an asynchronous generator. Raises Abort.
+    answers: takes an iterator of the requests, and returns the answers as an asynchronous generator. It may raise
+    Abort.
     """
 
     answers: Callable[[AsyncIterator[bytes], Context], AsyncIterator[bytes]]
     door: Door | None = None
 
 
-#: Transports that serve a table: this package's own, and gRPC's own server.
+#: The transports that serve a table: this package's server, and gRPC's own server.
 TRANSPORTS = ("native", "grpcio")
 
 Method = UnaryMethod | CallbackMethod | StreamMethod
@@ -99,21 +100,22 @@ Table = Mapping[str, Method]
 
 
 def table(service: str, methods: Mapping[str, Method]) -> dict[str, Method]:
-    """Return the part of a method table that a service's methods make, by their names."""
+    """Return a method table of a service's methods. methods: by method name."""
     return {f"/{service}/{name}": method for name, method in methods.items()}
 
 
-#: Told of each call that the transport itself refuses: its path, its metadata, the code and the text.
+#: A function that is called for each refusal of the transport, with the call's path and metadata, code and text.
 Refused = Callable[[str, Metadata, grpc.StatusCode, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TransportLimits:
-    """Bounds of what clients may send.
+    """The limits for clients.
 
-    message_bytes: of the largest message. message_text and memory_text: told to clients that exceed a limit.
-    bytes_under_way: of all requests under way and of answers that are not read. stall_seconds: time without progress
-    after which a call that waits for its client is given up.
+    message_bytes: the largest message, in bytes.
+    bytes_under_way: the most bytes of all requests in flight and of unread answers.
+    message_text, memory_text: the texts for clients that exceed these two limits.
+    stall_seconds: time without progress after which a call that waits for its client is ended.
     """
 
     message_bytes: int
@@ -125,22 +127,22 @@ class TransportLimits:
 
 
 class TransportServer(Protocol):
-    """A server of a method table, whichever transport it is."""
+    """A server of a method table, with any transport."""
 
     def add_methods(self, methods: Table) -> None:
-        """Serve these methods too; before ``start``."""
+        """Add methods. Call it before ``start``."""
 
     async def listen(self, host: str, port: int) -> int:
         """Open a port, 0 for any free one, and return it. Raises OSError."""
 
     async def listen_unix(self, path: str) -> None:
-        """Open a Unix socket, in the place of one that nobody listens on. Raises OSError."""
+        """Open a Unix socket, and replace a file on which no server listens. Raises OSError."""
 
     async def start(self) -> None:
-        """Take connections."""
+        """Start to accept connections."""
 
     async def drain(self, grace: float) -> None:
-        """Take no further connection or call; those under way go on for ``grace`` seconds at most."""
+        """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds."""
 
     async def stop(self, grace: float) -> None:
-        """Drain, and wait for the calls under way, for at most ``grace`` seconds; then end them."""
+        """Drain, wait at most ``grace`` seconds for the calls in flight, and then end them."""

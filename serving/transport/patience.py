@@ -1,10 +1,10 @@
-"""How much a peer may send that brings no call further. Pure: it is told the time."""
+"""The limit of what a peer may send without advancing a call. Pure: the caller gives the time."""
 
 
 class Patience:
-    """A bucket that empties with what a peer sends for nothing, and fills with time and with answered calls.
+    """A token bucket. Useless frames of a peer empty it; time and answered calls fill it.
 
-    burst: what it holds when full. per_second: what time alone adds.
+    burst: the tokens of a full bucket. per_second: the tokens that time alone adds.
     """
 
     __slots__ = ("_burst", "_left", "_per_second", "_since")
@@ -16,11 +16,11 @@ class Patience:
         self._since = now
 
     def spend(self, cost: float, now: float) -> bool:
-        """Return whether the peer may go on, so many seconds of any clock being now."""
+        """Take tokens, and return True if the peer may go on. now: seconds of any clock, always the same one."""
         self._left = min(self._burst, self._left + (now - self._since) * self._per_second) - cost
         self._since = now
         return self._left >= 0
 
     def earn(self, gain: float) -> None:
-        """Add what the peer has earned."""
+        """Add tokens that the peer has earned."""
         self._left = min(self._burst, self._left + gain)

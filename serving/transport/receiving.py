@@ -1,4 +1,4 @@
-"""The receiving half of a call, and the two kinds of call that are made of both halves."""
+"""The receiving half of a call, and the two kinds of complete calls."""
 
 import asyncio
 from abc import abstractmethod
@@ -10,90 +10,69 @@ from typing import ClassVar
 import grpc
 
 from serving.transport import messages
-from serving.transport.call import CLOSED, HALF_CLOSED_REMOTE, OPEN, Call
+from serving.transport.call import Call
 from serving.transport.frames import ErrorCode, window_update
 from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
 from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
-from serving.transport.streams import Streams
+from serving.transport.streams import Streams, StreamState
 
-#: Bytes of a call that a client may send ahead of what is read.
+#: The bytes of a call that a client may send before the server reads them.
 WINDOW = 2**18
-_LOW_WINDOW = WINDOW // 2  # at which it is filled up
-_MESSAGE_BYTES = 64  # that a message takes beside its own
+_LOW_WINDOW = WINDOW // 2  # the window is refilled below this
+_MESSAGE_BYTES = 64  # memory of a message in addition to its own bytes
 _MESSAGE_BYTES_WITH_PREFIX = _MESSAGE_BYTES + messages.PREFIX.size
-_MAX_UNSENT_BYTES = 2**16  # of answers that wait for the client, after which a stream's handler waits
+_MAX_UNSENT_BYTES = 2**16  # of answers that wait for the client; above this a stream's handler waits
 
 
 class ReceivingCall(Call):
-    """A call that reads what its client sends. What becomes of its messages, the subclasses know."""
+    """A call that reads its client's data. Subclasses handle the messages."""
 
-    #: Nothing is done before the client has sent all.
+    #: True if the handler starts only after the whole request has come.
     needs_all: ClassVar[bool]
 
     _may_receive = WINDOW
-    _reader: MessageReader | None = None  # of messages that do not come in one piece each
+    _reader: MessageReader | None = None  # for messages that do not come in one piece
     _inflating: Inflation | None = None
 
     @abstractmethod
     def _take(self, message: bytes) -> None:
-        """Take a message that has come."""
+        """Take a received message."""
 
     @abstractmethod
     def _take_end(self) -> None:
-        """Take note that all messages have been taken."""
+        """Note that all messages have been taken."""
 
     def begin(self) -> None:
-        """Take note that the call is let in; most handlers start only once the request has come."""
+        """Note that the call is accepted. Most handlers start only when the request has come."""
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
+    def receive(self, data: bytes, size: int, end: bool) -> None:
         """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
         self._may_receive -= size
         if self._may_receive < 0:
             self.streams.reset_faulty(self, ErrorCode.FLOW_CONTROL_ERROR)
             return
-        if self.state is HALF_CLOSED_REMOTE:
+        if self.state is StreamState.HALF_CLOSED_REMOTE:
             self.streams.reset_faulty(self, ErrorCode.STREAM_CLOSED)
             return
         if end:
-            self.state = HALF_CLOSED_REMOTE
-        if self.sending.trailers is None:
+            self.state = StreamState.HALF_CLOSED_REMOTE
+        if not self.over:
             self._read(data)
 
     def end(self) -> None:
         """Take note that the client has sent all, and said so without data."""
-        if self.state is OPEN:
-            self.state = HALF_CLOSED_REMOTE
+        if self.state is StreamState.OPEN:
+            self.state = StreamState.HALF_CLOSED_REMOTE
             if not self.over and not (self._reader and self._reader.inflation):
                 self._end_of_request()
 
     def wait_for_client(self) -> None:
-        """Take note that what the client is to send has not come in full."""
+        """Note that the request is not complete yet."""
         if self.needs_all and not self.over:
             self.streams.memory.waits(self, self.streams.loop.time())
 
-    def settle(self) -> None:
-        """Keep no view of bytes that came together with others."""
-        if self._reader is not None:
-            self._reader.settle()
-
-    def _at_once(self, data: bytes | memoryview, size: int) -> bytes | None:
-        """Return the message of a frame that is one, and hold it; None where more is to be looked at."""
-        streams, sending = self.streams, self._sending
-        if self._reader is not None or self.state is not OPEN or size > self._may_receive:
-            return None
-        if sending is not None and sending.trailers is not None:
-            return None
-        memory, held = streams.memory, size + _MESSAGE_BYTES
-        if memory.used + held > memory.max_bytes or size > streams.limits.message_bytes:
-            return None
-        message = messages.whole(data)
-        if message is not None:
-            memory.used += held
-            self.held += held
-        return message
-
-    def _read(self, data: bytes | memoryview) -> None:
+    def _read(self, data: bytes) -> None:
         """Read what came, on top of what is there."""
         reader, limits = self._reader, self.streams.limits
         if reader is None:
@@ -111,10 +90,10 @@ class ReceivingCall(Call):
             self._received(received, reader.buffered - before + _size(received))
 
     def _received(self, received: list[bytes], size: int) -> None:
-        """Take whole messages; size: bytes by which they, and what the reader keeps, have grown."""
+        """Take complete messages. size: the growth of their bytes and of the bytes that the reader keeps."""
         memory, reader = self.streams.memory, self._reader
         memory.hold(self, size + _MESSAGE_BYTES * len(received))
-        if (reader is not None and reader.buffered) or (self.needs_all and self.state is OPEN):
+        if (reader is not None and reader.buffered) or (self.needs_all and self.state is StreamState.OPEN):
             memory.waits(self, self.streams.loop.time())
         elif self.waits and not self.sending.size:
             memory.works(self)
@@ -128,7 +107,7 @@ class ReceivingCall(Call):
             return
         if reader is not None and reader.inflation:
             self._inflate(reader, reader.inflation)
-        elif self.state is HALF_CLOSED_REMOTE:
+        elif self.state is StreamState.HALF_CLOSED_REMOTE:
             self._end_of_request()
         else:
             self._let_send()
@@ -140,7 +119,7 @@ class ReceivingCall(Call):
             self._take_end()
 
     def _inflate(self, reader: MessageReader, inflation: Inflation) -> None:
-        """Inflate a large message in a thread, since others would wait for it; what came after it waits."""
+        """Inflate a large message in a thread, so that other calls need not wait. Later data of the call waits."""
         if inflation is not self._inflating:
             self._inflating = inflation
             inflating = self.streams.loop.run_in_executor(None, inflation.rest)
@@ -162,7 +141,7 @@ class ReceivingCall(Call):
 
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
-        if self.state is OPEN and self._may_receive < _LOW_WINDOW:
+        if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
             self.streams.send(window_update(self.stream, WINDOW - self._may_receive))
             self._may_receive = WINDOW
 
@@ -178,17 +157,6 @@ class UnaryCall(ReceivingCall):
     needs_all = True
     _message: bytes | None = None
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
-        # Most calls come this way: all of the message in one frame, which ends the request.
-        if end and self._message is None and (message := self._at_once(data, size)) is not None:
-            self.state = HALF_CLOSED_REMOTE
-            if self.waits:
-                self.streams.memory.works(self)
-            self._message = message
-            self._begin(message)
-            return
-        super().receive(data, size, end)
-
     def _take(self, message: bytes) -> None:
         if self._message is not None:
             self.refuse(grpc.StatusCode.UNIMPLEMENTED, "several messages; expected one")
@@ -201,7 +169,7 @@ class UnaryCall(ReceivingCall):
             self._begin(self._message)
 
     def _begin(self, message: bytes) -> None:
-        """Have the handler answer a message that is all there is."""
+        """Run the handler with the complete request."""
         method = self._head.method
         if not isinstance(method, CallbackMethod):
             self._start_task()
@@ -226,28 +194,18 @@ class UnaryCall(ReceivingCall):
 
 
 class StreamCall(ReceivingCall):
-    """A call with any number of requests and answers. It also is the iterator of its requests."""
+    """A call with any number of requests and answers. It is also the iterator of its requests."""
 
     needs_all = False
-    _reading: asyncio.Future[None] | None = None  # of a handler that waits for a message
-    _room: asyncio.Future[None] | None = None  # of a handler that waits for the client to read
+    _reading: asyncio.Future[None] | None = None  # set while the handler waits for a message
+    _room: asyncio.Future[None] | None = None  # set while the handler waits for the client to read
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         super().__init__(streams, stream, head)
         self._messages: deque[bytes] = deque()
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool) -> None:
-        # Most messages come this way: each in a frame of its own.
-        if not end and (message := self._at_once(data, size)) is not None:
-            self._may_receive -= size
-            self._messages.append(message)
-            if (reading := self._reading) is not None and not reading.done():
-                reading.set_result(None)
-            return
-        super().receive(data, size, end)
-
     def begin(self) -> None:
-        """Start the handler, which reads what comes."""
+        """Start the handler, which reads messages as they come."""
         self._start_task()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -256,7 +214,7 @@ class StreamCall(ReceivingCall):
     async def __anext__(self) -> bytes:
         while not self._messages:
             inflating = self._reader is not None and self._reader.inflation
-            if self.state is CLOSED or (self.state is HALF_CLOSED_REMOTE and not inflating):
+            if self.state is StreamState.CLOSED or (self.state is StreamState.HALF_CLOSED_REMOTE and not inflating):
                 raise StopAsyncIteration
             self._reading = self.streams.loop.create_future()
             await self._reading
@@ -283,9 +241,9 @@ class StreamCall(ReceivingCall):
         self.finish(grpc.StatusCode.OK)
 
     async def _write(self, data: bytes) -> None:
-        """Send one answer; wait while the client does not read."""
+        """Send one answer, and wait while the client does not read."""
         streams, sending = self.streams, self.sending
-        if self.state is CLOSED or sending.trailers is not None:
+        if self.over:
             return
         if not self._headers_sent:
             self._send_headers()
@@ -294,7 +252,7 @@ class StreamCall(ReceivingCall):
             streams.send_answer(sent)
         else:
             self._put(data)
-        while self.state is not CLOSED and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
+        while not self.over and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
             self._room = streams.loop.create_future()
             await self._room
 
@@ -314,10 +272,10 @@ class StreamCall(ReceivingCall):
             self._reading.set_result(None)
 
     def _close(self) -> None:
-        if self.state is CLOSED:
+        if self.state is StreamState.CLOSED:
             return
         super()._close()
-        self._messages.clear()  # a reader that is awake already must not release them once more
+        self._messages.clear()  # a reader that is already awake must not release them again
         self._wake_reader()
         self.wake_writer()
 

@@ -1,4 +1,4 @@
-"""The reception of a connection: new calls are let in or turned away."""
+"""The reception of a connection: it accepts or refuses new calls."""
 
 import grpc
 
@@ -11,18 +11,18 @@ from serving.transport.streams import OpenCall, Streams, StreamState
 
 
 class Reception:
-    """Lets the calls of a connection in, or answers them by their headers alone."""
+    """The part of a connection that accepts calls, or answers them from their headers alone."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
-        # Of the bytes that are being read: calls; streams of those that a door has let in and that have yet to come in
-        # full; and streams that are answered already, which are half-closed (local) while the client sends the rest.
+        # In the bytes that are being read: the new calls; the streams of calls that a door has accepted and that are
+        # not complete yet; and the answered streams, half-closed (local) until the client has sent the rest.
         self._opened: list[OpenCall] = []
         self._expected: set[int] = set()
         self._unwanted: set[int] = set()
 
     def open(self, stream: int, head: RequestHead[Method], end: bool) -> None:
-        """Take a new call; end: its client has sent all."""
+        """Take a new call. end: True if its client has sent everything."""
         method = head.method
         if not head.acceptable or method is None:
             self._answer(stream, self._turned_away(head), end)
@@ -50,13 +50,13 @@ class Reception:
             self.came_in_full(stream)
 
     def came_in_full(self, stream: int) -> None:
-        """Take note that a client sends nothing more on a stream."""
+        """Note that a client sends nothing else on a stream."""
         self._expected.discard(stream)
         if self._unwanted:
             self._unwanted.discard(stream)
 
     def all_read(self) -> None:
-        """Take note that all that has come is read. More may never come, and others are not to be refused for it."""
+        """Note that all received bytes are read. The rest of a call may never come, so it must not cause refusals."""
         self._expected.clear()
         for call in self._opened:
             if call.state is StreamState.OPEN:
@@ -83,7 +83,7 @@ class Reception:
         return status.block
 
     def _answer(self, stream: int, block: bytes, end: bool) -> None:
-        """Answer with a header block alone; what the client still sends is not wanted."""
+        """Answer with only a header block. Later data of the client is refused."""
         self._streams.send_headers(stream, block, end_stream=True)
-        if not end:  # the rest has mostly come with the headers
+        if not end:  # in most cases the rest has come with the headers
             self._unwanted.add(stream)

@@ -1,28 +1,22 @@
-"""Answers on their way to the peer: what its windows let go, and what waits (RFC 9113, section 5.2).
+"""Answers on their way to the peer: frames that its windows allow, and data that waits (RFC 9113, section 5.2).
 
-Pure: it returns the frames that may be sent now.
+Pure: the functions return the frames that may be sent now.
 """
 
-import struct
 from collections import deque
 
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.messages import PREFIX
 
-_STREAM = struct.Struct(">I")
-_END = frames.END_STREAM | frames.END_HEADERS
-_ANSWER_HEAD = frames.head_of(frames.HEADERS, frames.END_HEADERS, len(headers.ANSWER))
-_OK_HEAD = frames.head_of(frames.HEADERS, _END, len(headers.OK))
-
 #: What is to be sent, in its order.
 Buffers = list[bytes | memoryview]
 
 
 class PeerWindow:
-    """Bytes that a peer lets one connection send.
+    """The flow-control windows of a peer for one connection, in bytes.
 
-    left: of all streams together. initial: of each new stream.
+    left: the window of the whole connection. initial: the window of each new stream.
     """
 
     __slots__ = ("initial", "left")
@@ -31,7 +25,7 @@ class PeerWindow:
         self.left = self.initial = frames.DEFAULT_WINDOW
 
     def widen(self, more: int) -> bool:
-        """Return whether a WINDOW_UPDATE opens what was shut. Raises ConnectionFault."""
+        """Add a WINDOW_UPDATE. Return True if it opens a closed window. Raises ConnectionFault."""
         if not more:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
         was_shut = self.left <= 0
@@ -44,22 +38,22 @@ class PeerWindow:
 class Sending:
     """The answers of one stream, and the trailers that end it.
 
-    window: bytes that the peer lets the stream send; it may be below 0 (section 6.9.2). size: bytes that wait.
-    trailers: a header block to be sent once nothing waits.
+    window: the stream's window in bytes; it may be below 0 (section 6.9.2). size: the bytes that wait. trailers: the
+    header block to send after the waiting data.
     """
 
     __slots__ = ("_peer", "_stream", "_waiting", "size", "trailers", "window")
 
     def __init__(self, peer: PeerWindow, stream: int) -> None:
         self._peer = peer
-        self._stream = _STREAM.pack(stream)
+        self._stream = stream
         self._waiting: deque[memoryview] | None = None  # since few answers have to wait
         self.window = peer.initial
         self.size = 0
         self.trailers: bytes | None = None
 
     def message(self, data: bytes) -> Buffers | None:
-        """Return a message in DATA frames, if nothing waits before it and the windows let all of it go."""
+        """Return a message in DATA frames, or None if data waits before it or a window is too small."""
         size = len(data) + PREFIX.size
         peer = self._peer
         if self.size or size > self.window or size > peer.left:
@@ -68,10 +62,10 @@ class Sending:
         peer.left -= size
         if size > frames.MAX_FRAME_BYTES:
             return _large(self._stream, data)
-        return [b"".join((frames.head_of(frames.DATA, 0, size), self._stream, PREFIX.pack(0, len(data)), data))]
+        return [b"".join((frames.head(frames.DATA, 0, self._stream, size), PREFIX.pack(0, len(data)), data))]
 
     def put(self, data: bytes) -> None:
-        """Let a message wait behind those that wait already."""
+        """Add a message to the waiting data."""
         if self._waiting is None:
             self._waiting = deque()
         self._waiting.append(memoryview(PREFIX.pack(0, len(data))))
@@ -79,7 +73,7 @@ class Sending:
         self.size += len(data) + PREFIX.size
 
     def take(self) -> Buffers:
-        """Return the DATA frames of what the windows let go now; they wait no longer."""
+        """Remove the waiting data that the windows allow now, and return it in DATA frames."""
         parts: Buffers = []
         while size := min(self.size, self.window, self._peer.left, frames.MAX_FRAME_BYTES):
             if size < 0:
@@ -87,17 +81,17 @@ class Sending:
             self.window -= size
             self._peer.left -= size
             self.size -= size
-            parts.append(frames.head_of(frames.DATA, 0, size) + self._stream)
+            parts.append(frames.head(frames.DATA, 0, self._stream, size))
             self._cut(size, parts)
         return parts
 
     def drop(self) -> None:
-        """Forget all that waits."""
+        """Drop all waiting data."""
         self._waiting = None
         self.size = 0
 
     def _cut(self, size: int, parts: Buffers) -> None:
-        """Move the first so many bytes that wait to ``parts``."""
+        """Move the first ``size`` waiting bytes to ``parts``."""
         waiting = self._waiting
         assert waiting is not None
         while size:
@@ -109,12 +103,12 @@ class Sending:
                 parts.append(view[:size])
                 waiting[0] = view[size:]
                 size = 0
-        while waiting and not len(waiting[0]):  # an empty message, whose prefix has gone
+        while waiting and not len(waiting[0]):  # an empty message, whose prefix was sent
             waiting.popleft()
 
 
 def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
-    """Return the frames of a call that goes well: headers, its only message, trailers; None if a window is too small.
+    """Return all frames of a successful call: headers, its only message, trailers. None if a window is too small.
 
     Nothing may have been sent on the stream, and its window must be the initial one.
     """
@@ -122,25 +116,22 @@ def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
     if size > peer.initial or size > peer.left:
         return None
     peer.left -= size
-    number = _STREAM.pack(stream)
+    before = frames.header_frames(stream, headers.ANSWER, end_stream=False)
+    after = frames.header_frames(stream, headers.OK, end_stream=True)
     if size > frames.MAX_FRAME_BYTES:
-        before = b"".join((_ANSWER_HEAD, number, headers.ANSWER))
-        return [before, *_large(number, data), b"".join((_OK_HEAD, number, headers.OK))]
-    head = frames.head_of(frames.DATA, 0, size)
-    prefix = PREFIX.pack(0, len(data))
-    parts = (_ANSWER_HEAD, number, headers.ANSWER, head, number, prefix, data, _OK_HEAD, number, headers.OK)
-    return [b"".join(parts)]
+        return [before, *_large(stream, data), after]
+    return [b"".join((before, frames.head(frames.DATA, 0, stream, size), PREFIX.pack(0, len(data)), data, after))]
 
 
-def _large(number: bytes, data: bytes) -> Buffers:
-    """Return the frames of a message that does not fit in one; it is not copied. number: of the stream, as bytes."""
+def _large(stream: int, data: bytes) -> Buffers:
+    """Return the frames of a message that does not fit in one."""
     room, view = frames.MAX_FRAME_BYTES, memoryview(data)
-    full = frames.head_of(frames.DATA, 0, room) + number
+    full = frames.head(frames.DATA, 0, stream, room)
     at = room - PREFIX.size
     parts: Buffers = [full + PREFIX.pack(0, len(data)), view[:at]]
     while len(data) - at >= room:
         parts += (full, view[at : at + room])
         at += room
     if at < len(data):
-        parts += (frames.head_of(frames.DATA, 0, len(data) - at) + number, view[at:])
+        parts += (frames.head(frames.DATA, 0, stream, len(data) - at), view[at:])
     return parts

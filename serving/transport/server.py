@@ -9,15 +9,15 @@ from serving.transport.methods import Method, Table, TransportLimits
 from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
 from serving.transport.terms import Terms
 
-_LAST_SECONDS = 0.2  # after the grace, for the last bytes to leave
-_LOOKS_A_STALL = 4  # at who makes no progress, in the time after which it is given up
+_LAST_SECONDS = 0.2  # time after the grace for the last bytes to leave
+_CHECKS_PER_STALL = 4  # checks for stalled calls in the time after which a call counts as stalled
 
 
 class GrpcServer:
-    """Serves a method table by gRPC over HTTP/2 without encryption (a TransportServer).
+    """A TransportServer for gRPC over HTTP/2 without encryption.
 
-    connection_age: seconds after which a client's connection is renewed, 0 for never; grace: seconds that its calls
-    then get to finish.
+    connection_age: seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of
+    such a connection get to finish.
     """
 
     def __init__(self, limits: TransportLimits, connection_age: float = 0.0, grace: float = 0.0) -> None:
@@ -27,18 +27,18 @@ class GrpcServer:
         self._unix_sockets: list[UnixSocket] = []
         self._empty = asyncio.Event()
         self._looking: asyncio.TimerHandle | None = None
-        #: Who holds how many bytes.
+        #: The bytes that each call holds.
         self.memory = Memory(limits.bytes_under_way, limits.stall_seconds)
         self._terms = Terms(self._methods.get, limits, self.memory, self._opened, self._lost, connection_age, grace)
 
     def add_methods(self, methods: Table) -> None:
-        """Serve these methods too; before ``start``."""
+        """Add methods. Call it before ``start``."""
         self._methods |= methods
 
     async def listen(self, host: str, port: int) -> int:
         """Open a port, 0 for any free one, and return it. Raises OSError.
 
-        It is this server's at once; connections that come before ``start`` wait for it.
+        The port belongs to this server at once. Connections that come before ``start`` wait.
         """
         opened = listen_tcp(host, port)
         bound: int = opened[0].getsockname()[1]
@@ -49,7 +49,7 @@ class GrpcServer:
         return bound
 
     async def listen_unix(self, path: str) -> None:
-        """Open a Unix socket, in the place of one that nobody listens on. Raises OSError."""
+        """Open a Unix socket, and replace a file on which no server listens. Raises OSError."""
         opened = UnixSocket(path)
         self._unix_sockets.append(opened)
         self._listening.append(
@@ -59,16 +59,16 @@ class GrpcServer:
         )
 
     async def start(self) -> None:
-        """Take connections."""
+        """Start to accept connections."""
         for listening in self._listening:
             await listening.start_serving()
         self._look_for_stalled()
 
     async def drain(self, grace: float) -> None:
-        """Take no further connection or call; return once the clients know, or have gone.
+        """Refuse new connections and calls. Return when the clients know, or have gone.
 
-        Calls that were on their way are taken, and those under way go on, for ``grace`` seconds at most. Later calls a
-        client may send elsewhere, which gRPC's clients do by themselves.
+        Calls on their way are accepted, and calls in flight go on, for at most ``grace`` seconds. gRPC's clients send
+        later calls elsewhere by themselves.
         """
         for listening in self._listening:
             listening.close()
@@ -80,9 +80,9 @@ class GrpcServer:
         await asyncio.gather(*(connection.told for connection in connections))
 
     async def stop(self, grace: float) -> None:
-        """Drain, and wait for the calls under way, for at most ``grace`` seconds; then end them."""
+        """Drain, wait at most ``grace`` seconds for the calls in flight, and then end them."""
         draining = asyncio.create_task(self.drain(grace))
-        await asyncio.sleep(0)  # it closes what listens, so that no connection is added
+        await asyncio.sleep(0)  # let it close the listening sockets, so that no connection is added
         if self._connections:
             self._empty.clear()
             with suppress(TimeoutError):
@@ -114,6 +114,6 @@ class GrpcServer:
             self._empty.set()
 
     def _look_for_stalled(self) -> None:
-        """Give up calls whose clients make no progress, now and again and again."""
+        """End calls whose clients make no progress, and schedule the next check."""
         self.memory.evict_stalled(self._loop.time())
-        self._looking = self._loop.call_later(self.memory.stall_seconds / _LOOKS_A_STALL, self._look_for_stalled)
+        self._looking = self._loop.call_later(self.memory.stall_seconds / _CHECKS_PER_STALL, self._look_for_stalled)

@@ -1,7 +1,7 @@
-"""Listening sockets that are this server's alone from the moment they are opened.
+"""Listening sockets that belong to this server alone from the moment they are opened.
 
-Binding alone does not claim a port: with SO_REUSEADDR two sockets may be bound to one port, and the loser learns so
-only when it listens. So these listen at once, and connections wait in the system's queue until the server accepts them.
+To bind does not claim a port: with SO_REUSEADDR two sockets can be bound to one port, and the second one fails only
+when it listens. So these sockets listen at once. Connections wait in the system's queue until the server accepts them.
 """
 
 import errno
@@ -30,12 +30,12 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
     opened: list[socket.socket] = []
     try:
         for family, _, _, _, address in dict.fromkeys(found):
-            if opened:  # a free port that the first address was given holds for the others too
+            if opened:  # all addresses use the free port of the first one
                 address = (address[0], opened[0].getsockname()[1], *address[2:])
             listening = socket.socket(family, socket.SOCK_STREAM)
             opened.append(listening)
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:  # or it would take the port of IPv4 too
+            if family == socket.AF_INET6:  # otherwise it would take the port of IPv4 too
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind(address)
             listening.listen(BACKLOG)
@@ -50,8 +50,8 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
 class UnixSocket:
     """A listening Unix socket, and the file by which clients find it.
 
-    A socket that nobody listens on is replaced. Raises OSError: EADDRINUSE if another server has the path or the path
-    is no socket, ENAMETOOLONG if the path has more than 107 bytes.
+    A socket on which no server listens is replaced. Raises OSError: EADDRINUSE if another server has the path or the
+    path is no socket, ENAMETOOLONG if the path has more than 107 bytes.
     """
 
     def __init__(self, path: str) -> None:
@@ -73,13 +73,13 @@ class UnixSocket:
         self.socket.setblocking(False)
 
     def unlink(self) -> None:
-        """Remove the file, unless it is another server's by now."""
+        """Remove the file, unless another server owns it now."""
         with suppress(OSError), _locked(self._path.parent):
             if _identity(self._path) == self._identity:
                 self._path.unlink()
 
     def _remove_left_behind(self) -> None:
-        """Remove a socket file that no server listens on. Raises OSError if one does."""
+        """Remove a socket file on which no server listens. Raises OSError if a server listens."""
         try:
             is_socket = stat.S_ISSOCK(self._path.stat().st_mode)
         except FileNotFoundError:
@@ -114,6 +114,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """Tell a file from another that has its name, and even its inode's number, later."""
+    """Return a file's identity, which a later file with the same name and inode number does not have."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_mtime_ns

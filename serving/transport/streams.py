@@ -1,4 +1,4 @@
-"""The calls of one connection, what they send, and how patient the server is with their client."""
+"""The calls of one connection, their sending, and the limits for useless frames of their client."""
 
 import asyncio
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from serving.transport.methods import TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
 
-# Frames that bring no call further: how many at once, and how many a second; no client in good faith comes near.
+# Frames that advance no call: the most at once, and the most a second. No honest client comes near these limits.
 _MAX_IDLE_FRAMES = 10_000
 _IDLE_FRAMES_A_SECOND = 1000
-# Calls that a client cancels, beside as many as were answered: how many at once, and how many a second.
+# Calls that a client cancels beyond the number of answered ones: the most at once, and the most a second.
 _MAX_CANCELLED = 200
 _CANCELLED_A_SECOND = 33
 _FRAMES_AN_ANSWER = 2  # that are no idle ones: a window of the stream's and of the connection's, or a ping
@@ -28,9 +28,9 @@ _TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
 
 
 class StreamState(Enum):
-    """States of a stream (RFC 9113, section 5.1), as far as a call has them.
+    """The states of a stream (RFC 9113, section 5.1) that a call can have.
 
-    One that is half-closed (local) is reset at once, since nothing more is wanted of its client, and so is closed.
+    A half-closed (local) stream is reset at once, since its client's data is not needed, so it is closed.
     """
 
     OPEN = 1
@@ -39,14 +39,14 @@ class StreamState(Enum):
 
 
 class ConnectionState(Enum):
-    """States of a connection: from its preface (RFC 9113, section 3.4) to its GOAWAY (section 6.8)."""
+    """The states of a connection: from its preface (RFC 9113, section 3.4) to its GOAWAY (section 6.8)."""
 
-    #: The client's preface has not come in full.
+    #: The client's preface is not complete.
     PREFACE = 1
     #: The client's first SETTINGS frame has not come.
     SETTINGS = 2
     OPEN = 3
-    #: GOAWAY with the last stream that is answered is sent; later ones are ignored.
+    #: GOAWAY was sent, with the last stream that is answered. Later streams are ignored.
     GOING_AWAY = 4
     CLOSED = 5
 
@@ -57,60 +57,57 @@ class Link(Protocol):
     loop: asyncio.AbstractEventLoop
 
     def send(self, data: bytes, /) -> None:
-        """Send with all else that this turn of the event loop brings."""
+        """Send data together with the other data of this turn of the event loop."""
 
     def send_all(self, buffers: Buffers, /) -> None:
-        """Send several in their order."""
+        """Send several buffers in their order."""
 
     def drained(self) -> None:
-        """Take note that the answer to the drain's ping has come."""
+        """Note the answer to the drain's ping."""
 
     def all_over(self) -> None:
-        """Take note that no call is left after a GOAWAY."""
+        """Note that the last call after a GOAWAY has ended."""
 
 
 class SendingCall(Protocol):
-    """A call that has something to send."""
+    """The sending side of a call."""
 
     stream: int
 
     @property
     def sending(self) -> Sending:
-        """Return what waits to be sent."""
+        """Return the data that waits to be sent."""
 
     def pump(self) -> None:
-        """Send what waits, as far as the client lets it."""
+        """Send waiting data, as far as the client's windows allow."""
 
     def abandon(self) -> None:
-        """Take note that the client has gone, or is to be sent nothing more."""
+        """Note that the client has gone, or must not be sent anything else."""
 
 
 class OpenCall(SendingCall, Protocol):
-    """A call of a stream that is not closed, as its connection sees it."""
+    """The part of an open call that its connection uses."""
 
     state: StreamState
 
-    def receive(self, data: bytes | memoryview, size: int, end: bool, /) -> None:
+    def receive(self, data: bytes, size: int, end: bool, /) -> None:
         """Take what the client sent; size: bytes of it that count for flow control; end: it is all."""
 
     def end(self) -> None:
-        """Take note that the client has sent all, and said so without data."""
-
-    def settle(self) -> None:
-        """Keep no view of bytes that came together with others."""
+        """Note the end of the client's data, which came without data."""
 
     def wait_for_client(self) -> None:
-        """Take note that what the client is to send has not come in full."""
+        """Note that the request is not complete yet."""
 
     def wake_writer(self) -> None:
-        """Let a handler go on that waits for the client to read."""
+        """Resume a handler that waits for the client to read."""
 
     def refuse(self, code: grpc.StatusCode, text: str, /) -> None:
         """End the call with an error, whatever its handler does."""
 
 
 class Streams:
-    """The streams of one connection that have a call, by number, and what holds for all of them."""
+    """The calls of one connection by stream, and their common state."""
 
     def __init__(self, link: Link, limits: TransportLimits, memory: Memory) -> None:
         self.loop = link.loop
@@ -125,20 +122,20 @@ class Streams:
         self.calls: dict[int, OpenCall] = {}
         #: Set while the client's system takes no bytes.
         self.paused = False
-        #: The client's table for answers' headers is to be smaller, which it has yet to be told.
+        #: True until the client was told of a smaller table for the headers of answers, which it asked for.
         self.shrinks_table = False
         self._link = link
-        self._blocked: dict[int, SendingCall] = {}  # calls that wait for the connection's window alone
+        self._blocked: dict[int, SendingCall] = {}  # calls that wait only for the connection's window
         now = self.loop.time()
         self._idle_frames = Patience(_MAX_IDLE_FRAMES, _IDLE_FRAMES_A_SECOND, now)
         self._cancelled = Patience(_MAX_CANCELLED, _CANCELLED_A_SECOND, now)
-        #: Bytes that were sent since the last frame that brought no call further.
+        #: Bytes sent since the last frame that advanced no call.
         self.sent_bytes = 0
-        self._answered = 0  # messages and calls, in all
-        self._counted = [0, 0]  # of them: when the last idle frame came, and when the last call was cancelled
+        self._answered = 0  # all messages and calls so far
+        self._counted = [0, 0]  # the value of _answered at the last idle frame, and at the last cancelled call
 
     def __iter__(self) -> Iterator[OpenCall]:
-        """Yield the calls that are open now, which may end meanwhile."""
+        """Yield the calls that are open now. They may end during the iteration."""
         return iter(list(self.calls.values()))
 
     def send_answer(self, buffers: Buffers) -> None:
@@ -168,17 +165,17 @@ class Streams:
         call.abandon()
 
     def reset_faulty(self, call: SendingCall, code: ErrorCode) -> None:
-        """End a call for what its client did, which counts as a call that is cancelled. Raises ConnectionFault."""
+        """End a call for a fault of its client. It counts as a cancelled call. Raises ConnectionFault."""
         self.reset(call, code)
         self.count_cancelled()
 
     def go_away(self, code: ErrorCode, text: str = "") -> None:
-        """Tell the client the last call that is answered; those that it opens later are ignored."""
+        """Tell the client the last call that will be answered. Later calls are ignored."""
         self.send(frames.go_away(self.last_stream, code, text))
         self.state = ConnectionState.GOING_AWAY
 
     def forget(self, stream: int) -> None:
-        """Take note that a call is over."""
+        """Note that a call has ended."""
         self.calls.pop(stream, None)
         if self._blocked:
             self._blocked.pop(stream, None)
@@ -186,7 +183,7 @@ class Streams:
             self._link.all_over()
 
     def block(self, call: SendingCall) -> None:
-        """Take note whether a call waits for the connection's window; one that waits for its own is left alone."""
+        """Note a call that waits for the connection's window and not for its own, or that waits for neither."""
         if call.sending.size and call.sending.window > 0:
             self._blocked[call.stream] = call
         else:
@@ -198,7 +195,7 @@ class Streams:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
 
     def widen(self, more: int) -> None:
-        """Let the connection send so many bytes more. Raises ConnectionFault."""
+        """Widen the connection's window by ``more`` bytes. Raises ConnectionFault."""
         if self.peer.widen(more):
             for call in list(self._blocked.values()):
                 if self.peer.left <= 0:
@@ -206,7 +203,7 @@ class Streams:
                 call.pump()
 
     def widen_call(self, call: SendingCall, more: int) -> None:
-        """Let a call send so many bytes more; one that may then send too many, or none more, is reset."""
+        """Widen a call's window by ``more`` bytes. Reset the call if ``more`` is 0 or the window gets too large."""
         call.sending.window += more
         if not more:
             self.reset_faulty(call, ErrorCode.PROTOCOL_ERROR)
@@ -238,7 +235,10 @@ class Streams:
             self.pump()
 
     def set_initial_window(self, window: int) -> None:
-        """Change the windows of all calls by as much as that of new ones (section 6.9.2). Raises ConnectionFault."""
+        """Set the window of new calls, and change all others by the difference (section 6.9.2).
+
+        Raises ConnectionFault.
+        """
         change = window - self.peer.initial
         if not change:
             return
@@ -251,13 +251,13 @@ class Streams:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, text)
 
     def pump(self) -> None:
-        """Send what the calls' windows allow now."""
+        """Send the waiting data that the windows allow now."""
         for call in self:
             if call.sending.size:
                 call.pump()
 
     def count_idle(self, cost: int = 1) -> None:
-        """Count a frame that brings no call further. Raises ConnectionFault when there are too many."""
+        """Count a frame that advances no call. Raises ConnectionFault if there are too many."""
         answered = self._answered - self._counted[0]
         self._idle_frames.earn(_FRAMES_AN_ANSWER * answered + self.sent_bytes // _BYTES_A_FRAME)
         self._counted[0], self.sent_bytes = self._answered, 0
@@ -265,7 +265,7 @@ class Streams:
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that bring no call further")
 
     def count_cancelled(self) -> None:
-        """Count a call that the client has cancelled. Raises ConnectionFault when there are too many."""
+        """Count a call that the client has cancelled. Raises ConnectionFault if there are too many."""
         self._cancelled.earn(self._answered - self._counted[1])
         self._counted[1] = self._answered
         if not self._cancelled.spend(1, self.loop.time()):

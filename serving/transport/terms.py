@@ -1,4 +1,4 @@
-"""The terms of every connection of a server."""
+"""The common terms of a server's connections."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ Connection = TypeVar("Connection")
 
 @dataclass(frozen=True, slots=True)
 class Terms(Generic[Connection]):
-    """The terms of every connection of a server.
+    """The common terms of a server's connections.
 
-    find: the method with a path. opened and lost: told of each connection. age: seconds after which a connection is
-    renewed, 0 for never. grace: seconds that calls then get to finish.
+    find: returns the method of a path, or None. opened, lost: called with each connection. age: seconds after which a
+    connection is renewed; 0 for never. grace: seconds that its calls then get to finish.
     """
 
     find: Callable[[str], Method | None]

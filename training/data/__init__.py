@@ -1,1 +1,1 @@
-"""Data sets: where they come from, how they are read, composed and augmented."""
+"""Data sets: their sources, readers, composition and augmentation."""

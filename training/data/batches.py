@@ -1,4 +1,4 @@
-"""The batches of a run, each a function of the seed and of how many steps are done."""
+"""The batches of a run. Each is a function of the seed and of the number of finished steps."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,16 +13,22 @@ FIRST_STEP_NUMBER = 10_000
 
 
 def generator(seed: int, number: int) -> torch.Generator:
-    """Return one of a run's sequence of generators; neighbouring seeds share none within a million."""
+    """Return a generator by its number in a run. Neighbouring seeds share none of their first million generators."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+def steps_per_pass(images: int, batch_size: int) -> int:
+    """Count the steps that pass over so many images once."""
+    return math.ceil(images / batch_size)
 
 
 class Batches:
     """Shuffled batches of one epoch after another, each of images (B, K, C, H, W), labels (B, K) and turns (B,).
 
-    An image's K objects are the one whose turn in the epoch it is and, for pairs, another of another class. Turns are
-    for the augmentations. What comes next is a function of the seed and of how many steps are done, and of nothing
-    else: a run resumed anywhere sees the batches that an undisturbed one would have seen.
+    An image's K objects are the one whose turn in the pass it is and, for pairs, another of another class. Turns are
+    for the augmentations. Passes over all images follow one another, and an epoch is one of them, or
+    ``steps_per_epoch`` steps of theirs. What comes next is a function of the seed and of how many steps are done, and
+    of nothing else: a run resumed anywhere sees the batches that an undisturbed one would have seen.
     """
 
     def __init__(
@@ -33,19 +39,27 @@ class Batches:
         seed: int,
         steps_done: Callable[[], int],
         objects: int = 1,
+        steps_per_epoch: int = 0,
     ) -> None:
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.steps_done = steps_done
         self.objects = objects
+        self.steps_per_pass = steps_per_pass(len(images), batch_size)
+        self.steps_per_epoch = steps_per_epoch or self.steps_per_pass
 
     def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.batch_size)
+        return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the rest of the epoch that the steps done lead into."""
-        epoch, position = divmod(self.steps_done(), len(self))
-        drawn = generator(self.seed, epoch)
-        order = torch.randperm(len(self.images), generator=drawn)
-        together = members(self.labels, self.objects, drawn)[order]
-        for chosen in torch.split(together, self.batch_size)[position:]:
-            yield self.images[chosen], self.labels[chosen], chosen[:, 0] + epoch
+        done = self.steps_done()
+        left = self.steps_per_epoch - done % self.steps_per_epoch
+        number, position = divmod(done, self.steps_per_pass)
+        while left > 0:
+            drawn = generator(self.seed, number)
+            order = torch.randperm(len(self.images), generator=drawn)
+            together = members(self.labels, self.objects, drawn)[order]
+            for chosen in torch.split(together, self.batch_size)[position : position + left]:
+                yield self.images[chosen], self.labels[chosen], chosen[:, 0] + number
+                left -= 1
+            number, position = number + 1, 0

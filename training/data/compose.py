@@ -1,4 +1,4 @@
-"""Training and test images composed of single digits: overlapping pairs, and digits anywhere on a larger canvas.
+"""Composition of training and test images from single digits: overlapping pairs, and digits on a larger canvas.
 
 Axes: B images, K objects an image, C channels, H W height and width, S of the square canvas.
 """
@@ -9,14 +9,14 @@ from torch.nn.functional import pad
 
 from training.data.augment import distort
 
-# "affNIST-spec": what is published of affNIST's test set, on digits of ours; it is not affNIST itself.
+# "affNIST-spec": the published ranges of affNIST's test set, applied to our digits. It is not affNIST itself.
 AFFNIST_ROTATION = 20.0  # degrees
 AFFNIST_SHEAR = 0.2
 AFFNIST_SCALE = (0.8, 1.2)  # of each axis
 
 
 def place(objects: Tensor, canvas: int, generator: torch.Generator) -> Tensor:
-    """Put each object (N, C, H, W) anywhere on a black canvas, whole: (N, C, S, S), of the same type.
+    """Put each object (N, C, H, W) completely on a black canvas: (N, C, S, S), of the same type.
 
     All whole-pixel places are equally likely. A 28x28 digit on 36x36 is shifted by up to four pixels each way from the
     middle, as in the paper's MultiMNIST; on 40x40 it is the paper's training set for affNIST (both section 6).
@@ -32,17 +32,17 @@ def place(objects: Tensor, canvas: int, generator: torch.Generator) -> Tensor:
 
 
 def combine(parts: Tensor) -> Tensor:
-    """The image (B, C, H, W) of all its objects (B, K, C, H, W), clipped at white; uint8, or pixels from 0 to 1."""
+    """Return images (B, C, H, W) of objects (B, K, C, H, W), clipped at white; uint8, or pixels from 0 to 1."""
     if parts.dtype == torch.uint8:
         return parts.sum(1).clamp(max=255).to(torch.uint8)
     return parts.sum(1).clamp(max=1)
 
 
 def members(labels: Tensor, objects: int, generator: torch.Generator) -> Tensor:
-    """Choose the images that each composed image is made of: indices (N, K), the first of image n being n.
+    """Choose the images of which each composed image is made: indices (N, K). The first index of image n is n.
 
-    labels: (N,) int64; objects: K, 1 or 2. The second is any image of another class, all as likely. Raises ValueError
-    where pairs are asked for and all labels are the same.
+    labels: (N,) int64; objects: K, 1 or 2. The second is a random image of another class. Raises ValueError
+    if pairs are requested and all labels are equal.
     """
     first = torch.arange(len(labels), device=labels.device)
     if objects == 1:

@@ -13,7 +13,9 @@ from serving.files.cache import cache_folder
 from training.data.compose import affnist_spec, scenes
 from training.data.folder import read_folder
 from training.data.sources import SOURCE_ERRORS, DatasetError, Folder, read_verified
-from training.data.specs import DATASETS, GENERATED, NAMES, Arrays, DatasetSpec, GeneratedSpec
+from training.data.specs import DATASETS, GENERATED, NAMES, NONE, Arrays, DatasetSpec, GeneratedSpec
+
+_TEST_SEED = 0  # for composed test images
 
 _logger = logging.getLogger(__name__)
 
@@ -26,12 +28,13 @@ class Dataset:
         name: The name that it was loaded by.
         labels: The class names; label ``i`` is named ``labels[i]``.
         train_images: ``(N, C, H, W)`` uint8, 0 to 255; for MNIST ``(60000, 1, 28, 28)``, 0 for background.
-        train_labels: ``(N,)`` int64.
+        train_labels: ``(N,)`` int64; NONE for an image that shows none of the classes.
         test_images: ``(M, C, S, S)`` uint8; for MNIST 10,000 images.
         test_labels: ``(M,)`` int64, or ``(M, K)`` where each image has ``K`` objects.
-        objects: ``K``, how many of ``train_images``, of different classes, training puts into one image: 1 or 2.
-        canvas: Height and width of the images that training composes by putting each object anywhere; 0 where
+        objects: ``K``, the number of ``train_images`` of different classes in one image of the training: 1 or 2.
+        canvas: Height and width of the images that training composes by putting each object anywhere; 0 if
             ``train_images`` are taken as they are.
+        none_test_images: ``(L, C, S, S)`` uint8 that show none of the classes, for the test; None for no such images.
         notes: What one should know of it before training, such as that images were scaled; a sentence each.
     """
 
@@ -43,17 +46,18 @@ class Dataset:
     test_labels: Tensor
     objects: int = 1
     canvas: int = 0
+    none_test_images: Tensor | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, S, S) of the images that a network for this data set takes."""
+        """Return the shape (C, S, S) of a network's input for this data set."""
         channels, height, width = self.test_images.shape[1:]
         return channels, height, width
 
 
 def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dataset:
-    """Load a data set from the first source that has all its files with the right digests, or generate it from one.
+    """Load a data set from the first source with all its files and the right digests, or generate it from another one.
 
     The files are looked for in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
     ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists. They are kept, uncompressed, in
@@ -65,8 +69,7 @@ def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dat
         DatasetError: No source has the files; the message gives each one's reason.
     """
     if name in GENERATED:
-        spec = GENERATED[name]
-        return _generate(name, spec, load(spec.original, folder, progress=progress))
+        return generate(name, load(GENERATED[name].original, folder, progress=progress))
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(sorted(NAMES))}")
     return _dataset(name, DATASETS[name].labels, _fetch(name, DATASETS[name], folder, progress))
@@ -77,7 +80,9 @@ def load_folder(
 ) -> Dataset:
     """Load a folder of images as the data set ``folder:NAME``; see ``read_folder``, also for what it raises."""
     images = read_folder(folder, image_size, image_channels, progress=progress)
-    return replace(_dataset(f"folder:{folder.resolve().name}", images.labels, images.arrays), notes=images.notes)
+    dataset = _dataset(f"folder:{folder.resolve().name}", images.labels, images.arrays)
+    none_test = torch.from_numpy(images.none_test) if len(images.none_test) else None
+    return replace(dataset, none_test_images=none_test, notes=images.notes)
 
 
 def _dataset(name: str, labels: tuple[str, ...], arrays: Arrays) -> Dataset:
@@ -110,17 +115,26 @@ def _fetch(name: str, spec: DatasetSpec, folder: Path | None, progress: bool) ->
     )
 
 
-def _generate(name: str, spec: GeneratedSpec, original: Dataset) -> Dataset:
-    """Compose the test images, the same for everyone, so that all results are on one test set."""
-    generator = torch.Generator().manual_seed(0)
-    images, labels = original.test_images, original.test_labels
-    if spec.distorted_test:
-        images = affnist_spec(images, spec.canvas, generator)
-    else:
-        images, labels = scenes(images, labels, spec.objects, spec.canvas, generator)
+def generate(name: str, original: Dataset) -> Dataset:
+    """Compose a data set of GENERATED from the one that it is made of.
+
+    The test images are always the same, so that all results are on one test set.
+    """
+    spec = GENERATED[name]
+    generator = torch.Generator().manual_seed(_TEST_SEED)
+    rounds = [_test_round(spec, original, generator) for _ in range(spec.test_rounds)]
+    images, labels = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*rounds, strict=True))
     return Dataset(
         name, original.labels, original.train_images, original.train_labels, images, labels, spec.objects, spec.canvas
     )
+
+
+def _test_round(spec: GeneratedSpec, original: Dataset, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Compose one test image for each of the original's; return the images and their labels."""
+    images, labels = original.test_images, original.test_labels
+    if spec.distorted_test:
+        return affnist_spec(images, spec.canvas, generator), labels
+    return scenes(images, labels, spec.objects, spec.canvas, generator)
 
 
 def split(count: int, held_out: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -151,13 +165,14 @@ def per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     for label in sorted(set(labels.tolist())):
         of_class = order[labels[order] == label]
         if len(of_class) < count:
-            raise ValueError(f"per_class: {count}; class {label} has {len(of_class)} images to train on")
+            named = "none of the classes" if label == NONE else f"class {label}"
+            raise ValueError(f"per_class: {count}; {named} has {len(of_class)} images to train on")
         chosen.append(of_class[:count])
     return torch.cat(chosen).sort().values
 
 
 def _store(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Keep the files for the next time; a folder that cannot be written to is no reason not to train."""
+    """Keep the files for the next run. If the folder cannot be written, training goes on."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

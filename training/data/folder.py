@@ -1,6 +1,6 @@
-"""Any folder of images as a data set: a sub-folder a class, images of any size, grey or in colour.
+"""A folder of images as a data set: one sub-folder for each class, images of any size, grey or in colour.
 
-Nothing here needs PyTorch, so that a folder that is no data set is refused at once.
+This module does not import PyTorch, so that a folder that is no data set is refused at once.
 """
 
 import os
@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from serving.files.images import UnknownRange, to_pixels
 from training.data.sources import DatasetError
-from training.data.specs import Arrays
+from training.data.specs import NONE, Arrays
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-SCALED_SIZE = 32  # of images that come in several sizes, if no other is asked for
-FEW_IMAGES = 10  # fewer of a class to learn from are told of
+DEFAULT_SCALED_SIZE = 32  # pixels, for images of several sizes
+FEW_IMAGES = 10  # a note reports classes with fewer training images
 TEST_EVERY = 5
+NONE_FOLDER = "none"  # of images that show none of the classes
 HIDDEN_FOLDERS = ("__MACOSX",)  # and all names that begin with a dot
 
 Labelled = list[tuple[Path, int]]
@@ -32,12 +33,14 @@ Labelled = list[tuple[Path, int]]
 class ImageFiles:
     """The image files of a folder, each with the index of its label, in the order of class and path.
 
-    notes: what one should know of the choice of files.
+    train: those of none of the classes too, at the end, with the label NONE. none_test: those of none of the classes
+    for the test. notes: what one should know of the choice of files.
     """
 
     labels: tuple[str, ...]
     train: Labelled
     test: Labelled
+    none_test: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -50,18 +53,23 @@ class ClassFiles(NamedTuple):
 
 
 class FolderData(NamedTuple):
-    """The images of a folder, its class names, and what one should know of it, a sentence each."""
+    """The images of a folder, its class names, and what one should know of it, a sentence each.
+
+    none_test: (N, C, H, W) uint8, images of none of the classes for the test.
+    """
 
     labels: tuple[str, ...]
     arrays: Arrays
+    none_test: NDArray[np.uint8]
     notes: tuple[str, ...]
 
 
 def find_images(folder: Path) -> ImageFiles:
-    """List the images of ``folder/CLASS``, of its sub-folders too; no file is opened, hidden ones are left out.
+    """List the images of ``folder/CLASS`` and its sub-folders, without opening files. Hidden files are left out.
 
     Of each class, by path, every fifth image is for the test; or, where the folder holds ``train/CLASS`` and
-    ``test/CLASS``, the split is that. Raises DatasetError, naming the folder that is wrong.
+    ``test/CLASS``, the split is that. The folder ``none`` is no class: its images show none of the classes. Raises
+    DatasetError, naming the folder that is wrong.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder")
@@ -72,24 +80,39 @@ def find_images(folder: Path) -> ImageFiles:
             raise DatasetError(f"{folder / 'test'}: has classes that train has not: {', '.join(sorted(extra))}")
         classes = [ClassFiles(label, files, test.get(label, [])) for label, files in train.items()]
     else:
-        for part, path in parts.items():  # a class may well be called so
+        for part, path in parts.items():  # a class may have this name
             if not any(_is_image(file) for file in path.iterdir()):
                 raise DatasetError(f"{folder}: has {part} alone of train and test; expected both, or CLASS/*.png")
-        # The second of five and not the first, so that a class of one image has it to train on.
+        # The second of five and not the first, so that a class with one image has a training image.
         classes = [
             ClassFiles(label, [file for n, file in enumerate(files) if n % TEST_EVERY != 1], files[1::TEST_EVERY])
             for label, files in _find_classes(folder).items()
         ]
+    shown = [one for one in classes if one.label != NONE_FOLDER]
+    others = [one for one in classes if one.label == NONE_FOLDER]
     result = ImageFiles(
-        tuple(one.label for one in classes),
-        [(path, index) for index, one in enumerate(classes) for path in one.train],
-        [(path, index) for index, one in enumerate(classes) for path in one.test],
+        tuple(one.label for one in shown),
+        [(path, index) for index, one in enumerate(shown) for path in one.train]
+        + [(path, NONE) for one in others for path in one.train],
+        [(path, index) for index, one in enumerate(shown) for path in one.test],
+        tuple(path for one in others for path in one.test),
         tuple(_notes_on_files(folder, list(parts.values()) if len(parts) == 2 else [folder], classes)),
     )
+    if not shown:
+        raise DatasetError(f"{folder}: no images to train on; expected {folder}/CLASS/*.png, several of each class")
     for part, images in (("to train on", result.train), ("for the test", result.test)):
         if not images:
             raise DatasetError(f"{folder}: no images {part}; expected {folder}/CLASS/*.png, several of each class")
     return result
+
+
+def require_negatives(folder: Path, files: ImageFiles) -> None:
+    """Raise DatasetError where images of one class alone are to be learned, without any that do not show it."""
+    if len(files.labels) == 1 and not any(label == NONE for _, label in files.train):
+        raise DatasetError(
+            f"{folder}: one class alone, {files.labels[0]}; a network that sees nothing else learns to find it "
+            f"everywhere. Put images without it beside it, into a folder {NONE_FOLDER}, as many as you have"
+        )
 
 
 def read_folder(
@@ -102,14 +125,15 @@ def read_folder(
     the folder or the file that is wrong.
     """
     files = find_images(folder)
-    sizes, colour = _look_at([path for path, _ in files.train + files.test])
+    sizes, colour = _look_at([*(path for path, _ in files.train + files.test), *files.none_test])
     width, height = next(iter(sizes))
-    own_size = width if len(sizes) == 1 and width == height else SCALED_SIZE
+    own_size = width if len(sizes) == 1 and width == height else DEFAULT_SCALED_SIZE
     size, channels = image_size or own_size, image_channels or (3 if colour else 1)
     train, test = (_read([path for path, _ in part], size, channels, progress) for part in (files.train, files.test))
     train_labels, test_labels = (np.array([label for _, label in part]) for part in (files.train, files.test))
     arrays = Arrays(train, train_labels, test, test_labels)
-    return FolderData(files.labels, arrays, (*files.notes, *_notes_on_sizes(folder, sizes, size)))
+    none_test = _read(files.none_test, size, channels, progress)
+    return FolderData(files.labels, arrays, none_test, (*files.notes, *_notes_on_sizes(folder, sizes, size)))
 
 
 def _is_hidden(name: str) -> bool:
@@ -136,7 +160,7 @@ def _is_image(path: Path) -> bool:
 def _find_classes(folder: Path) -> dict[str, list[Path]]:
     """Return the images of each class, in the order of the classes.
 
-    Raises DatasetError where a sub-folder has no image, or is a folder of classes itself.
+    Raises DatasetError if a sub-folder has no image, or is a folder of classes itself.
     """
     classes = {name: [path for path in _files(folder / name) if _is_image(path)] for name in _folders(folder)}
     if empty := [name for name, files in classes.items() if not files]:
@@ -156,7 +180,7 @@ def _find_classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _notes_on_files(folder: Path, tops: list[Path], classes: list[ClassFiles]) -> Iterator[str]:
-    """Say which files are left out or read from further down, and which classes have few images.
+    """Return notes on files that are left out or in sub-folders, and on classes with few images.
 
     tops: the folders with the folders of classes.
     """
@@ -188,7 +212,7 @@ def _counted(counts: Counter[str]) -> str:
 
 
 def _notes_on_sizes(folder: Path, sizes: set[tuple[int, int]], size: int) -> Iterator[str]:
-    """Say that images are scaled, and whether their proportions are lost."""
+    """Return notes on scaled images and on lost proportions."""
     if sizes == {(size, size)}:
         return
     by_area = sorted(sizes, key=lambda one: (one[0] * one[1], one))
@@ -208,7 +232,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _look_at(paths: Sequence[Path]) -> tuple[set[tuple[int, int]], bool]:
-    """Return the sizes (width, height) that images have, and whether one has colours, by their headers."""
+    """Return the sizes (width, height) of the images, and True if one has colours, from their headers."""
     sizes, colour = set(), False
     for path in paths:
         with _open(path) as image:
@@ -226,6 +250,6 @@ def _read(paths: Sequence[Path], size: int, channels: int, progress: bool) -> ND
                 images[index] = to_pixels(image, channels, (size, size))
             except UnknownRange as error:
                 raise DatasetError(f"{path}: {error}") from error
-            except Exception as error:  # damaged files make Pillow raise almost anything
+            except Exception as error:  # Pillow raises many kinds of errors for damaged files
                 raise DatasetError(f"{path}: a damaged or cut-off image") from error
     return images

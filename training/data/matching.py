@@ -1,4 +1,4 @@
-"""The data that a trained network belongs to, checked against the network."""
+"""The data of a trained network, checked against the network."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def load_matching(
     """Load the data that a checkpoint was trained and tested on, in the size that its network takes.
 
     data: a folder of images, which ``folder:`` checkpoints need; data_dir: where a data set's files are looked for
-    first; name: of a data set to take in place of the checkpoint's own. Raises DatasetError where the data cannot be
+    first; name: of a data set to take instead of the checkpoint's own. Raises DatasetError if the data cannot be
     had, or has other labels or another size than the network, and CheckpointError for an unknown data set's name.
     """
     name = name or trained.dataset

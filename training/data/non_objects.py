@@ -1,14 +1,13 @@
 """Images of none of the classes: constants, noise, shuffled patches and blobs, for a network that may answer "none".
 
-Axes: N images, C channels, H W height and width. Labels of these images are NONE.
+Axes: N images, C channels, H W height and width. Their label is ``specs.NONE``.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-NONE = -1  # the label of an image that shows none of the classes
-PATCHES = 4  # a side of an image is cut into so many patches
+SIDE_PATCHES = 4  # a side of an image is cut into so many patches
 BLOB_GRID = 5  # random values a side, which interpolation joins to blobs
 
 
@@ -33,14 +32,18 @@ def non_objects(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _shuffled(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (N, C, H, W) with their patches in a random order; what no whole patch covers stays as it is."""
+    """Return images (N, C, H, W) with their patches in random order. Pixels outside whole patches do not change."""
     count, channels, height, width = images.shape
-    rows, columns = height // PATCHES, width // PATCHES
-    whole = images[:, :, : PATCHES * rows, : PATCHES * columns]
-    patches = whole.reshape(count, channels, PATCHES, rows, PATCHES, columns).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.rand((count, PATCHES**2), generator=generator, device=images.device).argsort(1)
+    rows, columns = height // SIDE_PATCHES, width // SIDE_PATCHES
+    whole = images[:, :, : SIDE_PATCHES * rows, : SIDE_PATCHES * columns]
+    patches = (
+        whole.reshape(count, channels, SIDE_PATCHES, rows, SIDE_PATCHES, columns)
+        .permute(0, 2, 4, 1, 3, 5)
+        .flatten(1, 2)
+    )
+    order = torch.rand((count, SIDE_PATCHES**2), generator=generator, device=images.device).argsort(1)
     moved = patches[torch.arange(count, device=images.device)[:, None], order]
-    joined = moved.reshape(count, PATCHES, PATCHES, channels, rows, columns).permute(0, 3, 1, 4, 2, 5)
+    joined = moved.reshape(count, SIDE_PATCHES, SIDE_PATCHES, channels, rows, columns).permute(0, 3, 1, 4, 2, 5)
     result = images.clone()
-    result[:, :, : PATCHES * rows, : PATCHES * columns] = joined.reshape(whole.shape)
+    result[:, :, : SIDE_PATCHES * rows, : SIDE_PATCHES * columns] = joined.reshape(whole.shape)
     return result

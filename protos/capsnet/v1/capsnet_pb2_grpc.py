@@ -55,23 +55,23 @@ class CapsNetServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Classify(self, request, context):
-        """Classifies one or more images. All are answered, in the order of the request, or the call fails as a whole.
+        """Classifies one or more images. Results are in the order of the request. If one image fails, the whole call fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClassifyStream(self, request_iterator, context):
-        """Classifies a stream of requests. Answers come in the order of the requests, each with the request's id. A request
-        that cannot be answered gets an error in its place and the stream goes on; only one of more than twice
-        max_request_bytes, which gRPC itself refuses, ends the stream. What the queue has no room for waits.
+        """Classifies a stream of requests. Answers come in the order of the requests, each with the request's id. If a request
+        fails, an error takes the place of its answer and the stream goes on. Only a request of more than twice
+        max_request_bytes ends the stream. If the queue is full, the stream waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes the model: what it takes, what it answers, and how well it was measured to do.
+        """Describes the model: its input, its output, its limits and its measured error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

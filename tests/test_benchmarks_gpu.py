@@ -1,0 +1,103 @@
+"""The benchmarks of a GPU: their parts in boxes of time, and the data and steps that they make, on a CPU."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.epochs import Digits, Pairs
+from benchmarks.gpu.learner import Hyperparameters, Learner
+from training.data.non_objects import non_objects
+from training.data.specs import NONE
+from training.model import CapsNetConfig
+
+TINY = CapsNetConfig(
+    stem=((4, 5, 2, 2), (8, 3, 2, 1)), primary_types=1, primary_kernel=3, primary_stride=1, decoder_widths=(8,)
+)
+
+
+def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(count) % 10
+
+
+def test_one_image_in_eight_of_an_epoch_shows_none_of_the_classes() -> None:
+    images, labels = digits(140)
+    chunk = Digits(images, labels, batch=16, seed=1, max_shift=2.0, none=True)()
+    assert chunk.images.shape == (10, 16, 1, 28, 28)
+    assert ((chunk.labels == NONE).sum(1) == 2).all()
+    assert sorted(chunk.labels[chunk.labels != NONE].tolist()) == sorted(labels.tolist())
+
+
+def test_a_pair_shows_two_different_classes_and_is_the_sum_of_its_parts() -> None:
+    images, labels = digits(50)
+    chunk = Pairs(images, labels, batch=4, seed=1, canvas=36, steps=3)()
+    assert chunk.images.shape == (3, 4, 1, 36, 36)
+    assert (chunk.labels[..., 0] != chunk.labels[..., 1]).all()
+    assert chunk.images.equal(chunk.parts.int().sum(2).clamp(max=255).to(torch.uint8))
+
+
+def test_images_of_no_class_are_of_four_kinds_and_keep_shape_and_type() -> None:
+    images, _ = digits(200)
+    made = non_objects(images, torch.Generator().manual_seed(0))
+    assert made.shape == images.shape and made.dtype == torch.uint8
+    constant = (made == made[:, :, :1, :1]).flatten(1).all(1)
+    shuffled = (made.flatten(1).sort(1).values == images.flatten(1).sort(1).values).all(1)
+    assert 20 < constant.sum() < 80 and 20 < shuffled.sum() < 80
+    assert not made[shuffled].equal(images[shuffled])
+
+
+def test_a_learner_lowers_its_loss_and_averages_its_weights() -> None:
+    images, labels = digits(64)
+    chunk = Digits(images, labels, batch=16, seed=1, max_shift=0.0, none=False)()
+    learner = Learner(TINY, 1, Hyperparameters(), 100, torch.device("cpu"), compiled=False)
+    learner.prepare(chunk)
+    losses = []
+    for _ in range(10):
+        learner.loss.zero_()
+        for _ in range(4):
+            learner.step()
+        losses.append(float(learner.loss))
+    assert losses[-1] < 0.8 * losses[0]
+    averaged, newest = learner.averaged().state_dict(), learner.model.state_dict()
+    assert averaged.keys() == newest.keys()
+    assert not torch.equal(averaged["weight"], newest["weight"])
+
+
+def test_a_part_that_is_stopped_keeps_its_files_and_one_that_finished_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripts = {
+        "quick": "print('measured')",
+        "slow": "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('half'); time.sleep(60)",
+        "broken": "raise SystemExit(3)",
+    }
+    for name, text in scripts.items():
+        (tmp_path / f"{name}_part.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{':'.join(sys.path)}")
+    half, out = tmp_path / "half", tmp_path / "out"
+    parts = [
+        gpu.Part("quick", 0.1, ["quick_part"]),
+        gpu.Part("slow", 0.0, ["slow_part", str(half)]),
+        gpu.Part("broken", 0.1, ["broken_part"]),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda *_: parts)
+    monkeypatch.setattr(gpu, "SPARE_SECONDS", 5)
+    begin = time.monotonic()
+    assert gpu.main(["--minutes", "1", "--out", str(out)]) == 1
+    assert time.monotonic() - begin < 50
+    assert half.read_text() == "half"
+    told = capsys.readouterr().out
+    assert "quick: done" in told and "slow: stopped" in told and "broken: failed" in told
+    gpu.main(["--minutes", "1", "--out", str(out)])
+    assert "quick: finished before" in capsys.readouterr().out
+
+
+def test_all_parts_run_in_miniature_on_a_cpu(tmp_path: Path) -> None:
+    assert gpu.main(["--miniature", "--minutes", "20", "--out", str(tmp_path / "out")]) == 0
+    finished = {path.stem for path in (tmp_path / "out").glob("*.done")}
+    assert finished == {"onnx", "teachers", "students", "pairs", "paper", "served", "steps"}

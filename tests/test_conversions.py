@@ -1,0 +1,38 @@
+"""Tests of the benchmark of conversions: that it compares all there is, and tells what it could not run."""
+
+import csv
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from benchmarks import conversions
+from benchmarks.conversions import CONVERSIONS, FIRST, OURS_FP16, OURS_INT8
+from tests.graphs import STEM, exported, random_images
+from training.data.datasets import Dataset
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = random_images(STEM, 40), torch.arange(40) % 10
+    dataset = Dataset("mnist", tuple("0123456789"), images, labels, images[:20], labels[:20])
+    monkeypatch.setattr(conversions, "load", lambda name, folder, progress: dataset)
+
+
+def test_every_conversion_is_measured_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "model.onnx", tmp_path / "figures.csv"
+    onnx.save_model(exported(STEM), file)
+    assert conversions.main([str(file), "--rounds", "1", "--batches", "2", "--images", "10", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    with out.open(newline="") as stream:
+        rows = {row["variant"]: row for row in csv.DictReader(stream)}
+    assert rows.keys() >= {FIRST, OURS_INT8, OURS_FP16}
+    for name in CONVERSIONS:
+        assert name in rows or f"{name}: not run, " in printed.err
+    assert rows[FIRST]["labels_changed"] == "0"
+    assert float(rows[FIRST]["max_pose_difference"]) == 0
+    assert int(rows[OURS_INT8]["bytes"]) < int(rows[FIRST]["bytes"])
+    assert rows[OURS_FP16]["max_pose_difference_rounded"] != rows[OURS_FP16]["max_pose_difference"]
+    assert rows[OURS_INT8]["max_pose_difference_rounded"] == ""
+    assert all(row["not_finite"] == "0" and float(row["images_per_second_2"]) > 0 for row in rows.values())

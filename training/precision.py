@@ -1,0 +1,26 @@
+"""The arithmetic that a run takes by default, by what its device computes fast."""
+
+from pathlib import Path
+
+import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def default_precision(cpuinfo: Path = CPUINFO) -> str:
+    """Return ``bf16-mixed`` where the GPU, or without one the processor, multiplies bfloat16; else ``32-true``.
+
+    A processor without such instructions would emulate them, slower than single precision.
+    """
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = bool(BF16_FLAGS & _processor_flags(cpuinfo))
+    return "bf16-mixed" if fast else "32-true"
+
+
+def _processor_flags(cpuinfo: Path) -> set[str]:
+    """Return the instruction sets that Linux tells of the first processor; none on other systems."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

@@ -1,0 +1,66 @@
+"""Measurements of what routing does in a trained network: primary lengths, couplings, and answers without agreement."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.evaluate import most_probable
+from training.model import CapsNet, Routing, lengths, route, to_pixels
+
+MAX_IMAGES = 2000
+BATCH_SIZE = 100
+
+
+@dataclass(frozen=True)
+class RoutingFigures:
+    """Means over images of a network's routing.
+
+    primary_length: of all primary capsules. entropies: of the couplings of a primary capsule over its parents, by
+    iteration, 1 for all equal, 0 for one parent alone; none of a network of one class. changed: images that get another
+    answer from one iteration, that is with uniform couplings.
+    """
+
+    images: int
+    primary_length: float
+    entropies: tuple[float, ...]
+    changed: int
+
+
+@torch.inference_mode()
+def routing_figures(model: CapsNet, images: Tensor, objects: int = 1) -> RoutingFigures:
+    """Measure a network in evaluation mode on uint8 images (B, C, H, W), the first MAX_IMAGES of them.
+
+    objects: how many classes an answer has.
+    """
+    images = images[:MAX_IMAGES]
+    iterations = model.config.routing_iterations
+    length, entropies, changed = 0.0, torch.zeros(iterations, dtype=torch.float64), 0
+    for part in torch.split(images, BATCH_SIZE):
+        u = model.primary_capsules(to_pixels(part))  # (B, I, D)
+        length += float(lengths(u).double().mean(1).sum())
+        answers = []
+        for count in range(1, iterations + 1):
+            poses, couplings = _routed(model, u, count)
+            entropies[count - 1] += _entropy(couplings).double().sum()
+            answers.append(most_probable(lengths(poses), objects))
+        changed += int((answers[0] != answers[-1]).any(1).sum())
+    shares = tuple(float(entropy) / len(images) for entropy in entropies) if model.config.classes > 1 else ()
+    return RoutingFigures(len(images), length / len(images), shares, changed)
+
+
+def _routed(model: CapsNet, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Return the poses (B, J, E) and the last couplings (B, J, I) of so many iterations."""
+    routing = Routing(iterations, model.config.agreement, model.config.normalization)
+    return route(u, model.weight, routing, model.digit_bias, model.vote_blocks)
+
+
+def _entropy(couplings: Tensor) -> Tensor:
+    """Return the entropy of each image's couplings (B, J, I), as shares of their sum over the parents, (B,).
+
+    Mean over the primary capsules, in units of the logarithm of the number of parents.
+    """
+    shares = couplings / couplings.sum(1, keepdim=True)
+    entropy = -torch.xlogy(shares, shares).sum(1).mean(1)
+    return entropy / math.log(max(2, couplings.shape[1]))
