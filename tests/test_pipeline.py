@@ -24,8 +24,10 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.repository.served_model import ServedModel
+from serving.services.protobuf_wire import varint
 from tests.conftest import Running
 from tests.predictions import Predict, Prediction, change_predict
+from tests.raw_client import failure
 
 SECRET = "what only the log may say"
 POISON = 255
@@ -324,13 +326,40 @@ def test_bytes_that_are_no_message_are_refused_and_harm_nobody(running: Running,
         error = refusal(lambda call=call: call(data, timeout=20))  # type: ignore[misc]
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert f"request: {len(data)} bytes that are not a" in str(error.details())
-    stream = running.channel.stream_stream("/capsnet.v1.CapsNetService/ClassifyStream", bytes, bytes)
+    channel: Any = running.channel  # its stubs want serializers
+    stream = channel.stream_stream("/capsnet.v1.CapsNetService/ClassifyStream", bytes, bytes)
     answers = [
         pb.ClassifyStreamResponse.FromString(answer)
         for answer in stream(iter([data, message("good").SerializeToString()]), timeout=20)
     ]
     assert [answer.error.code for answer in answers] == [3, 0]
     assert answers[1].id == "good"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("capsnet.v1.CapsNetService/Classify", b"\x1a\0" * 1_000_000),
+        ("inference.GRPCInferenceService/ModelInfer", b"\x2a\0" * 1_000_000),
+    ],
+)
+def test_fields_by_the_million_are_refused_before_they_are_parsed(
+    running: Running, method: str, message: bytes
+) -> None:
+    channel: Any = running.channel  # its stubs want serializers
+    error = failure(channel.unary_unary(f"/{method}"), message)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "request: more fields than any request that could be answered"
+
+
+def test_fields_by_the_million_in_a_stream_are_refused_and_the_next_request_is_answered(running: Running) -> None:
+    many = b"\x12" + varint(2_000_000) + b"\x1a\0" * 1_000_000
+    good = pb.ClassifyStreamRequest(id="b", request=pb.ClassifyRequest(images=[pb.Image(pixels=bytes(784))]))
+    channel: Any = running.channel  # its stubs want serializers
+    stream = channel.stream_stream("/capsnet.v1.CapsNetService/ClassifyStream")
+    answers = [pb.ClassifyStreamResponse.FromString(one) for one in stream(iter([many, good.SerializeToString()]))]
+    assert answers[0].error.message == "request: more fields than any request that could be answered"
+    assert (answers[1].id, len(answers[1].response.results)) == ("b", 1)
 
 
 def test_an_empty_stream_ends_well(running: Running) -> None:

@@ -223,11 +223,8 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
-    recipe = replace(
-        recipe,
-        augment=recipe.augment or ("none" if dataset.canvas else "affine"),
-        precision=recipe.precision or default_precision(),
-    )
+    augment = recipe.augment or ("none" if dataset.canvas else "affine")
+    recipe = replace(recipe, augment=augment, precision=recipe.precision or default_precision())
     train, held_out = _parts(dataset, recipe)
     batch_size = recipe.batch_size - round(recipe.none * recipe.batch_size)
     recipe, steps_per_epoch = _schedule(recipe, steps_per_pass(len(train), batch_size))
@@ -256,19 +253,29 @@ def run(
             f"the held-out loss was a finite number in none of the {recipe.epochs} epochs; try a lower learning rate"
         )
 
-    # From the file: in memory the averaged weights are set only directly after training.
-    kept = torch.load(keep_best.path if keep_best else folder / RESUME_FILE, map_location="cpu", weights_only=True)
-    module.load_state_dict(kept["state_dict"])
-    model = module.model.eval()
+    model, epoch = _kept(module, keep_best.path if keep_best else folder / RESUME_FILE)
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "train_images": len(train)}
     if selection:
-        figures |= _selection_figures(model, selection, kept["epoch"] + 1)
+        figures |= _selection_figures(model, selection, epoch + 1)
     probabilities, tested = _test(model, dataset)
     figures |= {**tested, "seconds": round(timer.time_elapsed("train"), 1), **origin}
-    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
+    checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, _state(model))
     save(checkpoint, folder / CHECKPOINT_FILE)
     return Result(checkpoint, probabilities)
+
+
+def _kept(module: Training, path: Path) -> tuple[CapsNet, int]:
+    """Return the network with the weights of a file of Lightning's, and the epoch after which it was written.
+
+    In memory the averaged weights are set only directly after training.
+    """
+    kept = torch.load(path, map_location="cpu", weights_only=True)
+    module.load_state_dict(kept["state_dict"])
+    return module.model.eval(), kept["epoch"]
+
+
+def _state(model: CapsNet) -> dict[str, torch.Tensor]:
+    return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
 
 
 def _schedule(recipe: Recipe, one_pass: int) -> tuple[Recipe, int]:

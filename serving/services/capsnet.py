@@ -19,13 +19,14 @@ from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.encoded_images import Images, from_encoded, from_pixels
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import delimited
+from serving.services.protobuf_wire import check_fields, delimited
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
 from serving.transport.methods import Method, table
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
+_MAX_OTHER_FIELDS = 1024  # beside the images of a request, of which twice as many get the answer that names the limit
 _ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
 
 
@@ -39,6 +40,7 @@ class CapsNetService:
         self._pipeline = pipeline
         self._edge = edge
         self._settings = settings
+        self._max_fields = 2 * settings.max_images_per_request + _MAX_OTHER_FIELDS
         self._codecs = PerModel(lambda model: CapsNetCodec(model.artifact, settings.max_images_per_request))
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ClassifyStream")
 
@@ -65,6 +67,7 @@ class CapsNetService:
         if model and (images := (codec := self._codecs(model)).pixels.read(data)) is not None:
             query = _Pixels(images, codec, self._codecs)
         else:
+            check_fields(data, self._max_fields)
             query = _Message(parse(data, pb.ClassifyRequest, limit), self._settings, self._codecs)
         self._pipeline.begin(query, call)
 
@@ -86,6 +89,7 @@ class CapsNetService:
             if model and (read := (codec := self._codecs(model)).pixels.read_of_stream(data)):
                 identifier, images = read
                 return _Streamed(identifier, _Pixels(images, codec, self._codecs))
+            check_fields(data, self._max_fields, pb.ClassifyStreamRequest.REQUEST_FIELD_NUMBER)
             message = parse(data, pb.ClassifyStreamRequest, limit)
         except InvalidRequest as error:
             nothing = _Message(pb.ClassifyRequest(), self._settings, self._codecs)

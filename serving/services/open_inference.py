@@ -22,6 +22,7 @@ from serving.runtime import CPU, Arrays
 from serving.services.open_inference_codec import TensorMessages, refused, schedule
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
+from serving.services.protobuf_wire import check_fields
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
 from serving.transport.methods import Method, table
@@ -40,6 +41,7 @@ EXTENSIONS = (
 )
 # From this size on, a request whose pixels are not in bytes is decoded in a thread.
 _SLOW_BYTES = 16384
+_MAX_FIELDS = 4096  # of a ModelInferRequest, which has a handful
 _MAX_SHOWN_CHARACTERS = 64  # of a name that a client sent
 
 
@@ -116,6 +118,7 @@ class InferenceService:
 
     def model_infer(self, data: bytes, call: Call) -> None:
         """Answer a ModelInferRequest. Raises InvalidRequest and UnknownModel."""
+        check_fields(data, _MAX_FIELDS)
         message = parse(data, pb.ModelInferRequest, self._max_bytes)
         self._pipeline.begin(_InferQuery(message, len(data), self._codecs), call)
 
@@ -174,6 +177,7 @@ class InferenceService:
 
     def _parse_streamed(self, data: bytes) -> "_StreamedQuery":
         try:
+            check_fields(data, _MAX_FIELDS)
             message = parse(data, pb.ModelInferRequest, self._max_bytes)
         except InvalidRequest as error:
             return _StreamedQuery(pb.ModelInferRequest(), 0, self._codecs, error)

@@ -1,5 +1,7 @@
 """Protobuf's encoding, for messages that this package writes and reads itself (protobuf.dev, "Encoding")."""
 
+from serving.errors import InvalidRequest
+
 #: Wire types.
 VARINT, BYTES, FIXED32 = 0, 2, 5
 
@@ -22,3 +24,47 @@ def tag(number: int, wire_type: int) -> bytes:
 def delimited(number: int, content: bytes) -> bytes:
     """Return a field that holds text, bytes or a message."""
     return tag(number, BYTES) + varint(len(content)) + content
+
+
+def check_fields(data: bytes, limit: int, within: int = 0) -> None:
+    """Raise InvalidRequest for a message of more than ``limit`` fields, long before it is parsed.
+
+    Fields of two bytes each, which a small compressed message can hold by the million, become objects each. within:
+    number of a field whose message's fields count too, 0 for none. What cannot be read here is left to the parser.
+    """
+    if len(data) > 2 * limit:  # else it cannot have so many
+        _count_fields(data, 0, len(data), limit, within)
+
+
+def _count_fields(data: bytes, at: int, end: int, left: int, within: int) -> None:
+    while at < end:
+        left -= 1
+        if left < 0:
+            raise InvalidRequest("request", "more fields than any request that could be answered")
+        try:
+            key, at = _varint_at(data, at)
+            match key & 7:
+                case 0:
+                    _, at = _varint_at(data, at)
+                case 1:
+                    at += 8
+                case 2:
+                    size, at = _varint_at(data, at)
+                    if key >> 3 == within:
+                        _count_fields(data, at, min(end, at + size), left, 0)
+                    at += size
+                case 5:
+                    at += 4
+                case _:
+                    return
+        except IndexError:
+            return
+
+
+def _varint_at(data: bytes, at: int) -> tuple[int, int]:
+    """Return a whole number and where the bytes after it begin. Raises IndexError."""
+    value = shift = 0
+    while (byte := data[at]) > 0x7F and shift < 63:
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | byte << shift, at + 1
