@@ -223,11 +223,7 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
-    recipe = replace(
-        recipe,
-        augment=recipe.augment or ("none" if dataset.canvas else "affine"),
-        precision=recipe.precision or default_precision(),
-    )
+    recipe = _chosen(recipe, dataset)
     train, held_out = _parts(dataset, recipe)
     batch_size = recipe.batch_size - round(recipe.none * recipe.batch_size)
     recipe, steps_per_epoch = _schedule(recipe, steps_per_pass(len(train), batch_size))
@@ -251,13 +247,8 @@ def run(
     _fit(trainer, module, batches, selection, folder / RESUME_FILE if resume else None)
     if not trainer.is_global_zero:
         return None
-    if keep_best and not keep_best.kept:
-        raise TrainingError(
-            f"the held-out loss was a finite number in none of the {recipe.epochs} epochs; try a lower learning rate"
-        )
 
-    # From the file, since in memory the averaged weights are in place only when training has just ended.
-    kept = torch.load(keep_best.path if keep_best else folder / RESUME_FILE, map_location="cpu", weights_only=True)
+    kept = _kept(keep_best, folder, recipe)
     module.load_state_dict(kept["state_dict"])
     model = module.model.eval()
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "train_images": len(train)}
@@ -269,6 +260,29 @@ def run(
     checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
     save(checkpoint, folder / CHECKPOINT_FILE)
     return Result(checkpoint, probabilities)
+
+
+def _kept(keep_best: KeepBest | None, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the trainer's checkpoint of the epoch that is kept. Raises TrainingError where no epoch had a loss.
+
+    From the file, since in memory the averaged weights are in place only when training has just ended.
+    """
+    if keep_best and not keep_best.kept:
+        raise TrainingError(
+            f"the held-out loss was a finite number in none of the {recipe.epochs} epochs; try a lower learning rate"
+        )
+    path = keep_best.path if keep_best else folder / RESUME_FILE
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
+
+
+def _chosen(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Return the recipe with what it leaves to the data set and to the device."""
+    return replace(
+        recipe,
+        augment=recipe.augment or ("none" if dataset.canvas else "affine"),
+        precision=recipe.precision or default_precision(),
+    )
 
 
 def _schedule(recipe: Recipe, one_pass: int) -> tuple[Recipe, int]:

@@ -22,8 +22,8 @@ class Option:
     """A field's part of its command, beside its name and its default.
 
     parse: from a flag's text to the value; raises ValueError or ArgumentTypeError. count: how many texts the flag
-    takes, "+" for one or more; its value is a tuple then. shown: the default as the help names it, empty for not at all. minimum and maximum
-    are allowed values; above and below are the first that are not.
+    takes, "+" for one or more; its value is a tuple then. shown: the default as the help names it, empty for not at
+    all. minimum and maximum are allowed values; above and below are the first that are not.
     """
 
     help: str
