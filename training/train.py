@@ -223,8 +223,7 @@ def run(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
-    augment = recipe.augment or ("none" if dataset.canvas else "affine")
-    recipe = replace(recipe, augment=augment, precision=recipe.precision or default_precision())
+    recipe = _chosen(recipe, dataset)
     train, held_out = _parts(dataset, recipe)
     batch_size = recipe.batch_size - round(recipe.none * recipe.batch_size)
     recipe, steps_per_epoch = _schedule(recipe, steps_per_pass(len(train), batch_size))
@@ -248,34 +247,42 @@ def run(
     _fit(trainer, module, batches, selection, folder / RESUME_FILE if resume else None)
     if not trainer.is_global_zero:
         return None
-    if keep_best and not keep_best.kept:
-        raise TrainingError(
-            f"the held-out loss was a finite number in none of the {recipe.epochs} epochs; try a lower learning rate"
-        )
 
-    model, epoch = _kept(module, keep_best.path if keep_best else folder / RESUME_FILE)
+    kept = _kept(keep_best, folder, recipe)
+    module.load_state_dict(kept["state_dict"])
+    model = module.model.eval()
     figures: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "train_images": len(train)}
     if selection:
-        figures |= _selection_figures(model, selection, epoch + 1)
+        figures |= _selection_figures(model, selection, kept["epoch"] + 1)
     probabilities, tested = _test(model, dataset)
     figures |= {**tested, "seconds": round(timer.time_elapsed("train"), 1), **origin}
-    checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, _state(model))
+    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    checkpoint = Checkpoint(config, dataset.name, dataset.labels, asdict(recipe), figures, state)
     save(checkpoint, folder / CHECKPOINT_FILE)
     return Result(checkpoint, probabilities)
 
 
-def _kept(module: Training, path: Path) -> tuple[CapsNet, int]:
-    """Return the network with the weights of a file of Lightning's, and the epoch after which it was written.
+def _kept(keep_best: KeepBest | None, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return the trainer's checkpoint of the epoch that is kept. Raises TrainingError where no epoch had a loss.
 
-    In memory the averaged weights are set only directly after training.
+    From the file, since in memory the averaged weights are in place only when training has just ended.
     """
-    kept = torch.load(path, map_location="cpu", weights_only=True)
-    module.load_state_dict(kept["state_dict"])
-    return module.model.eval(), kept["epoch"]
+    if keep_best and not keep_best.kept:
+        raise TrainingError(
+            f"the held-out loss was a finite number in none of the {recipe.epochs} epochs; try a lower learning rate"
+        )
+    path = keep_best.path if keep_best else folder / RESUME_FILE
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
-def _state(model: CapsNet) -> dict[str, torch.Tensor]:
-    return {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+def _chosen(recipe: Recipe, dataset: Dataset) -> Recipe:
+    """Return the recipe with what it leaves to the data set and to the device."""
+    return replace(
+        recipe,
+        augment=recipe.augment or ("none" if dataset.canvas else "affine"),
+        precision=recipe.precision or default_precision(),
+    )
 
 
 def _schedule(recipe: Recipe, one_pass: int) -> tuple[Recipe, int]:
