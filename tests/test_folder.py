@@ -48,7 +48,7 @@ def test_a_folder_of_three_colours_trains_exports_and_serves(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("export.verify._SECONDS", 0.0)
+    monkeypatch.setattr("export.verify._MIN_TIMED_SECONDS", 0.0)
     run, models = tmp_path / "run", tmp_path / "models"
     flags = ["--data", str(colours), "--out", str(run), "--image-size", "20", "--epochs", "12", "--batch-size", "8"]
     small = ["--conv-channels", "16", "--primary-types", "2", "--decoder-widths", "16"]

@@ -1,5 +1,6 @@
 """Tests of learning rates, weight decay, averages and the default arithmetic."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from training.optimization import cosine_factor, ema_decay, exponential_factor, parameter_groups
-from training.precision import default_precision
+from training.precision import avoid_matrix_tiles, default_precision
 
 
 def test_the_decay_of_averages_grows_with_the_step_up_to_its_limit() -> None:
@@ -67,3 +68,12 @@ def test_on_a_gpu_its_own_support_decides(monkeypatch: pytest.MonkeyPatch, suppo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert default_precision() == ("bf16-mixed" if supported else "32-true")
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "AVX512_CORE_BF16"), ("AVX2", "AVX2")])
+def test_onednn_uses_no_matrix_tiles_unless_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    monkeypatch.setattr("os.environ", {} if given is None else {"ONEDNN_MAX_CPU_ISA": given})
+    avoid_matrix_tiles()
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == kept

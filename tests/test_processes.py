@@ -35,6 +35,7 @@ runpy.run_module("training", run_name="__main__", alter_sys=True)
 FLAGS = [
     "--epochs=3", "--batch-size=16", "--learning-rate=0.005", "--warmup-epochs=0.5", "--ema-decay=0.8", "--held-out=20",
     "--conv-channels=8", "--primary-types=2", "--decoder-widths=16", "--deterministic",
+    "--min-epoch-steps=0", "--precision=32-true",
 ]  # fmt: skip
 
 

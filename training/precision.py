@@ -1,11 +1,13 @@
 """The arithmetic that a run takes by default, by what its device computes fast."""
 
+import os
 from pathlib import Path
 
 import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+_ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
 
 
 def default_precision(cpuinfo: Path = CPUINFO) -> str:
@@ -18,6 +20,14 @@ def default_precision(cpuinfo: Path = CPUINFO) -> str:
     else:
         fast = bool(BF16_FLAGS & _processor_flags(cpuinfo))
     return "bf16-mixed" if fast else "32-true"
+
+
+def avoid_matrix_tiles() -> None:
+    """Keep oneDNN, in this process, from AMX instructions, unless the environment says which it may use.
+
+    Some virtual machines announce AMX and end a process that uses it with an illegal instruction.
+    """
+    os.environ.setdefault(_ONEDNN_ISA, "AVX512_CORE_BF16")
 
 
 def _processor_flags(cpuinfo: Path) -> set[str]:

@@ -28,7 +28,7 @@ from training.evaluate import mean_lengths, mistakes, predict, wrong
 from training.loss import distillation_loss, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 from training.optimization import cosine_factor, exponential_factor, parameter_groups
-from training.precision import default_precision
+from training.precision import avoid_matrix_tiles, default_precision
 from training.provenance import process_count, provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
 from training.run_folder import BEST_FILE, CHECKPOINT_FILE, RESUME_FILE, checkpoint_path
@@ -387,6 +387,7 @@ def _trainer(
     recipe: Recipe, folder: Path, timer: Timer, keep_best: KeepBest | None, progress: bool
 ) -> lightning.Trainer:
     """Make Lightning's trainer for the number of processes that torchrun has started, else for one."""
+    avoid_matrix_tiles()
     processes, here = process_count(), process_count("LOCAL_WORLD_SIZE")
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.precision == "16-mixed" and accelerator == "cpu":
