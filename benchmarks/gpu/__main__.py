@@ -52,7 +52,8 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
     )
     served = ["--seconds", "0.05" if miniature else "1"]
     measured = ["--config", "fast"] if miniature else ["--config", "paper", "--config", "accurate", "--config", "fast"]
-    onnx = [*graphs, *measured, "--seconds", "0.002" if miniature else "0.1", "--out", str(out / "onnx"), *files]
+    onnx = [*graphs, *measured, "--out", str(out / "onnx"), *files]
+    onnx += ["--seconds", "0.002", "--max-batch", "8"] if miniature else ["--seconds", "0.1"]
     seeds = ["--seeds", "1"] if miniature else []
     chunks = [] if miniature else ["--epochs", "4000"]
     return [

@@ -69,14 +69,16 @@ def parity(name: str, file: Path, reference: Path, images: NDArray[np.uint8]) ->
     }
 
 
-def speed(name: str, file: Path, image_shape: Sequence[int], seconds: float, cuda: bool) -> list[dict[str, Any]]:
+def speed(
+    name: str, file: Path, image_shape: Sequence[int], seconds: float, cuda: bool, max_batch: int
+) -> list[dict[str, Any]]:
     """Return images a second by batch, with images on the device (bound, and as a CUDA graph) and on the host."""
     rows = []
     ways = ("host", "bound", "graph") if cuda else ("host",)
     for way in ways:
         try:
             runtime = session(file, cuda, graph=way == "graph")
-            for batch in BATCHES:
+            for batch in [size for size in BATCHES if size <= max_batch]:
                 rate, median = _rate(runtime, way, batch, image_shape, seconds)
                 row = {"graph": name, "way": way, "batch": batch, "images_per_second": f"{rate:.4g}"}
                 rows.append(row | {"median_ms": f"{1000 * median:.4g}", "error": ""})
@@ -144,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", action="append", default=[], help="a configuration to export with random weights")
     parser.add_argument("--checkpoint", action="append", default=[], type=Path, help="a checkpoint to export")
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement")
+    parser.add_argument("--max-batch", type=int, default=BATCHES[-1], help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and _CUDA in ort.get_available_providers()
@@ -174,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:  # the next graph may still run
             print(f"{name}: {' '.join(str(error).split())[:300]}", flush=True)
             continue
-        fast += [row | origin for row in speed(name, file, size, options.seconds, cuda)]
+        fast += [row | origin for row in speed(name, file, size, options.seconds, cuda, options.max_batch)]
         print(
             [
                 (row["way"], row["batch"], row["images_per_second"], row["error"])

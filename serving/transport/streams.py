@@ -18,7 +18,7 @@ from serving.transport.sending import Buffers, PeerWindow, Sending
 _MAX_IDLE_FRAMES = 10_000
 _IDLE_FRAMES_A_SECOND = 1000
 # Calls that a client cancels beyond the number of answered ones: the most at once, and the most a second.
-_MAX_CANCELLED = 200
+_MAX_CANCELLED = 1000
 _CANCELLED_A_SECOND = 33
 _FRAMES_AN_ANSWER = 2  # that are no idle ones: a window of the stream's and of the connection's, or a ping
 _BYTES_A_FRAME = 4096  # of answers, for whose windows a frame is no idle one
