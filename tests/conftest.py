@@ -36,7 +36,15 @@ EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", 
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
 # These files run first, so that no process still runs one of them when the others are done.
-LONGEST = (*EXPORTING, "test_readme", "test_training", "test_processes", "test_transport_calls", "test_lifecycle")
+LONGEST = (
+    *EXPORTING,
+    "test_readme",
+    "test_benchmarks_gpu",
+    "test_training",
+    "test_processes",
+    "test_transport_calls",
+    "test_lifecycle",
+)
 
 
 class Digits(NamedTuple):

@@ -86,7 +86,7 @@ def test_a_part_that_is_stopped_keeps_its_files_and_one_that_finished_is_not_don
         gpu.Part("broken", 0.1, ["broken_part"]),
     ]
     monkeypatch.setattr(gpu, "parts", lambda *_: parts)
-    monkeypatch.setattr(gpu, "SPARE_SECONDS", 5)
+    monkeypatch.setattr(gpu, "SPARE_SECONDS", 3)
     begin = time.monotonic()
     assert gpu.main(["--minutes", "1", "--out", str(out)]) == 1
     assert time.monotonic() - begin < 50
@@ -97,6 +97,8 @@ def test_a_part_that_is_stopped_keeps_its_files_and_one_that_finished_is_not_don
     assert "quick: finished before" in capsys.readouterr().out
 
 
+@pytest.mark.server
+@pytest.mark.training
 def test_all_parts_run_in_miniature_on_a_cpu(tmp_path: Path) -> None:
     assert gpu.main(["--miniature", "--minutes", "20", "--out", str(tmp_path / "out")]) == 0
     finished = {path.stem for path in (tmp_path / "out").glob("*.done")}
