@@ -28,9 +28,11 @@ class _Sized(NamedTuple):
 class FixedBatches:
     """A runtime that pads each batch to 1, 8, 64, 512, … rows and computes it on the session of that size.
 
-    If the batch size changes, ONNX Runtime's CUDA provider plans every convolution again: this takes 36 ms, the batch
-    itself 0.5 ms. With simultaneous calls on one session, some answers were not finite.
-    benchmarks/results/gpu-served-h200.csv has both. So each session sees one size, and one call at a time.
+    On one GPU, one session for all sizes took 36 ms for a batch of another size than the batch before, and the batch
+    itself takes 0.5 ms. Some answers were not finite while two calls shared the session. Both figures are in
+    benchmarks/results/gpu-served-h200.csv. The provider's convolutions keep a plan for the last size alone, which
+    explains the first. That the shared session causes the second is likely, and not proven. So each session sees one
+    size, and one call at a time.
 
     open_session: makes a session. It is called for each size when the size is first needed.
     """
