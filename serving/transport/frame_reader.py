@@ -29,14 +29,7 @@ _MAX_FIELDS = 128  # of a call's headers; each one above them counts as a frame 
 _FIELDS_A_TURN = 1024  # that are decoded in some 2 ms, after which other connections have their turn
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
-_LARGE_PAYLOAD_BYTES = 4096  # from which on a view is cheaper than a copy
-_LARGE_READ_BYTES = 2**15
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
-
-# Looked up often; a module's look-up is slow, and an enumeration's too.
-_unpack_head = frames.HEAD.unpack_from
-_DATA, _HEADERS, _MAX_FRAME_BYTES, _MAX_STREAM = frames.DATA, frames.HEADERS, frames.MAX_FRAME_BYTES, frames.MAX_STREAM
-_PREFACE, _SETTINGS, _OPEN, *_ = ConnectionState
 
 
 class NotHttp2(Exception):
