@@ -58,6 +58,20 @@ def total_loss(
     return loss
 
 
+def training_device() -> torch.device:
+    """Return the GPU, or the CPU without one, and set PyTorch up for steps whose shapes never change."""
+    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has computed all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def on_device(model: CapsNet, device: torch.device) -> CapsNet:
     """Move a network to the device, with the channels of its convolutions last, as tensor cores need them."""
     moved: CapsNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

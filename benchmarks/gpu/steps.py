@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.figures import write
 from benchmarks.gpu.epochs import Digits
-from benchmarks.gpu.learner import Hyperparameters, Learner
+from benchmarks.gpu.learner import Hyperparameters, Learner, training_device, wait
 from benchmarks.gpu.training import PAIR_CANVAS, buffers
 from training.model import CONFIGS
 from training.provenance import commit, processor
@@ -34,11 +34,11 @@ def measure(name: str, batch: int, way: str, steps: int, device: torch.device) -
     learner.prepare(chunk, graph=graph)
     for _ in range(3):
         learner.step()
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     for _ in range(steps):
         learner.step()
-    _wait(device)
+    wait(device)
     seconds = (time.perf_counter() - start) / steps
     return {
         "config": name,
@@ -50,11 +50,6 @@ def measure(name: str, batch: int, way: str, steps: int, device: torch.device) -
     }
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.steps", allow_abbrev=False)
     parser.add_argument("--case", action="append", default=[], metavar="CONFIG:BATCH", required=True)
@@ -62,10 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
-    torch._dynamo.config.cache_size_limit = 64
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch.backends.cudnn.benchmark = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     options.out.mkdir(parents=True, exist_ok=True)
     origin = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.epochs import Chunk, Digits, Pairs
-from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device
+from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device, training_device, wait
 from training.checkpoint import Checkpoint, load, save
 from training.data.datasets import Dataset, generate
 from training.data.datasets import load as load_dataset
@@ -107,15 +107,15 @@ def run(
             lengths_there, made = targets[seed], _targets(teachers, fresh)
             if lengths_there is not None and made is not None:
                 lengths_there.copy_(made)
-        _wait(device)
+        wait(device)
         for learner in learners:
             learner.begin_chunk()
             learner.loss.zero_()
-        _wait(device)
+        wait(device)
         for _ in range(steps):
             for learner in learners:
                 learner.step()
-        _wait(device)
+        wait(device)
         for curve, learner in zip(curves, learners, strict=True):
             curve.append(round(float(learner.loss) / steps, 5))
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs - 1:
@@ -159,12 +159,12 @@ def _epochs_that_fit(
     for _ in range(count):
         for learner in learners:
             learner.step()
-    _wait(device)
+    wait(device)
     learning = (time.perf_counter() - start) / count * steps
     start = time.perf_counter()
     for data in streams.values():
         _targets(teachers, data())
-    _wait(device)
+    wait(device)
     making = time.perf_counter() - start
     left = box.seconds - (time.perf_counter() - begin)
     epochs = max(1, min(box.epochs, int(0.94 * left / (learning + making))))
@@ -270,11 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="train and test on the first N images alone, to try the command out")
     parser.add_argument("--pair-batch", type=int, default=PAIR_BATCH)
     options = parser.parse_args(arguments)
-    torch._dynamo.config.cache_size_limit = 64
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
+    torch.backends.cudnn.allow_tf32 = False  # the test is judged in single precision
     mnist = load_dataset("mnist", options.data_dir, progress=False)
     if options.limit:
         mnist = replace(
@@ -305,11 +302,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["figures"]["command"] = command
         write(result, options.out)
     return 0
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _say(text: str) -> None:
