@@ -209,6 +209,14 @@ def test_everything_that_moves_pixels_is_one_interpolation(monkeypatch: pytest.M
     assert sample.call_count == 2
 
 
+def test_flip_mirrors_its_share_of_the_images_left_to_right() -> None:
+    images = random_images(1000)
+    results = Augmentation("none", flip=0.25)(images, torch.zeros(1000, dtype=torch.int64), generator())
+    mirrored = results.eq(images.flip(3)).flatten(1).all(1)
+    assert results.eq(images).flatten(1).all(1).eq(~mirrored).all()
+    assert 200 < mirrored.sum() < 300
+
+
 def test_erasing_makes_a_square_of_four_by_four_pixels_black_in_its_share_of_the_images() -> None:
     images = torch.ones(1000, 3, HEIGHT, WIDTH)
     results = erase(images, 0.25, generator())

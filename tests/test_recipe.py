@@ -73,6 +73,7 @@ def test_a_run_with_every_further_choice_learns_and_is_resumed_as_exactly(tmp_pa
         optimizer="adamw",
         schedule="exponential",
         shift_share=0.05,
+        flip=0.5,
         elastic=0.3,
         erasing=0.2,
         none=0.125,

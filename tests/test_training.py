@@ -850,6 +850,7 @@ def test_the_command_prints_an_error_without_a_traceback(
         ("--weight-decay=-1", 2),
         ("--schedule=linear", 2),
         ("--shift-share=1", 2),
+        ("--flip=1.5", 2),
         ("--elastic=-0.1", 2),
         ("--erasing=1.1", 2),
         ("--none=0.6", 2),

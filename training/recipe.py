@@ -100,6 +100,12 @@ class Recipe:
         below=1,
         shown="1/14",
     )
+    flip: float = option(
+        0.0,
+        "share of the images that are mirrored left to right, as 0.5 for clothes or animals, not for digits or writing",
+        minimum=0,
+        maximum=1,
+    )
     elastic: float = option(
         0.0,
         "standard deviation of an elastic deformation, in pixels, as 0.4; in one interpolation with the other changes",

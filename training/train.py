@@ -71,7 +71,7 @@ class Training(lightning.LightningModule):
         model = CapsNet(config, recipe.vote_blocks)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.augment: Callable[[Tensor, Tensor, torch.Generator], Tensor] = Augmentation(
-            recipe.augment or "affine", recipe.shift_share, recipe.elastic, recipe.erasing
+            recipe.augment or "affine", recipe.shift_share, recipe.flip, recipe.elastic, recipe.erasing
         )
         # In a function, so that the teachers are neither learned nor averaged nor saved.
         self.targets = (lambda pixels: _targets(teachers, pixels)) if teachers else None

@@ -69,6 +69,12 @@ def erase(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return images.masked_fill(erased.to(images.device), 0)
 
 
+def mirror(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Mirror this share of the images (B, C, H, W) left to right, chosen at random."""
+    chosen = torch.rand((len(images), 1, 1, 1), generator=generator, device=generator.device) < share
+    return torch.where(chosen.to(images.device), images.flip(3), images)
+
+
 def distort(
     images: Tensor,
     generator: torch.Generator,
@@ -119,17 +125,20 @@ class Augmentation:
     up to ``shift_share`` of the image, wider than the paper's; ``shift`` by a random whole number of pixels, up to two
     each way: the paper's, section 4; ``all-shifts`` by the next of all 25 shifts of up to two pixels each way, so that
     an image is seen in every shift once in 25 turns, as in the data of the authors' code; ``none`` changes nothing.
-    elastic: standard deviation of a smooth deformation, in pixels. erasing: share of the images of which a square of
-    4x4 pixels becomes black.
+    flip: share of the images that are mirrored left to right. elastic: standard deviation of a smooth deformation, in
+    pixels. erasing: share of the images of which a square of 4x4 pixels becomes black.
     """
 
     name: str
     shift_share: float = SHIFT_SHARE
+    flip: float = 0.0
     elastic: float = 0.0
     erasing: float = 0.0
 
     def __call__(self, images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor:
         """Return changed images; turns: (B,) int64."""
+        if self.flip:
+            images = mirror(images, self.flip, generator)
         matrices = self._matrices(images, turns, generator)
         if self.elastic:
             still = torch.eye(2, 3).repeat(len(images), 1, 1)
