@@ -15,6 +15,10 @@ _HALF_PRECISION = (
 )
 
 
+_SHARED = "{files} read weights from `{file}`: keep them in the same folder."
+_STORED = "`{file}` stores its weights in 8 bits, with a step for each output, and computes in single precision."
+
+
 def certificate(
     name: str,
     version: str,
@@ -45,20 +49,46 @@ def certificate(
         f"Images a second on {first.device}, all graphs in turns:",
         _speeds(variants),
     ]  # fmt: skip
+    if first.double_precision:
+        parts.insert(3, _doubtful(first))
     if any(variant.rounded for variant in variants.values()):
         parts.insert(3, _HALF_PRECISION)
     parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
     others = [
-        (graph_name, f"`{graph.file}`", str(graph.images or "none"), _differences(graph) or "not compared")
+        (graph_name, f"`{graph.file}`", f"{graph.images or 0:,}", _differences(graph) or "not compared")
         for graph_name, graph in graphs.items()
     ]
     parts += [
         "Further graphs:",
         _table(("graph", "file", "images compared", "largest differences"), others),
+        *_shared(variants, graphs),
+        *(_STORED.format(file=graph.file) for graph in graphs.values() if graph.precision == "int8"),
         "**Not run:** CUDA and TensorRT. All graphs were compared, and timed, on the CPU alone.",
         _table(("file", "SHA-256"), [(f"`{file}`", f"`{sha256}`") for file, sha256 in files.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _shared(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> list[str]:
+    """Return a sentence for each file that other graphs read weights from."""
+    readers: dict[str, list[str]] = {}
+    for graph in (*variants.values(), *graphs.values()):
+        if graph.weights:
+            readers.setdefault(graph.weights, []).append(f"`{graph.file}`")
+    return [_SHARED.format(files=" and ".join(files), file=file) for file, files in readers.items()]
+
+
+def _doubtful(variant: Variant) -> str:
+    """Return the note on the images whose difference is beyond the tolerance."""
+    figures = variant.double_precision
+    return (
+        f"**Rounding:** {figures['images']:,.0f} of {variant.images:,} images differ by more than "
+        f"{variant.tolerance['difference']:g}, since they amplify what single precision rounds, in PyTorch too. "
+        "They were computed in double precision by PyTorch. "
+        f"`{variant.file}` is up to {figures['max_distance']:.2g} from that ({figures['mean_distance']:.2g} in the "
+        f"mean over these images), and PyTorch in single precision up to {figures['max_pytorch_distance']:.2g} "
+        f"({figures['mean_pytorch_distance']:.2g}). At most twice PyTorch's distances are tolerated."
+    )
 
 
 def _rows(precision: str, variant: Variant) -> list[tuple[str, ...]]:
@@ -100,7 +130,11 @@ def _speeds(variants: Mapping[str, Variant]) -> str:
 
 
 def _differences(graph: Graph) -> str:
-    return ", ".join(f"{output} {value:.2g}" for output, value in graph.differences.items())
+    texts = []
+    for output, value in graph.differences.items():
+        mean = f" ({graph.mean_differences[output]:.2g} in the mean)" if output in graph.mean_differences else ""
+        texts.append(f"{output} {value:.2g}{mean}")
+    return ", ".join(texts)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
