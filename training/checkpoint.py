@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from training.model import CapsNet, CapsNetConfig
 
@@ -110,7 +110,7 @@ def save_tensors(checkpoint: Checkpoint, path: Path) -> None:
     del content["state_dict"]
     content["config"] = asdict(checkpoint.config)
     partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, {FORMAT: json.dumps(content, allow_nan=False)})
+    partial.write_bytes(to_bytes(weights, {FORMAT: json.dumps(content, allow_nan=False)}))
     partial.replace(path)
 
 
