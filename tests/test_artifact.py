@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(find(ROOT / "models"), tmp_path / "capsnet-mnist" / "1"))
+    return Path(shutil.copytree(find(ROOT / "models", "capsnet-mnist"), tmp_path / "capsnet-mnist" / "1"))
 
 
 def write(folder: Path, text: str) -> None:
@@ -153,7 +153,7 @@ def test_the_digests_are_those_that_sha256sum_reckons(copy: Path) -> None:
 
 
 def files() -> list[str]:
-    return sorted(path.name for path in find(ROOT / "models").iterdir())
+    return sorted(path.name for path in find(ROOT / "models", "capsnet-mnist").iterdir())
 
 
 @pytest.mark.parametrize("name", files())

@@ -26,7 +26,7 @@ from tests.conftest import ROOT, Digits, Running
 def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certificate(
     precision: str, digits: Digits
 ) -> None:
-    artifact = load(find(ROOT / "models"))
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
     runtime = Runtime(artifact.file(precision), "cpu", quantized=precision == "int8")
     images = digits.images[:, None]
     parts = [runtime.run({"images": images[start : start + 250]}) for start in range(0, len(images), 250)]
@@ -37,7 +37,7 @@ def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certifica
 
 
 def test_a_runtime_opens_any_graph_and_tells_its_inputs_and_outputs(digits: Digits) -> None:
-    artifact = load(find(ROOT / "models"))
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
     runtime = Runtime(artifact.folder / str(artifact.graphs["explain"].file), "cpu")
     byte, real = np.dtype(np.uint8), np.dtype(np.float32)
     assert runtime.inputs == {"images": TensorSpec(byte, (1, 28, 28))}
@@ -147,7 +147,7 @@ def test_tensorrt_gets_the_manifests_batches_and_keeps_each_graphs_engines_apart
     fake = Mock(__version__="1.31", InferenceSession=FakeSession)
     fake.get_available_providers.return_value = [TENSORRT, "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
-    artifact = load(find(ROOT / "models"))
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
 
     runtime = open_classifier(artifact, "tensorrt", 0, precision, tmp_path)
 
@@ -166,7 +166,7 @@ def test_tensorrt_gets_the_manifests_batches_and_keeps_each_graphs_engines_apart
 
 def test_tensorrt_that_is_not_there_is_an_error_and_no_silent_fallback(tmp_path: Path) -> None:
     with pytest.raises(RuntimeSetupError, match=r"device tensorrt was asked for, but this ONNX Runtime has only .*CPU"):
-        open_classifier(load(find(ROOT / "models")), "tensorrt", 0, "fp32", tmp_path)
+        open_classifier(load(find(ROOT / "models", "capsnet-mnist")), "tensorrt", 0, "fp32", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -176,19 +176,32 @@ def test_a_cache_that_cannot_be_made_is_reported(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeSetupError, match="cannot be made: Not a directory; engine_cache names another"):
-        open_classifier(load(find(ROOT / "models")), "tensorrt", 0, "fp32", tmp_path / "file")
+        open_classifier(load(find(ROOT / "models", "capsnet-mnist")), "tensorrt", 0, "fp32", tmp_path / "file")
 
 
 def test_a_batch_beyond_tensorrts_profile_is_refused_before_anything_is_built() -> None:
     with pytest.raises(RuntimeSetupError, match="max_batch: 33; this model was exported for batches of up to 32"):
-        ServedModel(find(ROOT / "models"), Settings(device="tensorrt", max_batch=33), Metrics())
+        ServedModel(find(ROOT / "models", "capsnet-mnist"), Settings(device="tensorrt", max_batch=33), Metrics())
+
+
+def test_weights_are_read_from_the_named_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
+    file, weights = artifact.folder / artifact.graphs["explain"].file, artifact.weights(artifact.graphs["explain"])
+    assert weights == artifact.file()
+    assert Runtime(file, "cpu", weights=weights).outputs.keys() == {"probabilities", "poses", "couplings"}
+    monkeypatch.chdir(artifact.folder)  # the folder in which ONNX Runtime would look for them
+    (tmp_path / "model.onnx").write_bytes(artifact.file().read_bytes()[:1000])
+    (tmp_path / "other").write_bytes(artifact.file().read_bytes())
+    for wrong in (None, tmp_path / "model.onnx", tmp_path / "other"):
+        with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
+            Runtime(file, "cpu", weights=wrong)
 
 
 def test_weights_outside_the_verified_file_are_not_read(tmp_path: Path) -> None:
     folder = tmp_path / "capsnet-mnist" / "1"
-    shutil.copytree(find(ROOT / "models"), folder)
+    shutil.copytree(find(ROOT / "models", "capsnet-mnist"), folder)
     model = onnx.load_model(folder / "model.onnx")
     onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
-    artifact = load(find(ROOT / "models"))
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
     with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
         Runtime(replace(artifact, folder=folder).file(), "cpu")
