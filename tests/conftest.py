@@ -185,9 +185,9 @@ def running_on_each(servers: Callable[[str], Running], transport: str) -> Runnin
     return servers(transport)
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(scope="module", params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
-    """Each transport in turn."""
+    """Each transport in turn: all tests of a file on one, and then on the other."""
     name: str = request.param
     return name
 

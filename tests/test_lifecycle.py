@@ -75,8 +75,8 @@ def test_the_first_lines_name_the_model_the_addresses_and_the_device() -> None:
     assert re.search(r"gRPC on 127\.0\.0\.1:\d+, metrics on http://127\.0\.0\.1:\d+/metrics", text)
 
 
-def test_sigterm_under_load_answers_every_accepted_request_and_exits_0() -> None:
-    with server_process("--drain-delay", "1") as (process, address, _):
+def test_sigterm_under_load_answers_every_accepted_request_and_exits_0(transport: str) -> None:
+    with server_process("--drain-delay", "1", "--transport", transport) as (process, address, _):
         asyncio.run(_load_until_stopped(process, address))
         assert process.wait(20) == 0
 
@@ -403,8 +403,9 @@ def test_a_wrong_host_is_named(host: str, reason: str) -> None:
 REFUSALS = ("the server is stopping; send the request to another one", "failed to connect to all addresses")
 
 
-def test_sigterm_under_load_of_every_kind_fails_no_request_that_was_accepted() -> None:
-    with server_process("--runtimes", "1", "--threads", "1", "--max-batch", "8") as (process, address, _):
+def test_sigterm_under_load_of_every_kind_fails_no_request_that_was_accepted(transport: str) -> None:
+    flags = ("--runtimes", "1", "--threads", "1", "--max-batch", "8", "--transport", transport)
+    with server_process(*flags) as (process, address, _):
         answered, failures = asyncio.run(_load_of_every_kind_until_stopped(process, address))
         assert process.wait(20) == 0
     assert min(answered.values()) > 0, "load of each kind was under way"

@@ -28,6 +28,8 @@ from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 4 * MAX_CALLS  # of all connections together
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
+_LULL_SECONDS = 0.01  # time without a new call after which no call waits in gRPC's core for its handler
+_MAX_LULL_WAIT_SECONDS = 0.5
 _END_SECONDS = 0.005  # in this time gRPC mostly reports if the end of the requests is the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
@@ -98,9 +100,13 @@ class GrpcioServer:
         """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds."""
         if not self._started:  # gRPC stops and closes the ports of a started server only
             await self.start()
+        if grace and self._draining is None:
+            await self._handlers.lull()
         if self._draining is None:
             self._draining = asyncio.create_task(self._server.stop(grace + _LAST_SECONDS))
             await asyncio.sleep(0)  # let it begin
+            if grace:
+                await self._handlers.lull()  # let the last calls reach their handlers
 
     async def stop(self, grace: float) -> None:
         """Drain, wait at most ``grace`` seconds for the calls in flight, and then end them."""
@@ -175,6 +181,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off = False
+        self._begun = 0  # calls that gRPC's core has handed over
         self._bytes = 0  # of unary requests in flight
 
     def add(self, methods: Table) -> None:
@@ -183,11 +190,19 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call, or None."""
+        self._begun += 1
         handler = self._handlers.get(details.method)
         if handler is None:
             metadata = tuple(details.invocation_metadata)
             self._limits.refused(details.method, metadata, grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         return handler
+
+    async def lull(self) -> None:
+        """Wait, for at most half a second, until no call comes: a stop cancels those that have no handler yet."""
+        end, before = time.monotonic() + _MAX_LULL_WAIT_SECONDS, -1
+        while before != self._begun and time.monotonic() < end:
+            before = self._begun
+            await asyncio.sleep(_LULL_SECONDS)
 
     def cut_off(self) -> None:
         """End the calls in flight."""
