@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple, cast
@@ -183,6 +183,12 @@ def running(servers: Callable[[str], Running]) -> Running:
 def running_on_each(servers: Callable[[str], Running], transport: str) -> Running:
     """The server of each transport in turn; a file whose tests run on both has this as its ``running``."""
     return servers(transport)
+
+
+@pytest.fixture
+def start_on_each(start: Callable[..., Running], transport: str) -> Callable[..., Running]:
+    """Servers of each transport in turn; a file whose tests run on both has this as its ``start``."""
+    return partial(start, transport=transport)
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
