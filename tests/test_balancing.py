@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from tests.conftest import DATA, ROOT
+from tests.test_lifecycle import cancelled_by_grpc
 
 REQUEST = pb.ClassifyRequest(images=[pb.Image(encoded=(DATA / "seven.png").read_bytes())])
 SERVICE_CONFIG = json.loads((ROOT / "deploy" / "kubernetes" / "client-service-config.json").read_text())
@@ -238,7 +239,8 @@ def test_a_server_stopped_without_delay_fails_no_sent_call_of_clients_that_neith
         assert victim.process.returncode == 0
     # Sometimes grpc's client gives a connection a call just when it learns that this connection takes no new calls. It
     # does not send the call, and without retries the call fails (cancel_unstarted_streams in chttp2_transport.cc).
-    assert [error.details() for error in outcome.failures if "GOAWAY received" not in str(error.details())] == []
+    others = [error for error in outcome.failures if "GOAWAY received" not in str(error.details())]
+    assert [error.details() for error in others if not cancelled_by_grpc(error, transport)] == []
     assert len(outcome.failures) <= CALLERS
     assert outcome.answered_after > 0
 

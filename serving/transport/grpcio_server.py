@@ -28,8 +28,7 @@ from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 4 * MAX_CALLS  # of all connections together
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
-_LULL_SECONDS = 0.01  # time without a new call after which no call waits in gRPC's core for its handler
-_MAX_LULL_WAIT_SECONDS = 0.5
+_HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
 _END_SECONDS = 0.005  # in this time gRPC mostly reports if the end of the requests is the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
@@ -97,16 +96,15 @@ class GrpcioServer:
         await self._server.start()
 
     async def drain(self, grace: float) -> None:
-        """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds."""
+        """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds.
+
+        Calls for which gRPC's core has no handler yet are cancelled. When this returns, all others are in their handlers.
+        """
         if not self._started:  # gRPC stops and closes the ports of a started server only
             await self.start()
-        if grace and self._draining is None:
-            await self._handlers.lull()
         if self._draining is None:
             self._draining = asyncio.create_task(self._server.stop(grace + _LAST_SECONDS))
-            await asyncio.sleep(0)  # let it begin
-            if grace:
-                await self._handlers.lull()  # let the last calls reach their handlers
+            await asyncio.sleep(_HANDOVER_SECONDS if grace else 0)
 
     async def stop(self, grace: float) -> None:
         """Drain, wait at most ``grace`` seconds for the calls in flight, and then end them."""
@@ -181,7 +179,6 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off = False
-        self._begun = 0  # calls that gRPC's core has handed over
         self._bytes = 0  # of unary requests in flight
 
     def add(self, methods: Table) -> None:
@@ -190,19 +187,11 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a call, or None."""
-        self._begun += 1
         handler = self._handlers.get(details.method)
         if handler is None:
             metadata = tuple(details.invocation_metadata)
             self._limits.refused(details.method, metadata, grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         return handler
-
-    async def lull(self) -> None:
-        """Wait, for at most half a second, until no call comes: a stop cancels those that have no handler yet."""
-        end, before = time.monotonic() + _MAX_LULL_WAIT_SECONDS, -1
-        while before != self._begun and time.monotonic() < end:
-            before = self._begun
-            await asyncio.sleep(_LULL_SECONDS)
 
     def cut_off(self) -> None:
         """End the calls in flight."""
