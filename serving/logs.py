@@ -55,8 +55,8 @@ def set_up(format_: str, level: str) -> None:
 class RefusalLog:
     """The log of refused and failed requests, with a limit.
 
-    limit: the most lines a second. Of further requests only the number is logged: in a flood of refusals, logging must
-    not cost the time that refusing saves.
+    limit: the most lines a second. Of further requests only the number is logged: in a flood of refusals, the log must
+    not cost the time that refusals save.
     """
 
     def __init__(self, limit: int = 50) -> None:

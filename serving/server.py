@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # The transport refuses messages above this multiple of max_request_bytes. A service refuses smaller ones, so that the
 # error keeps its place in a stream.
 _TRANSPORT_LIMIT = 2
-# Objects more than there were, at which garbage is collected: seldom, since requests that wait leave no cycles behind.
+# The number of new objects after which garbage is collected: large, since waiting requests leave no cycles behind.
 _GARBAGE_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5

@@ -157,7 +157,7 @@ class Page:
     def _metrics(self, request: _Request) -> _Response:
         try:
             encode, content_type = choose_encoder(request.fields.get("accept", ""))
-        except (TypeError, ValueError):  # of versions that are no numbers
+        except (TypeError, ValueError):  # too many digits, or other characters
             encode, content_type = choose_encoder("")
         names = parse_qs(request.query).get("name[]")
         body = encode(self._registry.restricted_registry(names) if names else self._registry)

@@ -16,7 +16,7 @@ from serving.transport.headers import Metadata, Status
 #: that will begin before it. It returns the error and the metrics that count it, or None to accept the call.
 Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
 
-_MAX_STATUSES = 1024  # of remembered refusals
+_MAX_STATUSES = 1024  # the most remembered refusals
 
 
 class Notes(Protocol):
@@ -34,14 +34,14 @@ class Notes(Protocol):
 class MethodDoor:
     """The door of one method. It must be cheap: under overload it refuses most calls.
 
-    Those that are refused in one turn of the event loop with the same error are counted together.
+    Calls that are refused in one turn of the event loop with the same error are counted together.
     """
 
     def __init__(self, notes: Notes, record: Recorder, refusal: Refusal) -> None:
         self._notes = notes
         self._record = record
         self._refusal = refusal
-        # Of this turn, what is to be counted by error.
+        # The refusals of this turn that are not counted yet, by error.
         self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
         # The status of each error: many calls get the same one.
         self._statuses: dict[ServingError, Status] = {}

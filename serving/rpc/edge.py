@@ -217,8 +217,8 @@ class Edge:
     ) -> CallbackMethod:
         """Return a unary method that begins with a message's bytes, and whose call is answered then or later.
 
-        It needs no task of asyncio's; benchmarks/README.md says what that brings. refusal: what calls are refused with
-        at the door.
+        It needs no asyncio task; benchmarks/README.md has the gain. refusal: decides which calls are refused at the
+        door, and with which error.
         """
         record = Recorder(self._metrics, "unary", service, method)
 

@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
             self._fail(ErrorCode.INTERNAL_ERROR, "")
 
     def _read_on(self) -> None:
-        """Read what was left for this turn of the event loop, unless the client is to read first."""
+        """Read the bytes that were left for this turn of the event loop, unless the client must read answers first."""
         if self._reader.unread and not self._streams.paused and not self._closed:
             self._transport.resume_reading()
             self.data_received(b"")

@@ -29,7 +29,7 @@ from serving.transport.sockets import UnixSocket, listen_tcp
 _MAX_RPCS = 4 * MAX_CALLS  # of all connections together
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
-_END_SECONDS = 0.005  # in this time gRPC mostly reports if the end of the requests is the end of the call
+_END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the requests was the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
@@ -98,7 +98,7 @@ class GrpcioServer:
     async def drain(self, grace: float) -> None:
         """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds.
 
-        Calls for which gRPC's core has no handler yet are cancelled. When this returns, all others are in their handlers.
+        gRPC's core cancels calls that have no handler yet. When this returns, all others are in their handlers.
         """
         if not self._started:  # gRPC stops and closes the ports of a started server only
             await self.start()
@@ -179,7 +179,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off = False
-        self._bytes = 0  # of unary requests in flight
+        self._bytes = 0  # bytes of unary requests in flight
 
     def add(self, methods: Table) -> None:
         """Add the methods of a table."""
@@ -281,7 +281,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             await context.abort(status.code, status.text, status.metadata)
         except aio.AbortError:
             raise
-        except Exception:  # the client has gone, or its deadline has passed, and gRPC has yet to say so
+        except Exception:  # the client has gone, or its deadline has passed, and gRPC has not reported it yet
             raise asyncio.CancelledError from None
 
 
