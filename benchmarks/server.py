@@ -1,4 +1,4 @@
-"""The server in a process of its own, its metrics, and loads of which every answer is counted."""
+"""The server in a process of its own, its metrics, and loads that count every answer."""
 
 import re
 import subprocess

@@ -31,7 +31,7 @@ from serving.transport import call, connection, headers
 from serving.transport.methods import CallbackMethod, Context, UnaryMethod
 
 #: Loads by name: single images with 16 and 64 in flight, 64 images a request, streams, calls that are all refused for
-#: their deadline, and an overload, of which two calls of three are refused.
+#: their deadline, and an overload, in which two of three calls are refused.
 FEW, MANY, LARGE, STREAMS = "16 in flight", "64 in flight", "64 images each", "4 streams"
 REFUSALS, OVERLOAD = "refusals", "overload"
 LOADS = (FEW, MANY, LARGE, STREAMS, REFUSALS, OVERLOAD)

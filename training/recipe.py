@@ -112,7 +112,7 @@ class Recipe:
         minimum=0,
     )
     erasing: float = option(
-        0.0, "share of the images of which a square of 4x4 pixels becomes black", minimum=0, maximum=1
+        0.0, "share of the images in which a square of 4x4 pixels becomes black", minimum=0, maximum=1
     )
     pixel_weight: float = option(
         PIXEL_WEIGHT,

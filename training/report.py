@@ -225,7 +225,7 @@ def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
 
 
 def _routing(figures: RoutingFigures) -> list[str]:
-    """Return the section on routing: the share of absent capsules, and the influence of routing on the answers."""
+    """Return the section on routing: primary lengths, entropy of the couplings, and answers that depend on it."""
     rows = [("mean length of the primary capsules", f"{figures.primary_length:.4f}")]
     rows += [
         (f"entropy of the couplings in iteration {number}", f"{entropy:.4f}")
@@ -235,8 +235,8 @@ def _routing(figures: RoutingFigures) -> list[str]:
     return [
         "## What routing does",
         f"Measured on the first {figures.images:,} test images. A mean length near 1 says that primary capsules are "
-        "present in every image. The entropy of a primary capsule's couplings over its parents is 1 where all are the "
-        "same and 0 where one parent has all. One iteration is routing with uniform couplings.",
+        "present in every image. The entropy of a primary capsule's couplings over its parents is 1 if all are the "
+        "same, and 0 if one parent has all. One iteration is routing with uniform couplings.",
         _table(("", ""), rows),
     ]
 
