@@ -310,7 +310,8 @@ def test_streams_wait_for_half_the_queue_in_the_order_they_came() -> None:
         async def patient(value: int) -> Share:
             answer: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
             arrays = {"images": _images(value, value, value)}
-            await setting.batcher.enqueue_patiently(arrays, then=settle(answer))
+            await setting.batcher.room_for(arrays)
+            setting.batcher.enqueue(arrays, then=settle(answer))
             order.append(value)
             return await answer
 
