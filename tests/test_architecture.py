@@ -81,7 +81,7 @@ def broken_contracts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]
 
 def test_forbidden_imports_break_no_other_contract(broken_contracts: dict[str, str]) -> None:
     contracts = sorted({contract for _, _, contract in FORBIDDEN})
-    assert [name.startswith(one) for name, one in zip(sorted(broken_contracts), contracts, strict=True)] == [True] * 5
+    assert all(name.startswith(one) for name, one in zip(sorted(broken_contracts), contracts, strict=True))
 
 
 @pytest.mark.parametrize(("module", "line", "contract"), FORBIDDEN)
