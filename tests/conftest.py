@@ -31,7 +31,15 @@ from tests.transport_methods import Serving, serve
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
-EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
+EXPORTING = (
+    "test_benchmarks",
+    "test_export",
+    "test_folding",
+    "test_tensorrt",
+    "test_to_fp16",
+    "test_to_int8",
+    "test_triton",
+)
 # The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
@@ -40,10 +48,17 @@ LONGEST = (
     *EXPORTING,
     "test_readme",
     "test_benchmarks_gpu",
-    "test_training",
+    "test_benchmarks_serving",
     "test_processes",
-    "test_transport_calls",
     "test_lifecycle",
+    "test_architecture",
+    "test_balancing",
+    "test_digits",
+    "test_training",
+    "test_monitoring",
+    "test_runtime",
+    "test_folder",
+    "test_transport_calls",
 )
 
 
@@ -272,6 +287,7 @@ def _whole_parts(item: pytest.Function) -> set[str]:
     return parts
 
 
+@cache
 def _names_and_constants(code: CodeType | None) -> tuple[set[str], set[object]]:
     """Return the names and the texts in a function's code, and in that of the functions inside it."""
     names, constants = set(code.co_names if code else ()), set[object]()

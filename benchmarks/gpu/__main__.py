@@ -40,7 +40,7 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
     ]
     files = ["--data-dir", str(data)] if data else []
     trained = out / "trained"
-    small = ["--limit", "224", "--epochs", "1", "--eager", "--pair-batch", "8"] if miniature else []
+    small = ["--limit", "128", "--epochs", "1", "--eager", "--pair-batch", "8"] if miniature else []
 
     def training(phase: str, share: float, *flags: str) -> Part:
         given = [phase, "--seconds", f"{share * seconds:.0f}", "--out", str(trained), *files, *flags, *small]
@@ -50,7 +50,7 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
     steps = [word for case in cases for word in ("--case", case)] + (
         ["--steps", "2", "--way", "eager"] if miniature else []
     )
-    served = ["--seconds", "0.05" if miniature else "1"]
+    served = ["--seconds", "0.05", "--warm-up", "2"] if miniature else ["--seconds", "1"]
     measured = ["--config", "fast"] if miniature else ["--config", "paper", "--config", "accurate", "--config", "fast"]
     onnx = [*graphs, *measured, "--out", str(out / "onnx"), *files]
     onnx += ["--seconds", "0.002", "--max-batch", "8"] if miniature else ["--seconds", "0.1"]
