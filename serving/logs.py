@@ -64,11 +64,20 @@ class RefusalLog:
         self._second = 0
         self._lines = 0
 
-    def write(self, level: int, method: str, code: str, text: str, request_ids: Iterable[str], requests: int) -> None:
+    def write(
+        self,
+        level: int,
+        method: str,
+        code: str,
+        text: str,
+        request_ids: Iterable[str],
+        requests: int,
+        peer: str = "",
+    ) -> None:
         """Log requests that have the same error.
 
         text: the text of the error. requests: the number of requests. request_ids: their ids; one is read for each line
-        that is written.
+        that is written. peer: the client's address, or "".
         """
         second = int(time.monotonic())
         if second != self._second:
@@ -79,6 +88,8 @@ class RefusalLog:
         self._lines += requests
         for request_id in islice(request_ids, max(0, room)):
             fields = {"method": method, "code": code, "request_id": _on_one_line(request_id)}
+            if peer:
+                fields["peer"] = _on_one_line(peer)
             _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: fields})
 
 
