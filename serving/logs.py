@@ -50,6 +50,7 @@ def set_up(format_: str, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("hpack").setLevel(logging.INFO)  # its debug log shows tokens
 
 
 class RefusalLog:

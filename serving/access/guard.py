@@ -97,7 +97,7 @@ class Guard:
 
     def _protected(self, path: str, method: Method, role: str) -> Method:
         gate = _Gate(self, path, role)
-        door = gate.door(method.door) if self._tokens else method.door
+        door = gate.door(method.door) if self._tokens or self._mutual else method.door
         match method:
             case CallbackMethod():
                 return replace(method, begin=gate.callback(method), door=door)
@@ -106,20 +106,17 @@ class Guard:
             case StreamMethod():
                 return replace(method, answers=gate.stream(method), door=door)
 
-    def at_once(self, authorization: str | None, peer: Peer | None, role: str) -> Identity | None:
-        """Return the identity of a client, or None if it must be identified with ``_identify``.
+    def at_once(self, authorization: str | None, peer: Peer, role: str) -> Identity | None:
+        """Return the identity of a client, or None if its token must be checked. Raises Unauthenticated and Forbidden.
 
-        peer: None if it is not known yet. Raises Unauthenticated and Forbidden.
+        Without tokens, a client with a certificate has every role, and so has everyone without certificates.
         """
         if not self._tokens:
-            assert peer
             if self._mutual and not peer.subject:
                 raise Unauthenticated("certificate: none came; expected one that this server's authorities signed")
             return Identity(f"certificate {peer.subject}" if peer.subject else peer.address, frozenset((role,)))
         if authorization is None:
-            if peer is None and self._mutual:
-                return None
-            identity = self._tokens.of_certificate(peer.subject) if peer else None
+            identity = self._tokens.of_certificate(peer.subject)
             if identity is None:
                 raise Unauthenticated("authorization: missing; expected Bearer and a token")
             return _with_role(identity, role)
@@ -178,12 +175,12 @@ class _Gate:
     def door(self, inner: Door | None) -> Door:
         """Return a door that knows tokens. The inner door is asked only for clients that may call."""
 
-        def decide(timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
+        def decide(timeout: float | None, metadata: Metadata, expected: int, peer: Peer) -> Status | None:
             try:
-                identity = self._guard.at_once(authorization_of(metadata), None, self._role)
+                identity = self._guard.at_once(authorization_of(metadata), peer, self._role)
             except ServingError as error:
-                return self._guard.refused(self._path, Peer(""), metadata, error)
-            return inner(timeout, metadata, expected) if identity and inner else None
+                return self._guard.refused(self._path, peer, metadata, error)
+            return inner(timeout, metadata, expected, peer) if identity and inner else None
 
         return decide
 

@@ -239,7 +239,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
         """Return the answer of a unary method, or the status with which its call ends."""
-        if method.door and (status := method.door(call.timeout, call.metadata, 0)):
+        if method.door and (status := method.door(call.timeout, call.metadata, 0, call.peer)):
             return status
         limits = self._limits
         if self._bytes + len(data) > limits.bytes_under_way:

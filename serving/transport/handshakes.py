@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, cast
 
 from serving.transport.connection import Connection
@@ -94,7 +95,12 @@ class TlsListener:
             self._noted(CROWDED)
         task = self._loop.create_task(self._shake_hands(accepted))
         self._under_way[task] = None
-        task.add_done_callback(lambda ended: self._under_way.pop(ended, None))
+        task.add_done_callback(partial(self._ended, accepted))
+
+    def _ended(self, accepted: socket.socket, task: "asyncio.Task[None]") -> None:
+        self._under_way.pop(task, None)
+        if task.cancelled():  # perhaps before it could begin
+            accepted.close()
 
     async def _shake_hands(self, accepted: socket.socket) -> None:
         try:

@@ -3,9 +3,9 @@
 A table maps a method's path, ``/service/method``, to one of three kinds of method. Both transports serve one table.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import grpc
 
@@ -32,7 +32,7 @@ class Peer(NamedTuple):
     subject: str = ""
 
 
-def peer_of(address: object, certificate: Mapping[str, Any] | None) -> Peer:
+def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[str, str]]]] | None) -> Peer:
     """Return the client of a connection.
 
     address: of asyncio's ``peername``. certificate: of its ``peercert``, or None.
@@ -77,9 +77,10 @@ class Context(Protocol):
         """Send the status, after all waiting data."""
 
 
-#: A function that is called with the headers of a call: its timeout in seconds or None, its metadata, and the number
-#: of calls that were accepted before it but are not complete yet. It returns the status of a refusal, or None.
-Door = Callable[[float | None, Metadata, int], Status | None]
+#: A function that is called with the headers of a call: its timeout in seconds or None, its metadata, the number of
+#: calls that were accepted before it but are not complete yet, and its client. It returns the status of a refusal, or
+#: None.
+Door = Callable[[float | None, Metadata, int, Peer], Status | None]
 
 
 @dataclass(frozen=True, slots=True)
