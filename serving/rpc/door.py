@@ -11,6 +11,7 @@ from serving.metrics.registry import ModelMetrics
 from serving.rpc.recorder import Recorder
 from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
+from serving.transport.methods import Peer
 
 #: A function that decides about a call before its message is read, from its timeout in seconds and the number of calls
 #: that will begin before it. It returns the error and the metrics that count it, or None to accept the call.
@@ -46,7 +47,7 @@ class MethodDoor:
         # The status of each error: many calls get the same one.
         self._statuses: dict[ServingError, Status] = {}
 
-    def __call__(self, timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
+    def __call__(self, timeout: float | None, metadata: Metadata, expected: int, peer: Peer) -> Status | None:
         """Return the status of a refusal, or None. expected: how many calls are to be begun before this one."""
         if (refusal := self._refusal(timeout, expected)) is None:
             return None

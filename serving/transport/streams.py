@@ -10,7 +10,7 @@ import grpc
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.memory import Memory
-from serving.transport.methods import TransportLimits
+from serving.transport.methods import Peer, TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
 
@@ -116,6 +116,8 @@ class Streams:
         self.limits = limits
         self.memory = memory
         self.peer = PeerWindow()
+        #: The client, as far as the connection shows it.
+        self.client = Peer("")
         self.state = ConnectionState.PREFACE
         #: The highest stream that the client has opened.
         self.last_stream = 0
