@@ -93,10 +93,12 @@ USER 10001:10001
 EXPOSE 8001 8002
 
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
-    CMD ["python", "-c", "import os; import grpc; from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc; \
-channel = grpc.insecure_channel('127.0.0.1:' + os.environ.get('CAPSNET_PORT', '8001'), [('grpc.enable_http_proxy', 0)]); \
-answer = rpc.HealthStub(channel).Check(pb.HealthCheckRequest(), timeout=2); \
-raise SystemExit(answer.status != pb.HealthCheckResponse.SERVING)"]
+    CMD ["python", "-c", "import http.client as http, os, ssl; \
+place = dict(host='127.0.0.1', port=int(os.environ.get('CAPSNET_METRICS_PORT') or 8002), timeout=4); \
+link = http.HTTPSConnection(**place, context=ssl._create_unverified_context()) if os.environ.get('CAPSNET_TLS_CERT') \
+else http.HTTPConnection(**place); \
+link.request('GET', '/readyz'); \
+raise SystemExit(link.getresponse().status != 200)"]
 
 ENTRYPOINT ["python", "-m", "serving"]
 

@@ -7,12 +7,12 @@ LOCK := $(DEV)/uv pip compile --quiet pyproject.toml --upgrade --generate-hashes
 	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
 # The number of test processes. The tests of one file, or of one group (tests/conftest.py), share a process. In each
-# process PyTorch has one thread.
+# process PyTorch has one thread. Compiled files are kept, whatever the environment says: hundreds of processes read them.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(DEV)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export check test lint format protos requirements clean
+.PHONY: help serve dev train export check quick test lint format protos requirements clean
 
 ## List the targets.
 help:
@@ -35,7 +35,11 @@ export: $(DEV_VENV)/.installed
 	$(DEV)/python -m export $(ARGS)
 
 ## Run lint and the quick tests: those that start no server and no training. ARGS='-k NAME' chooses tests.
-check: lint
+check: $(DEV_VENV)/.installed
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint quick
+
+## Run the quick tests without lint. ARGS='-k NAME' chooses tests.
+quick: $(DEV_VENV)/.installed
 	$(PYTEST) -m "not server and not training" $(LINTERS) $(ARGS)
 
 ## Run all tests. ARGS='-k NAME' chooses tests, JOBS=1 runs one at a time.

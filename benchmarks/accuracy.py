@@ -65,8 +65,8 @@ def read(path: Path = RESULTS) -> list[Row]:
 
 
 def add(rows: Iterable[Row], path: Path = RESULTS) -> None:
-    """Add rows to a results file. A new row replaces the row with the same command and seed."""
-    by_run = {(one["command"], one["seed"]): one for one in (*read(path), *rows)}
+    """Add rows to a results file. A new row replaces the row with the same command, network size and seed."""
+    by_run = {(one["command"], one["parameters"], one["seed"]): one for one in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

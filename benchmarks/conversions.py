@@ -57,8 +57,8 @@ def statically(
 ) -> Convert:
     """Convert by ``onnxruntime.quantization.quantize_static``, prepared as its manual says.
 
-    method: of calibration; operators: which it quantises, None for all that it can. count: images to calibrate with,
-    None for all; the percentiles' histograms of all 1,024 take minutes.
+    method: of calibration. operators: the operators to quantise; None for all possible ones. count: the number of
+    calibration images; None for all. With percentiles, the histograms of all 1,024 images take minutes.
     """
 
     def convert(model: ModelProto, images: Tensor, folder: Path) -> ModelProto:
@@ -103,7 +103,7 @@ CONVERSIONS: Mapping[str, Convert] = {
 
 
 def answers(file: Path, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Probabilities (M, J) and poses (M, J, E) of uint8 images (M, C, H, W)."""
+    """Return probabilities (M, J) and poses (M, J, E) for uint8 images (M, C, H, W)."""
     runtime = onnxruntime().InferenceSession(str(file), providers=[CPU])
     parts = [
         runtime.run(["probabilities", "poses"], {"images": images.numpy()[at : at + _TEST_BATCH]})
@@ -113,7 +113,7 @@ def answers(file: Path, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def compared(file: Path, expected: tuple[NDArray[np.float32], ...], dataset: Dataset) -> dict[str, Any]:
-    """Figures of a graph on the test images, beside the answers in single precision; test errors of one object."""
+    """Return a graph's figures on test images of one object. expected: the answers in single precision."""
     probabilities, poses = answers(file, dataset.test_images)
     found, before = probabilities.argmax(1), expected[0].argmax(1)
     return {
@@ -127,7 +127,7 @@ def compared(file: Path, expected: tuple[NDArray[np.float32], ...], dataset: Dat
 
 
 def converted(model: ModelProto, images: Tensor, folder: Path) -> dict[str, Path]:
-    """Write the graph as it is and as each converter makes it; what cannot be made is told on the standard error."""
+    """Write the graph itself and the result of each converter. Standard error names each converter that fails."""
     files = {FIRST: folder / FP32_FILE}
     onnx.save_model(model, files[FIRST])
     for number, (name, convert) in enumerate(CONVERSIONS.items()):
@@ -146,7 +146,7 @@ def converted(model: ModelProto, images: Tensor, folder: Path) -> dict[str, Path
 
 
 def row_of(file: Path, rounded_file: Path | None, expected: tuple[NDArray[np.float32], ...], dataset: Dataset) -> Any:
-    """Figures of one graph; of one in half precision also those with each operation rounded."""
+    """Return the figures of one graph; in half precision also those with each operation rounded."""
     row = compared(file, expected, dataset) | {"bytes": file.stat().st_size}
     told = compared(rounded_file, expected, dataset) if rounded_file else {}
     return row | {f"{name}_rounded": told.get(name, "") for name in ("errors", "labels_changed", "max_pose_difference")}

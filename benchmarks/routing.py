@@ -146,9 +146,9 @@ class Inputs:
 class Row:
     """A line of the CSV: the case, its figures, and the machine. Figures are None for a case that was not run.
 
-    ms and its quartiles: milliseconds a pass. ratio_to_plain: time in terms of the plain loop's in the same round,
-    the median of all rounds. peak_mib: most bytes that PyTorch held for tensors at once during a pass, above those
-    that it held before.
+    ms and its quartiles: milliseconds a pass. ratio_to_plain: the time divided by that of the plain loop in the same
+    round, the median of all rounds. peak_mib: the peak bytes that PyTorch held for tensors during a pass, above the
+    bytes that it held before.
     """
 
     config: str

@@ -1,4 +1,4 @@
-"""The server in a process of its own, its metrics, and loads of which every answer is counted."""
+"""The server in a process of its own, its metrics, and loads that count every answer."""
 
 import re
 import shutil
@@ -108,8 +108,8 @@ def serve(
 ) -> Iterator[Served]:
     """Run ``python -m serving`` on free ports, and on a Unix socket in ``folder`` if the server supports one.
 
-    poll_seconds: between looks at its log for the line that says that it serves. program: a module to run in its place,
-    and arguments that come before the flags. Raises LoadError with the log's end where it does not start.
+    poll_seconds: the time between checks of its log for the line that says that it serves. program: a module to run
+    instead, and arguments before the flags. Raises LoadError with the end of the log if it does not start.
     """
     log, unix_socket = folder / "server.log", folder / "socket"
     command = [sys.executable, "-m", *program]

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.tricks``: what each trick of the request path brings, with and without it in turns."""
+"""``python -m benchmarks.tricks``: the gain of each trick of the request path, with and without it in turns."""
 
 import argparse
 import shlex
@@ -33,9 +33,9 @@ _WARM_CALLS = 200
 
 @dataclass(frozen=True)
 class Figures:
-    """Calls answered a second; CPU time a call of the server, and of its event loop's thread, in seconds.
+    """Answered calls a second, and the CPU seconds of a call: of the server, and of its event loop's thread.
 
-    Under an overload those that are refused do not count as answered.
+    Under an overload, refused calls do not count as answered.
     """
 
     per_second: float
@@ -45,10 +45,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Gain:
-    """Ratios of a round that are above 1 where the trick helps.
+    """Ratios of a round. Each is above 1 if the trick helps.
 
-    throughput: calls answered a second, with the trick in terms of without. cpu: CPU time a call, without in terms of
-    with. loop: the same, if only the event loop's thread had changed; it hardly depends on what else the machine does.
+    throughput: answered calls a second with the trick, divided by those without it.
+    cpu: CPU time of a call without the trick, divided by that with it.
+    loop: the same ratio as if only the event loop's thread had changed. Other work of the machine hardly affects it.
     """
 
     throughput: float
@@ -57,12 +58,12 @@ class Gain:
 
     @classmethod
     def of(cls, kept: Figures, off: Figures) -> "Gain":
-        """Return the gain of what is kept over what is off."""
+        """Return the gain of a server with the trick over one without it."""
         return cls(kept.per_second / off.per_second, off.cpu / kept.cpu, (kept.cpu - kept.loop + off.loop) / kept.cpu)
 
 
 class Subject:
-    """A server under test, whose every answer is accounted for."""
+    """A server under test. Every answer is counted."""
 
     def __init__(self, served: Served, bodies: Mapping[Case, Path]) -> None:
         self._served = served
@@ -70,8 +71,8 @@ class Subject:
         self._calls = self._ok = 0
 
     def measure(self, load: str, size: "Size") -> Figures:
-        """Put a load on the server. Raises LoadError where an answer is missing, or not OK without an overload."""
-        if load == REFUSALS:  # for it is known only where something was computed lately what a batch costs
+        """Put a load on the server. Raises LoadError if an answer is missing, or is not OK without an overload."""
+        if load == REFUSALS:  # refusals need a known cost of a batch, so something must have been computed lately
             self._in_turn(CASES[MANY], CASES[MANY].in_flight)
         before = self._cpu()
         if load == OVERLOAD:
@@ -90,7 +91,7 @@ class Subject:
             self.measure(load, Size(calls, 0.2, 500.0))
 
     def check(self) -> None:
-        """Raise LoadError unless as many calls were answered OK as should have been."""
+        """Raise LoadError unless the server has answered all expected calls with OK."""
         self._served.page_after(self._ok, METHOD)
 
     def _in_turn(self, case: Case, calls: int, deadline: float | None = None) -> tuple[int, float]:
@@ -122,7 +123,7 @@ class Subject:
         return good, flooded.seconds
 
     def _cpu(self) -> tuple[float, float]:
-        """CPU time of the server, and of the thread that it began with, which is the event loop's, in seconds."""
+        """Return the CPU seconds of the server, and of its first thread, which is the event loop's."""
         process = self._served.process.pid
         used = {}
         for task in Path(f"/proc/{process}/task").iterdir():
@@ -133,7 +134,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Size:
-    """Size of one load: calls, or seconds of streams; seconds and calls a second of an overload."""
+    """The size of one load: a number of calls; for streams, seconds; for an overload, seconds and calls a second."""
 
     calls: int
     seconds: float
@@ -141,7 +142,7 @@ class Size:
 
 
 def sizes(subject: Subject, loads: Sequence[str], seconds: float) -> dict[str, Size]:
-    """Return the sizes of samples of about so many seconds, by what the server takes now."""
+    """Return, by load, the size of a sample of about this many seconds, from a short measurement."""
     found = {}
     for load in CASES:
         if load in loads or (load == MANY and OVERLOAD in loads):
@@ -177,7 +178,7 @@ class Collected:
 def compare(
     kept: Subject, off: Subject, loads: Sequence[str], size: Mapping[str, Size], rounds: int
 ) -> dict[str, Collected]:
-    """Put the loads on both servers in turns, and who comes first takes turns too. Raises LoadError."""
+    """Put the loads on both servers in turns. The first one changes from round to round. Raises LoadError."""
     found = {load: Collected() for load in loads}
     off.warm(loads)
     for number in range(rounds):

@@ -1,7 +1,7 @@
 """``python -m benchmarks.without TRICKS FLAGS...``: the server with tricks of its request path switched off.
 
-Each trick is undone from outside, so that the server itself has no setting for it. A change of the server's code that
-takes away what is undone here ends the command: the trick, or its entry, is then to be looked at anew.
+Each trick is undone from outside, so the server itself has no setting for it. If the server's code no longer has the
+replaced part, the command ends: then check the trick, or its entry here.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from serving.transport import call, connection, headers
 from serving.transport.methods import CallbackMethod, Context, UnaryMethod
 
 #: Loads by name: single images with 16 and 64 in flight, 64 images a request, streams, calls that are all refused for
-#: their deadline, and an overload, of which two calls of three are refused.
+#: their deadline, and an overload, in which two of three calls are refused.
 FEW, MANY, LARGE, STREAMS = "16 in flight", "64 in flight", "64 images each", "4 streams"
 REFUSALS, OVERLOAD = "refusals", "overload"
 LOADS = (FEW, MANY, LARGE, STREAMS, REFUSALS, OVERLOAD)
@@ -41,7 +41,7 @@ _REFUSED = (REFUSALS, OVERLOAD)
 
 @dataclass(frozen=True)
 class Trick:
-    """Something that the server does for speed alone: how it is undone, and the loads that it may speed up."""
+    """Code of the server for speed alone: a function that undoes it, and the loads that it may speed up."""
 
     undo: Callable[[], None]
     loads: tuple[str, ...] = _USUAL
@@ -88,7 +88,7 @@ def _a_task_for_each_call() -> None:
 
 
 class _Count:
-    """Counts by prometheus_client's instrument."""
+    """A count kept by prometheus_client's instrument."""
 
     def __init__(self) -> None:
         self._counter = prometheus_client.Counter("counter", "for a benchmark", registry=None)

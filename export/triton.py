@@ -110,13 +110,14 @@ output {{
 }}
 # The labels and shapes above are those of the latest version.
 version_policy {{ latest {{ num_versions: 1 }} }}
-# What waits while the model computes is computed together next, up to max_batch_size. No size is preferred: Triton
-# advises it only where one is known to be much faster. A delay above 0 makes an idle model wait for company.
+# The requests that wait while the model computes form the next batch, up to max_batch_size. No batch size is preferred:
+# Triton advises a preferred size only if it is known to be much faster. With a delay above 0 an idle model waits for
+# further requests.
 dynamic_batching {{ max_queue_delay_microseconds: {options.max_queue_delay_us} }}
-# On each GPU, else on the CPU. One instance, since ONNX Runtime uses all cores by itself, and Triton would start two
-# on a CPU.
+# One instance on each GPU, or on the CPU if there is no GPU. Triton would start two on a CPU, but ONNX Runtime uses all
+# cores by itself.
 instance_group {{ kind: KIND_AUTO count: 1 }}
-# The first call allocates and, on a GPU, chooses kernels: not in a client's time.
+# The first call allocates memory and, on a GPU, chooses kernels. It comes before any client's call.
 {warmups}
 """
     return text + _accelerator(image_shape, options) if options.tensorrt else text

@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-# How long the event loop, or a thread with a batch, waits for another's Python, such as that which writes the metrics.
+# The longest wait of the event loop, or of a thread with a batch, for another thread's Python code.
 _SWITCH_SECONDS = 0.0005
 
 
@@ -14,8 +14,8 @@ def main() -> int:
     """Serve until a signal, and return the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own handlers
         signal.signal(number, _end_at_once)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which asks for a look at the models: the start has one
-    # Else gRPC's core would write a line for each frame of a client's that is wrong, with the client's bytes in it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it asks for a scan of the models, and the start scans them anyway
+    # Otherwise gRPC's core would write a line for each wrong frame of a client, with the client's bytes in it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Imported only now, since it takes a second, in which Ctrl-C would print a traceback.
     import asyncio
@@ -31,7 +31,7 @@ def main() -> int:
     from serving.settings import read, service_links
 
     settings = read(sys.argv[1:])
-    warnings.filterwarnings("ignore", module="PIL")  # they are about clients' files, with text that clients choose
+    warnings.filterwarnings("ignore", module="PIL")  # about clients' files, with text that clients choose
     sys.setswitchinterval(_SWITCH_SECONDS)
     limit_metadata()
     set_up(settings.log_format, settings.log_level)

@@ -23,7 +23,7 @@ MODEL = "model.onnx"
 #: The possible precisions of a network. The first one always exists.
 PRECISIONS = ("fp32", "int8", "fp16")
 
-_MAX_SHOWN_CHARACTERS = 200  # of a value in an error: clients may get it in a header of limited size
+_MAX_SHOWN_CHARACTERS = 200  # of a value in an error: a client may get it in a header of limited size
 _DIFFERENCE_NAME = re.compile("(max|mean)_(.*)_difference")
 
 

@@ -75,6 +75,27 @@ class InferenceFailed(ServingError):
         super().__init__("the model could not compute this request")
 
 
+class Unauthenticated(ServingError):
+    """The client has shown no valid token or certificate."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "unauthenticated"
+
+
+class Forbidden(ServingError):
+    """The client lacks the role for this method."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = "forbidden"
+
+
+class ClientLimit(ServingError):
+    """The client has too many calls in flight, or makes too many a second."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "client_limit"
+
+
 #: The reason of a refusal before any service sees the call: too large, too many at once, or an unknown method.
 TRANSPORT = "transport"
 #: All values of the label ``reason``.

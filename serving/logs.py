@@ -50,13 +50,14 @@ def set_up(format_: str, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("hpack").setLevel(logging.INFO)  # its debug log shows tokens
 
 
 class RefusalLog:
     """The log of refused and failed requests, with a limit.
 
-    limit: the most lines a second. Of further requests only the number is logged: in a flood of refusals, logging must
-    not cost the time that refusing saves.
+    limit: the most lines a second. Of further requests only the number is logged: in a flood of refusals, the log must
+    not cost the time that refusals save.
     """
 
     def __init__(self, limit: int = 50) -> None:
@@ -64,11 +65,20 @@ class RefusalLog:
         self._second = 0
         self._lines = 0
 
-    def write(self, level: int, method: str, code: str, text: str, request_ids: Iterable[str], requests: int) -> None:
+    def write(
+        self,
+        level: int,
+        method: str,
+        code: str,
+        text: str,
+        request_ids: Iterable[str],
+        requests: int,
+        peer: str = "",
+    ) -> None:
         """Log requests that have the same error.
 
         text: the text of the error. requests: the number of requests. request_ids: their ids; one is read for each line
-        that is written.
+        that is written. peer: the client's address, or "".
         """
         second = int(time.monotonic())
         if second != self._second:
@@ -79,6 +89,8 @@ class RefusalLog:
         self._lines += requests
         for request_id in islice(request_ids, max(0, room)):
             fields = {"method": method, "code": code, "request_id": _on_one_line(request_id)}
+            if peer:
+                fields["peer"] = _on_one_line(peer)
             _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: fields})
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health_pb2
 
+from serving.access.access import Access
+from serving.access.tokens import ADMIN, PREDICT
 from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 # The transport refuses messages above this multiple of max_request_bytes. A service refuses smaller ones, so that the
 # error keeps its place in a stream.
 _TRANSPORT_LIMIT = 2
-# Objects more than there were, at which garbage is collected: seldom, since requests that wait leave no cycles behind.
+# The number of new objects after which garbage is collected: large, since waiting requests leave no cycles behind.
 _GARBAGE_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.1
 _LAST_ANSWERS_SECONDS = 0.5
@@ -72,6 +74,7 @@ class Server:
         self.port = self.metrics_port = self.admin_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
+        self._access = Access(settings, self._edge.denied)
         self._scanning: set[asyncio.Task[None]] = set()
         self._pipeline = Pipeline(self.repository, settings.stream_window)
         self._started = AsyncExitStack()  # closes the started parts, the last one first
@@ -111,8 +114,11 @@ class Server:
         self._health = Health()
         service = CapsNetService(self._pipeline, self._edge, self.metrics, self.settings)
         inference = InferenceService(self._pipeline, self._edge, self.metrics, self.settings)
-        self._grpc.add_methods(service.methods() | inference.methods() | health_methods(self._health))
-        self._grpc.add_methods(reflection_methods((SERVICE, INFERENCE_SERVICE, HEALTH)))
+        guard = self._access.guard
+        self._grpc.add_methods(guard.protect(service.methods() | inference.methods(), PREDICT))
+        self._grpc.add_methods(health_methods(self._health))
+        if self.settings.reflection:
+            self._grpc.add_methods(guard.protect(reflection_methods((SERVICE, INFERENCE_SERVICE, HEALTH)), PREDICT))
 
     def _start_tracing(self, started: AsyncExitStack) -> None:
         if self._tracing:
@@ -134,13 +140,15 @@ class Server:
         self._admin: TransportServer | None = None
         if settings.admin_port >= 0:
             self._admin = self._new_grpc_server()
-            self._admin.add_methods(AdminService(self.repository, self._edge, settings).methods())
+            methods = AdminService(self.repository, self._edge, settings).methods()
+            self._admin.add_methods(self._access.guard.protect(methods, ADMIN))
             started.push_async_callback(self._admin.stop, 0)
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         self._serve_metrics(started)
 
     def _serve_metrics(self, started: AsyncExitStack) -> None:
-        settings, page = self.settings, Page(self.metrics.registry, self._unready)
+        settings, access = self.settings, self._access
+        page = Page(self.metrics.registry, self._unready, access.admit_to_metrics, access.http_context)
         try:
             self.metrics_port = page.open(self._host, settings.metrics_port)
         except OSError as error:
@@ -171,7 +179,8 @@ class Server:
             await asyncio.wait_for(self.repository.close(), left)
 
     def rescan_soon(self) -> None:
-        """Check the repository folder again, if the server has started."""
+        """Check the repository folder, the certificates and the tokens again, if the server has started."""
+        self._access.renew()
         if self._edge.ready:
             self._scan_beside(self._rescan())
 
@@ -209,7 +218,9 @@ class Server:
             _logger.info("loading and unloading of models on %s:%d", host, self.admin_port)
         if self.settings.unix_socket:
             _logger.info("gRPC on unix:%s", self.settings.unix_socket)
-        _logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, self.port, host, self.metrics_port)
+        self._access.warn(self._host)
+        web = "https" if self._access.certificates else "http"
+        _logger.info("gRPC on %s:%d, metrics on %s://%s:%d/metrics", host, self.port, web, host, self.metrics_port)
 
     def _new_grpc_server(self) -> TransportServer:
         settings = self.settings
@@ -219,10 +230,11 @@ class Server:
             bytes_under_way=settings.max_bytes_under_way,
             memory_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
             refused=self._edge.refused_by_transport,
+            handshake=lambda result: self.metrics.handshakes.labels(result).inc(),
         )
         # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
-        return kind(limits, settings.connection_seconds, settings.drain_seconds)
+        return kind(limits, settings.connection_seconds, settings.drain_seconds, self._access.certificates)
 
     async def _listen(self, server: TransportServer, port: int, purpose: str, flag: str) -> int:
         try:

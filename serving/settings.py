@@ -1,6 +1,7 @@
 """The server's settings: each is one field, set by flag, environment variable or default."""
 
 import argparse
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ ENVIRONMENT_PREFIX = "CAPSNET_"
 # Variables of docker-compose.yml. They may also be set for a server that starts without it.
 _OTHER_VARIABLES = ("CAPSNET_CPUS", "CAPSNET_TRAINING_")
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT|PORT_\w+)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -66,6 +68,22 @@ class Settings:
         minimum=-1,
         maximum=65535,
     )
+    tls_cert: str = option(
+        "",
+        "certificate chain (PEM), with which gRPC and metrics are encrypted; read again when it changes",
+        metavar="FILE",
+    )
+    tls_key: str = option("", "private key (PEM) of that certificate", metavar="FILE")
+    tls_client_ca: str = option(
+        "", "authorities (PEM); only clients with a certificate that one of them signed may call", metavar="FILE"
+    )
+    tokens: str = option(
+        "", "file of tokens that python -m serving.tokens makes; only clients with one may call", metavar="FILE"
+    )
+    insecure: bool = option(False, "allow a host that others can reach without TLS and without tokens")
+    reflection: bool = option(True, "serve gRPC reflection, which tells the services and messages")
+    client_calls: int = option(0, "most calls of one client in flight; 0 for any number", minimum=0)
+    client_rate: float = option(0.0, "most calls a second of one client; 0 for any number", minimum=0)
     connection_seconds: float = option(
         0.0,
         "age at which a client's connection is renewed, so that it can find new servers; 0 for never",
@@ -139,10 +157,24 @@ class Settings:
             raise ValueError(
                 f"admin_port: {self.admin_port}; another purpose has that port (--admin-port chooses another)"
             )
+        self._check_access()
         if self.max_images_per_request > self.max_queue:
             raise ValueError(
                 f"max_images_per_request: {self.max_images_per_request}; the queue holds only {self.max_queue} "
                 "(max_queue), so such a request could never be taken"
+            )
+
+    def _check_access(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError(
+                f"tls_cert and tls_key: {self.tls_cert!r} and {self.tls_key!r}; expected both files or neither"
+            )
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca: needs tls_cert and tls_key, since clients show certificates in TLS")
+        if not (self.tls_cert or self.tokens or self.insecure or is_loopback(self.host)):
+            raise ValueError(
+                f"host: {self.host!r}; others could call without TLS and tokens: give tls_cert and tls_key, or tokens, "
+                "or allow it (--insecure)"
             )
 
     @property
@@ -195,6 +227,14 @@ def service_links(environment: Mapping[str, str]) -> list[str]:
     )
 
 
+def is_loopback(host: str) -> bool:
+    """Return True if an address, perhaps in brackets, can be reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
@@ -217,6 +257,10 @@ def _variable(setting: "Field[Any]") -> str:
 
 
 def _value(parser: argparse.ArgumentParser, setting: "Field[Any]", variable: str, text: str) -> Any:
+    if isinstance(setting.default, bool):
+        if (value := _TRUTH.get(text.lower())) is None:
+            parser.error(f"environment variable {variable}: {text!r}; expected 1 or 0")
+        return value
     parse = option_of(setting).parse or cast(Callable[[str], Any], type(setting.default))
     try:
         return parse(text)

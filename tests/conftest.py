@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple, cast
@@ -31,7 +31,15 @@ from tests.transport_methods import Serving, serve
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
-EXPORTING = ("test_benchmarks", "test_export", "test_tensorrt", "test_to_fp16", "test_to_int8", "test_triton")
+EXPORTING = (
+    "test_benchmarks",
+    "test_export",
+    "test_folding",
+    "test_tensorrt",
+    "test_to_fp16",
+    "test_to_int8",
+    "test_triton",
+)
 # The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
@@ -40,10 +48,17 @@ LONGEST = (
     *EXPORTING,
     "test_readme",
     "test_benchmarks_gpu",
-    "test_training",
+    "test_benchmarks_serving",
     "test_processes",
-    "test_transport_calls",
     "test_lifecycle",
+    "test_architecture",
+    "test_balancing",
+    "test_digits",
+    "test_training",
+    "test_monitoring",
+    "test_runtime",
+    "test_folder",
+    "test_transport_calls",
 )
 
 
@@ -185,9 +200,15 @@ def running_on_each(servers: Callable[[str], Running], transport: str) -> Runnin
     return servers(transport)
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture
+def start_on_each(start: Callable[..., Running], transport: str) -> Callable[..., Running]:
+    """Servers of each transport in turn; a file whose tests run on both has this as its ``start``."""
+    return partial(start, transport=transport)
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
-    """Each transport in turn."""
+    """Each transport in turn: all tests of a file on one, and then on the other."""
     name: str = request.param
     return name
 
@@ -266,6 +287,7 @@ def _whole_parts(item: pytest.Function) -> set[str]:
     return parts
 
 
+@cache
 def _names_and_constants(code: CodeType | None) -> tuple[set[str], set[object]]:
     """Return the names and the texts in a function's code, and in that of the functions inside it."""
     names, constants = set(code.co_names if code else ()), set[object]()

@@ -89,6 +89,16 @@ def by_hand() -> ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
 
 
+def changed(model: ModelProto, name: str, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> ModelProto:
+    """Return a copy with ``change`` applied to the one initializer whose name ends like this."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    (tensor,) = (tensor for tensor in result.graph.initializer if tensor.name.endswith(name))
+    array = np.asarray(change(numpy_helper.to_array(tensor).copy()), np.float32)
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return result
+
+
 def digest(model: ModelProto) -> str:
     """SHA-256 of a graph's nodes and constants, hexadecimal."""
     parts = [part.SerializeToString(deterministic=True) for part in (*model.graph.node, *model.graph.initializer)]

@@ -78,11 +78,11 @@ class Raw:
         self.send(frames.frame(frames.HEADERS, frames.END_HEADERS, stream, self.block(path, *more)))
         self.send_data(stream, framed(message))
 
-    def send_data(self, stream: int, sent: bytes) -> None:
-        """Send data as the last data of the stream."""
+    def send_data(self, stream: int, sent: bytes, last: bool = True) -> None:
+        """Send data in frames of the usual size. last: the data are the stream's last."""
         for at in range(0, len(sent), frames.MAX_FRAME_BYTES):
-            last = at + frames.MAX_FRAME_BYTES >= len(sent)
-            self.send(data(stream, sent[at : at + frames.MAX_FRAME_BYTES], frames.END_STREAM if last else 0))
+            end = last and at + frames.MAX_FRAME_BYTES >= len(sent)
+            self.send(data(stream, sent[at : at + frames.MAX_FRAME_BYTES], frames.END_STREAM if end else 0))
 
     def read(self, stream: int | None = None) -> Answer:
         """Until the stream, or else the connection, has ended."""

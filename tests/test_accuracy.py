@@ -63,6 +63,13 @@ def test_runs_are_added_to_those_there_and_take_the_place_of_the_same(
     assert f"| **3.000 %** ± 12.706 | 1: 4.00, 2: 2.00 | a processor | `{COMMAND}` |" in capsys.readouterr().out
 
 
+def test_networks_of_one_command_have_their_own_rows(tmp_path: Path) -> None:
+    row = accuracy.row(finish(tmp_path / "run", seed=1, errors=7))
+    results = tmp_path / "results.csv"
+    accuracy.add([row, row | {"parameters": "17"}], results)
+    assert [one["parameters"] for one in accuracy.read(results)] == [row["parameters"], "17"]
+
+
 def test_each_command_has_a_line_and_one_seed_no_interval(tmp_path: Path) -> None:
     rows = [accuracy.row(finish(tmp_path / command, 1, 10, command)) for command in ("one", "other")]
     lines = accuracy.table(rows).splitlines()[2:]

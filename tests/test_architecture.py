@@ -1,6 +1,7 @@
 """Tests of the rules between the parts of the project."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -48,29 +49,48 @@ def test_the_two_builds_of_onnx_runtime_are_never_asked_for_together() -> None:
     assert bringing == {"cpu", "gpu"}
 
 
-@pytest.mark.parametrize(
-    ("module", "line", "contract"),
-    [
-        ("training/train.py", "from serving.batching.batcher import Batcher", "training takes from serving its files"),
-        ("export/build.py", "from serving.settings import Settings", "export takes from serving the artifact"),
-        ("serving/client/base.py", "from serving.artifact import Artifact", "the client takes from serving its files"),
-        ("serving/files/idx.py", "from serving.errors import InvalidRequest", "serving is built in layers"),
-        ("serving/transport/frames.py", "import serving.metrics", "serving is built in layers"),
-        ("serving/runtime.py", "import torch", "serving needs no training framework"),
-    ],
-)
-def test_an_import_from_the_wrong_room_breaks_its_contract(
-    tmp_path: Path, module: str, line: str, contract: str
-) -> None:
+# A module, an import that it must not have, and how the contract begins that the import breaks.
+FORBIDDEN = [
+    ("training/train.py", "from serving.batching.batcher import Batcher", "training takes from serving its files"),
+    ("export/build.py", "from serving.settings import Settings", "export takes from serving the artifact"),
+    ("serving/client/base.py", "from serving.artifact import Artifact", "the client takes from serving its files"),
+    ("serving/files/idx.py", "from serving.errors import InvalidRequest", "serving is built in layers"),
+    ("serving/transport/frames.py", "import serving.metrics", "serving is built in layers"),
+    ("serving/runtime.py", "import torch", "serving needs no training framework"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken_contracts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The linter's words on each broken contract, of a copy of the packages that has all forbidden imports."""
+    folder = tmp_path_factory.mktemp("packages")
     for package in ("protos", "serving", "training", "export"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    with (tmp_path / module).open("a") as file:
-        file.write(f"\n{line}\n")
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for module, line, _ in FORBIDDEN:
+        with (folder / module).open("a") as file:
+            file.write(f"\n{line}\n")
     result = subprocess.run(
-        [BIN / "lint-imports", "--no-cache"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [BIN / "lint-imports", "--no-cache"], cwd=folder, capture_output=True, text=True, check=False
     )
-    broken = [name for name in result.stdout.splitlines() if "BROKEN" in name]
+    names = [name for line in result.stdout.splitlines() for name, word, _ in [line.partition(" BROKEN")] if word]
+    details = result.stdout.partition("Broken contracts\n")[2]
+    headings = re.split(rf"^({'|'.join(map(re.escape, names))})\n-+\n", details, flags=re.MULTILINE)
+    return dict(zip(headings[1::2], headings[2::2], strict=True))
+
+
+def test_forbidden_imports_break_no_other_contract(broken_contracts: dict[str, str]) -> None:
+    contracts = sorted({contract for _, _, contract in FORBIDDEN})
+    assert all(name.startswith(one) for name, one in zip(sorted(broken_contracts), contracts, strict=True))
+
+
+@pytest.mark.parametrize(("module", "line", "contract"), FORBIDDEN)
+def test_an_import_from_the_wrong_room_breaks_its_contract(
+    broken_contracts: dict[str, str], module: str, line: str, contract: str
+) -> None:
+    importer, imported = module.removesuffix(".py").replace("/", "."), line.split()[1]
+    chain = re.compile(rf"^- +{re.escape(importer)} -> {re.escape(imported)} \(", re.MULTILINE)
+    broken = [name for name, said in broken_contracts.items() if chain.search(said)]
     assert [name.startswith(contract) for name in broken] == [True]
 
 

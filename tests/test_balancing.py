@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from tests.conftest import DATA, ROOT
+from tests.test_lifecycle import cancelled_by_grpc
 
 REQUEST = pb.ClassifyRequest(images=[pb.Image(encoded=(DATA / "seven.png").read_bytes())])
 SERVICE_CONFIG = json.loads((ROOT / "deploy" / "kubernetes" / "client-service-config.json").read_text())
@@ -60,8 +61,8 @@ def _page(url: str) -> str:
 
 
 @contextmanager
-def _members(count: int, drain_delay: float = 1.5) -> Iterator[list[Member]]:
-    command = [sys.executable, "-m", "serving", *FLAGS, f"--drain-delay={drain_delay}"]
+def _members(count: int, transport: str, drain_delay: float = 1.5) -> Iterator[list[Member]]:
+    command = [sys.executable, "-m", "serving", *FLAGS, f"--transport={transport}", f"--drain-delay={drain_delay}"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(count)]
     try:
         yield [_member(process) for process in processes]
@@ -80,9 +81,9 @@ def _member(process: subprocess.Popen[str]) -> Member:
 
 
 @pytest.fixture(scope="module")
-def three() -> Iterator[list[Member]]:
-    """Three servers for all tests that end none of them."""
-    with _members(3) as members:
+def three(transport: str) -> Iterator[list[Member]]:
+    """Three servers of each transport in turn for all tests that end none of them."""
+    with _members(3, transport) as members:
         yield members
 
 
@@ -93,8 +94,8 @@ def survivors(three: list[Member]) -> list[Member]:
 
 
 @pytest.fixture
-def victim() -> Iterator[Member]:
-    with _members(1) as (member,):
+def victim(transport: str) -> Iterator[Member]:
+    with _members(1, transport) as (member,):
         yield member
 
 
@@ -228,9 +229,9 @@ def test_a_server_stopped_under_load_fails_no_call_of_clients_that_watch_its_hea
 
 
 def test_a_server_stopped_without_delay_fails_no_sent_call_of_clients_that_neither_watch_nor_retry(
-    survivors: list[Member],
+    survivors: list[Member], transport: str
 ) -> None:
-    with _members(1, drain_delay=0) as (victim,):
+    with _members(1, transport, drain_delay=0) as (victim,):
         target = "ipv4:" + ",".join(member.address for member in (*survivors, victim))
         config = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
         options = [("grpc.service_config", config), ("grpc.enable_retries", 0)]
@@ -238,7 +239,8 @@ def test_a_server_stopped_without_delay_fails_no_sent_call_of_clients_that_neith
         assert victim.process.returncode == 0
     # Sometimes grpc's client gives a connection a call just when it learns that this connection takes no new calls. It
     # does not send the call, and without retries the call fails (cancel_unstarted_streams in chttp2_transport.cc).
-    assert [error.details() for error in outcome.failures if "GOAWAY received" not in str(error.details())] == []
+    others = [error for error in outcome.failures if "GOAWAY received" not in str(error.details())]
+    assert [error.details() for error in others if not cancelled_by_grpc(error, transport)] == []
     assert len(outcome.failures) <= CALLERS
     assert outcome.answered_after > 0
 

@@ -6,7 +6,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,9 +36,9 @@ def running(running_on_each: Running) -> Running:
 
 
 @pytest.fixture
-def start(start: Callable[..., Running], transport: str) -> Callable[..., Running]:
-    """Servers of each transport in turn."""
-    return partial(start, transport=transport)
+def start(start_on_each: Callable[..., Running]) -> Callable[..., Running]:
+    """Every test here runs on each transport."""
+    return start_on_each
 
 
 def _png(size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import pickle
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,6 +33,7 @@ from serving.client import (
     Unavailable,
 )
 from serving.client.channel import is_local
+from tests.certificates import make_all
 from tests.fake_server import FakeServer, Step, answer, end, numbered
 
 BUSY = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -485,20 +485,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with ca, server (for capsnet and 127.0.0.1) and client, each .pem and .key, and other.pem."""
     folder = tmp_path_factory.mktemp("certificates")
 
-    def openssl(*arguments: str) -> None:
-        try:
-            subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-        except FileNotFoundError:
-            pytest.skip("openssl is not installed")
-
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    for name in ("ca", "other"):
-        openssl("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
-    for name, names in (("server", "DNS:capsnet,IP:127.0.0.1"), ("client", "DNS:client")):
-        openssl(
-            "req", "-x509", *key, "-CA", "ca.pem", "-CAkey", "ca.key", "-keyout", f"{name}.key", "-out", f"{name}.pem",
-            "-subj", f"/CN={name}", "-addext", f"subjectAltName={names}", "-addext", "basicConstraints=CA:FALSE",
-        )  # fmt: skip
+    make_all(folder)
     return folder
 
 

@@ -75,15 +75,27 @@ def test_the_first_lines_name_the_model_the_addresses_and_the_device() -> None:
     assert re.search(r"gRPC on 127\.0\.0\.1:\d+, metrics on http://127\.0\.0\.1:\d+/metrics", text)
 
 
-def test_sigterm_under_load_answers_every_accepted_request_and_exits_0() -> None:
-    with server_process("--drain-delay", "1") as (process, address, _):
-        asyncio.run(_load_until_stopped(process, address))
+def cancelled_by_grpc(error: grpc.RpcError, transport: str) -> bool:
+    """Return True for a call that gRPC's own server cancelled at its stop before a handler had it.
+
+    The operations page lists this difference of the transports.
+    """
+    return transport == "grpcio" and (error.code(), error.details()) == (grpc.StatusCode.CANCELLED, "CANCELLED")
+
+
+def test_sigterm_under_load_answers_every_accepted_request_and_exits_0(transport: str) -> None:
+    with server_process("--drain-delay", "1", "--transport", transport) as (process, address, _):
+        failures = asyncio.run(_load_until_stopped(process, address))
         assert process.wait(20) == 0
+    # Refused before it was accepted: the port is closed, or the connection has sent GOAWAY.
+    others = [error for error in failures if error.code() is not grpc.StatusCode.UNAVAILABLE]
+    assert [error for error in others if not cancelled_by_grpc(error, transport)] == []
 
 
-async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> None:
+async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> list[grpc.aio.AioRpcError]:
+    """Return the failures; each client ends with its first one."""
     answered = 0
-    other_failures: list[str] = []
+    failures: list[grpc.aio.AioRpcError] = []
     async with grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
         health = health_pb2_grpc.HealthStub(channel)
@@ -96,9 +108,7 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
                 try:
                     response = await stub.Classify(pb.ClassifyRequest(images=[DIGIT] * 8), timeout=20)
                 except grpc.aio.AioRpcError as error:
-                    # Refused before it was accepted: the port is closed, or the connection has sent GOAWAY.
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                        other_failures.append(f"{error.code()} {error.details()}")
+                    failures.append(error)
                     return
                 assert [result.label for result in response.results] == ["7"] * 8
                 answered += 1
@@ -112,7 +122,7 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> N
         await asyncio.sleep(0.5)
         assert answered > during >= before > 0, "requests are still served during the drain delay"
         await asyncio.gather(*clients)
-    assert other_failures == []
+    return failures
 
 
 def test_requests_under_way_at_sigterm_are_answered(transport: str) -> None:
@@ -403,16 +413,17 @@ def test_a_wrong_host_is_named(host: str, reason: str) -> None:
 REFUSALS = ("the server is stopping; send the request to another one", "failed to connect to all addresses")
 
 
-def test_sigterm_under_load_of_every_kind_fails_no_request_that_was_accepted() -> None:
-    with server_process("--runtimes", "1", "--threads", "1", "--max-batch", "8") as (process, address, _):
-        answered, failures = asyncio.run(_load_of_every_kind_until_stopped(process, address))
+def test_sigterm_under_load_of_every_kind_fails_no_request_that_was_accepted(transport: str) -> None:
+    flags = ("--runtimes", "1", "--threads", "1", "--max-batch", "8", "--transport", transport)
+    with server_process(*flags) as (process, address, _):
+        answered, failures = asyncio.run(_load_of_every_kind_until_stopped(process, address, transport))
         assert process.wait(20) == 0
     assert min(answered.values()) > 0, "load of each kind was under way"
     assert failures == []
 
 
 async def _load_of_every_kind_until_stopped(
-    process: subprocess.Popen[str], address: str
+    process: subprocess.Popen[str], address: str, transport: str
 ) -> tuple[dict[str, int], list[str]]:
     """Return the answers by kind of client, and all failures except refusals before a request was accepted."""
     answered = {"single": 0, "large": 0, "stream": 0}
@@ -423,7 +434,8 @@ async def _load_of_every_kind_until_stopped(
         answered[kind] += 1
 
     def note(kind: str, error: grpc.RpcError) -> None:
-        if error.code() is not grpc.StatusCode.UNAVAILABLE or not str(error.details()).startswith(REFUSALS):
+        refused = error.code() is grpc.StatusCode.UNAVAILABLE and str(error.details()).startswith(REFUSALS)
+        if not refused and not cancelled_by_grpc(error, transport):
             failures.append(f"{kind}: {error.code()} {error.details()}")
 
     async with grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel:

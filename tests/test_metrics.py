@@ -36,6 +36,12 @@ def _value(page: str, metric: str, /, **labels: str) -> float:
 
 
 @pytest.fixture
+def start(start_on_each: Callable[..., Running]) -> Callable[..., Running]:
+    """Every test here runs on each transport."""
+    return start_on_each
+
+
+@pytest.fixture
 def used(start: Callable[..., Running]) -> Running:
     """A server that answered three requests of four images and refused one."""
     running = start(max_batch=2, runtimes=1)

@@ -95,6 +95,12 @@ def _has_come(running: Running, images: int) -> bool:
 
 
 @pytest.fixture
+def start(start_on_each: Callable[..., Running]) -> Callable[..., Running]:
+    """Every test here runs on each transport."""
+    return start_on_each
+
+
+@pytest.fixture
 def slowed(start: Callable[..., Running]) -> Callable[..., Running]:
     """Return a function that starts a server of ``CAPACITY``, which has measured the time of its batches."""
 
@@ -143,11 +149,11 @@ def test_below_the_capacity_nothing_is_refused(slowed: Callable[..., Running]) -
 
 
 def test_a_full_queue_tells_when_to_try_again_for_clients_of_every_kind(
-    start: Callable[..., Running], transport: str
+    start: Callable[..., Running],
 ) -> None:
     gate = Gate()
     limits = {"max_batch": 4, "runtimes": 1, "max_queue": 6, "max_images_per_request": 6}
-    running = start(with_predict(gate), transport=transport, **limits)
+    running = start(with_predict(gate), **limits)
     calls = [later(running)]
     gate.wait()
     calls.append(later(running, *[image()] * 4))

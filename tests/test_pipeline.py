@@ -35,6 +35,18 @@ PATIENCE = 10.0
 PLAIN = {"max_batch": 4, "runtimes": 1}
 
 
+@pytest.fixture
+def running(running_on_each: Running) -> Running:
+    """Every test here runs on each transport."""
+    return running_on_each
+
+
+@pytest.fixture
+def start(start_on_each: Callable[..., Running]) -> Callable[..., Running]:
+    """Every test here runs on each transport."""
+    return start_on_each
+
+
 def image(value: int = 0) -> pb.Image:
     """Return an image whose pixels all have this value."""
     return pb.Image(pixels=bytes([value]) * 784)

@@ -13,6 +13,7 @@ from serving.metrics.registry import Metrics, ModelMetrics
 from serving.metrics.triton_statistics import REJECTED
 from serving.rpc.edge import Call, Edge
 from serving.transport.headers import status_block
+from serving.transport.methods import Peer
 
 FULL = QueueFull("full", 0.07)
 
@@ -34,7 +35,7 @@ class Setting:
 
     def door(self, timeout: float | None, expected: int, request_id: str = "") -> bytes | None:
         metadata = (("x-request-id", request_id),) if request_id else ()
-        status = self._door(timeout, metadata, expected)
+        status = self._door(timeout, metadata, expected, Peer("127.0.0.1"))
         return status.block if status else None
 
     def refusal(self, timeout: float | None, expected: int) -> tuple[ServingError, ModelMetrics] | None:

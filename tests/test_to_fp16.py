@@ -1,7 +1,6 @@
 """Tests of the graph in half precision: its float16 parts, and its difference to float32."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +12,7 @@ from onnx import ModelProto, TensorProto
 from export.graph import GraphError
 from export.to_fp16 import rounded, to_fp16
 from export.verify import edge_images
-from tests.graphs import STEM, TINY, assert_kept, by_hand, digest, exported, random_images, run
+from tests.graphs import STEM, TINY, assert_kept, by_hand, changed, digest, exported, random_images, run
 from training.model import CapsNetConfig
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -36,16 +35,6 @@ def types(model: ModelProto) -> dict[str, int]:
     result = {tensor.name: tensor.data_type for tensor in inferred.initializer}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
         result[value.name] = value.type.tensor_type.elem_type
-    return result
-
-
-def edited(model: ModelProto, name: str, change: Any) -> ModelProto:
-    """Return a copy with ``change`` applied to the one initializer whose name has this end."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    (tensor,) = (tensor for tensor in result.graph.initializer if tensor.name.endswith(name))
-    array: NDArray[np.float32] = onnx.numpy_helper.to_array(tensor)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(change(array), np.float32), tensor.name))
     return result
 
 
@@ -180,7 +169,7 @@ def test_the_rounded_graph_is_single_precision_but_for_its_rounding(half: ModelP
 def test_capsules_longer_than_the_root_of_the_largest_half_stay_finite_and_near(
     graph: ModelProto, factor: float
 ) -> None:
-    long = edited(graph, "primary.weight", lambda array: array * factor)
+    long = changed(graph, "primary.weight", lambda array: array * factor)
     images = random_images(TINY, 4)
     name = next(node for node in long.graph.node if node.op_type == "ReduceL2").output[0]
     long.graph.output.append(onnx.helper.make_tensor_value_info(name, FLOAT, None))
@@ -201,11 +190,11 @@ def test_a_weight_that_half_precision_cannot_hold_is_a_graph_error(graph: ModelP
         return copy
 
     with pytest.raises(GraphError, match=f"{name} holds values that are not finite in float16"):
-        to_fp16(edited(graph, name, spoil))
+        to_fp16(changed(graph, name, spoil))
 
 
 def test_the_largest_half_is_kept_exactly(graph: ModelProto) -> None:
-    largest = edited(graph, "primary.bias", lambda array: np.full_like(array, 65504))
+    largest = changed(graph, "primary.bias", lambda array: np.full_like(array, 65504))
     (bias,) = (tensor for tensor in to_fp16(largest).graph.initializer if tensor.name.endswith("primary.bias"))
     assert set(onnx.numpy_helper.to_array(bias)) == {65504}
 

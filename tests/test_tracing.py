@@ -17,6 +17,12 @@ STEPS = ["decode", "queue", "infer", "encode"]
 
 
 @pytest.fixture
+def start(start_on_each: Callable[..., Running]) -> Callable[..., Running]:
+    """Every test here runs on each transport."""
+    return start_on_each
+
+
+@pytest.fixture
 def traced(start: Callable[..., Running]) -> tuple[Running, Callable[[], list[ReadableSpan]]]:
     """A server with the spans that it has made so far."""
     exporter = InMemorySpanExporter()

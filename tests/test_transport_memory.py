@@ -58,8 +58,7 @@ def test_requests_of_too_many_bytes_at_once_are_refused_until_others_are_over(se
     for client in clients:
         for stream in range(1, 21, 2):
             client.send(headers(stream, client.block()))
-            for at in range(0, len(half), 16384):
-                client.send(data(stream, half[at : at + 16384], 0))
+            client.send_data(stream, half, last=False)
     wait_for(lambda: serving.memory.used > BYTES_UNDER_WAY - WINDOW)
     for client in clients:
         client.socket.settimeout(0.5)
@@ -131,8 +130,7 @@ def test_the_transport_says_what_it_refuses_for_its_metadata(serving: Serving) -
 def _fill_windows(client: Raw, stream: int, path: str, message: bytes, *more: tuple[str, str]) -> None:
     """Open a stream with as much of this as its window lets through at first."""
     client.send(headers(stream, client.block(path, *more)))
-    for at in range(0, min(len(message), WINDOW), 16384):
-        client.send(data(stream, message[at : at + 16384][: WINDOW - at], 0))
+    client.send_data(stream, message[:WINDOW], last=False)
 
 
 def _calls_of_others_are_answered(serving: Serving) -> None:
@@ -166,9 +164,11 @@ def test_half_messages_that_come_while_another_is_inflated_cannot_keep_others_ou
     monkeypatch.setattr(Inflation, "rest", wait)
     parked = Raw(serving.port)
     compressed = framed(gzip.compress(bytes(200_000)), compressed=True)
-    half = struct.pack(">BI", 0, MAX_BYTES) + bytes(WINDOW)
+    half = struct.pack(">BI", 0, MAX_BYTES) + bytes(WINDOW - len(compressed) - 5)
     for stream in range(1, 41, 2):
-        _fill_windows(parked, stream, "/test.Test/EchoAll", compressed + half, ("grpc-encoding", "gzip"))
+        # In a frame of its own, so that nothing of the next message is there when the server begins to inflate.
+        _fill_windows(parked, stream, "/test.Test/EchoAll", compressed, ("grpc-encoding", "gzip"))
+        parked.send_data(stream, half, last=False)
     wait_for(lambda: serving.memory.used > BYTES_UNDER_WAY - WINDOW)
     _calls_of_others_are_answered(serving)
     assert parked.read(1).headers["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])

@@ -48,6 +48,22 @@ def test_a_stop_takes_what_was_sent_before_the_client_knew() -> None:
         raw.socket.close()
 
 
+def test_after_a_drain_every_call_that_grpcs_own_server_answers_is_in_its_handler() -> None:
+    with serve("grpcio") as serving, serving.channel as channel:
+        wait = channel.unary_unary("/test.Test/Wait")
+
+        async def begin_and_drain() -> tuple[list[Any], int]:
+            calls = [wait.future(b"0.5", timeout=20) for _ in range(20)]
+            time.sleep(0.3)  # the event loop is blocked: a call has come, and Python has not seen it
+            await serving.server.drain(10)
+            return calls, len(serving.server._handlers._tasks)
+
+        calls, begun = asyncio.run_coroutine_threadsafe(begin_and_drain(), serving.loop).result(20)
+        codes = [call.code() for call in calls]
+        assert codes.count(grpc.StatusCode.OK) == begun > 0
+        assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}
+
+
 def test_a_stop_ends_what_takes_longer_than_its_grace(transport: str) -> None:
     with serve(transport) as serving, serving.channel as channel:
         call = channel.unary_unary("/test.Test/Wait").future(b"60", timeout=20)

@@ -17,6 +17,7 @@ from serving.transport.methods import (
     CallbackMethod,
     Context,
     Method,
+    Peer,
     StreamMethod,
     TransportLimits,
     TransportServer,
@@ -124,7 +125,7 @@ class Handlers:
             raise RuntimeError("/a/secret/path")
 
     def table(self) -> dict[str, Method]:
-        def door(timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
+        def door(timeout: float | None, metadata: Metadata, expected: int, peer: Peer) -> Status | None:
             self.expected.append(expected)
             return self.door
 
@@ -190,8 +191,10 @@ class Serving(NamedTuple):
         asyncio.run_coroutine_threadsafe(self.server.drain(grace), self.loop).result(20)
 
 
-def new_server(transport: str, limits: TransportLimits, **options: float) -> TransportServer:
-    return (GrpcioServer if transport == "grpcio" else GrpcServer)(limits, **options)
+def new_server(
+    transport: str, limits: TransportLimits, connection_age: float = 0.0, grace: float = 0.0
+) -> TransportServer:
+    return (GrpcioServer if transport == "grpcio" else GrpcServer)(limits, connection_age, grace)
 
 
 @contextmanager

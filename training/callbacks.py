@@ -82,7 +82,7 @@ class KeepBest(Callback):
 
     @property
     def kept(self) -> bool:
-        """Return True if an epoch had a loss that is a finite number, and so was kept."""
+        """Return True if an epoch had a finite loss, and so was kept."""
         return self.loss < math.inf
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -110,7 +110,7 @@ class AveragedWeights(WeightAveraging):
 
     @torch.no_grad()
     def _update(self, averages: list[Tensor], values: list[Tensor], averaged: Tensor) -> None:
-        """Move the averages; ``averaged`` steps went before, and the first one's weights were copied."""
+        """Move the averages. averaged: the earlier steps; the weights of the first step were copied."""
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, values, float(1 - ema_decay(averaged + 1, self.decay)))
             return

@@ -113,7 +113,7 @@ def _goes_on(written: Path, settings: str) -> bool:
         before, now = (_without_epochs(text) for text in (written.read_text(), settings))
     except (KeyError, TypeError, ValueError):  # a file that training did not write
         return False
-    # Parts of a schedule that is said in steps would have other lengths with more epochs.
+    # With more epochs, the parts of a schedule in steps would have other lengths.
     return before[0] < now[0] and before[1] == now[1] and now[1]["recipe"].get("steps") is None
 
 

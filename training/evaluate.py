@@ -35,7 +35,8 @@ def wrong(probabilities: Tensor, labels: Tensor) -> Tensor:
 
     probabilities: (B, J); labels: int64 (B,), or (B, K) of images with K objects of different classes, of which the K
     most probable classes must be all (the paper's measure for overlapping digits, section 6). An image with the label
-    NONE is wrong where a capsule is longer than PRESENT_LENGTH; one with the only class, where its capsule is not.
+    NONE is wrong if a capsule is longer than PRESENT_LENGTH. With only one class, an image of it is wrong if no capsule
+    is longer than that.
     """
     labels = labels.reshape(len(labels), -1)
     found = probabilities.amax(1) > PRESENT_LENGTH

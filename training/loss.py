@@ -20,7 +20,7 @@ def margin_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
     """``L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2`` (equation 4).
 
     probabilities: (B, J), the poses' lengths; labels: int64 (B,), or (B, K) of images with K objects of different
-    classes; NONE for an image of none of the classes, of which all ``T_k`` are 0. Summed over classes, averaged over
+    classes; NONE for an image of none of the classes, whose ``T_k`` are all 0. Summed over classes, averaged over
     images.
     """
     one_hot = present_classes(labels.reshape(len(labels), -1), probabilities.shape[1])  # (B, K, J)

@@ -26,10 +26,10 @@ class CapsNetConfig:
 
     stem: the convolutions before the primary capsules, each as (channels, kernel, stride, padding), with batch
     normalisation and ReLU; empty for the paper's one, 9x9 with ``conv_channels`` channels, a bias and no normalisation.
-    primary_kernel, primary_stride: of the convolution that makes the primary capsules, without padding.
+    primary_kernel, primary_stride: those of the convolution that makes the primary capsules, without padding.
 
-    The rest are choices in which the code of the paper's authors (Sarasra/models, research/capsules) or later work
-    differs from the text:
+    In the other choices, the code of the paper's authors (Sarasra/models, research/capsules) or later work differs from
+    the text:
 
     digit_bias: a bias (J, E) is added to s_j in every iteration (the authors' code).
     primary_divisor: the primary convolution's output is divided by it before its bias is added (the authors' code:
@@ -81,7 +81,7 @@ class CapsNetConfig:
             if len(layer) != 4 or min(layer[:3]) < 1 or layer[3] < 0:
                 raise ValueError(f"stem: {layer}; expected channels, kernel and stride of 1 or more, and a padding")
         if self.initialization == "authors" and self.stem:
-            raise ValueError("initialization: 'authors' is of the paper's one convolution; expected an empty stem")
+            raise ValueError("initialization: 'authors' is for the paper's one convolution; expected an empty stem")
         if self.primary_grid < 1:
             raise ValueError(f"image_size: {self.image_size}; the convolutions leave no position for a primary capsule")
 
@@ -166,9 +166,9 @@ def max_min(b: Tensor) -> Tensor:
     """Convert logits b (B, J, I) to couplings ``(b - min b) / (max b - min b)``, with minima and maxima over J.
 
     Max-Min normalization (Zhao et al., "Capsule Networks with Max-Min Normalization", arXiv 1903.09662) between the
-    bounds 0 and 1: of each primary capsule's parents one is coupled with 1 and one with 0, and they need not sum to
-    1. Where all logits are equal, as of an only parent, all couplings are 1, as they are before the first update;
-    bounds and beginning are our reading, the paper's abstract leaves them open.
+    bounds 0 and 1: each primary capsule has one parent with coupling 1 and one with 0, and the couplings need not sum
+    to 1. If all logits are equal, all couplings are 1: before the first update, and with a single parent. Bounds and
+    first couplings are our reading, since the paper's abstract does not say them.
     """
     low, high = b.amin(dim=1, keepdim=True), b.amax(dim=1, keepdim=True)
     equal = high == low
@@ -240,9 +240,9 @@ def route(
     the logits; with Euclidean agreement, ``-|u_hat_ij - v_j|^2`` summed over t is twice that less t times
     ``|u_hat_ij|^2`` and the sum of the poses' squares.
 
-    blocks: with more than 1, the votes are not stored: the couplings of a primary capsule depend on no other, so the
-    primary capsules are taken in so many blocks, and a block's votes are computed again in each iteration and for the
-    gradient. Memory for the votes, (B, J, I, E), falls by that factor; the result is the same.
+    blocks: with more than 1, the votes are not stored. The couplings of a primary capsule do not depend on the others,
+    so the primary capsules are split into this number of blocks. A block's votes are computed again in each iteration
+    and for the gradient. The memory for the votes, (B, J, I, E), falls by this factor; the result is the same.
     """
     i, d, j, e = weight.shape
     softmax = routing.normalization == "softmax"

@@ -13,7 +13,7 @@ MIN_RATE = 1e-6
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return an optimizer's groups: matrices and kernels with this decay, biases and normalizations with none."""
+    """Return an optimizer's groups: matrices and kernels with this decay, biases and normalizations without."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -33,7 +33,7 @@ def exponential_factor(step: int, warmup: int, peak: float) -> float:
 
 
 def ema_decay(step: Tensor, most: float) -> Tensor:
-    """Return the decay of averaged weights at a step, ``min(most, (1 + n) / (10 + n))``, n being the step from 1 on.
+    """Return the decay of averaged weights at step n, from 1 on: ``min(most, (1 + n) / (10 + n))``.
 
     A constant decay d keeps ``d^n`` of the first weights, which ruins short runs: after 300 steps 0.999 keeps 74 %.
     """

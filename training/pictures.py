@@ -167,8 +167,8 @@ def sweep(model: CapsNet, poses: Tensor, category: int) -> Tensor:
 def decoder_picture(model: CapsNet, names: Sequence[str], images: Tensor, labels: Tensor, chosen: int) -> Figure:
     """Draw reconstructions of one image of each class, and the sweep of each pose dimension of image ``chosen``.
 
-    names: of the J classes; images: uint8 (M, C, H, W); labels: int64 (M,), or (M, K) of images with K objects, each
-    of which is reconstructed from one of the K longest capsules. The sweep is of the longest capsule. The network
+    names: of the J classes; images: uint8 (M, C, H, W); labels: int64 (M,), or (M, K) of images with K objects: each
+    object is reconstructed from one of the K longest capsules. The sweep is of the longest capsule. The network
     sees the images that are drawn and no others. Raises PictureError for a network without a decoder, or where there
     is no image ``chosen``.
     """

@@ -1,4 +1,4 @@
-"""The arithmetic that a run takes by default, by what its device computes fast."""
+"""The default arithmetic of a run: the fastest one of its device."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ _ONEDNN_ISA = "ONEDNN_MAX_CPU_ISA"
 
 
 def default_precision(cpuinfo: Path = CPUINFO) -> str:
-    """Return ``bf16-mixed`` where the GPU, or without one the processor, multiplies bfloat16; else ``32-true``.
+    """Return ``bf16-mixed`` if the GPU, or without one the processor, multiplies bfloat16, else ``32-true``.
 
     A processor without such instructions would emulate them, slower than single precision.
     """
@@ -23,7 +23,7 @@ def default_precision(cpuinfo: Path = CPUINFO) -> str:
 
 
 def avoid_matrix_tiles() -> None:
-    """Keep oneDNN, in this process, from AMX instructions, unless the environment says which it may use.
+    """Keep oneDNN in this process from using AMX, unless the environment chooses the instructions.
 
     Some virtual machines announce AMX and end a process that uses it with an illegal instruction.
     """
@@ -31,6 +31,6 @@ def avoid_matrix_tiles() -> None:
 
 
 def _processor_flags(cpuinfo: Path) -> set[str]:
-    """Return the instruction sets that Linux tells of the first processor; none on other systems."""
+    """Return the instruction sets that Linux reports for the first processor; none on other systems."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))

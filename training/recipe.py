@@ -49,9 +49,9 @@ def parse_stem(text: str) -> tuple[tuple[int, ...], ...]:
 class Recipe:
     """The choices of a training. Every field is a flag of ``python -m training``. Raises ValueError on a wrong one.
 
-    steps: None for as many as the epochs have. augment: None for the data set's own: ``none`` where images are
-    composed of objects at random places, as they are in the papers, else ``affine``. precision: None for what the
-    device computes fast. per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
+    steps: None for the steps of the epochs. augment: None for the data set's default: ``none`` if images are composed
+    of objects at random places, as in the papers, else ``affine``. precision: None for the device's fastest.
+    per_class: None for all images. held_out: None for one in HELD_OUT_SHARE.
     """
 
     epochs: int = option(40, "epochs, each a pass over the training images or --min-epoch-steps", minimum=1)
@@ -112,7 +112,7 @@ class Recipe:
         minimum=0,
     )
     erasing: float = option(
-        0.0, "share of the images of which a square of 4x4 pixels becomes black", minimum=0, maximum=1
+        0.0, "share of the images in which a square of 4x4 pixels becomes black", minimum=0, maximum=1
     )
     pixel_weight: float = option(
         PIXEL_WEIGHT,

@@ -38,11 +38,10 @@ MAX_TABLE_CLASSES = 20  # in the table of errors by class
 def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabilities: Tensor) -> None:
     """Write ``report.md`` and its pictures into the folder of a finished run.
 
-    probabilities: (M, J), the network's answers to ``dataset.test_images``; the network is not run over them again,
-    only over the few images of which ``decoder.png`` shows reconstructions, where it has a decoder, and over the first
-    ones to measure its routing. The curves are
-    those of the logs in the folder; without logs there is no ``curves.png``. Raises ValueError where probabilities
-    and checkpoint do not belong to the data.
+    probabilities: (M, J), the network's answers to ``dataset.test_images``. The network runs again only on the first
+    images, to measure its routing, and on the few images whose reconstructions ``decoder.png`` shows, if it has a
+    decoder. The curves come from the logs in the folder; without logs there is no ``curves.png``. Raises ValueError if
+    probabilities and checkpoint do not belong to the data.
     """
     labels = dataset.test_labels
     if probabilities.shape != (len(labels), len(dataset.labels)):
@@ -226,7 +225,7 @@ def _classes(counts: Tensor, names: Sequence[str]) -> list[str]:
 
 
 def _routing(figures: RoutingFigures) -> list[str]:
-    """Return the section that tells whether capsules can be absent and whether routing decides anything."""
+    """Return the section on routing: primary lengths, entropy of the couplings, and answers that depend on it."""
     rows = [("mean length of the primary capsules", f"{figures.primary_length:.4f}")]
     rows += [
         (f"entropy of the couplings in iteration {number}", f"{entropy:.4f}")
@@ -236,8 +235,8 @@ def _routing(figures: RoutingFigures) -> list[str]:
     return [
         "## What routing does",
         f"Measured on the first {figures.images:,} test images. A mean length near 1 says that primary capsules are "
-        "present in every image. The entropy of a primary capsule's couplings over its parents is 1 where all are the "
-        "same and 0 where one parent has all. One iteration is routing with uniform couplings.",
+        "present in every image. The entropy of a primary capsule's couplings over its parents is 1 if all are the "
+        "same, and 0 if one parent has all. One iteration is routing with uniform couplings.",
         _table(("", ""), rows),
     ]
 

@@ -17,9 +17,10 @@ BATCH_SIZE = 100
 class RoutingFigures:
     """Means over images of a network's routing.
 
-    primary_length: of all primary capsules. entropies: of the couplings of a primary capsule over its parents, by
-    iteration, 1 for all equal, 0 for one parent alone; none of a network of one class. changed: images that get another
-    answer from one iteration, that is with uniform couplings.
+    primary_length: the mean length of all primary capsules.
+    entropies: by iteration, the entropy of a primary capsule's couplings over its parents, from 0 (one parent alone) to
+    1 (all equal); empty for a network of one class.
+    changed: the number of images that get another answer from one iteration, which has uniform couplings.
     """
 
     images: int
@@ -32,7 +33,7 @@ class RoutingFigures:
 def routing_figures(model: CapsNet, images: Tensor, objects: int = 1) -> RoutingFigures:
     """Measure a network in evaluation mode on uint8 images (B, C, H, W), the first MAX_IMAGES of them.
 
-    objects: how many classes an answer has.
+    objects: the number of classes in an answer.
     """
     images = images[:MAX_IMAGES]
     iterations = model.config.routing_iterations
@@ -51,13 +52,13 @@ def routing_figures(model: CapsNet, images: Tensor, objects: int = 1) -> Routing
 
 
 def _routed(model: CapsNet, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Return the poses (B, J, E) and the last couplings (B, J, I) of so many iterations."""
+    """Return the poses (B, J, E) and the last couplings (B, J, I) after this number of iterations."""
     routing = Routing(iterations, model.config.agreement, model.config.normalization)
     return route(u, model.weight, routing, model.digit_bias, model.vote_blocks)
 
 
 def _entropy(couplings: Tensor) -> Tensor:
-    """Return the entropy of each image's couplings (B, J, I), as shares of their sum over the parents, (B,).
+    """Return the entropy of each image's couplings (B, J, I), divided by their sum over the parents, (B,).
 
     Mean over the primary capsules, in units of the logarithm of the number of parents.
     """

@@ -124,7 +124,7 @@ class Training(lightning.LightningModule):
         return parts, labels, pixels
 
     def _reconstruction_loss(self, decoder: nn.Module, poses: Tensor, parts: Tensor, labels: Tensor) -> Tensor:
-        """Return the reconstruction loss, averaged over all images; those of none of the classes add nothing."""
+        """Return the reconstruction loss, averaged over all images. Images of none of the classes add nothing."""
         result = poses.new_zeros(())
         known = labels[:, 0] != NONE
         if not known.any():
@@ -178,7 +178,7 @@ def _targets(teachers: Sequence[nn.Module], pixels: Tensor) -> Tensor:
 def load_teachers(recipe: Recipe, config: CapsNetConfig, labels: Sequence[str]) -> list[nn.Module]:
     """Read the networks to learn from.
 
-    Raises TrainingError, naming the file, where one is none or has other images or classes.
+    Raises TrainingError, with the file's name, if a file is no checkpoint or has other images or classes.
     """
     teachers: list[nn.Module] = []
     for path in recipe.distil:
@@ -263,9 +263,9 @@ def run(
 
 
 def _kept(keep_best: KeepBest | None, folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return the trainer's checkpoint of the epoch that is kept. Raises TrainingError where no epoch had a loss.
+    """Return the trainer's checkpoint of the kept epoch. Raises TrainingError if no epoch had a loss.
 
-    From the file, since in memory the averaged weights are in place only when training has just ended.
+    It is read from the file: in memory, the averaged weights are in place only when training has just ended.
     """
     if keep_best and not keep_best.kept:
         raise TrainingError(
@@ -277,7 +277,7 @@ def _kept(keep_best: KeepBest | None, folder: Path, recipe: Recipe) -> dict[str,
 
 
 def _chosen(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """Return the recipe with what it leaves to the data set and to the device."""
+    """Return the recipe with its open choices filled in from the data set and the device."""
     return replace(
         recipe,
         augment=recipe.augment or ("none" if dataset.canvas else "affine"),
@@ -286,7 +286,7 @@ def _chosen(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 
 def _schedule(recipe: Recipe, one_pass: int) -> tuple[Recipe, int]:
-    """Return the recipe with the number of epochs that the run has, and the steps of an epoch; a pass has one_pass."""
+    """Return the recipe with the run's number of epochs, and the steps of an epoch. one_pass: the steps of a pass."""
     if recipe.steps is None:
         return recipe, max(one_pass, recipe.min_epoch_steps)
     steps_per_epoch = math.ceil(recipe.steps / recipe.epochs)

@@ -1,8 +1,8 @@
-"""``python -m benchmarks.gpu --minutes 9``: everything that one GPU is asked for, each part in its own box of time.
+"""``python -m benchmarks.gpu --minutes 9``: all measurements on one GPU, each part with a time limit of its own.
 
 In this order: ONNX Runtime's CUDA provider on the shipped graphs, networks on MNIST and MultiMNIST, the server under
-load, and training steps eager, compiled and recorded. A part that has finished is not done again by the next call; a
-part that is stopped keeps the files that it wrote. Without a GPU all parts run on the CPU, ``--miniature`` in a minute.
+load, and training steps eager, compiled and recorded. The next call does not repeat a finished part. A
+stopped part keeps the files that it wrote. Without a GPU all parts run on the CPU, ``--miniature`` in a minute.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from serving.artifact import find
 from serving.settings import DEFAULT_MODEL, embedded_models
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
-SPARE_SECONDS = 20  # of each part beside its box: to start a process and to read files
-_DONE = "done"  # the file that says that a part has finished
+SPARE_SECONDS = 20  # of each part besides its limit: to start a process and to read files
+_DONE = "done"  # this file marks a finished part
 
 
 class Part(NamedTuple):
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list[Part]:
-    """Return the parts in their order. seconds: for all of them; the trainings fit their epochs into their share."""
+    """Return the parts in their order. seconds: for all parts. The trainings fit their epochs into their share."""
     model = find(embedded_models(), DEFAULT_MODEL)
     graphs = [
         word
@@ -41,7 +41,7 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
     ]
     files = ["--data-dir", str(data)] if data else []
     trained = out / "trained"
-    small = ["--limit", "224", "--epochs", "1", "--eager", "--pair-batch", "8"] if miniature else []
+    small = ["--limit", "128", "--epochs", "1", "--eager", "--pair-batch", "8"] if miniature else []
 
     def training(phase: str, share: float, *flags: str) -> Part:
         given = [phase, "--seconds", f"{share * seconds:.0f}", "--out", str(trained), *files, *flags, *small]
@@ -51,7 +51,7 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
     steps = [word for case in cases for word in ("--case", case)] + (
         ["--steps", "2", "--way", "eager"] if miniature else []
     )
-    served = ["--seconds", "0.05" if miniature else "1"]
+    served = ["--seconds", "0.05", "--warm-up", "2"] if miniature else ["--seconds", "1"]
     measured = ["--config", "fast"] if miniature else ["--config", "paper", "--config", "accurate", "--config", "fast"]
     onnx = [*graphs, *measured, "--out", str(out / "onnx"), *files]
     onnx += ["--seconds", "0.002", "--max-batch", "8"] if miniature else ["--seconds", "0.1"]
@@ -69,7 +69,7 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
 
 
 def run(part: Part, seconds: float, out: Path) -> str:
-    """Run a part for at most so long, and return what came of it: done, stopped or failed."""
+    """Run a part within its time limit, and return its result: done, stopped or failed."""
     log = out / f"{part.name}.log"
     with log.open("w") as written:
         try:

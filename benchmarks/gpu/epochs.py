@@ -52,7 +52,7 @@ class Digits:
 
 
 class Pairs:
-    """Chunks of overlapping pairs of digits of different classes on a larger canvas, each pair composed again.
+    """Chunks of overlapping pairs of digits of different classes on a larger canvas. Each chunk has new pairs.
 
     Every second digit is rotated by up to 8 degrees, sheared by up to 0.08 and scaled by 0.92 to 1.08 before it is
     placed; the others keep the pixels of their data set, as the test's digits do.

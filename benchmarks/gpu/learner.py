@@ -67,7 +67,7 @@ def training_device() -> torch.device:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has computed all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -32,8 +32,11 @@ def body(folder: Path, images: int) -> Path:
     return file
 
 
-def measure(device: str, flags: Sequence[str], seconds: float, log: Path) -> list[dict[str, Any]]:
-    """Start a server on the device, load it, and stop it. Raises RuntimeError if it does not start."""
+def measure(device: str, flags: Sequence[str], seconds: float, warm_up: int, log: Path) -> list[dict[str, Any]]:
+    """Start a server on the device, load it, and stop it. Raises RuntimeError if it does not start.
+
+    warm_up: requests of each call in flight before those that are measured.
+    """
     command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-m", "serving", "--device", device]
     with log.open("w") as output:
         server = subprocess.Popen(
@@ -51,7 +54,7 @@ def measure(device: str, flags: Sequence[str], seconds: float, log: Path) -> lis
                 row |= {"in_flight": in_flight, "images": images}
                 try:
                     target = f"127.0.0.1:{port}"
-                    first = h2load(target, PATH, file, in_flight, 20 * in_flight)
+                    first = h2load(target, PATH, file, in_flight, warm_up * in_flight)
                     count = max(4 * in_flight, round(seconds * first.requests / first.seconds))
                     sample = h2load(target, PATH, file, in_flight, count)
                     rate = images * sample.requests / sample.seconds
@@ -84,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", action="append", required=True, help="as the server's flag")
     parser.add_argument("--models", type=Path, help="model repository (default: the served one)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load")
+    parser.add_argument("--warm-up", type=int, default=20, help="requests of each call in flight before them")
     parser.add_argument("--name", default="", help="what the device is called in the file")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -92,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for device in options.device:
         try:
-            rows += measure(device, flags, options.seconds, options.out / f"server-{device}.log")
+            rows += measure(device, flags, options.seconds, options.warm_up, options.out / f"server-{device}.log")
         except RuntimeError as error:
             print(error, flush=True)
     if rows:

@@ -1,7 +1,7 @@
 """``python -m benchmarks.gpu.training``: train several networks side by side on one device, within a time budget.
 
 Networks of one cohort are trained at once, each on a stream of its own, since one small network leaves most of a GPU
-idle. The test images are read once a network, after its last step; nothing is chosen by them.
+idle. The test images are read once a network, after its last step; no choice depends on them.
 """
 
 import argparse

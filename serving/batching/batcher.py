@@ -79,18 +79,11 @@ class Batcher:
             self._loop.call_soon(self._dispatch)
         return ticket
 
-    async def enqueue_patiently(
-        self,
-        arrays: Arrays,
-        *,
-        then: Callable[[Ticket], None],
-        deadline: float | None = None,
-        urgent: bool = False,
-    ) -> Ticket:
-        """Wait until half of the queue stays free or the queue is empty, then do as ``enqueue``. First come, first
-        served.
+    async def room_for(self, arrays: Arrays) -> None:
+        """Wait until half of the queue stays free with these inputs, or the queue is empty. First come, first served.
 
-        Streams use it: they can be read more slowly, and so leave half of the queue to calls that cannot wait.
+        Streams call it, and ``enqueue`` at once after it. They can be read more slowly, so they leave half of the queue
+        to calls that cannot wait.
         """
         async with self._turn:
             self._slots.room_wanted = True
@@ -100,7 +93,6 @@ class Batcher:
                     await self._progress.wait()
             finally:
                 self._slots.room_wanted = False
-            return self.enqueue(arrays, then=then, deadline=deadline, urgent=urgent)
 
     def refusal(self, left: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
         """Return the error that a request of one row would get now, or None if it would be accepted.

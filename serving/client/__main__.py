@@ -195,7 +195,7 @@ def _classify(client: CapsNetClient, options: argparse.Namespace, progress: "tqd
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 if an image was not classified, or 130 after an interrupt."""
-    for stream in (sys.stdout, sys.stderr):  # whose encoding may lack characters of a file's name
+    for stream in (sys.stdout, sys.stderr):  # its encoding may lack characters of a file's name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)

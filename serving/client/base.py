@@ -18,7 +18,7 @@ DEFAULT_WINDOW_IMAGES = 256
 # An array of the wrong shape makes the client fetch the model again, unless it was fetched within this time.
 _MODEL_FRESH_SECONDS = 1.0
 
-_MAX_SECONDS = 1e9  # thirty years; gRPC takes a timeout that is much longer for none at all that is left
+_MAX_SECONDS = 1e9  # thirty years; gRPC takes a much longer timeout for one that has passed
 
 Errors = Literal["raise", "yield"]
 

@@ -21,9 +21,10 @@ Parse = Callable[[str], Any]
 class Option:
     """The definition of an option, except for its name and its default.
 
-    parse: from a flag's text to the value; raises ValueError or ArgumentTypeError. count: how many texts the flag
-    takes, "+" for one or more; its value is a tuple then. shown: the default as the help names it, empty for not at
-    all. minimum and maximum are allowed values; above and below are the first that are not.
+    parse: converts a flag's text to the value; raises ValueError or ArgumentTypeError.
+    count: the number of texts that the flag takes, "+" for one or more; then its value is a tuple.
+    shown: the default in the help's words, or empty to leave it out.
+    minimum and maximum are allowed values; above and below are limits that are not allowed themselves.
     """
 
     help: str

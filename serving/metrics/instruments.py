@@ -3,7 +3,7 @@
 There are two kinds of series. Events are counted when they happen (Count, Observations). Figures that exist anyway are
 read when the page is requested (Reading, DistributionReading).
 
-Events may be counted by one thread alone, the event loop's, and read by any, so that they need no lock, unlike those of
+Only the event loop's thread may count events, and any thread may read them. So they need no lock, unlike
 prometheus_client's instruments.
 """
 

@@ -10,14 +10,19 @@ import logging
 import os
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
+import grpc
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
+
+from serving.errors import ServingError
+from serving.transport.methods import Peer, peer_of
 
 _MAX_CONNECTIONS = 32
 _BACKLOG = 128  # connections that wait to be accepted
@@ -29,11 +34,21 @@ _BACK_OFF_SECONDS = 0.1
 _RESERVED_FILES = 3
 _RECEIVE_BYTES = 4096
 _REASONS = {
-    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 431: "Request Header Fields Too Large",
+    200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    429: "Too Many Requests", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 }  # fmt: skip
 _EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
+# gRPC's codes of denied requests, as HTTP's.
+_DENIED = {
+    grpc.StatusCode.UNAUTHENTICATED: 401, grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+}  # fmt: skip
 _TEXT = {"Content-Type": "text/plain; charset=utf-8"}
+
+#: A function that lets a request for metrics pass by its header Authorization, or None, and its client, or raises a
+#: ServingError.
+Admit = Callable[[str | None, Peer], Awaitable[None]]
 
 _logger = logging.getLogger(__name__)
 
@@ -94,12 +109,21 @@ class _Request(NamedTuple):
 class Page:
     """The metrics of a registry and the health of the server, on an HTTP port.
 
-    unready: returns the reason why the server takes no requests now, or "" if it does. The page's thread calls it.
+    unready: returns the reason why the server takes no requests now, or "" if it does. admit: see Admit; health is told
+    to everyone. tls: returns the context of a new connection; None for no encryption. The page's thread calls them.
     """
 
-    def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        unready: Callable[[], str],
+        admit: Admit | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+    ) -> None:
         self._registry = registry
         self._unready = unready
+        self._admit = admit
+        self._tls = tls
 
     def open(self, host: str, port: int) -> int:
         """Listen, answer from a separate thread, and return the port. Call it on the event loop that serves requests.
@@ -113,7 +137,7 @@ class Page:
         listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
         listener.setblocking(False)
         self._loop = asyncio.new_event_loop()
-        self._accepting = self._loop.create_task(_Acceptor(listener, self._answer).run())
+        self._accepting = self._loop.create_task(_Acceptor(listener, self._answer, self._tls).run())
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
         number: int = listener.getsockname()[1]
@@ -129,10 +153,13 @@ class Page:
             self._loop.run_until_complete(self._accepting)
         self._loop.close()
 
-    async def _answer(self, head: bytes) -> bytes:
+    async def _answer(self, head: bytes, peer: Peer) -> bytes:
         """Return the whole answer to a request. head: its bytes before the empty line."""
         try:
-            response = await self._respond(_Request.parse(head))
+            response = await self._respond(_Request.parse(head), peer)
+        except ServingError as error:
+            headers = {**_TEXT, "WWW-Authenticate": "Bearer"}
+            response = _Response(_DENIED[error.code], f"{error}\n".encode(), headers)
         except _Refusal as refusal:
             response = refusal.response
         except Exception:
@@ -140,11 +167,13 @@ class Page:
             response = _Response(500, b"internal error; see the server's log\n")
         return response.encode(with_body=not head.startswith(b"HEAD "))
 
-    async def _respond(self, request: _Request) -> _Response:
+    async def _respond(self, request: _Request, peer: Peer) -> _Response:
         if request.method not in ("GET", "HEAD"):
             raise _Refusal(405, f"{request.method[:20]}: expected GET or HEAD", Allow="GET, HEAD")
         match request.path:
             case "/metrics":
+                if self._admit:
+                    await self._admit(request.fields.get("authorization"), peer)
                 return self._metrics(request)
             case "/livez":
                 return await self._liveness()
@@ -157,7 +186,7 @@ class Page:
     def _metrics(self, request: _Request) -> _Response:
         try:
             encode, content_type = choose_encoder(request.fields.get("accept", ""))
-        except (TypeError, ValueError):  # of versions that are no numbers
+        except (TypeError, ValueError):  # too many digits, or other characters
             encode, content_type = choose_encoder("")
         names = parse_qs(request.query).get("name[]")
         body = encode(self._registry.restricted_registry(names) if names else self._registry)
@@ -185,12 +214,18 @@ class Page:
 class _Acceptor:
     """The acceptor of connections. It limits their number and time, and works even without free file descriptors.
 
-    answer: returns the whole answer for the bytes before the empty line.
+    answer: returns the whole answer for the bytes before the empty line, and the client. tls: see Page.
     """
 
-    def __init__(self, listener: socket.socket, answer: Callable[[bytes], Awaitable[bytes]]) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        answer: Callable[[bytes, Peer], Awaitable[bytes]],
+        tls: Callable[[], ssl.SSLContext] | None,
+    ) -> None:
         self._listener = listener
         self._answer = answer
+        self._tls = tls
         self._connections: dict[asyncio.Task[None], socket.socket] = {}  # oldest first
         self._reserve: list[int] = []
 
@@ -236,27 +271,26 @@ class _Acceptor:
                 await asyncio.sleep(_BACK_OFF_SECONDS)
 
     async def _serve(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(_CONNECTION_SECONDS):
-                if head := await self._head(connection):
-                    await loop.sock_sendall(connection, await self._answer(head))
-                    connection.shutdown(socket.SHUT_WR)
-                    # A close with unread bytes would reset the connection, and the answer could be lost.
-                    while await loop.sock_recv(connection, _RECEIVE_BYTES):
-                        pass
+                reader, writer = await self._open(connection)
+                try:
+                    if head := await _head(reader):
+                        writer.write(await self._answer(head, _client(writer)))
+                        await writer.drain()
+                        await _finish(reader, writer)
+                finally:
+                    writer.transport.abort()
 
-    async def _head(self, connection: socket.socket) -> bytes:
-        """Return the bytes before the empty line, or too many bytes, or b"" if the client ends early."""
-        loop, head = asyncio.get_running_loop(), b""
-        while len(head) <= _MAX_HEAD_BYTES:
-            received = await loop.sock_recv(connection, _RECEIVE_BYTES)
-            if not received:
-                return b""
-            head += received
-            if end := _EMPTY_LINE.search(head):
-                return head[: end.start()]
-        return head
+    async def _open(self, connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return the streams of an accepted connection, after its TLS handshake if there is TLS. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(_MAX_HEAD_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol, connection, ssl=self._tls() if self._tls else None
+        )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     def _close(self, task: asyncio.Task[None]) -> None:
         self._connections.pop(task).close()
@@ -276,3 +310,35 @@ class _Acceptor:
     def _empty_reserve(self) -> None:
         while self._reserve:
             os.close(self._reserve.pop())
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes:
+    """Return the bytes before the empty line, or too many bytes, or b"" if the client ends early."""
+    head = b""
+    while len(head) <= _MAX_HEAD_BYTES:
+        received = await reader.read(_RECEIVE_BYTES)
+        if not received:
+            return b""
+        head += received
+        if end := _EMPTY_LINE.search(head):
+            return head[: end.start()]
+    return head
+
+
+async def _finish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Close the writing side, and read until the client closes.
+
+    A close with unread bytes would reset the connection, and the answer could be lost.
+    """
+    if not writer.can_write_eof():  # TLS has no half-closed connections
+        writer.close()
+        await writer.wait_closed()
+        return
+    writer.write_eof()
+    while await reader.read(_RECEIVE_BYTES):
+        pass
+
+
+def _client(writer: asyncio.StreamWriter) -> Peer:
+    """Return the client of a connection, from its address and its verified certificate."""
+    return peer_of(writer.get_extra_info("peername"), writer.get_extra_info("peercert"))

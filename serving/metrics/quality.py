@@ -47,7 +47,7 @@ class Quality:
         self.lengths = ArrayDistribution(LENGTH_BOUNDS)
         self.margins = ArrayDistribution(LENGTH_BOUNDS)
         self.active = ArrayDistribution(range(len(labels) + 1))
-        # Those of several batches are counted in one step.
+        # The answers of several batches are counted in one step.
         self._new: list[NDArray[np.float32]] = []
         self._new_images = 0
         self._lock = threading.Lock()

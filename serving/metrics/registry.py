@@ -18,6 +18,7 @@ from serving.errors import REASONS, DeadlineUnmeetable, Draining, InferenceFaile
 from serving.metrics.instruments import Count, Declaration, DistributionReading, Family, Kind, Observations, Reading
 from serving.metrics.quality import ACTIVE_LENGTH, LENGTH_BOUNDS, Quality
 from serving.metrics.triton_statistics import BACKEND, CANCELED, FAILURES, OTHER, REJECTED, BatchStatistics, Statistics
+from serving.transport.handshakes import HANDSHAKE_RESULTS
 
 #: The graph that classifies images.
 CLASSIFY = "classify"
@@ -93,6 +94,10 @@ class Metrics(Collector):
     refused: Family[Count] = _counter(
         "capsnet_refused_total", ("reason",),
         "Requests answered with an error, by reason (the names of serving/errors.py).",
+    )  # fmt: skip
+    handshakes: Family[Count] = _counter(
+        "capsnet_tls_handshakes_total", ("result",),
+        f"TLS handshakes of gRPC's port, by result: {', '.join(HANDSHAKE_RESULTS)}. The transport grpcio counts none.",
     )  # fmt: skip
     in_flight: Family[Reading] = _gauge("capsnet_rpcs_in_flight", (), "RPCs that have begun and not ended.")
     ready: Family[Reading] = _gauge("capsnet_ready", (), "1 while the server takes requests.")
@@ -201,6 +206,8 @@ class Metrics(Collector):
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.registry.register(self)
+        for result in HANDSHAKE_RESULTS:
+            self.handshakes.labels(result)
         for reason in REASONS:  # start at 0, so that a rate counts the first one too
             self.refused.labels(reason)
 

@@ -18,7 +18,7 @@ from serving.repository.served_model import ServedModel
 from serving.runtime import RuntimeSetupError
 from serving.settings import Settings
 
-_MAX_SHOWN_CHARACTERS = 64  # of a client's text: errors go out in headers of limited size
+_MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's text: errors go out in headers of limited size
 
 _logger = logging.getLogger(__name__)
 

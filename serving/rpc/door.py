@@ -11,12 +11,13 @@ from serving.metrics.registry import ModelMetrics
 from serving.rpc.recorder import Recorder
 from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
+from serving.transport.methods import Peer
 
 #: A function that decides about a call before its message is read, from its timeout in seconds and the number of calls
 #: that will begin before it. It returns the error and the metrics that count it, or None to accept the call.
 Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
 
-_MAX_STATUSES = 1024  # of remembered refusals
+_MAX_STATUSES = 1024  # the most remembered refusals
 
 
 class Notes(Protocol):
@@ -34,19 +35,19 @@ class Notes(Protocol):
 class MethodDoor:
     """The door of one method. It must be cheap: under overload it refuses most calls.
 
-    Those that are refused in one turn of the event loop with the same error are counted together.
+    Calls that are refused in one turn of the event loop with the same error are counted together.
     """
 
     def __init__(self, notes: Notes, record: Recorder, refusal: Refusal) -> None:
         self._notes = notes
         self._record = record
         self._refusal = refusal
-        # Of this turn, what is to be counted by error.
+        # The refusals of this turn that are not counted yet, by error.
         self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
         # The status of each error: many calls get the same one.
         self._statuses: dict[ServingError, Status] = {}
 
-    def __call__(self, timeout: float | None, metadata: Metadata, expected: int) -> Status | None:
+    def __call__(self, timeout: float | None, metadata: Metadata, expected: int, peer: Peer) -> Status | None:
         """Return the status of a refusal, or None. expected: how many calls are to be begun before this one."""
         if (refusal := self._refusal(timeout, expected)) is None:
             return None

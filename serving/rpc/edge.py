@@ -21,8 +21,8 @@ from serving.metrics.registry import Metrics
 from serving.rpc.door import MethodDoor, Refusal
 from serving.rpc.recorder import Recorder
 from serving.rpc.status import status_of
-from serving.transport.headers import Metadata
-from serving.transport.methods import CallbackMethod, Context, StreamMethod, UnaryMethod
+from serving.transport.headers import Metadata, Status
+from serving.transport.methods import CallbackMethod, Context, Peer, StreamMethod, UnaryMethod
 
 #: The metadata in which a client may name its request, to find it in the log.
 REQUEST_ID = "x-request-id"
@@ -178,6 +178,14 @@ class Edge:
             logging.INFO, path[1:][:_MAX_SHOWN_CHARACTERS], code.name, text, map(request_id, (metadata,)), 1
         )
 
+    def denied(self, path: str, peer: Peer, metadata: Metadata, error: ServingError) -> Status:
+        """Count and log a call that its client may not make, and return the status to send."""
+        self._metrics.refused.labels(error.reason).inc()
+        method = path[1:][:_MAX_SHOWN_CHARACTERS]
+        ids = map(request_id, (metadata,))
+        self._log.write(logging.INFO, method, error.code.name, str(error), ids, 1, peer.address)
+        return status_of(error)
+
     def to_status(self, error: Exception, requests: int = 1) -> tuple[grpc.StatusCode, str]:
         """Return the status and text for clients, and count the requests.
 
@@ -217,8 +225,8 @@ class Edge:
     ) -> CallbackMethod:
         """Return a unary method that begins with a message's bytes, and whose call is answered then or later.
 
-        It needs no task of asyncio's; benchmarks/README.md says what that brings. refusal: what calls are refused with
-        at the door.
+        It needs no asyncio task; benchmarks/README.md has the gain. refusal: decides which calls are refused at the
+        door, and with which error.
         """
         record = Recorder(self._metrics, "unary", service, method)
 

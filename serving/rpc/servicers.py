@@ -16,7 +16,8 @@ from serving.transport.headers import Metadata, Status
 from serving.transport.methods import Abort, Context, Method, StreamMethod, UnaryMethod, table
 
 HEALTH = health.SERVICE_NAME
-# Of a request for these services, which is a name. A watch keeps it, and what a handler keeps no memory limit counts.
+# The most bytes of a request for these services, which is a name. A watch keeps it, and no memory limit counts the
+# bytes that a handler keeps.
 _MAX_BYTES = 4096
 
 

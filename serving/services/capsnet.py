@@ -26,7 +26,8 @@ from serving.transport.methods import Method, table
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
-_MAX_OTHER_FIELDS = 1024  # beside the images of a request, of which twice as many get the answer that names the limit
+# The most fields besides the images. Up to twice the allowed images get the answer that names the limit.
+_MAX_OTHER_FIELDS = 1024
 _ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
 
 
@@ -98,7 +99,7 @@ class CapsNetService:
 
 
 class _ClassifyQuery:
-    """A request in this protocol, which has neither a timeout nor a priority of its own."""
+    """A request in this protocol. It has neither a timeout nor a priority of its own."""
 
     graph = CLASSIFY
     timeout: float | None = None
@@ -137,7 +138,7 @@ class _Message(_ClassifyQuery):
         self.model_name = request.model_name
         self.model_version = request.model_version
         self.size = len(request.images)
-        # Not looked at where they are too many, which they may be by the million in a small message.
+        # Too many images are not read: a small message may hold millions.
         self.slow = self.size <= settings.max_images_per_request and any(image.encoded for image in request.images)
         self._request = request
         self._max_images = settings.max_images_per_request
@@ -149,7 +150,7 @@ class _Message(_ClassifyQuery):
         if not 1 <= self.size <= limit:
             raise InvalidRequest("images", f"{self.size}; expected 1 to {limit} (max_images_per_request)")
         given = self._request.images
-        del self._request  # an image may have come in a file a thousand times as large, of which nothing is needed now
+        del self._request  # an image's file may be a thousand times as large as its pixels, and is not needed now
         pixels = [image.pixels for image in given]
         if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
             return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}

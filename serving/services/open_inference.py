@@ -41,8 +41,8 @@ EXTENSIONS = (
 )
 # From this size on, a request whose pixels are not in bytes is decoded in a thread.
 _SLOW_BYTES = 16384
-_MAX_FIELDS = 4096  # of a ModelInferRequest, which has a handful
-_MAX_SHOWN_CHARACTERS = 64  # of a name that a client sent
+_MAX_FIELDS = 4096  # the most fields of a ModelInferRequest; a usual one has a handful
+_MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's name in an error
 
 
 class InferenceService:
@@ -239,7 +239,7 @@ class _InferQuery:
     def decode(self, model: ServedModel) -> Arrays:
         codec = self._codec = self._codecs(model)
         request = self._request
-        del self._request  # of which nothing but its id is needed from now on
+        del self._request  # from now on only its id is needed
         self._outputs = codec.outputs(request)
         return {IMAGES: codec.images(request)}
 

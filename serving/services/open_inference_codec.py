@@ -157,7 +157,7 @@ class TensorMessages:
                 data = self._classified(np.asarray(share[PROBABILITIES], np.float32), output.classes)
             else:
                 data = share[output.name].tobytes()
-            parts += self._raw + varint(len(data)), data  # not joined yet: large data would be copied twice
+            parts += self._raw + varint(len(data)), data  # not joined yet, since large data would be copied twice
         return parts
 
     def _describe(self, images: int, outputs: tuple[Output, ...]) -> bytes:

@@ -29,10 +29,11 @@ def delimited(number: int, content: bytes) -> bytes:
 def check_fields(data: bytes, limit: int, within: int = 0) -> None:
     """Raise InvalidRequest for a message of more than ``limit`` fields, long before it is parsed.
 
-    Fields of two bytes each, which a small compressed message can hold by the million, become objects each. within:
-    number of a field whose message's fields count too, 0 for none. What cannot be read here is left to the parser.
+    A small compressed message can hold millions of fields of two bytes each, and each field becomes an object. within:
+    the number of a field whose message's fields count too; 0 for none. Bytes that cannot be read here are left to the
+    parser.
     """
-    if len(data) > 2 * limit:  # else it cannot have so many
+    if len(data) > 2 * limit:  # a shorter message cannot have so many
         _count_fields(data, 0, len(data), limit, within)
 
 
@@ -62,7 +63,7 @@ def _count_fields(data: bytes, at: int, end: int, left: int, within: int) -> Non
 
 
 def _varint_at(data: bytes, at: int) -> tuple[int, int]:
-    """Return a whole number and where the bytes after it begin. Raises IndexError."""
+    """Return a whole number, and the position after it. Raises IndexError."""
     value = shift = 0
     while (byte := data[at]) > 0x7F and shift < 63:
         value |= (byte & 0x7F) << shift

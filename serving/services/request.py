@@ -93,16 +93,11 @@ class Request:
 
         Streams are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
         """
-        query, batcher = self._query, self._graph.batcher
         try:
-            arrays = await asyncio.to_thread(self._decode) if query.slow else self._decode()
+            arrays = await asyncio.to_thread(self._decode) if self._query.slow else self._decode()
             if patient:
-                ticket = await batcher.enqueue_patiently(
-                    arrays, then=self._computed, deadline=self._deadline(), urgent=query.urgent
-                )
-                self._reply.when_given_up(partial(batcher.give_up, ticket))
-            else:
-                self._queue(arrays)
+                await self._graph.batcher.room_for(arrays)
+            self._queue(arrays)
         except asyncio.CancelledError:
             self._give_up()
             raise

@@ -154,11 +154,11 @@ class _StreamReply:
     deadline: float | None = None
 
     def __init__(self, query: StreamQuery, stream: Stream) -> None:
-        self._query: StreamQuery | None = query  # until it is answered: an answer that is not read keeps no request
+        self._query: StreamQuery | None = query  # None after the answer, so that an unread answer keeps no request
         self._stream = stream
         self._given_up: Callable[[], object] | None = None
         self._began = time.perf_counter()
-        #: Images that it takes from the window: at least one, so that even wrong requests are limited.
+        #: The images that it takes from the window: at least one, so that wrong requests are limited too.
         self.size = max(1, query.size)
         self.answer = b""
         self.answered = False

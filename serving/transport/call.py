@@ -12,7 +12,7 @@ from serving.transport import headers
 from serving.transport.frames import ErrorCode
 from serving.transport.headers import Metadata, RequestHead, status_fields
 from serving.transport.messages import PREFIX
-from serving.transport.methods import Abort, Method
+from serving.transport.methods import Abort, Method, Peer
 from serving.transport.sending import Sending, only_answer
 from serving.transport.streams import Streams, StreamState
 
@@ -61,6 +61,11 @@ class Call:
         if self._sending is None:
             self._sending = Sending(self.streams.peer, self.stream)
         return self._sending
+
+    @property
+    def peer(self) -> Peer:
+        """Return the client of the connection."""
+        return self.streams.client
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""

@@ -11,6 +11,7 @@ import grpc
 from serving.transport import frames
 from serving.transport.frame_reader import DRAIN_PING, FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.methods import peer_of
 from serving.transport.sending import Buffers
 from serving.transport.streams import ConnectionState
 from serving.transport.terms import Terms
@@ -44,6 +45,9 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
+        self._streams.client = peer_of(
+            self._transport.get_extra_info("peername"), self._transport.get_extra_info("peercert")
+        )
         self._keep_alive()
         self._terms.opened(self)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
@@ -96,7 +100,7 @@ class Connection(asyncio.Protocol):
             self._fail(ErrorCode.INTERNAL_ERROR, "")
 
     def _read_on(self) -> None:
-        """Read what was left for this turn of the event loop, unless the client is to read first."""
+        """Read the bytes that were left for this turn of the event loop, unless the client must read answers first."""
         if self._reader.unread and not self._streams.paused and not self._closed:
             self._transport.resume_reading()
             self.data_received(b"")

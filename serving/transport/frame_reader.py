@@ -24,9 +24,9 @@ HTTP1_ANSWER = (
 _WINDOW = 2**24  # bytes that a client may send on a connection before the server reads them
 _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
-_MIN_DATA_BYTES = 64  # of a frame that brings a call further without ending its request
-_MAX_FIELDS = 128  # of a call's headers; each one above them counts as a frame that brings no call further
-_FIELDS_A_TURN = 1024  # that are decoded in some 2 ms, after which other connections have their turn
+_MIN_DATA_BYTES = 64  # the fewest bytes of a frame that advances a call without ending its request
+_MAX_FIELDS = 128  # the fields of a call's headers; each further field counts as a frame that advances no call
+_FIELDS_A_TURN = 1024  # fields that are decoded in about 2 ms; then other connections have their turn
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
@@ -41,7 +41,7 @@ class NotHttp2(Exception):
 
 
 class FrameReader:
-    """Reads what comes on a connection. link: carries the answers. find: the method with a path."""
+    """The reader of a connection's bytes. link: carries the answers. find: the method with a path."""
 
     def __init__(
         self, link: Link, find: Callable[[str], Method | None], limits: TransportLimits, memory: Memory
@@ -72,7 +72,7 @@ class FrameReader:
 
     @property
     def unread(self) -> bool:
-        """Tell if other connections are to have their turn before ``receive`` reads what is left."""
+        """Return True if other connections get their turn before ``receive`` reads the rest."""
         return self._fields_left < 0
 
     def _greet(self, data: bytes) -> bool:
@@ -149,7 +149,7 @@ class FrameReader:
         # Other frames are ignored: those that concern streams of the server, and unknown ones.
 
     def _wrong_priority(self, stream: int, size: int) -> None:
-        """Reset the stream (section 6.3), or end the connection where there is none to reset (section 5.1)."""
+        """Reset the stream (section 6.3), or end the connection if there is no stream to reset (section 5.1)."""
         if call := self.streams.calls.get(stream):
             self.streams.reset_faulty(call, ErrorCode.FRAME_SIZE_ERROR)
         elif stream > self.streams.last_stream:
@@ -256,12 +256,12 @@ class FrameReader:
                 call.end()
 
     def _skip(self, block: bytes) -> None:
-        """Read headers that bring no call further."""
+        """Read headers that advance no call."""
         self._header_reader.skip(block)
         self._count_fields(-1)
 
     def _count_fields(self, allowed: int) -> None:
-        """Count the fields that were decoded, those above ``allowed`` as frames that bring no call further."""
+        """Count the decoded fields; each field above ``allowed`` counts as a frame that advances no call."""
         fields, self._header_reader.fields = self._header_reader.fields, 0
         self._fields_left -= fields
         if fields > allowed:

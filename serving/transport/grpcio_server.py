@@ -14,11 +14,13 @@ from grpc import aio
 from serving.transport import headers
 from serving.transport.call import INTERNAL_TEXT
 from serving.transport.frame_reader import MAX_CALLS
+from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
     Abort,
     CallbackMethod,
     Method,
+    Peer,
     StreamMethod,
     Table,
     TransportLimits,
@@ -28,7 +30,8 @@ from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 4 * MAX_CALLS  # of all connections together
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
-_END_SECONDS = 0.005  # in this time gRPC mostly reports if the end of the requests is the end of the call
+_HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
+_END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the requests was the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
@@ -41,11 +44,19 @@ _logger = logging.getLogger(__name__)
 class GrpcioServer:
     """A TransportServer on grpc.aio. Make and use it in a running event loop.
 
-    connection_age: seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of
-    such a connection get to finish.
+    tls: the certificates for the ports, None for no encryption. A Unix socket is never encrypted. connection_age:
+    seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of such a
+    connection get to finish.
     """
 
-    def __init__(self, limits: TransportLimits, connection_age: float = 0.0, grace: float = 0.0) -> None:
+    def __init__(
+        self,
+        limits: TransportLimits,
+        connection_age: float = 0.0,
+        grace: float = 0.0,
+        tls: TlsContexts | None = None,
+    ) -> None:
+        self._tls = tls
         self._handlers = _Handlers(limits)
         self._started = False
         self._draining: asyncio.Task[None] | None = None
@@ -55,6 +66,7 @@ class GrpcioServer:
             ("grpc.max_concurrent_streams", MAX_CALLS),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
+            ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
             ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
         if connection_age:
@@ -74,7 +86,11 @@ class GrpcioServer:
                 probe.close()
         address = f"[{host}]" if ":" in host else host or "[::]"
         try:
-            bound: int = self._server.add_insecure_port(f"{address}:{port}")
+            bound: int = (
+                self._server.add_secure_port(f"{address}:{port}", _credentials(self._tls))
+                if self._tls
+                else self._server.add_insecure_port(f"{address}:{port}")
+            )
         except RuntimeError as error:
             raise OSError(errno.EADDRINUSE, "the port is taken") from error
         return bound
@@ -95,12 +111,15 @@ class GrpcioServer:
         await self._server.start()
 
     async def drain(self, grace: float) -> None:
-        """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds."""
+        """Refuse new connections and calls. Calls in flight go on for at most ``grace`` seconds.
+
+        gRPC's core cancels calls that have no handler yet. When this returns, all others are in their handlers.
+        """
         if not self._started:  # gRPC stops and closes the ports of a started server only
             await self.start()
         if self._draining is None:
             self._draining = asyncio.create_task(self._server.stop(grace + _LAST_SECONDS))
-            await asyncio.sleep(0)  # let it begin
+            await asyncio.sleep(_HANDOVER_SECONDS if grace else 0)
 
     async def stop(self, grace: float) -> None:
         """Drain, wait at most ``grace`` seconds for the calls in flight, and then end them."""
@@ -142,6 +161,16 @@ class _Context:
         """Return True if nobody waits for the handler."""
         return self.outcome.done()
 
+    @property
+    def peer(self) -> Peer:
+        """Return the client of the connection."""
+        kind, _, address = str(self._context.peer()).partition(":")
+        if kind not in ("ipv4", "ipv6"):
+            return Peer("unix")
+        names = self._context.auth_context().get("x509_common_name") or (b"",)
+        host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+        return Peer(host, names[-1].decode(errors="replace"))
+
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
         return self.metadata
@@ -175,7 +204,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off = False
-        self._bytes = 0  # of unary requests in flight
+        self._bytes = 0  # bytes of unary requests in flight
 
     def add(self, methods: Table) -> None:
         """Add the methods of a table."""
@@ -214,7 +243,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
         """Return the answer of a unary method, or the status with which its call ends."""
-        if method.door and (status := method.door(call.timeout, call.metadata, 0)):
+        if method.door and (status := method.door(call.timeout, call.metadata, 0, call.peer)):
             return status
         limits = self._limits
         if self._bytes + len(data) > limits.bytes_under_way:
@@ -277,8 +306,18 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             await context.abort(status.code, status.text, status.metadata)
         except aio.AbortError:
             raise
-        except Exception:  # the client has gone, or its deadline has passed, and gRPC has yet to say so
+        except Exception:  # the client has gone, or its deadline has passed, and gRPC has not reported it yet
             raise asyncio.CancelledError from None
+
+
+def _credentials(tls: TlsContexts) -> grpc.ServerCredentials:
+    """Return the credentials of a port. gRPC asks for newer certificates at each handshake."""
+
+    def newest() -> Any:
+        chain, key, authorities = tls.pem()
+        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities or None)
+
+    return grpc.dynamic_ssl_server_credentials(newest(), newest, tls.mutual)
 
 
 async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:

@@ -20,14 +20,15 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 #: The most bytes of a request's headers, counted as in RFC 9113, section 6.5.2.
 MAX_BYTES = 16384
-#: The largest header block that is decoded in full, in bytes. Of a larger one, only the parts for HPACK's table are.
+#: The largest header block that is decoded in full, in bytes. Of a larger block only the parts for HPACK's table are
+#: decoded.
 MAX_BYTES_DECODED = 4 * MAX_BYTES
 #: The largest header block that is read at all, in bytes. A larger one ends its connection.
 MAX_BLOCK_BYTES = 2**20
-# The most fields of a block that is not decoded in full. More of them end the connection.
+# The most fields of a block that is not decoded in full. A block with more fields ends the connection.
 _MAX_FIELDS_SKIPPED = 4096
-_FIELDS_WITH_PATH = 6  # table resizes and pseudo-headers come first
-_MAX_CONTINUATIONS = 8  # without those that are at least half full
+_FIELDS_WITH_PATH = 6  # the first fields of a block: table resizes and pseudo-headers
+_MAX_CONTINUATIONS = 8  # without the pieces that are at least half full
 _HALF_FRAME_BYTES = 8192
 _FIELD_BYTES = 32
 _MAX_RESIZED = 2
@@ -37,8 +38,8 @@ _ENCODING = "grpc-encoding"
 #: The prefix of an answer's first headers for a client that wants a smaller table: it sets the size 0.
 NO_TABLE = b"\x20"
 _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
-_MAX_KNOWN = 64
-_MAX_KNOWN_BYTES = 2048  # of remembered headers
+_MAX_KNOWN = 64  # remembered headers
+_MAX_KNOWN_BYTES = 2048  # a larger block is not remembered
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 # Headers of the protocol, which are no metadata of a call.
@@ -116,7 +117,7 @@ class HeaderReader(Generic[Method]):
         self._find = find
         self._decoder = Decoder(MAX_BYTES_DECODED)
         self._known: dict[bytes, RequestHead[Method]] = {}
-        #: Fields that were decoded, until whoever counts them sets it back.
+        #: The number of decoded fields. The caller counts them and sets this back to 0.
         self.fields = 0
 
     def read(self, block: bytes) -> RequestHead[Method]:

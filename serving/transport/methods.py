@@ -3,9 +3,9 @@
 A table maps a method's path, ``/service/method``, to one of three kinds of method. Both transports serve one table.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import grpc
 
@@ -19,6 +19,28 @@ class Abort(Exception):
     def __init__(self, status: Status) -> None:
         super().__init__(status.text)
         self.status = status
+
+
+class Peer(NamedTuple):
+    """The client of a connection.
+
+    address: its IP address, or "unix" for a client of a Unix socket. subject: the common name in its verified
+    certificate, or "" without one.
+    """
+
+    address: str
+    subject: str = ""
+
+
+def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[str, str]]]] | None) -> Peer:
+    """Return the client of a connection.
+
+    address: of asyncio's ``peername``. certificate: of its ``peercert``, or None.
+    """
+    host = str(address[0]) if isinstance(address, tuple) else "unix"
+    subject = certificate.get("subject", ()) if certificate else ()
+    names = [value for part in subject for key, value in part if key == "commonName"]
+    return Peer(host, names[-1] if names else "")
 
 
 class Context(Protocol):
@@ -41,6 +63,10 @@ class Context(Protocol):
     def over(self) -> bool:
         """Return True if nobody waits for the handler."""
 
+    @property
+    def peer(self) -> Peer:
+        """Return the client of the connection."""
+
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
 
@@ -51,9 +77,10 @@ class Context(Protocol):
         """Send the status, after all waiting data."""
 
 
-#: A function that is called with the headers of a call: its timeout in seconds or None, its metadata, and the number
-#: of calls that were accepted before it but are not complete yet. It returns the status of a refusal, or None.
-Door = Callable[[float | None, Metadata, int], Status | None]
+#: A function that is called with the headers of a call: its timeout in seconds or None, its metadata, the number of
+#: calls that were accepted before it but are not complete yet, and its client. It returns the status of a refusal, or
+#: None.
+Door = Callable[[float | None, Metadata, int, Peer], Status | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +143,7 @@ class TransportLimits:
     bytes_under_way: the most bytes of all requests in flight and of unread answers.
     message_text, memory_text: the texts for clients that exceed these two limits.
     stall_seconds: time without progress after which a call that waits for its client is ended.
+    handshake: called with the result of each TLS handshake.
     """
 
     message_bytes: int
@@ -124,6 +152,7 @@ class TransportLimits:
     memory_text: str
     refused: Refused = lambda *_: None
     stall_seconds: float = STALL_SECONDS
+    handshake: Callable[[str], object] = lambda _: None
 
 
 class TransportServer(Protocol):

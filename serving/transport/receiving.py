@@ -22,7 +22,7 @@ WINDOW = 2**18
 _LOW_WINDOW = WINDOW // 2  # the window is refilled below this
 _MESSAGE_BYTES = 64  # memory of a message in addition to its own bytes
 _MESSAGE_BYTES_WITH_PREFIX = _MESSAGE_BYTES + messages.PREFIX.size
-_MAX_UNSENT_BYTES = 2**16  # of answers that wait for the client; above this a stream's handler waits
+_MAX_UNSENT_BYTES = 2**16  # bytes of answers that wait for the client; above this a stream's handler waits
 
 
 class ReceivingCall(Call):

@@ -28,7 +28,9 @@ class Reception:
             self._answer(stream, self._turned_away(head), end)
             return
         if method.door:
-            if (status := method.door(head.timeout, head.metadata, len(self._expected))) is not None:
+            if (
+                status := method.door(head.timeout, head.metadata, len(self._expected), self._streams.client)
+            ) is not None:
                 self._answer(stream, status.block, end)
                 return
             self._expected.add(stream)

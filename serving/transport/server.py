@@ -4,6 +4,7 @@ import asyncio
 from contextlib import suppress
 
 from serving.transport.connection import Connection
+from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.memory import Memory
 from serving.transport.methods import Method, Table, TransportLimits
 from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
@@ -14,22 +15,30 @@ _CHECKS_PER_STALL = 4  # checks for stalled calls in the time after which a call
 
 
 class GrpcServer:
-    """A TransportServer for gRPC over HTTP/2 without encryption.
+    """A TransportServer for gRPC over HTTP/2.
 
-    connection_age: seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of
-    such a connection get to finish.
+    tls: the certificates for the ports, None for no encryption. A Unix socket is never encrypted. connection_age:
+    seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of such a
+    connection get to finish.
     """
 
-    def __init__(self, limits: TransportLimits, connection_age: float = 0.0, grace: float = 0.0) -> None:
+    def __init__(
+        self,
+        limits: TransportLimits,
+        connection_age: float = 0.0,
+        grace: float = 0.0,
+        tls: TlsContexts | None = None,
+    ) -> None:
         self._methods: dict[str, Method] = {}
         self._connections: set[Connection] = set()
-        self._listening: list[asyncio.AbstractServer] = []
+        self._listening: list[asyncio.AbstractServer | TlsListener] = []
         self._unix_sockets: list[UnixSocket] = []
         self._empty = asyncio.Event()
         self._looking: asyncio.TimerHandle | None = None
         #: The bytes that each call holds.
         self.memory = Memory(limits.bytes_under_way, limits.stall_seconds)
         self._terms = Terms(self._methods.get, limits, self.memory, self._opened, self._lost, connection_age, grace)
+        self._tls = tls
 
     def add_methods(self, methods: Table) -> None:
         """Add methods. Call it before ``start``."""
@@ -44,7 +53,9 @@ class GrpcServer:
         bound: int = opened[0].getsockname()[1]
         for one in opened:
             self._listening.append(
-                await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
+                TlsListener(one, self._tls, self._connection, self._terms.limits.handshake)
+                if self._tls
+                else await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
             )
         return bound
 

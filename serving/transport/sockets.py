@@ -85,7 +85,7 @@ class UnixSocket:
         except FileNotFoundError:
             return
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)  # a server that hangs, and whose queue is full, would be waited for
+            probe.setblocking(False)  # otherwise this would wait for a server that hangs with a full queue
             if not is_socket or probe.connect_ex(str(self._path)) != errno.ECONNREFUSED:
                 raise OSError(errno.EADDRINUSE, "another server has it, or it is no socket")
         self._path.unlink()
@@ -95,7 +95,7 @@ class UnixSocket:
 def _locked(folder: Path) -> Iterator[None]:
     """Keep others of these functions out of a folder, so that two servers cannot both replace the same socket.
 
-    They take no time; a lock that is held for longer is another program's, and no reason to wait.
+    These functions take no time. A lock that is held for longer belongs to another program, and is not waited for.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     end = time.monotonic() + _LOCK_SECONDS

@@ -10,7 +10,7 @@ import grpc
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.memory import Memory
-from serving.transport.methods import TransportLimits
+from serving.transport.methods import Peer, TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
 
@@ -20,11 +20,11 @@ _IDLE_FRAMES_A_SECOND = 1000
 # Calls that a client cancels beyond the number of answered ones: the most at once, and the most a second.
 _MAX_CANCELLED = 1000
 _CANCELLED_A_SECOND = 33
-_FRAMES_AN_ANSWER = 2  # that are no idle ones: a window of the stream's and of the connection's, or a ping
-_BYTES_A_FRAME = 4096  # of answers, for whose windows a frame is no idle one
-_CALLS_AN_IDLE_FRAME = 16  # whose windows are changed with the work of such a frame
-_SETTINGS_BYTES_AN_IDLE_FRAME = 96  # which are read with the work of such a frame
-_TABLE_BYTES = 4096  # that HPACK's table has if nobody says otherwise
+_FRAMES_AN_ANSWER = 2  # not counted as idle: two updates of windows, the stream's and the connection's, or a ping
+_BYTES_A_FRAME = 4096  # sent bytes for which one more frame is not counted as idle
+_CALLS_AN_IDLE_FRAME = 16  # calls whose windows are changed with the work of one idle frame
+_SETTINGS_BYTES_AN_IDLE_FRAME = 96  # bytes of settings that take the work of one idle frame
+_TABLE_BYTES = 4096  # HPACK's default size of the table
 
 
 class StreamState(Enum):
@@ -116,6 +116,8 @@ class Streams:
         self.limits = limits
         self.memory = memory
         self.peer = PeerWindow()
+        #: The client, as far as the connection shows it.
+        self.client = Peer("")
         self.state = ConnectionState.PREFACE
         #: The highest stream that the client has opened.
         self.last_stream = 0
@@ -190,7 +192,7 @@ class Streams:
             self._blocked.pop(call.stream, None)
 
     def check_opened(self, stream: int) -> None:
-        """Raise ConnectionFault for a stream that the client never opened; one that is over is no fault."""
+        """Raise ConnectionFault for a stream that the client never opened. A stream that is over is no fault."""
         if not stream % 2 or (stream > self.last_stream and self.state is not ConnectionState.GOING_AWAY):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
 
@@ -229,7 +231,7 @@ class Streams:
         self.set_initial_window(window)
         if self.state is ConnectionState.SETTINGS:
             self.state = ConnectionState.OPEN
-        # Before what the new windows allow: until then the old ones hold for the client.
+        # Before the data that the new windows allow: until then the old windows hold for the client.
         self.send(frames.frame(frames.SETTINGS, frames.ACK, 0))
         if window > old:
             self.pump()

@@ -86,9 +86,9 @@ def distort(
 ) -> Tensor:
     """Rotate each image by up to ``rotation`` degrees, shear it by up to ``shear``, scale its axes and shift it.
 
-    images: (B, C, H, W). Returns the same shape; bilinear, zeros outside. scale: the least and the greatest, of each
-    axis; shift: in pixels, up to so many each way; elastic: standard deviation of a smooth deformation's knots, in
-    pixels, in the same interpolation.
+    images: (B, C, H, W). Returns the same shape. The interpolation is bilinear, with zeros outside.
+    scale: the smallest and the largest scale of each axis. shift: the largest shift each way, in pixels.
+    elastic: the standard deviation of a smooth deformation's knots, in pixels.
     """
     matrices = _affine_matrices(images, generator, rotation, shear, scale, (shift, shift))
     return _warp(images, matrices, _elastic(images, elastic, generator) if elastic else None)
@@ -102,7 +102,7 @@ def _affine_matrices(
     scale: tuple[float, float],
     shift: tuple[float, float],
 ) -> Tensor:
-    """Return random matrices (B, 2, 3) for images (B, C, H, W); shift: pixels, right and down."""
+    """Return random matrices (B, 2, 3) for images (B, C, H, W). shift: pixels, right and down."""
     count, _, height, width = images.shape
     angle = torch.deg2rad(_uniform(count, -rotation, rotation, generator))
     slant = _uniform(count, -shear, shear, generator)
@@ -121,12 +121,15 @@ def _affine_matrices(
 class Augmentation:
     """A change of training images (B, C, H, W) into others of the same shape; every pixel is interpolated once.
 
-    name: ``affine`` rotates by up to 15 degrees, shears by up to 0.15, scales each axis by 0.85 to 1.15 and shifts by
-    up to ``shift_share`` of the image, wider than the paper's; ``shift`` by a random whole number of pixels, up to two
-    each way: the paper's, section 4; ``all-shifts`` by the next of all 25 shifts of up to two pixels each way, so that
-    an image is seen in every shift once in 25 turns, as in the data of the authors' code; ``none`` changes nothing.
+    name: one of these.
+    - ``affine`` rotates by up to 15 degrees, shears by up to 0.15, scales each axis by 0.85 to 1.15 and shifts by up to
+      ``shift_share`` of the image. This is wider than the paper's augmentation.
+    - ``shift`` shifts by a random whole number of pixels, up to two each way: the paper's augmentation, section 4.
+    - ``all-shifts`` takes all 25 shifts of up to two pixels each way in turn, so an image has each shift once in 25
+      turns, as in the data of the authors' code.
+    - ``none`` changes nothing.
     flip: share of the images that are mirrored left to right. elastic: standard deviation of a smooth deformation, in
-    pixels. erasing: share of the images of which a square of 4x4 pixels becomes black.
+    pixels. erasing: share of the images in which a square of 4x4 pixels becomes black.
     """
 
     name: str

@@ -18,17 +18,17 @@ def generator(seed: int, number: int) -> torch.Generator:
 
 
 def steps_per_pass(images: int, batch_size: int) -> int:
-    """Count the steps that pass over so many images once."""
+    """Return the number of steps in one pass over this number of images."""
     return math.ceil(images / batch_size)
 
 
 class Batches:
     """Shuffled batches of one epoch after another, each of images (B, K, C, H, W), labels (B, K) and turns (B,).
 
-    An image's K objects are the one whose turn in the pass it is and, for pairs, another of another class. Turns are
-    for the augmentations. Passes over all images follow one another, and an epoch is one of them, or
-    ``steps_per_epoch`` steps of theirs. What comes next is a function of the seed and of how many steps are done, and
-    of nothing else: a run resumed anywhere sees the batches that an undisturbed one would have seen.
+    The first of an image's K objects is the next one of the pass; for pairs, the second has another class. Turns are
+    for the augmentations. Passes over all images follow one another. An epoch is one pass, or ``steps_per_epoch``
+    steps. A batch depends only on the seed and on the number of finished steps, so a resumed run sees the same batches
+    as an undisturbed one.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def combine(parts: Tensor) -> Tensor:
 
 
 def members(labels: Tensor, objects: int, generator: torch.Generator) -> Tensor:
-    """Choose the images of which each composed image is made: indices (N, K). The first index of image n is n.
+    """Choose the images for each composed image: indices (N, K). The first index of image n is n.
 
     labels: (N,) int64; objects: K, 1 or 2. The second is a random image of another class. Raises ValueError
     if pairs are requested and all labels are equal.

@@ -35,7 +35,7 @@ class Dataset:
         canvas: Height and width of the images that training composes by putting each object anywhere; 0 if
             ``train_images`` are taken as they are.
         none_test_images: ``(L, C, S, S)`` uint8 that show none of the classes, for the test; None for no such images.
-        notes: What one should know of it before training, such as that images were scaled; a sentence each.
+        notes: Facts to know before training, such as scaled images. One sentence each.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Dataset:
 def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dataset:
     """Load a data set from the first source with all its files and the right digests, or generate it from another one.
 
-    The files are looked for in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
+    The files are searched in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
     ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists. They are kept, uncompressed, in
     ``folder`` if given and else in the cache, where they replace files of the same name with wrong content.
     ``progress`` shows a progress bar for each download.
@@ -116,7 +116,7 @@ def _fetch(name: str, spec: DatasetSpec, folder: Path | None, progress: bool) ->
 
 
 def generate(name: str, original: Dataset) -> Dataset:
-    """Compose a data set of GENERATED from the one that it is made of.
+    """Compose a data set of GENERATED from its original data set.
 
     The test images are always the same, so that all results are on one test set.
     """

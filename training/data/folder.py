@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".t
 DEFAULT_SCALED_SIZE = 32  # pixels, for images of several sizes
 FEW_IMAGES = 10  # a note reports classes with fewer training images
 TEST_EVERY = 5
-NONE_FOLDER = "none"  # of images that show none of the classes
+NONE_FOLDER = "none"  # the folder of images that show none of the classes
 HIDDEN_FOLDERS = ("__MACOSX",)  # and all names that begin with a dot
 
 Labelled = list[tuple[Path, int]]
@@ -33,8 +33,8 @@ Labelled = list[tuple[Path, int]]
 class ImageFiles:
     """The image files of a folder, each with the index of its label, in the order of class and path.
 
-    train: those of none of the classes too, at the end, with the label NONE. none_test: those of none of the classes
-    for the test. notes: what one should know of the choice of files.
+    train: ends with the images of none of the classes, which have the label NONE. none_test: the images of none of the
+    classes for the test. notes: sentences on the choice of files.
     """
 
     labels: tuple[str, ...]
@@ -53,7 +53,7 @@ class ClassFiles(NamedTuple):
 
 
 class FolderData(NamedTuple):
-    """The images of a folder, its class names, and what one should know of it, a sentence each.
+    """The images of a folder, its class names, and notes on it, a sentence each.
 
     none_test: (N, C, H, W) uint8, images of none of the classes for the test.
     """
@@ -67,8 +67,8 @@ class FolderData(NamedTuple):
 def find_images(folder: Path) -> ImageFiles:
     """List the images of ``folder/CLASS`` and its sub-folders, without opening files. Hidden files are left out.
 
-    Of each class, by path, every fifth image is for the test; or, where the folder holds ``train/CLASS`` and
-    ``test/CLASS``, the split is that. The folder ``none`` is no class: its images show none of the classes. Raises
+    In each class, every fifth image by path is for the test. If the folder has ``train/CLASS`` and ``test/CLASS``,
+    these are the split. The folder ``none`` is no class: its images show none of the classes. Raises
     DatasetError, naming the folder that is wrong.
     """
     if not folder.is_dir():
@@ -107,7 +107,7 @@ def find_images(folder: Path) -> ImageFiles:
 
 
 def require_negatives(folder: Path, files: ImageFiles) -> None:
-    """Raise DatasetError where images of one class alone are to be learned, without any that do not show it."""
+    """Raise DatasetError if there is only one class, and no training image without it."""
     if len(files.labels) == 1 and not any(label == NONE for _, label in files.train):
         raise DatasetError(
             f"{folder}: one class alone, {files.labels[0]}; a network that sees nothing else learns to find it "

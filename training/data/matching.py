@@ -14,9 +14,9 @@ def load_matching(
 ) -> Dataset:
     """Load the data that a checkpoint was trained and tested on, in the size that its network takes.
 
-    data: a folder of images, which ``folder:`` checkpoints need; data_dir: where a data set's files are looked for
-    first; name: of a data set to take instead of the checkpoint's own. Raises DatasetError if the data cannot be
-    had, or has other labels or another size than the network, and CheckpointError for an unknown data set's name.
+    data: a folder of images, which ``folder:`` checkpoints need. data_dir: the folder that is searched first for a data
+    set's files. name: a data set to use instead of the checkpoint's own. Raises DatasetError if the data is not
+    available, or has other labels or another size than the network, and CheckpointError for an unknown data set.
     """
     name = name or trained.dataset
     config = trained.config

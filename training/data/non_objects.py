@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-SIDE_PATCHES = 4  # a side of an image is cut into so many patches
+SIDE_PATCHES = 4  # the number of patches along each side of an image
 BLOB_GRID = 5  # random values a side, which interpolation joins to blobs
 
 

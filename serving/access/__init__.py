@@ -1,0 +1,1 @@
+"""Access: who may call. TLS certificates, tokens, roles, and the limits of each client."""

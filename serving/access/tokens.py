@@ -1,0 +1,231 @@
+"""Bearer tokens: a file of their hashes, and the check of a client's token.
+
+A token is NAME.SECRET, and the file has the scrypt hash (RFC 7914) of each secret. A token is hashed once. Then its
+keyed digest is remembered, so that a call costs one digest.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from serving.access.files import AccessError, Renewed
+
+#: The roles: calls that classify or describe models; loading and unloading; and the page of metrics.
+PREDICT, ADMIN, METRICS = ROLES = ("predict", "admin", "metrics")
+#: The longest token that is looked at.
+MAX_TOKEN_CHARACTERS = 512
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SECRET_BYTES = 32
+# scrypt's costs: 8 MiB and some 20 ms. A secret has 256 random bits, so that guesses are hopeless even without them.
+_N, _R, _P = 2**13, 8, 1
+_SALT_BYTES = 16
+_HASH_BYTES = 32
+_MAX_WRONG = 4096  # tokens that are remembered
+_MAX_CHECKS = 64  # that wait or run
+_MAX_CHECKS_OF_PEER = 4
+
+
+class TooManyChecks(Exception):
+    """Too many tokens that are not known yet came at once."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client that may call: its name, its roles, and its own limits or None for the server's.
+
+    calls: the most calls in flight. rate: the most calls a second.
+    """
+
+    name: str
+    roles: frozenset[str]
+    calls: int | None = None
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenEntry:
+    """An entry of the token file.
+
+    name: of the client. roles: some of ROLES. hash: of its secret. certificate: the common name of a client's
+    certificate, in place of a hash. calls, rate: see Identity. Raises AccessError for a wrong value.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+    hash: str = ""
+    certificate: str = ""
+    calls: int | None = None
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise AccessError(f"name: {self.name!r}; expected 1 to 64 letters, digits, - or _")
+        if not self.roles or not set(self.roles) <= set(ROLES):
+            raise AccessError(f"roles of {self.name}: {', '.join(map(str, self.roles))}; expected some of {ROLES}")
+        if bool(self.hash) == bool(self.certificate) or not isinstance(self.certificate, str):
+            raise AccessError(f"{self.name}: expected a hash or the common name of a certificate")
+        for field, value in (("calls", self.calls), ("rate", self.rate)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+                raise AccessError(f"{field} of {self.name}: {value!r}; expected a number above 0")
+        if self.hash:
+            _parts(self.hash)
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.name, frozenset(self.roles), self.calls, self.rate)
+
+
+#: The entries of a file by name.
+Entries = Mapping[str, TokenEntry]
+
+
+def read_entries(path: Path) -> list[TokenEntry]:
+    """Return the entries of a token file. Raises AccessError, or OSError if the file cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+        entries = [_entry(one) for one in found["tokens"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = str(error) if isinstance(error, AccessError) else "expected what python -m serving.tokens writes"
+        raise AccessError(f"tokens: {str(path)!r}: {reason}") from error
+    names = [one.name for one in entries]
+    if len(set(names)) < len(names):
+        raise AccessError(f"tokens: {str(path)!r}: a name comes twice")
+    return entries
+
+
+def write_entries(path: Path, entries: Iterable[TokenEntry]) -> None:
+    """Write a token file, readable by its owner alone, in one step. Raises OSError."""
+    kept = [{name: value for name, value in asdict(one).items() if value not in (None, "")} for one in entries]
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    temporary.touch(mode=0o600, exist_ok=False)
+    try:
+        temporary.write_text(json.dumps({"tokens": kept}, indent=2) + "\n")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def new_token(name: str) -> tuple[str, str]:
+    """Return a new token for a client, and the hash of its secret."""
+    secret = secrets.token_urlsafe(_SECRET_BYTES)
+    salt = secrets.token_bytes(_SALT_BYTES)
+    coded = [base64.b64encode(part).decode() for part in (salt, _scrypt(secret, salt, _N, _R, _P))]
+    return f"{name}.{secret}", "$".join(("scrypt", str(_N), str(_R), str(_P), *coded))
+
+
+class Tokens:
+    """The tokens of a file, which is read again when it changes. Any thread may use it.
+
+    Raises AccessError, or OSError if the file cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._entries: Renewed[Entries] = Renewed(
+            "the tokens", [path], lambda: {one.name: one for one in read_entries(Path(path))}
+        )
+        self._key = secrets.token_bytes(32)
+        self._right: dict[bytes, TokenEntry] = {}
+        self._wrong: OrderedDict[bytes, Entries] = OrderedDict()  # with the entries among which none fitted
+        self._pool = ThreadPoolExecutor(1, "tokens")
+        self._lock = threading.Lock()
+        self._checks: Counter[str] = Counter()  # that wait or run, by peer
+        _, self._unknown_hash = new_token("unknown")
+
+    def renew(self) -> None:
+        """Read the file now if it has changed."""
+        self._entries.check()
+
+    def of_certificate(self, subject: str) -> Identity | None:
+        """Return the identity of a certificate's common name, or None."""
+        entries = self._entries.content.values()
+        return next((one.identity for one in entries if subject and one.certificate == subject), None)
+
+    def remembered(self, token: str) -> tuple[bool, Identity | None]:
+        """Return if a token was checked before, and its identity, None if it is wrong."""
+        entries, digest = self._entries.content, self._digest(token)
+        if entry := self._right.get(digest):
+            if entries.get(entry.name) == entry:
+                return True, entry.identity
+            self._right.pop(digest, None)  # the file has changed
+        return self._wrong.get(digest) is entries, None
+
+    async def check(self, token: str, peer: str) -> Identity | None:
+        """Return the identity of a token, or None if it is wrong. peer: the client's address.
+
+        Raises TooManyChecks.
+        """
+        known, identity = self.remembered(token)
+        if known:
+            return identity
+        self._begin_check(peer)
+        try:
+            entry = await asyncio.wrap_future(self._pool.submit(self._entry_of, token))
+        finally:
+            self._end_check(peer)
+        return entry.identity if entry else None
+
+    def _begin_check(self, peer: str) -> None:
+        with self._lock:
+            if self._checks.total() >= _MAX_CHECKS or self._checks[peer] >= _MAX_CHECKS_OF_PEER:
+                raise TooManyChecks
+            self._checks[peer] += 1
+
+    def _end_check(self, peer: str) -> None:
+        with self._lock:
+            self._checks[peer] -= 1
+            if not self._checks[peer]:
+                del self._checks[peer]
+
+    def _entry_of(self, token: str) -> TokenEntry | None:
+        """Return the entry of a token. An unknown name takes as long as a wrong secret."""
+        name, _, secret = token.partition(".")
+        entries, digest = self._entries.content, self._digest(token)
+        entry = entries.get(name)
+        n, r, p, salt, expected = _parts(entry.hash if entry and entry.hash else self._unknown_hash)
+        same = hmac.compare_digest(_scrypt(secret, salt, n, r, p), expected)
+        if entry and entry.hash and same:
+            self._right[digest] = entry
+            return entry
+        self._wrong[digest] = entries
+        while len(self._wrong) > _MAX_WRONG:
+            self._wrong.popitem(last=False)
+        return None
+
+    def _digest(self, token: str) -> bytes:
+        """Return a digest whose lookup tells nothing about the token by its time, since its key is secret."""
+        return hmac.digest(self._key, token.encode(errors="surrogateescape"), "sha256")
+
+
+def _entry(fields: Mapping[str, Any]) -> TokenEntry:
+    return TokenEntry(**{**fields, "roles": tuple(fields["roles"])})
+
+
+def _scrypt(secret: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+    coded = secret.encode(errors="surrogateescape")
+    return hashlib.scrypt(coded, salt=salt, n=n, r=r, p=p, maxmem=2**28, dklen=_HASH_BYTES)
+
+
+def _parts(text: str) -> tuple[int, int, int, bytes, bytes]:
+    """Return scrypt's costs n, r and p, the salt and the hash. Raises AccessError."""
+    try:
+        kind, n, r, p, *coded = text.split("$")
+        salt, expected = (base64.b64decode(part, validate=True) for part in coded)
+        costs = int(n), int(r), int(p)
+        wrong = kind != "scrypt" or not (2 <= costs[0] <= 2**17 and 1 <= costs[1] <= 16 and 1 <= costs[2] <= 4)
+        if wrong or costs[0].bit_count() != 1 or len(expected) != _HASH_BYTES:
+            raise ValueError(text)
+    except (ValueError, AttributeError) as error:
+        raise AccessError("a hash is not scrypt$N$R$P$SALT$HASH") from error
+    return *costs, salt, expected

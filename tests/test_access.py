@@ -1,0 +1,310 @@
+"""Tests of tokens, certificates' files, and the limits of clients, without a server of models."""
+
+import asyncio
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import serving.access.files
+import serving.access.tokens as tokens_module
+from serving import tokens as command
+from serving.access.certificates import Certificates
+from serving.access.files import AccessError
+from serving.access.guard import ClientLimits, Guard, authorization_of
+from serving.access.quotas import Quotas
+from serving.access.tokens import TokenEntry, Tokens, TooManyChecks, new_token, read_entries, write_entries
+from serving.errors import Forbidden, Unauthenticated
+from serving.rpc.status import status_of
+from serving.settings import read
+from serving.transport.methods import Peer
+from tests.certificates import make_all, make_certificate
+
+PEER = Peer("10.0.0.1")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "tokens.json"
+
+
+@pytest.fixture(autouse=True)
+def read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each use look at the files again."""
+    monkeypatch.setattr(serving.access.files, "_CHECK_SECONDS", 0)
+
+
+def add(file: Path, name: str, *roles: str, **limits: float) -> str:
+    token, hash_ = new_token(name)
+    entries = read_entries(file) if file.exists() else []
+    entry = TokenEntry(name, roles or ("predict",), hash_, calls=limits.get("calls"), rate=limits.get("rate"))  # type: ignore[arg-type]
+    write_entries(file, [*entries, entry])
+    return token
+
+
+def guard_of(tokens: Tokens | None, mutual: bool = False) -> Guard:
+    return Guard(tokens, mutual, ClientLimits(), lambda *parts: status_of(parts[-1]), time.monotonic)
+
+
+def test_the_command_makes_lists_and_removes_tokens_and_keeps_no_secret(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["add", str(file), "alice", "--calls", "5", "--rate", "2.5"]) == 0
+    token = capsys.readouterr().out.strip()
+    assert command.main(["add", str(file), "ops", "--role", "metrics", "--role", "admin"]) == 0
+    assert command.main(["add", str(file), "robot", "--certificate", "robot.example"]) == 0
+    capsys.readouterr()
+    assert token.startswith("alice.")
+    assert token.removeprefix("alice.") not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert command.main(["list", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "alice predict calls=5 rate=2.5",
+        "ops metrics,admin",
+        "robot predict certificate=robot.example",
+    ]
+    assert command.main(["add", str(file), "alice"]) == 1
+    assert "has a client of this name" in capsys.readouterr().err
+    assert command.main(["remove", str(file), "alice"]) == 0
+    assert command.main(["remove", str(file), "alice"]) == 1
+    assert command.main(["list", str(file.parent / "none")]) == 1
+    assert command.main(["add", str(file), "a b"]) == 1
+    assert "name: 'a b'; expected 1 to 64 letters" in capsys.readouterr().err
+    assert sorted(path.name for path in file.parent.iterdir()) == [file.name]
+
+
+def test_a_token_has_its_identity_and_nothing_else_has_one(file: Path) -> None:
+    token = add(file, "alice", "predict", "metrics", calls=3)
+    other = add(file, "bob")
+    tokens = Tokens(str(file))
+
+    async def ask(text: str) -> str:
+        identity = await tokens.check(text, "peer")
+        return identity.name if identity else ""
+
+    assert asyncio.run(ask(token)) == "alice"
+    assert tokens.remembered(token)[0]
+    for wrong in (
+        token[:-1], token + "x", token.upper(), "alice." + other.partition(".")[2], "alice.", "alice", ".", "nobody.x",
+    ):  # fmt: skip
+        assert asyncio.run(ask(wrong)) == ""
+        assert tokens.remembered(wrong) == (True, None)
+    identity = asyncio.run(tokens.check(token, "peer"))
+    assert identity
+    assert (identity.roles, identity.calls, identity.rate) == (frozenset({"predict", "metrics"}), 3, None)
+
+
+def test_a_changed_file_counts_at_once_and_a_broken_one_never(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = add(file, "alice")
+    tokens = Tokens(str(file))
+    assert asyncio.run(tokens.check(old, "peer"))
+    new = new_token("alice")
+    assert asyncio.run(tokens.check(new[0], "peer")) is None
+    write_entries(file, [TokenEntry("alice", ("predict",), new[1])])
+    assert asyncio.run(tokens.check(new[0], "peer")), "it was wrong before"
+    assert asyncio.run(tokens.check(old, "peer")) is None
+    file.write_text("{")
+    assert asyncio.run(tokens.check(new[0], "peer"))
+    file.unlink()
+    assert asyncio.run(tokens.check(new[0], "peer"))
+    assert "the tokens cannot be read again, the earlier ones stay in use" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "null", '{"tokens": 3}', '{"tokens": [{}]}', '{"tokens": [{"name": "a", "roles": ["predict"]}]}',
+        '{"tokens": [{"name": "a", "roles": ["king"], "certificate": "a"}]}',
+        '{"tokens": [{"name": "a", "roles": [], "certificate": "a"}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "hash": "scrypt$3$8$1$AA==$AA=="}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "hash": "scrypt$1073741824$8$1$AA==$AA=="}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "hash": 5}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a", "calls": -1}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a", "rate": true}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a", "rat": 1}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a"}, '
+        '{"name": "a", "roles": ["predict"], "certificate": "b"}]}',
+        "[" * 10_000,
+    ],
+)  # fmt: skip
+def test_a_file_that_is_wrong_is_refused_by_name(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(AccessError, match=f"tokens: '{file}'"):
+        Tokens(str(file))
+
+
+def test_many_wrong_tokens_of_one_peer_leave_room_for_another(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = add(file, "alice")
+    tokens = Tokens(str(file))
+    going = threading.Event()
+    hash_ = tokens_module._scrypt
+
+    def slow(*arguments: object) -> bytes:
+        going.wait(20)
+        return hash_(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tokens_module, "_scrypt", slow)
+
+    async def main() -> None:
+        flood = [asyncio.create_task(tokens.check(f"x.{index}", "bad")) for index in range(50)]
+        honest = asyncio.create_task(tokens.check(token, "good"))
+        await asyncio.sleep(0)
+        going.set()
+        outcomes = await asyncio.gather(*flood, return_exceptions=True)
+        assert sum(isinstance(one, TooManyChecks) for one in outcomes) == 46
+        assert (await honest) is not None
+        assert await tokens.check("x.0", "bad") is None
+
+    asyncio.run(main())
+
+
+def test_only_a_whole_bearer_header_counts(file: Path) -> None:
+    token = add(file, "alice")
+    guard = guard_of(Tokens(str(file)))
+    asyncio.run(guard.admit(f"Bearer {token}", PEER, "predict"))
+    asyncio.run(guard.admit(f"bearer {token}", PEER, "predict"))
+    for wrong in (None, "", token, "Basic x", "Bearer", "Bearer ", f"Bearer {token} ", "Bearer " + "x" * 600):
+        with pytest.raises(Unauthenticated, match=r"^authorization: .*expected Bearer and a token$") as caught:
+            asyncio.run(guard.admit(wrong, PEER, "predict"))
+        assert "alice" not in str(caught.value)
+    with pytest.raises(Forbidden, match="alice may not call this method; it needs the role admin"):
+        asyncio.run(guard.admit(f"Bearer {token}", PEER, "admin"))
+    twice = authorization_of((("authorization", f"Bearer {token}"), ("authorization", f"Bearer {token}")))
+    with pytest.raises(Unauthenticated):
+        asyncio.run(guard.admit(twice, PEER, "predict"))
+
+
+def test_a_wrong_secret_and_an_unknown_name_get_the_same_answer_after_the_same_work(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(file, "alice")
+    guard = guard_of(Tokens(str(file)))
+    hashed: list[tuple[int, ...]] = []
+    hash_ = tokens_module._scrypt
+
+    def counted(secret: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+        hashed.append((n, r, p))
+        return hash_(secret, salt, n, r, p)
+
+    monkeypatch.setattr(tokens_module, "_scrypt", counted)
+    texts = []
+    for wrong in ("alice.guess", "mallory.guess"):
+        with pytest.raises(Unauthenticated) as caught:
+            asyncio.run(guard.admit(f"Bearer {wrong}", PEER, "predict"))
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    assert len(hashed) == 2
+    assert hashed[0] == hashed[1]
+
+
+def test_a_certificate_is_an_identity_with_every_role_or_those_of_the_file(file: Path) -> None:
+    known, unknown = Peer("10.0.0.1", "robot"), Peer("10.0.0.1", "stranger")
+    alone = guard_of(None, mutual=True)
+    asyncio.run(alone.admit(None, unknown, "admin"))
+    with pytest.raises(Unauthenticated, match="certificate: none came"):
+        asyncio.run(alone.admit(None, PEER, "predict"))
+    write_entries(file, [TokenEntry("robot", ("predict",), certificate="robot")])
+    both = guard_of(Tokens(str(file)), mutual=True)
+    asyncio.run(both.admit(None, known, "predict"))
+    for peer, role, error in ((known, "admin", Forbidden), (unknown, "predict", Unauthenticated)):
+        with pytest.raises(error):
+            asyncio.run(both.admit(None, peer, role))
+    with pytest.raises(Unauthenticated):  # a certificate is no token
+        asyncio.run(both.admit("Bearer robot.", PEER, "predict"))
+
+
+def test_a_client_has_its_calls_in_flight_and_its_rate_and_waits_for_no_other() -> None:
+    now = [0.0]
+    quotas = Quotas(lambda: now[0])
+    assert [quotas.begin("a", 2, None) for _ in range(3)] == [
+        "", "", "2 calls of this client are in flight; the limit is 2",
+    ]  # fmt: skip
+    assert quotas.begin("b", 2, None) == ""
+    quotas.end("a")
+    assert quotas.begin("a", 2, None) == ""
+    assert [bool(quotas.begin("c", None, 2)) for _ in range(4)] == [False, False, True, True]
+    now[0] = 0.5
+    assert [bool(quotas.begin("c", None, 2)) for _ in range(2)] == [False, True]
+
+
+def test_clients_that_have_gone_are_forgotten_and_busy_ones_are_not() -> None:
+    quotas = Quotas(lambda: 0.0)
+    quotas.begin("busy", 1, None)
+    for index in range(11_000):
+        quotas.begin(str(index), 1, None)
+        quotas.end(str(index))
+    assert len(quotas._quotas) <= 10_001
+    assert quotas.begin("busy", 1, None)
+
+
+def test_certificates_are_renewed_and_broken_ones_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_all(tmp_path)
+    chain, key, authorities = (tmp_path / name for name in ("server.pem", "server.key", "ca.pem"))
+    certificates = Certificates(str(chain), str(key), str(authorities))
+    assert certificates.mutual
+    first = certificates.grpc_context()
+    assert certificates.grpc_context() is first
+    key.write_bytes((tmp_path / "client.key").read_bytes())
+    assert certificates.grpc_context() is first
+    assert "the TLS certificates cannot be read again" in caplog.text
+    make_certificate(tmp_path, "server", "DNS:renewed")
+    assert certificates.grpc_context() is not first
+    assert certificates.pem()[0] == chain.read_bytes()
+    key.unlink()
+    assert certificates.pem()[0] == chain.read_bytes()
+
+
+def test_files_that_are_no_certificates_are_refused_by_name(tmp_path: Path) -> None:
+    make_all(tmp_path)
+    wrong = tmp_path / "wrong.pem"
+    wrong.write_text("no certificate")
+    chain, key = str(tmp_path / "server.pem"), str(tmp_path / "server.key")
+    for pair in ((str(wrong), key), (chain, str(wrong)), (chain, str(tmp_path / "client.key"))):
+        with pytest.raises(AccessError, match=r"tls_cert and tls_key: .* expected a certificate chain and its private"):
+            Certificates(*pair)
+    with pytest.raises(AccessError, match=r"tls_client_ca: .* expected certificates of authorities in PEM"):
+        Certificates(chain, key, str(wrong))
+    with pytest.raises(OSError, match="missing"):
+        Certificates(chain, str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "myhost", "[::]"])
+def test_a_host_that_others_reach_needs_tls_tokens_or_a_word(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read(["--host", host], {})
+    assert "others could call without TLS and tokens" in capsys.readouterr().err
+    assert read(["--host", host, "--insecure"], {}).insecure
+    assert read(["--host", host], {"CAPSNET_INSECURE": "1"}).insecure
+    assert not read(["--host", host, "--tokens", "t"], {"CAPSNET_INSECURE": "false"}).insecure
+    assert read(["--host", host, "--tls-cert", "c", "--tls-key", "k"], {}).tls_cert == "c"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "localhost"])
+def test_a_host_that_only_this_machine_reaches_needs_none(host: str) -> None:
+    assert read(["--host", host], {}).host == host
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--tls-cert", "c"], "tls_cert and tls_key: 'c' and ''; expected both files or neither"),
+        (["--tls-key", "k"], "expected both files or neither"),
+        (["--tls-client-ca", "a"], "tls_client_ca: needs tls_cert and tls_key"),
+        (["--client-rate", "-1"], "client_rate: -1"),
+    ],
+)
+def test_settings_of_access_that_contradict_each_other_are_refused(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read(arguments, {})
+    assert text in capsys.readouterr().err
+
+
+def test_a_variable_of_a_choice_is_1_or_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read([], {"CAPSNET_INSECURE": "maybe"})
+    assert "environment variable CAPSNET_INSECURE: 'maybe'; expected 1 or 0" in capsys.readouterr().err
+    assert not read([], {"CAPSNET_REFLECTION": "0"}).reflection

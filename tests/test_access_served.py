@@ -1,0 +1,346 @@
+"""Tests of a server that lets in only clients that may call: every method and page, on both transports."""
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.access.tokens import TokenEntry, new_token, write_entries
+from serving.client.errors import AccessDenied, Unavailable
+from serving.client.sync import CapsNetClient
+from serving.transport.frames import PREFACE, settings
+from serving.transport.headers import Metadata
+from tests.certificates import make_all, make_certificate
+from tests.conftest import ROOT, Digits, Running
+
+GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
+HEALTH = "/grpc.health.v1.Health/"
+Start = Callable[..., Running]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("access")
+    make_all(path)
+    return path
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> dict[str, str]:
+    """Return tokens by their role, and the token file as ``file``."""
+    made = {role: new_token(role) for role in ("predict", "admin", "metrics")}
+    file = tmp_path / "tokens.json"
+    write_entries(file, [TokenEntry(role, (role,), hash_) for role, (_, hash_) in made.items()])
+    return {"file": str(file), **{role: token for role, (token, _) in made.items()}}
+
+
+def tls(folder: Path, client_ca: bool = False) -> dict[str, str]:
+    chosen = {"tls_cert": str(folder / "server.pem"), "tls_key": str(folder / "server.key")}
+    return {**chosen, "tls_client_ca": str(folder / "ca.pem")} if client_ca else chosen
+
+
+def methods(running: Running) -> dict[str, bool]:
+    """Return the path of every method of the port, and whether it streams."""
+    server: Any = running.server._grpc
+    table = server._methods if hasattr(server, "_methods") else server._handlers._handlers
+    return {path: "Stream" in path or path.endswith(("Watch", "ServerReflectionInfo")) for path in table}
+
+
+def unary(channel: grpc.Channel, path: str, metadata: Metadata = ()) -> bytes:
+    """Call a unary method with an empty message."""
+    answer: bytes = channel.unary_unary(path, None, None)(b"", metadata=metadata, timeout=20)
+    return answer
+
+
+def code_of(channel: grpc.Channel, path: str, streams: bool, token: str = "") -> grpc.StatusCode:
+    """Call a method with an empty message, and return its status, OK at its first answer."""
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    try:
+        if streams:
+            answers: Any = channel.stream_stream(path, None, None)(iter([b""]), metadata=metadata, timeout=20)
+            next(answers, None)
+            answers.cancel()
+        else:
+            unary(channel, path, metadata)
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code
+    return grpc.StatusCode.OK
+
+
+def ask(port: int, path: str, folder: Path | None = None, token: str = "", certificate: str = "") -> tuple[int, str]:
+    connection: http.client.HTTPConnection
+    if folder:
+        context = ssl.create_default_context(cafile=folder / "ca.pem")
+        if certificate:
+            context.load_cert_chain(folder / f"{certificate}.pem", folder / f"{certificate}.key")
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with closing(connection):
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def test_no_method_answers_without_a_token_or_with_one_of_another_role(
+    start: Start, tokens: dict[str, str], transport: str
+) -> None:
+    running = start(transport=transport, tokens=tokens["file"], admin_port=0)
+    denied = grpc.StatusCode.UNAUTHENTICATED
+    paths = methods(running)
+    assert len(paths) > 12
+    for path, streams in paths.items():
+        if path.startswith(HEALTH):
+            assert code_of(running.channel, path, streams) is grpc.StatusCode.OK
+            continue
+        for wrong in ("", "predict.x", "mallory.x", tokens["predict"][:-1]):
+            assert code_of(running.channel, path, streams, wrong) is denied, path
+        for wrong in ("metrics", "admin"):
+            assert code_of(running.channel, path, streams, tokens[wrong]) is grpc.StatusCode.PERMISSION_DENIED, path
+        assert code_of(running.channel, path, streams, tokens["predict"]) not in (
+            denied, grpc.StatusCode.PERMISSION_DENIED,
+        ), path  # fmt: skip
+    with grpc.insecure_channel(f"127.0.0.1:{running.server.admin_port}") as channel:
+        for name in ("RepositoryModelLoad", "RepositoryModelUnload"):
+            path = f"/inference.GRPCInferenceService/{name}"
+            assert code_of(channel, path, False) is denied
+            assert code_of(channel, path, False, tokens["predict"]) is grpc.StatusCode.PERMISSION_DENIED
+            assert code_of(channel, path, False, tokens["admin"]) is grpc.StatusCode.INVALID_ARGUMENT
+    port = running.server.metrics_port
+    assert ask(port, "/metrics")[0] == 401
+    assert ask(port, "/metrics", token="metrics.x")[0] == 401
+    assert ask(port, "/metrics", token=tokens["predict"])[0] == 403
+    status, page = ask(port, "/metrics", token=tokens["metrics"])
+    assert status == 200
+    assert ask(port, "/livez")[0] == ask(port, "/readyz")[0] == 200
+    refused = {
+        sample.labels["reason"]: sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "capsnet_refused_total"
+    }
+    assert refused["unauthenticated"] >= 4 * (len(paths) - 3)
+    assert refused["forbidden"] >= 2 * (len(paths) - 3)
+    assert running.server._edge.under_way == 0
+
+
+def test_clients_with_a_token_are_served_over_tls_and_streams_too(
+    start: Start, tokens: dict[str, str], folder: Path, digits: Digits, transport: str
+) -> None:
+    running = start(transport=transport, tokens=tokens["file"], **tls(folder))
+    with CapsNetClient(running.address, tls=folder / "ca.pem", token=tokens["predict"]) as client:
+        assert [one.class_index for one in client.classify(digits.images[:20])] == digits.labels[:20].tolist()
+        streamed = list(client.classify_stream(iter(digits.images[:100])))
+        assert sum(one.class_index == label for one, label in zip(streamed, digits.labels, strict=False)) >= 99
+    status, text = ask(running.server.metrics_port, "/metrics", folder, tokens["metrics"])
+    assert status == 200
+    if transport == "native":
+        assert 'capsnet_tls_handshakes_total{result="ok"} 1.0' in text
+
+
+def test_mutual_tls_knows_clients_by_their_certificates(start: Start, folder: Path, transport: str) -> None:
+    running = start(transport=transport, **tls(folder, client_ca=True))
+    pair = (folder / "client.pem", folder / "client.key")
+    with CapsNetClient(running.address, tls=folder / "ca.pem", client_certificate=pair) as client:
+        assert client.get_model().name == "capsnet-mnist"
+    make_certificate(folder, "stranger", authority="other")
+    for certificate in (None, (folder / "stranger.pem", folder / "stranger.key")):
+        with (
+            CapsNetClient(
+                running.address, tls=folder / "ca.pem", client_certificate=certificate, retries=0, timeout=5
+            ) as client,
+            pytest.raises(Unavailable, match="no server answers there"),
+        ):
+            client.get_model()
+    port = running.server.metrics_port
+    assert ask(port, "/readyz", folder)[0] == 200
+    assert ask(port, "/metrics", folder)[0] == 401
+    assert ask(port, "/metrics", folder, certificate="client")[0] == 200
+
+
+def test_a_renewed_certificate_serves_new_connections_and_drops_no_open_one(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    monkeypatch.setattr("serving.access.files._CHECK_SECONDS", 0)
+    make_all(tmp_path)
+    running = start(transport=transport, **tls(tmp_path))
+    old_root = (tmp_path / "ca.pem").read_bytes()
+    with CapsNetClient(running.address, tls=old_root, retries=0) as old:
+        old.get_model()
+        make_all(tmp_path)
+        with CapsNetClient(running.address, tls=tmp_path / "ca.pem") as new:
+            new.get_model(refresh=True)
+        old.get_model(refresh=True)
+        with (
+            CapsNetClient(running.address, tls=old_root, retries=0, timeout=5) as late,
+            pytest.raises(Unavailable, match="no server answers there"),
+        ):
+            late.get_model()
+
+
+@pytest.mark.parametrize(
+    "hello", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00" + b"\x00" * 200, b"x" * 9000]
+)
+def test_what_is_no_handshake_is_cut_off_and_harms_nobody(start: Start, folder: Path, hello: bytes) -> None:
+    running = start(**tls(folder))
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", running.server.port))) for _ in range(30)]
+        for one in opened:
+            one.sendall(hello)
+        with CapsNetClient(running.address, tls=folder / "ca.pem") as client:
+            assert client.get_model().name == "capsnet-mnist"
+        if hello:
+            for one in opened:
+                one.settimeout(20)
+                with contextlib.suppress(ConnectionResetError):
+                    while one.recv(4096):
+                        pass
+
+
+def test_old_versions_of_tls_and_other_protocols_are_refused(start: Start, folder: Path) -> None:
+    running = start(**tls(folder))
+
+    def shake(minimum: ssl.TLSVersion, maximum: ssl.TLSVersion, protocols: list[str]) -> str | None:
+        context = ssl.create_default_context(cafile=folder / "ca.pem")
+        context.minimum_version, context.maximum_version = minimum, maximum
+        context.set_alpn_protocols(protocols)
+        with (
+            socket.create_connection(("127.0.0.1", running.server.port), 20) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+        ):
+            secured.sendall(PREFACE + settings({}))
+            assert secured.recv(9) if protocols == ["h2"] else not secured.recv(9)
+            cipher = secured.cipher()
+            return cipher[0] if cipher else None
+
+    new = ssl.TLSVersion.TLSv1_3
+    assert shake(new, new, ["h2"])
+    assert "GCM" in (shake(ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2, ["h2"]) or "")
+    with contextlib.suppress(ConnectionResetError):
+        shake(new, new, ["http/1.1"])
+    with pytest.warns(DeprecationWarning), pytest.raises((ssl.SSLError, OSError)):
+        shake(ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1, ["h2"])
+
+
+def test_too_many_handshakes_end_the_oldest_and_not_the_newest(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.transport.handshakes._MAX_HANDSHAKES", 4)
+    running = start(**tls(folder))
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", running.server.port))) for _ in range(12)]
+        with CapsNetClient(running.address, tls=folder / "ca.pem") as client:
+            assert client.get_model().name == "capsnet-mnist"
+        silent[0].settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            assert silent[0].recv(1) == b""
+    assert running.server.metrics.handshakes.labels("crowded").value >= 8
+
+
+def test_a_client_above_its_limit_is_refused_and_another_is_not(
+    start: Start, tmp_path: Path, digits: Digits, transport: str
+) -> None:
+    made = {name: new_token(name) for name in ("slow", "free")}
+    entries = [
+        TokenEntry("slow", ("predict",), made["slow"][1], calls=2, rate=1000.0),
+        TokenEntry("free", ("predict",), made["free"][1]),
+    ]
+    write_entries(tmp_path / "tokens", entries)
+    running = start(transport=transport, tokens=str(tmp_path / "tokens"), client_calls=50)
+    slow, free = ((("authorization", f"Bearer {made[name][0]}"),) for name in ("slow", "free"))
+    open_stream = running.channel.stream_stream("/capsnet.v1.CapsNetService/ClassifyStream", None, None)
+    stop = threading.Event()
+
+    def endless() -> Iterator[bytes]:
+        stop.wait(30)
+        yield from ()
+
+    held: list[Any] = [open_stream(endless(), metadata=slow) for _ in range(2)]
+    end = time.monotonic() + 20
+    code = None
+    while code is not grpc.StatusCode.RESOURCE_EXHAUSTED and time.monotonic() < end:
+        try:
+            unary(running.channel, GET_MODEL, slow)
+        except grpc.RpcError as error:
+            code = error.code()
+            assert "2 calls of this client are in flight; the limit is 2; try again later" in (error.details() or "")
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    unary(running.channel, GET_MODEL, free)
+    stop.set()
+    for one in held:
+        one.cancel()
+    end = time.monotonic() + 20
+    while True:
+        try:
+            unary(running.channel, GET_MODEL, slow)
+            break
+        except grpc.RpcError:
+            assert time.monotonic() < end
+    classify = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", None, None)
+    for _ in range(5):  # each ends its count
+        with pytest.raises(grpc.RpcError) as caught:
+            classify(b"\xff", metadata=slow, timeout=20)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert all(
+        quota.calls == 0 for name, quota in running.server._access.guard._quotas._quotas.items() if name == "slow"
+    )
+
+
+def test_addresses_have_limits_where_there_are_no_tokens(start: Start, transport: str) -> None:
+    running = start(transport=transport, client_rate=1.0)
+    unary(running.channel, GET_MODEL)
+    with pytest.raises(grpc.RpcError) as caught:
+        for _ in range(20):
+            unary(running.channel, GET_MODEL)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "this client has made too many calls; the limit is 1 a second" in (caught.value.details() or "")
+    assert code_of(running.channel, HEALTH + "Check", False) is grpc.StatusCode.OK
+
+
+def test_reflection_can_be_off(start: Start, transport: str) -> None:
+    running = start(transport=transport, reflection=False)
+    path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+    assert code_of(running.channel, path, True) is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_debug_log_holds_no_token(tmp_path: Path, tokens: dict[str, str], digits: Digits) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    command = [
+        sys.executable, "-m", "serving", "--port", str(port), "--metrics-port", "0", "--log-level", "debug",
+        "--tokens", tokens["file"], "--threads", "1", "--runtimes", "1", "--max-batch", "8",
+    ]  # fmt: skip
+    with log.open("w") as out, subprocess.Popen(command, stderr=out, cwd=ROOT) as process:
+        try:
+            with CapsNetClient(f"127.0.0.1:{port}", token=tokens["predict"]) as client:
+                client.wait_until_ready(60)
+                client.classify(digits.images[:2])
+            with (
+                CapsNetClient(f"127.0.0.1:{port}", token="predict.guessed-secret", retries=0) as client,
+                pytest.raises(AccessDenied, match="the token is not valid"),
+            ):
+                client.get_model()
+            os.kill(process.pid, signal.SIGHUP)
+        finally:
+            process.terminate()
+            process.wait(30)
+    text = log.read_text()
+    assert "the token is not valid" in text
+    assert tokens["predict"].partition(".")[2] not in text
+    assert "guessed-secret" not in text
