@@ -72,7 +72,8 @@ def certificate(
 def _shared(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> list[str]:
     """Return a sentence for each file that other graphs read weights from."""
     readers: dict[str, list[str]] = {}
-    for graph in (*variants.values(), *graphs.values()):
+    every: list[Variant | Graph] = [*variants.values(), *graphs.values()]
+    for graph in every:
         if graph.weights:
             readers.setdefault(graph.weights, []).append(f"`{graph.file}`")
     return [_SHARED.format(files=" and ".join(files), file=file) for file, files in readers.items()]

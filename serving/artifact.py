@@ -259,9 +259,8 @@ def load(folder: Path) -> Artifact:
         batches=_batches(content),
         training=_training(content.section("training")),
     )
-    named_files = {variant.file for variant in result.variants.values()}
-    named_files |= {graph.file for graph in result.graphs.values()}
-    named_files |= {one.weights for one in (*result.variants.values(), *result.graphs.values()) if one.weights}
+    graphs: list[Variant | Graph] = [*result.variants.values(), *result.graphs.values()]
+    named_files = {name for graph in graphs for name in (graph.file, graph.weights) if name}
     if unknown := named_files - files.keys():
         raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(unknown))}")
     for name, sha256 in files.items():

@@ -893,7 +893,7 @@ def test_an_engine_is_asked_for_before_the_long_comparisons(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
     with pytest.raises(TensorRTMissing, match="tensorrt is not installed"):
-        export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
+        export_checkpoint(trained, DATASET, tmp_path, NAME, "1", choices=Choices(engine=True))
     assert not (tmp_path / NAME / "1").exists()
 
 
@@ -901,7 +901,7 @@ def test_an_engine_that_was_built_is_in_the_manifest_and_not_said_to_be_compared
     trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build.build_engine", lambda model, engine, profile: engine.write_bytes(b"engine"))
-    artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
+    artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", choices=Choices(engine=True))
     assert artifact.graphs["tensorrt"] == Graph("model.plan")
     assert artifact.batches == BatchProfile(1, 8, 32)
     assert "| tensorrt | `model.plan` | none | not compared |" in (artifact.folder / CERTIFICATE).read_text()
