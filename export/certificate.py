@@ -55,7 +55,12 @@ def certificate(
         parts.insert(3, _HALF_PRECISION)
     parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
     others = [
-        (graph_name, f"`{graph.file}`", f"{graph.images or 0:,}", _differences(graph) or "not compared")
+        (
+            graph_name,
+            f"`{graph.file}`",
+            f"{graph.images:,}" if graph.images else "none",
+            _differences(graph) or "not compared",
+        )
         for graph_name, graph in graphs.items()
     ]
     parts += [

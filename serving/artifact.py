@@ -260,7 +260,7 @@ def load(folder: Path) -> Artifact:
         training=_training(content.section("training")),
     )
     graphs: list[Variant | Graph] = [*result.variants.values(), *result.graphs.values()]
-    named_files = {name for graph in graphs for name in (graph.file, graph.weights) if name}
+    named_files = {graph.file for graph in graphs} | {graph.weights for graph in graphs if graph.weights}
     if unknown := named_files - files.keys():
         raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(unknown))}")
     for name, sha256 in files.items():
