@@ -35,7 +35,7 @@ _MAX_PIXEL = 255
 
 #: The largest share of the images that may exceed fp32's largest difference, and how much further than PyTorch in
 #: single precision the graph may then be from PyTorch in double precision.
-MAX_DOUBTFUL_SHARE = 0.01
+MAX_DOUBTFUL_SHARE = 0.05
 DISTANCE_FACTOR = 2.0
 
 _ROUNDED_FIGURES = (

@@ -296,7 +296,7 @@ def test_images_beyond_the_tolerance_are_a_parity_error_if_they_are_many(
     expected: Reference, exported: Artifact
 ) -> None:
     poses = expected.prediction.poses.copy()
-    poses[:2, 0, 0] += np.float32(2e-5)  # of 35, where 1 % is rounded up to one
+    poses[:3, 0, 0] += np.float32(2e-5)  # of 35, where 5 % is rounded up to two
     with pytest.raises(ParityError, match="poses by up to 2e-05"):
         certify(
             expected._replace(prediction=expected.prediction._replace(poses=poses)),
