@@ -205,7 +205,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield names
 
 
-@pytest.mark.parametrize("wanted", [set(), {CLASSIFY}, {"decoder"}], ids=["none", "classify", "one-that-is-not-there"])
+@pytest.mark.parametrize("wanted", [set(), {CLASSIFY}, {"other"}], ids=["none", "classify", "one-that-is-not-there"])
 def test_a_graph_that_no_service_needs_is_never_opened(digits: Digits, opened: list[str], wanted: set[str]) -> None:
     async def test(serving: Serving) -> None:
         assert list(serving.model.graphs) == [CLASSIFY]

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
+from export.to_fp16 import to_fp16
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.artifact import PRECISIONS, find, load
+from serving.artifact import PRECISIONS, Artifact, digest, find, load, write_manifest
 from serving.metrics.registry import Metrics
 from serving.repository.classifier import open_classifier
 from serving.repository.served_model import ServedModel
@@ -22,12 +23,30 @@ from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The embedded model with fp16 too, which does not come with it, to save space."""
+    source = load(find(ROOT / "models", "capsnet-mnist"))
+    folder = Path(shutil.copytree(source.folder, tmp_path_factory.mktemp("models") / source.name / source.version))
+    onnx.save_model(to_fp16(onnx.load_model(source.file())), folder / "fp16.onnx")
+    fp16 = replace(source.variants["fp32"], file="fp16.onnx")
+    artifact = replace(
+        source,
+        folder=folder,
+        files=source.files | {fp16.file: digest(folder / fp16.file)},
+        variants={**source.variants, "fp16": fp16},
+    )
+    write_manifest(artifact)
+    return artifact
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certificate(
-    precision: str, digits: Digits
+    precision: str, digits: Digits, complete: Artifact
 ) -> None:
-    artifact = load(find(ROOT / "models", "capsnet-mnist"))
-    runtime = Runtime(artifact.file(precision), "cpu", quantized=precision == "int8")
+    artifact = load(complete.folder)
+    weights = artifact.weights(artifact.variant(precision))
+    runtime = Runtime(artifact.file(precision), "cpu", quantized=precision == "int8", weights=weights)
     images = digits.images[:, None]
     parts = [runtime.run({"images": images[start : start + 250]}) for start in range(0, len(images), 250)]
     classes = np.concatenate([part["probabilities"].argmax(1) for part in parts])
@@ -38,17 +57,21 @@ def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certifica
 
 def test_a_runtime_opens_any_graph_and_tells_its_inputs_and_outputs(digits: Digits) -> None:
     artifact = load(find(ROOT / "models", "capsnet-mnist"))
-    runtime = Runtime(artifact.folder / str(artifact.graphs["explain"].file), "cpu")
+    explain = artifact.graphs["explain"]
+    field = explain.receptive_field
+    assert field
+    capsules = field.types * field.grid**2
+    runtime = Runtime(artifact.folder / explain.file, "cpu", weights=artifact.weights(explain))
     byte, real = np.dtype(np.uint8), np.dtype(np.float32)
     assert runtime.inputs == {"images": TensorSpec(byte, (1, 28, 28))}
     assert runtime.outputs == {
         "probabilities": TensorSpec(real, (10,)),
         "poses": TensorSpec(real, (10, 16)),
-        "couplings": TensorSpec(real, (10, 288)),
+        "couplings": TensorSpec(real, (10, capsules)),
     }
     outputs = runtime.run({"images": digits.images[:3, None]})
     assert {name: array.shape for name, array in outputs.items()} == {
-        "probabilities": (3, 10), "poses": (3, 10, 16), "couplings": (3, 10, 288),
+        "probabilities": (3, 10), "poses": (3, 10, 16), "couplings": (3, 10, capsules),
     }  # fmt: skip
     (classified,) = [Runtime(artifact.file(), "cpu").run({"images": digits.images[:3, None]})["poses"]]
     np.testing.assert_allclose(np.asarray(outputs["poses"], float), np.asarray(classified, float), atol=1e-5)
@@ -98,8 +121,10 @@ def test_a_processor_without_vnni_is_known_by_its_flags(tmp_path: Path, text: st
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], precision: str, digits: Digits) -> None:
-    running = start(precision=precision)
+def test_a_server_tells_the_precision_it_serves(
+    start: Callable[..., Running], precision: str, digits: Digits, complete: Artifact
+) -> None:
+    running = start(precision=precision, models=str(complete.folder.parent.parent))
     described = running.stub.GetModel(pb.GetModelRequest(), timeout=20)
     assert described.precision == precision
     assert described.sha256 == running.model.artifact.sha256(precision)
@@ -142,12 +167,12 @@ class FakeSession:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_tensorrt_gets_the_manifests_batches_and_keeps_each_graphs_engines_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, complete: Artifact
 ) -> None:
     fake = Mock(__version__="1.31", InferenceSession=FakeSession)
     fake.get_available_providers.return_value = [TENSORRT, "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
-    artifact = load(find(ROOT / "models", "capsnet-mnist"))
+    artifact = complete
 
     runtime = open_classifier(artifact, "tensorrt", 0, precision, tmp_path)
 
