@@ -15,6 +15,11 @@ _HALF_PRECISION = (
 )
 
 
+_ROUNDING = (
+    "**Rounding:** some images differ by more than single precision should, since they amplify what it rounds, in "
+    "PyTorch too. These were computed in double precision by PyTorch. A graph is written if its largest and its mean "
+    "distance from that are at most twice those of PyTorch in single precision."
+)
 _SHARED = "{files} read weights from `{file}`: keep them in the same folder."
 _STORED = "`{file}` stores its weights in 8 bits, with a step for each output, and computes in single precision."
 
@@ -49,8 +54,7 @@ def certificate(
         f"Images a second on {first.device}, all graphs in turns:",
         _speeds(variants),
     ]  # fmt: skip
-    if first.double_precision:
-        parts.insert(3, _doubtful(first))
+    parts[3:3] = _doubtful(variants, graphs)
     if any(variant.rounded for variant in variants.values()):
         parts.insert(3, _HALF_PRECISION)
     parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
@@ -84,17 +88,22 @@ def _shared(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> lis
     return [_SHARED.format(files=" and ".join(files), file=file) for file, files in readers.items()]
 
 
-def _doubtful(variant: Variant) -> str:
-    """Return the note on the images whose difference is beyond the tolerance."""
-    figures = variant.double_precision
-    return (
-        f"**Rounding:** {figures['images']:,.0f} of {variant.images:,} images differ by more than "
-        f"{variant.tolerance['difference']:g}, since they amplify what single precision rounds, in PyTorch too. "
-        "They were computed in double precision by PyTorch. "
-        f"`{variant.file}` is up to {figures['max_distance']:.2g} from that ({figures['mean_distance']:.2g} in the "
-        f"mean over these images), and PyTorch in single precision up to {figures['max_pytorch_distance']:.2g} "
-        f"({figures['mean_pytorch_distance']:.2g}). At most twice PyTorch's distances are tolerated."
-    )
+def _doubtful(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> list[str]:
+    """Return the notes on the images whose differences are beyond the tolerance of single precision."""
+    every: list[Variant | Graph] = [*variants.values(), *graphs.values()]
+    judged = [graph for graph in every if graph.double_precision]
+    if not judged:
+        return []
+    texts = [_ROUNDING]
+    for graph in judged:
+        figures = graph.double_precision
+        texts.append(
+            f"`{graph.file}`: {figures['images']:,.0f} of {graph.images or 0:,} images. The graph is up to "
+            f"{figures['max_distance']:.2g} from the double precision ({figures['mean_distance']:.2g} in the mean over "
+            f"these images), PyTorch in single precision up to {figures['max_pytorch_distance']:.2g} "
+            f"({figures['mean_pytorch_distance']:.2g})."
+        )
+    return texts
 
 
 def _rows(precision: str, variant: Variant) -> list[tuple[str, ...]]:

@@ -97,7 +97,7 @@ class Graph:
 
     images: the number of images in the comparison with PyTorch; None without a comparison. differences and
     mean_differences: by output, the largest and the mean absolute difference. receptive_field: for a graph that returns
-    its couplings. weights: as of Variant. precision: of the stored weights.
+    its couplings. weights, double_precision: as of Variant. precision: of the stored weights.
     """
 
     file: str
@@ -107,6 +107,7 @@ class Graph:
     receptive_field: ReceptiveField | None = None
     weights: str = ""
     precision: str = PRECISIONS[0]
+    double_precision: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ def _graph_content(graph: Graph) -> dict[str, Any]:
         content["images"] = graph.images
     content |= {f"max_{output}_difference": value for output, value in graph.differences.items()}
     content |= {f"mean_{output}_difference": value for output, value in graph.mean_differences.items()}
+    if graph.double_precision:
+        content["double_precision"] = dict(graph.double_precision)
     if graph.weights:
         content["weights"] = graph.weights
     if graph.precision != PRECISIONS[0]:
@@ -402,6 +405,7 @@ def _variant(section: _Section) -> Variant:
 
 
 def _graph(section: _Section) -> Graph:
+    double = section.section("double_precision", {})
     found = {name: match for name in section.content if (match := _DIFFERENCE_NAME.fullmatch(name))}
     largest, mean = (
         {match[2]: section.number(name) for name, match in found.items() if match[1] == kind}
@@ -415,6 +419,7 @@ def _graph(section: _Section) -> Graph:
         receptive_field=_receptive_field(section) if "receptive_field" in section.content else None,
         weights=section.text("weights", ""),
         precision=section.text("precision", PRECISIONS[0]),
+        double_precision={name: double.number(name) for name in double.content},
     )
 
 
