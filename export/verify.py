@@ -229,7 +229,8 @@ def _double_precision(
 def _farthest(found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return the largest absolute difference in each row of all outputs, (B,)."""
     parts = zip(found, expected, strict=True)
-    return np.max([np.abs(one - other).reshape(len(one), -1).max(1) for one, other in parts], axis=0)
+    largest: NDArray[Any] = np.max([np.abs(one - other).reshape(len(one), -1).max(1) for one, other in parts], axis=0)
+    return largest
 
 
 def certify_rounded(reference: Reference, model: onnx.ModelProto) -> dict[str, float]:
