@@ -161,19 +161,7 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
         figures["double_precision"] = _double_precision(
             found, reference.prediction, lambda chosen: _exact(reference.network, reference.images[chosen])[:2]
         )
-    largest = (
-        0.0
-        if figures.get("double_precision")
-        else max(figures["max_probability_difference"], figures["max_pose_difference"])
-    )
-    mean = max(figures["mean_probability_difference"], figures["mean_pose_difference"])
-    exceeded = (
-        largest > tolerance.difference
-        or mean > tolerance.mean_difference
-        or (tolerance.labels_changed is not None and changed > np.ceil(tolerance.labels_changed * count))
-        or (tolerance.more_errors is not None and errors - errors_before > np.ceil(tolerance.more_errors * count))
-    )
-    if exceeded:
+    if _exceeds(figures, tolerance, errors - errors_before):
         raise ParityError(
             f"{precision} and PyTorch differ: {changed} of {count} labels changed, "
             f"{errors} in place of {errors_before} errors in {count} test images, probabilities differ by up to "
@@ -181,6 +169,19 @@ def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str,
             f"tolerated are {_tolerated(tolerance, count)}"
         )
     return figures
+
+
+def _exceeds(figures: Mapping[str, Any], tolerance: Tolerance, more_errors: int) -> bool:
+    """Return True if the figures of a comparison exceed the tolerance. more_errors: than PyTorch makes."""
+    count, changed = figures["test_images"], figures["labels_changed"]
+    largest = max(figures["max_probability_difference"], figures["max_pose_difference"])
+    mean = max(figures["mean_probability_difference"], figures["mean_pose_difference"])
+    return bool(
+        (largest > tolerance.difference and not figures.get("double_precision"))
+        or mean > tolerance.mean_difference
+        or (tolerance.labels_changed is not None and changed > np.ceil(tolerance.labels_changed * count))
+        or (tolerance.more_errors is not None and more_errors > np.ceil(tolerance.more_errors * count))
+    )
 
 
 def _exact(network: CapsNet, images: Tensor) -> list[NDArray[np.float64]]:
