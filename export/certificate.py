@@ -20,7 +20,7 @@ _ROUNDING = (
     "PyTorch too. These were computed in double precision by PyTorch. A graph is written if its largest and its mean "
     "distance from that are at most twice those of PyTorch in single precision."
 )
-_SHARED = "{files} read weights from `{file}`: keep them in the same folder."
+_SHARED = "Some weights of {files} are stored in `{file}` alone: keep these files in the same folder."
 _STORED = "`{file}` stores its weights in 8 bits, with a step for each output, and computes in single precision."
 
 
