@@ -197,7 +197,8 @@ def test_the_weights_of_an_artifact_are_stored_once(exported: Artifact, graph: o
     assert (exported.folder / "explain.onnx").stat().st_size < exported.file().stat().st_size / 4
     assert exported.variants["fp32"].weights == exported.variants["fp16"].weights == ""
     assert (
-        "`int8.onnx` and `explain.onnx` read weights from `model.onnx`" in (exported.folder / CERTIFICATE).read_text()
+        "weights of `int8.onnx` and `explain.onnx` are stored in `model.onnx` alone"
+        in (exported.folder / CERTIFICATE).read_text()
     )
 
 
