@@ -138,7 +138,8 @@ class Recipe:
     )
     distil: tuple[str, ...] = option(
         (),
-        "checkpoints (capsnet.pt or .safetensors) of networks for the same classes; the means of their lengths are learned too",
+        "checkpoints (capsnet.pt or .safetensors) of networks for the same classes; the means of their lengths are "
+        "learned too",
         parse=str,
         count="+",
         metavar="CHECKPOINT",
