@@ -75,6 +75,8 @@ TRIES = {
     "scale 16, own gate": Try("both", Change(scale=16, gate="own")),
     "scale 64": Try("the logits times 64", Change(scale=64)),
     "scale 16, 20 longest": Try("both", Change(scale=16, longest=20)),
+    "scale 16, types compete": Try("both", Change(scale=16, gate="types")),
+    "scale 16, type norm": Try("both", Change(scale=16, normalization="type")),
     "one iteration": Try("no routing at all, for comparison", fields={"routing_iterations": 1}),
     "no non-digits": Try("only digits are seen", none=0.0),
     "penalty 0.1": Try("the mean primary length costs", penalty=0.1),
