@@ -74,6 +74,7 @@ TRIES = {
     "types compete": Try("types at a position share one presence", Change(gate="types")),
     "scale 16, own gate": Try("both", Change(scale=16, gate="own")),
     "scale 64": Try("the logits times 64", Change(scale=64)),
+    "scale 64, own gate": Try("both", Change(scale=64, gate="own")),
     "scale 16, 20 longest": Try("both", Change(scale=16, longest=20)),
     "scale 16, types compete": Try("both", Change(scale=16, gate="types")),
     "scale 16, type norm": Try("both", Change(scale=16, normalization="type")),
