@@ -37,7 +37,9 @@ class CapsNetConfig:
     normal (0.05 in the first convolution, else 0.1) and biases of 0.1. agreement: of a vote with a pose, their scalar
     product (the paper), or less their squared Euclidean distance. normalization: of a primary capsule's logits over
     its parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
-    through all iterations (the authors' code); False stops them at the couplings, as many ports do.
+    through all iterations (the authors' code); False stops them at the couplings, as many ports do. routing_scale: the
+    logits are multiplied by it before they become couplings; above 1 a primary capsule's couplings go to fewer parents.
+    Max-Min couplings do not depend on it.
     """
 
     image_channels: int = 1
@@ -55,6 +57,7 @@ class CapsNetConfig:
     agreement: str = "scalar-product"
     normalization: str = "softmax"
     routing_gradient: bool = True
+    routing_scale: float = 1.0
     stem: tuple[tuple[int, int, int, int], ...] = ()
     primary_kernel: int = 9
     primary_stride: int = 2
@@ -75,8 +78,9 @@ class CapsNetConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if any(width < 1 for width in self.decoder_widths):
             raise ValueError(f"decoder_widths: {self.decoder_widths}; expected 1 or more each")
-        if not 0 < self.primary_divisor < math.inf:
-            raise ValueError(f"primary_divisor: {self.primary_divisor}; expected a number above 0")
+        for name in ("primary_divisor", "routing_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected a number above 0")
         for layer in self.stem:
             if len(layer) != 4 or min(layer[:3]) < 1 or layer[3] < 0:
                 raise ValueError(f"stem: {layer}; expected channels, kernel and stride of 1 or more, and a padding")
@@ -178,12 +182,13 @@ def max_min(b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """The choices of routing; agreement, normalization and gradient are those of CapsNetConfig."""
+    """The choices of routing, those of CapsNetConfig."""
 
     iterations: int = 3
     agreement: str = "scalar-product"
     normalization: str = "softmax"
     gradient: bool = True
+    scale: float = 1.0
 
 
 #: From the sums over the poses so far, (B, J, E), and over their squares, (B, J, 1), and how many poses they are, to s,
@@ -197,6 +202,8 @@ def _weigh(u_hat: Tensor, total: Tensor, squares: Tensor, updates: int, routing:
     b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
     if routing.agreement == "euclidean":
         b = 2 * b - updates * compared.square().sum(-1) - squares
+    if routing.scale != 1:
+        b = routing.scale * b
     # Over the J parents of each primary capsule.
     c = max_min(b) if routing.normalization == "max-min" else b.softmax(dim=1)
     return (c.unsqueeze(2) @ u_hat).squeeze(2), c
@@ -340,9 +347,15 @@ class CapsNet(nn.Module):
 
     def with_couplings(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the poses, (B, J, E), and the couplings of the last routing iteration, (B, J, I)."""
+        return self.routed(self.primary_capsules(images), self.config.routing_iterations)
+
+    def routed(self, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        """Return the poses (B, J, E) of primary capsules (B, I, D), and the last of so many iterations' couplings."""
         config = self.config
-        routing = Routing(config.routing_iterations, config.agreement, config.normalization, config.routing_gradient)
-        return route(self.primary_capsules(images), self.weight, routing, self.digit_bias, self.vote_blocks)
+        routing = Routing(
+            iterations, config.agreement, config.normalization, config.routing_gradient, config.routing_scale
+        )
+        return route(u, self.weight, routing, self.digit_bias, self.vote_blocks)
 
 
 def _stem(config: CapsNetConfig) -> nn.Sequential:

@@ -208,6 +208,13 @@ class NetworkChanges:
     routing_gradient: bool | None = option(
         None, "let gradients flow through the couplings (the authors' code)", parse=bool, shown=""
     )
+    routing_scale: float | None = option(
+        None,
+        "factor of the routing logits; above 1 the couplings go to fewer parents",
+        parse=float,
+        above=0,
+        shown="",
+    )
 
     stem: tuple[tuple[int, ...], ...] | None = option(
         None,
