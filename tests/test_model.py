@@ -404,6 +404,29 @@ def test_a_network_routes_with_the_choices_of_its_config(normalization: str) -> 
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), model.weight)[0])
 
 
+def test_a_gate_multiplies_its_own_primary_capsule_and_begins_nearly_closed() -> None:
+    plain, gated = network(TINY), network(replace(TINY, primary_gate=True))
+    types, dim = TINY.primary_types, TINY.primary_dim
+    batch = images(TINY, 2)
+    assert gated.primary.bias is not None and plain.primary.bias is not None
+    bias = gated.primary.bias.unflatten(0, (types, dim + 1))
+    torch.testing.assert_close(torch.sigmoid(bias[:, -1]), torch.full((types,), 0.119, dtype=torch.float64), atol=1e-3, rtol=0)
+    assert (bias[:, :-1] != bias[0, -1]).all()
+    logits = torch.tensor([-40.0, 0.0], dtype=torch.float64)  # of the types
+    with torch.no_grad():
+        plain.conv1.load_state_dict(gated.conv1.state_dict())
+        plain.primary.weight.copy_(gated.primary.weight.unflatten(0, (types, dim + 1))[:, :-1].flatten(0, 1))
+        plain.primary.bias.copy_(bias[:, :-1].flatten())
+        gated.primary.weight.unflatten(0, (types, dim + 1))[:, -1] = 0
+        bias[:, -1] = logits
+
+    found, expected = gated.primary_capsules(batch), plain.primary_capsules(batch)
+
+    gates = logits.sigmoid().repeat_interleave(TINY.primary_grid**2).unsqueeze(-1)
+    torch.testing.assert_close(found, gates * expected)
+    assert lengths(found)[:, : TINY.primary_grid**2].max() < 1e-6
+
+
 def test_a_choice_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="agreement: 'cosine'; expected one of scalar-product, euclidean"):
         CapsNetConfig(agreement="cosine")

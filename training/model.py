@@ -18,6 +18,7 @@ from training.recipe import AGREEMENTS, INITIALIZATIONS, NORMALIZATIONS
 
 KERNEL = 9  # the paper's first convolution is 9x9 with stride 1, without padding
 BIAS = 0.1  # the initial value of every bias in the authors' code
+GATE_BIAS = -2.0  # at first a gate is near 0.12: a primary capsule is absent until evidence opens it
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class CapsNetConfig:
     its parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
     through all iterations (the authors' code); False stops them at the couplings, as many ports do. routing_scale: the
     logits are multiplied by it before they become couplings; above 1 a primary capsule's couplings go to fewer parents.
-    Max-Min couplings do not depend on it.
+    Max-Min couplings do not depend on it. primary_gate: each primary capsule has a gate of its own, the sigmoid of a
+    further channel of the primary convolution, which multiplies the squashed capsule, so that it can be absent.
     """
 
     image_channels: int = 1
@@ -58,6 +60,7 @@ class CapsNetConfig:
     normalization: str = "softmax"
     routing_gradient: bool = True
     routing_scale: float = 1.0
+    primary_gate: bool = False
     stem: tuple[tuple[int, int, int, int], ...] = ()
     primary_kernel: int = 9
     primary_stride: int = 2
@@ -313,7 +316,7 @@ class CapsNet(nn.Module):
             self.conv1 = nn.Conv2d(config.image_channels, config.conv_channels, KERNEL)
         self.primary = nn.Conv2d(
             config.convolutions[-1][0],
-            config.primary_types * config.primary_dim,
+            config.primary_types * (config.primary_dim + config.primary_gate),
             config.primary_kernel,
             stride=config.primary_stride,
         )
@@ -326,6 +329,9 @@ class CapsNet(nn.Module):
                 _truncated_normal(layer.weight, deviation)
                 assert layer.bias is not None
                 nn.init.constant_(layer.bias, BIAS)
+        if config.primary_gate:
+            assert self.primary.bias is not None
+            nn.init.constant_(self.primary.bias[config.primary_dim :: config.primary_dim + 1], GATE_BIAS)
         self.decoder = Decoder(config) if config.decoder_widths else None
         if config.initialization == "authors" and self.decoder is not None:
             for part in self.decoder.layers:
@@ -339,8 +345,11 @@ class CapsNet(nn.Module):
         features = self.stem(images) if self.config.stem else torch.relu(self.conv1(images))
         # Dividing the input of a convolution divides its output, but not its bias.
         maps = self.primary(features if divisor == 1 else features / divisor)  # (B, T*D, h, w)
-        grouped = maps.unflatten(1, (self.config.primary_types, self.config.primary_dim))  # (B, T, D, h, w)
-        return squash(grouped.permute(0, 1, 3, 4, 2).flatten(1, 3))  # (B, I, D)
+        grouped = maps.unflatten(1, (self.config.primary_types, -1))  # (B, T, D, h, w)
+        capsules = grouped.permute(0, 1, 3, 4, 2).flatten(1, 3)  # (B, I, D), or (B, I, D + 1) with a gate
+        if not self.config.primary_gate:
+            return squash(capsules)
+        return torch.sigmoid(capsules[..., -1:]) * squash(capsules[..., :-1])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.with_couplings(images)[0]

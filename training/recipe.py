@@ -215,7 +215,9 @@ class NetworkChanges:
         above=0,
         shown="",
     )
-
+    primary_gate: bool | None = option(
+        None, "a gate on each primary capsule, so that it can be absent", parse=bool, shown=""
+    )
     stem: tuple[tuple[int, ...], ...] | None = option(
         None,
         "small convolutions with batch normalization in place of the first one, each as channels, kernel, stride and "
