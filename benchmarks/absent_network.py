@@ -4,20 +4,17 @@ Axes, as in training.model: B images, T primary types, h w the primary grid, I =
 dimension, J classes, E digit capsule dimension.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from training.model import CapsNet, CapsNetConfig, Routing, lengths, route, squash, votes
+from training.model import GATE_BIAS, CapsNet, CapsNetConfig, lengths, squash, votes
 
 SQUASHES = ("paper", "far", "threshold", "exponential")
 NORMALIZATIONS = ("none", "batch", "type")
-GATES = ("none", "own", "types")
 FAR_SQUARE = 10.0  # c of |s|^2 / (c + |s|^2)
 THRESHOLD = 1.0  # lengths up to it are squashed to 0
-GATE_BIAS = -2.0  # a gate begins at 0.12
 
 
 @dataclass(frozen=True)
@@ -27,24 +24,23 @@ class Change:
     squash: of the primary capsules, by their length n: ``paper`` for ``n^2 / (1 + n^2)``, ``far`` with 10 in place of
     1, ``threshold`` for the paper's of ``max(0, n - 1)``, ``exponential`` for ``1 - exp(-n)`` (Mazzia, Salvetti and
     Chiaberge, "Efficient-CapsNet", 2021, whose published code has this one). normalization: before that squash, of
-    each channel over the batch, or of each type's channels over all positions of one image. gate: a further
-    channel a type, whose sigmoid multiplies the squashed capsule (``own``), or whose softmax over the types at a
-    position, and over a type that stays absent, does (``types``). longest: how many primary capsules of an image
-    remain, the others are 0; 0 for all. scale: factor of the routing logits; learned_scale: it is learned, from this
-    one on. weights: factor of the primary convolution's initial weights. bias: its initial bias, None for PyTorch's.
+    each channel over the batch, or of each type's channels over all positions of one image. types_compete: a further
+    convolution has a logit for each capsule; their softmax over the types at a position, and over a type that stays
+    absent, multiplies the squashed capsules. longest: how many primary capsules of an image remain, the others are 0;
+    0 for all. learned_scale: the factor of the routing logits is learned. weights: factor of the primary convolution's
+    initial weights. bias: its initial bias, None for PyTorch's.
     """
 
     squash: str = "paper"
     normalization: str = "none"
-    gate: str = "none"
+    types_compete: bool = False
     longest: int = 0
-    scale: float = 1.0
     learned_scale: bool = False
     weights: float = 1.0
     bias: float | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("squash", SQUASHES), ("normalization", NORMALIZATIONS), ("gate", GATES)):
+        for name, known in (("squash", SQUASHES), ("normalization", NORMALIZATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; expected one of {', '.join(known)}")
 
@@ -65,19 +61,16 @@ def squash_primary(s: Tensor, kind: str) -> Tensor:
     return s * factor
 
 
-def route_scaled(
-    u: Tensor, weight: Tensor, iterations: int, scale: Tensor | float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Route by agreement like ``training.model.route``, with the logits multiplied by ``scale`` before the softmax.
+def route_scaled(u: Tensor, weight: Tensor, iterations: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Route by agreement like ``training.model.route``, with logits that a learned scale, (), multiplies.
 
-    u: (B, I, D); weight: (I, D, J, E); bias: (J, E). Returns poses (B, J, E) and the last couplings (B, J, I).
+    u: (B, I, D); weight: (I, D, J, E). Returns poses (B, J, E) and the last couplings (B, J, I).
     """
     u_hat = votes(u, weight)  # (B, J, I, E)
     b = u_hat.new_zeros(u_hat.shape[:3])  # (B, J, I)
     for iteration in range(iterations):
         c = b.softmax(dim=1)
-        s = (c.unsqueeze(2) @ u_hat).squeeze(2)  # (B, J, E)
-        v = squash(s if bias is None else s + bias)
+        v = squash((c.unsqueeze(2) @ u_hat).squeeze(2))  # (B, J, E)
         if iteration < iterations - 1:
             b = b + scale * (u_hat @ v.unsqueeze(-1)).squeeze(-1)
     return v, c
@@ -99,14 +92,14 @@ class ChangedCapsNet(CapsNet):
             self.normalize = nn.BatchNorm2d(channels)
         elif change.normalization == "type":
             self.normalize = nn.GroupNorm(types, channels)
-        if change.gate != "none":
+        if change.types_compete:
             self.gate = nn.Conv2d(
                 config.convolutions[-1][0], types, config.primary_kernel, stride=config.primary_stride
             )
             assert self.gate.bias is not None
             nn.init.constant_(self.gate.bias, GATE_BIAS)
         if change.learned_scale:
-            self.log_scale = nn.Parameter(torch.tensor(math.log(change.scale)))
+            self.log_scale = nn.Parameter(torch.zeros(()))
         assert self.primary.bias is not None
         with torch.no_grad():
             self.primary.weight.mul_(change.weights)
@@ -119,11 +112,11 @@ class ChangedCapsNet(CapsNet):
         features = self.stem(images) if config.stem else torch.relu(self.conv1(images))
         divisor = config.primary_divisor
         maps = self.normalize(self.primary(features if divisor == 1 else features / divisor))  # (B, T*D, h, w)
-        grouped = maps.unflatten(1, (config.primary_types, config.primary_dim))  # (B, T, D, h, w)
-        u = squash_primary(grouped.permute(0, 1, 3, 4, 2).flatten(1, 3), change.squash)  # (B, I, D)
-        if change.gate == "own":
-            u = u * self.gate(features).float().sigmoid().flatten(1).unsqueeze(-1)
-        elif change.gate == "types":
+        capsules = maps.unflatten(1, (config.primary_types, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+        u = squash_primary(capsules[..., : config.primary_dim], change.squash)  # (B, I, D)
+        if config.primary_gate:
+            u = torch.sigmoid(capsules[..., -1:]) * u
+        if change.types_compete:
             logits = self.gate(features).float()  # (B, T, h, w)
             shares = torch.cat([logits, torch.zeros_like(logits[:, :1])], 1).softmax(1)[:, :-1]
             u = u * shares.flatten(1).unsqueeze(-1)
@@ -134,16 +127,8 @@ class ChangedCapsNet(CapsNet):
         self.primary_lengths = lengths(u)
         return u
 
-    def with_couplings(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the poses, (B, J, E), and the couplings of the last routing iteration, (B, J, I)."""
-        return self.routed(self.primary_capsules(images), self.config.routing_iterations)
-
     def routed(self, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-        """Return the poses (B, J, E) of primary capsules (B, I, D), and the last couplings (B, J, I)."""
-        config, change = self.config, self.change
-        if change.learned_scale:
-            return route_scaled(u, self.weight, iterations, self.log_scale.exp(), self.digit_bias)
-        if change.scale != 1:
-            return route_scaled(u, self.weight, iterations, change.scale, self.digit_bias)
-        routing = Routing(iterations, config.agreement, config.normalization, config.routing_gradient)
-        return route(u, self.weight, routing, self.digit_bias)
+        """Return the poses (B, J, E) of primary capsules (B, I, D), and the last of so many iterations' couplings."""
+        if self.change.learned_scale:
+            return route_scaled(u, self.weight, iterations, self.log_scale.exp())
+        return super().routed(u, iterations)
