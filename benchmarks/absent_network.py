@@ -58,7 +58,8 @@ def squash_primary(s: Tensor, kind: str) -> Tensor:
         factor = above.square() / (1 + above.square()) / safe
     else:
         factor = -torch.expm1(-safe) / safe
-    return s * factor
+    squashed: Tensor = s * factor
+    return squashed
 
 
 def route_scaled(u: Tensor, weight: Tensor, iterations: int, scale: Tensor) -> tuple[Tensor, Tensor]:
