@@ -409,15 +409,16 @@ def test_a_gate_multiplies_its_own_primary_capsule_and_begins_nearly_closed() ->
     types, dim = TINY.primary_types, TINY.primary_dim
     batch = images(TINY, 2)
     assert gated.primary.bias is not None and plain.primary.bias is not None
-    bias = gated.primary.bias.unflatten(0, (types, dim + 1))
-    torch.testing.assert_close(torch.sigmoid(bias[:, -1]), torch.full((types,), 0.119, dtype=torch.float64), atol=1e-3, rtol=0)
+    bias = gated.primary.bias.view(types, dim + 1)
+    weight = gated.primary.weight.view(types, dim + 1, -1)
+    assert torch.sigmoid(bias[:, -1]).tolist() == pytest.approx([0.119] * types, abs=1e-3)
     assert (bias[:, :-1] != bias[0, -1]).all()
     logits = torch.tensor([-40.0, 0.0], dtype=torch.float64)  # of the types
     with torch.no_grad():
         plain.conv1.load_state_dict(gated.conv1.state_dict())
-        plain.primary.weight.copy_(gated.primary.weight.unflatten(0, (types, dim + 1))[:, :-1].flatten(0, 1))
+        plain.primary.weight.copy_(weight[:, :-1].reshape(plain.primary.weight.shape))
         plain.primary.bias.copy_(bias[:, :-1].flatten())
-        gated.primary.weight.unflatten(0, (types, dim + 1))[:, -1] = 0
+        weight[:, -1] = 0
         bias[:, -1] = logits
 
     found, expected = gated.primary_capsules(batch), plain.primary_capsules(batch)
