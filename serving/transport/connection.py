@@ -39,6 +39,7 @@ class Connection(asyncio.Protocol):
         self._streams = self._reader.streams
         self._out: Buffers = []
         self._draining = False
+        self._turn = 0.0  # the time of the turn in which data came last
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
 
@@ -74,15 +75,20 @@ class Connection(asyncio.Protocol):
         self._streams.paused = False
         if self._stall:
             self._stall.cancel()
-        if not self._closed:
-            self._transport.resume_reading()
+        if self._reader.unread:
             self.loop.call_soon(self._read_on)
+        elif not self._closed:
+            self._transport.resume_reading()
         for call in self._streams:
             call.wake_writer()
 
     def data_received(self, data: bytes) -> None:
         if self._closed:
             return
+        now = self.loop.time()
+        if now != self._turn:  # uvloop keeps the time for a turn, in which it may bring up to 32 reads
+            self._turn = now
+            self._reader.begin_turn()
         state = self._streams.state
         try:
             self._reader.receive(data)
@@ -102,8 +108,10 @@ class Connection(asyncio.Protocol):
     def _read_on(self) -> None:
         """Read the bytes that were left for this turn of the event loop, unless the client must read answers first."""
         if self._reader.unread and not self._streams.paused and not self._closed:
-            self._transport.resume_reading()
+            self._reader.begin_turn()
             self.data_received(b"")
+            if not self._reader.unread and not self._streams.paused and not self._closed:
+                self._transport.resume_reading()
 
     def send(self, data: bytes) -> None:
         """Send data together with the other data of this turn of the event loop."""

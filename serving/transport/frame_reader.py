@@ -26,7 +26,11 @@ _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _MIN_DATA_BYTES = 64  # the fewest bytes of a frame that advances a call without ending its request
 _MAX_FIELDS = 128  # the fields of a call's headers; each further field counts as a frame that advances no call
-_FIELDS_A_TURN = 1024  # fields that are decoded in about 2 ms; then other connections have their turn
+# The work of a turn of the event loop: about 1 ms. Then other connections have their turn.
+_WORK_A_TURN = 2**16
+_FRAME_WORK = 512  # of each frame
+_FIELD_WORK = 64  # of each decoded field
+_BYTES_A_WORK = 8  # bytes of a frame, which are only copied
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
@@ -50,30 +54,44 @@ class FrameReader:
         self._link = link
         self._send = link.send
         self._header_reader: HeaderReader[Method] = HeaderReader(find)
-        self._rest = b""  # of what has come: a frame that is not whole
+        self._rest = b""  # of what has come: frames for the next turn, and a frame that is not whole
+        self._at = 0  # the position in it from which on nothing is read yet
         self._block: HeaderBlock | None = None
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
-        self._viewed: set[int] = set()  # streams with large frames among the bytes that are being read
-        self._fields_left = _FIELDS_A_TURN
+        self._work_left = _WORK_A_TURN
 
     def receive(self, data: bytes) -> None:
-        """Read what has come. Raises ConnectionFault and NotHttp2, after which nothing more can be read."""
-        at, self._fields_left = 0, _FIELDS_A_TURN
+        """Read what has come, as far as a turn allows. Raises ConnectionFault and NotHttp2, which end the reading.
+
+        data: without any, what is left of earlier data is read.
+        """
+        at = 0
         if self._rest:
-            data, self._rest = self._rest + data, b""
+            if data:
+                data = self._rest[self._at :] + data
+            else:  # a copy for each turn would take longer than its frames
+                data, at = self._rest, self._at
+            self._rest, self._at = b"", 0
         if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
             at = len(frames.PREFACE)
         at = self._read(data, at)
+        if self._work_left < 0:
+            self._rest, self._at = data, at
+            return
         self._rest = data[at:]
         self._reception.all_read()
+
+    def begin_turn(self) -> None:
+        """Note that other connections have had their turn."""
+        self._work_left = _WORK_A_TURN
 
     @property
     def unread(self) -> bool:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
-        return self._fields_left < 0
+        return self._work_left < 0
 
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
@@ -93,7 +111,7 @@ class FrameReader:
         return True
 
     def _read(self, data: bytes, at: int) -> int:
-        """Read all complete frames from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
+        """Read complete frames of one turn from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
         end = len(data)
         while end - at >= _HEAD_BYTES:
             high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
@@ -104,6 +122,7 @@ class FrameReader:
             if begin + length > end:
                 break
             at = begin + length
+            self._work_left -= _FRAME_WORK + length // _BYTES_A_WORK
             if self._block and kind != frames.CONTINUATION:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
             stream &= frames.MAX_STREAM
@@ -114,10 +133,10 @@ class FrameReader:
                     self._headers(flags, stream, data[begin:at])
                 else:
                     self._begin_block(flags, stream, data[begin:at])
-                if self._fields_left < 0:
-                    break
             else:
                 self._other(kind, flags, stream, data[begin:at])
+            if self._work_left < 0:
+                break
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
@@ -263,7 +282,7 @@ class FrameReader:
     def _count_fields(self, allowed: int) -> None:
         """Count the decoded fields; each field above ``allowed`` counts as a frame that advances no call."""
         fields, self._header_reader.fields = self._header_reader.fields, 0
-        self._fields_left -= fields
+        self._work_left -= _FIELD_WORK * fields
         if fields > allowed:
             self.streams.count_idle(fields - allowed)
 
@@ -274,11 +293,3 @@ class FrameReader:
         self.streams.check_opened(stream)
         if call := self.streams.calls.get(stream):
             self.streams.widen_call(call, more)
-
-
-def _missing(rest: bytes) -> int:
-    """Return how many bytes the frame lacks that has begun; 0 where its head does not tell yet."""
-    if len(rest) < _HEAD_BYTES:
-        return 0
-    high, low, *_ = frames.HEAD.unpack_from(rest)
-    return _HEAD_BYTES + (int(high) << 8 | int(low)) - len(rest)
