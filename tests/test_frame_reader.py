@@ -15,6 +15,7 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Context, StreamMethod, TransportLimits
 from serving.transport.sending import Buffers
 from serving.transport.terms import Terms
+from serving.transport.unpacking import Unpacker
 from tests.raw_client import HEADERS, data, framed, headers, literal
 
 CALLS = 50
@@ -52,7 +53,7 @@ def find(path: str) -> StreamMethod | None:
 
 def new_reader(link: FakeLink) -> FrameReader:
     """Return a reader after the client's greeting."""
-    reader = FrameReader(link, find, LIMITS, Memory(LIMITS.bytes_under_way))
+    reader = FrameReader(link, find, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
     reader.receive(frames.PREFACE + frames.settings({}))
     assert not reader.unread
     link.sent = 0
@@ -178,7 +179,7 @@ def test_a_connection_is_not_read_from_until_all_that_came_has_had_its_turn() ->
     async def main() -> None:
         lost: list[object] = []
         memory = Memory(LIMITS.bytes_under_way)
-        terms: Terms[Connection] = Terms(find, LIMITS, memory, lambda _: None, lost.append, 0.0, 0.0)
+        terms: Terms[Connection] = Terms(find, LIMITS, memory, Unpacker(), lambda _: None, lost.append, 0.0, 0.0)
         connection, transport = Connection(terms, asyncio.get_running_loop()), FakeTransport()
         connection.connection_made(cast(asyncio.Transport, transport))
         connection.data_received(frames.PREFACE + frames.settings({}))

@@ -9,7 +9,8 @@ from typing import cast
 import grpc
 
 from serving.transport import frames
-from serving.transport.frame_reader import DRAIN_PING, FrameReader, NotHttp2
+from serving.transport.control_frames import DRAIN_PING
+from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.methods import peer_of
 from serving.transport.sending import Buffers
@@ -35,7 +36,7 @@ class Connection(asyncio.Protocol):
         #: Done once the client knows the last call that will be answered, or has gone.
         self.told: asyncio.Future[None] = loop.create_future()
         self._terms = terms
-        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory)
+        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker)
         self._streams = self._reader.streams
         self._out: Buffers = []
         self._draining = False

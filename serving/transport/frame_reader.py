@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from serving.transport import frames, headers
+from serving.transport.control_frames import ControlFrames
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import HeaderBlock, HeaderReader, MalformedRequest
 from serving.transport.memory import Memory
@@ -10,11 +11,10 @@ from serving.transport.methods import Method, TransportLimits
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
 from serving.transport.streams import ConnectionState, Link, Streams, StreamState
+from serving.transport.unpacking import Unpacker
 
 #: The most calls that a client may have open on one connection.
 MAX_CALLS = 4096
-#: The payload of a drain's ping. Its answer shows that all calls sent before have arrived.
-DRAIN_PING = b"drain\0\0\0"
 _TEXT = b"This port speaks gRPC (HTTP/2 without TLS), not HTTP/1.1.\n"
 #: The answer to a client of HTTP/1.
 HTTP1_ANSWER = (
@@ -48,10 +48,14 @@ class FrameReader:
     """The reader of a connection's bytes. link: carries the answers. find: the method with a path."""
 
     def __init__(
-        self, link: Link, find: Callable[[str], Method | None], limits: TransportLimits, memory: Memory
+        self,
+        link: Link,
+        find: Callable[[str], Method | None],
+        limits: TransportLimits,
+        memory: Memory,
+        unpacker: Unpacker,
     ) -> None:
-        self.streams = Streams(link, limits, memory)
-        self._link = link
+        self.streams = Streams(link, limits, memory, unpacker)
         self._send = link.send
         self._header_reader: HeaderReader[Method] = HeaderReader(find)
         self._rest = b""  # of what has come: frames for the next turn, and a frame that is not whole
@@ -59,6 +63,7 @@ class FrameReader:
         self._block: HeaderBlock | None = None
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
+        self._control = ControlFrames(self.streams, link, self._reception)
         self._work_left = _WORK_A_TURN
 
     def receive(self, data: bytes) -> None:
@@ -143,54 +148,10 @@ class FrameReader:
         """Read any frame but DATA and HEADERS."""
         if self.streams.state is ConnectionState.SETTINGS and kind != frames.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
-        if kind in (frames.SETTINGS, frames.PING, frames.GOAWAY) and stream:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a frame about the connection on a stream")
         if kind == frames.CONTINUATION:
             self._continuation(flags, stream, payload)
-            return
-        if kind == frames.RST_STREAM:
-            self._rst_stream(stream, payload)
-            return
-        self.streams.count_idle()
-        if kind == frames.WINDOW_UPDATE:
-            self._window_update(stream, frames.read_number(payload, "WINDOW_UPDATE"))
-        elif kind == frames.SETTINGS:
-            self.streams.take_settings(flags, payload)
-        elif kind == frames.PING:
-            self._ping(flags, payload)
-        elif kind == frames.PRIORITY:
-            if not stream:
-                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PRIORITY of the connection")
-            if len(payload) != 5:
-                self._wrong_priority(stream, len(payload))
-        elif kind == frames.PUSH_PROMISE:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
-        # Other frames are ignored: those that concern streams of the server, and unknown ones.
-
-    def _wrong_priority(self, stream: int, size: int) -> None:
-        """Reset the stream (section 6.3), or end the connection if there is no stream to reset (section 5.1)."""
-        if call := self.streams.calls.get(stream):
-            self.streams.reset_faulty(call, ErrorCode.FRAME_SIZE_ERROR)
-        elif stream > self.streams.last_stream:
-            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"PRIORITY of {size} bytes")
-
-    def _ping(self, flags: int, payload: bytes) -> None:
-        if len(payload) != len(DRAIN_PING):
-            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"PING of {len(payload)} bytes")
-        if not flags & frames.ACK:
-            self._send(frames.frame(frames.PING, frames.ACK, 0, payload))
-        elif payload == DRAIN_PING:
-            self._link.drained()
-
-    def _rst_stream(self, stream: int, payload: bytes) -> None:
-        frames.read_number(payload, "RST_STREAM")
-        self.streams.check_opened(stream)
-        self._reception.came_in_full(stream)
-        if call := self.streams.calls.get(stream):
-            call.abandon()
-            self.streams.count_cancelled()
         else:
-            self.streams.count_idle()
+            self._control.read(kind, flags, stream, payload)
 
     def _data(self, flags: int, stream: int, payload: bytes) -> None:
         size = len(payload)
@@ -285,11 +246,3 @@ class FrameReader:
         self._work_left -= _FIELD_WORK * fields
         if fields > allowed:
             self.streams.count_idle(fields - allowed)
-
-    def _window_update(self, stream: int, more: int) -> None:
-        if not stream:
-            self.streams.widen(more)
-            return
-        self.streams.check_opened(stream)
-        if call := self.streams.calls.get(stream):
-            self.streams.widen_call(call, more)

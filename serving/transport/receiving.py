@@ -16,6 +16,7 @@ from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
 from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
 from serving.transport.streams import Streams, StreamState
+from serving.transport.unpacking import Job
 
 #: The bytes of a call that a client may send before the server reads them.
 WINDOW = 2**18
@@ -33,7 +34,8 @@ class ReceivingCall(Call):
 
     _may_receive = WINDOW
     _reader: MessageReader | None = None  # for messages that do not come in one piece
-    _inflating: Inflation | None = None
+    _unpacking: Job | None = None
+    _reserved = 0  # bytes that are held for the message which is being inflated
 
     @abstractmethod
     def _take(self, message: bytes) -> None:
@@ -120,12 +122,30 @@ class ReceivingCall(Call):
 
     def _inflate(self, reader: MessageReader, inflation: Inflation) -> None:
         """Inflate a large message in a thread, so that other calls need not wait. Later data of the call waits."""
-        if inflation is not self._inflating:
-            self._inflating = inflation
-            inflating = self.streams.loop.run_in_executor(None, inflation.rest)
-            inflating.add_done_callback(lambda rest: self._inflated(reader, rest))
+        if self._unpacking is None:
+            self._unpacking = Job(
+                inflation, lambda: self._reserve(inflation.max_rest), lambda rest: self._inflated(reader, rest)
+            )
+            self._reserve(inflation.inflated)
+            if self._unpacking:
+                self.streams.unpacker.unpack(self.streams, self._unpacking)
+
+    def _reserve(self, size: int) -> None:
+        """Hold memory for a message before it is inflated. The call may end if there is none."""
+        self._reserved += size
+        memory = self.streams.memory
+        memory.hold(self, size)
+        if memory.used > memory.max_bytes:
+            memory.make_room(self)
+
+    def _release(self) -> None:
+        """Release the memory for the message that was inflated."""
+        self.streams.memory.hold(self, -self._reserved)
+        self._reserved = 0
+        self._unpacking = None
 
     def _inflated(self, reader: MessageReader, rest: "asyncio.Future[bytes | None]") -> None:
+        self._release()
         if self.over or rest.cancelled():
             return
         before = reader.buffered
@@ -138,6 +158,19 @@ class ReceivingCall(Call):
             self._fail(error)
         else:
             self._received(received, reader.buffered - before + _size(received))
+
+    def _stop_unpacking(self) -> None:
+        if self._unpacking:
+            self.streams.unpacker.give_up(self.streams, self._unpacking)
+            self._release()
+
+    def _stop_handler(self) -> None:
+        self._stop_unpacking()
+        super()._stop_handler()
+
+    def _close(self) -> None:
+        self._stop_unpacking()
+        super()._close()
 
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""

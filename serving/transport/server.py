@@ -9,6 +9,7 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Method, Table, TransportLimits
 from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
 from serving.transport.terms import Terms
+from serving.transport.unpacking import Unpacker
 
 _LAST_SECONDS = 0.2  # time after the grace for the last bytes to leave
 _CHECKS_PER_STALL = 4  # checks for stalled calls in the time after which a call counts as stalled
@@ -37,7 +38,17 @@ class GrpcServer:
         self._looking: asyncio.TimerHandle | None = None
         #: The bytes that each call holds.
         self.memory = Memory(limits.bytes_under_way, limits.stall_seconds)
-        self._terms = Terms(self._methods.get, limits, self.memory, self._opened, self._lost, connection_age, grace)
+        self._unpacker = Unpacker()
+        self._terms = Terms(
+            self._methods.get,
+            limits,
+            self.memory,
+            self._unpacker,
+            self._opened,
+            self._lost,
+            connection_age,
+            grace,
+        )
         self._tls = tls
 
     def add_methods(self, methods: Table) -> None:
@@ -108,6 +119,7 @@ class GrpcServer:
         if self._looking:
             self._looking.cancel()
         await draining
+        self._unpacker.close()
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:

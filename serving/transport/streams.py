@@ -13,6 +13,7 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Peer, TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
+from serving.transport.unpacking import Unpacker
 
 # Frames that advance no call: the most at once, and the most a second. No honest client comes near these limits.
 _MAX_IDLE_FRAMES = 10_000
@@ -109,12 +110,13 @@ class OpenCall(SendingCall, Protocol):
 class Streams:
     """The calls of one connection by stream, and their common state."""
 
-    def __init__(self, link: Link, limits: TransportLimits, memory: Memory) -> None:
+    def __init__(self, link: Link, limits: TransportLimits, memory: Memory, unpacker: Unpacker) -> None:
         self.loop = link.loop
         self.send = link.send
         self.send_all = link.send_all
         self.limits = limits
         self.memory = memory
+        self.unpacker = unpacker
         self.peer = PeerWindow()
         #: The client, as far as the connection shows it.
         self.client = Peer("")

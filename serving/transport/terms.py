@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits
+from serving.transport.unpacking import Unpacker
 
 Connection = TypeVar("Connection")
 
@@ -21,6 +22,7 @@ class Terms(Generic[Connection]):
     find: Callable[[str], Method | None]
     limits: TransportLimits
     memory: Memory
+    unpacker: Unpacker
     opened: Callable[[Connection], None]
     lost: Callable[[Connection], None]
     age: float
