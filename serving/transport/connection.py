@@ -13,14 +13,16 @@ from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.methods import peer_of
+from serving.transport.receiving import MAX_BYTES_A_TURN
 from serving.transport.sending import Buffers
 from serving.transport.streams import ConnectionState
 from serving.transport.terms import Terms
+from serving.transport.unsent import Unsent
 
 _HANDSHAKE_SECONDS = 20.0
 _STALL_SECONDS = 60.0  # a client whose system takes no bytes for this time is cut off
 _PING_SECONDS = 2.0
-_MAX_BUFFERED_BYTES = 2**20
+_MAX_BUFFERED_BYTES = 2**18  # above this, the client is not read from and its streams wait
 _CLOSE_SECONDS = 5.0  # for the last bytes to leave
 # Seconds of silence before the first probe, and between probes; and how many may stay unanswered.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
@@ -47,6 +49,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
+        self._unsent = Unsent(self._streams, self._transport)
         self._streams.client = peer_of(
             self._transport.get_extra_info("peername"), self._transport.get_extra_info("peercert")
         )
@@ -64,15 +67,18 @@ class Connection(asyncio.Protocol):
             self._stall.cancel()
         self._end_calls()
         self._is_told()
+        self._unsent.gone()
         self._terms.lost(self)
 
     def pause_writing(self) -> None:
+        self._unsent.measure()
         # Requests that are not read need no answers, so a client that only sends cannot fill the memory.
         self._streams.paused = True
         self._transport.pause_reading()
         self._stall = self.loop.call_later(_STALL_SECONDS, self._transport.abort)
 
     def resume_writing(self) -> None:
+        self._unsent.measure()
         self._streams.paused = False
         if self._stall:
             self._stall.cancel()
@@ -80,8 +86,7 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self._read_on)
         elif not self._closed:
             self._transport.resume_reading()
-        for call in self._streams:
-            call.wake_writer()
+        self._wake_writers()
 
     def data_received(self, data: bytes) -> None:
         if self._closed:
@@ -183,11 +188,21 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         out, self._out = self._out, []
+        sent, self._streams.sent_this_turn = self._streams.sent_this_turn, 0
         if self._transport.is_closing():
+            return
+        self._unsent.measure()
+        if self._transport.is_closing():  # ended for want of room
             return
         data = b"".join(out)
         self._transport.write(data)
         self._streams.sent_bytes += len(data)
+        if sent > MAX_BYTES_A_TURN and not self._streams.paused:
+            self._wake_writers()
+
+    def _wake_writers(self) -> None:
+        for call in self._streams:
+            call.wake_writer()
 
     def _check_settled(self) -> None:
         if self._streams.state is ConnectionState.PREFACE:

@@ -21,6 +21,8 @@ from serving.transport.unpacking import Job
 #: The bytes of a call that a client may send before the server reads them.
 WINDOW = 2**18
 _LOW_WINDOW = WINDOW // 2  # the window is refilled below this
+#: The bytes of streamed answers of a connection above which its handlers wait for the next turn of the event loop.
+MAX_BYTES_A_TURN = 2**18
 _MESSAGE_BYTES = 64  # memory of a message in addition to its own bytes
 _MESSAGE_BYTES_WITH_PREFIX = _MESSAGE_BYTES + messages.PREFIX.size
 _MAX_UNSENT_BYTES = 2**16  # bytes of answers that wait for the client; above this a stream's handler waits
@@ -283,9 +285,12 @@ class StreamCall(ReceivingCall):
         sent = sending.message(data)
         if sent is not None:
             streams.send_answer(sent)
+            streams.sent_this_turn += len(data)
         else:
             self._put(data)
-        while not self.over and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
+        while not self.over and (
+            sending.size > _MAX_UNSENT_BYTES or streams.paused or streams.sent_this_turn > MAX_BYTES_A_TURN
+        ):
             self._room = streams.loop.create_future()
             await self._room
 

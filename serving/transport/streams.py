@@ -126,6 +126,8 @@ class Streams:
         self.calls: dict[int, OpenCall] = {}
         #: Set while the client's system takes no bytes.
         self.paused = False
+        #: The bytes of streamed answers that were sent in this turn of the event loop.
+        self.sent_this_turn = 0
         #: True until the client was told of a smaller table for the headers of answers, which it asked for.
         self.shrinks_table = False
         self._link = link
