@@ -179,7 +179,7 @@ def test_a_connection_is_not_read_from_until_all_that_came_has_had_its_turn() ->
     async def main() -> None:
         lost: list[object] = []
         memory = Memory(LIMITS.bytes_under_way)
-        terms: Terms[Connection] = Terms(find, LIMITS, memory, Unpacker(), lambda _: None, lost.append, 0.0, 0.0)
+        terms: Terms[Connection] = Terms(find, LIMITS, memory, Unpacker(), lambda *_: True, lost.append, 0.0, 0.0)
         connection, transport = Connection(terms, asyncio.get_running_loop()), FakeTransport()
         connection.connection_made(cast(asyncio.Transport, transport))
         connection.data_received(frames.PREFACE + frames.settings({}))

@@ -3,7 +3,9 @@
 from asyncio import WriteTransport
 from typing import cast
 
+from serving.transport.connection_limits import UNREAD
 from serving.transport.memory import Memory
+from serving.transport.methods import TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.streams import Streams
 from serving.transport.unsent import Unsent
@@ -165,6 +167,8 @@ class FakeSocket:
 class FakeStreams:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
+        self.limited: list[str] = []
+        self.limits = TransportLimits(1000, "", 1000, "", limited=self.limited.append)
         self.now = 0.0
         self.loop = self
 
@@ -189,7 +193,7 @@ def test_bytes_that_a_clients_system_does_not_take_count_until_it_takes_them() -
     memory.evict_stalled(90.0)
     assert not socket.aborted and memory.used == 80, "it takes them slowly"
     memory.evict_stalled(100.0)
-    assert socket.aborted and memory.used == 0
+    assert socket.aborted and memory.used == 0 and streams.limited == [UNREAD]
 
 
 def test_unsent_bytes_give_way_to_others() -> None:

@@ -9,6 +9,7 @@ from typing import cast
 import grpc
 
 from serving.transport import frames
+from serving.transport.connection_limits import FLOOD, IDLE
 from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
@@ -38,29 +39,38 @@ class Connection(asyncio.Protocol):
         #: Done once the client knows the last call that will be answered, or has gone.
         self.told: asyncio.Future[None] = loop.create_future()
         self._terms = terms
-        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker)
-        self._streams = self._reader.streams
         self._out: Buffers = []
         self._draining = False
         self._turn = 0.0  # the time of the turn in which data came last
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
+        self._refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
+        peer = peer_of(self._transport.get_extra_info("peername"), self._transport.get_extra_info("peercert"))
+        if not self._terms.opened(self, peer.address):
+            self._refused = True
+            self._transport.abort()
+            return
+        #: The client's address.
+        self.address = peer.address
+        terms = self._terms
+        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker)
+        self._streams = self._reader.streams
+        self._streams.client = peer
+        self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._unsent = Unsent(self._streams, self._transport)
-        self._streams.client = peer_of(
-            self._transport.get_extra_info("peername"), self._transport.get_extra_info("peercert")
-        )
         self._keep_alive()
-        self._terms.opened(self)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
         if self._terms.age:  # spread, so that clients that came together do not return together
             age = self._terms.age * random.uniform(0.9, 1.1)
             self._timers.append(self.loop.call_later(age, self.drain, self._terms.grace))
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self._refused:
+            return
         for timer in self._timers:
             timer.cancel()
         if self._stall:
@@ -75,7 +85,7 @@ class Connection(asyncio.Protocol):
         # Requests that are not read need no answers, so a client that only sends cannot fill the memory.
         self._streams.paused = True
         self._transport.pause_reading()
-        self._stall = self.loop.call_later(_STALL_SECONDS, self._transport.abort)
+        self._stall = self.loop.call_later(_STALL_SECONDS, self._unsent.evict, True)
 
     def resume_writing(self) -> None:
         self._unsent.measure()
@@ -89,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._wake_writers()
 
     def data_received(self, data: bytes) -> None:
-        if self._closed:
+        if self._refused or self._closed:
             return
         now = self.loop.time()
         if now != self._turn:  # uvloop keeps the time for a turn, in which it may bring up to 32 reads
@@ -154,6 +164,21 @@ class Connection(asyncio.Protocol):
     def all_over(self) -> None:
         """Close after the last call has ended."""
         self._close()
+
+    def check(self, now: float) -> None:
+        """End the connection if its client makes no calls, or does not end its headers. now: of the event loop."""
+        streams, idle_seconds = self._streams, self._terms.limits.idle_seconds
+        if self._closed:
+            return
+        try:
+            self._reader.check_headers(now)
+        except ConnectionFault as fault:
+            self._fail(fault.code, str(fault))
+        if streams.calls or streams.last_stream != self._last_seen:
+            self._idle_since, self._last_seen = now, streams.last_stream
+        elif 0 < idle_seconds <= now - self._idle_since and not self._draining:
+            self._terms.limits.limited(IDLE)
+            self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
 
     def cut_off(self) -> None:
         """End the open calls, and close."""
@@ -225,6 +250,8 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, code: ErrorCode, text: str) -> None:
         _logger.debug("a connection is closed: %s, %s", code.name, text)
+        if code is ErrorCode.ENHANCE_YOUR_CALM:
+            self._terms.limits.limited(FLOOD)
         self.send(frames.go_away(self._streams.last_stream, code, text))
         self._close()
 

@@ -13,8 +13,8 @@ from serving.transport.reception import Reception
 from serving.transport.streams import ConnectionState, Link, Streams, StreamState
 from serving.transport.unpacking import Unpacker
 
-#: The most calls that a client may have open on one connection.
-MAX_CALLS = 4096
+#: Seconds within which a header block must come in full.
+HEADER_SECONDS = 10.0
 _TEXT = b"This port speaks gRPC (HTTP/2 without TLS), not HTTP/1.1.\n"
 #: The answer to a client of HTTP/1.
 HTTP1_ANSWER = (
@@ -57,10 +57,12 @@ class FrameReader:
     ) -> None:
         self.streams = Streams(link, limits, memory, unpacker)
         self._send = link.send
+        self._max_calls = limits.calls_per_connection
         self._header_reader: HeaderReader[Method] = HeaderReader(find)
         self._rest = b""  # of what has come: frames for the next turn, and a frame that is not whole
         self._at = 0  # the position in it from which on nothing is read yet
         self._block: HeaderBlock | None = None
+        self._block_since = 0.0
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
@@ -98,6 +100,11 @@ class FrameReader:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
         return self._work_left < 0
 
+    def check_headers(self, now: float) -> None:
+        """Raise ConnectionFault for a header block that has not come in full in time. now: of the event loop."""
+        if self._block and now - self._block_since >= HEADER_SECONDS:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers that do not end")
+
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
         if not data.startswith(frames.PREFACE[: len(data)]):
@@ -107,7 +114,7 @@ class FrameReader:
             return False
         self.streams.state = ConnectionState.SETTINGS
         values = {
-            frames.MAX_CONCURRENT_STREAMS: MAX_CALLS,
+            frames.MAX_CONCURRENT_STREAMS: self._max_calls,
             frames.INITIAL_WINDOW_SIZE: WINDOW,
             frames.MAX_HEADER_LIST_SIZE: headers.MAX_BYTES,
         }
@@ -183,6 +190,7 @@ class FrameReader:
             self._headers(flags, stream, payload)
         else:
             self._block = HeaderBlock(stream, flags, payload)
+            self._block_since = self.streams.loop.time()
 
     def _continuation(self, flags: int, stream: int, payload: bytes) -> None:
         block = self._block
@@ -199,7 +207,7 @@ class FrameReader:
         if len(block) > _MAX_BYTES_DECODED:
             streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
         new = stream > streams.last_stream and stream % 2
-        if new and streams.state is ConnectionState.OPEN and len(streams.calls) < MAX_CALLS:
+        if new and streams.state is ConnectionState.OPEN and len(streams.calls) < self._max_calls:
             streams.last_stream = stream
             try:
                 head = self._header_reader.read(block)

@@ -15,7 +15,8 @@ Connection = TypeVar("Connection")
 class Terms(Generic[Connection]):
     """The common terms of a server's connections.
 
-    find: returns the method of a path, or None. opened, lost: called with each connection. age: seconds after which a
+    find: returns the method of a path, or None. opened: called with each new connection and its address; returns False
+    if it is refused. lost: called with each other connection at its end. age: seconds after which a
     connection is renewed; 0 for never. grace: seconds that its calls then get to finish.
     """
 
@@ -23,7 +24,7 @@ class Terms(Generic[Connection]):
     limits: TransportLimits
     memory: Memory
     unpacker: Unpacker
-    opened: Callable[[Connection], None]
+    opened: Callable[[Connection, str], bool]
     lost: Callable[[Connection], None]
     age: float
     grace: float

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from serving.transport.connection_limits import UNREAD
 from serving.transport.streams import Streams
 
 
@@ -35,6 +36,7 @@ class Unsent:
             self._count(size)
             return
         self.gone()
+        self.owner.limits.limited(UNREAD)
         self._transport.abort()
 
     def gone(self) -> None:
