@@ -141,6 +141,19 @@ def test_a_client_that_wants_a_smaller_table_for_headers_gets_it(serving: Servin
     raw.socket.close()
 
 
+def test_a_client_whose_table_shrinks_and_grows_at_once_is_told_of_the_smaller_one(serving: Serving, raw: Raw) -> None:
+    size = frames.HEADER_TABLE_SIZE
+    raw.send(frames.settings({size: 0}) + frames.settings({size: 4096}))
+    raw.read_until(lambda: True)
+    raw.decoder.max_allowed_table_size = 0
+    raw.call(1, b"a")
+    raw.read_until(lambda: raw.answers[1].ended)
+    assert raw.decoder.header_table_size == 0
+    raw.decoder.max_allowed_table_size = 4096
+    raw.call(3, b"a")
+    assert raw.read(3).messages == [b"a"]
+
+
 def test_a_ping_with_every_call_is_no_flood(serving: Serving, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.transport.streams._MAX_IDLE_FRAMES", 50)
     for stream in range(1, 600, 2):

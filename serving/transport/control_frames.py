@@ -9,6 +9,7 @@ from serving.transport.streams import Link, Streams
 DRAIN_PING = b"drain\0\0\0"
 _OF_CONNECTION = (frames.SETTINGS, frames.PING, frames.GOAWAY)
 _PRIORITY_BYTES = 5
+_MIN_GOAWAY_BYTES = 8
 
 
 class ControlFrames:
@@ -37,6 +38,8 @@ class ControlFrames:
             self._priority(stream, len(payload))
         elif kind == frames.PUSH_PROMISE:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
+        elif kind == frames.GOAWAY and len(payload) < _MIN_GOAWAY_BYTES:
+            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"GOAWAY of {len(payload)} bytes")
         # Other frames are ignored: those that concern streams of the server, and unknown ones.
 
     def _priority(self, stream: int, size: int) -> None:

@@ -63,6 +63,7 @@ class FrameReader:
         self._at = 0  # the position in it from which on nothing is read yet
         self._block: HeaderBlock | None = None
         self._block_since = 0.0
+        self._skipped = (0, 0)  # the streams between these two were never opened; only the latest ones are known
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
@@ -208,6 +209,8 @@ class FrameReader:
             streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
         new = stream > streams.last_stream and stream % 2
         if new and streams.state is ConnectionState.OPEN and len(streams.calls) < self._max_calls:
+            if stream > streams.last_stream + 2:
+                self._skipped = (streams.last_stream, stream)
             streams.last_stream = stream
             try:
                 head = self._header_reader.read(block)
@@ -232,13 +235,20 @@ class FrameReader:
 
     def _trailers(self, stream: int, block: bytes, end: bool) -> None:
         """Read the headers of a stream that is not new."""
-        self._skip(block)
+        if self._skipped[0] < stream < self._skipped[1]:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"stream {stream} after a higher one (section 5.1.1)")
+        malformed = False
+        try:
+            self._header_reader.trailers(block)
+        except MalformedRequest:
+            malformed = True
+        self._count_fields(-1)
         if end:
             self._reception.came_in_full(stream)
         if call := self.streams.calls.get(stream):
             if call.state is not StreamState.OPEN:
                 self.streams.reset_faulty(call, ErrorCode.STREAM_CLOSED)
-            elif not end:
+            elif malformed or not end:
                 self.streams.reset_faulty(call, ErrorCode.PROTOCOL_ERROR)
             else:
                 call.end()

@@ -35,6 +35,7 @@ class ReceivingCall(Call):
     needs_all: ClassVar[bool]
 
     _may_receive = WINDOW
+    _body = 0  # bytes received, if the client has told their number
     _reader: MessageReader | None = None  # for messages that do not come in one piece
     _unpacking: Job | None = None
     _reserved = 0  # bytes that are held for the message which is being inflated
@@ -59,6 +60,8 @@ class ReceivingCall(Call):
         if self.state is StreamState.HALF_CLOSED_REMOTE:
             self.streams.reset_faulty(self, ErrorCode.STREAM_CLOSED)
             return
+        if self._head.content_length is not None and not self._is_as_long_as_told(len(data), end):
+            return
         if end:
             self.state = StreamState.HALF_CLOSED_REMOTE
         if not self.over:
@@ -67,9 +70,20 @@ class ReceivingCall(Call):
     def end(self) -> None:
         """Take note that the client has sent all, and said so without data."""
         if self.state is StreamState.OPEN:
+            if self._head.content_length is not None and not self._is_as_long_as_told(0, True):
+                return
             self.state = StreamState.HALF_CLOSED_REMOTE
             if not self.over and not (self._reader and self._reader.inflation):
                 self._end_of_request()
+
+    def _is_as_long_as_told(self, size: int, end: bool) -> bool:
+        """Count received bytes. Reset the stream if content-length tells another number (RFC 9113, section 8.1.1)."""
+        self._body += size
+        expected = self._head.content_length
+        if expected is None or (self._body == expected if end else self._body <= expected):
+            return True
+        self.streams.reset_faulty(self, ErrorCode.PROTOCOL_ERROR)
+        return False
 
     def wait_for_client(self) -> None:
         """Note that the request is not complete yet."""

@@ -230,8 +230,8 @@ class Streams:
             frames.check_setting(setting, value)
             if setting == frames.INITIAL_WINDOW_SIZE:
                 window = value
-            elif setting == frames.HEADER_TABLE_SIZE:
-                self.shrinks_table = value < _TABLE_BYTES
+            elif setting == frames.HEADER_TABLE_SIZE and value < _TABLE_BYTES:
+                self.shrinks_table = True  # also if it grows again at once (RFC 7541, section 4.2)
         self.set_initial_window(window)
         if self.state is ConnectionState.SETTINGS:
             self.state = ConnectionState.OPEN
