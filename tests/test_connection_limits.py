@@ -1,17 +1,22 @@
 """The limits of connections: their number, their time without calls, and headers that do not end."""
 
+import asyncio
 import socket
 import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from typing import cast
 
 import pytest
 
 from serving.transport import frames
+from serving.transport.connection import Connection
 from serving.transport.connection_limits import CLIENT, FLOOD, FULL, IDLE, UNREAD, ConnectionLimits
 from serving.transport.frames import ErrorCode
+from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.methods import TransportLimits
+from serving.transport.sockets import listen_tcp
 from tests.raw_client import Raw, headers, wait_for
 from tests.transport_methods import serve
 
@@ -93,6 +98,39 @@ def test_a_connection_without_calls_is_closed_after_a_time_with_a_goaway() -> No
         assert busy.why_closed() == ErrorCode.NO_ERROR
         for client in (busy, idle):
             client.socket.close()
+
+
+def test_grpcs_own_server_closes_idle_connections_too() -> None:
+    with serve("grpcio", limits={"idle_seconds": 0.5}) as serving:
+        raw = Raw(serving.port)
+        raw.call(1, b"a")
+        assert raw.read(1).messages == [b"a"]
+        raw.read()
+        assert raw.closed and [last for last, *_ in raw.went_away][-1:] == [1], "the call is known to be answered"
+        raw.socket.close()
+
+
+def test_a_refused_client_of_a_port_with_tls_is_closed_before_its_handshake() -> None:
+    async def main() -> None:
+        asked: list[str] = []
+
+        def refuses(address: str) -> bool:
+            asked.append(address)
+            return True
+
+        def connect() -> Connection:
+            raise AssertionError("no connection is made")
+
+        [listening] = listen_tcp("127.0.0.1", 0)
+        listener = TlsListener(listening, cast(TlsContexts, None), connect, lambda _: None, refuses)
+        await listener.start_serving()
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        assert await reader.read() == b""
+        assert asked == ["127.0.0.1"]
+        writer.close()
+        listener.close()
+
+    asyncio.run(main())
 
 
 def test_a_connection_with_calls_now_and_then_stays() -> None:
