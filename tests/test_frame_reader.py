@@ -121,7 +121,7 @@ def test_small_frames_are_read_in_turns_and_all_are_answered() -> None:
     async def main() -> None:
         link = FakeLink()
         answered = steps(new_reader(link), frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS, lambda: link.sent)
-        assert sum(answered) == PINGS and max(answered) <= 150
+        assert sum(answered) == PINGS and max(answered) <= 200
 
     asyncio.run(main())
 

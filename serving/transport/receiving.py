@@ -184,10 +184,6 @@ class ReceivingCall(Call):
         self._stop_unpacking()
         super()._stop_handler()
 
-    def _close(self) -> None:
-        self._stop_unpacking()
-        super()._close()
-
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
         if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
@@ -326,6 +322,7 @@ class StreamCall(ReceivingCall):
     def _close(self) -> None:
         if self.state is StreamState.CLOSED:
             return
+        self._stop_unpacking()  # if the handler has ended before the request
         super()._close()
         self._messages.clear()  # a reader that is already awake must not release them again
         self._wake_reader()
