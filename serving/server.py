@@ -237,6 +237,11 @@ class Server:
             memory_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
             refused=self._edge.refused_by_transport,
             handshake=lambda result: self.metrics.handshakes.labels(result).inc(),
+            connections=settings.max_connections,
+            connections_per_client=settings.max_connections_per_client,
+            calls_per_connection=settings.max_calls_per_connection,
+            idle_seconds=settings.idle_seconds,
+            limited=lambda limit: self.metrics.connections_limited.labels(limit).inc(),
         )
         # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
