@@ -22,6 +22,9 @@ MIN_SHARE, MIN_SHARE_OF_MANY = 0.95, 0.8
 #: The largest p99 beside an attack, as a multiple of the quiet p99.
 MAX_P99_RATIO = 10.0
 
+#: Length of the measurement without an attack, before and after it.
+CALM_SECONDS = 2.0
+
 _TITLES = (
     "right_share", "quiet_p99_ms", "p99_ms", "memory_mib", "peak_mib", "attacker_mb", "attacker_connections", "misses",
 )  # fmt: skip
@@ -63,7 +66,7 @@ def run(attack: Attack, options: argparse.Namespace) -> dict[str, Any]:
         target(attack.server, options.transport, Path(folder)) as server,
         good_client(server) as client,
     ):
-        result = measure(server, client, attack, options.connections, options.seconds)
+        result = measure(server, client, attack, options.connections, options.seconds, CALM_SECONDS)
     row: dict[str, Any] = {"transport": options.transport, "attack": attack.name, "connections": options.connections}
     row["sockets"] = min(MAX_CONNECTIONS, options.connections * attack.times)
     return {**row, "seconds": options.seconds, **figures(result, options.connections > 1), **origin()}

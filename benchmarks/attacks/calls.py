@@ -8,6 +8,7 @@ from benchmarks.attacks.link import (
     WATCH,
     Attack,
     Link,
+    Message,
     Pieces,
     data,
     framed,
@@ -19,6 +20,7 @@ from serving.transport import frames
 
 _CALLS_A_CONNECTION = 4096
 _CALLS_A_PIECE = 32
+_MAX_PIECE_BYTES = 2**15
 _IMAGES_OF_A_LARGE_ANSWER = 64
 _HALF_MESSAGE_BYTES = 400
 #: Just below the server's largest request. Zeros are compressed to a thousandth.
@@ -28,23 +30,37 @@ _EMPTY_IMAGE = b"\x1a\x00"
 _WRONG_TOKEN_CHARACTERS = 40
 
 
-def _calls(link: Link, path: str, message: bytes, *more: tuple[str, str]) -> Pieces:
+def _calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
     """Make calls as fast as the server takes them."""
     yield from link.ready()
-    count = max(1, min(_CALLS_A_PIECE, 2**16 // len(message)))
+    message = make()
+    count = max(1, min(_CALLS_A_PIECE, _MAX_PIECE_BYTES // len(message)))
     while True:
         yield from link.room(count * len(message))
         streams = [link.next_stream() for _ in range(count)]
         yield b"".join(headers(stream, path, *more) + data(stream, message) for stream in streams)
 
 
-def _bombs(link: Link, message: bytes) -> Pieces:
-    yield from _calls(link, CLASSIFY, message, ("grpc-encoding", "gzip"))
+def _bombs(link: Link, repeated: bytes) -> Pieces:
+    yield from _calls(link, CLASSIFY, partial(zipped, repeated, _BOMB_BYTES), ("grpc-encoding", "gzip"))
 
 
-def _held(link: Link, path: str, message: bytes, end: bool) -> Pieces:
+def _unparsable() -> bytes:
+    return framed(b"\xff" * 8)
+
+
+def _half_request() -> bytes:
+    return request()[:_HALF_MESSAGE_BYTES]
+
+
+def _empty() -> bytes:
+    return framed(b"")
+
+
+def _held(link: Link, path: str, make: Message, end: bool) -> Pieces:
     """Open as many calls as the server allows, then stay silent."""
     yield from link.ready()
+    message = make()
     for _ in range(min(_CALLS_A_CONNECTION, link.max_streams)):
         yield from link.room(len(message))
         stream = link.next_stream()
@@ -77,16 +93,16 @@ def _wrong_tokens(link: Link) -> Pieces:
 CALLS = (
     Attack("windows open, nothing read", _unread, settings={frames.INITIAL_WINDOW_SIZE: frames.MAX_WINDOW}),
     Attack(
-        "windows shut, many streams", partial(_held, path=CLASSIFY, message=request(), end=True),
+        "windows shut, many streams", partial(_held, path=CLASSIFY, make=request, end=True),
         settings={frames.INITIAL_WINDOW_SIZE: 0}, times=2,
     ),
-    Attack("half calls", partial(_held, path=CLASSIFY, message=request()[:_HALF_MESSAGE_BYTES], end=False)),
-    Attack("half calls without a byte", partial(_held, path=CLASSIFY, message=b"", end=False)),
-    Attack("watches", partial(_held, path=WATCH, message=framed(b""), end=True)),
-    Attack("gzip bombs", partial(_bombs, message=zipped(bytes(_BOMB_BYTES)))),
-    Attack("gzip of empty images", partial(_bombs, message=zipped(_EMPTY_IMAGE * (_BOMB_BYTES // 2)))),
-    Attack("unknown methods", partial(_calls, path="/no.Service/Method", message=request())),
-    Attack("unparsable reflection", partial(_calls, path=REFLECTION, message=framed(b"\xff" * 8))),
-    Attack("unparsable requests", partial(_calls, path=CLASSIFY, message=framed(b"\xff" * 8))),
+    Attack("half calls", partial(_held, path=CLASSIFY, make=_half_request, end=False)),
+    Attack("half calls without a byte", partial(_held, path=CLASSIFY, make=bytes, end=False)),
+    Attack("watches", partial(_held, path=WATCH, make=_empty, end=True)),
+    Attack("gzip bombs", partial(_bombs, repeated=b"\0")),
+    Attack("gzip of empty images", partial(_bombs, repeated=_EMPTY_IMAGE)),
+    Attack("unknown methods", partial(_calls, path="/no.Service/Method", make=request)),
+    Attack("unparsable reflection", partial(_calls, path=REFLECTION, make=_unparsable)),
+    Attack("unparsable requests", partial(_calls, path=CLASSIFY, make=_unparsable)),
     Attack("wrong tokens", _wrong_tokens, server="tokens"),
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Attacks by header blocks: without an end, or cheap to send and costly to decode."""
 
+from collections.abc import Callable
 from functools import partial
 
 from benchmarks.attacks.link import CLASSIFY, Attack, Link, Pieces, block, cancel, headers, literal
@@ -30,9 +31,10 @@ def _empty_continuations(link: Link) -> Pieces:
         yield frames.frame(frames.CONTINUATION, 0, stream) * 1000
 
 
-def _blocks(link: Link, header_block: bytes, closed: bool = False) -> Pieces:
+def _blocks(link: Link, make: Callable[[], bytes], closed: bool = False) -> Pieces:
     """Send a block again and again, each time on a new stream, or all on one that is closed."""
     yield from link.ready()
+    header_block = make()
     stream = link.next_stream()
     yield headers(stream, CLASSIFY) + cancel(stream)
     while True:
@@ -57,16 +59,27 @@ def _giant_settings(link: Link) -> Pieces:
         yield frames.frame(frames.SETTINGS, 0, 0, entry * _ENTRIES_OF_SETTINGS)
 
 
-_LARGE_BLOCK = block(CLASSIFY) + literal("x", "y" * 100) * (_LARGE_BLOCK_BYTES // 105)
-#: Names and values of no character that are written with Huffman's code.
-_EMPTY_BLOCK = b"\x83\x86\x84" + b"\x00\x80\x80" * _EMPTY_HEADERS_A_BLOCK
+def _large_block() -> bytes:
+    return block(CLASSIFY) + literal("x", "y" * 100) * (_LARGE_BLOCK_BYTES // 105)
+
+
+def _block_below_limits() -> bytes:
+    """Return a block of less than 128 headers and 16 KB."""
+    return block(CLASSIFY) + literal("x", "y" * 100) * 110
+
+
+def _empty_block() -> bytes:
+    """Return names and values of no character, written in Huffman's code."""
+    return b"\x83\x86\x84" + b"\x00\x80\x80" * _EMPTY_HEADERS_A_BLOCK
+
 
 HEADER_BLOCKS = (
     Attack("continuation flood", _continuations),
     Attack("empty continuations", _empty_continuations),
-    Attack("empty Huffman headers", partial(_blocks, header_block=_EMPTY_BLOCK)),
-    Attack("header blocks on a closed stream", partial(_blocks, header_block=_LARGE_BLOCK, closed=True)),
-    Attack("header blocks on new streams", partial(_blocks, header_block=_LARGE_BLOCK)),
+    Attack("empty Huffman headers", partial(_blocks, make=_empty_block)),
+    Attack("header blocks on a closed stream", partial(_blocks, make=_large_block, closed=True)),
+    Attack("header blocks on new streams", partial(_blocks, make=_large_block)),
+    Attack("header blocks below the limits", partial(_blocks, make=_block_below_limits)),
     Attack("many cookies", _cookies),
     Attack("giant SETTINGS", _giant_settings),
 )

@@ -91,9 +91,14 @@ def attacking(attack: Attack, port: int, connections: int, seconds: float) -> It
             process.kill()
 
 
-def measure(server: Target, client: GoodClient, attack: Attack, connections: int, seconds: float) -> Result:
-    """Return the figures of an attack of some seconds. Raises LoadError if it does not run, or the server ends."""
-    quiet = client.calls(max(1.0, seconds / 3))
+def measure(
+    server: Target, client: GoodClient, attack: Attack, connections: int, seconds: float, calm_seconds: float
+) -> Result:
+    """Return the figures of an attack of some seconds. Raises LoadError if it does not run, or the server ends.
+
+    calm_seconds: the time of the calls before the attack, and of those after it.
+    """
+    quiet = client.calls(calm_seconds)
     memory = server.memory_mib()
     with watched_memory(server) as peak:
         with attacking(attack, server.port, connections, seconds) as process:
@@ -102,18 +107,18 @@ def measure(server: Target, client: GoodClient, attack: Attack, connections: int
         if process.returncode:
             raise LoadError(f"the attack {attack.name} failed")
         sent: dict[str, Any] = json.loads(printed)
-        after, returned = _return(server, client)
+        after, returned = _return(server, client, calm_seconds)
     return Result(quiet, beside, after, memory, peak.mib, server.memory_mib(), returned, sent["opened"], sent["sent"])
 
 
-def _return(server: Target, client: GoodClient) -> tuple[Calls, float | None]:
+def _return(server: Target, client: GoodClient, calm_seconds: float) -> tuple[Calls, float | None]:
     """Wait until the server is as before. Return the last calls, and the seconds or None if that did not come."""
     begin = time.monotonic()
     after = Calls()
     while time.monotonic() - begin < _RETURN_SECONDS:
         quiet = settled(server, _RETURN_SECONDS)
         seconds = time.monotonic() - begin
-        after = client.calls(1.0)
+        after = client.calls(calm_seconds)
         if quiet and after.right == after.made and server.calls_in_flight() == 0:
             return after, seconds
     return after, None

@@ -7,6 +7,7 @@ from benchmarks.attacks.link import (
     CLASSIFY_STREAM,
     Attack,
     Link,
+    Message,
     Pieces,
     cancel,
     data,
@@ -21,13 +22,14 @@ from serving.transport import frames
 _BIG_IMAGES = 300
 _BOMB_BYTES = 8 * 2**20
 _CALLS_A_PIECE = 32
+_MAX_PIECE_BYTES = 2**15
 
 
-def _reset(link: Link, path: str, message: bytes, *more: tuple[str, str], end: bool = True) -> Pieces:
+def _reset(link: Link, path: str, make: Message, *more: tuple[str, str], end: bool = True) -> Pieces:
     """Begin calls with one message and reset each at once."""
     yield from link.ready()
-    message = message[: link.stream_window]
-    count = max(1, min(_CALLS_A_PIECE, 2**16 // (len(message) + 1)))
+    message = make()[: link.stream_window]
+    count = max(1, min(_CALLS_A_PIECE, _MAX_PIECE_BYTES // (len(message) + 1)))
     while True:
         yield from link.room(count * len(message))
         piece = b""
@@ -37,11 +39,7 @@ def _reset(link: Link, path: str, message: bytes, *more: tuple[str, str], end: b
 
 
 def _gzip(link: Link) -> Pieces:
-    yield from _reset(link, CLASSIFY, zipped(bytes(_BOMB_BYTES)), ("grpc-encoding", "gzip"))
-
-
-def _big(link: Link) -> Pieces:
-    yield from _reset(link, CLASSIFY, request(_BIG_IMAGES))
+    yield from _reset(link, CLASSIFY, partial(zipped, b"\0", _BOMB_BYTES), ("grpc-encoding", "gzip"))
 
 
 def _after_the_end(link: Link, fault: str) -> Pieces:
@@ -74,11 +72,11 @@ def _on_closed_streams(link: Link) -> Pieces:
 
 
 RESETS = (
-    Attack("rapid reset, headers", partial(_reset, path=CLASSIFY, message=b"")),
-    Attack("rapid reset, whole requests", partial(_reset, path=CLASSIFY, message=request())),
-    Attack("rapid reset, stream method", partial(_reset, path=CLASSIFY_STREAM, message=stream_request(), end=False)),
+    Attack("rapid reset, headers", partial(_reset, path=CLASSIFY, make=bytes)),
+    Attack("rapid reset, whole requests", partial(_reset, path=CLASSIFY, make=request)),
+    Attack("rapid reset, stream method", partial(_reset, path=CLASSIFY_STREAM, make=stream_request, end=False)),
     Attack("rapid reset, gzip bombs", _gzip),
-    Attack("large requests reset", _big),
+    Attack("large requests reset", partial(_reset, path=CLASSIFY, make=partial(request, _BIG_IMAGES))),
     Attack("made you reset, data", partial(_after_the_end, fault="data")),
     Attack("made you reset, window", partial(_after_the_end, fault="window")),
     Attack("malformed headers", _malformed),

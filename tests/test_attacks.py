@@ -1,0 +1,131 @@
+"""Tests of the server under attack: a client in good faith is served beside it, and all is as before after it.
+
+By default some attacks run for a second each. ``--attacks all`` runs all of them, and for six seconds.
+"""
+
+import csv
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from benchmarks.attacks.__main__ import figures, merge
+from benchmarks.attacks.good_client import Calls, GoodClient, good_client
+from benchmarks.attacks.link import Attack, Link
+from benchmarks.attacks.measure import MAX_MEMORY_RATIO, Result, measure
+from benchmarks.attacks.served import Target, target
+from benchmarks.attacks.table import ATTACKS
+from serving.transport import frames
+
+SHORT_ON_NATIVE = (
+    "rapid reset, headers",
+    "rapid reset, gzip bombs",
+    "made you reset, data",
+    "continuation flood",
+    "many cookies",
+    "data dribble",
+    "padding",
+    "windows shut, many streams",
+    "gzip of empty images",
+    "unknown methods",
+    "slow headers",
+    "TLS, silent",
+    "wrong tokens",
+)
+SHORT_ON_GRPCIO = (
+    "rapid reset, headers",
+    "made you reset, data",
+    "continuation flood",
+    "data dribble",
+    "unknown methods",
+)
+SHORT = {"native": SHORT_ON_NATIVE, "grpcio": SHORT_ON_GRPCIO}
+MIN_SHARE = 0.8
+#: A whole attack or piece of it, in seconds.
+SHORT_SECONDS, LONG_SECONDS = 1.0, 6.0
+CALM_SECONDS = 0.3
+MAX_KEPT_RATIO = 1.5
+
+
+@pytest.fixture(scope="module")
+def servers_under_attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A function that returns a running server of a kind, and a client in good faith.
+
+    A server of each kind serves many tests, until an attack has left it with much more memory than at its start.
+    """
+    with ExitStack() as stack:
+        running: dict[tuple[str, str], tuple[Target, GoodClient, float]] = {}
+
+        def attacked(kind: str, transport: str) -> tuple[Target, GoodClient]:
+            if (kind, transport) in running:
+                server, client, memory_mib = running[kind, transport]
+                if server.memory_mib() < MAX_KEPT_RATIO * memory_mib:
+                    return server, client
+            server = stack.enter_context(target(kind, transport, tmp_path_factory.mktemp(kind)))
+            client = stack.enter_context(good_client(server))
+            client.calls(CALM_SECONDS)
+            running[kind, transport] = server, client, server.memory_mib()
+            return server, client
+
+        yield attacked
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_client_in_good_faith_is_served_beside_an_attack(
+    name: str, transport: str, servers_under_attack: object, pytestconfig: pytest.Config
+) -> None:
+    everything = pytestconfig.getoption("--attacks") == "all"
+    if not everything and name not in SHORT[transport]:
+        pytest.skip("--attacks all runs it")
+    attack = ATTACKS[name]
+    assert callable(servers_under_attack)
+    server, client = servers_under_attack(attack.server, transport)
+    result = measure(server, client, attack, 1, LONG_SECONDS if everything else SHORT_SECONDS, CALM_SECONDS)
+    assert result.beside.wrong == result.after.wrong == 0
+    assert result.sent > 0 or result.opened > 0
+    assert result.returned_seconds is not None, result.after.failed
+    if transport == "native":  # gRPC's own server lets an attack keep nearly all calls from being answered
+        assert result.beside.share >= MIN_SHARE, result.beside.failed
+        assert result.memory_ratio <= MAX_MEMORY_RATIO
+
+
+@pytest.mark.parametrize("attack", [one for one in ATTACKS.values() if one.speaks], ids=lambda attack: attack.name)
+def test_an_attack_sends_whole_frames_that_are_not_too_large(attack: Attack) -> None:
+    link = Link(1, attack)
+    link.settled, link.max_streams, link.window = True, 4, frames.MAX_WINDOW
+    for piece in islice(attack.script(link), 5):
+        if isinstance(piece, bytes):
+            while piece:
+                high, low, *_ = frames.HEAD.unpack_from(piece)
+                size = high << 8 | low
+                assert size <= frames.MAX_FRAME_BYTES
+                assert len(piece) >= frames.HEAD.size + size
+                piece = piece[frames.HEAD.size + size :]
+    link.socket.close()
+
+
+def test_a_row_tells_what_an_attack_made_the_server_miss() -> None:
+    quiet = Calls(10, 10, latencies_ms=[1.0] * 10)
+    slow = Calls(10, 9, latencies_ms=[20.0] * 9)
+    good = Result(quiet, quiet, quiet, 100.0, 150.0, 100.0, 0.1, 1, 1)
+    assert figures(good, many=False)["misses"] == ""
+    bad = Result(quiet, slow, quiet, 100.0, 250.0, 200.0, None, 1, 1)
+    assert figures(bad, many=False)["misses"] == "share memory p99 return"
+    assert figures(bad, many=True)["misses"] == "memory p99 return"
+    wrong = Result(quiet, Calls(100, 99, 1, latencies_ms=[1.0] * 99), quiet, 100.0, 150.0, 100.0, 0.1, 1, 1)
+    assert figures(wrong, many=False)["misses"] == "answers"
+
+
+def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    out = tmp_path / "attacks.csv"
+    row = {"transport": "native", "attack": "a", "connections": 1, "commit": "1", "device": "x", "right_share": "0.1"}
+    merge(out, [row])
+    merge(out, [row | {"attack": "b"}])
+    merge(out, [row | {"right_share": "0.9"}])
+    merge(out, [row | {"connections": 50}])
+    with out.open(newline="") as stream:
+        found = [(one["attack"], one["connections"], one["right_share"]) for one in csv.DictReader(stream)]
+    assert found == [("a", "1", "0.9"), ("b", "1", "0.1"), ("a", "50", "0.1")]
