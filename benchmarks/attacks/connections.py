@@ -27,6 +27,7 @@ def _byte_by_byte(link: Link) -> Pieces:
 
 
 def _half_headers(link: Link) -> Pieces:
+    yield from link.ready()  # a reply to the server's settings would break the header block
     yield frames.frame(frames.HEADERS, 0, 1, block(CLASSIFY))
 
 

@@ -3,8 +3,9 @@
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import grpc
@@ -89,14 +90,12 @@ def target(kind: str, transport: str, folder: Path, flags: Sequence[str] = ()) -
 
 
 def settled(server: Target, seconds: float) -> bool:
-    """Wait until no call is in flight, for at most these seconds. Return True if that came."""
+    """Wait until no call is in flight, for at most these seconds. Return False if that did not come."""
     end = time.monotonic() + seconds
     while True:
-        try:
+        with suppress(OSError, HTTPException):  # the page may be overdue too
             if server.calls_in_flight() == 0:
                 return True
-        except OSError:
-            pass  # the page is overdue as well
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
