@@ -64,12 +64,18 @@ def run(attack: Attack, options: argparse.Namespace) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory() as folder,
         target(attack.server, options.transport, Path(folder)) as server,
-        good_client(server) as client,
+        good_client(server, options.deadline) as client,
     ):
         result = measure(server, client, attack, options.connections, options.seconds, CALM_SECONDS)
     row: dict[str, Any] = {"transport": options.transport, "attack": attack.name, "connections": options.connections}
     row["sockets"] = min(MAX_CONNECTIONS, options.connections * attack.times)
-    return {**row, "seconds": options.seconds, **figures(result, options.connections > 1), **origin()}
+    return {
+        **row,
+        "seconds": options.seconds,
+        "deadline": options.deadline,
+        **figures(result, options.connections > 1),
+        **origin(),
+    }
 
 
 def merge(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -88,14 +94,17 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--seconds", type=float, default=6.0, help="length of each attack (default: 6)")
     command.add_argument("--only", nargs="+", choices=ATTACKS, metavar="NAME", help="attacks (default: all)")
     command.add_argument("--connections", type=int, default=1, help="connections of each attack (default: 1)")
+    command.add_argument(
+        "--deadline", type=float, default=5.0, help="deadline of the good client's calls, in seconds (default: 5)"
+    )
     command.add_argument("--out", type=Path, help="add the figures to this CSV file too")
     command.add_argument("--list", action="store_true", help="print the names of the attacks")
     options = command.parse_args(arguments)
     if options.list:
         print("\n".join(ATTACKS))
         return 0
-    if min(options.seconds, options.connections) <= 0:
-        command.error("--seconds and --connections: expected numbers above 0")
+    if min(options.seconds, options.connections, options.deadline) <= 0:
+        command.error("--seconds, --connections and --deadline: expected numbers above 0")
     failed = False
     print(_SHOWN.format("attack", *_TITLES), flush=True)
     for name in options.only or ATTACKS:

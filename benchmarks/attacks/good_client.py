@@ -19,8 +19,6 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.files.idx import read_idx
 
 CALLS_A_SECOND = 40
-#: Time after which a call is given up, in seconds.
-DEADLINE_SECONDS = 5.0
 _DIGITS = 16
 #: Every so many calls, one comes over a new connection.
 _CALLS_A_CONNECTION = 40
@@ -57,12 +55,12 @@ class Calls:
 class GoodClient:
     """A client with one connection, and now and then a new one.
 
-    The right answers are those of the quiet server, whose labels must be those of the data set. Raises LoadError if
-    they are not.
+    deadline: the time after which a call is given up, in seconds. The right answers are those of the quiet server,
+    whose labels must be those of the data set. Raises LoadError if they are not.
     """
 
-    def __init__(self, server: Target) -> None:
-        self._server = server
+    def __init__(self, server: Target, deadline: float) -> None:
+        self._server, self._deadline = server, deadline
         self._channel = server.channel()
         self._metadata = (("authorization", f"Bearer {server.token}"),) if server.token else ()
         images = read_idx((_DATA / "t10k-images-idx3-ubyte.gz").read_bytes())[:_DIGITS]
@@ -90,7 +88,7 @@ class GoodClient:
             fresh = number % _CALLS_A_CONNECTION == _CALLS_A_CONNECTION // 2
             channel = self._server.channel() if fresh else self._channel
             call = self._method(channel).future(
-                self._requests[number % _DIGITS], timeout=DEADLINE_SECONDS, metadata=self._metadata
+                self._requests[number % _DIGITS], timeout=self._deadline, metadata=self._metadata
             )
 
             def end(call: Any, number: int = number, due: float = due, fresh: bool = fresh) -> None:
@@ -136,9 +134,9 @@ def _numbers(answer: pb.ClassifyResponse) -> "np.ndarray[Any, np.dtype[np.float6
 
 
 @contextmanager
-def good_client(server: Target) -> Iterator[GoodClient]:
-    """A client in good faith, until the block ends."""
-    client = GoodClient(server)
+def good_client(server: Target, deadline: float) -> Iterator[GoodClient]:
+    """A client in good faith, until the block ends. deadline: of each call, in seconds."""
+    client = GoodClient(server, deadline)
     try:
         yield client
     finally:
