@@ -38,10 +38,12 @@ RUN apt-get update \
 from opentelemetry.exporter.otlp.proto.grpc import trace_exporter; from PIL import JpegImagePlugin, PngImagePlugin"
 
 COPY . .
-# Move the package's models to a folder for a volume. A new volume starts with the folder's content.
+# Move the default model to a folder for a volume. A new volume starts with the folder's content. The other models stay
+# in the package, and are served with an empty CAPSNET_MODELS and CAPSNET_MODEL=NAME.
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps . \
     && pip --python /opt/venv/bin/python check \
-    && mv /opt/venv/lib/python3*/site-packages/serving/models /models
+    && mkdir /models \
+    && mv /opt/venv/lib/python3*/site-packages/serving/models/capsnet-mnist /models
 
 
 # Trains and exports into the same folder of models. With PyTorch it is many times as large as the server's image.

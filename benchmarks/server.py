@@ -1,6 +1,7 @@
 """The server in a process of its own, its metrics, and loads that count every answer."""
 
 import re
+import shutil
 import ssl
 import subprocess
 import sys
@@ -22,12 +23,12 @@ from export.to_onnx import to_onnx
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import MODEL, Artifact, Training, Variant, digest, find, write_manifest
 from serving.artifact import load as load_artifact
-from serving.settings import embedded_models
+from serving.settings import DEFAULT_MODEL, embedded_models
 from serving.tensorrt_options import BatchProfile
 from training.model import CONFIGS, CapsNet
 
 #: The network whose trained weights come with the repository. Others get random weights.
-EMBEDDED = "compact"
+EMBEDDED = "accurate"
 SERVICE = "/capsnet.v1.CapsNetService"
 
 _ROOT = Path(__file__).parent.parent
@@ -149,9 +150,10 @@ def serve(
 
 
 def repository(config: str, precision: str, folder: Path) -> Path:
-    """Return a model repository: the embedded one, or one with random weights that is made in ``folder``."""
+    """Make a model repository in ``folder``, with the embedded model or with random weights, and return the folder."""
     if config == EMBEDDED:
-        return embedded_models()
+        shutil.copytree(embedded_models() / DEFAULT_MODEL, folder / DEFAULT_MODEL)
+        return folder
     torch.manual_seed(0)
     network = CapsNet(CONFIGS[config]).eval()
     with torch.no_grad():

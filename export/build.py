@@ -15,9 +15,11 @@ from export import triton
 from export.artifact_writer import ArtifactWriter
 from export.certificate import CERTIFICATE, certificate
 from export.graph import GraphError, receptive_field
-from export.options import BATCHES, OPSET
+from export.options import Choices
+from export.shared_weights import share_weights
 from export.to_fp16 import to_fp16
 from export.to_int8 import to_int8
+from export.to_int8_weights import to_int8_weights
 from export.to_onnx import decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
 from export.verify import (
@@ -33,15 +35,19 @@ from export.verify import (
 from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant
 from serving.runtime import Runtime, RuntimeSetupError, usable_cores
 from serving.tensorrt_options import BatchProfile
-from training.checkpoint import Checkpoint, CheckpointError
+from training.checkpoint import Checkpoint, CheckpointError, save_tensors
 from training.data.compose import scenes
 from training.data.datasets import Dataset
 from training.model import CapsNet
 from training.provenance import commit, processor
+from training.run_folder import TENSORS_FILE
 
 CALIBRATION_IMAGES = 1024
 EXPLAIN, DECODER = "explain", "decoder"
 ENGINE = "model.plan"
+
+
+_ALL = Choices()
 
 
 class Export(NamedTuple):
@@ -57,15 +63,12 @@ def export_checkpoint(
     out: Path,
     name: str,
     version: str,
-    opset: int = OPSET,
-    batches: BatchProfile = BATCHES,
-    engine: bool = False,
+    choices: Choices = _ALL,
 ) -> Export:
     """Export a checkpoint to ``out/name/version``, verify each graph in the server's runtime, write the manifest last.
 
     dataset: the data of the checkpoint's training and test. The graphs are compared on its test images, and int8 is
-    calibrated on its training images. opset: see ``to_onnx``. batches: the batch sizes for TensorRT and Triton. engine:
-    True to build a TensorRT engine too, without a comparison.
+    calibrated on its training images. choices: the content of the artifact; its TensorRT engine is not compared.
 
     If anything except int8 or fp16 fails, no file remains. ``config.pbtxt`` and ``labels.txt`` are written if this is
     the highest version.
@@ -76,13 +79,16 @@ def export_checkpoint(
     """
     network = checkpoint.model()
     _check_fit(checkpoint, dataset)
+    batches = choices.batches
     options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
     triton.check_labels(checkpoint.labels)
     training = _training(checkpoint, dataset)
     with ArtifactWriter(out, name, version) as writer:
         expected = reference(network, dataset.test_images, dataset.test_labels)
         graphs = _Graphs(writer, _Title(name, version, training), expected)
-        graphs.add_all(network, checkpoint, dataset, opset, batches if engine else None)
+        graphs.add_all(network, checkpoint, dataset, choices)
+        save_tensors(checkpoint, writer.folder / TENSORS_FILE)
+        writer.add(TENSORS_FILE)
         page = certificate(name, version, training, graphs.variants, graphs.graphs, writer.files, graphs.failures)
         writer.write_text(CERTIFICATE, page)
         artifact = writer.finish(
@@ -156,33 +162,35 @@ class _Graphs:
         self.graphs: dict[str, Graph] = {}
         self.failures: dict[str, str] = {}
 
-    def add_all(
-        self, network: CapsNet, checkpoint: Checkpoint, dataset: Dataset, opset: int, engine: BatchProfile | None
-    ) -> None:
-        """Add every graph of a network. engine: the batches of a TensorRT engine, or None for no engine.
+    def add_all(self, network: CapsNet, checkpoint: Checkpoint, dataset: Dataset, choices: Choices) -> None:
+        """Add every graph of a network that was chosen.
 
         Raises CheckpointError if the figures of the checkpoint are not those of its weights.
         """
+        opset = choices.opset
         model = to_onnx(network, opset)
         self.add_variant(PRECISIONS[0], model)
         _check_figures(checkpoint, self.variants[PRECISIONS[0]])
-        if engine:  # early, since it is the most likely to fail
-            self.add_engine(engine)
-        self.try_variant("int8", lambda: to_int8(model, calibration_images(dataset)))
-        self.try_variant("fp16", lambda: to_fp16(model))
+        if choices.engine:  # early, since it is the most likely to fail
+            self.add_engine(choices.batches)
+        if "int8" not in choices.without:
+            self.try_variant("int8", lambda: to_int8(model, calibration_images(dataset)))
+        if "fp16" not in choices.without:
+            self.try_variant("fp16", lambda: to_fp16(model))
         self.add_explanation(network, opset)
         if network.decoder is not None:
-            self.add_decoder(network, opset)
+            self.add_decoder(network, opset, choices.decoder_weights)
         self.measure_speeds(dataset.test_images)
 
     def add_variant(self, precision: str, model: onnx.ModelProto) -> None:
         """Add a graph that classifies."""
         file = _file(precision)
-        path = self._save(file, model, f"in {precision}")
-        runtime = Runtime(path, "cpu", usable_cores(), quantized=precision == "int8")
+        path, weights = self._save(file, model, f"in {precision}")
+        shared = self._writer.folder / weights if weights else None
+        runtime = Runtime(path, "cpu", usable_cores(), quantized=precision == "int8", weights=shared)
         figures = certify(self._expected, runtime, precision)
         rounded = certify_rounded(self._expected, model) if precision == "fp16" else {}
-        self.variants[precision] = Variant(file, **figures, rounded=rounded)
+        self.variants[precision] = Variant(file, **figures, rounded=rounded, weights=weights)
         self._runtimes[precision] = runtime
 
     def try_variant(self, precision: str, make: Callable[[], onnx.ModelProto]) -> None:
@@ -204,14 +212,18 @@ class _Graphs:
 
     def add_explanation(self, network: CapsNet, opset: int) -> None:
         """Add the graph that returns its couplings."""
-        path = self._save(f"{EXPLAIN}.onnx", explanation_to_onnx(network, opset), "with the couplings of its routing")
+        model = explanation_to_onnx(network, opset)
+        path, weights = self._save(f"{EXPLAIN}.onnx", model, "with the couplings of its routing")
         certified = certify_explanation(network, path, self._expected)
-        self.graphs[EXPLAIN] = replace(certified, receptive_field=receptive_field(network.config))
+        self.graphs[EXPLAIN] = replace(certified, receptive_field=receptive_field(network.config), weights=weights)
 
-    def add_decoder(self, network: CapsNet, opset: int) -> None:
-        """Add the graph that reconstructs."""
-        path = self._save(f"{DECODER}.onnx", decoder_to_onnx(network, opset), "its decoder, from a pose to an image")
-        self.graphs[DECODER] = certify_decoder(network, path, self._expected)
+    def add_decoder(self, network: CapsNet, opset: int, precision: str) -> None:
+        """Add the graph that reconstructs. precision: of its stored weights."""
+        model = decoder_to_onnx(network, opset)
+        if precision == "int8":
+            model = to_int8_weights(model)
+        path, _ = self._save(f"{DECODER}.onnx", model, "its decoder, from a pose to an image")
+        self.graphs[DECODER] = certify_decoder(network, path, self._expected, precision)
 
     def measure_speeds(self, images: Tensor) -> None:
         """Measure all graphs that classify, in turns, on test images, uint8 (B, C, H, W)."""
@@ -223,9 +235,14 @@ class _Graphs:
                 variant, bytes=size, images_per_second=measured[precision], device=device
             )
 
-    def _save(self, file: str, model: onnx.ModelProto, what: str) -> Path:
+    def _save(self, file: str, model: onnx.ModelProto, what: str) -> tuple[Path, str]:
+        """Write a graph. Return its path, and the name of the file that it shares weights with, or "" for none."""
         self._title.write_into(model, file, what)
-        return self._writer.save_graph(file, model)
+        first = self._writer.folder / MODEL
+        written = onnx.ModelProto()
+        written.CopyFrom(model)
+        weights = MODEL if file != MODEL and share_weights(written, first) else ""
+        return self._writer.save_graph(file, written), weights
 
 
 def _file(precision: str) -> str:

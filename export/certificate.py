@@ -15,6 +15,15 @@ _HALF_PRECISION = (
 )
 
 
+_ROUNDING = (
+    "**Rounding:** some images differ by more than single precision should, since they amplify what it rounds, in "
+    "PyTorch too. These were computed in double precision by PyTorch. A graph is written if its largest and its mean "
+    "distance from that are at most twice those of PyTorch in single precision."
+)
+_SHARED = "Some weights of {files} are stored in `{file}` alone: keep these files in the same folder."
+_STORED = "`{file}` stores its weights in 8 bits, with a step for each output, and computes in single precision."
+
+
 def certificate(
     name: str,
     version: str,
@@ -45,20 +54,56 @@ def certificate(
         f"Images a second on {first.device}, all graphs in turns:",
         _speeds(variants),
     ]  # fmt: skip
+    parts[3:3] = _doubtful(variants, graphs)
     if any(variant.rounded for variant in variants.values()):
         parts.insert(3, _HALF_PRECISION)
     parts += [f"**{precision} is not here.** {reason}." for precision, reason in failures.items()]
     others = [
-        (graph_name, f"`{graph.file}`", str(graph.images or "none"), _differences(graph) or "not compared")
+        (
+            graph_name,
+            f"`{graph.file}`",
+            f"{graph.images:,}" if graph.images else "none",
+            _differences(graph) or "not compared",
+        )
         for graph_name, graph in graphs.items()
     ]
     parts += [
         "Further graphs:",
         _table(("graph", "file", "images compared", "largest differences"), others),
+        *_shared(variants, graphs),
+        *(_STORED.format(file=graph.file) for graph in graphs.values() if graph.precision == "int8"),
         "**Not run:** CUDA and TensorRT. All graphs were compared, and timed, on the CPU alone.",
         _table(("file", "SHA-256"), [(f"`{file}`", f"`{sha256}`") for file, sha256 in files.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _shared(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> list[str]:
+    """Return a sentence for each file that other graphs read weights from."""
+    readers: dict[str, list[str]] = {}
+    every: list[Variant | Graph] = [*variants.values(), *graphs.values()]
+    for graph in every:
+        if graph.weights:
+            readers.setdefault(graph.weights, []).append(f"`{graph.file}`")
+    return [_SHARED.format(files=" and ".join(files), file=file) for file, files in readers.items()]
+
+
+def _doubtful(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> list[str]:
+    """Return the notes on the images whose differences are beyond the tolerance of single precision."""
+    every: list[Variant | Graph] = [*variants.values(), *graphs.values()]
+    judged = [graph for graph in every if graph.double_precision]
+    if not judged:
+        return []
+    texts = [_ROUNDING]
+    for graph in judged:
+        figures = graph.double_precision
+        texts.append(
+            f"`{graph.file}`: {figures['images']:,.0f} of {graph.images or 0:,} images. The graph is up to "
+            f"{figures['max_distance']:.2g} from the double precision ({figures['mean_distance']:.2g} in the mean over "
+            f"these images), PyTorch in single precision up to {figures['max_pytorch_distance']:.2g} "
+            f"({figures['mean_pytorch_distance']:.2g})."
+        )
+    return texts
 
 
 def _rows(precision: str, variant: Variant) -> list[tuple[str, ...]]:
@@ -100,7 +145,11 @@ def _speeds(variants: Mapping[str, Variant]) -> str:
 
 
 def _differences(graph: Graph) -> str:
-    return ", ".join(f"{output} {value:.2g}" for output, value in graph.differences.items())
+    texts = []
+    for output, value in graph.differences.items():
+        mean = f" ({graph.mean_differences[output]:.2g} in the mean)" if output in graph.mean_differences else ""
+        texts.append(f"{output} {value:.2g}{mean}")
+    return ", ".join(texts)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

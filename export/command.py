@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Turn a checkpoint into a verified ONNX artifact for the server.",
     )
-    result.add_argument("checkpoint", type=Path, help="the run's folder, or the checkpoint capsnet.pt in it")
+    result.add_argument(
+        "checkpoint", type=Path, help="the run's folder, or its checkpoint (capsnet.pt or .safetensors)"
+    )
     result.add_argument("out", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION")
     add_flags(result, ExportOptions)
     return result
@@ -70,9 +72,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
             raise type(error)(f"{path}: {error}") from error
         name = options.name or _default_name(trained.dataset)
         version = options.version or _next_version(out / name)
-        artifact, failures = export_checkpoint(
-            trained, dataset, out, name, version, options.opset, options.profile, options.tensorrt
-        )
+        artifact, failures = export_checkpoint(trained, dataset, out, name, version, options.chosen)
     except (
         checkpoint.CheckpointError, DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
         TensorRTMissing, TritonError, OSError,

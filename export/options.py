@@ -11,6 +11,8 @@ from pathlib import Path
 from serving.files.options import check, option
 from serving.tensorrt_options import BatchProfile
 
+DECODER_WEIGHTS = ("fp32", "int8")
+_OPTIONAL_PRECISIONS = ("int8", "fp16")
 OPSETS = range(18, 26)  # the versions to which PyTorch's exporter converts by itself
 OPSET = 20
 BATCHES = BatchProfile(1, 8, 32)
@@ -26,6 +28,28 @@ def parse_version(text: str) -> str:
     if not re.fullmatch("[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a positive integer")
     return text
+
+
+def parse_precision(text: str) -> str:
+    if text not in _OPTIONAL_PRECISIONS:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected one of {', '.join(_OPTIONAL_PRECISIONS)}")
+    return text
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choices of an artifact's content.
+
+    opset: the version of the ONNX operators, see ``to_onnx``. batches: the batch sizes for TensorRT and Triton. engine:
+    True to build a TensorRT engine too. without: precisions that are not written. decoder_weights: one of
+    DECODER_WEIGHTS.
+    """
+
+    opset: int = OPSET
+    batches: BatchProfile = BATCHES
+    engine: bool = False
+    without: tuple[str, ...] = ()
+    decoder_weights: str = DECODER_WEIGHTS[0]
 
 
 @dataclass(frozen=True)
@@ -44,6 +68,14 @@ class ExportOptions:
     )
     data: Path | None = option(
         None, "the folder of images that it was trained on", parse=Path, metavar="FOLDER", shown=""
+    )
+    without: tuple[str, ...] = option(
+        (), "precisions to leave out: int8, fp16", parse=parse_precision, count="+", metavar="PRECISION", shown="none"
+    )
+    decoder_weights: str = option(
+        "fp32",
+        "how decoder.onnx stores its weights: fp32, or int8, a quarter of the size; it computes in fp32 with both",
+        choices=DECODER_WEIGHTS,
     )
     tensorrt: bool = option(False, "also build a TensorRT engine, for the GPU of this machine", shown="")
     batches: tuple[int, int] = option(
@@ -68,6 +100,11 @@ class ExportOptions:
             _ = self.profile
         except ValueError as error:
             raise ValueError(f"batches: {error}") from error
+
+    @property
+    def chosen(self) -> Choices:
+        """Return the choices of the artifact's content."""
+        return Choices(self.opset, self.profile, self.tensorrt, self.without, self.decoder_weights)
 
     @property
     def profile(self) -> BatchProfile:

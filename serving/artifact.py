@@ -24,7 +24,7 @@ MODEL = "model.onnx"
 PRECISIONS = ("fp32", "int8", "fp16")
 
 _MAX_SHOWN_CHARACTERS = 200  # of a value in an error: a client may get it in a header of limited size
-_DIFFERENCE_NAME = re.compile("max_(.*)_difference")
+_DIFFERENCE_NAME = re.compile("(max|mean)_(.*)_difference")
 
 
 class ArtifactError(ValueError):
@@ -41,8 +41,12 @@ class Variant:
     tolerance: by figure, the largest accepted value; None for any value.
     rounded: of fp16, the figures of an emulation that rounds the result of each half-precision operation, since
         ``provider`` computes them in single precision.
+    double_precision: of fp32, the figures of the images whose difference is beyond the tolerance: their number, and the
+        distances of this graph and of PyTorch in single precision from PyTorch in double precision. Empty if there are
+        none.
     bytes: the size of the file.
     images_per_second: by batch size, on ``device``.
+    weights: the file with weights that the graph refers to by their place in it; empty if it holds all of its own.
     """
 
     file: str
@@ -59,9 +63,11 @@ class Variant:
     test_images: int = 0
     tolerance: Mapping[str, float | None] = field(default_factory=dict)
     rounded: Mapping[str, float] = field(default_factory=dict)
+    double_precision: Mapping[str, float] = field(default_factory=dict)
     bytes: int = 0
     images_per_second: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
+    weights: str = ""
 
     @property
     def test_error(self) -> str:
@@ -89,14 +95,19 @@ class ReceptiveField:
 class Graph:
     """A further graph, such as ``explain`` and ``decoder``.
 
-    images: the number of images in the comparison with PyTorch; None without a comparison. differences: by output, the
-    largest absolute difference. receptive_field: for a graph that returns its couplings.
+    images: the number of images in the comparison with PyTorch; None without a comparison. differences and
+    mean_differences: by output, the largest and the mean absolute difference. receptive_field: for a graph that returns
+    its couplings. weights, double_precision: as of Variant. precision: of the stored weights.
     """
 
     file: str
     images: int | None = None
     differences: Mapping[str, float] = field(default_factory=dict)
+    mean_differences: Mapping[str, float] = field(default_factory=dict)
     receptive_field: ReceptiveField | None = None
+    weights: str = ""
+    precision: str = PRECISIONS[0]
+    double_precision: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,10 @@ class Artifact:
         """Return the file of the graph that classifies in this precision. Raises ArtifactError if there is none."""
         return self.folder / self.variant(precision).file
 
+    def weights(self, graph: Variant | Graph) -> Path | None:
+        """Return the file with the weights that a graph refers to, or None if it holds all of its own."""
+        return self.folder / graph.weights if graph.weights else None
+
     def sha256(self, precision: str = PRECISIONS[0]) -> str:
         """Return the SHA-256 of the graph in this precision, hexadecimal."""
         return self.files[self.variant(precision).file]
@@ -190,8 +205,9 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
 
 def _variant_content(variant: Variant) -> dict[str, Any]:
     content = asdict(variant)
-    if not variant.rounded:
-        del content["rounded"]
+    for name in ("rounded", "double_precision", "weights"):
+        if not content[name]:
+            del content[name]
     return content
 
 
@@ -200,6 +216,13 @@ def _graph_content(graph: Graph) -> dict[str, Any]:
     if graph.images is not None:
         content["images"] = graph.images
     content |= {f"max_{output}_difference": value for output, value in graph.differences.items()}
+    content |= {f"mean_{output}_difference": value for output, value in graph.mean_differences.items()}
+    if graph.double_precision:
+        content["double_precision"] = dict(graph.double_precision)
+    if graph.weights:
+        content["weights"] = graph.weights
+    if graph.precision != PRECISIONS[0]:
+        content["precision"] = graph.precision
     if graph.receptive_field:
         seen = asdict(graph.receptive_field)
         if not graph.receptive_field.offset:  # older manifests, without padding, have no offset
@@ -239,8 +262,8 @@ def load(folder: Path) -> Artifact:
         batches=_batches(content),
         training=_training(content.section("training")),
     )
-    named_files = {variant.file for variant in result.variants.values()}
-    named_files |= {graph.file for graph in result.graphs.values()}
+    graphs: list[Variant | Graph] = [*result.variants.values(), *result.graphs.values()]
+    named_files = {graph.file for graph in graphs} | {graph.weights for graph in graphs if graph.weights}
     if unknown := named_files - files.keys():
         raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(unknown))}")
     for name, sha256 in files.items():
@@ -354,6 +377,7 @@ def _variant(section: _Section) -> Variant:
         raise section.error("test_errors", errors, "a whole number up to test_images")
     tolerance = section.section("tolerance", {})
     rounded = section.section("rounded", {})
+    double = section.section("double_precision", {})
     speeds = section.section("images_per_second", {})
     return Variant(
         file=section.text("file"),
@@ -372,19 +396,30 @@ def _variant(section: _Section) -> Variant:
             name: None if value is None else tolerance.number(name) for name, value in tolerance.content.items()
         },
         rounded={name: rounded.number(name) for name in rounded.content},
+        double_precision={name: double.number(name) for name in double.content},
         bytes=section.count_or_zero("bytes", 0),
         images_per_second={batch: speeds.number(batch) for batch in speeds.content},
         device=section.text("device", ""),
+        weights=section.text("weights", ""),
     )
 
 
 def _graph(section: _Section) -> Graph:
-    found = {name: _DIFFERENCE_NAME.fullmatch(name) for name in section.content}
+    double = section.section("double_precision", {})
+    found = {name: match for name in section.content if (match := _DIFFERENCE_NAME.fullmatch(name))}
+    largest, mean = (
+        {match[2]: section.number(name) for name, match in found.items() if match[1] == kind}
+        for kind in ("max", "mean")
+    )
     return Graph(
         file=section.text("file"),
         images=section.count("images") if "images" in section.content else None,
-        differences={match[1]: section.number(name) for name, match in found.items() if match},
+        differences=largest,
+        mean_differences=mean,
         receptive_field=_receptive_field(section) if "receptive_field" in section.content else None,
+        weights=section.text("weights", ""),
+        precision=section.text("precision", PRECISIONS[0]),
+        double_precision={name: double.number(name) for name in double.content},
     )
 
 

@@ -141,7 +141,8 @@ class Runtime:
     device: ``auto`` uses CUDA if it works, else the CPU. ``cuda`` and ``tensorrt`` fail if these do not work: ONNX
         Runtime alone would fall back silently to the CPU.
     threads: the threads of one call; 0 for ONNX Runtime's choice.
-    quantized: True if the graph multiplies 8-bit integers.
+    quantized: True if the graph multiplies 8-bit integers. Otherwise weights in 8 bits become single precision here.
+    weights: the file with weights that the graph refers to by their place in it; no other file is read.
     tensorrt: required for the device ``tensorrt`` and unused otherwise.
 
     Raises RuntimeSetupError.
@@ -154,22 +155,28 @@ class Runtime:
         threads: int = 0,
         quantized: bool = False,
         tensorrt: TensorRtSetup | None = None,
+        weights: Path | None = None,
     ) -> None:
         ort = onnxruntime()
         self.description = f"ONNX Runtime {ort.__version__}"
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Threads that spin between calls take the cores from the event loop and from other processes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if quantized and saturates(_CPU_INFO_FILE):
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        options.log_severity_level = 3
         providers = _providers(ort, device, tensorrt)
         # The bytes of the verified file: a graph that is opened by name may read weights from other files. TensorRT's
         # cache needs the name.
         source = str(file) if device == "tensorrt" else file.read_bytes()
-        try:
+        referred = weights or file
+        shared = referred.read_bytes()
+
+        def open_session() -> _Session:
+            options = _session_options(ort, threads, quantized)
+            if device != "tensorrt":
+                # ONNX Runtime copies weights from the bytes when it makes the session. It refuses references to other
+                # files than this one; without it, it would look for them in the current folder.
+                options.add_external_initializers_from_files_in_memory([referred.name], [shared], [len(shared)])
             session: _Session = ort.InferenceSession(source, options, providers=providers)
+            return session
+
+        try:
+            session = open_session()
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise RuntimeSetupError(f"{file}: ONNX Runtime cannot load it: {error}") from error
         #: ONNX Runtime's name of the provider that it really uses first.
@@ -184,12 +191,25 @@ class Runtime:
         self._output_names = list(self.outputs)
         self._session: Session = session
         if self.provider == CUDA:
-            self._session = FixedBatches(lambda: ort.InferenceSession(source, options, providers=providers))
+            self._session = FixedBatches(open_session)
 
     def run(self, arrays: Arrays) -> dict[str, Array]:
         """Compute all outputs of the graph from its inputs. Blocks, and releases Python's lock while it computes."""
         outputs = self._session.run(self._output_names, dict(arrays))
         return dict(zip(self._output_names, outputs, strict=True))
+
+
+def _session_options(ort: Any, threads: int, quantized: bool) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin between calls take the cores from the event loop and from other processes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not quantized:  # else weights in 8 bits would be converted again for each batch
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    elif saturates(_CPU_INFO_FILE):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 3
+    return options
 
 
 def _providers(ort: Any, device: str, tensorrt: TensorRtSetup | None) -> list[Any]:

@@ -16,6 +16,8 @@ from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
 from serving.transport.methods import DEFAULT_CALLS, TRANSPORTS
 
+#: The model that is served without any choice: the first of those that come with the server.
+DEFAULT_MODEL = "capsnet-mnist"
 ENVIRONMENT_PREFIX = "CAPSNET_"
 # Variables of docker-compose.yml. They may also be set for a server that starts without it.
 _OTHER_VARIABLES = ("CAPSNET_CPUS", "CAPSNET_TRAINING_")
@@ -47,7 +49,11 @@ class Settings:
         "model repository, a folder of NAME/VERSION/ folders (default: the one that comes with the server)",
         metavar="FOLDER",
     )
-    model: str = option("", "name of the only model to serve (default: all of the repository)", metavar="NAME")
+    model: str = option(
+        "",
+        f"name of the only model to serve (default: all of the repository, or {DEFAULT_MODEL} without --models)",
+        metavar="NAME",
+    )
     model_version: str = option("", "only version to serve (default: the highest)", metavar="N")
     versions: int = option(1, "how many of a model's versions to serve at once, from the highest down", minimum=1)
     poll_seconds: float = option(
@@ -188,6 +194,11 @@ class Settings:
     @property
     def repository(self) -> Path:
         return Path(self.models) if self.models else embedded_models()
+
+    @property
+    def only_model(self) -> str:
+        """Return the name of the only model to serve, or "" for all of the repository."""
+        return self.model or ("" if self.models else DEFAULT_MODEL)
 
 
 def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:

@@ -24,7 +24,6 @@ from benchmarks.tricks import Figures, Gain
 from benchmarks.without import LOADS, OVERLOAD, REFUSALS, TRICKS
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from serving.settings import embedded_models
 from tests.conftest import Running
 from training.model import CONFIGS, CapsNetConfig
 
@@ -350,7 +349,9 @@ def test_a_server_without_any_trick_answers_as_it_does_with_them(running: Runnin
     flags = ["--threads=1", "--max-batch=8", "--runtimes=1"]
     program = ("benchmarks.without", ",".join(TRICKS))
     with (
-        server.serve(embedded_models(), "fp32", flags, tmp_path, program=program) as served,
+        server.serve(
+            server.repository(server.EMBEDDED, "fp32", tmp_path), "fp32", flags, tmp_path, program=program
+        ) as served,
         grpc.insecure_channel(served.targets["tcp"]) as channel,
     ):
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
 """Tests of checkpoint files: a written one comes back, and any other file is refused without being run."""
 
 import io
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from training.checkpoint import FORMAT, Checkpoint, CheckpointError, load, save
+from training.checkpoint import FORMAT, Checkpoint, CheckpointError, load, save, save_tensors
 from training.model import CapsNet, CapsNetConfig
 
 CONFIG = CapsNetConfig(
@@ -239,3 +241,111 @@ def test_weights_that_are_no_state_are_refused(tmp_path: Path, weights: Any) -> 
     torch.save(content(state_dict=weights), path)
     with pytest.raises(CheckpointError, match="do not fit"):
         load(path).model()
+
+
+def tensors(path: Path, weights: dict[str, torch.Tensor] | None = None, **changes: Any) -> Path:
+    """Write a safetensors file as ``save_tensors`` does, with changes of its fields."""
+    fields = {name: value for name, value in content().items() if name not in ("format", "state_dict")}
+    chosen = {name: value for name, value in WEIGHTS.items() if "decoder" not in name} if weights is None else weights
+    save_file(chosen, path, {FORMAT: json.dumps(fields | changes)})
+    return path
+
+
+def test_a_checkpoint_of_tensors_comes_back_without_its_decoder(tmp_path: Path) -> None:
+    saved = make_checkpoint()
+    path = tmp_path / "checkpoint.safetensors"
+    save_tensors(saved, path)
+    loaded = load(path)
+    assert [*tmp_path.iterdir()] == [path]
+    assert replace(loaded, state_dict={}) == replace(saved, state_dict={})
+    assert loaded.config.decoder_widths == CONFIG.decoder_widths, "as it was trained"
+    assert loaded.model().decoder is None
+    assert not [name for name in loaded.state_dict if name.startswith("decoder")]
+    with torch.no_grad():
+        assert loaded.model()(IMAGES).equal(saved.model()(IMAGES))
+    first = path.read_bytes()
+    save_tensors(saved, path)
+    assert path.read_bytes() == first
+
+
+def test_a_checkpoint_of_tensors_with_a_stem_and_half_precision_comes_back_in_single(tmp_path: Path) -> None:
+    saved = make_checkpoint(replace(CONFIG, stem=((2, 3, 2, 1), (3, 3, 1, 1)), primary_kernel=3))
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in saved.state_dict.items()}
+    save_tensors(replace(saved, state_dict=halved), tmp_path / "a.safetensors")
+    loaded = load(tmp_path / "a.safetensors")
+    assert loaded.config == saved.config
+    assert {value.dtype for value in loaded.state_dict.values()} == {torch.float32, torch.int64}
+    loaded.model()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9999])
+def test_a_file_of_tensors_that_was_cut_off_is_refused_by_name(tmp_path: Path, share: float) -> None:
+    path = tensors(tmp_path / "a.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert_refused(path, "not a readable safetensors file, or cut off")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"hello\n",
+        bytes(100),
+        b"\xff" * 100,
+        b"\x02\0\0\0\0\0\0\0{}",
+        (2**62).to_bytes(8, "little") + b"{}",
+        (90_000).to_bytes(8, "little") + b"[" * 90_000,
+    ],
+    ids=["text", "zeros", "ones", "empty", "long header", "deep header"],
+)
+def test_a_hostile_file_of_tensors_is_refused_by_name(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(raw)
+    assert_refused(path, "not a readable safetensors file, or cut off|not a capsnet-checkpoint-1 file")
+
+
+def test_a_missing_or_foreign_file_of_tensors_is_refused_by_name(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "none.safetensors", "no such file")
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    assert_refused(tmp_path / "a.safetensors", "not a capsnet-checkpoint-1 file")
+    (tmp_path / "folder.safetensors").mkdir()
+    assert_refused(tmp_path / "folder.safetensors", "not a readable safetensors file")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config": None},
+        {"config": {"stride": 3}},
+        {"config": {"classes": 0}},
+        {"config": {"classes": True}},
+        {"config": {"image_size": "28"}},
+        {"config": {"image_size": 28.0}},
+        {"config": {"stem": [[1, 2]]}},
+        {"config": {"stem": [[1, 2.5, 1, 0]]}},
+        {"config": {"stem": 3}},
+        {"config": {"decoder_widths": ["a"]}},
+        {"config": {"agreement": ["scalar-product"]}},
+        {"labels": "abc"},
+        {"labels": [1, 2, 3]},
+        {"dataset": None},
+        {"recipe": []},
+        {"figures": 1},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_tensors_with_unfit_fields_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert_refused(tensors(tmp_path / "a.safetensors", **changes), "fields do not fit")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"a"', "[" * 100_000])
+def test_metadata_that_is_no_object_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {FORMAT: text})
+    assert_refused(tmp_path / "a.safetensors", "fields do not fit")
+
+
+def test_a_config_of_a_huge_network_takes_no_memory(tmp_path: Path) -> None:
+    huge = asdict(CONFIG) | {"primary_types": 10**6, "primary_dim": 10**4, "classes": 10**4}
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load(tensors(tmp_path / "a.safetensors", config=huge)).model()

@@ -22,9 +22,11 @@ from torch import Tensor
 from export import __main__ as command
 from export.artifact_writer import ArtifactWriter
 from export.build import calibration_images, export_checkpoint
-from export.certificate import CERTIFICATE
+from export.certificate import CERTIFICATE, certificate
 from export.graph import BATCH, GraphError, check, receptive_field, served_signature
-from export.to_onnx import to_onnx
+from export.options import Choices
+from export.to_int8_weights import to_int8_weights
+from export.to_onnx import explanation_to_onnx, to_onnx
 from export.to_tensorrt import TensorRTMissing
 from export.triton import TritonError
 from export.verify import (
@@ -50,6 +52,7 @@ from training.data.datasets import Dataset
 from training.data.sources import DatasetError
 from training.evaluate import predict
 from training.model import CONFIGS, CapsNet, CapsNetConfig, to_pixels
+from training.run_folder import TENSORS_FILE, checkpoint_path
 
 TINY = CapsNetConfig(conv_channels=8, primary_types=2, decoder_widths=(4,))
 BARE = graphs.TINY
@@ -171,8 +174,156 @@ def test_serving_loads_an_exported_artifact(exported: Artifact) -> None:
     assert artifacts.load(exported.folder) == exported
     graphs = [f"{name}.onnx" for name in ("decoder", "explain", "fp16", "int8", "model")]
     assert sorted(path.name for path in exported.folder.iterdir()) == sorted(
-        [CERTIFICATE, MANIFEST, MANIFEST_DIGEST, *graphs]
+        [CERTIFICATE, MANIFEST, MANIFEST_DIGEST, TENSORS_FILE, *graphs]
     )
+    assert len({path.stat().st_mode for path in exported.folder.iterdir()}) == 1
+
+
+def test_the_weights_of_an_artifact_are_stored_once(exported: Artifact, graph: onnx.ModelProto) -> None:
+    whole = exported.file().read_bytes()
+    for name in ("int8", "explain"):
+        entry: Variant | Graph = exported.variants[name] if name == "int8" else exported.graphs[name]
+        assert entry.weights == MODEL
+        bare = onnx.load_model(exported.folder / entry.file, load_external_data=False)
+        shared = [tensor for tensor in bare.graph.initializer if tensor.external_data]
+        assert shared
+        for tensor in shared:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            offset, length = int(place["offset"]), int(place["length"])
+            assert place["location"] == MODEL
+            assert length == 4 * np.prod(tensor.dims)
+            (same,) = (own for own in graph.graph.initializer if own.name == tensor.name)
+            assert whole[offset : offset + length] == same.raw_data
+    assert (exported.folder / "explain.onnx").stat().st_size < exported.file().stat().st_size / 4
+    assert exported.variants["fp32"].weights == exported.variants["fp16"].weights == ""
+    assert (
+        "weights of `int8.onnx` and `explain.onnx` are stored in `model.onnx` alone"
+        in (exported.folder / CERTIFICATE).read_text()
+    )
+
+
+def test_a_graph_with_shared_weights_answers_as_the_one_with_its_own(exported: Artifact, trained: Checkpoint) -> None:
+    whole = explanation_to_onnx(trained.model())
+    session = onnxruntime().InferenceSession(whole.SerializeToString())
+    names = ["probabilities", "poses", "couplings"]
+    images = {"images": IMAGES.numpy()}
+    weights = exported.weights(exported.graphs["explain"])
+    found = Runtime(exported.folder / "explain.onnx", "cpu", weights=weights).run(images)
+    for name, array in zip(names, session.run(names, images), strict=True):
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_an_artifacts_checkpoint_exports_to_the_same_graph_without_the_decoder(
+    exported: Artifact, trained: Checkpoint, tmp_path: Path
+) -> None:
+    assert checkpoint_path(exported.folder) == exported.folder / TENSORS_FILE
+    again = checkpoints.load(exported.folder / TENSORS_FILE)
+    assert replace(again, state_dict={}) == replace(trained, state_dict={})
+    artifact, _ = export_checkpoint(again, DATASET, tmp_path, NAME, "1", Choices(without=("int8", "fp16")))
+    assert artifact.files[MODEL] == exported.files[MODEL]
+    assert artifact.training.config == exported.training.config
+    assert list(artifact.variants) == ["fp32"]
+    assert list(artifact.graphs) == ["explain"]
+
+
+def test_a_decoder_in_8_bits_is_a_quarter_of_the_size_and_its_cost_is_certified(tmp_path: Path) -> None:
+    config = replace(TINY, decoder_widths=(64, 128))
+    network = random_network(config)
+    errors = int((predict(network, IMAGES)[0].argmax(1) != LABELS).sum())
+    figures = {"test_errors": errors, "test_images": len(LABELS)}
+    wide = Checkpoint(config, "mnist", tuple("0123456789"), {}, figures, network.state_dict())
+    choices = Choices(without=("int8", "fp16"), decoder_weights="int8")
+    artifact, _ = export_checkpoint(wide, DATASET, tmp_path, NAME, "1", choices)
+    graph = artifact.graphs["decoder"]
+    assert (graph.precision, graph.images) == ("int8", 20)
+    assert 1e-5 < graph.mean_differences["image"] < graph.differences["image"] < 0.1
+    size = (artifact.folder / graph.file).stat().st_size
+    parameters = sum(value.numel() for name, value in wide.state_dict.items() if name.startswith("decoder."))
+    assert size < 1.5 * parameters
+    assert artifacts.load(artifact.folder) == artifact
+    page = (artifact.folder / CERTIFICATE).read_text()
+    assert f"image {graph.differences['image']:.2g} ({graph.mean_differences['image']:.2g} in the mean)" in page
+    assert "`decoder.onnx` stores its weights in 8 bits" in page
+
+
+def test_a_decoder_in_8_bits_that_is_wrong_is_a_parity_error(
+    trained: Checkpoint, expected: Reference, exported: Artifact, tmp_path: Path
+) -> None:
+    model = to_int8_weights(onnx.load_model(exported.folder / "decoder.onnx"))
+    steps = [tensor for tensor in model.graph.initializer if tensor.name.endswith("_steps")]
+    onnx.save_model(model, tmp_path / "decoder.onnx")
+    certify_decoder(trained.model(), tmp_path / "decoder.onnx", expected, "int8")
+    for tensor in steps:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save_model(model, tmp_path / "decoder.onnx")
+    with pytest.raises(ParityError, match=r"decoder\.onnx: image differ"):
+        certify_decoder(trained.model(), tmp_path / "decoder.onnx", expected, "int8")
+
+
+@pytest.mark.parametrize("images", [1, 20])
+def test_a_true_error_of_a_ten_thousandth_is_a_parity_error(
+    expected: Reference, exported: Artifact, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    honest = Runtime.run
+
+    def off(runtime: Runtime, arrays: Arrays) -> Arrays:
+        outputs: dict[str, Any] = honest(runtime, arrays)
+        outputs["poses"][:images, 0, 0] += np.float32(1e-4) * (rows(arrays) > 1)
+        return outputs
+
+    monkeypatch.setattr(Runtime, "run", off)
+    with pytest.raises(ParityError, match=r"poses by up to 0\.0001"):
+        certify(expected, Runtime(exported.file(), "cpu"), "fp32")
+
+
+def test_an_image_that_pytorch_itself_rounds_badly_is_judged_in_double_precision(
+    expected: Reference, exported: Artifact
+) -> None:
+    poses = expected.prediction.poses.copy()
+    poses[3, 0, 0] += np.float32(2e-5)
+    rounded_badly = expected._replace(prediction=expected.prediction._replace(poses=poses))
+    figures = certify(rounded_badly, Runtime(exported.file(), "cpu"), "fp32")
+    distances = figures["double_precision"]
+    assert distances["images"] == 1
+    assert distances["max_distance"] < 1e-5 < 1.9e-5 < distances["max_pytorch_distance"] < 2.1e-5
+    assert figures["max_pose_difference"] > 1.9e-5
+    variant = Variant("model.onnx", **figures, bytes=1, images_per_second={"1": 1.0})
+    page = certificate(NAME, "1", Training("mnist"), {"fp32": variant}, {}, {}, {})
+    assert "**Rounding:**" in page
+    assert "`model.onnx`: 1 of 35 images." in page
+    assert f"PyTorch in single precision up to {distances['max_pytorch_distance']:.2g}" in page
+
+
+def test_the_explanation_of_an_image_that_is_rounded_badly_is_judged_in_double_precision(
+    expected: Reference, exported: Artifact, trained: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, file = trained.model(), exported.folder / "explain.onnx"
+    honest = CapsNet.with_couplings
+
+    def badly(network: CapsNet, images: Tensor) -> tuple[Tensor, Tensor]:
+        poses, couplings = honest(network, images)
+        if images.dtype == torch.float32:
+            couplings[3, 0, 0] += 2e-5
+        return poses, couplings
+
+    monkeypatch.setattr(CapsNet, "with_couplings", badly)
+    graph = certify_explanation(network, file, expected)
+    assert graph.double_precision["images"] == 1
+    assert graph.double_precision["max_distance"] < 1e-5 < graph.double_precision["max_pytorch_distance"]
+    assert graph.differences["couplings"] > 1.9e-5
+
+
+def test_images_beyond_the_tolerance_are_a_parity_error_if_they_are_many(
+    expected: Reference, exported: Artifact
+) -> None:
+    poses = expected.prediction.poses.copy()
+    poses[:3, 0, 0] += np.float32(2e-5)  # of 35, where 5 % is rounded up to two
+    with pytest.raises(ParityError, match="poses by up to 2e-05"):
+        certify(
+            expected._replace(prediction=expected.prediction._replace(poses=poses)),
+            Runtime(exported.file(), "cpu"),
+            "fp32",
+        )
 
 
 def test_the_manifest_is_written_after_all_graphs_were_verified(
@@ -765,7 +916,7 @@ def test_an_engine_is_asked_for_before_the_long_comparisons(
     trained: Checkpoint, tmp_path: Path, ready_made: None
 ) -> None:
     with pytest.raises(TensorRTMissing, match="tensorrt is not installed"):
-        export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
+        export_checkpoint(trained, DATASET, tmp_path, NAME, "1", choices=Choices(engine=True))
     assert not (tmp_path / NAME / "1").exists()
 
 
@@ -773,7 +924,7 @@ def test_an_engine_that_was_built_is_in_the_manifest_and_not_said_to_be_compared
     trained: Checkpoint, tmp_path: Path, ready_made: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.build.build_engine", lambda model, engine, profile: engine.write_bytes(b"engine"))
-    artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", engine=True)
+    artifact, _ = export_checkpoint(trained, DATASET, tmp_path, NAME, "1", choices=Choices(engine=True))
     assert artifact.graphs["tensorrt"] == Graph("model.plan")
     assert artifact.batches == BatchProfile(1, 8, 32)
     assert "| tensorrt | `model.plan` | none | not compared |" in (artifact.folder / CERTIFICATE).read_text()

@@ -69,7 +69,7 @@ def test_a_session_is_opened_only_when_its_size_is_needed() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_the_embedded_model_answers_the_same_in_a_filled_batch(digits: Digits, count: int) -> None:
-    source = load(find(ROOT / "models")).file("fp32").read_bytes()
+    source = load(find(ROOT / "models", "capsnet-mnist")).file("fp32").read_bytes()
     ort = onnxruntime()
 
     def open_session() -> Session:

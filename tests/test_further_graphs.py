@@ -122,7 +122,7 @@ def serve(test: Callable[[Serving], Coroutine[None, None, None]], graphs: set[st
 
 def expected(digits: Digits, count: int) -> dict[str, NDArray[np.float32]]:
     """Return the outputs of ONNX Runtime alone for the first digits."""
-    session = onnxruntime().InferenceSession(find(ROOT / "models") / "explain.onnx")
+    session = onnxruntime().InferenceSession(find(ROOT / "models", "capsnet-mnist") / "explain.onnx")
     names = ["probabilities", "couplings"]
     return dict(zip(names, session.run(names, {"images": digits.images[:count, None]}), strict=True))
 
@@ -133,7 +133,7 @@ def couplings(answer: bytes) -> NDArray[np.float32]:
 
 
 def test_a_digit_is_explained_by_a_graph_that_only_its_service_knows(digits: Digits) -> None:
-    field = load(find(ROOT / "models")).graphs[EXPLAIN].receptive_field
+    field = load(find(ROOT / "models", "capsnet-mnist")).graphs[EXPLAIN].receptive_field
     assert field
 
     async def test(serving: Serving) -> None:
@@ -205,7 +205,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield names
 
 
-@pytest.mark.parametrize("wanted", [set(), {CLASSIFY}, {"decoder"}], ids=["none", "classify", "one-that-is-not-there"])
+@pytest.mark.parametrize("wanted", [set(), {CLASSIFY}, {"other"}], ids=["none", "classify", "one-that-is-not-there"])
 def test_a_graph_that_no_service_needs_is_never_opened(digits: Digits, opened: list[str], wanted: set[str]) -> None:
     async def test(serving: Serving) -> None:
         assert list(serving.model.graphs) == [CLASSIFY]
@@ -246,6 +246,6 @@ def a_graph(node: str, **attributes: Any) -> bytes:
 )
 def test_a_graph_that_answers_wrongly_is_refused_before_it_serves(tmp_path: Path, graph: bytes, message: str) -> None:
     (tmp_path / "odd.onnx").write_bytes(graph)
-    artifact = replace(load(find(ROOT / "models")), folder=tmp_path, graphs={"odd": Graph("odd.onnx")})
+    artifact = replace(load(find(ROOT / "models", "capsnet-mnist")), folder=tmp_path, graphs={"odd": Graph("odd.onnx")})
     with pytest.raises(RuntimeSetupError, match=message):
         FurtherGraph("odd", artifact, settings()).open(1)

@@ -352,7 +352,7 @@ def test_more_threads_than_cores_are_warned_of(
 
 
 def test_a_changed_model_file_is_refused_with_both_digests(tmp_path: Path) -> None:
-    source = artifact.find(ROOT / "models")
+    source = artifact.find(ROOT / "models", "capsnet-mnist")
     copy = tmp_path / "capsnet-mnist" / "1"
     copy.mkdir(parents=True)
     for file in source.iterdir():

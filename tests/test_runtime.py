@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 import pytest
 
+from export.to_fp16 import to_fp16
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.artifact import PRECISIONS, find, load
+from serving.artifact import PRECISIONS, Artifact, digest, find, load, write_manifest
 from serving.metrics.registry import Metrics
 from serving.repository.classifier import open_classifier
 from serving.repository.served_model import ServedModel
@@ -22,12 +23,30 @@ from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The embedded model with fp16 too, which does not come with it, to save space."""
+    source = load(find(ROOT / "models", "capsnet-mnist"))
+    folder = Path(shutil.copytree(source.folder, tmp_path_factory.mktemp("models") / source.name / source.version))
+    onnx.save_model(to_fp16(onnx.load_model(source.file())), folder / "fp16.onnx")
+    fp16 = replace(source.variants["fp32"], file="fp16.onnx")
+    artifact = replace(
+        source,
+        folder=folder,
+        files=source.files | {fp16.file: digest(folder / fp16.file)},
+        variants={**source.variants, "fp16": fp16},
+    )
+    write_manifest(artifact)
+    return artifact
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certificate(
-    precision: str, digits: Digits
+    precision: str, digits: Digits, complete: Artifact
 ) -> None:
-    artifact = load(find(ROOT / "models"))
-    runtime = Runtime(artifact.file(precision), "cpu", quantized=precision == "int8")
+    artifact = load(complete.folder)
+    weights = artifact.weights(artifact.variant(precision))
+    runtime = Runtime(artifact.file(precision), "cpu", quantized=precision == "int8", weights=weights)
     images = digits.images[:, None]
     parts = [runtime.run({"images": images[start : start + 250]}) for start in range(0, len(images), 250)]
     classes = np.concatenate([part["probabilities"].argmax(1) for part in parts])
@@ -37,18 +56,22 @@ def test_every_precision_of_the_embedded_model_makes_the_errors_of_its_certifica
 
 
 def test_a_runtime_opens_any_graph_and_tells_its_inputs_and_outputs(digits: Digits) -> None:
-    artifact = load(find(ROOT / "models"))
-    runtime = Runtime(artifact.folder / str(artifact.graphs["explain"].file), "cpu")
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
+    explain = artifact.graphs["explain"]
+    field = explain.receptive_field
+    assert field
+    capsules = field.types * field.grid**2
+    runtime = Runtime(artifact.folder / explain.file, "cpu", weights=artifact.weights(explain))
     byte, real = np.dtype(np.uint8), np.dtype(np.float32)
     assert runtime.inputs == {"images": TensorSpec(byte, (1, 28, 28))}
     assert runtime.outputs == {
         "probabilities": TensorSpec(real, (10,)),
         "poses": TensorSpec(real, (10, 16)),
-        "couplings": TensorSpec(real, (10, 288)),
+        "couplings": TensorSpec(real, (10, capsules)),
     }
     outputs = runtime.run({"images": digits.images[:3, None]})
     assert {name: array.shape for name, array in outputs.items()} == {
-        "probabilities": (3, 10), "poses": (3, 10, 16), "couplings": (3, 10, 288),
+        "probabilities": (3, 10), "poses": (3, 10, 16), "couplings": (3, 10, capsules),
     }  # fmt: skip
     (classified,) = [Runtime(artifact.file(), "cpu").run({"images": digits.images[:3, None]})["poses"]]
     np.testing.assert_allclose(np.asarray(outputs["poses"], float), np.asarray(classified, float), atol=1e-5)
@@ -98,8 +121,10 @@ def test_a_processor_without_vnni_is_known_by_its_flags(tmp_path: Path, text: st
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_server_tells_the_precision_it_serves(start: Callable[..., Running], precision: str, digits: Digits) -> None:
-    running = start(precision=precision)
+def test_a_server_tells_the_precision_it_serves(
+    start: Callable[..., Running], precision: str, digits: Digits, complete: Artifact
+) -> None:
+    running = start(precision=precision, models=str(complete.folder.parent.parent))
     described = running.stub.GetModel(pb.GetModelRequest(), timeout=20)
     assert described.precision == precision
     assert described.sha256 == running.model.artifact.sha256(precision)
@@ -142,12 +167,12 @@ class FakeSession:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_tensorrt_gets_the_manifests_batches_and_keeps_each_graphs_engines_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, complete: Artifact
 ) -> None:
     fake = Mock(__version__="1.31", InferenceSession=FakeSession)
     fake.get_available_providers.return_value = [TENSORRT, "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
-    artifact = load(find(ROOT / "models"))
+    artifact = complete
 
     runtime = open_classifier(artifact, "tensorrt", 0, precision, tmp_path)
 
@@ -166,7 +191,7 @@ def test_tensorrt_gets_the_manifests_batches_and_keeps_each_graphs_engines_apart
 
 def test_tensorrt_that_is_not_there_is_an_error_and_no_silent_fallback(tmp_path: Path) -> None:
     with pytest.raises(RuntimeSetupError, match=r"device tensorrt was asked for, but this ONNX Runtime has only .*CPU"):
-        open_classifier(load(find(ROOT / "models")), "tensorrt", 0, "fp32", tmp_path)
+        open_classifier(load(find(ROOT / "models", "capsnet-mnist")), "tensorrt", 0, "fp32", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -176,19 +201,32 @@ def test_a_cache_that_cannot_be_made_is_reported(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeSetupError, match="cannot be made: Not a directory; engine_cache names another"):
-        open_classifier(load(find(ROOT / "models")), "tensorrt", 0, "fp32", tmp_path / "file")
+        open_classifier(load(find(ROOT / "models", "capsnet-mnist")), "tensorrt", 0, "fp32", tmp_path / "file")
 
 
 def test_a_batch_beyond_tensorrts_profile_is_refused_before_anything_is_built() -> None:
     with pytest.raises(RuntimeSetupError, match="max_batch: 33; this model was exported for batches of up to 32"):
-        ServedModel(find(ROOT / "models"), Settings(device="tensorrt", max_batch=33), Metrics())
+        ServedModel(find(ROOT / "models", "capsnet-mnist"), Settings(device="tensorrt", max_batch=33), Metrics())
+
+
+def test_weights_are_read_from_the_named_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
+    file, weights = artifact.folder / artifact.graphs["explain"].file, artifact.weights(artifact.graphs["explain"])
+    assert weights == artifact.file()
+    assert Runtime(file, "cpu", weights=weights).outputs.keys() == {"probabilities", "poses", "couplings"}
+    monkeypatch.chdir(artifact.folder)  # the folder in which ONNX Runtime would look for them
+    (tmp_path / "model.onnx").write_bytes(artifact.file().read_bytes()[:1000])
+    (tmp_path / "other").write_bytes(artifact.file().read_bytes())
+    for wrong in (None, tmp_path / "model.onnx", tmp_path / "other"):
+        with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
+            Runtime(file, "cpu", weights=wrong)
 
 
 def test_weights_outside_the_verified_file_are_not_read(tmp_path: Path) -> None:
     folder = tmp_path / "capsnet-mnist" / "1"
-    shutil.copytree(find(ROOT / "models"), folder)
+    shutil.copytree(find(ROOT / "models", "capsnet-mnist"), folder)
     model = onnx.load_model(folder / "model.onnx")
     onnx.save_model(model, folder / "model.onnx", save_as_external_data=True, location="weights", size_threshold=0)
-    artifact = load(find(ROOT / "models"))
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
     with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
         Runtime(replace(artifact, folder=folder).file(), "cpu")

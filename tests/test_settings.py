@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from serving.settings import ENVIRONMENT_PREFIX, Settings, read, service_links
+from serving.settings import DEFAULT_MODEL, ENVIRONMENT_PREFIX, Settings, embedded_models, read, service_links
 from tests.conftest import ROOT
 
 
@@ -111,3 +111,11 @@ def test_every_setting_can_be_given_to_compose_but_those_that_the_file_decides()
     decided = {"HOST", "PORT", "METRICS_PORT", "ADMIN_PORT", "MODELS", "UNIX_SOCKET", "DEVICE", "ENGINE_CACHE"}
     expected = {f"{ENVIRONMENT_PREFIX}{setting.name.upper()}" for setting in fields(Settings)}
     assert passed_on == expected - {ENVIRONMENT_PREFIX + name for name in decided}
+
+
+def test_without_a_choice_the_default_model_is_served_alone() -> None:
+    assert Settings().only_model == DEFAULT_MODEL
+    assert Settings(model="capsnet-multimnist").only_model == "capsnet-multimnist"
+    assert Settings(models="folder").only_model == ""
+    assert Settings(models="folder", model="one").only_model == "one"
+    assert (embedded_models() / DEFAULT_MODEL).is_dir()

@@ -9,9 +9,13 @@ SETTINGS_FILE = "settings.json"
 RESUME_FILE = "last.ckpt"
 BEST_FILE = "best.ckpt"
 CHECKPOINT_FILE = "capsnet.pt"
+TENSORS_FILE = "checkpoint.safetensors"
 REPORT_FILE = "report.md"
 
 
 def checkpoint_path(path: Path) -> Path:
-    """Return the finished network's file if the path is a run's folder, else the path itself."""
-    return path / CHECKPOINT_FILE if path.is_dir() else path
+    """Return the finished network's file if the path is the folder of a run or an artifact, else the path itself."""
+    if not path.is_dir():
+        return path
+    tensors = path / TENSORS_FILE
+    return tensors if tensors.exists() and not (path / CHECKPOINT_FILE).exists() else path / CHECKPOINT_FILE

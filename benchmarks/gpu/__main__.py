@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serving.artifact import find
-from serving.settings import embedded_models
+from serving.settings import DEFAULT_MODEL, embedded_models
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 SPARE_SECONDS = 20  # of each part besides its limit: to start a process and to read files
@@ -32,10 +32,11 @@ class Part(NamedTuple):
 
 def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list[Part]:
     """Return the parts in their order. seconds: for all parts. The trainings fit their epochs into their share."""
-    model = find(embedded_models())
+    model = find(embedded_models(), DEFAULT_MODEL)
     graphs = [
         word
         for name, file in (("fp32", "model.onnx"), ("fp16", "fp16.onnx"), ("explain", "explain.onnx"))
+        if (model / file).exists()
         for word in ("--graph", f"{model.parent.name}-{name}={model / file}={model / 'model.onnx'}")
     ]
     files = ["--data-dir", str(data)] if data else []

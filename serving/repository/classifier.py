@@ -65,7 +65,8 @@ def open_classifier(
             (engine_cache or cache_folder() / "tensorrt") / artifact.sha256(precision),
             lambda folder: execution_provider_options(profile, artifact.image_shape, folder, fp16=precision == "fp16"),
         )
-    runtime = Runtime(file, device, threads, quantized=precision == "int8", tensorrt=tensorrt)
+    weights = artifact.weights(artifact.variant(precision))
+    runtime = Runtime(file, device, threads, quantized=precision == "int8", tensorrt=tensorrt, weights=weights)
     try:
         self_test(runtime, artifact)
     except RuntimeSetupError:

@@ -14,7 +14,7 @@ _TOLERANCE = 0.01
 
 
 class FurtherGraph:
-    """A further graph of an artifact, in single precision. Its check requires finite answers."""
+    """A further graph of an artifact, computed in single precision. Its check requires finite answers."""
 
     labels: tuple[str, ...] = ()
     max_batch = 0
@@ -22,11 +22,12 @@ class FurtherGraph:
     def __init__(self, name: str, artifact: Artifact, settings: Settings) -> None:
         self.name = name
         self._file = artifact.folder / artifact.graphs[name].file
+        self._weights = artifact.weights(artifact.graphs[name])
         # TensorRT has shapes for the classifying graph only.
         self._device = "auto" if settings.device == "tensorrt" else settings.device
 
     def open(self, threads: int) -> Runtime:
-        runtime = Runtime(self._file, self._device, threads)
+        runtime = Runtime(self._file, self._device, threads, weights=self._weights)
         try:
             self._test(runtime)
         except RuntimeSetupError:

@@ -81,8 +81,8 @@ class Repository:
     async def open(self) -> None:
         """Load all models. Raises ArtifactError or RuntimeSetupError if a model has no version that can be served."""
         settings = self._settings
-        if settings.model or settings.model_version or not self._names():
-            artifacts.find(self._folder, settings.model, settings.model_version)
+        if settings.only_model or settings.model_version or not self._names():
+            artifacts.find(self._folder, settings.only_model, settings.model_version)
         await self.scan()
         if not self._current:
             if not self._failures:  # folders without a version
@@ -173,7 +173,7 @@ class Repository:
         )
 
     def _names(self) -> list[str]:
-        only = self._settings.model
+        only = self._settings.only_model
         found = {path.parent.parent.name for path in self._folder.glob(f"[!.]*/*/{MANIFEST}")}
         return sorted(found & {only} if only else found)
 
