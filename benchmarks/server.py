@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import time
@@ -42,6 +43,11 @@ class Page:
 
     samples: tuple[tuple[str, Mapping[str, str], float], ...]
 
+    @classmethod
+    def parse(cls, text: bytes) -> "Page":
+        families = text_string_to_metric_families(text.decode())
+        return cls(tuple((one.name, one.labels, one.value) for family in families for one in family.samples))
+
     def total(self, name: str, **labels: str) -> float | None:
         """Return the sum of the samples with this name and these labels, or None if no sample has this name."""
         values = [(has, value) for sample, has, value in self.samples if sample == name]
@@ -55,7 +61,8 @@ class Served:
     """A running server.
 
     targets: the address for each transport: ``tcp``, and ``unix`` if the server can.
-    began: the time just before its process was started, in seconds since 1970, like the times in its log.
+    began: the time just before its process was started, in seconds since 1970, like the times in its log. ca: the
+    file of the authorities that the metrics' clients trust, or None without TLS.
     """
 
     process: "subprocess.Popen[bytes]"
@@ -63,17 +70,18 @@ class Served:
     metrics_url: str
     log: Path
     began: float
+    ca: Path | None = None
 
     def fetch(self, headers: Mapping[str, str] | None = None) -> bytes:
         """Return the metrics page as the server sends it for these headers. Raises OSError, HTTPException."""
         request = urllib.request.Request(self.metrics_url, headers=dict(headers or {}))
-        with urllib.request.urlopen(request, timeout=10) as response:
+        context = ssl.create_default_context(cafile=self.ca) if self.ca else None
+        with urllib.request.urlopen(request, timeout=10, context=context) as response:
             body: bytes = response.read()
         return body
 
     def page(self) -> Page:
-        families = text_string_to_metric_families(self.fetch().decode())
-        return Page(tuple((one.name, one.labels, one.value) for family in families for one in family.samples))
+        return Page.parse(self.fetch())
 
     def page_after(self, ok: float, method: str) -> Page:
         """Return the page once ``ok`` calls of this method have ended with OK and no call is in flight.
@@ -105,11 +113,13 @@ def serve(
     folder: Path,
     poll_seconds: float = 0.05,
     program: Sequence[str] = ("serving",),
+    ca: Path | None = None,
 ) -> Iterator[Served]:
     """Run ``python -m serving`` on free ports, and on a Unix socket in ``folder`` if the server supports one.
 
     poll_seconds: the time between checks of its log for the line that says that it serves. program: a module to run
-    instead, and arguments before the flags. Raises LoadError with the end of the log if it does not start.
+    instead, and arguments before the flags. ca: authorities, if the flags turn TLS on. Raises LoadError with the end of
+    the log if it does not start.
     """
     log, unix_socket = folder / "server.log", folder / "socket"
     command = [sys.executable, "-m", *program]
@@ -121,7 +131,7 @@ def serve(
         began = time.time()
         process = subprocess.Popen([*command, *flags], cwd=_ROOT, stdout=stream, stderr=stream)
     try:
-        ports = re.compile(r'gRPC on \S+:(\d+), metrics on (http://[^\s"]+)')
+        ports = re.compile(r'gRPC on \S+:(\d+), metrics on (https?://[^\s"]+)')
         end = time.monotonic() + _START_SECONDS
         while not (found := ports.search(log.read_text(errors="replace"))):
             if process.poll() is not None or time.monotonic() > end:
@@ -129,7 +139,7 @@ def serve(
             time.sleep(poll_seconds)
         targets = {"tcp": f"127.0.0.1:{found[1]}"}
         targets |= {"unix": f"unix:{unix_socket}"} if has_socket else {}
-        yield Served(process, targets, found[2], log, began)
+        yield Served(process, targets, found[2], log, began, ca)
     finally:
         process.terminate()
         try:

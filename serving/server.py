@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from grpc_health.v1 import health_pb2
 
 from serving.access.access import Access
+from serving.access.files import AccessError
 from serving.access.tokens import ADMIN, PREDICT
 from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
@@ -65,6 +66,8 @@ class Server:
     """The models of a repository behind gRPC, with metrics over HTTP.
 
     spans: the exporter of traces, instead of the collector in the settings.
+
+    Raises StartError if a file of certificates or tokens cannot be used.
     """
 
     def __init__(self, settings: Settings, spans: "SpanExporter | None" = None) -> None:
@@ -74,7 +77,10 @@ class Server:
         self.port = self.metrics_port = self.admin_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
-        self._access = Access(settings, self._edge.denied)
+        try:
+            self._access = Access(settings, self._edge.denied)
+        except AccessError as error:
+            raise StartError(str(error)) from error
         self._scanning: set[asyncio.Task[None]] = set()
         self._pipeline = Pipeline(self.repository, settings.stream_window)
         self._started = AsyncExitStack()  # closes the started parts, the last one first
@@ -231,6 +237,11 @@ class Server:
             memory_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
             refused=self._edge.refused_by_transport,
             handshake=lambda result: self.metrics.handshakes.labels(result).inc(),
+            connections=settings.max_connections,
+            connections_per_client=settings.max_connections_per_client,
+            calls_per_connection=settings.max_calls_per_connection,
+            idle_seconds=settings.idle_seconds,
+            limited=lambda limit: self.metrics.connections_limited.labels(limit).inc(),
         )
         # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer

@@ -14,7 +14,7 @@ from serving.artifact import PRECISIONS
 from serving.files.options import add_flags, check, option, option_of
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
-from serving.transport.methods import TRANSPORTS
+from serving.transport.methods import DEFAULT_CALLS, TRANSPORTS
 
 #: The model that is served without any choice: the first of those that come with the server.
 DEFAULT_MODEL = "capsnet-mnist"
@@ -90,6 +90,20 @@ class Settings:
         minimum=0,
         maximum=86400 * 365,
         metavar="SECONDS",
+    )
+    idle_seconds: float = option(
+        600.0,
+        "seconds without calls after which a client's connection is closed; 0 for never",
+        minimum=0,
+        maximum=86400 * 365,
+        metavar="SECONDS",
+    )
+    max_connections: int = option(1000, "most connections of all clients together; 0 for any number", minimum=0)
+    max_connections_per_client: int = option(
+        256, "most connections of one address of another machine; 0 for any number", minimum=0
+    )
+    max_calls_per_connection: int = option(
+        DEFAULT_CALLS, "most calls of one connection in flight", minimum=1, maximum=2**31 - 1
     )
     transport: str = option(
         "native",

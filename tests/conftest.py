@@ -50,6 +50,7 @@ LONGEST = (
     "test_benchmarks_gpu",
     "test_benchmarks_serving",
     "test_processes",
+    "test_attacks",
     "test_lifecycle",
     "test_architecture",
     "test_balancing",
@@ -246,6 +247,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             return "exporter" if file in EXPORTING else file
 
     return Scheduling(config, log)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--attacks", choices=("short", "all"), default="short", help="attacks on the server to test with")
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

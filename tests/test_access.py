@@ -18,9 +18,11 @@ from serving.access.quotas import Quotas
 from serving.access.tokens import TokenEntry, Tokens, TooManyChecks, new_token, read_entries, write_entries
 from serving.errors import Forbidden, Unauthenticated
 from serving.rpc.status import status_of
+from serving.server import Server, StartError
 from serving.settings import read
 from serving.transport.methods import Peer
 from tests.certificates import make_all, make_certificate
+from tests.conftest import settings
 
 PEER = Peer("10.0.0.1")
 
@@ -227,6 +229,28 @@ def test_a_client_has_its_calls_in_flight_and_its_rate_and_waits_for_no_other() 
     assert [bool(quotas.begin("c", None, 2)) for _ in range(4)] == [False, False, True, True]
     now[0] = 0.5
     assert [bool(quotas.begin("c", None, 2)) for _ in range(2)] == [False, True]
+
+
+def test_an_anonymous_client_is_its_address_or_its_network_of_ipv6() -> None:
+    guard = guard_of(None)
+    names = {
+        address: identity.name
+        for address in ("10.0.0.1", "2001:db8:1:2:3::4", "2001:db8:1:2:ffff::9", "2001:db8:1:3::4", "::ffff:10.0.0.1",
+                        "fe80::1%eth0", "unix")
+        if (identity := guard.at_once(None, Peer(address), "predict"))
+    }  # fmt: skip
+    assert list(names.values()) == [
+        "10.0.0.1", "2001:db8:1:2::/64", "2001:db8:1:2::/64", "2001:db8:1:3::/64", "10.0.0.1", "fe80::/64", "unix",
+    ]  # fmt: skip
+
+
+def test_files_that_cannot_be_read_end_the_start_by_name(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    with pytest.raises(StartError, match=f"^tokens: '{missing}' cannot be read: No such file or directory$"):
+        Server(settings(tokens=missing))
+    make_all(tmp_path)
+    with pytest.raises(StartError, match=f"^tls_key: '{missing}' cannot be read"):
+        Server(settings(tls_cert=str(tmp_path / "server.pem"), tls_key=missing))
 
 
 def test_clients_that_have_gone_are_forgotten_and_busy_ones_are_not() -> None:

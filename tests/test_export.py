@@ -437,6 +437,8 @@ def test_a_batch_of_any_size_gives_the_results_of_pytorch(exported: Artifact, tr
         pytest.param(replace(BARE, agreement="euclidean"), 25, id="euclidean"),
         pytest.param(replace(BARE, normalization="max-min"), 20, id="max-min"),
         pytest.param(graphs.STEM, 20, id="stem"),
+        pytest.param(replace(graphs.STEM, routing_scale=4.0), 20, id="scale"),
+        pytest.param(replace(graphs.STEM, primary_gate=True), 20, id="gate"),
         pytest.param(replace(CONFIGS["fast"], decoder_widths=()), 20, id="fast"),
         pytest.param(replace(CONFIGS["accurate"], decoder_widths=()), 20, id="accurate"),
         pytest.param(replace(CONFIGS["pairs"], decoder_widths=()), 20, id="pairs"),

@@ -1,27 +1,39 @@
 """Frames of one connection without a socket: how much of them is read before other connections have their turn."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import struct
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from typing import Any, cast
 
 from hpack import Encoder
 
 from serving.transport import frames
+from serving.transport.connection import Connection
 from serving.transport.frame_reader import FrameReader
 from serving.transport.memory import Memory
 from serving.transport.methods import Context, StreamMethod, TransportLimits
 from serving.transport.sending import Buffers
-from tests.raw_client import HEADERS, headers, literal
+from serving.transport.terms import Terms
+from serving.transport.unpacking import Unpacker
+from tests.raw_client import HEADERS, data, framed, headers, literal
 
 CALLS = 50
 
 
+PINGS = 2000
+LIMITS = TransportLimits(2**20, "", 2**28, "")
+
+
 class FakeLink:
-    """Takes what is sent, and forgets it."""
+    """Counts what is sent, and forgets it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
+        self.sent = 0
 
-    def send(self, data: bytes) -> None: ...
+    def send(self, data: bytes) -> None:
+        self.sent += 1
 
     def send_all(self, buffers: Buffers) -> None: ...
 
@@ -35,6 +47,31 @@ async def nothing(requests: AsyncIterator[bytes], context: Context) -> AsyncIter
         yield request
 
 
+def find(path: str) -> StreamMethod | None:
+    return StreamMethod(nothing) if path == "/test.Test/Echo" else None
+
+
+def new_reader(link: FakeLink) -> FrameReader:
+    """Return a reader after the client's greeting."""
+    reader = FrameReader(link, find, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
+    reader.receive(frames.PREFACE + frames.settings({}))
+    assert not reader.unread
+    link.sent = 0
+    return reader
+
+
+def steps(reader: FrameReader, sent: bytes, measured: Callable[[], int]) -> list[int]:
+    """Return how much each turn adds to a figure."""
+    values = [measured()]
+    reader.receive(sent)
+    values.append(measured())
+    while reader.unread:
+        reader.begin_turn()
+        reader.receive(b"")
+        values.append(measured())
+    return [after - before for before, after in pairwise(values)]
+
+
 def test_many_headers_are_read_in_turns_and_all_in_their_order() -> None:
     encoder = Encoder()
     calls = [
@@ -43,14 +80,11 @@ def test_many_headers_are_read_in_turns_and_all_in_their_order() -> None:
     ]
 
     async def main() -> None:
-        limits = TransportLimits(2**20, "", 2**28, "")
-        find = {"/test.Test/Echo": StreamMethod(nothing)}.get
-        reader = FrameReader(FakeLink(), find, limits, Memory(limits.bytes_under_way))
-        reader.receive(frames.PREFACE + frames.settings({}))
-        assert not reader.unread
+        reader = new_reader(FakeLink())
         reader.receive(b"".join(calls))
         opened = [len(reader.streams.calls)]
         while reader.unread:
+            reader.begin_turn()
             reader.receive(b"")
             opened.append(len(reader.streams.calls))
         assert opened[-1] == CALLS
@@ -59,5 +93,106 @@ def test_many_headers_are_read_in_turns_and_all_in_their_order() -> None:
         for call in reader.streams:
             call.abandon()
         await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_large_data_are_read_in_turns_of_half_a_megabyte_at_most() -> None:
+    message, encoder = framed(bytes(250_000)), Encoder()
+    sent = b""
+    for stream in range(1, 16, 2):
+        sent += headers(stream, encoder.encode(HEADERS))
+        sent += b"".join(data(stream, message[at : at + 16384], 0) for at in range(0, len(message), 16384))
+
+    async def main() -> None:
+        reader = new_reader(FakeLink())
+        memory = reader.streams.memory
+        read = steps(reader, sent, lambda: memory.used)
+        assert len(read) >= 4 and max(read) <= 2**19
+        assert memory.used >= 8 * 250_000
+        for call in reader.streams:
+            call.abandon()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_small_frames_are_read_in_turns_and_all_are_answered() -> None:
+    async def main() -> None:
+        link = FakeLink()
+        answered = steps(new_reader(link), frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS, lambda: link.sent)
+        assert sum(answered) == PINGS and max(answered) <= 200
+
+    asyncio.run(main())
+
+
+def test_a_request_whose_rest_is_read_in_a_later_turn_does_not_wait_for_its_client() -> None:
+    block = Encoder().encode(HEADERS)
+    half = data(1, struct.pack(">BI", 0, 100_000) + bytes(100), 0)
+
+    async def main() -> None:
+        reader = new_reader(FakeLink())
+        reader.receive(headers(1, block) + half + frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS + half[:20])
+        turns = 0
+        while reader.unread:
+            turns += 1
+            reader.begin_turn()
+            reader.receive(b"")
+        assert turns > 5
+        reader.receive(half[20:])  # a frame whose beginning waited in an earlier turn's bytes
+        [call] = reader.streams
+        assert cast(Any, call).held > 200
+        call.abandon()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+class FakeTransport:
+    """Notes whether reading is paused."""
+
+    def __init__(self) -> None:
+        self.reading = True
+        self.turns = 0
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+
+    def get_extra_info(self, name: str) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes) -> None:
+        self.turns += 1
+
+
+def test_a_connection_is_not_read_from_until_all_that_came_has_had_its_turn() -> None:
+    async def main() -> None:
+        lost: list[object] = []
+        memory = Memory(LIMITS.bytes_under_way)
+        terms: Terms[Connection] = Terms(find, LIMITS, memory, Unpacker(), lambda *_: True, lost.append, 0.0, 0.0)
+        connection, transport = Connection(terms, asyncio.get_running_loop()), FakeTransport()
+        connection.connection_made(cast(asyncio.Transport, transport))
+        connection.data_received(frames.PREFACE + frames.settings({}))
+        await asyncio.sleep(0)
+        assert transport.reading
+        connection.data_received(frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS)
+        assert not transport.reading
+        transport.turns = turns = 0
+        while not transport.reading:
+            turns += 1
+            await asyncio.sleep(0)
+        assert transport.turns >= turns - 1 > 5, "others had their turn between, and answers left meanwhile"
+        connection.connection_lost(None)
+        assert lost == [connection]
 
     asyncio.run(main())

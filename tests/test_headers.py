@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from serving.transport import headers
 from serving.transport.frames import ConnectionFault, ErrorCode
-from serving.transport.headers import MAX_BLOCK_BYTES, MAX_BYTES_DECODED, HeaderBlock, HeaderReader
+from serving.transport.headers import MAX_BLOCK_BYTES, MAX_BYTES_DECODED, HeaderBlock, HeaderReader, MalformedRequest
 from tests.conftest import ROOT
 
 FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/s/m"), ("content-type", "application/grpc")]
@@ -123,3 +123,46 @@ def test_a_block_may_be_large_but_neither_endless_nor_in_crumbs() -> None:
         with pytest.raises(ConnectionFault) as caught:
             one.add(b"a")
         assert caught.value.code == ErrorCode.ENHANCE_YOUR_CALM
+
+
+NOT_ALLOWED: dict[str, list[tuple[str, str]]] = {
+    "an empty path": [(":path", "")],
+    "a name with a space": [("a b", "c")],
+    "a name with a colon": [("a:b", "c")],
+    "a name that is not ASCII": [("\xfc", "c")],
+    "an empty name": [("", "c")],
+    "a value that begins with a space": [("a", " b")],
+    "a value that ends with a tab": [("a", "b\t")],
+    "a value with a line's end": [("a", "b\nc")],
+    "another host than the authority": [("host", "other")],
+    "a length that is not a number": [("content-length", "+5")],
+    "a length that is negative": [("content-length", "-5")],
+    "two lengths": [("content-length", "5"), ("content-length", "6")],
+    "two timeouts": [("grpc-timeout", "1S"), ("grpc-timeout", "2S")],
+    "two encodings": [("grpc-encoding", "gzip"), ("grpc-encoding", "identity")],
+    "two content types": [("content-type", "application/grpc")],
+    "a header of the connection": [("connection", "close")],
+}
+
+
+@pytest.mark.parametrize("name", NOT_ALLOWED)
+def test_headers_that_http_does_not_allow_are_refused(name: str) -> None:
+    wrong = NOT_ALLOWED[name]
+    if wrong[0][0] == ":path":
+        fields = [field if field[0] != ":path" else wrong[0] for field in FIELDS]
+    else:
+        fields = [*FIELDS[:3], (":authority", "here"), *FIELDS[3:], *wrong]
+    block = Encoder().encode([(key.encode("latin-1"), value.encode("latin-1")) for key, value in fields])
+    with pytest.raises(MalformedRequest):
+        reader().read(block)
+
+
+def test_headers_that_http_allows_are_taken() -> None:
+    more = [("host", "here"), ("content-length", "5"), ("te", "trailers"), ("te", "trailers"), ("a", "b c"), ("b", "")]
+    more += [("x!#$%&'*+-.^_`|~9", "\xfc"), ("grpc-accept-encoding", "gzip"), ("grpc-accept-encoding", "deflate")]
+    fields = [*FIELDS[:3], (":authority", "here"), *FIELDS[3:], *more]
+    block = Encoder().encode([(key.encode("latin-1"), value.encode("latin-1")) for key, value in fields])
+    head = reader().read(block)
+    assert (head.acceptable, head.content_length) == (True, 5)
+    assert dict(head.metadata)["x!#$%&'*+-.^_`|~9"] == "\xfc"
+    assert reader().read(Encoder().encode(FIELDS)).content_length is None

@@ -403,7 +403,7 @@ def test_a_second_signal_ends_the_server_at_once() -> None:
     [("203.0.113.7", "the host is not an address of this machine"), ("no.such.host.invalid", "name is not known")],
 )
 def test_a_wrong_host_is_named(host: str, reason: str) -> None:
-    code, text = failed_start("--host", host)
+    code, text = failed_start("--host", host, "--insecure")
     assert code == 1
     assert f"on host {host!r}" in text
     assert reason in text

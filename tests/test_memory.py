@@ -1,14 +1,22 @@
 """The memory policy, and a server's patience: who is evicted and when, without a socket or a clock."""
 
+from asyncio import WriteTransport
+from typing import cast
+
+from serving.transport.connection_limits import UNREAD
 from serving.transport.memory import Memory
+from serving.transport.methods import TransportLimits
 from serving.transport.patience import Patience
+from serving.transport.streams import Streams
+from serving.transport.unsent import Unsent
 
 
 class Holder:
     """Releases all when it is evicted; evicted: whether for want of progress, or None."""
 
-    def __init__(self, memory: Memory, name: str, size: int = 0) -> None:
+    def __init__(self, memory: Memory, name: str, size: int = 0, owner: object = "a client") -> None:
         self.held = 0
+        self.owner = owner
         self.waits = False
         self.name = name
         self.evicted: bool | None = None
@@ -43,6 +51,41 @@ def test_room_is_made_by_those_that_have_waited_longest_for_their_peer() -> None
     memory.make_room(new)
     assert [holder.evicted for holder in holders] == [None, False, False]
     assert new.evicted is None and memory.used == 800
+
+
+def test_a_flood_of_one_client_does_not_evict_the_slow_upload_of_another() -> None:
+    memory = Memory(1000)
+    upload = Holder(memory, "upload", 400, "honest")
+    memory.waits(upload, 0.0)
+    flood = []
+    for index in range(100):
+        holder = Holder(memory, "flood", 100, "flood")
+        memory.waits(holder, 1.0 + index)
+        memory.make_room(holder)
+        flood.append(holder)
+    assert upload.evicted is None
+    assert [holder.evicted for holder in flood] == [False] * 94 + [None] * 6, "the oldest go first"
+    memory.leave(upload)
+    assert memory.used == 600
+
+
+def test_what_an_owner_holds_follows_the_progress_of_its_calls() -> None:
+    memory = Memory(1000)
+    one = Holder(memory, "one", 100, "a")
+    other = Holder(memory, "other", 300, "b")
+    memory.waits(one, 0.0)
+    memory.waits(other, 0.0)
+    memory.hold(one, 400)
+    memory.waits(one, 1.0)
+    memory.make_room(Holder(memory, "new", 300, "c"))
+    assert (one.evicted, other.evicted) == (False, None)
+    memory.hold(other, -200)
+    memory.works(other)
+    memory.waits(other, 2.0)
+    last = Holder(memory, "last", 200, "d")
+    memory.waits(last, 3.0)
+    memory.make_room(Holder(memory, "large", 500, "e"))
+    assert (last.evicted, other.evicted) == (False, None)
 
 
 def test_nobody_is_evicted_where_there_is_room() -> None:
@@ -105,6 +148,64 @@ def test_who_has_left_is_not_evicted_and_may_end_others() -> None:
     first.evict = both  # type: ignore[method-assign]
     memory.evict_stalled(10.0)
     assert (first.evicted, second.evicted, memory.used) == (True, None, 0)
+
+
+class FakeSocket:
+    """Has a number of bytes in its buffer."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.size
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class FakeStreams:
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.limited: list[str] = []
+        self.limits = TransportLimits(1000, "", 1000, "", limited=self.limited.append)
+        self.now = 0.0
+        self.loop = self
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_bytes_that_a_clients_system_does_not_take_count_until_it_takes_them() -> None:
+    memory, socket = Memory(1000, stall_seconds=60), FakeSocket()
+    streams = FakeStreams(memory)
+    unsent = Unsent(cast(Streams, streams), cast(WriteTransport, socket))
+    for size in (300, 500, 200, 0, 0, 100):
+        socket.size = size
+        unsent.measure()
+        assert memory.used == size
+    streams.now = 30.0
+    socket.size = 90
+    unsent.measure()
+    memory.evict_stalled(61.0)
+    assert not socket.aborted and memory.used == 90
+    socket.size = 80
+    memory.evict_stalled(90.0)
+    assert not socket.aborted and memory.used == 80, "it takes them slowly"
+    memory.evict_stalled(100.0)
+    assert socket.aborted and memory.used == 0 and streams.limited == [UNREAD]
+
+
+def test_unsent_bytes_give_way_to_others() -> None:
+    memory, socket = Memory(1000), FakeSocket()
+    unsent = Unsent(cast(Streams, FakeStreams(memory)), cast(WriteTransport, socket))
+    socket.size = 900
+    unsent.measure()
+    socket.size = 700
+    memory.make_room(Holder(memory, "new", 300))
+    assert not socket.aborted and memory.used == 1000
+    memory.make_room(Holder(memory, "new", 1))
+    assert socket.aborted and memory.used == 301
 
 
 def test_patience_ends_with_a_burst_and_comes_back_with_time() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import grpc
 import pytest
 
-from serving.transport.messages import MessageError, MessageReader, whole
+from serving.transport.messages import Inflation, MessageError, MessageReader, whole
 
 MAX_BYTES = 2**20
 
@@ -66,6 +66,41 @@ def test_what_comes_while_a_message_is_inflated_waits_for_it() -> None:
     assert to.feed(framed(b"after")[3:]) == [] and to.feed(framed(b"last") + b"\0") == []
     assert to.inflated(to.inflation.rest()) == [bytes(300_000), b"after", b"last"]
     assert to.inflation is None and to.buffered == 1
+
+
+def test_many_small_messages_that_inflate_to_much_are_not_all_inflated_at_once() -> None:
+    to = reader("gzip")
+    bomb = framed(gzip.compress(bytes(60_000)), True)
+    at_once = to.feed(bomb * 100)
+    assert at_once == [bytes(60_000)]
+    assert to.inflation and 0 < to.inflation.inflated <= 6000 and not to.inflation.done
+    found, count = at_once, 0
+    while to.inflation:
+        assert to.inflation.max_rest <= MAX_BYTES + 1
+        more = to.inflated(to.inflation.rest())
+        assert len(more) <= 3
+        found, count = found + more, count + 1
+    assert found == [bytes(60_000)] * 100 and count >= 40
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 2**16 - 1, 2**16, 2**16 + 1])
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, 100_000])
+def test_a_limit_below_what_is_inflated_at_once_is_kept_to_the_byte(limit: int, more: int) -> None:
+    to = MessageReader(limit, "too large", "deflate")
+    message = random.Random(1).randbytes(1) * (limit + more)
+    data = framed(zlib.compress(message), True)
+    if len(data) > limit:  # refused for its size before
+        return
+    if more <= 0:
+        assert fed(to, [data]) == [message]
+    else:
+        assert refusal(to, data).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_an_inflation_that_nobody_waits_for_ends_soon() -> None:
+    inflation = Inflation(gzip.compress(bytes(2**20)), "gzip", MAX_BYTES)
+    inflation.given_up = True
+    assert inflation.rest() is None
 
 
 def test_what_is_kept_is_counted() -> None:

@@ -92,10 +92,11 @@ def paper_routing(
     bias: Array | None = None,
     agreement: str = "scalar-product",
     normalization: str = "softmax",
+    scale: float = 1.0,
 ) -> Array:
     """Compute procedure 1 as it is printed, for one image: u (I, D), weight (I, D, J, E). Return v, (J, E).
 
-    bias, (J, E), and the further values of agreement and normalization are not in the paper.
+    bias, (J, E), scale, and the further values of agreement and normalization are not in the paper.
     """
     primaries, parents = weight.shape[0], weight.shape[2]
     u_hat = np.stack([np.stack([u[i] @ weight[i, :, j] for j in range(parents)]) for i in range(primaries)])
@@ -114,7 +115,7 @@ def paper_routing(
         for i in range(primaries):
             for j in range(parents):
                 scalar = agreement == "scalar-product"
-                b[i, j] += u_hat[i, j] @ v[j] if scalar else -(np.linalg.norm(u_hat[i, j] - v[j]) ** 2)
+                b[i, j] += scale * (u_hat[i, j] @ v[j] if scalar else -(np.linalg.norm(u_hat[i, j] - v[j]) ** 2))
     return v
 
 
@@ -252,6 +253,24 @@ def test_routing_with_a_bias_and_other_choices_is_procedure_1_with_these(
 
 @ITERATIONS
 @CHOICES
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_scale_multiplies_the_logits_of_every_iteration(
+    agreement: str, normalization: str, iterations: int, blocks: int
+) -> None:
+    u, weight = normal(3, 7, 4, seed=1), normal(7, 4, 5, 6, seed=2)
+
+    v, _ = route(u, weight, Routing(iterations, agreement, normalization, scale=2.0), blocks=blocks)
+
+    expected = [
+        paper_routing(image, weight.numpy(), iterations, None, agreement, normalization, 2.0) for image in u.numpy()
+    ]
+    np.testing.assert_allclose(v.numpy(), np.stack(expected), rtol=0, atol=1e-6)
+    changed = not torch.allclose(v, route(u, weight, Routing(iterations, agreement, normalization))[0], atol=1e-3)
+    assert changed == (iterations > 1 and normalization == "softmax")
+
+
+@ITERATIONS
+@CHOICES
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_gradients_of_routing_flow_through_every_iteration(
     agreement: str, normalization: str, iterations: int, blocks: int
@@ -366,21 +385,47 @@ def test_the_primary_divisor_divides_the_convolution_without_its_bias() -> None:
     torch.testing.assert_close(divided(image), plain(image))
 
 
-def test_a_network_routes_with_the_choices_of_its_config() -> None:
-    config = replace(TINY, digit_bias=True, agreement="euclidean", normalization="max-min", routing_gradient=False)
+@pytest.mark.parametrize("normalization", ["softmax", "max-min"])
+def test_a_network_routes_with_the_choices_of_its_config(normalization: str) -> None:
+    config = replace(TINY, digit_bias=True, agreement="euclidean", routing_gradient=False, routing_scale=2.0)
+    config = replace(config, normalization=normalization)
     model = network(config)
     assert model.digit_bias is not None
     with torch.no_grad():
         model.digit_bias.copy_(normal(*model.digit_bias.shape, seed=3))
     batch = images(config, 2)
     u = model.primary_capsules(batch)
-    expected, _ = route(u, model.weight, Routing(3, "euclidean", "max-min", gradient=False), model.digit_bias)
+    expected, _ = route(u, model.weight, Routing(3, "euclidean", normalization, False, 2.0), model.digit_bias)
 
     poses = model(batch)
 
     assert poses.equal(expected)
     (gradient,) = torch.autograd.grad(poses.sum(), model.weight)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), model.weight)[0])
+
+
+def test_a_gate_multiplies_its_own_primary_capsule_and_begins_nearly_closed() -> None:
+    plain, gated = network(TINY), network(replace(TINY, primary_gate=True))
+    types, dim = TINY.primary_types, TINY.primary_dim
+    batch = images(TINY, 2)
+    assert gated.primary.bias is not None and plain.primary.bias is not None
+    bias = gated.primary.bias.view(types, dim + 1)
+    weight = gated.primary.weight.view(types, dim + 1, -1)
+    assert torch.sigmoid(bias[:, -1]).tolist() == pytest.approx([0.119] * types, abs=1e-3)
+    assert (bias[:, :-1] != bias[0, -1]).all()
+    logits = torch.tensor([-40.0, 0.0], dtype=torch.float64)  # of the types
+    with torch.no_grad():
+        plain.conv1.load_state_dict(gated.conv1.state_dict())
+        plain.primary.weight.copy_(weight[:, :-1].reshape(plain.primary.weight.shape))
+        plain.primary.bias.copy_(bias[:, :-1].flatten())
+        weight[:, -1] = 0
+        bias[:, -1] = logits
+
+    found, expected = gated.primary_capsules(batch), plain.primary_capsules(batch)
+
+    gates = logits.sigmoid().repeat_interleave(TINY.primary_grid**2).unsqueeze(-1)
+    torch.testing.assert_close(found, gates * expected)
+    assert lengths(found)[:, : TINY.primary_grid**2].max() < 1e-6
 
 
 def test_a_choice_that_does_not_exist_is_refused() -> None:
@@ -392,6 +437,8 @@ def test_a_choice_that_does_not_exist_is_refused() -> None:
         CapsNetConfig(initialization="zeros")
     with pytest.raises(ValueError, match="primary_divisor: 0; expected a number above 0"):
         CapsNetConfig(primary_divisor=0)
+    with pytest.raises(ValueError, match="routing_scale: nan; expected a number above 0"):
+        CapsNetConfig(routing_scale=float("nan"))
 
 
 def test_one_iteration_is_the_squashed_mean_of_the_votes_over_the_parents() -> None:

@@ -109,6 +109,8 @@ def test_blank_saturated_and_noise_images_are_near_to_single_precision(graph: Mo
         pytest.param(replace(TINY, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
         pytest.param(replace(TINY, routing_iterations=1, classes=1, digit_dim=1), 20, id="one-iteration-one-class"),
         pytest.param(STEM, 20, id="stem"),
+        pytest.param(replace(STEM, routing_scale=4.0), 20, id="scale"),
+        pytest.param(replace(STEM, primary_gate=True), 20, id="gate"),
     ],
 )
 def test_any_network_is_near_to_single_precision(config: CapsNetConfig, opset: int) -> None:

@@ -134,6 +134,8 @@ def test_an_image_gets_the_same_answer_in_any_batch(integer: ModelProto) -> None
         pytest.param(replace(TINY, digit_bias=True, primary_divisor=32.0, initialization="authors"), 20, id="authors"),
         pytest.param(replace(TINY, routing_iterations=1, classes=1, digit_dim=1), 20, id="one-iteration-one-class"),
         pytest.param(STEM, 20, id="stem"),
+        pytest.param(replace(STEM, routing_scale=4.0), 20, id="scale"),
+        pytest.param(replace(STEM, primary_gate=True), 20, id="gate"),
         pytest.param(replace(STEM, image_channels=3, stem=((8, 3, 2, 0),), primary_divisor=4.0), 20, id="one-in-stem"),
     ],
 )

@@ -88,6 +88,11 @@ FAULTS: dict[str, tuple[Any, ErrorCode]] = {
         lambda raw: frames.frame(frames.PRIORITY, 0, 0, bytes(5)),
         ErrorCode.PROTOCOL_ERROR,
     ),
+    "a farewell of seven bytes": (lambda raw: frames.frame(frames.GOAWAY, 0, 0, bytes(7)), ErrorCode.FRAME_SIZE_ERROR),
+    "a stream after a higher one": (
+        lambda raw: headers(5, raw.block("/test.Test/Wait")) + headers(3, raw.block("/test.Test/Wait")),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
     "a push": (lambda raw: frames.frame(frames.PUSH_PROMISE, 4, 1, bytes(8)), ErrorCode.PROTOCOL_ERROR),
     "nothing but settings": (lambda raw: frames.settings({}) * 20_000, ErrorCode.ENHANCE_YOUR_CALM),
     "nothing but windows": (lambda raw: frames.window_update(0, 1) * 20_000, ErrorCode.ENHANCE_YOUR_CALM),
@@ -216,6 +221,15 @@ STREAM_FAULTS: dict[str, tuple[Any, ErrorCode]] = {
     "a window of nothing": (lambda raw: frames.window_update(1, 0), ErrorCode.PROTOCOL_ERROR),
     "a window too large": (lambda raw: frames.window_update(1, 2**31 - 1), ErrorCode.FLOW_CONTROL_ERROR),
     "a priority of three bytes": (lambda raw: frames.frame(frames.PRIORITY, 0, 1, b"abc"), ErrorCode.FRAME_SIZE_ERROR),
+    "trailers with a pseudo-header": (
+        lambda raw: headers(1, raw.encoder.encode([(":path", "/test.Test/Echo")]), 0x05),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
+    "trailers that are another request": (lambda raw: headers(1, raw.block(), 0x05), ErrorCode.PROTOCOL_ERROR),
+    "trailers with a name that is not allowed": (
+        lambda raw: headers(1, literal("UPPER", "a"), 0x05),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
     "trailers after the end": (
         lambda raw: data(1, framed(b"60")) + headers(1, raw.encoder.encode([("x", "y")]), 0x05),
         ErrorCode.STREAM_CLOSED,
@@ -230,6 +244,30 @@ def test_a_fault_on_a_stream_ends_it_alone(serving: Serving, raw: Raw, name: str
     assert raw.read(1).reset == code
     raw.call(3, b"b")
     assert raw.read(3).messages == [b"b"]
+
+
+@pytest.mark.parametrize("length", [0, 5, 7, 100])
+@pytest.mark.parametrize("last", [b"a", b""])
+def test_a_request_that_is_not_as_long_as_it_says_is_reset(
+    serving: Serving, raw: Raw, length: int, last: bytes
+) -> None:
+    block = raw.block("/test.Test/Echo", ("content-length", str(length)))
+    message = framed(b"a")
+    cut = len(message) - len(last)
+    raw.send(headers(1, block) + data(1, message[:cut], 0) + data(1, message[cut:]))
+    assert raw.read(1).reset == ErrorCode.PROTOCOL_ERROR
+    raw.call(3, b"b", "/test.Test/Echo", ("content-length", "6"))
+    assert raw.read(3).messages == [b"b"]
+
+
+def test_a_request_that_ends_with_trailers_must_be_as_long_as_it_says(serving: Serving, raw: Raw) -> None:
+    for stream, length in ((1, "6"), (3, "7")):
+        block = raw.block("/test.Test/Echo", ("content-length", length))
+        raw.send(headers(stream, block) + data(stream, framed(b"a"), 0))
+        raw.send(headers(stream, raw.encoder.encode([("x", "y")]), 0x05))
+        raw.read(stream)
+    assert raw.answers[1].messages == [b"a"]
+    assert raw.answers[3].reset == ErrorCode.PROTOCOL_ERROR
 
 
 def test_a_stream_with_more_than_its_window_is_reset(serving: Serving, raw: Raw) -> None:

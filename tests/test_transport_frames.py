@@ -11,11 +11,10 @@ from h2.connection import H2Connection
 from h2.events import DataReceived, ResponseReceived, StreamEnded, TrailersReceived
 
 from serving.transport import frames
-from serving.transport.frame_reader import MAX_CALLS
 from serving.transport.frames import ErrorCode
 from serving.transport.receiving import WINDOW
 from tests.raw_client import HEADERS, Raw, data, framed, headers, literal, wait_for
-from tests.transport_methods import MAX_BYTES, Serving
+from tests.transport_methods import MAX_BYTES, Serving, serve
 
 
 def test_a_strict_peer_finds_nothing_wrong(serving: Serving) -> None:
@@ -142,6 +141,19 @@ def test_a_client_that_wants_a_smaller_table_for_headers_gets_it(serving: Servin
     raw.socket.close()
 
 
+def test_a_client_whose_table_shrinks_and_grows_at_once_is_told_of_the_smaller_one(serving: Serving, raw: Raw) -> None:
+    size = frames.HEADER_TABLE_SIZE
+    raw.send(frames.settings({size: 0}) + frames.settings({size: 4096}))
+    raw.read_until(lambda: True)
+    raw.decoder.max_allowed_table_size = 0
+    raw.call(1, b"a")
+    raw.read_until(lambda: raw.answers[1].ended)
+    assert raw.decoder.header_table_size == 0
+    raw.decoder.max_allowed_table_size = 4096
+    raw.call(3, b"a")
+    assert raw.read(3).messages == [b"a"]
+
+
 def test_a_ping_with_every_call_is_no_flood(serving: Serving, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.transport.streams._MAX_IDLE_FRAMES", 50)
     for stream in range(1, 600, 2):
@@ -150,17 +162,19 @@ def test_a_ping_with_every_call_is_no_flood(serving: Serving, raw: Raw, monkeypa
         assert raw.read(stream).messages == [b"a"]
 
 
-def test_windows_that_stay_shut_cost_others_nothing(serving: Serving) -> None:
-    raw = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 0})
-    for stream in range(1, 2 * MAX_CALLS, 2):
-        raw.call(stream, b"a")
-    wait_for(lambda: serving.memory.used > MAX_CALLS * 100)
-    raw.send(frames.window_update(0, 1) * 3000)
-    with serving.channel as channel:
-        begin = time.monotonic()
-        assert channel.unary_unary("/test.Test/Echo")(b"a", timeout=10) == b"a"
-        assert time.monotonic() - begin < 3
-    raw.socket.close()
+def test_windows_that_stay_shut_cost_others_nothing() -> None:
+    calls = 4096
+    with serve(limits={"calls_per_connection": calls, "bytes_under_way": 2**26}) as serving:
+        raw = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 0})
+        for stream in range(1, 2 * calls, 2):
+            raw.call(stream, b"a")
+        wait_for(lambda: serving.memory.used > calls * 4096)
+        raw.send(frames.window_update(0, 1) * 3000)
+        with serving.channel as channel:
+            begin = time.monotonic()
+            assert channel.unary_unary("/test.Test/Echo")(b"a", timeout=10) == b"a"
+            assert time.monotonic() - begin < 3
+        raw.socket.close()
 
 
 def test_pings_are_answered(serving: Serving, raw: Raw) -> None:
@@ -177,10 +191,13 @@ def test_frames_of_unknown_kinds_and_late_frames_are_let_pass(serving: Serving, 
     assert raw.read(3).messages == [b"b"]
 
 
-def test_more_calls_than_are_allowed_can_be_tried_elsewhere(serving: Serving, raw: Raw) -> None:
-    for stream in range(1, 2 * MAX_CALLS + 1, 2):
-        raw.send(headers(stream, raw.block()))
-    raw.send(headers(2 * MAX_CALLS + 1, raw.block()))
-    assert raw.read(2 * MAX_CALLS + 1).reset == ErrorCode.REFUSED_STREAM
-    raw.send(data(1, framed(b"a")))
-    assert raw.read(1).messages == [b"a"]
+def test_more_calls_than_are_allowed_can_be_tried_elsewhere() -> None:
+    with serve(limits={"calls_per_connection": 100}) as serving:
+        raw = Raw(serving.port)
+        for stream in range(1, 200, 2):
+            raw.send(headers(stream, raw.block()))
+        raw.send(headers(201, raw.block()))
+        assert raw.read(201).reset == ErrorCode.REFUSED_STREAM
+        raw.send(data(1, framed(b"a")))
+        assert raw.read(1).messages == [b"a"]
+        raw.socket.close()

@@ -218,3 +218,51 @@ def test_streams_that_are_merely_silent_are_not_given_up() -> None:
         raw.send(data(1, framed(b"b")))
         assert raw.read(1).messages == [b"a", b"b"]
         raw.socket.close()
+
+
+def test_messages_reserve_their_memory_before_they_are_inflated_and_release_it_with_their_call(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    rest = Inflation.rest
+
+    def wait(inflation: Inflation) -> bytes | None:
+        go_on.wait(20)
+        return rest(inflation)
+
+    monkeypatch.setattr(Inflation, "rest", wait)
+    raw = Raw(serving.port)
+    bomb = framed(gzip.compress(bytes(MAX_BYTES)), compressed=True)
+    for stream in range(1, 20, 2):
+        raw.send(headers(stream, raw.block("/test.Test/Echo", ("grpc-encoding", "gzip"))) + data(stream, bomb))
+    wait_for(lambda: serving.memory.used > 2 * MAX_BYTES)
+    time.sleep(0.1)
+    assert serving.memory.used < 3 * MAX_BYTES, "only those that have a thread reserve it"
+    for stream in range(1, 20, 2):
+        raw.send(frames.reset(stream, ErrorCode.CANCEL))
+    wait_for(lambda: serving.memory.used == 0)
+    go_on.set()
+    raw.send(headers(21, raw.block("/test.Test/Echo", ("grpc-encoding", "gzip"))) + data(21, bomb))
+    raw.send(frames.window_update(0, 2**21) + frames.window_update(21, 2**21))
+    assert raw.read(21).messages == [bytes(MAX_BYTES)]
+    raw.socket.close()
+
+
+def test_a_handler_that_ends_before_its_request_is_inflated_leaves_nothing_behind(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, rest = threading.Event(), Inflation.rest
+
+    def wait(inflation: Inflation) -> bytes | None:
+        go_on.wait(20)
+        return rest(inflation)
+
+    monkeypatch.setattr(Inflation, "rest", wait)
+    raw = Raw(serving.port)
+    small, large = framed(b"1 1"), framed(gzip.compress(bytes(MAX_BYTES)), compressed=True)
+    raw.send(headers(1, raw.block("/test.Test/Repeat", ("grpc-encoding", "gzip"))) + data(1, small + large, 0))
+    answer = raw.read(1)
+    assert (answer.messages, answer.headers["grpc-status"]) == ([b"\0"], "0")
+    assert serving.memory.used == 0
+    go_on.set()
+    raw.socket.close()

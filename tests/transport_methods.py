@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import grpc
@@ -198,15 +199,20 @@ def new_server(
 
 
 @contextmanager
-def serve(transport: str = "native", stall_seconds: float = 60.0, **options: float) -> Iterator[Serving]:
-    """A server with these options of GrpcServer and GrpcioServer."""
+def serve(
+    transport: str = "native",
+    stall_seconds: float = 60.0,
+    limits: dict[str, Any] | None = None,
+    **options: float,
+) -> Iterator[Serving]:
+    """A server with these options of GrpcServer and GrpcioServer. limits: further ones of TransportLimits."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
     async def start() -> Serving:
         refused: list[tuple[str, grpc.StatusCode, str]] = []
-        limits = TransportLimits(
+        all_limits = TransportLimits(
             MAX_BYTES,
             "too large",
             BYTES_UNDER_WAY,
@@ -214,7 +220,7 @@ def serve(transport: str = "native", stall_seconds: float = 60.0, **options: flo
             lambda path, _, code, text: refused.append((path, code, text)),
             stall_seconds,
         )
-        server, handlers = new_server(transport, limits, **options), Handlers()
+        server, handlers = new_server(transport, replace(all_limits, **limits or {}), **options), Handlers()
         server.add_methods(handlers.table())
         port = await server.listen("127.0.0.1", 0)
         await server.start()

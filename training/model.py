@@ -18,6 +18,7 @@ from training.recipe import AGREEMENTS, INITIALIZATIONS, NORMALIZATIONS
 
 KERNEL = 9  # the paper's first convolution is 9x9 with stride 1, without padding
 BIAS = 0.1  # the initial value of every bias in the authors' code
+GATE_BIAS = -2.0  # at first a gate is near 0.12: a primary capsule is absent until evidence opens it
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class CapsNetConfig:
     normal (0.05 in the first convolution, else 0.1) and biases of 0.1. agreement: of a vote with a pose, their scalar
     product (the paper), or less their squared Euclidean distance. normalization: of a primary capsule's logits over
     its parents to couplings, ``softmax`` (the paper) or ``max-min`` (see ``max_min``). routing_gradient: gradients flow
-    through all iterations (the authors' code); False stops them at the couplings, as many ports do.
+    through all iterations (the authors' code); False stops them at the couplings, as many ports do. routing_scale: the
+    logits are multiplied by it before they become couplings; above 1 a primary capsule's couplings go to fewer parents.
+    Max-Min couplings do not depend on it. primary_gate: each primary capsule has a gate of its own, the sigmoid of a
+    further channel of the primary convolution, which multiplies the squashed capsule, so that it can be absent.
     """
 
     image_channels: int = 1
@@ -55,6 +59,8 @@ class CapsNetConfig:
     agreement: str = "scalar-product"
     normalization: str = "softmax"
     routing_gradient: bool = True
+    routing_scale: float = 1.0
+    primary_gate: bool = False
     stem: tuple[tuple[int, int, int, int], ...] = ()
     primary_kernel: int = 9
     primary_stride: int = 2
@@ -75,8 +81,9 @@ class CapsNetConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if any(width < 1 for width in self.decoder_widths):
             raise ValueError(f"decoder_widths: {self.decoder_widths}; expected 1 or more each")
-        if not 0 < self.primary_divisor < math.inf:
-            raise ValueError(f"primary_divisor: {self.primary_divisor}; expected a number above 0")
+        for name in ("primary_divisor", "routing_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected a number above 0")
         for layer in self.stem:
             if len(layer) != 4 or min(layer[:3]) < 1 or layer[3] < 0:
                 raise ValueError(f"stem: {layer}; expected channels, kernel and stride of 1 or more, and a padding")
@@ -178,12 +185,13 @@ def max_min(b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Routing:
-    """The choices of routing; agreement, normalization and gradient are those of CapsNetConfig."""
+    """The choices of routing, those of CapsNetConfig."""
 
     iterations: int = 3
     agreement: str = "scalar-product"
     normalization: str = "softmax"
     gradient: bool = True
+    scale: float = 1.0
 
 
 #: From the sums over the poses so far, (B, J, E), and over their squares, (B, J, 1), and how many poses they are, to s,
@@ -197,6 +205,8 @@ def _weigh(u_hat: Tensor, total: Tensor, squares: Tensor, updates: int, routing:
     b = (compared @ total.unsqueeze(-1)).squeeze(-1)  # (B, J, I)
     if routing.agreement == "euclidean":
         b = 2 * b - updates * compared.square().sum(-1) - squares
+    if routing.scale != 1:
+        b = routing.scale * b
     # Over the J parents of each primary capsule.
     c = max_min(b) if routing.normalization == "max-min" else b.softmax(dim=1)
     return (c.unsqueeze(2) @ u_hat).squeeze(2), c
@@ -306,7 +316,7 @@ class CapsNet(nn.Module):
             self.conv1 = nn.Conv2d(config.image_channels, config.conv_channels, KERNEL)
         self.primary = nn.Conv2d(
             config.convolutions[-1][0],
-            config.primary_types * config.primary_dim,
+            config.primary_types * (config.primary_dim + config.primary_gate),
             config.primary_kernel,
             stride=config.primary_stride,
         )
@@ -319,6 +329,9 @@ class CapsNet(nn.Module):
                 _truncated_normal(layer.weight, deviation)
                 assert layer.bias is not None
                 nn.init.constant_(layer.bias, BIAS)
+        if config.primary_gate:
+            assert self.primary.bias is not None
+            nn.init.constant_(self.primary.bias[config.primary_dim :: config.primary_dim + 1], GATE_BIAS)
         self.decoder = Decoder(config) if config.decoder_widths else None
         if config.initialization == "authors" and self.decoder is not None:
             for part in self.decoder.layers:
@@ -332,17 +345,26 @@ class CapsNet(nn.Module):
         features = self.stem(images) if self.config.stem else torch.relu(self.conv1(images))
         # Dividing the input of a convolution divides its output, but not its bias.
         maps = self.primary(features if divisor == 1 else features / divisor)  # (B, T*D, h, w)
-        grouped = maps.unflatten(1, (self.config.primary_types, self.config.primary_dim))  # (B, T, D, h, w)
-        return squash(grouped.permute(0, 1, 3, 4, 2).flatten(1, 3))  # (B, I, D)
+        grouped = maps.unflatten(1, (self.config.primary_types, -1))  # (B, T, D, h, w)
+        capsules = grouped.permute(0, 1, 3, 4, 2).flatten(1, 3)  # (B, I, D), or (B, I, D + 1) with a gate
+        if not self.config.primary_gate:
+            return squash(capsules)
+        return torch.sigmoid(capsules[..., -1:]) * squash(capsules[..., :-1])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.with_couplings(images)[0]
 
     def with_couplings(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the poses, (B, J, E), and the couplings of the last routing iteration, (B, J, I)."""
+        return self.routed(self.primary_capsules(images), self.config.routing_iterations)
+
+    def routed(self, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+        """Return the poses (B, J, E) of primary capsules (B, I, D), and the last of so many iterations' couplings."""
         config = self.config
-        routing = Routing(config.routing_iterations, config.agreement, config.normalization, config.routing_gradient)
-        return route(self.primary_capsules(images), self.weight, routing, self.digit_bias, self.vote_blocks)
+        routing = Routing(
+            iterations, config.agreement, config.normalization, config.routing_gradient, config.routing_scale
+        )
+        return route(u, self.weight, routing, self.digit_bias, self.vote_blocks)
 
 
 def _stem(config: CapsNetConfig) -> nn.Sequential:

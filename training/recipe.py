@@ -209,7 +209,16 @@ class NetworkChanges:
     routing_gradient: bool | None = option(
         None, "let gradients flow through the couplings (the authors' code)", parse=bool, shown=""
     )
-
+    routing_scale: float | None = option(
+        None,
+        "factor of the routing logits; above 1 the couplings go to fewer parents",
+        parse=float,
+        above=0,
+        shown="",
+    )
+    primary_gate: bool | None = option(
+        None, "a gate on each primary capsule, so that it can be absent", parse=bool, shown=""
+    )
     stem: tuple[tuple[int, ...], ...] | None = option(
         None,
         "small convolutions with batch normalization in place of the first one, each as channels, kernel, stride and "

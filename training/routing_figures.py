@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training.evaluate import most_probable
-from training.model import CapsNet, Routing, lengths, route, to_pixels
+from training.model import CapsNet, lengths, to_pixels
 
 MAX_IMAGES = 2000
 BATCH_SIZE = 100
@@ -43,18 +43,12 @@ def routing_figures(model: CapsNet, images: Tensor, objects: int = 1) -> Routing
         length += float(lengths(u).double().mean(1).sum())
         answers = []
         for count in range(1, iterations + 1):
-            poses, couplings = _routed(model, u, count)
+            poses, couplings = model.routed(u, count)
             entropies[count - 1] += _entropy(couplings).double().sum()
             answers.append(most_probable(lengths(poses), objects))
         changed += int((answers[0] != answers[-1]).any(1).sum())
     shares = tuple(float(entropy) / len(images) for entropy in entropies) if model.config.classes > 1 else ()
     return RoutingFigures(len(images), length / len(images), shares, changed)
-
-
-def _routed(model: CapsNet, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Return the poses (B, J, E) and the last couplings (B, J, I) after this number of iterations."""
-    routing = Routing(iterations, model.config.agreement, model.config.normalization)
-    return route(u, model.weight, routing, model.digit_bias, model.vote_blocks)
 
 
 def _entropy(couplings: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable
 
 from serving.access.certificates import Certificates
+from serving.access.files import AccessError
 from serving.access.guard import ClientLimits, Guard, Refused
 from serving.access.tokens import METRICS, Tokens
 from serving.settings import Settings, is_loopback
 from serving.transport.methods import Peer
+
+_FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens")  # the settings that are paths
 
 _logger = logging.getLogger(__name__)
 
@@ -17,14 +20,17 @@ _logger = logging.getLogger(__name__)
 class Access:
     """Who may call a server. refused: see serving.access.guard.Refused.
 
-    Raises AccessError if a file is wrong, OSError if one cannot be read.
+    Raises AccessError if a file is wrong or cannot be read.
     """
 
     def __init__(self, settings: Settings, refused: Refused) -> None:
-        self.certificates = (
-            Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca) if settings.tls_cert else None
-        )
-        self._tokens = Tokens(settings.tokens) if settings.tokens else None
+        cert, key, authorities = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+        try:
+            self.certificates = Certificates(cert, key, authorities) if cert else None
+            self._tokens = Tokens(settings.tokens) if settings.tokens else None
+        except OSError as error:
+            names = [name for name in _FILES if getattr(settings, name) == error.filename]
+            raise AccessError(f"{' or '.join(names)}: {error.filename!r} cannot be read: {error.strerror}") from error
         limits = ClientLimits(settings.client_calls or None, settings.client_rate or None)
         self.guard = Guard(self._tokens, bool(settings.tls_client_ca), limits, refused, time.monotonic)
 

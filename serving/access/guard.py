@@ -1,6 +1,7 @@
 """The guard of the methods and pages: it lets in only clients that may call, within their limits."""
 
 import asyncio
+import ipaddress
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -29,6 +30,7 @@ from serving.transport.methods import (
 
 _BEARER = re.compile(r"Bearer ([!-~]+)", re.IGNORECASE)
 _AUTHORIZATION = "authorization"
+_IPV6_PREFIX_BITS = 64  # of the network that one subscriber gets
 
 _logger = logging.getLogger(__name__)
 
@@ -114,7 +116,9 @@ class Guard:
         if not self._tokens:
             if self._mutual and not peer.subject:
                 raise Unauthenticated("certificate: none came; expected one that this server's authorities signed")
-            return Identity(f"certificate {peer.subject}" if peer.subject else peer.address, frozenset((role,)))
+            return Identity(
+                f"certificate {peer.subject}" if peer.subject else _network(peer.address), frozenset((role,))
+            )
         if authorization is None:
             identity = self._tokens.of_certificate(peer.subject)
             if identity is None:
@@ -303,6 +307,14 @@ class _Counted:
         if given_up := self.given_up:
             self.given_up = None
             given_up()
+
+
+def _network(address: str) -> str:
+    """Return the name of an anonymous client: its IPv4 address or its network of IPv6."""
+    if ":" not in address:
+        return address
+    parsed = ipaddress.IPv6Address(address.partition("%")[0])
+    return str(parsed.ipv4_mapped or ipaddress.IPv6Network((parsed, _IPV6_PREFIX_BITS), strict=False))
 
 
 def authorization_of(metadata: Metadata) -> str | None:

@@ -18,6 +18,7 @@ from serving.errors import REASONS, DeadlineUnmeetable, Draining, InferenceFaile
 from serving.metrics.instruments import Count, Declaration, DistributionReading, Family, Kind, Observations, Reading
 from serving.metrics.quality import ACTIVE_LENGTH, LENGTH_BOUNDS, Quality
 from serving.metrics.triton_statistics import BACKEND, CANCELED, FAILURES, OTHER, REJECTED, BatchStatistics, Statistics
+from serving.transport.connection_limits import CONNECTION_LIMITS
 from serving.transport.handshakes import HANDSHAKE_RESULTS
 
 #: The graph that classifies images.
@@ -98,6 +99,10 @@ class Metrics(Collector):
     handshakes: Family[Count] = _counter(
         "capsnet_tls_handshakes_total", ("result",),
         f"TLS handshakes of gRPC's port, by result: {', '.join(HANDSHAKE_RESULTS)}. The transport grpcio counts none.",
+    )  # fmt: skip
+    connections_limited: Family[Count] = _counter(
+        "capsnet_connections_limited_total", ("limit",),
+        f"Connections refused or ended by a limit: {', '.join(CONNECTION_LIMITS)}. The transport grpcio counts none.",
     )  # fmt: skip
     in_flight: Family[Reading] = _gauge("capsnet_rpcs_in_flight", (), "RPCs that have begun and not ended.")
     ready: Family[Reading] = _gauge("capsnet_ready", (), "1 while the server takes requests.")
@@ -208,6 +213,8 @@ class Metrics(Collector):
         self.registry.register(self)
         for result in HANDSHAKE_RESULTS:
             self.handshakes.labels(result)
+        for limit in CONNECTION_LIMITS:
+            self.connections_limited.labels(limit)
         for reason in REASONS:  # start at 0, so that a rate counts the first one too
             self.refused.labels(reason)
 

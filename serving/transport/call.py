@@ -19,6 +19,8 @@ from serving.transport.streams import Streams, StreamState
 #: The text for clients after a fault of this server.
 INTERNAL_TEXT = "internal error; the server's log has the details"
 
+_CALL_BYTES = 4096  # memory of a call and its task, without its data
+
 _logger = logging.getLogger(__name__)
 
 
@@ -42,10 +44,10 @@ class Call:
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         self.streams = streams
         self.stream = stream
-        #: Bytes that this call holds, at first those of its headers.
-        self.held = head.size
+        #: Bytes that this call holds, at first those of its headers and of its own objects.
+        self.held = head.size + _CALL_BYTES
         self._head = head
-        streams.memory.used += head.size
+        streams.memory.used += self.held
         if (timeout := head.timeout) is not None:
             self.deadline = time.monotonic() + timeout
             self._timer = streams.loop.call_later(timeout, self._expire)
@@ -66,6 +68,11 @@ class Call:
     def peer(self) -> Peer:
         """Return the client of the connection."""
         return self.streams.client
+
+    @property
+    def owner(self) -> Streams:
+        """Return the connection, for Memory."""
+        return self.streams
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""

@@ -9,17 +9,21 @@ from typing import cast
 import grpc
 
 from serving.transport import frames
-from serving.transport.frame_reader import DRAIN_PING, FrameReader, NotHttp2
+from serving.transport.connection_limits import FLOOD, IDLE
+from serving.transport.control_frames import DRAIN_PING
+from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.methods import peer_of
+from serving.transport.receiving import MAX_BYTES_A_TURN
 from serving.transport.sending import Buffers
 from serving.transport.streams import ConnectionState
 from serving.transport.terms import Terms
+from serving.transport.unsent import Unsent
 
 _HANDSHAKE_SECONDS = 20.0
 _STALL_SECONDS = 60.0  # a client whose system takes no bytes for this time is cut off
 _PING_SECONDS = 2.0
-_MAX_BUFFERED_BYTES = 2**20
+_MAX_BUFFERED_BYTES = 2**18  # above this, the client is not read from and its streams wait
 _CLOSE_SECONDS = 5.0  # for the last bytes to leave
 # Seconds of silence before the first probe, and between probes; and how many may stay unanswered.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
@@ -35,54 +39,72 @@ class Connection(asyncio.Protocol):
         #: Done once the client knows the last call that will be answered, or has gone.
         self.told: asyncio.Future[None] = loop.create_future()
         self._terms = terms
-        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory)
-        self._streams = self._reader.streams
         self._out: Buffers = []
         self._draining = False
+        self._turn = 0.0  # the time of the turn in which data came last
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
+        self._refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
+        peer = peer_of(self._transport.get_extra_info("peername"), self._transport.get_extra_info("peercert"))
+        if not self._terms.opened(self, peer.address):
+            self._refused = True
+            self._transport.abort()
+            return
+        #: The client's address.
+        self.address = peer.address
+        terms = self._terms
+        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker)
+        self._streams = self._reader.streams
+        self._streams.client = peer
+        self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
-        self._streams.client = peer_of(
-            self._transport.get_extra_info("peername"), self._transport.get_extra_info("peercert")
-        )
+        self._unsent = Unsent(self._streams, self._transport)
         self._keep_alive()
-        self._terms.opened(self)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
         if self._terms.age:  # spread, so that clients that came together do not return together
             age = self._terms.age * random.uniform(0.9, 1.1)
             self._timers.append(self.loop.call_later(age, self.drain, self._terms.grace))
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self._refused:
+            return
         for timer in self._timers:
             timer.cancel()
         if self._stall:
             self._stall.cancel()
         self._end_calls()
         self._is_told()
+        self._unsent.gone()
         self._terms.lost(self)
 
     def pause_writing(self) -> None:
+        self._unsent.measure()
         # Requests that are not read need no answers, so a client that only sends cannot fill the memory.
         self._streams.paused = True
         self._transport.pause_reading()
-        self._stall = self.loop.call_later(_STALL_SECONDS, self._transport.abort)
+        self._stall = self.loop.call_later(_STALL_SECONDS, self._unsent.evict, True)
 
     def resume_writing(self) -> None:
+        self._unsent.measure()
         self._streams.paused = False
         if self._stall:
             self._stall.cancel()
-        if not self._closed:
-            self._transport.resume_reading()
+        if self._reader.unread:
             self.loop.call_soon(self._read_on)
-        for call in self._streams:
-            call.wake_writer()
+        elif not self._closed:
+            self._transport.resume_reading()
+        self._wake_writers()
 
     def data_received(self, data: bytes) -> None:
-        if self._closed:
+        if self._refused or self._closed:
             return
+        now = self.loop.time()
+        if now != self._turn:  # uvloop keeps the time for a turn, in which it may bring up to 32 reads
+            self._turn = now
+            self._reader.begin_turn()
         state = self._streams.state
         try:
             self._reader.receive(data)
@@ -102,8 +124,10 @@ class Connection(asyncio.Protocol):
     def _read_on(self) -> None:
         """Read the bytes that were left for this turn of the event loop, unless the client must read answers first."""
         if self._reader.unread and not self._streams.paused and not self._closed:
-            self._transport.resume_reading()
+            self._reader.begin_turn()
             self.data_received(b"")
+            if not self._reader.unread and not self._streams.paused and not self._closed:
+                self._transport.resume_reading()
 
     def send(self, data: bytes) -> None:
         """Send data together with the other data of this turn of the event loop."""
@@ -141,6 +165,21 @@ class Connection(asyncio.Protocol):
         """Close after the last call has ended."""
         self._close()
 
+    def check(self, now: float) -> None:
+        """End the connection if its client makes no calls, or does not end its headers. now: of the event loop."""
+        streams, idle_seconds = self._streams, self._terms.limits.idle_seconds
+        if self._closed:
+            return
+        try:
+            self._reader.check_headers(now)
+        except ConnectionFault as fault:
+            self._fail(fault.code, str(fault))
+        if streams.calls or streams.last_stream != self._last_seen:
+            self._idle_since, self._last_seen = now, streams.last_stream
+        elif 0 < idle_seconds <= now - self._idle_since and not self._draining:
+            self._terms.limits.limited(IDLE)
+            self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
+
     def cut_off(self) -> None:
         """End the open calls, and close."""
         for call in self._streams:
@@ -174,11 +213,21 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         out, self._out = self._out, []
+        sent, self._streams.sent_this_turn = self._streams.sent_this_turn, 0
         if self._transport.is_closing():
+            return
+        self._unsent.measure()
+        if self._transport.is_closing():  # ended for want of room
             return
         data = b"".join(out)
         self._transport.write(data)
         self._streams.sent_bytes += len(data)
+        if sent > MAX_BYTES_A_TURN and not self._streams.paused:
+            self._wake_writers()
+
+    def _wake_writers(self) -> None:
+        for call in self._streams:
+            call.wake_writer()
 
     def _check_settled(self) -> None:
         if self._streams.state is ConnectionState.PREFACE:
@@ -201,6 +250,8 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, code: ErrorCode, text: str) -> None:
         _logger.debug("a connection is closed: %s, %s", code.name, text)
+        if code is ErrorCode.ENHANCE_YOUR_CALM:
+            self._terms.limits.limited(FLOOD)
         self.send(frames.go_away(self._streams.last_stream, code, text))
         self._close()
 

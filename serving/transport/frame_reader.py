@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from serving.transport import frames, headers
+from serving.transport.control_frames import ControlFrames
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import HeaderBlock, HeaderReader, MalformedRequest
 from serving.transport.memory import Memory
@@ -10,11 +11,10 @@ from serving.transport.methods import Method, TransportLimits
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
 from serving.transport.streams import ConnectionState, Link, Streams, StreamState
+from serving.transport.unpacking import Unpacker
 
-#: The most calls that a client may have open on one connection.
-MAX_CALLS = 4096
-#: The payload of a drain's ping. Its answer shows that all calls sent before have arrived.
-DRAIN_PING = b"drain\0\0\0"
+#: Seconds within which a header block must come in full.
+HEADER_SECONDS = 10.0
 _TEXT = b"This port speaks gRPC (HTTP/2 without TLS), not HTTP/1.1.\n"
 #: The answer to a client of HTTP/1.
 HTTP1_ANSWER = (
@@ -26,7 +26,11 @@ _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _MIN_DATA_BYTES = 64  # the fewest bytes of a frame that advances a call without ending its request
 _MAX_FIELDS = 128  # the fields of a call's headers; each further field counts as a frame that advances no call
-_FIELDS_A_TURN = 1024  # fields that are decoded in about 2 ms; then other connections have their turn
+# The work of a turn of the event loop: about 1 ms. Then other connections have their turn.
+_WORK_A_TURN = 2**16
+_FRAME_WORK = 384  # of each frame; 64 small calls fit in a turn
+_FIELD_WORK = 64  # of each decoded field
+_BYTES_A_WORK = 8  # bytes of a frame, which are only copied
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
 _NOT_BLOCK_ALONE = frames.END_HEADERS | frames.PADDED | frames.HAS_PRIORITY
@@ -44,36 +48,63 @@ class FrameReader:
     """The reader of a connection's bytes. link: carries the answers. find: the method with a path."""
 
     def __init__(
-        self, link: Link, find: Callable[[str], Method | None], limits: TransportLimits, memory: Memory
+        self,
+        link: Link,
+        find: Callable[[str], Method | None],
+        limits: TransportLimits,
+        memory: Memory,
+        unpacker: Unpacker,
     ) -> None:
-        self.streams = Streams(link, limits, memory)
-        self._link = link
+        self.streams = Streams(link, limits, memory, unpacker)
         self._send = link.send
+        self._max_calls = limits.calls_per_connection
         self._header_reader: HeaderReader[Method] = HeaderReader(find)
-        self._rest = b""  # of what has come: a frame that is not whole
+        self._rest = b""  # of what has come: frames for the next turn, and a frame that is not whole
+        self._at = 0  # the position in it from which on nothing is read yet
         self._block: HeaderBlock | None = None
+        self._block_since = 0.0
+        self._skipped = (0, 0)  # the streams between these two were never opened; only the latest ones are known
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
-        self._viewed: set[int] = set()  # streams with large frames among the bytes that are being read
-        self._fields_left = _FIELDS_A_TURN
+        self._control = ControlFrames(self.streams, link, self._reception)
+        self._work_left = _WORK_A_TURN
 
     def receive(self, data: bytes) -> None:
-        """Read what has come. Raises ConnectionFault and NotHttp2, after which nothing more can be read."""
-        at, self._fields_left = 0, _FIELDS_A_TURN
+        """Read what has come, as far as a turn allows. Raises ConnectionFault and NotHttp2, which end the reading.
+
+        data: without any, what is left of earlier data is read.
+        """
+        at = 0
         if self._rest:
-            data, self._rest = self._rest + data, b""
+            if data:
+                data = self._rest[self._at :] + data
+            else:  # a copy for each turn would take longer than its frames
+                data, at = self._rest, self._at
+            self._rest, self._at = b"", 0
         if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
             at = len(frames.PREFACE)
         at = self._read(data, at)
+        if self._work_left < 0:
+            self._rest, self._at = data, at
+            return
         self._rest = data[at:]
         self._reception.all_read()
+
+    def begin_turn(self) -> None:
+        """Note that other connections have had their turn."""
+        self._work_left = _WORK_A_TURN
 
     @property
     def unread(self) -> bool:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
-        return self._fields_left < 0
+        return self._work_left < 0
+
+    def check_headers(self, now: float) -> None:
+        """Raise ConnectionFault for a header block that has not come in full in time. now: of the event loop."""
+        if self._block and now - self._block_since >= HEADER_SECONDS:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers that do not end")
 
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
@@ -84,7 +115,7 @@ class FrameReader:
             return False
         self.streams.state = ConnectionState.SETTINGS
         values = {
-            frames.MAX_CONCURRENT_STREAMS: MAX_CALLS,
+            frames.MAX_CONCURRENT_STREAMS: self._max_calls,
             frames.INITIAL_WINDOW_SIZE: WINDOW,
             frames.MAX_HEADER_LIST_SIZE: headers.MAX_BYTES,
         }
@@ -93,7 +124,7 @@ class FrameReader:
         return True
 
     def _read(self, data: bytes, at: int) -> int:
-        """Read all complete frames from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
+        """Read complete frames of one turn from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
         end = len(data)
         while end - at >= _HEAD_BYTES:
             high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
@@ -104,6 +135,7 @@ class FrameReader:
             if begin + length > end:
                 break
             at = begin + length
+            self._work_left -= _FRAME_WORK + length // _BYTES_A_WORK
             if self._block and kind != frames.CONTINUATION:
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "headers that another frame interrupts")
             stream &= frames.MAX_STREAM
@@ -114,64 +146,20 @@ class FrameReader:
                     self._headers(flags, stream, data[begin:at])
                 else:
                     self._begin_block(flags, stream, data[begin:at])
-                if self._fields_left < 0:
-                    break
             else:
                 self._other(kind, flags, stream, data[begin:at])
+            if self._work_left < 0:
+                break
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         """Read any frame but DATA and HEADERS."""
         if self.streams.state is ConnectionState.SETTINGS and kind != frames.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
-        if kind in (frames.SETTINGS, frames.PING, frames.GOAWAY) and stream:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "a frame about the connection on a stream")
         if kind == frames.CONTINUATION:
             self._continuation(flags, stream, payload)
-            return
-        if kind == frames.RST_STREAM:
-            self._rst_stream(stream, payload)
-            return
-        self.streams.count_idle()
-        if kind == frames.WINDOW_UPDATE:
-            self._window_update(stream, frames.read_number(payload, "WINDOW_UPDATE"))
-        elif kind == frames.SETTINGS:
-            self.streams.take_settings(flags, payload)
-        elif kind == frames.PING:
-            self._ping(flags, payload)
-        elif kind == frames.PRIORITY:
-            if not stream:
-                raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PRIORITY of the connection")
-            if len(payload) != 5:
-                self._wrong_priority(stream, len(payload))
-        elif kind == frames.PUSH_PROMISE:
-            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE from a client")
-        # Other frames are ignored: those that concern streams of the server, and unknown ones.
-
-    def _wrong_priority(self, stream: int, size: int) -> None:
-        """Reset the stream (section 6.3), or end the connection if there is no stream to reset (section 5.1)."""
-        if call := self.streams.calls.get(stream):
-            self.streams.reset_faulty(call, ErrorCode.FRAME_SIZE_ERROR)
-        elif stream > self.streams.last_stream:
-            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"PRIORITY of {size} bytes")
-
-    def _ping(self, flags: int, payload: bytes) -> None:
-        if len(payload) != len(DRAIN_PING):
-            raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"PING of {len(payload)} bytes")
-        if not flags & frames.ACK:
-            self._send(frames.frame(frames.PING, frames.ACK, 0, payload))
-        elif payload == DRAIN_PING:
-            self._link.drained()
-
-    def _rst_stream(self, stream: int, payload: bytes) -> None:
-        frames.read_number(payload, "RST_STREAM")
-        self.streams.check_opened(stream)
-        self._reception.came_in_full(stream)
-        if call := self.streams.calls.get(stream):
-            call.abandon()
-            self.streams.count_cancelled()
         else:
-            self.streams.count_idle()
+            self._control.read(kind, flags, stream, payload)
 
     def _data(self, flags: int, stream: int, payload: bytes) -> None:
         size = len(payload)
@@ -203,6 +191,7 @@ class FrameReader:
             self._headers(flags, stream, payload)
         else:
             self._block = HeaderBlock(stream, flags, payload)
+            self._block_since = self.streams.loop.time()
 
     def _continuation(self, flags: int, stream: int, payload: bytes) -> None:
         block = self._block
@@ -219,7 +208,9 @@ class FrameReader:
         if len(block) > _MAX_BYTES_DECODED:
             streams.count_idle(len(block) // _BLOCK_BYTES_AN_IDLE_FRAME)
         new = stream > streams.last_stream and stream % 2
-        if new and streams.state is ConnectionState.OPEN and len(streams.calls) < MAX_CALLS:
+        if new and streams.state is ConnectionState.OPEN and len(streams.calls) < self._max_calls:
+            if stream > streams.last_stream + 2:
+                self._skipped = (streams.last_stream, stream)
             streams.last_stream = stream
             try:
                 head = self._header_reader.read(block)
@@ -244,13 +235,20 @@ class FrameReader:
 
     def _trailers(self, stream: int, block: bytes, end: bool) -> None:
         """Read the headers of a stream that is not new."""
-        self._skip(block)
+        if self._skipped[0] < stream < self._skipped[1]:
+            raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"stream {stream} after a higher one (section 5.1.1)")
+        malformed = False
+        try:
+            self._header_reader.trailers(block)
+        except MalformedRequest:
+            malformed = True
+        self._count_fields(-1)
         if end:
             self._reception.came_in_full(stream)
         if call := self.streams.calls.get(stream):
             if call.state is not StreamState.OPEN:
                 self.streams.reset_faulty(call, ErrorCode.STREAM_CLOSED)
-            elif not end:
+            elif malformed or not end:
                 self.streams.reset_faulty(call, ErrorCode.PROTOCOL_ERROR)
             else:
                 call.end()
@@ -263,22 +261,6 @@ class FrameReader:
     def _count_fields(self, allowed: int) -> None:
         """Count the decoded fields; each field above ``allowed`` counts as a frame that advances no call."""
         fields, self._header_reader.fields = self._header_reader.fields, 0
-        self._fields_left -= fields
+        self._work_left -= _FIELD_WORK * fields
         if fields > allowed:
             self.streams.count_idle(fields - allowed)
-
-    def _window_update(self, stream: int, more: int) -> None:
-        if not stream:
-            self.streams.widen(more)
-            return
-        self.streams.check_opened(stream)
-        if call := self.streams.calls.get(stream):
-            self.streams.widen_call(call, more)
-
-
-def _missing(rest: bytes) -> int:
-    """Return how many bytes the frame lacks that has begun; 0 where its head does not tell yet."""
-    if len(rest) < _HEAD_BYTES:
-        return 0
-    high, low, *_ = frames.HEAD.unpack_from(rest)
-    return _HEAD_BYTES + (int(high) << 8 | int(low)) - len(rest)

@@ -13,7 +13,6 @@ from grpc import aio
 
 from serving.transport import headers
 from serving.transport.call import INTERNAL_TEXT
-from serving.transport.frame_reader import MAX_CALLS
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
@@ -28,7 +27,7 @@ from serving.transport.methods import (
 )
 from serving.transport.sockets import UnixSocket, listen_tcp
 
-_MAX_RPCS = 4 * MAX_CALLS  # of all connections together
+_MAX_RPCS = 16_384  # of all connections together
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
 _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the requests was the end of the call
@@ -63,12 +62,14 @@ class GrpcioServer:
         options: list[tuple[str, int]] = [
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_concurrent_streams", MAX_CALLS),
+            ("grpc.max_concurrent_streams", limits.calls_per_connection),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
             ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
+        if limits.idle_seconds:
+            options.append(("grpc.max_connection_idle_ms", max(1, round(1000 * limits.idle_seconds))))
         if connection_age:
             options.append(("grpc.max_connection_age_ms", max(1, round(1000 * connection_age))))
             options.append(("grpc.max_connection_age_grace_ms", round(1000 * grace)))

@@ -38,7 +38,8 @@ class TlsContexts(Protocol):
 class TlsListener:
     """A listening socket whose clients must complete a TLS handshake.
 
-    connect: makes the Connection of a client. noted: called with each result, one of HANDSHAKE_RESULTS.
+    connect: makes the Connection of a client. noted: called with each result, one of HANDSHAKE_RESULTS. refuses:
+    called with each client's address; returns True if its connection is closed at once.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class TlsListener:
         contexts: TlsContexts,
         connect: Callable[[], Connection],
         noted: Callable[[str], object],
+        refuses: Callable[[str], bool],
     ) -> None:
         self._socket = listening
         self._contexts = contexts
         self._connect = connect
         self._noted = noted
+        self._refuses = refuses
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
         self._under_way: dict[asyncio.Task[None], None] = {}  # oldest first
@@ -73,13 +76,16 @@ class TlsListener:
     def _accept(self) -> None:
         for _ in range(_MAX_ACCEPTED_A_TURN):
             try:
-                accepted, _ = self._socket.accept()
+                accepted, address = self._socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:  # no file can be opened; the socket would stay readable
                 self._loop.remove_reader(self._socket.fileno())
                 self._pause = self._loop.call_later(_BACK_OFF_SECONDS, self._resume)
                 return
+            if self._refuses(str(address[0])):
+                accepted.close()
+                continue
             accepted.setblocking(False)
             self._begin(accepted)
 

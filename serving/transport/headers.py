@@ -38,13 +38,17 @@ _ENCODING = "grpc-encoding"
 #: The prefix of an answer's first headers for a client that wants a smaller table: it sets the size 0.
 NO_TABLE = b"\x20"
 _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
+_NAME = re.compile(rb":?[!#$%&'*+.^_`|~0-9a-z-]+")  # RFC 9110, section 5.6.2, in lower case
+_NOT_IN_VALUE = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\A[ \t]|[ \t]\Z")  # RFC 9113, section 8.2.1
 _MAX_KNOWN = 64  # remembered headers
 _MAX_KNOWN_BYTES = 2048  # a larger block is not remembered
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 # Headers of the protocol, which are no metadata of a call.
 _OF_PROTOCOL = {"te", "content-type", "grpc-timeout", _ENCODING, "grpc-accept-encoding"}
-_OF_CONNECTION = {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
+_OF_CONNECTION = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
+_SINGLE = {"content-type", "grpc-timeout", _ENCODING}  # which may come once
+_DIGITS = re.compile("[0-9]{1,18}")
 # The characters of a status message that are not escaped (PROTOCOL-HTTP2.md: Percent-Byte-Unencoded).
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
@@ -65,6 +69,7 @@ class RequestHead(Generic[Method]):
     encoding: the encoding of compressed messages.
     size: the bytes of all headers, counted as for MAX_BYTES.
     acceptable: True if a known method can take the request.
+    content_length: the bytes of its data, if a header says so.
     """
 
     http_status: int
@@ -76,6 +81,7 @@ class RequestHead(Generic[Method]):
     metadata: Metadata
     size: int
     acceptable: bool
+    content_length: int | None = None
 
 
 class HeaderBlock:
@@ -149,6 +155,23 @@ class HeaderReader(Generic[Method]):
         else:
             self._decode(block)
             self._known.clear()
+
+    def trailers(self, block: bytes) -> None:
+        """Read the headers that end a request, whose content is not used.
+
+        Raises MalformedRequest, or ConnectionFault, after which no further block can be read.
+        """
+        if block in self._known:  # a request's
+            raise MalformedRequest
+        if len(block) > MAX_BYTES_DECODED:
+            self._skip_large(block)
+            return
+        fields = self._decode(block)
+        self._known.clear()
+        for name, value in fields:
+            if name.startswith(b":"):
+                raise MalformedRequest
+            _check_field(name, value)
 
     def _decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
         """Return the name and value of each header. Raises ConnectionFault."""
@@ -256,24 +279,22 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
     metadata: list[tuple[str, str | bytes]] = []
     size = 0
     for raw_name, raw_value in fields:
+        _check_field(raw_name, raw_value)
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        if not raw_name or _CONTROL.search(raw_name + raw_value):
-            raise MalformedRequest
         size += len(raw_name) + len(raw_value) + _FIELD_BYTES
         if name.startswith(":"):
             if name in pseudo or special or metadata:
                 raise MalformedRequest
             pseudo[name] = value
-        elif name != name.lower() or name in _OF_CONNECTION or (name == "te" and value != "trailers"):
-            raise MalformedRequest
         elif name in _OF_PROTOCOL:
+            if name in special and name in _SINGLE:
+                raise MalformedRequest
             special[name] = value
         elif name.endswith("-bin"):
             metadata += ((name, part) for part in _binary(raw_value))
         else:
             metadata.append((name, value))
-    if not {":method", ":path", ":scheme"} <= pseudo.keys() <= {":method", ":path", ":scheme", ":authority"}:
-        raise MalformedRequest
+    _check_pseudo(pseudo, metadata)
     path, content = pseudo[":path"], special.get("content-type", "")
     status = 200
     if pseudo[":method"] != "POST":
@@ -285,7 +306,38 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
         timeout, given = int(match[1]) * _SECONDS[match[2]], None
     encoding, method = special.get(_ENCODING, IDENTITY), find(path)
     acceptable = status == 200 and method is not None and size <= MAX_BYTES and encoding in KNOWN_ENCODINGS
-    return RequestHead(status, path, method, timeout, given or "", encoding, tuple(metadata), size, acceptable)
+    length = _content_length(metadata)
+    return RequestHead(status, path, method, timeout, given or "", encoding, tuple(metadata), size, acceptable, length)
+
+
+def _check_field(name: bytes, value: bytes) -> None:
+    """Raise MalformedRequest for a field that HTTP/2 does not allow (RFC 9113, sections 8.2.1 and 8.2.2)."""
+    if not _NAME.fullmatch(name) or _NOT_IN_VALUE.search(value):
+        raise MalformedRequest
+    if name in _OF_CONNECTION or (name == b"te" and value != b"trailers"):
+        raise MalformedRequest
+
+
+def _check_pseudo(pseudo: dict[str, str], metadata: list[tuple[str, str | bytes]]) -> None:
+    """Check the pseudo-headers of a request (RFC 9113, section 8.3.1). Raises MalformedRequest."""
+    if not {":method", ":path", ":scheme"} <= pseudo.keys() <= {":method", ":path", ":scheme", ":authority"}:
+        raise MalformedRequest
+    if not pseudo[":path"]:
+        raise MalformedRequest
+    authority = pseudo.get(":authority")
+    if authority is not None and any(name == "host" and value != authority for name, value in metadata):
+        raise MalformedRequest
+
+
+def _content_length(metadata: list[tuple[str, str | bytes]]) -> int | None:
+    """Return the value of content-length, or None without one. Raises MalformedRequest."""
+    found = {value for name, value in metadata if name == "content-length"}
+    if not found:
+        return None
+    text = found.pop()
+    if found or not isinstance(text, str) or not _DIGITS.fullmatch(text):
+        raise MalformedRequest
+    return int(text)
 
 
 def _binary(value: bytes) -> list[bytes]:

@@ -18,29 +18,47 @@ class Holder(Protocol):
     held: int
     waits: bool
 
+    @property
+    def owner(self) -> object:
+        """Return the call's connection. Connections are compared by identity."""
+
     def evict(self, stalled: bool, /) -> None:
         """End the call, and release its bytes. stalled: True for lack of progress, False for lack of memory."""
+
+
+class _Waiting:
+    """The holders of one owner that wait for their peers.
+
+    progress: the time of each holder's last progress, and the bytes it held then; oldest first. held: those bytes of
+    all of them together.
+    """
+
+    __slots__ = ("held", "progress")
+
+    def __init__(self) -> None:
+        self.progress: dict[Holder, tuple[float, int]] = {}
+        self.held = 0
 
 
 class Memory:
     """The bytes of requests in flight and of unread answers, of all clients of a server.
 
     A holder that waits for its peer (with an incomplete message, or an unread answer) can be evicted. A holder that
-    waits for the server cannot, since the delay is not its client's fault.
+    waits for the server cannot, since the delay is not its client's fault. The owner with the most bytes of waiting
+    holders loses one first, so that a flood on one connection does not end the slow upload on another.
 
     max_bytes: the most bytes of all holders together. stall_seconds: time without progress after which a waiting holder
     is evicted even if there is room.
     """
 
-    __slots__ = ("_progress", "max_bytes", "stall_seconds", "used")
+    __slots__ = ("_waiting", "max_bytes", "stall_seconds", "used")
 
     def __init__(self, max_bytes: int, stall_seconds: float = STALL_SECONDS) -> None:
         self.max_bytes = max_bytes
         self.stall_seconds = stall_seconds
         #: Bytes that are held now.
         self.used = 0
-        # The holders that wait for their peers, with the time of their last progress, oldest first.
-        self._progress: dict[Holder, float] = {}
+        self._waiting: dict[object, _Waiting] = {}  # by owner
 
     def hold(self, holder: Holder, size: int) -> None:
         """Count bytes as held, or a negative number of them as released."""
@@ -49,15 +67,23 @@ class Memory:
 
     def waits(self, holder: Holder, now: float) -> None:
         """Note that a holder waits for its peer, and has made progress now. now: seconds of any clock."""
-        self._progress.pop(holder, None)
-        self._progress[holder] = now
+        waiting = self._waiting.get(holder.owner)
+        if waiting is None:
+            waiting = self._waiting[holder.owner] = _Waiting()
+        elif holder.waits:
+            waiting.held -= waiting.progress.pop(holder)[1]
+        waiting.progress[holder] = (now, holder.held)
+        waiting.held += holder.held
         holder.waits = True
 
     def works(self, holder: Holder) -> None:
         """Note that a holder does not wait for its peer."""
         if holder.waits:
             holder.waits = False
-            del self._progress[holder]
+            waiting = self._waiting[holder.owner]
+            waiting.held -= waiting.progress.pop(holder)[1]
+            if not waiting.progress:
+                del self._waiting[holder.owner]
 
     def leave(self, holder: Holder) -> None:
         """Release all bytes of a holder."""
@@ -67,9 +93,15 @@ class Memory:
         holder.held = 0
 
     def make_room(self, asking: Holder) -> None:
-        """Evict holders until the rest fits: the one with the oldest progress first, and ``asking`` last."""
+        """Evict holders until the rest fits, ``asking`` last.
+
+        The owner with the most waiting bytes loses the holder with the oldest progress.
+        """
         while self.used > self.max_bytes:
-            victim = next(iter(self._progress), asking)
+            victim = asking
+            if self._waiting:
+                largest = max(self._waiting.values(), key=_held)
+                victim = next(iter(largest.progress))
             self.works(victim)
             victim.evict(False)
             if victim is asking:
@@ -78,11 +110,16 @@ class Memory:
     def evict_stalled(self, now: float) -> None:
         """Evict each holder that waits for its peer and has made no progress for ``stall_seconds``."""
         stalled = []
-        for holder, since in self._progress.items():
-            if now - since < self.stall_seconds:
-                break
-            stalled.append(holder)
+        for waiting in self._waiting.values():
+            for holder, (since, _) in waiting.progress.items():
+                if now - since < self.stall_seconds:
+                    break
+                stalled.append(holder)
         for holder in stalled:
             if holder.waits:  # otherwise another holder's end has ended it
                 self.works(holder)
                 holder.evict(True)
+
+
+def _held(waiting: _Waiting) -> int:
+    return waiting.held

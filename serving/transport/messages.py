@@ -12,8 +12,10 @@ import grpc
 ENCODINGS = {"gzip": 31, "deflate": 15}
 #: The prefix of each message: a flag for compression, and the length.
 PREFIX = struct.Struct(">BI")
-# Bytes that are inflated at once; the rest of a message is left to a thread, since other calls would wait for it.
+# Bytes that are inflated at once; the rest is left to a thread, since other calls would wait for it.
 _MAX_INFLATED_AT_ONCE = 2**16
+_STEP_BYTES = 2**20  # that a thread inflates before it looks whether the call has ended
+_MAX_RATIO = 1032  # of inflated bytes to compressed ones (the limit of zlib's format)
 
 
 class MessageError(Exception):
@@ -25,25 +27,47 @@ class MessageError(Exception):
 
 
 class Inflation:
-    """A compressed message. Only its beginning is inflated yet."""
+    """A compressed message. Only its beginning is inflated yet, at most ``at_once`` bytes."""
 
-    def __init__(self, data: bytes, encoding: str, max_bytes: int) -> None:
+    def __init__(self, data: bytes, encoding: str, max_bytes: int, at_once: int = _MAX_INFLATED_AT_ONCE) -> None:
         self.size = len(data)
+        #: Set, by any thread, to end ``rest`` soon.
+        self.given_up = False
         self._encoding = encoding
         self._max_bytes = max_bytes
         self._reader = zlib.decompressobj(ENCODINGS[encoding])
-        self._begin = self._inflate(data, _MAX_INFLATED_AT_ONCE)
+        self._compressed = data
+        self._begin = self._inflate(min(at_once, max_bytes + 1))
 
     @property
     def done(self) -> bool:
-        """Return True if nothing is left to inflate."""
-        return self._begin is None or self._reader.eof
+        """Return True if nothing is left to inflate, or the message is known to be refused."""
+        return self._begin is None or self._reader.eof or len(self._begin) > self._max_bytes
+
+    @property
+    def inflated(self) -> int:
+        """Return the inflated bytes so far."""
+        return len(self._begin or b"")
+
+    @property
+    def max_rest(self) -> int:
+        """Return the most bytes of the rest."""
+        return min(self._max_bytes + 1, _MAX_RATIO * self.size) - self.inflated
 
     def rest(self) -> bytes | None:
-        """Inflate the rest, in any thread. Return None if it is corrupt."""
+        """Inflate the rest, in any thread. Return None if it is corrupt or the call has ended."""
         if self._begin is None:
             return None
-        return self._inflate(self._reader.unconsumed_tail, self._max_bytes + 1 - len(self._begin))
+        parts, left = [], self._max_bytes + 1 - len(self._begin)
+        while left > 0 and not self._reader.eof:
+            part = None if self.given_up else self._inflate(min(left, _STEP_BYTES))
+            if part is None:
+                return None
+            if not part:  # the message ends too early
+                break
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
 
     def message(self, rest: bytes | None, limit_text: str) -> bytes:
         """Return the whole message. Raises MessageError."""
@@ -56,11 +80,14 @@ class Inflation:
             raise MessageError(grpc.StatusCode.INVALID_ARGUMENT, text)
         return message
 
-    def _inflate(self, data: bytes, max_bytes: int) -> bytes | None:
+    def _inflate(self, max_bytes: int) -> bytes | None:
+        if max_bytes <= 0:  # which zlib takes for no limit
+            return b""
         try:
-            inflated: bytes = self._reader.decompress(data, max_bytes)
+            inflated: bytes = self._reader.decompress(self._compressed, max_bytes)
         except zlib.error:
             return None
+        self._compressed = self._reader.unconsumed_tail
         return inflated
 
 
@@ -104,7 +131,7 @@ class MessageReader:
                 return []
             data = self._take_kept()
         messages: list[bytes] = []
-        at, end = 0, len(data)
+        at, end, at_once = 0, len(data), _MAX_INFLATED_AT_ONCE
         while True:
             if self._missing < 0:
                 if end - at < PREFIX.size:
@@ -120,7 +147,8 @@ class MessageReader:
             message = self._joined(piece)
             self._missing = -1
             if self._flag:
-                inflation = Inflation(message, self._encoding, self._max_bytes)
+                inflation = Inflation(message, self._encoding, self._max_bytes, at_once)
+                at_once -= inflation.inflated
                 if not inflation.done:
                     self.inflation = inflation
                     self.buffered += inflation.size

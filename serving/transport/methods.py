@@ -134,6 +134,9 @@ def table(service: str, methods: Mapping[str, Method]) -> dict[str, Method]:
 #: A function that is called for each refusal of the transport, with the call's path and metadata, code and text.
 Refused = Callable[[str, Metadata, grpc.StatusCode, str], None]
 
+#: The most calls that a client may have open on one connection, unless set otherwise.
+DEFAULT_CALLS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class TransportLimits:
@@ -144,6 +147,12 @@ class TransportLimits:
     message_text, memory_text: the texts for clients that exceed these two limits.
     stall_seconds: time without progress after which a call that waits for its client is ended.
     handshake: called with the result of each TLS handshake.
+    connections: the most connections of all clients; 0 for any number.
+    connections_per_client: the most connections of one address of another machine; 0 for any number.
+    calls_per_connection: the most calls that a client may have open on one connection.
+    idle_seconds: time without calls after which a connection is closed; 0 for never.
+    limited: called with each of CONNECTION_LIMITS (serving.transport.connection_limits) that has refused or ended a
+    connection.
     """
 
     message_bytes: int
@@ -153,6 +162,11 @@ class TransportLimits:
     refused: Refused = lambda *_: None
     stall_seconds: float = STALL_SECONDS
     handshake: Callable[[str], object] = lambda _: None
+    connections: int = 0
+    connections_per_client: int = 0
+    calls_per_connection: int = DEFAULT_CALLS
+    idle_seconds: float = 0.0
+    limited: Callable[[str], object] = lambda _: None
 
 
 class TransportServer(Protocol):

@@ -16,10 +16,13 @@ from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
 from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
 from serving.transport.streams import Streams, StreamState
+from serving.transport.unpacking import Job
 
 #: The bytes of a call that a client may send before the server reads them.
 WINDOW = 2**18
 _LOW_WINDOW = WINDOW // 2  # the window is refilled below this
+#: The bytes of streamed answers of a connection above which its handlers wait for the next turn of the event loop.
+MAX_BYTES_A_TURN = 2**18
 _MESSAGE_BYTES = 64  # memory of a message in addition to its own bytes
 _MESSAGE_BYTES_WITH_PREFIX = _MESSAGE_BYTES + messages.PREFIX.size
 _MAX_UNSENT_BYTES = 2**16  # bytes of answers that wait for the client; above this a stream's handler waits
@@ -32,8 +35,10 @@ class ReceivingCall(Call):
     needs_all: ClassVar[bool]
 
     _may_receive = WINDOW
+    _body = 0  # bytes received, if the client has told their number
     _reader: MessageReader | None = None  # for messages that do not come in one piece
-    _inflating: Inflation | None = None
+    _unpacking: Job | None = None
+    _reserved = 0  # bytes that are held for the message which is being inflated
 
     @abstractmethod
     def _take(self, message: bytes) -> None:
@@ -55,6 +60,8 @@ class ReceivingCall(Call):
         if self.state is StreamState.HALF_CLOSED_REMOTE:
             self.streams.reset_faulty(self, ErrorCode.STREAM_CLOSED)
             return
+        if self._head.content_length is not None and not self._is_as_long_as_told(len(data), end):
+            return
         if end:
             self.state = StreamState.HALF_CLOSED_REMOTE
         if not self.over:
@@ -63,9 +70,20 @@ class ReceivingCall(Call):
     def end(self) -> None:
         """Take note that the client has sent all, and said so without data."""
         if self.state is StreamState.OPEN:
+            if self._head.content_length is not None and not self._is_as_long_as_told(0, True):
+                return
             self.state = StreamState.HALF_CLOSED_REMOTE
             if not self.over and not (self._reader and self._reader.inflation):
                 self._end_of_request()
+
+    def _is_as_long_as_told(self, size: int, end: bool) -> bool:
+        """Count received bytes. Reset the stream if content-length tells another number (RFC 9113, section 8.1.1)."""
+        self._body += size
+        expected = self._head.content_length
+        if expected is None or (self._body == expected if end else self._body <= expected):
+            return True
+        self.streams.reset_faulty(self, ErrorCode.PROTOCOL_ERROR)
+        return False
 
     def wait_for_client(self) -> None:
         """Note that the request is not complete yet."""
@@ -120,12 +138,30 @@ class ReceivingCall(Call):
 
     def _inflate(self, reader: MessageReader, inflation: Inflation) -> None:
         """Inflate a large message in a thread, so that other calls need not wait. Later data of the call waits."""
-        if inflation is not self._inflating:
-            self._inflating = inflation
-            inflating = self.streams.loop.run_in_executor(None, inflation.rest)
-            inflating.add_done_callback(lambda rest: self._inflated(reader, rest))
+        if self._unpacking is None:
+            self._unpacking = Job(
+                inflation, lambda: self._reserve(inflation.max_rest), lambda rest: self._inflated(reader, rest)
+            )
+            self._reserve(inflation.inflated)
+            if self._unpacking:
+                self.streams.unpacker.unpack(self.streams, self._unpacking)
+
+    def _reserve(self, size: int) -> None:
+        """Hold memory for a message before it is inflated. The call may end if there is none."""
+        self._reserved += size
+        memory = self.streams.memory
+        memory.hold(self, size)
+        if memory.used > memory.max_bytes:
+            memory.make_room(self)
+
+    def _release(self) -> None:
+        """Release the memory for the message that was inflated."""
+        self.streams.memory.hold(self, -self._reserved)
+        self._reserved = 0
+        self._unpacking = None
 
     def _inflated(self, reader: MessageReader, rest: "asyncio.Future[bytes | None]") -> None:
+        self._release()
         if self.over or rest.cancelled():
             return
         before = reader.buffered
@@ -138,6 +174,15 @@ class ReceivingCall(Call):
             self._fail(error)
         else:
             self._received(received, reader.buffered - before + _size(received))
+
+    def _stop_unpacking(self) -> None:
+        if self._unpacking:
+            self.streams.unpacker.give_up(self.streams, self._unpacking)
+            self._release()
+
+    def _stop_handler(self) -> None:
+        self._stop_unpacking()
+        super()._stop_handler()
 
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
@@ -250,9 +295,12 @@ class StreamCall(ReceivingCall):
         sent = sending.message(data)
         if sent is not None:
             streams.send_answer(sent)
+            streams.sent_this_turn += len(data)
         else:
             self._put(data)
-        while not self.over and (sending.size > _MAX_UNSENT_BYTES or streams.paused):
+        while not self.over and (
+            sending.size > _MAX_UNSENT_BYTES or streams.paused or streams.sent_this_turn > MAX_BYTES_A_TURN
+        ):
             self._room = streams.loop.create_future()
             await self._room
 
@@ -274,6 +322,7 @@ class StreamCall(ReceivingCall):
     def _close(self) -> None:
         if self.state is StreamState.CLOSED:
             return
+        self._stop_unpacking()  # if the handler has ended before the request
         super()._close()
         self._messages.clear()  # a reader that is already awake must not release them again
         self._wake_reader()

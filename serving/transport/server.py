@@ -4,14 +4,17 @@ import asyncio
 from contextlib import suppress
 
 from serving.transport.connection import Connection
+from serving.transport.connection_limits import ConnectionLimits
+from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.memory import Memory
 from serving.transport.methods import Method, Table, TransportLimits
 from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
 from serving.transport.terms import Terms
+from serving.transport.unpacking import Unpacker
 
 _LAST_SECONDS = 0.2  # time after the grace for the last bytes to leave
-_CHECKS_PER_STALL = 4  # checks for stalled calls in the time after which a call counts as stalled
+_CHECKS_PER_LIMIT = 4  # looks at calls and connections within the shortest time after which one of them is ended
 
 
 class GrpcServer:
@@ -37,8 +40,21 @@ class GrpcServer:
         self._looking: asyncio.TimerHandle | None = None
         #: The bytes that each call holds.
         self.memory = Memory(limits.bytes_under_way, limits.stall_seconds)
-        self._terms = Terms(self._methods.get, limits, self.memory, self._opened, self._lost, connection_age, grace)
+        self._unpacker = Unpacker()
+        self._terms = Terms(
+            self._methods.get,
+            limits,
+            self.memory,
+            self._unpacker,
+            self._opened,
+            self._lost,
+            connection_age,
+            grace,
+        )
         self._tls = tls
+        self._numbers = ConnectionLimits(limits)
+        times = (limits.stall_seconds, limits.idle_seconds or HEADER_SECONDS, HEADER_SECONDS)
+        self._check_seconds = min(times) / _CHECKS_PER_LIMIT
 
     def add_methods(self, methods: Table) -> None:
         """Add methods. Call it before ``start``."""
@@ -53,7 +69,7 @@ class GrpcServer:
         bound: int = opened[0].getsockname()[1]
         for one in opened:
             self._listening.append(
-                TlsListener(one, self._tls, self._connection, self._terms.limits.handshake)
+                TlsListener(one, self._tls, self._connection, self._terms.limits.handshake, self._refuses)
                 if self._tls
                 else await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
             )
@@ -73,7 +89,7 @@ class GrpcServer:
         """Start to accept connections."""
         for listening in self._listening:
             await listening.start_serving()
-        self._look_for_stalled()
+        self._look_around()
 
     async def drain(self, grace: float) -> None:
         """Refuse new connections and calls. Return when the clients know, or have gone.
@@ -108,6 +124,7 @@ class GrpcServer:
         if self._looking:
             self._looking.cancel()
         await draining
+        self._unpacker.close()
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -116,15 +133,30 @@ class GrpcServer:
     def _connection(self) -> Connection:
         return Connection(self._terms, self._loop)
 
-    def _opened(self, connection: Connection) -> None:
+    def _refuses(self, address: str) -> bool:
+        """Return True if one more connection of an address would exceed a limit."""
+        limit = self._numbers.refusal(address)
+        if limit:
+            self._terms.limits.limited(limit)
+        return bool(limit)
+
+    def _opened(self, connection: Connection, address: str) -> bool:
+        if self._refuses(address):
+            return False
+        self._numbers.enter(address)
         self._connections.add(connection)
+        return True
 
     def _lost(self, connection: Connection) -> None:
+        self._numbers.leave(connection.address)
         self._connections.discard(connection)
         if not self._connections:
             self._empty.set()
 
-    def _look_for_stalled(self) -> None:
-        """End calls whose clients make no progress, and schedule the next check."""
-        self.memory.evict_stalled(self._loop.time())
-        self._looking = self._loop.call_later(self.memory.stall_seconds / _CHECKS_PER_STALL, self._look_for_stalled)
+    def _look_around(self) -> None:
+        """End what its clients do not bring further: calls and connections. Schedule the next look."""
+        now = self._loop.time()
+        self.memory.evict_stalled(now)
+        for connection in list(self._connections):
+            connection.check(now)
+        self._looking = self._loop.call_later(self._check_seconds, self._look_around)

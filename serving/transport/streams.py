@@ -13,6 +13,7 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Peer, TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
+from serving.transport.unpacking import Unpacker
 
 # Frames that advance no call: the most at once, and the most a second. No honest client comes near these limits.
 _MAX_IDLE_FRAMES = 10_000
@@ -109,12 +110,13 @@ class OpenCall(SendingCall, Protocol):
 class Streams:
     """The calls of one connection by stream, and their common state."""
 
-    def __init__(self, link: Link, limits: TransportLimits, memory: Memory) -> None:
+    def __init__(self, link: Link, limits: TransportLimits, memory: Memory, unpacker: Unpacker) -> None:
         self.loop = link.loop
         self.send = link.send
         self.send_all = link.send_all
         self.limits = limits
         self.memory = memory
+        self.unpacker = unpacker
         self.peer = PeerWindow()
         #: The client, as far as the connection shows it.
         self.client = Peer("")
@@ -124,6 +126,8 @@ class Streams:
         self.calls: dict[int, OpenCall] = {}
         #: Set while the client's system takes no bytes.
         self.paused = False
+        #: The bytes of streamed answers that were sent in this turn of the event loop.
+        self.sent_this_turn = 0
         #: True until the client was told of a smaller table for the headers of answers, which it asked for.
         self.shrinks_table = False
         self._link = link
@@ -226,8 +230,8 @@ class Streams:
             frames.check_setting(setting, value)
             if setting == frames.INITIAL_WINDOW_SIZE:
                 window = value
-            elif setting == frames.HEADER_TABLE_SIZE:
-                self.shrinks_table = value < _TABLE_BYTES
+            elif setting == frames.HEADER_TABLE_SIZE and value < _TABLE_BYTES:
+                self.shrinks_table = True  # also if it grows again at once (RFC 7541, section 4.2)
         self.set_initial_window(window)
         if self.state is ConnectionState.SETTINGS:
             self.state = ConnectionState.OPEN

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits
+from serving.transport.unpacking import Unpacker
 
 Connection = TypeVar("Connection")
 
@@ -14,14 +15,16 @@ Connection = TypeVar("Connection")
 class Terms(Generic[Connection]):
     """The common terms of a server's connections.
 
-    find: returns the method of a path, or None. opened, lost: called with each connection. age: seconds after which a
+    find: returns the method of a path, or None. opened: called with each new connection and its address; returns False
+    if it is refused. lost: called with each other connection at its end. age: seconds after which a
     connection is renewed; 0 for never. grace: seconds that its calls then get to finish.
     """
 
     find: Callable[[str], Method | None]
     limits: TransportLimits
     memory: Memory
-    opened: Callable[[Connection], None]
+    unpacker: Unpacker
+    opened: Callable[[Connection, str], bool]
     lost: Callable[[Connection], None]
     age: float
     grace: float

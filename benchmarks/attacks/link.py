@@ -1,0 +1,232 @@
+"""A hostile client's connection, and the parts of the bytes that it sends."""
+
+import gzip
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from hpack.hpack import encode_integer
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.transport import frames
+from serving.transport.frames import ErrorCode
+from serving.transport.messages import PREFIX
+
+#: The pieces that a connection sends one after the other, each of whole frames; a number is a pause in seconds.
+Pieces = Iterator[bytes | float]
+Script = Callable[["Link"], Pieces]
+#: Makes a message with gRPC's prefix, or nothing for a call without one.
+Message = Callable[[], bytes]
+
+CLASSIFY = "/capsnet.v1.CapsNetService/Classify"
+CLASSIFY_STREAM = "/capsnet.v1.CapsNetService/ClassifyStream"
+WATCH = "/grpc.health.v1.Health/Watch"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+#: Pause of a script that waits for the server, in seconds.
+WAIT_SECONDS = 0.02
+
+_PIXELS = 28 * 28
+_READ_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A kind of attack.
+
+    script: the bytes of one connection. speaks: the connection opens with HTTP/2's preface, these settings and a wide
+    window, and its peer's frames are read. times: connections for each one that is asked for. server: the kind of
+    server that is attacked, one of ``served.KINDS``.
+    """
+
+    name: str
+    script: Script
+    speaks: bool = True
+    settings: Mapping[int, int] = field(default_factory=dict)
+    times: int = 1
+    server: str = "plain"
+
+
+class Link:
+    """A connection whose script has not ended.
+
+    window, stream_window: bytes that the server takes on the connection, and on each new stream. max_streams: the
+    server's limit. settled: True once the server has told its limits. reads: the script may set it to False. sent:
+    bytes sent. silent: True once the script has ended. closed: True once the connection has ended. hung_up: True if
+    the script has ended it.
+    """
+
+    def __init__(self, port: int, attack: Attack) -> None:
+        self.attack = attack
+        self.window = self.stream_window = frames.DEFAULT_WINDOW
+        self.max_streams = frames.MAX_STREAM
+        self.settled = self.silent = self.closed = self.hung_up = False
+        self.reads = True
+        self.sent = 0
+        self._stream = -1
+        self._received = b""
+        self._unsent = memoryview(_opening(attack.settings) if attack.speaks else b"")
+        self._replies = b""
+        self._pieces = attack.script(self)
+        self.socket = socket.socket()
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.connect_ex(("127.0.0.1", port))
+
+    def next_stream(self) -> int:
+        self._stream += 2
+        return self._stream
+
+    def hang_up(self) -> None:
+        """End the connection, so that a new one takes its place at once."""
+        self.closed = self.hung_up = True
+
+    @property
+    def has_replies(self) -> bool:
+        return bool(self._replies)
+
+    def send(self) -> float | None:
+        """Send a piece. Return the seconds to pause, or None if the script has ended.
+
+        Raises BlockingIOError if the server reads nothing now. The end of the connection sets ``closed``.
+        """
+        if not self._unsent:
+            if self._replies:
+                self._unsent, self._replies = memoryview(self._replies), b""
+            else:
+                piece = next(self._pieces, None)
+                if not isinstance(piece, bytes):
+                    self.silent = piece is None
+                    return piece
+                self._unsent = memoryview(piece)
+        try:
+            count = self.socket.send(self._unsent)
+        except BlockingIOError:
+            raise
+        except OSError:
+            self.closed = True
+            return 0
+        self.sent += count
+        self._unsent = self._unsent[count:]
+        return 0
+
+    def receive(self) -> None:
+        """Read the bytes that have come. The end of the connection sets ``closed``."""
+        try:
+            read = self.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            read = b""
+        if not read:
+            self.closed = True
+        elif self.attack.speaks:
+            self._received = self._read_frames(self._received + read)
+
+    def _read_frames(self, data: bytes) -> bytes:
+        """Take note of all whole frames, and return the rest."""
+        at = 0
+        while len(data) - at >= frames.HEAD.size:
+            high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
+            end = at + frames.HEAD.size + (high << 8 | low)
+            if end > len(data):
+                break
+            if kind in (frames.SETTINGS, frames.PING, frames.WINDOW_UPDATE):
+                self._control(kind, flags, stream, data[at + frames.HEAD.size : end])
+            at = end
+        return data[at:]
+
+    def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if kind == frames.WINDOW_UPDATE:
+            if stream == 0:
+                self.window += frames.read_number(payload, "WINDOW_UPDATE")
+        elif not flags & frames.ACK:
+            self._replies += frames.frame(kind, frames.ACK, 0, payload if kind == frames.PING else b"")
+            if kind == frames.SETTINGS:
+                values = dict(frames.read_settings(payload))
+                self.stream_window = values.get(frames.INITIAL_WINDOW_SIZE, self.stream_window)
+                self.max_streams = values.get(frames.MAX_CONCURRENT_STREAMS, self.max_streams)
+                self.settled = True
+
+    def ready(self) -> Pieces:
+        """Wait for the server's limits."""
+        while not self.settled:
+            yield WAIT_SECONDS
+
+    def room(self, size: int) -> Pieces:
+        """Wait until the connection's window has room for data, and take it."""
+        while self.window < size:
+            yield WAIT_SECONDS
+        self.window -= size
+
+
+def _opening(settings: Mapping[int, int]) -> bytes:
+    """Return the first bytes of a client: preface, settings, and the widest window of the connection."""
+    wide = frames.window_update(0, frames.MAX_WINDOW - frames.DEFAULT_WINDOW)
+    return frames.PREFACE + frames.settings(dict(settings)) + wide
+
+
+def text(value: str) -> bytes:
+    """Return a string of HPACK, not compressed (RFC 7541, section 5.2)."""
+    return bytes(encode_integer(len(value), 7)) + value.encode()
+
+
+def literal(name: str, value: str) -> bytes:
+    """Return a header that is not kept in the table (RFC 7541, section 6.2.2)."""
+    return b"\0" + text(name) + text(value)
+
+
+def block(path: str, *more: tuple[str, str]) -> bytes:
+    """Return the header block of a call, which leaves the server's table as it is."""
+    usual = (("content-type", "application/grpc"), ("te", "trailers"))
+    known = b"\x83\x86\x04" + text(path) + b"\x01" + text("localhost")
+    return known + b"".join(literal(*one) for one in (*usual, *more))
+
+
+def headers(stream: int, path: str, *more: tuple[str, str], end: bool = False) -> bytes:
+    """Return the frame that begins a call. end: the call has no message."""
+    return frames.header_frames(stream, block(path, *more), end)
+
+
+def data(stream: int, payload: bytes, end: bool = True) -> bytes:
+    """Return the DATA frames of a message. end: they end the stream."""
+    pieces = [payload[at : at + frames.MAX_FRAME_BYTES] for at in range(0, len(payload), frames.MAX_FRAME_BYTES)]
+    last = frames.END_STREAM if end else 0
+    return b"".join(
+        frames.frame(frames.DATA, last if number == len(pieces) - 1 else 0, stream, piece)
+        for number, piece in enumerate(pieces)
+    )
+
+
+def cancel(stream: int) -> bytes:
+    """Return the frame by which a client resets a call."""
+    return frames.reset(stream, ErrorCode.CANCEL)
+
+
+def framed(message: bytes, compressed: bool = False) -> bytes:
+    """Return a message with gRPC's prefix."""
+    return PREFIX.pack(compressed, len(message)) + message
+
+
+@cache
+def zipped(repeated: bytes, size: int) -> bytes:
+    """Return a message of some repeated bytes, of this size at most, compressed by gzip, with gRPC's prefix."""
+    return framed(gzip.compress(repeated * (size // len(repeated)), mtime=0), True)
+
+
+def request(images: int = 1) -> bytes:
+    """Return the message of a Classify call, with gRPC's prefix."""
+    return framed(pb.ClassifyRequest(images=[pb.Image(pixels=bytes(_PIXELS))] * images).SerializeToString())
+
+
+def stream_request(images: int = 1) -> bytes:
+    """Return a message of a ClassifyStream call, with gRPC's prefix."""
+    asked = pb.ClassifyRequest(images=[pb.Image(pixels=bytes(_PIXELS))] * images)
+    return framed(pb.ClassifyStreamRequest(id="1", request=asked).SerializeToString())
+
+
+def priority(stream: int) -> bytes:
+    """Return a PRIORITY frame (RFC 9113, section 6.3)."""
+    return frames.frame(frames.PRIORITY, 0, stream, struct.pack(">IB", 0, 15))

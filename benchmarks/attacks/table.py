@@ -1,0 +1,14 @@
+"""All attacks, by name."""
+
+from benchmarks.attacks.calls import CALLS
+from benchmarks.attacks.connections import CONNECTIONS
+from benchmarks.attacks.floods import FLOODS
+from benchmarks.attacks.header_blocks import HEADER_BLOCKS
+from benchmarks.attacks.link import Attack
+from benchmarks.attacks.resets import RESETS
+
+ATTACKS: dict[str, Attack] = {
+    attack.name: attack for attack in (*RESETS, *HEADER_BLOCKS, *FLOODS, *CALLS, *CONNECTIONS)
+}
+#: The most connections of one attack.
+MAX_CONNECTIONS = 5000
