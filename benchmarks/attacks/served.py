@@ -13,7 +13,7 @@ import grpc
 from benchmarks.load import LoadError
 from benchmarks.server import Page, Served, serve
 from serving.access.tokens import METRICS, PREDICT, TokenEntry, new_token, write_entries
-from serving.settings import embedded_models
+from serving.settings import DEFAULT_MODEL, embedded_models
 
 #: The kinds of servers: open to everyone, encrypted, and for clients with a token alone.
 KINDS = ("plain", "tls", "tokens")
@@ -74,7 +74,7 @@ def make_certificate(folder: Path) -> None:
 @contextmanager
 def target(kind: str, transport: str, folder: Path, flags: Sequence[str] = ()) -> Iterator[Target]:
     """Run a server of one of ``KINDS`` with the embedded model; its files go to ``folder``. Raises LoadError."""
-    flags = [f"--transport={transport}", *PLAN, *flags]
+    flags = [f"--transport={transport}", f"--model={DEFAULT_MODEL}", *PLAN, *flags]
     certificate, token, ca = b"", "", None
     if kind == "tls":
         make_certificate(folder)
