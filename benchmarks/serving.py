@@ -35,7 +35,7 @@ from serving.runtime import usable_cores
 from training.model import CONFIGS
 
 TRANSPORTS = ("tcp", "unix")
-PEER_IN_FLIGHT = 64
+PEER_LOADS = (1, 16, 64)
 
 _POSE_TOLERANCES = {"fp32": 1e-4, "int8": 0.2}  # greatest allowed difference of a component
 _MAX_CEILINGS = 3
@@ -310,8 +310,10 @@ def _listens(target: str) -> bool:
     return True
 
 
-def load_peer(peer: Peer, target: str, runtime: OnnxRuntime, threads: int, seconds: float, folder: Path) -> Sample:
-    """Check one answer of a peer, then return a sample of single images, ``PEER_IN_FLIGHT`` at a time.
+def load_peer(
+    peer: Peer, target: str, runtime: OnnxRuntime, threads: int, seconds: float, folder: Path
+) -> dict[int, Sample]:
+    """Check one answer of a peer, then return samples of single images, by the number in flight.
 
     Raises LoadError if the peer does not answer, or if its numbers differ from ONNX Runtime's.
     """
@@ -335,9 +337,12 @@ def load_peer(peer: Peer, target: str, runtime: OnnxRuntime, threads: int, secon
     difference = float(np.abs(answer - poses.ravel()).max())
     if not difference <= _POSE_TOLERANCES["fp32"]:
         raise LoadError(f"{peer.name}: poses differ from ONNX Runtime's by {difference:.2g}")
-    first = h2load(target, peer.path, body, PEER_IN_FLIGHT, 8 * PEER_IN_FLIGHT, http1=True)
-    requests = max(2 * PEER_IN_FLIGHT, round(seconds * first.requests / first.seconds))
-    return h2load(target, peer.path, body, PEER_IN_FLIGHT, requests, http1=True)
+    samples = {}
+    for in_flight in PEER_LOADS:
+        first = h2load(target, peer.path, body, in_flight, 8 * in_flight, http1=True)
+        requests = max(2 * in_flight, round(seconds * first.requests / first.seconds))
+        samples[in_flight] = h2load(target, peer.path, body, in_flight, requests, http1=True)
+    return samples
 
 
 #: Server, transport and kind of load.
@@ -421,8 +426,9 @@ def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dic
                     bar.update()
                 for peer in options.peers:
                     with running(peer, options.peers_python, file, folder) as target:
-                        sample = load_peer(peer, target, runtime, chosen.threads, options.seconds, folder)
-                    collected.add((peer.name, "tcp", str(Case(PEER_IN_FLIGHT))), number, of_sample(sample))
+                        samples = load_peer(peer, target, runtime, chosen.threads, options.seconds, folder)
+                    for in_flight, sample in samples.items():
+                        collected.add((peer.name, "tcp", str(Case(in_flight))), number, of_sample(sample))
                     bar.update()
                 measure_ceilings(runtime, speeds, options.seconds)
                 for raw, several in speeds.items():
