@@ -44,11 +44,9 @@ SHORT_ON_GRPCIO = (
 SHORT = {"native": SHORT_ON_NATIVE, "grpcio": SHORT_ON_GRPCIO}
 #: Attacks beside which a client in good faith is not served, or memory is more than doubled.
 NOT_WITHSTOOD = (
-    "rapid reset, gzip bombs",
     "windows shut, many streams",
     "gzip bombs",
     "gzip of empty images",
-    "unparsable requests",
 )
 MIN_SHARE = 0.8
 #: A whole attack or piece of it, in seconds.
