@@ -124,10 +124,7 @@ class Guard:
             if identity is None:
                 raise Unauthenticated("authorization: missing; expected Bearer and a token")
             return _with_role(identity, role)
-        found = _BEARER.fullmatch(authorization)
-        if not found or len(authorization) > MAX_TOKEN_CHARACTERS:
-            raise Unauthenticated("authorization: expected Bearer and a token")
-        known, identity = self._tokens.remembered(found[1])
+        known, identity = self._tokens.remembered(_token_of(authorization))
         if not known:
             return None
         if identity is None:
@@ -140,7 +137,7 @@ class Guard:
             return identity
         assert self._tokens and authorization
         try:
-            checked = await self._tokens.check(authorization.split(" ", 1)[1], peer.address)
+            checked = await self._tokens.check(_token_of(authorization), peer.address)
         except TooManyChecks:
             raise ClientLimit("authorization: too many new tokens are being checked; try again later") from None
         if checked is None:
@@ -208,22 +205,16 @@ class _Gate:
 
     async def _begin_later(self, method: CallbackMethod, data: bytes, context: Context) -> None:
         try:
-            name = await self._guard.enter(context, self._role)
-        except ServingError as error:
-            status = self._guard.refuse(self._path, context, error)
-            context.finish(status.code, status.text, status.metadata)
-            return
-        if context.over:
-            self._guard.leave(name)
-            return
-        counted = _Counted(context, self._guard, name)
-        try:
-            _begin(method, data, counted)
+            name = await self._enter(context)
+            if context.over:
+                self._guard.leave(name)
+                return
+            _begin(method, data, _Counted(context, self._guard, name))
         except Abort as abort:
-            counted.finish(abort.status.code, abort.status.text, abort.status.metadata)
+            context.finish(abort.status.code, abort.status.text, abort.status.metadata)
         except Exception:
             _logger.exception("a handler failed")
-            counted.finish(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
+            context.finish(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 
     def unary(self, method: UnaryMethod) -> Callable[[bytes, Context], Coroutine[None, None, bytes | None]]:
         """Return the function that answers a call of the method."""
@@ -321,6 +312,14 @@ def authorization_of(metadata: Metadata) -> str | None:
     """Return the authorization header of a call, or None. Several become one that is not valid."""
     found = [value for key, value in metadata if key == _AUTHORIZATION and isinstance(value, str)]
     return ", ".join(found) if found else None
+
+
+def _token_of(authorization: str) -> str:
+    """Return the token of an authorization header. Raises Unauthenticated."""
+    found = _BEARER.fullmatch(authorization)
+    if not found or len(authorization) > MAX_TOKEN_CHARACTERS:
+        raise Unauthenticated("authorization: expected Bearer and a token")
+    return found[1]
 
 
 def _begin(method: CallbackMethod, data: bytes, counted: _Counted) -> None:
