@@ -1,7 +1,6 @@
 """The guard of the methods and pages: it lets in only clients that may call, within their limits."""
 
 import asyncio
-import ipaddress
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -26,11 +25,11 @@ from serving.transport.methods import (
     StreamMethod,
     Table,
     UnaryMethod,
+    client_of,
 )
 
 _BEARER = re.compile(r"Bearer ([!-~]+)", re.IGNORECASE)
 _AUTHORIZATION = "authorization"
-_IPV6_PREFIX_BITS = 64  # of the network that one subscriber gets
 
 _logger = logging.getLogger(__name__)
 
@@ -44,8 +43,8 @@ class KnownTokens(Protocol):
     def remembered(self, token: str, /) -> tuple[bool, Identity | None]:
         """Return if a token was checked before, and its identity, None if it is wrong."""
 
-    async def check(self, token: str, peer: str, /) -> Identity | None:
-        """Return the identity of a token, or None if it is wrong. Raises TooManyChecks."""
+    async def check(self, token: str, client: str, /) -> Identity | None:
+        """Return the identity of a token, or None if it is wrong. client: of ``client_of``. Raises TooManyChecks."""
 
     def of_certificate(self, subject: str, /) -> Identity | None:
         """Return the identity of a certificate's common name, or None."""
@@ -117,7 +116,7 @@ class Guard:
             if self._mutual and not peer.subject:
                 raise Unauthenticated("certificate: none came; expected one that this server's authorities signed")
             return Identity(
-                f"certificate {peer.subject}" if peer.subject else _network(peer.address), frozenset((role,))
+                f"certificate {peer.subject}" if peer.subject else client_of(peer.address), frozenset((role,))
             )
         if authorization is None:
             identity = self._tokens.of_certificate(peer.subject)
@@ -137,7 +136,7 @@ class Guard:
             return identity
         assert self._tokens and authorization
         try:
-            checked = await self._tokens.check(_token_of(authorization), peer.address)
+            checked = await self._tokens.check(_token_of(authorization), client_of(peer.address))
         except TooManyChecks:
             raise ClientLimit("authorization: too many new tokens are being checked; try again later") from None
         if checked is None:
@@ -298,14 +297,6 @@ class _Counted:
         if given_up := self.given_up:
             self.given_up = None
             given_up()
-
-
-def _network(address: str) -> str:
-    """Return the name of an anonymous client: its IPv4 address or its network of IPv6."""
-    if ":" not in address:
-        return address
-    parsed = ipaddress.IPv6Address(address.partition("%")[0])
-    return str(parsed.ipv4_mapped or ipaddress.IPv6Network((parsed, _IPV6_PREFIX_BITS), strict=False))
 
 
 def authorization_of(metadata: Metadata) -> str | None:

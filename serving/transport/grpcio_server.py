@@ -16,6 +16,7 @@ from serving.transport.call import INTERNAL_TEXT
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
+    UNIX_ADDRESS,
     Abort,
     CallbackMethod,
     Method,
@@ -167,7 +168,7 @@ class _Context:
         """Return the client of the connection."""
         kind, _, address = str(self._context.peer()).partition(":")
         if kind not in ("ipv4", "ipv6"):
-            return Peer("unix")
+            return Peer(UNIX_ADDRESS)
         names = self._context.auth_context().get("x509_common_name") or (b"",)
         host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
         return Peer(host, names[-1].decode(errors="replace"))

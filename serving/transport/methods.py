@@ -3,6 +3,7 @@
 A table maps a method's path, ``/service/method``, to one of three kinds of method. Both transports serve one table.
 """
 
+import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -11,6 +12,10 @@ import grpc
 
 from serving.transport.headers import Metadata, Status
 from serving.transport.memory import STALL_SECONDS
+
+#: The address of each client of a Unix socket.
+UNIX_ADDRESS = "unix"
+_IPV6_NETWORK_BITS = 64  # of the network that one subscriber gets
 
 
 class Abort(Exception):
@@ -24,7 +29,7 @@ class Abort(Exception):
 class Peer(NamedTuple):
     """The client of a connection.
 
-    address: its IP address, or "unix" for a client of a Unix socket. subject: the common name in its verified
+    address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified
     certificate, or "" without one.
     """
 
@@ -37,10 +42,39 @@ def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[s
 
     address: of asyncio's ``peername``. certificate: of its ``peercert``, or None.
     """
-    host = str(address[0]) if isinstance(address, tuple) else "unix"
+    host = str(address[0]) if isinstance(address, tuple) else UNIX_ADDRESS
     subject = certificate.get("subject", ()) if certificate else ()
     names = [value for part in subject for key, value in part if key == "commonName"]
     return Peer(host, names[-1] if names else "")
+
+
+def client_of(address: str) -> str:
+    """Return the client that an address stands for: the IPv4 address itself, or the /64 network of IPv6.
+
+    One subscriber has a whole network of IPv6. Other texts than addresses are returned as they are.
+    """
+    if ":" not in address:
+        return address
+    try:
+        parsed = _parsed(address)
+    except ValueError:
+        return address
+    return str(parsed if parsed.version == 4 else ipaddress.ip_network((parsed, _IPV6_NETWORK_BITS), strict=False))
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if a host, perhaps an address in brackets, can be reached from this machine alone."""
+    try:
+        return host == "localhost" or _parsed(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an address without its zone. An IPv4 address that is written as IPv6 becomes IPv4. Raises ValueError."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return mapped or parsed
 
 
 class Context(Protocol):
@@ -148,7 +182,7 @@ class TransportLimits:
     stall_seconds: time without progress after which a call that waits for its client is ended.
     handshake: called with the result of each TLS handshake.
     connections: the most connections of all clients; 0 for any number.
-    connections_per_client: the most connections of one address of another machine; 0 for any number.
+    connections_per_client: the most connections of one client (see ``client_of``) of another machine; 0 for any number.
     calls_per_connection: the most calls that a client may have open on one connection.
     idle_seconds: time without calls after which a connection is closed; 0 for never.
     limited: called with each of CONNECTION_LIMITS (serving.transport.connection_limits) that has refused or ended a

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 
 from serving.transport.connection import Connection
-from serving.transport.connection_limits import ConnectionLimits
+from serving.transport.connection_limits import FULL, ConnectionLimits
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.memory import Memory
@@ -134,8 +134,15 @@ class GrpcServer:
         return Connection(self._terms, self._loop)
 
     def _refuses(self, address: str) -> bool:
-        """Return True if one more connection of an address would exceed a limit."""
+        """Return True if one more connection of an address would exceed a limit. An idle one may end for its sake."""
         limit = self._numbers.refusal(address)
+        if limit == FULL:
+            idle = self._numbers.replaceable(address, self._connections, self._loop.time())
+            if idle:
+                self._numbers.leave(idle.address)
+                self._numbers.replaced += 1
+                idle.replace()
+                return False
         if limit:
             self._terms.limits.limited(limit)
         return bool(limit)
@@ -148,7 +155,10 @@ class GrpcServer:
         return True
 
     def _lost(self, connection: Connection) -> None:
-        self._numbers.leave(connection.address)
+        if connection.replaced:
+            self._numbers.replaced -= 1
+        else:
+            self._numbers.leave(connection.address)
         self._connections.discard(connection)
         if not self._connections:
             self._empty.set()
