@@ -242,6 +242,7 @@ class Server:
             calls_per_connection=settings.max_calls_per_connection,
             idle_seconds=settings.idle_seconds,
             limited=lambda limit: self.metrics.connections_limited.labels(limit).inc(),
+            dropped=self._edge.dropped,
         )
         # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer

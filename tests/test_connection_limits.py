@@ -165,10 +165,10 @@ def test_an_idle_connection_gives_its_place_to_a_new_one_with_a_goaway_and_witho
         waiting, first, second = (Raw(serving.port) for _ in range(3))
         waiting.call(1, b"", "/test.Test/EchoAll")
         waiting.send(headers(3, waiting.block("/test.Test/EchoAll")))
-        for client in (first, second):
+        for client, idle_before in ((first, 1), (second, 2)):
             client.call(1, b"a")
             assert client.read(1).messages == [b"a"]
-        wait_for(lambda: all(one.idle_seconds(serving.loop.time()) > 0.3 for one in idle(serving)))
+            wait_for(lambda count=idle_before: len(idle(serving, 0.3)) == count)
         new = Raw(serving.port)
         new.call(1, b"new")
         assert new.read(1).messages == [b"new"]
@@ -184,9 +184,10 @@ def test_an_idle_connection_gives_its_place_to_a_new_one_with_a_goaway_and_witho
         assert (serving.server._numbers.replaced, serving.server._numbers._all) == (0, 0)
 
 
-def idle(serving: Serving) -> list[Connection]:
-    """Return the connections without calls."""
-    return [one for one in list(serving.server._connections) if not one._streams.calls]
+def idle(serving: Serving, seconds: float) -> list[Connection]:
+    """Return the connections that have had calls, and none for some seconds."""
+    connections: list[Connection] = list(serving.server._connections)
+    return [one for one in connections if one._last_seen and one.idle_seconds(serving.loop.time()) > seconds]
 
 
 def test_a_call_on_its_way_to_a_connection_that_is_replaced_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,7 @@ def test_a_call_on_its_way_to_a_connection_that_is_replaced_is_answered(monkeypa
         old = Raw(serving.port)
         old.call(1, b"a")
         assert old.read(1).messages == [b"a"]
-        wait_for(lambda: [one for one in idle(serving) if one.idle_seconds(serving.loop.time()) > 0.2])
+        wait_for(lambda: idle(serving, 0.2))
         new = Raw(serving.port)
         new.call(1, b"new")
         assert new.read(1).messages == [b"new"]
@@ -243,7 +244,7 @@ def test_a_refused_client_of_a_port_with_tls_is_closed_before_its_handshake() ->
             raise AssertionError("no connection is made")
 
         [listening] = listen_tcp("127.0.0.1", 0)
-        listener = TlsListener(listening, cast(TlsContexts, None), connect, lambda _: None, refuses)
+        listener = TlsListener(listening, cast(TlsContexts, None), connect, TransportLimits(1, "", 1, ""), refuses)
         await listener.start_serving()
         reader, writer = await asyncio.open_connection(*listening.getsockname())
         assert await reader.read() == b""

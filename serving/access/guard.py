@@ -180,7 +180,7 @@ class _Gate:
                 identity = self._guard.at_once(authorization_of(metadata), peer, self._role)
             except ServingError as error:
                 return self._guard.refused(self._path, peer, metadata, error)
-            return inner(timeout, metadata, expected, peer) if identity and inner else None
+            return inner(timeout, metadata, expected, peer._replace(name=identity.name)) if identity and inner else None
 
         return decide
 
@@ -219,11 +219,11 @@ class _Gate:
         """Return the function that answers a call of the method."""
 
         async def answer(data: bytes, context: Context) -> bytes | None:
-            name = await self._enter(context)
+            counted = _Counted(context, self._guard, await self._enter(context))
             try:
-                return await method.answer(data, context)
+                return await method.answer(data, counted)
             finally:
-                self._guard.leave(name)
+                counted.leave()
 
         return answer
 
@@ -231,14 +231,14 @@ class _Gate:
         """Return the function that answers the messages of a call of the method."""
 
         async def answers(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-            name = await self._enter(context)
+            counted = _Counted(context, self._guard, await self._enter(context))
             try:
-                async with aclosing(method.answers(messages, context)) as inner:  # type: ignore[type-var]
+                async with aclosing(method.answers(messages, counted)) as inner:  # type: ignore[type-var]
                     async for answer in inner:
                         yield answer
                         del answer  # while the next one is waited for, which may never come
             finally:
-                self._guard.leave(name)
+                counted.leave()
 
         return answers
 
@@ -257,6 +257,7 @@ class _Counted:
         self._context = context
         self._guard = guard
         self._name = name
+        self._counts = True
         context.given_up = self._gone
 
     @property
@@ -273,7 +274,7 @@ class _Counted:
 
     @property
     def peer(self) -> Peer:
-        return self._context.peer
+        return self._context.peer._replace(name=self._name)
 
     def invocation_metadata(self) -> Metadata:
         return self._context.invocation_metadata()
@@ -288,9 +289,9 @@ class _Counted:
 
     def leave(self) -> None:
         """End the count, once."""
-        if self._name:
+        if self._counts:
+            self._counts = False
             self._guard.leave(self._name)
-            self._name = ""
 
     def _gone(self) -> None:
         self.leave()

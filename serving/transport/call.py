@@ -111,7 +111,7 @@ class Call:
     def refuse(self, code: grpc.StatusCode, text: str) -> None:
         """End the call with an error, whatever its handler does."""
         if not self.over and not self._task and not self.given_up:
-            self.streams.limits.refused(self._head.path, self._head.metadata, code, text)
+            self.streams.limits.refused(self._head.path, self.peer, self._head.metadata, code, text)
         self._stop_handler()
         self.finish(code, text)
 

@@ -9,7 +9,7 @@ from typing import cast
 import grpc
 
 from serving.transport import frames
-from serving.transport.connection_limits import FLOOD, IDLE, REPLACED
+from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, TEXTS
 from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
@@ -193,6 +193,7 @@ class Connection(asyncio.Protocol):
         """End the connection for the sake of a new one."""
         self.replaced = True
         self._terms.limits.limited(REPLACED)
+        self._terms.limits.dropped(TEXTS[REPLACED], self._streams.client)
         self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
 
     def cut_off(self) -> None:
@@ -246,7 +247,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, answer: bytes) -> None:
         """Answer a client of another protocol."""
-        _logger.debug("a connection is closed: not HTTP/2")
+        self._terms.limits.dropped("it does not speak HTTP/2", self._streams.client)
         if not answer:
             self._transport.abort()
             return
@@ -254,7 +255,7 @@ class Connection(asyncio.Protocol):
         self._close()
 
     def _fail(self, code: ErrorCode, text: str) -> None:
-        _logger.debug("a connection is closed: %s, %s", code.name, text)
+        self._terms.limits.dropped(f"{code.name}, {text}" if text else code.name, self._streams.client)
         if code is ErrorCode.ENHANCE_YOUR_CALM:
             self._terms.limits.limited(FLOOD)
         self.send(frames.go_away(self._streams.last_stream, code, text))

@@ -12,6 +12,13 @@ from serving.transport.methods import UNIX_ADDRESS, TransportLimits, client_of, 
 FULL, CLIENT, REPLACED, IDLE, FLOOD, UNREAD = CONNECTION_LIMITS = (
     "full", "client", "replaced", "idle", "flood", "unread",
 )  # fmt: skip
+#: The texts for the log, of the limits that have no other one there.
+TEXTS = {
+    FULL: "all places are taken (max_connections)",
+    CLIENT: "its client has too many connections (max_connections_per_client)",
+    REPLACED: "it was without calls, and a new one gets its place (max_connections)",
+    UNREAD: "its client does not read its answers",
+}
 #: Seconds without calls before a connection may be replaced, unless its client has more than its share. Clients that
 #: connect again at once would otherwise replace each other without end.
 MIN_REPLACED_SECONDS = 10.0

@@ -217,7 +217,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         handler = self._handlers.get(details.method)
         if handler is None:
             metadata = tuple(details.invocation_metadata)
-            self._limits.refused(details.method, metadata, grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            self._limits.refused(details.method, Peer(""), metadata, grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         return handler
 
     def cut_off(self) -> None:

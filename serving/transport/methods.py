@@ -29,12 +29,13 @@ class Abort(Exception):
 class Peer(NamedTuple):
     """The client of a connection.
 
-    address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified
-    certificate, or "" without one.
+    address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified certificate, or "" without one.
+    name: the name by which this server's list of clients knows it, or "" if it is not known, or not yet.
     """
 
     address: str
     subject: str = ""
+    name: str = ""
 
 
 def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[str, str]]]] | None) -> Peer:
@@ -165,8 +166,8 @@ def table(service: str, methods: Mapping[str, Method]) -> dict[str, Method]:
     return {f"/{service}/{name}": method for name, method in methods.items()}
 
 
-#: A function that is called for each refusal of the transport, with the call's path and metadata, code and text.
-Refused = Callable[[str, Metadata, grpc.StatusCode, str], None]
+#: A function that is called for each refusal of the transport, with the call's path, client, metadata, code and text.
+Refused = Callable[[str, Peer, Metadata, grpc.StatusCode, str], None]
 
 #: The most calls that a client may have open on one connection, unless set otherwise.
 DEFAULT_CALLS = 1024
@@ -187,6 +188,7 @@ class TransportLimits:
     idle_seconds: time without calls after which a connection is closed; 0 for never.
     limited: called with each of CONNECTION_LIMITS (serving.transport.connection_limits) that has refused or ended a
     connection.
+    dropped: called with the reason, and the client, of each connection that is refused, fails or ends for a limit.
     """
 
     message_bytes: int
@@ -201,6 +203,7 @@ class TransportLimits:
     calls_per_connection: int = DEFAULT_CALLS
     idle_seconds: float = 0.0
     limited: Callable[[str], object] = lambda _: None
+    dropped: Callable[[str, Peer], object] = lambda *_: None
 
 
 class TransportServer(Protocol):

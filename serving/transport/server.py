@@ -4,11 +4,11 @@ import asyncio
 from contextlib import suppress
 
 from serving.transport.connection import Connection
-from serving.transport.connection_limits import FULL, ConnectionLimits
+from serving.transport.connection_limits import FULL, TEXTS, ConnectionLimits
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.memory import Memory
-from serving.transport.methods import Method, Table, TransportLimits
+from serving.transport.methods import Method, Peer, Table, TransportLimits
 from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
 from serving.transport.terms import Terms
 from serving.transport.unpacking import Unpacker
@@ -69,7 +69,7 @@ class GrpcServer:
         bound: int = opened[0].getsockname()[1]
         for one in opened:
             self._listening.append(
-                TlsListener(one, self._tls, self._connection, self._terms.limits.handshake, self._refuses)
+                TlsListener(one, self._tls, self._connection, self._terms.limits, self._refuses)
                 if self._tls
                 else await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
             )
@@ -145,6 +145,7 @@ class GrpcServer:
                 return False
         if limit:
             self._terms.limits.limited(limit)
+            self._terms.limits.dropped(TEXTS[limit], Peer(address))
         return bool(limit)
 
     def _opened(self, connection: Connection, address: str) -> bool:
