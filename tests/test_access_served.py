@@ -133,12 +133,16 @@ def test_no_method_answers_without_a_token_or_with_one_of_another_role(
     status, page = ask(port, "/metrics", token=tokens["metrics"])
     assert status == 200
     assert ask(port, "/livez")[0] == ask(port, "/readyz")[0] == 200
-    refused = {
-        sample.labels["reason"]: sample.value
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-        if sample.name == "capsnet_refused_total"
-    }
+    refused, of_pages = (
+        {
+            sample.labels["reason"]: sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+            if sample.name == name
+        }
+        for name in ("capsnet_refused_total", "capsnet_http_denied_total")
+    )
+    assert of_pages == {"unauthenticated": 2, "forbidden": 1, "client_limit": 0}
     assert refused["unauthenticated"] >= 4 * (len(paths) - 3)
     assert refused["forbidden"] >= 2 * (len(paths) - 3)
     assert running.server._edge.under_way == 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import grpc
 
 from serving.transport import headers
+from serving.transport.counts import MEMORY, STALLED
 from serving.transport.frames import ErrorCode
 from serving.transport.headers import Metadata, RequestHead, status_fields
 from serving.transport.messages import PREFIX
@@ -142,6 +143,7 @@ class Call:
 
     def evict(self, stalled: bool) -> None:
         """End a call that waits for its client, or for which there is no room (see Memory)."""
+        self.streams.counts.evicted[STALLED if stalled else MEMORY] += 1
         if self.sending.size:
             self.sending.drop()
             self.streams.reset(self, ErrorCode.CANCEL if stalled else ErrorCode.ENHANCE_YOUR_CALM)

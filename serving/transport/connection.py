@@ -4,6 +4,8 @@ import asyncio
 import logging
 import random
 import socket
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import grpc
@@ -16,7 +18,7 @@ from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.methods import client_of, peer_of
 from serving.transport.receiving import MAX_BYTES_A_TURN
 from serving.transport.sending import Buffers
-from serving.transport.streams import ConnectionState
+from serving.transport.streams import ConnectionState, OpenCall
 from serving.transport.terms import Terms
 from serving.transport.unsent import Unsent
 
@@ -33,6 +35,9 @@ _logger = logging.getLogger(__name__)
 
 class Connection(asyncio.Protocol):
     """The socket of a client. It passes bytes to the reader, and joins the writes of a turn of the event loop."""
+
+    #: The open calls by stream.
+    calls: Mapping[int, OpenCall] = MappingProxyType({})
 
     def __init__(self, terms: "Terms[Connection]", loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -58,8 +63,9 @@ class Connection(asyncio.Protocol):
         #: The client's address, and the client that it stands for.
         self.address, self.client = peer.address, client_of(peer.address)
         terms = self._terms
-        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker)
+        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker, terms.counts)
         self._streams = self._reader.streams
+        self.calls = self._streams.calls
         self._streams.client = peer
         self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
@@ -258,7 +264,7 @@ class Connection(asyncio.Protocol):
         self._terms.limits.dropped(f"{code.name}, {text}" if text else code.name, self._streams.client)
         if code is ErrorCode.ENHANCE_YOUR_CALM:
             self._terms.limits.limited(FLOOD)
-        self.send(frames.go_away(self._streams.last_stream, code, text))
+        self._streams.go_away(code, text)
         self._close()
 
     def _end_calls(self) -> None:

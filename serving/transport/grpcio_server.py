@@ -13,6 +13,7 @@ from grpc import aio
 
 from serving.transport import headers
 from serving.transport.call import INTERNAL_TEXT
+from serving.transport.counts import MEMORY, Figures
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
@@ -76,6 +77,11 @@ class GrpcioServer:
             options.append(("grpc.max_connection_age_grace_ms", round(1000 * grace)))
         self._server = aio.server(options=options, maximum_concurrent_rpcs=_MAX_RPCS)
         self._server.add_generic_rpc_handlers((self._handlers,))
+
+    @property
+    def figures(self) -> Figures:
+        """Return the server's figures, as far as gRPC tells them."""
+        return self._handlers.figures
 
     def add_methods(self, methods: Table) -> None:
         """Add methods. Call it before ``start``."""
@@ -207,6 +213,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off = False
         self._bytes = 0  # bytes of unary requests in flight
+        self.figures = Figures(lambda: len(self._tasks), lambda: self._bytes, limits.bytes_under_way)
 
     def add(self, methods: Table) -> None:
         """Add the methods of a table."""
@@ -249,6 +256,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             return status
         limits = self._limits
         if self._bytes + len(data) > limits.bytes_under_way:
+            self.figures.evicted[MEMORY] += 1
             text = f"requests of {self._bytes + len(data)} bytes are under way; {limits.memory_text}; try again later"
             return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._bytes += len(data)

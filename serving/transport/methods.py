@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import grpc
 
+from serving.transport.counts import Figures
 from serving.transport.headers import Metadata, Status
 from serving.transport.memory import STALL_SECONDS
 
@@ -208,6 +209,10 @@ class TransportLimits:
 
 class TransportServer(Protocol):
     """A server of a method table, with any transport."""
+
+    @property
+    def figures(self) -> Figures:
+        """Return the server's figures."""
 
     def add_methods(self, methods: Table) -> None:
         """Add methods. Call it before ``start``."""

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from serving.transport.connection import Connection
 from serving.transport.connection_limits import FULL, TEXTS, ConnectionLimits
+from serving.transport.counts import ConnectionFigures, Figures
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.memory import Memory
@@ -127,6 +128,17 @@ class GrpcServer:
         self._unpacker.close()
 
     @property
+    def figures(self) -> Figures:
+        """Return the server's figures."""
+        counts = self._terms.counts
+        connections = ConnectionFigures(lambda: len(self._connections), counts)
+        return Figures(self._open_calls, lambda: self.memory.used, self.memory.max_bytes, counts.evicted, connections)
+
+    def _open_calls(self) -> int:
+        """Return the number of open calls. Any thread may call it."""
+        return sum(len(one.calls) for one in tuple(self._connections))
+
+    @property
     def _loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
@@ -152,6 +164,7 @@ class GrpcServer:
         if self._refuses(address):
             return False
         self._numbers.enter(address)
+        self._terms.counts.accepted += 1
         self._connections.add(connection)
         return True
 
