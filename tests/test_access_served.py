@@ -303,7 +303,7 @@ def test_each_failed_handshake_has_its_reason_and_a_line_with_the_client(
     lines = Counter(
         record.getMessage() for record in caplog.records if getattr(record, FIELDS, {}) == {"peer": "127.0.0.1"}
     )
-    assert lines == {f"a connection is closed: TLS handshake, {name}": count for name, count in expected.items()}
+    assert lines == {f"a TLS handshake has failed: {name}": count for name, count in expected.items()}
 
 
 def test_the_log_names_the_client_of_each_refused_call_by_its_token(
@@ -362,7 +362,7 @@ def test_a_connection_that_the_server_closes_has_a_line_with_its_client(
     assert texts == [
         "a connection is closed: PROTOCOL_ERROR, a frame for stream 5, which is not open",
         "a connection is closed: it does not speak HTTP/2",
-        "a connection is closed: all places are taken (max_connections)",
+        "a connection is refused: all places are taken (max_connections)",
     ]
 
 

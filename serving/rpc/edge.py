@@ -204,9 +204,9 @@ class Edge:
         self._log.write(logging.INFO, str(error), fields, 1)
         return status_of(error)
 
-    def dropped(self, reason: str, peer: Peer) -> None:
-        """Log a connection that the transport refuses or ends."""
-        self._connection_log.write(logging.INFO, f"a connection is closed: {reason}", [_client(peer)], 1)
+    def dropped(self, text: str, peer: Peer) -> None:
+        """Log the end of a connection, or of an answer, that the transport has caused."""
+        self._connection_log.write(logging.INFO, text, [_client(peer)], 1)
 
     def to_status(self, error: Exception, requests: int = 1) -> tuple[grpc.StatusCode, str]:
         """Return the status and text for clients, and count the requests.

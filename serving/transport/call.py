@@ -146,6 +146,7 @@ class Call:
         self.streams.counts.evicted[STALLED if stalled else MEMORY] += 1
         if self.sending.size:
             self.sending.drop()
+            self.streams.limits.dropped("an answer is dropped: its client does not read it", self.peer)
             self.streams.reset(self, ErrorCode.CANCEL if stalled else ErrorCode.ENHANCE_YOUR_CALM)
             return
         memory, limits = self.streams.memory, self.streams.limits

@@ -253,7 +253,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, answer: bytes) -> None:
         """Answer a client of another protocol."""
-        self._terms.limits.dropped("it does not speak HTTP/2", self._streams.client)
+        self._terms.limits.dropped("a connection is closed: it does not speak HTTP/2", self._streams.client)
         if not answer:
             self._transport.abort()
             return
@@ -261,7 +261,7 @@ class Connection(asyncio.Protocol):
         self._close()
 
     def _fail(self, code: ErrorCode, text: str) -> None:
-        self._terms.limits.dropped(f"{code.name}, {text}" if text else code.name, self._streams.client)
+        self._terms.limits.dropped(f"a connection is closed: {code.name}, {text or 'a fault'}", self._streams.client)
         if code is ErrorCode.ENHANCE_YOUR_CALM:
             self._terms.limits.limited(FLOOD)
         self._streams.go_away(code, text)

@@ -14,10 +14,10 @@ FULL, CLIENT, REPLACED, IDLE, FLOOD, UNREAD = CONNECTION_LIMITS = (
 )  # fmt: skip
 #: The texts for the log, of the limits that have no other one there.
 TEXTS = {
-    FULL: "all places are taken (max_connections)",
-    CLIENT: "its client has too many connections (max_connections_per_client)",
-    REPLACED: "it was without calls, and a new one gets its place (max_connections)",
-    UNREAD: "its client does not read its answers",
+    FULL: "a connection is refused: all places are taken (max_connections)",
+    CLIENT: "a connection is refused: its client has too many (max_connections_per_client)",
+    REPLACED: "a connection without calls is closed: a new one gets its place (max_connections)",
+    UNREAD: "a connection is closed: its client does not read the answers",
 }
 #: Seconds without calls before a connection may be replaced, unless its client has more than its share. Clients that
 #: connect again at once would otherwise replace each other without end.

@@ -10,7 +10,7 @@ MEMORY, STALLED = EVICTIONS = ("memory", "stalled")
 
 
 class Counts:
-    """What the connections of a native server have counted since its start. Only its event loop's thread counts.
+    """The counts of a native server's connections since its start. Only its event loop's thread counts.
 
     accepted: connections. resets_received, resets_sent: RST_STREAM frames. goaways: the GOAWAY frames that name the
     last call, by their code. evicted: the ended calls by one of EVICTIONS.

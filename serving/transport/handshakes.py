@@ -143,7 +143,7 @@ class TlsListener:
     def _note(self, result: str, client: Peer) -> None:
         self._limits.handshake(result)
         if result != OK:
-            self._limits.dropped(f"TLS handshake, {result}", client)
+            self._limits.dropped(f"a TLS handshake has failed: {result}", client)
 
 
 def _result(error: OSError) -> str:

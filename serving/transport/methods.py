@@ -189,7 +189,8 @@ class TransportLimits:
     idle_seconds: time without calls after which a connection is closed; 0 for never.
     limited: called with each of CONNECTION_LIMITS (serving.transport.connection_limits) that has refused or ended a
     connection.
-    dropped: called with the reason, and the client, of each connection that is refused, fails or ends for a limit.
+    dropped: called with a text for the log, and the client, for each connection that is refused, fails or ends for a
+    limit, and for each answer that is not read.
     """
 
     message_bytes: int
