@@ -82,15 +82,20 @@ def test_the_held_bytes_and_the_calls_that_are_refused_for_them_are_counted(
         wait_for(lambda: page("capsnet_held_bytes") == {"": 0} == page("capsnet_open_calls"))
 
 
-def test_a_call_that_makes_no_progress_is_counted(shown: tuple[Metrics, Page]) -> None:
+def test_a_call_that_makes_no_progress_is_counted_and_told(shown: tuple[Metrics, Page]) -> None:
     metrics, page = shown
-    with serve(stall_seconds=0.2) as serving:
+    told: list[str] = []
+    with serve(stall_seconds=0.2, limits={"dropped": lambda text, _: told.append(text)}) as serving:
         metrics.show_transport(serving.server.figures, "grpc")
         client = Raw(serving.port)
-        client.send(headers(1, client.block()))
-        client.send_data(1, framed(b"abc")[:6], last=False)
-        assert client.read(1).headers["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
-        assert page("capsnet_evicted_calls_total") == {MEMORY: 0, STALLED: 1}
+        for stream, path in ((1, "/test.Test/Echo"), (3, "/test.Test/EchoAll")):
+            client.send(headers(stream, client.block(path)))
+            client.send_data(stream, framed(b"abc")[:6], last=False)
+            assert client.read(stream).headers["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+        assert page("capsnet_evicted_calls_total") == {MEMORY: 0, STALLED: 2}
+        text = "the request has not come further for 0.2 seconds"
+        assert serving.refused == [("/test.Test/Echo", grpc.StatusCode.RESOURCE_EXHAUSTED, text)]
+        assert told == [f"a call is ended: {text}"]
         client.socket.close()
 
 

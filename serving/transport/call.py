@@ -153,6 +153,8 @@ class Call:
         text = f"requests of {memory.used} bytes are under way; {limits.memory_text}; try again later"
         if stalled:
             text = f"the request has not come further for {memory.stall_seconds:g} seconds"
+        if self._task or self.given_up:  # otherwise ``refuse`` tells it
+            limits.dropped(f"a call is ended: {text}", self.peer)
         self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     def _all_sent(self) -> None:
