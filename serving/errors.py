@@ -96,6 +96,8 @@ class ClientLimit(ServingError):
     reason = "client_limit"
 
 
+#: The reasons to deny what a client may not do, or not so often.
+DENIALS = (Unauthenticated.reason, Forbidden.reason, ClientLimit.reason)
 #: The reason of a refusal before any service sees the call: too large, too many at once, or an unknown method.
 TRANSPORT = "transport"
 #: All values of the label ``reason``.

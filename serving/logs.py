@@ -1,16 +1,24 @@
-"""The log: text for people or JSON for programs, with a line for each refused or failed request."""
+"""The log: text for people or JSON for programs, with a line for each refused or failed request.
+
+Clients cause many lines and some of their text. So each line is limited in number, and no text looks like another line.
+"""
 
 import json
 import logging
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from itertools import islice
+from types import TracebackType
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 #: Attribute of a record that holds a dictionary of further fields.
 FIELDS = "fields"
+#: The most lines a second of one kind.
+MAX_LINES_A_SECOND = 50
+_PLAIN_VALUE = re.compile(r"[^\s\"=]*")
 
 _logger = logging.getLogger(__name__)
 
@@ -35,65 +43,96 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A formatter that writes a record as a line of text, with its fields after the message."""
+    """A formatter that writes a record as a line of text, with its fields after the message.
+
+    The lines of a traceback are indented, and a value with spaces is quoted, so that neither passes for another line or
+    another field.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={value}" for name, value in getattr(record, FIELDS, {}).items())
-        return super().formatMessage(record) + fields
+        fields = getattr(record, FIELDS, {}).items()
+        shown = "".join(f" {name}={_one_word(str(value))}" for name, value in fields)
+        return _on_one_line(super().formatMessage(record)) + shown
+
+    def formatException(
+        self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+    ) -> str:
+        return "\n".join(f"    {_on_one_line(line)}" for line in super().formatException(ei).splitlines())
+
+
+class FloodFilter(logging.Filter):
+    """A filter that lets only so many records a second pass from each place of the code.
+
+    limit: the most records a second. The first record after a flood has the number of those left out as a field.
+    Records with fields of their own pass, since RefusalLog has limited them.
+    """
+
+    def __init__(self, limit: int = MAX_LINES_A_SECOND) -> None:
+        super().__init__()
+        self._limit = limit
+        self._seen: dict[tuple[str, int], tuple[int, int]] = {}  # by place: the second, and the records in it
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if hasattr(record, FIELDS):
+            return True
+        place, second = (record.pathname, record.lineno), int(record.created)
+        last, records = self._seen.get(place, (second, 0))
+        if second != last:
+            if (more := records - self._limit) > 0:
+                setattr(record, FIELDS, {"left_out": more})
+            records = 0
+        self._seen[place] = second, records + 1
+        return records < self._limit
 
 
 def set_up(format_: str, level: str) -> None:
     """Send the log of this process to standard error. format_: one of FORMATS. level: one of LEVELS."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
+    handler.addFilter(FloodFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("hpack").setLevel(logging.INFO)  # its debug log shows tokens
 
 
 class RefusalLog:
-    """The log of refused and failed requests, with a limit.
+    """The log of refused and failed requests or connections, with a limit.
 
-    limit: the most lines a second. Of further requests only the number is logged: in a flood of refusals, the log must
-    not cost the time that refusals save.
+    limit: the most lines a second. Of further ones only the number is logged: in a flood of refusals, the log must not
+    cost the time that refusals save. things: their name in that line.
     """
 
-    def __init__(self, limit: int = 50) -> None:
+    def __init__(self, limit: int = MAX_LINES_A_SECOND, things: str = "requests") -> None:
         self._limit = limit
+        self._things = things
         self._second = 0
         self._lines = 0
 
-    def write(
-        self,
-        level: int,
-        method: str,
-        code: str,
-        text: str,
-        request_ids: Iterable[str],
-        requests: int,
-        peer: str = "",
-    ) -> None:
-        """Log requests that have the same error.
+    def write(self, level: int, text: str, refused: Iterable[Mapping[str, str]], count: int) -> None:
+        """Log requests or connections that have the same error.
 
-        text: the text of the error. requests: the number of requests. request_ids: their ids; one is read for each line
-        that is written. peer: the client's address, or "".
+        text: the text of the error. refused: the further fields of each of them; those of one are read for each line
+        that is written. count: their number.
         """
         second = int(time.monotonic())
         if second != self._second:
             if (more := self._lines - self._limit) > 0:
-                _logger.warning("%d more requests were refused or failed in a second", more)
+                _logger.warning("%d more %s were refused or failed in a second", more, self._things)
             self._second, self._lines = second, 0
         room = self._limit - self._lines
-        self._lines += requests
-        for request_id in islice(request_ids, max(0, room)):
-            fields = {"method": method, "code": code, "request_id": _on_one_line(request_id)}
-            if peer:
-                fields["peer"] = _on_one_line(peer)
-            _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: fields})
+        self._lines += count
+        for fields in islice(refused, max(0, room)):
+            shown = {name: _on_one_line(value) for name, value in fields.items()}
+            _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: shown})
 
 
 def _on_one_line(text: str) -> str:
     """Escape unprintable characters, so that a client's text cannot look like another line of the log."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _one_word(text: str) -> str:
+    """Quote a field's value that is no plain word."""
+    return text if text and _PLAIN_VALUE.fullmatch(text) else json.dumps(text, ensure_ascii=False)

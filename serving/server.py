@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from grpc_health.v1 import health_pb2
 from serving.access.access import Access
 from serving.access.files import AccessError
 from serving.access.tokens import ADMIN, PREDICT
+from serving.errors import DENIALS
 from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
@@ -133,7 +135,7 @@ class Server:
     async def _open_ports(self, started: AsyncExitStack) -> None:
         """Open every port before any model is loaded, so that a taken port is reported at once."""
         settings = self.settings
-        self._grpc = self._new_grpc_server()
+        self._grpc = self._new_grpc_server("grpc")
         self._add_services()
         started.push_async_callback(self._grpc.stop, 0)
         self.port = await self._listen(self._grpc, settings.port, "gRPC", "--port")
@@ -145,7 +147,7 @@ class Server:
                 raise StartError(f"unix_socket: {settings.unix_socket!r} cannot be opened: {reason}") from error
         self._admin: TransportServer | None = None
         if settings.admin_port >= 0:
-            self._admin = self._new_grpc_server()
+            self._admin = self._new_grpc_server("admin")
             methods = AdminService(self.repository, self._edge, settings).methods()
             self._admin.add_methods(self._access.guard.protect(methods, ADMIN))
             started.push_async_callback(self._admin.stop, 0)
@@ -155,6 +157,8 @@ class Server:
     def _serve_metrics(self, started: AsyncExitStack) -> None:
         settings, access = self.settings, self._access
         page = Page(self.metrics.registry, self._unready, access.admit_to_metrics, access.http_context)
+        for reason in DENIALS:
+            self.metrics.http_denied.labels(reason).read(partial(page.denied.__getitem__, reason))
         try:
             self.metrics_port = page.open(self._host, settings.metrics_port)
         except OSError as error:
@@ -228,7 +232,8 @@ class Server:
         web = "https" if self._access.certificates else "http"
         _logger.info("gRPC on %s:%d, metrics on %s://%s:%d/metrics", host, self.port, web, host, self.metrics_port)
 
-    def _new_grpc_server(self) -> TransportServer:
+    def _new_grpc_server(self, port: str) -> TransportServer:
+        """Return a new server whose metrics have this value of the label ``port``."""
         settings = self.settings
         limits = TransportLimits(
             message_bytes=_TRANSPORT_LIMIT * settings.max_request_bytes,
@@ -242,10 +247,13 @@ class Server:
             calls_per_connection=settings.max_calls_per_connection,
             idle_seconds=settings.idle_seconds,
             limited=lambda limit: self.metrics.connections_limited.labels(limit).inc(),
+            dropped=self._edge.dropped,
         )
         # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
-        return kind(limits, settings.connection_seconds, settings.drain_seconds, self._access.certificates)
+        server = kind(limits, settings.connection_seconds, settings.drain_seconds, self._access.certificates)
+        self.metrics.show_transport(server.figures, port)
+        return server
 
     async def _listen(self, server: TransportServer, port: int, purpose: str, flag: str) -> int:
         try:

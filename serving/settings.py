@@ -1,7 +1,6 @@
 """The server's settings: each is one field, set by flag, environment variable or default."""
 
 import argparse
-import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from serving.artifact import PRECISIONS
 from serving.files.options import add_flags, check, option, option_of
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
-from serving.transport.methods import DEFAULT_CALLS, TRANSPORTS
+from serving.transport.methods import DEFAULT_CALLS, TRANSPORTS, is_loopback
 
 #: The model that is served without any choice: the first of those that come with the server.
 DEFAULT_MODEL = "capsnet-mnist"
@@ -100,7 +99,9 @@ class Settings:
     )
     max_connections: int = option(1000, "most connections of all clients together; 0 for any number", minimum=0)
     max_connections_per_client: int = option(
-        256, "most connections of one address of another machine; 0 for any number", minimum=0
+        256,
+        "most connections of one client of another machine, an address or a /64 of IPv6; 0 for any number",
+        minimum=0,
     )
     max_calls_per_connection: int = option(
         DEFAULT_CALLS, "most calls of one connection in flight", minimum=1, maximum=2**31 - 1
@@ -239,14 +240,6 @@ def service_links(environment: Mapping[str, str]) -> list[str]:
         if name.startswith(ENVIRONMENT_PREFIX)
         and (_SERVICE_LINK.search(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.match(text)))
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if an address, perhaps in brackets, can be reached from this machine alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _parser() -> argparse.ArgumentParser:

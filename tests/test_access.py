@@ -244,6 +244,27 @@ def test_an_anonymous_client_is_its_address_or_its_network_of_ipv6() -> None:
     ]  # fmt: skip
 
 
+def test_the_checks_of_tokens_from_a_network_of_ipv6_count_as_one_clients(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(file, "alice")
+    tokens = Tokens(str(file))
+    clients: list[str] = []
+
+    async def check(token: str, client: str) -> None:
+        clients.append(client)
+
+    monkeypatch.setattr(tokens, "check", check)
+
+    async def main() -> None:
+        for address in ("2001:db8::1", "2001:db8::ffff:2", "10.0.0.1"):
+            with pytest.raises(Unauthenticated):
+                await guard_of(tokens).admit("Bearer a.b", Peer(address), "predict")
+
+    asyncio.run(main())
+    assert clients == ["2001:db8::/64", "2001:db8::/64", "10.0.0.1"]
+
+
 def test_files_that_cannot_be_read_end_the_start_by_name(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with pytest.raises(StartError, match=f"^tokens: '{missing}' cannot be read: No such file or directory$"):
@@ -294,7 +315,7 @@ def test_files_that_are_no_certificates_are_refused_by_name(tmp_path: Path) -> N
         Certificates(chain, str(tmp_path / "missing"))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "myhost", "[::]"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "myhost", "[::]", "unix"])
 def test_a_host_that_others_reach_needs_tls_tokens_or_a_word(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         read(["--host", host], {})
@@ -305,7 +326,7 @@ def test_a_host_that_others_reach_needs_tls_tokens_or_a_word(host: str, capsys: 
     assert read(["--host", host, "--tls-cert", "c", "--tls-key", "k"], {}).tls_cert == "c"
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "[::1]", "::ffff:127.0.0.1", "localhost"])
 def test_a_host_that_only_this_machine_reaches_needs_none(host: str) -> None:
     assert read(["--host", host], {}).host == host
 

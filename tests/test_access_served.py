@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -22,10 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.access.tokens import TokenEntry, new_token, write_entries
 from serving.client.errors import AccessDenied, Unavailable
 from serving.client.sync import CapsNetClient
+from serving.logs import FIELDS
+from serving.transport import frames
 from serving.transport.frames import PREFACE, settings
 from serving.transport.headers import Metadata
 from tests.certificates import make_all, make_certificate
 from tests.conftest import ROOT, Digits, Running
+from tests.raw_client import wait_for
 
 GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
 HEALTH = "/grpc.health.v1.Health/"
@@ -128,12 +133,16 @@ def test_no_method_answers_without_a_token_or_with_one_of_another_role(
     status, page = ask(port, "/metrics", token=tokens["metrics"])
     assert status == 200
     assert ask(port, "/livez")[0] == ask(port, "/readyz")[0] == 200
-    refused = {
-        sample.labels["reason"]: sample.value
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-        if sample.name == "capsnet_refused_total"
-    }
+    refused, of_pages = (
+        {
+            sample.labels["reason"]: sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+            if sample.name == name
+        }
+        for name in ("capsnet_refused_total", "capsnet_http_denied_total")
+    )
+    assert of_pages == {"unauthenticated": 2, "forbidden": 1, "client_limit": 0}
     assert refused["unauthenticated"] >= 4 * (len(paths) - 3)
     assert refused["forbidden"] >= 2 * (len(paths) - 3)
     assert running.server._edge.under_way == 0
@@ -250,6 +259,111 @@ def test_too_many_handshakes_end_the_oldest_and_not_the_newest(
         with contextlib.suppress(ConnectionResetError):
             assert silent[0].recv(1) == b""
     assert running.server.metrics.handshakes.labels("crowded").value >= 8
+
+
+def test_each_failed_handshake_has_its_reason_and_a_line_with_the_client(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    running = start(**tls(folder, client_ca=True))
+    results = running.server.metrics.handshakes
+    make_certificate(folder, "stranger", authority="other")
+
+    def shake(context: ssl.SSLContext) -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", running.server.port), 20) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+        ):
+            while secured.recv(4096):
+                pass
+
+    def client(certificate: str = "", authority: str = "ca") -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=folder / f"{authority}.pem")
+        if certificate:
+            context.load_cert_chain(folder / f"{certificate}.pem", folder / f"{certificate}.key")
+        return context
+
+    old = client("client")
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    old.set_ciphers("AES128-SHA:@SECLEVEL=0")
+    http = client("client")
+    http.set_alpn_protocols(["http/1.1"])
+    for context in (client(), client("stranger"), client("client", "other"), old, http):
+        shake(context)
+    for hello in (b"", PREFACE + settings({})):
+        with socket.create_connection(("127.0.0.1", running.server.port), 20) as plain:
+            plain.sendall(hello)
+    monkeypatch.setattr("serving.transport.handshakes.HANDSHAKE_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", running.server.port), 20) as silent:
+        assert silent.recv(1) == b""
+    expected = {"certificate": 2, "distrust": 1, "old": 1, "no_h2": 1, "gone": 1, "no_tls": 1, "timeout": 1}
+    wait_for(lambda: {result: results.labels(result).value for result in expected} == expected)
+    assert results.labels("failed").value == results.labels("ok").value == 0
+    lines = Counter(
+        record.getMessage() for record in caplog.records if getattr(record, FIELDS, {}) == {"peer": "127.0.0.1"}
+    )
+    assert lines == {f"a TLS handshake has failed: {name}": count for name, count in expected.items()}
+
+
+def test_the_log_names_the_client_of_each_refused_call_by_its_token(
+    start: Start, tokens: dict[str, str], transport: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    running = start(transport=transport, tokens=tokens["file"])
+    for method, streams in (("Classify", False), ("GetModel", False), ("ClassifyStream", True), ("Unknown", False)):
+        code_of_wrong(running.channel, f"/capsnet.v1.CapsNetService/{method}", streams, tokens["predict"])
+    code_of(running.channel, GET_MODEL, False, "predict.guessed")
+    found = {
+        (fields["method"].partition("/")[2], fields.get("peer"), fields.get("client"))
+        for record in caplog.records
+        if (fields := getattr(record, FIELDS, None))
+    }
+    address = "127.0.0.1"
+    assert found == {
+        ("Classify", address, "predict"),
+        ("GetModel", address, "predict"),
+        ("ClassifyStream", address, "predict"),
+        ("Unknown", address if transport == "native" else None, None),
+        ("GetModel", address, None),
+    }
+
+
+def code_of_wrong(channel: grpc.Channel, path: str, streams: bool, token: str) -> None:
+    """Call a method with bytes that are no message of its."""
+    metadata = (("authorization", f"Bearer {token}"),)
+    with contextlib.suppress(grpc.RpcError):
+        if streams:
+            list(channel.stream_stream(path, None, None)(iter([b"\xff"]), metadata=metadata, timeout=20))
+        else:
+            channel.unary_unary(path, None, None)(b"\xff", metadata=metadata, timeout=20)
+
+
+def test_a_connection_that_the_server_closes_has_a_line_with_its_client(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    running = start(max_connections=2)
+    unary(running.channel, GET_MODEL)
+    port = running.server.port
+    with socket.create_connection(("127.0.0.1", port), 20) as other:
+        other.sendall(PREFACE + settings({}) + frames.frame(frames.DATA, 0, 5, b"x"))
+        while other.recv(4096):
+            pass
+    with socket.create_connection(("127.0.0.1", port), 20) as http:
+        http.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert http.recv(4096).startswith(b"HTTP/1.1 400")
+    with socket.create_connection(("127.0.0.1", port), 20) as second:
+        second.sendall(PREFACE + settings({}))
+        assert second.recv(4096)
+        with contextlib.suppress(ConnectionResetError), socket.create_connection(("127.0.0.1", port), 20) as third:
+            assert third.recv(1) == b""
+    texts = [record.getMessage() for record in caplog.records if getattr(record, FIELDS, {}) == {"peer": "127.0.0.1"}]
+    assert texts == [
+        "a connection is closed: PROTOCOL_ERROR, a frame for stream 5, which is not open",
+        "a connection is closed: it does not speak HTTP/2",
+        "a connection is refused: all places are taken (max_connections)",
+    ]
 
 
 def test_a_client_above_its_limit_is_refused_and_another_is_not(

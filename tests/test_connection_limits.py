@@ -5,20 +5,22 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import cast
 
 import pytest
 
 from serving.transport import frames
 from serving.transport.connection import Connection
-from serving.transport.connection_limits import CLIENT, FLOOD, FULL, IDLE, UNREAD, ConnectionLimits
+from serving.transport.connection_limits import CLIENT, FLOOD, FULL, IDLE, REPLACED, UNREAD, ConnectionLimits
 from serving.transport.frames import ErrorCode
 from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.methods import TransportLimits
 from serving.transport.sockets import listen_tcp
-from tests.raw_client import Raw, headers, wait_for
-from tests.transport_methods import serve
+from tests.raw_client import Raw, data, framed, headers, wait_for
+from tests.transport_methods import Serving, serve
 
 
 def limits_of(connections: int = 0, per_client: int = 0) -> ConnectionLimits:
@@ -48,6 +50,75 @@ def test_this_machine_and_its_proxies_may_take_all_connections(address: str) -> 
         numbers.enter(address)
 
 
+def test_a_network_of_ipv6_is_one_client_and_an_ipv4_address_is_one_however_it_is_written() -> None:
+    numbers = limits_of(1000, 3)
+    for address in ("2001:db8:1:2::1", "2001:db8:1:2::2", "2001:db8:1:2:ffff::3"):
+        assert numbers.refusal(address) == ""
+        numbers.enter(address)
+    assert (numbers.refusal("2001:db8:1:2::4"), numbers.refusal("2001:db8:1:3::4")) == (CLIENT, "")
+    for address in ("10.0.0.1", "::ffff:10.0.0.1", "10.0.0.1"):
+        numbers.enter(address)
+    assert numbers.refusal("::ffff:10.0.0.1") == numbers.refusal("10.0.0.1") == CLIENT
+    numbers.leave("2001:db8:1:2::2")
+    assert numbers.refusal("2001:db8:1:2::4") == ""
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A connection that may be replaced."""
+
+    client: str
+    seconds: float
+
+    def idle_seconds(self, now: float) -> float:
+        return self.seconds
+
+
+def full_of(*connections: Waiting) -> ConnectionLimits:
+    numbers = limits_of(len(connections))
+    for connection in connections:
+        numbers.enter(connection.client)
+    return numbers
+
+
+def test_the_connection_that_has_been_idle_for_the_longest_time_is_replaced() -> None:
+    busy, short, long, longest = (Waiting(f"10.0.0.{index}", index * 15.0) for index in range(4))
+    numbers = full_of(busy, short, long, longest)
+    assert numbers.replaceable("10.0.0.9", (busy, short, longest, long), 0.0) is longest
+    assert numbers.replaceable("10.0.0.9", (busy, short), 0.0) is short
+    assert numbers.replaceable("10.0.0.9", (busy,), 0.0) is None
+    assert numbers.replaceable("10.0.0.9", (short,), 0.05) is None, "a flood of clients does not search each time"
+    assert numbers.replaceable("10.0.0.9", (short,), 0.2) is short
+
+
+def test_a_connection_that_was_used_a_moment_ago_is_not_replaced() -> None:
+    connections = [Waiting(f"10.0.0.{index}", 9.0) for index in range(4)]
+    assert full_of(*connections).replaceable("10.0.0.9", connections, 0.0) is None
+
+
+def test_of_a_crowd_of_idle_connections_one_is_replaced_before_an_honest_clients_only_one() -> None:
+    honest, crowd = Waiting("10.0.0.1", 500.0), [Waiting("10.6.6.6", 1.0 + index) for index in range(7)]
+    numbers = full_of(honest, *crowd)
+    assert numbers.replaceable("10.0.0.2", (honest, *crowd), 0.0) is crowd[-1]
+
+
+def test_a_client_with_more_than_its_share_gets_nobodys_place() -> None:
+    honest, crowd = Waiting("10.0.0.1", 500.0), [Waiting("2001:db8::/64", 500.0) for _ in range(7)]
+    numbers = full_of(honest, *crowd)
+    assert numbers.replaceable("2001:db8::99", (honest, *crowd), 0.0) is None
+
+
+def test_few_connections_are_replaced_before_the_earlier_ones_have_ended() -> None:
+    connections = [Waiting(f"10.0.0.{index}", 60.0) for index in range(32)]
+    numbers = full_of(*connections)
+    for _ in range(2):
+        assert numbers.replaceable("10.0.0.99", connections, 0.0)
+        numbers.replaced += 1
+    assert numbers.replaceable("10.0.0.99", connections, 0.0) is None
+    numbers.replaced -= 1
+    assert numbers.replaceable("10.0.0.99", connections, 0.0)
+
+
 def test_no_limit_means_any_number() -> None:
     numbers = limits_of()
     for _ in range(10_000):
@@ -61,7 +132,7 @@ def test_an_address_is_forgotten_with_its_last_connection() -> None:
         numbers.refusal(f"10.0.0.{index}")
         numbers.enter("10.1.1.1")
         numbers.leave("10.1.1.1")
-    assert not numbers._by_address
+    assert not numbers._by_client
 
 
 def test_a_connection_above_the_limit_is_closed_at_once_and_others_are_served() -> None:
@@ -82,6 +153,58 @@ def test_a_connection_above_the_limit_is_closed_at_once_and_others_are_served() 
         for client in served:
             client.call(3, b"b")
             assert client.read(3).messages == [b"b"]
+            client.socket.close()
+
+
+def test_an_idle_connection_gives_its_place_to_a_new_one_with_a_goaway_and_without_losing_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.transport.connection_limits.MIN_REPLACED_SECONDS", 0.2)
+    noted: Counter[str] = Counter()
+    limits = {"connections": 3, "limited": lambda limit: noted.update([limit])}
+    with serve(stall_seconds=0.4, limits=limits) as serving:
+        waiting, first, second = (Raw(serving.port) for _ in range(3))
+        waiting.call(1, b"", "/test.Test/EchoAll")
+        waiting.send(headers(3, waiting.block("/test.Test/EchoAll")))
+        for client, idle_before in ((first, 1), (second, 2)):
+            client.call(1, b"a")
+            assert client.read(1).messages == [b"a"]
+            wait_for(lambda count=idle_before: len(idle(serving, 0.3)) == count)
+        new = Raw(serving.port)
+        new.call(1, b"new")
+        assert new.read(1).messages == [b"new"]
+        assert first.why_closed() == ErrorCode.NO_ERROR
+        assert noted == {REPLACED: 1}
+        second.call(3, b"still there")
+        assert second.read(3).messages == [b"still there"]
+        waiting.send_data(3, framed(b"b"))
+        assert waiting.read(3).messages == [b"b"], "a connection with an open call stays"
+        for client in (waiting, first, second, new):
+            client.socket.close()
+        wait_for(lambda: not serving.server._connections)
+        assert (serving.server._numbers.replaced, serving.server._numbers._all) == (0, 0)
+
+
+def idle(serving: Serving, seconds: float) -> list[Connection]:
+    """Return the connections that have had calls, and none for some seconds."""
+    connections: list[Connection] = list(serving.server._connections)
+    return [one for one in connections if one._last_seen and one.idle_seconds(serving.loop.time()) > seconds]
+
+
+def test_a_call_on_its_way_to_a_connection_that_is_replaced_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.transport.connection_limits.MIN_REPLACED_SECONDS", 0.1)
+    with serve(stall_seconds=0.4, limits={"connections": 1}) as serving:
+        old = Raw(serving.port)
+        old.call(1, b"a")
+        assert old.read(1).messages == [b"a"]
+        wait_for(lambda: idle(serving, 0.2))
+        new = Raw(serving.port)
+        new.call(1, b"new")
+        assert new.read(1).messages == [b"new"]
+        old.call(3, b"on its way")  # before the client has read the GOAWAY
+        assert old.read(3).messages == [b"on its way"]
+        assert old.why_closed() == ErrorCode.NO_ERROR
+        for client in (old, new):
             client.socket.close()
 
 
@@ -122,7 +245,7 @@ def test_a_refused_client_of_a_port_with_tls_is_closed_before_its_handshake() ->
             raise AssertionError("no connection is made")
 
         [listening] = listen_tcp("127.0.0.1", 0)
-        listener = TlsListener(listening, cast(TlsContexts, None), connect, lambda _: None, refuses)
+        listener = TlsListener(listening, cast(TlsContexts, None), connect, TransportLimits(1, "", 1, ""), refuses)
         await listener.start_serving()
         reader, writer = await asyncio.open_connection(*listening.getsockname())
         assert await reader.read() == b""
@@ -159,6 +282,11 @@ def test_headers_that_do_not_end_end_their_connection(monkeypatch: pytest.Monkey
             client.socket.close()
 
 
+def calls_of(raw: Raw, path: str, streams: Iterable[int], message: bytes) -> bytes:
+    """Return the frames of whole calls with the same message."""
+    return b"".join(headers(stream, raw.block(path)) + data(stream, framed(message)) for stream in streams)
+
+
 def test_a_client_that_reads_nothing_is_cut_off_when_its_answers_fill_the_memory() -> None:
     noted: Counter[str] = Counter()
     cut_off = threading.Event()
@@ -174,8 +302,9 @@ def test_a_client_that_reads_nothing_is_cut_off_when_its_answers_fill_the_memory
         stream = 1
         with suppress(OSError):
             while not cut_off.is_set() and stream < 4000:
-                raw.call(stream, b"1 1000000", "/test.Test/Repeat")
-                stream += 2
+                streams = range(stream, stream + 32, 2)  # at once: a paused connection reads no later calls
+                raw.send(calls_of(raw, "/test.Test/Repeat", streams, b"1 1000000"))
+                stream += 32
         assert cut_off.wait(10)
         assert noted == {UNREAD: 1}
         wait_for(lambda: serving.memory.used == 0)

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.logs import FIELDS, JsonFormatter, RefusalLog, TextFormatter
+from serving.logs import FIELDS, FloodFilter, JsonFormatter, RefusalLog, TextFormatter
 from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
 from tests.conftest import DATA, Running
@@ -35,7 +35,12 @@ def test_a_refusal_is_one_line_with_the_clients_request_id_and_a_success_none(
     assert refusal == (
         logging.INFO,
         "images: 0; expected 1 to 1024 (max_images_per_request)",
-        {"method": "capsnet.v1.CapsNetService/Classify", "code": "INVALID_ARGUMENT", "request_id": "mine-1"},
+        {
+            "method": "capsnet.v1.CapsNetService/Classify",
+            "code": "INVALID_ARGUMENT",
+            "request_id": "mine-1",
+            "peer": "127.0.0.1",
+        },
     )
     assert len(caplog.records) == 1
 
@@ -72,9 +77,9 @@ def test_a_flood_of_refusals_is_cut_and_counted(caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.INFO)
     log = RefusalLog(limit=3)
     for number in range(10):
-        log.write(logging.INFO, "s/m", "OK", str(number), ["id"], 1)
+        log.write(logging.INFO, str(number), [{"request_id": "id"}], 1)
     log._second -= 1  # a second later
-    log.write(logging.INFO, "s/m", "OK", "next", ["id"], 1)
+    log.write(logging.INFO, "next", [{"request_id": "id"}], 1)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["0", "1", "2", "7 more requests were refused or failed in a second", "next"]
 
@@ -82,21 +87,60 @@ def test_a_flood_of_refusals_is_cut_and_counted(caplog: pytest.LogCaptureFixture
 def test_of_requests_that_are_refused_together_each_has_its_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     log = RefusalLog(limit=3)
-    identifiers = map(str, range(10))
-    log.write(logging.INFO, "s/m", "OK", "full", identifiers, 10)
+    refused = ({"request_id": str(number)} for number in range(10))
+    log.write(logging.INFO, "full", refused, 10)
     assert [getattr(record, FIELDS)["request_id"] for record in caplog.records] == ["0", "1", "2"]
-    assert next(identifiers) == "3", "those without a line are not made"
+    assert next(refused) == {"request_id": "3"}, "those without a line are not made"
     log._second -= 1  # a second later
-    log.write(logging.INFO, "s/m", "OK", "next", ["10"], 1)
+    log.write(logging.INFO, "next", [{"request_id": "10"}], 1)
     assert caplog.records[3].getMessage() == "7 more requests were refused or failed in a second"
 
 
 def test_text_from_a_client_cannot_look_like_another_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    RefusalLog().write(logging.INFO, "s/m", "OK", "a\n2026 ERROR b\x1b[31m", ["i\nd"], 1)
+    fields = {"method": "s\r/\u2028m", "request_id": "i\nd", "peer": "::1%\x1b]0;x\a"}
+    RefusalLog().write(logging.INFO, "a\n2026 ERROR b\x1b[31m", [fields], 1)
+    logging.getLogger("other").warning("text of %s", "a\nclient")
+    for record in caplog.records:
+        for formatter in (TextFormatter(), JsonFormatter()):
+            assert formatter.format(record).isprintable()
+
+
+def test_a_value_from_a_client_cannot_look_like_another_field(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    fields = {"request_id": 'x peer=10.0.0.1 "', "peer": "10.6.6.6", "client": ""}
+    RefusalLog().write(logging.INFO, "wrong", [fields], 1)
     (record,) = caplog.records
-    for formatter in (TextFormatter(), JsonFormatter()):
-        assert formatter.format(record).isprintable()
+    assert TextFormatter().format(record).endswith(r'wrong request_id="x peer=10.0.0.1 \"" peer=10.6.6.6 client=""')
+
+
+def record_of(error: BaseException | None = None, line: int = 1, created: float = 0.0) -> logging.LogRecord:
+    """Return a record of an error in a file "file"."""
+    information = (type(error), error, error.__traceback__) if error else None
+    record = logging.LogRecord("serving.x", logging.ERROR, "file", line, "failed", (), information)
+    record.created = created
+    return record
+
+
+def test_a_line_of_a_traceback_cannot_look_like_a_line_of_the_log() -> None:
+    try:
+        raise ValueError("text of\n2026-01-01 00:00:00,000 ERROR a client\x1b[2J")
+    except ValueError as error:
+        first, *others = TextFormatter().format(record_of(error)).splitlines()
+    assert first.endswith("ERROR failed")
+    assert "    2026-01-01 00:00:00,000 ERROR a client\\x1b[2J" in others
+    assert all(line.startswith("    ") and line.isprintable() for line in others)
+
+
+def test_a_flood_of_lines_from_one_place_of_the_code_is_cut_and_counted() -> None:
+    flood = FloodFilter(limit=3)
+    assert [flood.filter(record_of(created=5.5)) for _ in range(10)] == [True] * 3 + [False] * 7
+    assert flood.filter(record_of(line=2, created=5.6)), "other places are not concerned"
+    later = record_of(created=6.1)
+    assert flood.filter(later)
+    assert getattr(later, FIELDS) == {"left_out": 7}
+    calm = record_of(created=7.1)
+    assert flood.filter(calm) and not hasattr(calm, FIELDS)
 
 
 def test_json_has_time_level_message_fields_and_traceback() -> None:

@@ -5,7 +5,7 @@ from typing import cast
 
 from serving.transport.connection_limits import UNREAD
 from serving.transport.memory import Memory
-from serving.transport.methods import TransportLimits
+from serving.transport.methods import Peer, TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.streams import Streams
 from serving.transport.unsent import Unsent
@@ -169,6 +169,7 @@ class FakeStreams:
         self.memory = memory
         self.limited: list[str] = []
         self.limits = TransportLimits(1000, "", 1000, "", limited=self.limited.append)
+        self.client = Peer("10.0.0.1")
         self.now = 0.0
         self.loop = self
 

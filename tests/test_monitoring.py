@@ -210,7 +210,7 @@ def _series_of_two_graphs() -> Iterator[str]:
     """Return series of two servers that serve two versions of a model, each with two graphs."""
     values: dict[str, tuple[str, ...]] = {
         "version": ("1", "2"), "graph": ("classify", "explain"), "grpc_code": ("OK", "INTERNAL"),
-        "grpc_type": ("unary",), "grpc_method": ("Classify", "GetModel"),
+        "reason": ("unauthenticated", "queue_full"), "grpc_type": ("unary",), "grpc_method": ("Classify", "GetModel"),
     }  # fmt: skip
     for metric in Metrics().declarations:
         buckets = [*map(str, map(float, metric.buckets or (0, 1, 2))), "+Inf"]

@@ -217,7 +217,7 @@ def serve(
             "too large",
             BYTES_UNDER_WAY,
             "too many",
-            lambda path, _, code, text: refused.append((path, code, text)),
+            lambda path, _peer, _metadata, code, text: refused.append((path, code, text)),
             stall_seconds,
         )
         server, handlers = new_server(transport, replace(all_limits, **limits or {}), **options), Handlers()

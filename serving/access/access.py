@@ -9,8 +9,8 @@ from serving.access.certificates import Certificates
 from serving.access.files import AccessError
 from serving.access.guard import ClientLimits, Guard, Refused
 from serving.access.tokens import METRICS, Tokens
-from serving.settings import Settings, is_loopback
-from serving.transport.methods import Peer
+from serving.settings import Settings
+from serving.transport.methods import Peer, is_loopback
 
 _FILES = ("tls_cert", "tls_key", "tls_client_ca", "tokens")  # the settings that are paths
 

@@ -1,7 +1,6 @@
 """The guard of the methods and pages: it lets in only clients that may call, within their limits."""
 
 import asyncio
-import ipaddress
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -26,11 +25,11 @@ from serving.transport.methods import (
     StreamMethod,
     Table,
     UnaryMethod,
+    client_of,
 )
 
 _BEARER = re.compile(r"Bearer ([!-~]+)", re.IGNORECASE)
 _AUTHORIZATION = "authorization"
-_IPV6_PREFIX_BITS = 64  # of the network that one subscriber gets
 
 _logger = logging.getLogger(__name__)
 
@@ -44,8 +43,8 @@ class KnownTokens(Protocol):
     def remembered(self, token: str, /) -> tuple[bool, Identity | None]:
         """Return if a token was checked before, and its identity, None if it is wrong."""
 
-    async def check(self, token: str, peer: str, /) -> Identity | None:
-        """Return the identity of a token, or None if it is wrong. Raises TooManyChecks."""
+    async def check(self, token: str, client: str, /) -> Identity | None:
+        """Return the identity of a token, or None if it is wrong. client: of ``client_of``. Raises TooManyChecks."""
 
     def of_certificate(self, subject: str, /) -> Identity | None:
         """Return the identity of a certificate's common name, or None."""
@@ -117,7 +116,7 @@ class Guard:
             if self._mutual and not peer.subject:
                 raise Unauthenticated("certificate: none came; expected one that this server's authorities signed")
             return Identity(
-                f"certificate {peer.subject}" if peer.subject else _network(peer.address), frozenset((role,))
+                f"certificate {peer.subject}" if peer.subject else client_of(peer.address), frozenset((role,))
             )
         if authorization is None:
             identity = self._tokens.of_certificate(peer.subject)
@@ -137,7 +136,7 @@ class Guard:
             return identity
         assert self._tokens and authorization
         try:
-            checked = await self._tokens.check(_token_of(authorization), peer.address)
+            checked = await self._tokens.check(_token_of(authorization), client_of(peer.address))
         except TooManyChecks:
             raise ClientLimit("authorization: too many new tokens are being checked; try again later") from None
         if checked is None:
@@ -181,7 +180,7 @@ class _Gate:
                 identity = self._guard.at_once(authorization_of(metadata), peer, self._role)
             except ServingError as error:
                 return self._guard.refused(self._path, peer, metadata, error)
-            return inner(timeout, metadata, expected, peer) if identity and inner else None
+            return inner(timeout, metadata, expected, peer._replace(name=identity.name)) if identity and inner else None
 
         return decide
 
@@ -220,11 +219,11 @@ class _Gate:
         """Return the function that answers a call of the method."""
 
         async def answer(data: bytes, context: Context) -> bytes | None:
-            name = await self._enter(context)
+            counted = _Counted(context, self._guard, await self._enter(context))
             try:
-                return await method.answer(data, context)
+                return await method.answer(data, counted)
             finally:
-                self._guard.leave(name)
+                counted.leave()
 
         return answer
 
@@ -232,14 +231,14 @@ class _Gate:
         """Return the function that answers the messages of a call of the method."""
 
         async def answers(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-            name = await self._enter(context)
+            counted = _Counted(context, self._guard, await self._enter(context))
             try:
-                async with aclosing(method.answers(messages, context)) as inner:  # type: ignore[type-var]
+                async with aclosing(method.answers(messages, counted)) as inner:  # type: ignore[type-var]
                     async for answer in inner:
                         yield answer
                         del answer  # while the next one is waited for, which may never come
             finally:
-                self._guard.leave(name)
+                counted.leave()
 
         return answers
 
@@ -258,6 +257,7 @@ class _Counted:
         self._context = context
         self._guard = guard
         self._name = name
+        self._counts = True
         context.given_up = self._gone
 
     @property
@@ -274,7 +274,7 @@ class _Counted:
 
     @property
     def peer(self) -> Peer:
-        return self._context.peer
+        return self._context.peer._replace(name=self._name)
 
     def invocation_metadata(self) -> Metadata:
         return self._context.invocation_metadata()
@@ -289,23 +289,15 @@ class _Counted:
 
     def leave(self) -> None:
         """End the count, once."""
-        if self._name:
+        if self._counts:
+            self._counts = False
             self._guard.leave(self._name)
-            self._name = ""
 
     def _gone(self) -> None:
         self.leave()
         if given_up := self.given_up:
             self.given_up = None
             given_up()
-
-
-def _network(address: str) -> str:
-    """Return the name of an anonymous client: its IPv4 address or its network of IPv6."""
-    if ":" not in address:
-        return address
-    parsed = ipaddress.IPv6Address(address.partition("%")[0])
-    return str(parsed.ipv4_mapped or ipaddress.IPv6Network((parsed, _IPV6_PREFIX_BITS), strict=False))
 
 
 def authorization_of(metadata: Metadata) -> str | None:

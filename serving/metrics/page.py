@@ -21,7 +21,8 @@ import grpc
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
-from serving.errors import ServingError
+from serving.errors import DENIALS, ServingError
+from serving.logs import RefusalLog
 from serving.transport.methods import Peer, peer_of
 
 _MAX_CONNECTIONS = 32
@@ -124,6 +125,9 @@ class Page:
         self._unready = unready
         self._admit = admit
         self._tls = tls
+        self._log = RefusalLog(things="requests for metrics")
+        #: The denied requests by reason.
+        self.denied = dict.fromkeys(DENIALS, 0)
 
     def open(self, host: str, port: int) -> int:
         """Listen, answer from a separate thread, and return the port. Call it on the event loop that serves requests.
@@ -158,6 +162,8 @@ class Page:
         try:
             response = await self._respond(_Request.parse(head), peer)
         except ServingError as error:
+            self.denied[error.reason] += 1
+            self._log.write(logging.INFO, f"metrics: {error}", [{"code": error.code.name, "peer": peer.address}], 1)
             headers = {**_TEXT, "WWW-Authenticate": "Bearer"}
             response = _Response(_DENIED[error.code], f"{error}\n".encode(), headers)
         except _Refusal as refusal:

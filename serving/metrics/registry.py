@@ -14,11 +14,13 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from serving.errors import REASONS, DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.errors import DENIALS, REASONS, DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics.instruments import Count, Declaration, DistributionReading, Family, Kind, Observations, Reading
 from serving.metrics.quality import ACTIVE_LENGTH, LENGTH_BOUNDS, Quality
 from serving.metrics.triton_statistics import BACKEND, CANCELED, FAILURES, OTHER, REJECTED, BatchStatistics, Statistics
 from serving.transport.connection_limits import CONNECTION_LIMITS
+from serving.transport.counts import EVICTIONS, Figures
+from serving.transport.frames import ErrorCode
 from serving.transport.handshakes import HANDSHAKE_RESULTS
 
 #: The graph that classifies images.
@@ -27,6 +29,7 @@ CLASSIFY = "classify"
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _STEP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1, 1)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_PORT = ("port",)  # grpc or admin
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 _VERSION = ("model", "version")
 _GRAPH = (*_VERSION, "graph")
@@ -96,6 +99,10 @@ class Metrics(Collector):
         "capsnet_refused_total", ("reason",),
         "Requests answered with an error, by reason (the names of serving/errors.py).",
     )  # fmt: skip
+    http_denied: Family[Reading] = _read(
+        "capsnet_http_denied_total", Kind.COUNTER, ("reason",),
+        f"Requests for the metrics that were denied, by reason: {', '.join(DENIALS)}.",
+    )  # fmt: skip
     handshakes: Family[Count] = _counter(
         "capsnet_tls_handshakes_total", ("result",),
         f"TLS handshakes of gRPC's port, by result: {', '.join(HANDSHAKE_RESULTS)}. The transport grpcio counts none.",
@@ -103,6 +110,33 @@ class Metrics(Collector):
     connections_limited: Family[Count] = _counter(
         "capsnet_connections_limited_total", ("limit",),
         f"Connections refused or ended by a limit: {', '.join(CONNECTION_LIMITS)}. The transport grpcio counts none.",
+    )  # fmt: skip
+    connections: Family[Reading] = _gauge(
+        "capsnet_connections", _PORT, "Connections that are open. The transport grpcio tells none."
+    )
+    connections_accepted: Family[Reading] = _read(
+        "capsnet_connections_accepted_total", Kind.COUNTER, _PORT,
+        "Connections accepted, under TLS after their handshakes. The transport grpcio tells none.",
+    )  # fmt: skip
+    open_calls: Family[Reading] = _gauge(
+        "capsnet_open_calls", _PORT, "Calls whose streams are open, also those that are only partly sent or read."
+    )
+    resets: Family[Reading] = _read(
+        "capsnet_stream_resets_total", Kind.COUNTER, (*_PORT, "direction"),
+        "Calls cancelled by RST_STREAM, received from clients or sent. The transport grpcio tells none.",
+    )  # fmt: skip
+    goaways: Family[Reading] = _read(
+        "capsnet_goaways_total", Kind.COUNTER, (*_PORT, "code"),
+        "Connections ended by GOAWAY, by its code in RFC 9113. The transport grpcio tells none.",
+    )  # fmt: skip
+    held_bytes: Family[Reading] = _gauge(
+        "capsnet_held_bytes", _PORT, "Bytes that max_bytes_under_way limits: requests, unread answers and calls.",
+        "bytes",
+    )  # fmt: skip
+    max_held_bytes: Family[Reading] = _gauge("capsnet_held_limit_bytes", _PORT, "The limit of these bytes.", "bytes")
+    evicted: Family[Reading] = _read(
+        "capsnet_evicted_calls_total", Kind.COUNTER, (*_PORT, "reason"),
+        f"Calls ended before their answers were read, by reason: {', '.join(EVICTIONS)}.",
     )  # fmt: skip
     in_flight: Family[Reading] = _gauge("capsnet_rpcs_in_flight", (), "RPCs that have begun and not ended.")
     ready: Family[Reading] = _gauge("capsnet_ready", (), "1 while the server takes requests.")
@@ -217,6 +251,22 @@ class Metrics(Collector):
             self.connections_limited.labels(limit)
         for reason in REASONS:  # start at 0, so that a rate counts the first one too
             self.refused.labels(reason)
+
+    def show_transport(self, figures: Figures, port: str) -> None:
+        """Read the figures of a transport from now on. port: the value of the label."""
+        self.open_calls.labels(port).read(figures.calls)
+        self.held_bytes.labels(port).read(figures.held_bytes)
+        self.max_held_bytes.labels(port).read(lambda: figures.max_held_bytes)
+        for reason in EVICTIONS:
+            self.evicted.labels(port, reason).read(partial(figures.evicted.__getitem__, reason))
+        if connections := figures.connections:
+            counts = connections.counts
+            self.connections.labels(port).read(connections.open)
+            self.connections_accepted.labels(port).read(lambda: counts.accepted)
+            self.resets.labels(port, "received").read(lambda: counts.resets_received)
+            self.resets.labels(port, "sent").read(lambda: counts.resets_sent)
+            for code in ErrorCode:
+                self.goaways.labels(port, code.name).read(partial(counts.goaways.__getitem__, code))
 
     @property
     def declarations(self) -> list[Declaration]:

@@ -27,9 +27,9 @@ class Notes(Protocol):
         """Return the code and the text for clients, and count the requests."""
 
     def note_refusals(
-        self, method: str, requests: list[Metadata], seconds: float, code: grpc.StatusCode, text: str, /
+        self, method: str, requests: list[tuple[Metadata, Peer]], seconds: float, code: grpc.StatusCode, text: str, /
     ) -> None:
-        """Log requests that got the same error."""
+        """Log requests, given by their metadata and clients, that got the same error."""
 
 
 class MethodDoor:
@@ -43,7 +43,7 @@ class MethodDoor:
         self._record = record
         self._refusal = refusal
         # The refusals of this turn that are not counted yet, by error.
-        self._uncounted: dict[ServingError, tuple[ModelMetrics, list[Metadata]]] = {}
+        self._uncounted: dict[ServingError, tuple[ModelMetrics, list[tuple[Metadata, Peer]]]] = {}
         # The status of each error: many calls get the same one.
         self._statuses: dict[ServingError, Status] = {}
 
@@ -55,7 +55,7 @@ class MethodDoor:
             asyncio.get_running_loop().call_soon(self._count)
         error, metrics = refusal
         _, calls = self._uncounted.setdefault(error, (metrics, []))
-        calls.append(metadata)
+        calls.append((metadata, peer))
         return self._status(error)
 
     def _status(self, error: ServingError) -> Status:

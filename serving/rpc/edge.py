@@ -22,13 +22,15 @@ from serving.rpc.door import MethodDoor, Refusal
 from serving.rpc.recorder import Recorder
 from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
-from serving.transport.methods import CallbackMethod, Context, Peer, StreamMethod, UnaryMethod
+from serving.transport.methods import CallbackMethod, Context, Peer, StreamMethod, UnaryMethod, client_of
 
 #: The metadata in which a client may name its request, to find it in the log.
 REQUEST_ID = "x-request-id"
 _MAX_SHOWN_CHARACTERS = 64
 
 Request = TypeVar("Request", bound=Message)
+#: The metadata and the client of a refused request.
+Refused = tuple[Metadata, Peer]
 
 _logger = logging.getLogger(__name__)
 
@@ -125,13 +127,31 @@ class Call:
 
     def refused(self, seconds: float, code: grpc.StatusCode, text: str) -> None:
         """Log and trace that the RPC, or a request in its stream, got an error after these seconds."""
-        self._edge.note_refusals(self.method, (self._context.invocation_metadata(),), seconds, code, text)
+        refused = (self._context.invocation_metadata(), self._context.peer)
+        self._edge.note_refusals(self.method, (refused,), seconds, code, text)
 
 
 def request_id(metadata: Metadata) -> str:
     """Return the request id that the client gave, or a generated one."""
     given = next((value for key, value in metadata if key == REQUEST_ID and isinstance(value, str)), "")
     return given[:_MAX_SHOWN_CHARACTERS] if given else secrets.token_hex(8)
+
+
+def _client(peer: Peer) -> dict[str, str]:
+    """Return the fields of the log that name a client: its address, and the name that is known or certified."""
+    name = peer.name or (f"certificate {peer.subject}" if peer.subject else "")
+    fields = {"peer": peer.address} if peer.address else {}
+    return fields if name in ("", client_of(peer.address)) else fields | {"client": name}
+
+
+def _fields(method: str, code: grpc.StatusCode, metadata: Metadata, peer: Peer) -> dict[str, str]:
+    """Return the fields of the log for a refused request."""
+    return {"method": method, "code": code.name, "request_id": request_id(metadata), **_client(peer)}
+
+
+def _shown(path: str) -> str:
+    """Return service/method of a path that any client may have made up."""
+    return path[1:][:_MAX_SHOWN_CHARACTERS]
 
 
 def check_size(data: bytes, max_bytes: int) -> None:
@@ -156,35 +176,37 @@ class Edge:
         self._metrics = metrics
         self.trace = trace
         self._log = RefusalLog()
+        self._connection_log = RefusalLog(things="connections")
         #: True while new requests are accepted.
         self.ready = False
         #: The number of RPCs in flight.
         self.under_way = 0
 
     def note_refusals(
-        self, method: str, requests: Sequence[Metadata], seconds: float, code: grpc.StatusCode, text: str
+        self, method: str, requests: Sequence[Refused], seconds: float, code: grpc.StatusCode, text: str
     ) -> None:
-        """Log and trace requests, given by their metadata, that got the same error after these seconds."""
+        """Log and trace requests that got the same error after these seconds."""
         level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.INFO
-        self._log.write(level, method, code.name, text, map(request_id, requests), len(requests))
+        self._log.write(level, text, (_fields(method, code, *one) for one in requests), len(requests))
         if self.trace:
-            for metadata in requests:
+            for metadata, _ in requests:
                 self.trace(method, metadata, seconds, None, code)
 
-    def refused_by_transport(self, path: str, metadata: Metadata, code: grpc.StatusCode, text: str) -> None:
+    def refused_by_transport(self, path: str, peer: Peer, metadata: Metadata, code: grpc.StatusCode, text: str) -> None:
         """Count and log a call that no service has seen."""
         self._metrics.refused.labels(TRANSPORT).inc()
-        self._log.write(
-            logging.INFO, path[1:][:_MAX_SHOWN_CHARACTERS], code.name, text, map(request_id, (metadata,)), 1
-        )
+        self._log.write(logging.INFO, text, (_fields(_shown(path), code, metadata, peer) for _ in range(1)), 1)
 
     def denied(self, path: str, peer: Peer, metadata: Metadata, error: ServingError) -> Status:
         """Count and log a call that its client may not make, and return the status to send."""
         self._metrics.refused.labels(error.reason).inc()
-        method = path[1:][:_MAX_SHOWN_CHARACTERS]
-        ids = map(request_id, (metadata,))
-        self._log.write(logging.INFO, method, error.code.name, str(error), ids, 1, peer.address)
+        fields = (_fields(_shown(path), error.code, metadata, peer) for _ in range(1))
+        self._log.write(logging.INFO, str(error), fields, 1)
         return status_of(error)
+
+    def dropped(self, text: str, peer: Peer) -> None:
+        """Log the end of a connection, or of an answer, that the transport has caused."""
+        self._connection_log.write(logging.INFO, text, [_client(peer)], 1)
 
     def to_status(self, error: Exception, requests: int = 1) -> tuple[grpc.StatusCode, str]:
         """Return the status and text for clients, and count the requests.

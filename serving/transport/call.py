@@ -9,6 +9,7 @@ from collections.abc import Callable
 import grpc
 
 from serving.transport import headers
+from serving.transport.counts import MEMORY, STALLED
 from serving.transport.frames import ErrorCode
 from serving.transport.headers import Metadata, RequestHead, status_fields
 from serving.transport.messages import PREFIX
@@ -111,7 +112,7 @@ class Call:
     def refuse(self, code: grpc.StatusCode, text: str) -> None:
         """End the call with an error, whatever its handler does."""
         if not self.over and not self._task and not self.given_up:
-            self.streams.limits.refused(self._head.path, self._head.metadata, code, text)
+            self.streams.limits.refused(self._head.path, self.peer, self._head.metadata, code, text)
         self._stop_handler()
         self.finish(code, text)
 
@@ -142,14 +143,18 @@ class Call:
 
     def evict(self, stalled: bool) -> None:
         """End a call that waits for its client, or for which there is no room (see Memory)."""
+        self.streams.counts.evicted[STALLED if stalled else MEMORY] += 1
         if self.sending.size:
             self.sending.drop()
+            self.streams.limits.dropped("an answer is dropped: its client does not read it", self.peer)
             self.streams.reset(self, ErrorCode.CANCEL if stalled else ErrorCode.ENHANCE_YOUR_CALM)
             return
         memory, limits = self.streams.memory, self.streams.limits
         text = f"requests of {memory.used} bytes are under way; {limits.memory_text}; try again later"
         if stalled:
             text = f"the request has not come further for {memory.stall_seconds:g} seconds"
+        if self._task or self.given_up:  # otherwise ``refuse`` tells it
+            limits.dropped(f"a call is ended: {text}", self.peer)
         self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
     def _all_sent(self) -> None:

@@ -4,19 +4,21 @@ import asyncio
 import logging
 import random
 import socket
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
 import grpc
 
 from serving.transport import frames
-from serving.transport.connection_limits import FLOOD, IDLE
+from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, TEXTS
 from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
-from serving.transport.methods import peer_of
+from serving.transport.methods import client_of, peer_of
 from serving.transport.receiving import MAX_BYTES_A_TURN
 from serving.transport.sending import Buffers
-from serving.transport.streams import ConnectionState
+from serving.transport.streams import ConnectionState, OpenCall
 from serving.transport.terms import Terms
 from serving.transport.unsent import Unsent
 
@@ -34,6 +36,9 @@ _logger = logging.getLogger(__name__)
 class Connection(asyncio.Protocol):
     """The socket of a client. It passes bytes to the reader, and joins the writes of a turn of the event loop."""
 
+    #: The open calls by stream.
+    calls: Mapping[int, OpenCall] = MappingProxyType({})
+
     def __init__(self, terms: "Terms[Connection]", loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         #: Done once the client knows the last call that will be answered, or has gone.
@@ -45,6 +50,8 @@ class Connection(asyncio.Protocol):
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
         self._refused = False
+        #: True if the connection ends for the sake of a new one.
+        self.replaced = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
@@ -53,16 +60,17 @@ class Connection(asyncio.Protocol):
             self._refused = True
             self._transport.abort()
             return
-        #: The client's address.
-        self.address = peer.address
+        #: The client's address, and the client that it stands for.
+        self.address, self.client = peer.address, client_of(peer.address)
         terms = self._terms
-        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker)
+        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker, terms.counts)
         self._streams = self._reader.streams
+        self.calls = self._streams.calls
         self._streams.client = peer
         self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._unsent = Unsent(self._streams, self._transport)
-        self._keep_alive()
+        _keep_alive(self._transport)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
         if self._terms.age:  # spread, so that clients that came together do not return together
             age = self._terms.age * random.uniform(0.9, 1.1)
@@ -176,9 +184,23 @@ class Connection(asyncio.Protocol):
             self._fail(fault.code, str(fault))
         if streams.calls or streams.last_stream != self._last_seen:
             self._idle_since, self._last_seen = now, streams.last_stream
-        elif 0 < idle_seconds <= now - self._idle_since and not self._draining:
+        elif 0 < idle_seconds <= self.idle_seconds(now):
             self._terms.limits.limited(IDLE)
             self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
+
+    def idle_seconds(self, now: float) -> float:
+        """Return the seconds without calls, as far as ``check`` has seen; 0 if there are calls or a drain."""
+        streams = self._streams
+        if streams.calls or streams.last_stream != self._last_seen or self._draining or self._closed:
+            return 0.0
+        return now - self._idle_since
+
+    def replace(self) -> None:
+        """End the connection for the sake of a new one."""
+        self.replaced = True
+        self._terms.limits.limited(REPLACED)
+        self._terms.limits.dropped(TEXTS[REPLACED], self._streams.client)
+        self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
 
     def cut_off(self) -> None:
         """End the open calls, and close."""
@@ -200,16 +222,6 @@ class Connection(asyncio.Protocol):
     @property
     def _closed(self) -> bool:
         return self._streams.state is ConnectionState.CLOSED
-
-    def _keep_alive(self) -> None:
-        """Let the system detect a client that has gone silently."""
-        link = self._transport.get_extra_info("socket")
-        if link is None or link.family not in (socket.AF_INET, socket.AF_INET6):
-            return
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEP_ALIVE.items():
-            if option := getattr(socket, name, None):  # not on every system
-                link.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def _flush(self) -> None:
         out, self._out = self._out, []
@@ -241,7 +253,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, answer: bytes) -> None:
         """Answer a client of another protocol."""
-        _logger.debug("a connection is closed: not HTTP/2")
+        self._terms.limits.dropped("a connection is closed: it does not speak HTTP/2", self._streams.client)
         if not answer:
             self._transport.abort()
             return
@@ -249,10 +261,10 @@ class Connection(asyncio.Protocol):
         self._close()
 
     def _fail(self, code: ErrorCode, text: str) -> None:
-        _logger.debug("a connection is closed: %s, %s", code.name, text)
+        self._terms.limits.dropped(f"a connection is closed: {code.name}, {text or 'a fault'}", self._streams.client)
         if code is ErrorCode.ENHANCE_YOUR_CALM:
             self._terms.limits.limited(FLOOD)
-        self.send(frames.go_away(self._streams.last_stream, code, text))
+        self._streams.go_away(code, text)
         self._close()
 
     def _end_calls(self) -> None:
@@ -268,3 +280,14 @@ class Connection(asyncio.Protocol):
         self._is_told()
         self._timers.append(self.loop.call_later(_CLOSE_SECONDS, self._transport.abort))
         self.loop.call_soon(self._transport.close)  # after _flush, which is scheduled already
+
+
+def _keep_alive(transport: asyncio.Transport) -> None:
+    """Let the system detect a client that has gone silently."""
+    link = transport.get_extra_info("socket")
+    if link is None or link.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if option := getattr(socket, name, None):  # not on every system
+            link.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -67,6 +67,7 @@ class ControlFrames:
     def _rst_stream(self, stream: int, payload: bytes) -> None:
         frames.read_number(payload, "RST_STREAM")
         self._streams.check_opened(stream)
+        self._streams.counts.resets_received += 1
         self._reception.came_in_full(stream)
         if call := self._streams.calls.get(stream):
             call.abandon()

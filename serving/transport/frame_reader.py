@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from serving.transport import frames, headers
 from serving.transport.control_frames import ControlFrames
+from serving.transport.counts import Counts
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import HeaderBlock, HeaderReader, MalformedRequest
 from serving.transport.memory import Memory
@@ -54,8 +55,9 @@ class FrameReader:
         limits: TransportLimits,
         memory: Memory,
         unpacker: Unpacker,
+        counts: Counts | None = None,
     ) -> None:
-        self.streams = Streams(link, limits, memory, unpacker)
+        self.streams = Streams(link, limits, memory, unpacker, counts)
         self._send = link.send
         self._max_calls = limits.calls_per_connection
         self._header_reader: HeaderReader[Method] = HeaderReader(find)

@@ -13,9 +13,11 @@ from grpc import aio
 
 from serving.transport import headers
 from serving.transport.call import INTERNAL_TEXT
+from serving.transport.counts import MEMORY, Figures
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
+    UNIX_ADDRESS,
     Abort,
     CallbackMethod,
     Method,
@@ -75,6 +77,11 @@ class GrpcioServer:
             options.append(("grpc.max_connection_age_grace_ms", round(1000 * grace)))
         self._server = aio.server(options=options, maximum_concurrent_rpcs=_MAX_RPCS)
         self._server.add_generic_rpc_handlers((self._handlers,))
+
+    @property
+    def figures(self) -> Figures:
+        """Return the server's figures, as far as gRPC tells them."""
+        return self._handlers.figures
 
     def add_methods(self, methods: Table) -> None:
         """Add methods. Call it before ``start``."""
@@ -167,7 +174,7 @@ class _Context:
         """Return the client of the connection."""
         kind, _, address = str(self._context.peer()).partition(":")
         if kind not in ("ipv4", "ipv6"):
-            return Peer("unix")
+            return Peer(UNIX_ADDRESS)
         names = self._context.auth_context().get("x509_common_name") or (b"",)
         host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
         return Peer(host, names[-1].decode(errors="replace"))
@@ -206,6 +213,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off = False
         self._bytes = 0  # bytes of unary requests in flight
+        self.figures = Figures(lambda: len(self._tasks), lambda: self._bytes, limits.bytes_under_way)
 
     def add(self, methods: Table) -> None:
         """Add the methods of a table."""
@@ -216,7 +224,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         handler = self._handlers.get(details.method)
         if handler is None:
             metadata = tuple(details.invocation_metadata)
-            self._limits.refused(details.method, metadata, grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            self._limits.refused(details.method, Peer(""), metadata, grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         return handler
 
     def cut_off(self) -> None:
@@ -248,6 +256,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             return status
         limits = self._limits
         if self._bytes + len(data) > limits.bytes_under_way:
+            self.figures.evicted[MEMORY] += 1
             text = f"requests of {self._bytes + len(data)} bytes are under way; {limits.memory_text}; try again later"
             return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._bytes += len(data)

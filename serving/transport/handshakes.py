@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol, cast
 
 from serving.transport.connection import Connection
+from serving.transport.methods import Peer, TransportLimits
 
 #: Seconds within which a client must complete its handshake.
 HANDSHAKE_SECONDS = 10.0
@@ -16,9 +17,20 @@ _MAX_HANDSHAKES = 256  # under way; above this the oldest one ends
 _MAX_ACCEPTED_A_TURN = 64  # after which other connections have their turn
 _BACK_OFF_SECONDS = 0.1  # until the next attempt if no file can be opened
 _ALPN = "h2"
-#: The results of handshakes: good; failed, or not complete in time; of a client that does not speak HTTP/2; or the
-#: oldest one when too many were under way.
-OK, FAILED, NO_H2, CROWDED = HANDSHAKE_RESULTS = ("ok", "failed", "no_h2", "crowded")
+#: The results of handshakes: good; not complete in time; given up by the client; without a certificate of the client
+#: that is valid; refused by the client, which does not trust the server's certificate; without a common version or
+#: cipher; of a client that does not speak TLS, or not HTTP/2; the oldest one when too many were under way; or failed
+#: for another reason.
+OK, TIMEOUT, GONE, CERTIFICATE, DISTRUST, OLD, NO_TLS, NO_H2, CROWDED, FAILED = HANDSHAKE_RESULTS = (
+    "ok", "timeout", "gone", "certificate", "distrust", "old", "no_tls", "no_h2", "crowded", "failed",
+)  # fmt: skip
+# OpenSSL's reasons.
+_RESULTS = {
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": CERTIFICATE, "UNSUPPORTED_PROTOCOL": OLD, "NO_SHARED_CIPHER": OLD,
+    "NO_SHARED_GROUP": OLD, "NO_SUITABLE_KEY_SHARE": OLD, "NO_SUITABLE_SIGNATURE_ALGORITHM": OLD,
+    "NO_APPLICATION_PROTOCOL": NO_H2, "WRONG_VERSION_NUMBER": NO_TLS, "HTTP_REQUEST": NO_TLS,
+    "HTTPS_PROXY_REQUEST": NO_TLS,
+}  # fmt: skip
 
 
 class TlsContexts(Protocol):
@@ -38,8 +50,8 @@ class TlsContexts(Protocol):
 class TlsListener:
     """A listening socket whose clients must complete a TLS handshake.
 
-    connect: makes the Connection of a client. noted: called with each result, one of HANDSHAKE_RESULTS. refuses:
-    called with each client's address; returns True if its connection is closed at once.
+    connect: makes the Connection of a client. limits: told of each result, one of HANDSHAKE_RESULTS. refuses: called
+    with each client's address; returns True if its connection is closed at once.
     """
 
     def __init__(
@@ -47,17 +59,17 @@ class TlsListener:
         listening: socket.socket,
         contexts: TlsContexts,
         connect: Callable[[], Connection],
-        noted: Callable[[str], object],
+        limits: TransportLimits,
         refuses: Callable[[str], bool],
     ) -> None:
         self._socket = listening
         self._contexts = contexts
         self._connect = connect
-        self._noted = noted
+        self._limits = limits
         self._refuses = refuses
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
-        self._under_way: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._under_way: dict[asyncio.Task[None], Peer] = {}  # their clients, oldest first
 
     async def start_serving(self) -> None:
         """Start to accept connections."""
@@ -83,24 +95,25 @@ class TlsListener:
                 self._loop.remove_reader(self._socket.fileno())
                 self._pause = self._loop.call_later(_BACK_OFF_SECONDS, self._resume)
                 return
-            if self._refuses(str(address[0])):
+            client = Peer(str(address[0]))
+            if self._refuses(client.address):
                 accepted.close()
                 continue
             accepted.setblocking(False)
-            self._begin(accepted)
+            self._begin(accepted, client)
 
     def _resume(self) -> None:
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
-    def _begin(self, accepted: socket.socket) -> None:
+    def _begin(self, accepted: socket.socket, client: Peer) -> None:
         """Begin a handshake, and end the oldest one if there are too many."""
         if len(self._under_way) >= _MAX_HANDSHAKES:
-            oldest = next(iter(self._under_way))
+            oldest, its_client = next(iter(self._under_way.items()))
             del self._under_way[oldest]
             oldest.cancel()
-            self._noted(CROWDED)
-        task = self._loop.create_task(self._shake_hands(accepted))
-        self._under_way[task] = None
+            self._note(CROWDED, its_client)
+        task = self._loop.create_task(self._shake_hands(accepted, client))
+        self._under_way[task] = client
         task.add_done_callback(partial(self._ended, accepted))
 
     def _ended(self, accepted: socket.socket, task: "asyncio.Task[None]") -> None:
@@ -108,7 +121,7 @@ class TlsListener:
         if task.cancelled():  # perhaps before it could begin
             accepted.close()
 
-    async def _shake_hands(self, accepted: socket.socket) -> None:
+    async def _shake_hands(self, accepted: socket.socket, client: Peer) -> None:
         try:
             transport, _ = await self._loop.connect_accepted_socket(
                 self._connect,
@@ -117,12 +130,27 @@ class TlsListener:
                 ssl_handshake_timeout=HANDSHAKE_SECONDS,
                 ssl_shutdown_timeout=_SHUTDOWN_SECONDS,
             )
-        except OSError:  # ssl.SSLError and TimeoutError are some
-            self._noted(FAILED)
+        except OSError as error:  # ssl.SSLError is one
+            self._note(_result(error), client)
         else:
             secured = cast(ssl.SSLObject, transport.get_extra_info("ssl_object"))
             if secured.selected_alpn_protocol() == _ALPN:
-                self._noted(OK)
+                self._note(OK, client)
                 return
-            self._noted(NO_H2)
+            self._note(NO_H2, client)
             transport.abort()
+
+    def _note(self, result: str, client: Peer) -> None:
+        self._limits.handshake(result)
+        if result != OK:
+            self._limits.dropped(f"a TLS handshake has failed: {result}", client)
+
+
+def _result(error: OSError) -> str:
+    """Return the result of a handshake that has raised an error."""
+    if isinstance(error, ssl.SSLError):
+        reason = error.reason or ""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return CERTIFICATE
+        return _RESULTS.get(reason, DISTRUST if "_ALERT_" in reason else FAILED)
+    return TIMEOUT if isinstance(error, (ConnectionAbortedError, TimeoutError)) else GONE

@@ -3,14 +3,20 @@
 A table maps a method's path, ``/service/method``, to one of three kinds of method. Both transports serve one table.
 """
 
+import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import grpc
 
+from serving.transport.counts import Figures
 from serving.transport.headers import Metadata, Status
 from serving.transport.memory import STALL_SECONDS
+
+#: The address of each client of a Unix socket.
+UNIX_ADDRESS = "unix"
+_IPV6_NETWORK_BITS = 64  # of the network that one subscriber gets
 
 
 class Abort(Exception):
@@ -24,12 +30,13 @@ class Abort(Exception):
 class Peer(NamedTuple):
     """The client of a connection.
 
-    address: its IP address, or "unix" for a client of a Unix socket. subject: the common name in its verified
-    certificate, or "" without one.
+    address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified certificate, or "" without one.
+    name: the name by which this server's list of clients knows it, or "" if it is not known, or not yet.
     """
 
     address: str
     subject: str = ""
+    name: str = ""
 
 
 def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[str, str]]]] | None) -> Peer:
@@ -37,10 +44,39 @@ def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[s
 
     address: of asyncio's ``peername``. certificate: of its ``peercert``, or None.
     """
-    host = str(address[0]) if isinstance(address, tuple) else "unix"
+    host = str(address[0]) if isinstance(address, tuple) else UNIX_ADDRESS
     subject = certificate.get("subject", ()) if certificate else ()
     names = [value for part in subject for key, value in part if key == "commonName"]
     return Peer(host, names[-1] if names else "")
+
+
+def client_of(address: str) -> str:
+    """Return the client that an address stands for: the IPv4 address itself, or the /64 network of IPv6.
+
+    One subscriber has a whole network of IPv6. Other texts than addresses are returned as they are.
+    """
+    if ":" not in address:
+        return address
+    try:
+        parsed = _parsed(address)
+    except ValueError:
+        return address
+    return str(parsed if parsed.version == 4 else ipaddress.ip_network((parsed, _IPV6_NETWORK_BITS), strict=False))
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if a host, perhaps an address in brackets, can be reached from this machine alone."""
+    try:
+        return host == "localhost" or _parsed(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an address without its zone. An IPv4 address that is written as IPv6 becomes IPv4. Raises ValueError."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return mapped or parsed
 
 
 class Context(Protocol):
@@ -131,8 +167,8 @@ def table(service: str, methods: Mapping[str, Method]) -> dict[str, Method]:
     return {f"/{service}/{name}": method for name, method in methods.items()}
 
 
-#: A function that is called for each refusal of the transport, with the call's path and metadata, code and text.
-Refused = Callable[[str, Metadata, grpc.StatusCode, str], None]
+#: A function that is called for each refusal of the transport, with the call's path, client, metadata, code and text.
+Refused = Callable[[str, Peer, Metadata, grpc.StatusCode, str], None]
 
 #: The most calls that a client may have open on one connection, unless set otherwise.
 DEFAULT_CALLS = 1024
@@ -148,11 +184,13 @@ class TransportLimits:
     stall_seconds: time without progress after which a call that waits for its client is ended.
     handshake: called with the result of each TLS handshake.
     connections: the most connections of all clients; 0 for any number.
-    connections_per_client: the most connections of one address of another machine; 0 for any number.
+    connections_per_client: the most connections of one client (see ``client_of``) of another machine; 0 for any number.
     calls_per_connection: the most calls that a client may have open on one connection.
     idle_seconds: time without calls after which a connection is closed; 0 for never.
     limited: called with each of CONNECTION_LIMITS (serving.transport.connection_limits) that has refused or ended a
     connection.
+    dropped: called with a text for the log, and the client, for each connection that is refused, fails or ends for a
+    limit, and for each answer that is not read.
     """
 
     message_bytes: int
@@ -167,10 +205,15 @@ class TransportLimits:
     calls_per_connection: int = DEFAULT_CALLS
     idle_seconds: float = 0.0
     limited: Callable[[str], object] = lambda _: None
+    dropped: Callable[[str, Peer], object] = lambda *_: None
 
 
 class TransportServer(Protocol):
     """A server of a method table, with any transport."""
+
+    @property
+    def figures(self) -> Figures:
+        """Return the server's figures."""
 
     def add_methods(self, methods: Table) -> None:
         """Add methods. Call it before ``start``."""

@@ -81,7 +81,7 @@ class Reception:
         else:
             known = (("grpc-accept-encoding", ",".join(headers.KNOWN_ENCODINGS)),)
             status = Status(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding: not one of grpc-accept-encoding", known)
-        self._streams.limits.refused(head.path, head.metadata, status.code, status.text)
+        self._streams.limits.refused(head.path, self._streams.client, head.metadata, status.code, status.text)
         return status.block
 
     def _answer(self, stream: int, block: bytes, end: bool) -> None:

@@ -4,11 +4,12 @@ import asyncio
 from contextlib import suppress
 
 from serving.transport.connection import Connection
-from serving.transport.connection_limits import ConnectionLimits
+from serving.transport.connection_limits import FULL, TEXTS, ConnectionLimits
+from serving.transport.counts import ConnectionFigures, Figures
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
 from serving.transport.memory import Memory
-from serving.transport.methods import Method, Table, TransportLimits
+from serving.transport.methods import Method, Peer, Table, TransportLimits
 from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
 from serving.transport.terms import Terms
 from serving.transport.unpacking import Unpacker
@@ -69,7 +70,7 @@ class GrpcServer:
         bound: int = opened[0].getsockname()[1]
         for one in opened:
             self._listening.append(
-                TlsListener(one, self._tls, self._connection, self._terms.limits.handshake, self._refuses)
+                TlsListener(one, self._tls, self._connection, self._terms.limits, self._refuses)
                 if self._tls
                 else await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
             )
@@ -127,6 +128,17 @@ class GrpcServer:
         self._unpacker.close()
 
     @property
+    def figures(self) -> Figures:
+        """Return the server's figures."""
+        counts = self._terms.counts
+        connections = ConnectionFigures(lambda: len(self._connections), counts)
+        return Figures(self._open_calls, lambda: self.memory.used, self.memory.max_bytes, counts.evicted, connections)
+
+    def _open_calls(self) -> int:
+        """Return the number of open calls. Any thread may call it."""
+        return sum(len(one.calls) for one in tuple(self._connections))
+
+    @property
     def _loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
@@ -134,21 +146,33 @@ class GrpcServer:
         return Connection(self._terms, self._loop)
 
     def _refuses(self, address: str) -> bool:
-        """Return True if one more connection of an address would exceed a limit."""
+        """Return True if one more connection of an address would exceed a limit. An idle one may end for its sake."""
         limit = self._numbers.refusal(address)
+        if limit == FULL:
+            idle = self._numbers.replaceable(address, self._connections, self._loop.time())
+            if idle:
+                self._numbers.leave(idle.address)
+                self._numbers.replaced += 1
+                idle.replace()
+                return False
         if limit:
             self._terms.limits.limited(limit)
+            self._terms.limits.dropped(TEXTS[limit], Peer(address))
         return bool(limit)
 
     def _opened(self, connection: Connection, address: str) -> bool:
         if self._refuses(address):
             return False
         self._numbers.enter(address)
+        self._terms.counts.accepted += 1
         self._connections.add(connection)
         return True
 
     def _lost(self, connection: Connection) -> None:
-        self._numbers.leave(connection.address)
+        if connection.replaced:
+            self._numbers.replaced -= 1
+        else:
+            self._numbers.leave(connection.address)
         self._connections.discard(connection)
         if not self._connections:
             self._empty.set()

@@ -8,6 +8,7 @@ from typing import Protocol
 import grpc
 
 from serving.transport import frames, headers
+from serving.transport.counts import Counts
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.memory import Memory
 from serving.transport.methods import Peer, TransportLimits
@@ -110,7 +111,10 @@ class OpenCall(SendingCall, Protocol):
 class Streams:
     """The calls of one connection by stream, and their common state."""
 
-    def __init__(self, link: Link, limits: TransportLimits, memory: Memory, unpacker: Unpacker) -> None:
+    def __init__(
+        self, link: Link, limits: TransportLimits, memory: Memory, unpacker: Unpacker, counts: Counts | None = None
+    ) -> None:
+        self.counts = counts or Counts()
         self.loop = link.loop
         self.send = link.send
         self.send_all = link.send_all
@@ -163,6 +167,7 @@ class Streams:
 
     def send_reset(self, stream: int, code: ErrorCode) -> None:
         """Send a RST_STREAM frame."""
+        self.counts.resets_sent += 1
         self.send(frames.reset(stream, code))
 
     def reset(self, call: SendingCall, code: ErrorCode) -> None:
@@ -177,6 +182,7 @@ class Streams:
 
     def go_away(self, code: ErrorCode, text: str = "") -> None:
         """Tell the client the last call that will be answered. Later calls are ignored."""
+        self.counts.goaways[code] += 1
         self.send(frames.go_away(self.last_stream, code, text))
         self.state = ConnectionState.GOING_AWAY
 

@@ -1,9 +1,10 @@
 """The common terms of a server's connections."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from serving.transport.counts import Counts
 from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits
 from serving.transport.unpacking import Unpacker
@@ -17,7 +18,7 @@ class Terms(Generic[Connection]):
 
     find: returns the method of a path, or None. opened: called with each new connection and its address; returns False
     if it is refused. lost: called with each other connection at its end. age: seconds after which a
-    connection is renewed; 0 for never. grace: seconds that its calls then get to finish.
+    connection is renewed; 0 for never. grace: seconds that its calls then get to finish. counts: of all connections.
     """
 
     find: Callable[[str], Method | None]
@@ -28,3 +29,4 @@ class Terms(Generic[Connection]):
     lost: Callable[[Connection], None]
     age: float
     grace: float
+    counts: Counts = field(default_factory=Counts)

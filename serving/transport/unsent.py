@@ -2,7 +2,7 @@
 
 import asyncio
 
-from serving.transport.connection_limits import UNREAD
+from serving.transport.connection_limits import TEXTS, UNREAD
 from serving.transport.streams import Streams
 
 
@@ -37,6 +37,7 @@ class Unsent:
             return
         self.gone()
         self.owner.limits.limited(UNREAD)
+        self.owner.limits.dropped(TEXTS[UNREAD], self.owner.client)
         self._transport.abort()
 
     def gone(self) -> None:
