@@ -248,13 +248,13 @@ class Streams:
         change = window - self.peer.initial
         if not change:
             return
-        self.peer.initial = window
         self.count_idle(1 + len(self.calls) // _CALLS_AN_IDLE_FRAME)
-        for call in self:
-            call.sending.window += change
-            if call.sending.window > frames.MAX_WINDOW:
-                text = f"a window of {call.sending.window} bytes"
-                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, text)
+        open_now = [call.sending for call in self]  # a call without any gets it here, with the earlier initial window
+        self.peer.initial = window
+        for sending in open_now:
+            sending.window += change
+            if sending.window > frames.MAX_WINDOW:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {sending.window} bytes")
 
     def pump(self) -> None:
         """Send the waiting data that the windows allow now."""
