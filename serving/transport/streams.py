@@ -26,6 +26,7 @@ _BYTES_A_FRAME = 4096  # sent bytes for which one more frame is not counted as i
 _CALLS_AN_IDLE_FRAME = 16  # calls whose windows are changed with the work of one idle frame
 _SETTINGS_BYTES_AN_IDLE_FRAME = 96  # bytes of settings that take the work of one idle frame
 _TABLE_BYTES = 4096  # HPACK's default size of the table
+_MAX_RESETS_KNOWN = 1024  # the latest streams that were reset; frames of them may be on their way
 
 
 class StreamState(Enum):
@@ -132,6 +133,7 @@ class Streams:
         self.shrinks_table = False
         self._link = link
         self._blocked: dict[int, SendingCall] = {}  # calls that wait only for the connection's window
+        self._resets: dict[int, None] = {}  # the latest streams that were reset, oldest first
         now = self.loop.time()
         self._idle_frames = Patience(_MAX_IDLE_FRAMES, _IDLE_FRAMES_A_SECOND, now)
         self._cancelled = Patience(_MAX_CANCELLED, _CANCELLED_A_SECOND, now)
@@ -163,6 +165,9 @@ class Streams:
 
     def send_reset(self, stream: int, code: ErrorCode) -> None:
         """Send a RST_STREAM frame."""
+        self._resets[stream] = None
+        if len(self._resets) > _MAX_RESETS_KNOWN:
+            del self._resets[next(iter(self._resets))]
         self.send(frames.reset(stream, code))
 
     def reset(self, call: SendingCall, code: ErrorCode) -> None:
@@ -199,6 +204,16 @@ class Streams:
         """Raise ConnectionFault for a stream that the client never opened. A stream that is over is no fault."""
         if not stream % 2 or (stream > self.last_stream and self.state is not ConnectionState.GOING_AWAY):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
+
+    def refuse_late(self, stream: int) -> None:
+        """Reset a stream that its client ended before this frame (section 5.1). Raises ConnectionFault.
+
+        Frames after a reset are ignored, since the client may not have read it when it sent them. So are those after a
+        GOAWAY.
+        """
+        if stream not in self._resets and stream <= self.last_stream:
+            self.send_reset(stream, ErrorCode.STREAM_CLOSED)
+            self.count_idle()
 
     def widen(self, more: int) -> None:
         """Widen the connection's window by ``more`` bytes. Raises ConnectionFault."""
