@@ -373,7 +373,7 @@ def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
 
 def _quoted(text: str) -> str:
     """Return a status message in the form of a header's value."""
-    return quote_from_bytes(text.encode(), safe=_PLAIN)
+    return quote_from_bytes(text.encode(errors="replace"), safe=_PLAIN)  # a file's name may be no text
 
 
 def status_fields(
