@@ -1,4 +1,4 @@
-"""How long Hypothesis searches for an order of events that breaks a promise.
+"""The search of Hypothesis for an order of events that breaks a promise.
 
 By default the search is short, and the same at each run. With the environment variable EXAMPLES it tries this many
 orders, different ones at each run: ``EXAMPLES=2000 python -m pytest tests/test_*_machine.py``.
