@@ -26,7 +26,7 @@ _BYTES_A_FRAME = 4096  # sent bytes for which one more frame is not counted as i
 _CALLS_AN_IDLE_FRAME = 16  # calls whose windows are changed with the work of one idle frame
 _SETTINGS_BYTES_AN_IDLE_FRAME = 96  # bytes of settings that take the work of one idle frame
 _TABLE_BYTES = 4096  # HPACK's default size of the table
-_MAX_RESETS_KNOWN = 1024  # the latest streams that were reset; frames of them may be on their way
+_MAX_RESETS_KNOWN = 128  # the latest streams that were reset; frames of them may be on their way
 
 
 class StreamState(Enum):
