@@ -32,6 +32,7 @@ class Answer:
         self.data = b""
         self.ended = False
         self.reset: int | None = None
+        self.resets = 0
 
     @property
     def messages(self) -> list[bytes]:
@@ -59,6 +60,8 @@ class Raw:
         self.answers: dict[int, Answer] = defaultdict(Answer)
         self.went_away: list[tuple[int, ErrorCode, bytes]] = []
         self.pings: list[bytes] = []
+        #: Type, flags and stream of each frame that came.
+        self.order: list[tuple[int, int, int]] = []
         self.updates: dict[int, int] = defaultdict(int)
         self.closed = False
         self._received = b""
@@ -113,6 +116,7 @@ class Raw:
             self._take(kind, flags, stream, payload)
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        self.order.append((kind, flags, stream))
         answer = self.answers[stream] if stream else Answer()
         if kind == frames.HEADERS:
             assert flags & frames.END_HEADERS
@@ -121,6 +125,7 @@ class Raw:
             answer.data += payload
         elif kind == frames.RST_STREAM:
             answer.reset = frames.read_number(payload, "RST_STREAM")
+            answer.resets += 1
         elif kind == frames.GOAWAY:
             last, code = struct.unpack_from(">II", payload)
             self.went_away.append((last, ErrorCode(code), payload[8:]))

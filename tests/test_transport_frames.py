@@ -182,7 +182,7 @@ def test_pings_are_answered(serving: Serving, raw: Raw) -> None:
     raw.read_until(lambda: raw.pings == [b"12345678"])
 
 
-def test_frames_of_unknown_kinds_and_late_frames_are_let_pass(serving: Serving, raw: Raw) -> None:
+def test_frames_of_unknown_kinds_and_late_frames_harm_no_other_call(serving: Serving, raw: Raw) -> None:
     raw.send(frames.frame(99, 0, 0, b"?") + frames.frame(frames.PRIORITY, 0, 9, bytes(5)))
     raw.call(1, b"a")
     raw.read(1)

@@ -133,13 +133,16 @@ class Batcher:
 
     def _watch(self) -> None:
         """Give up the batches that have taken too long, and schedule the next check."""
-        for batch in self._slots.abandon(time.monotonic()):
+        hung = self._slots.abandon(time.monotonic())
+        for batch in hung:
             _logger.error("a batch was not computed within %g s; its thread is left behind", self._policy.timeout)
             self._metrics.hangs.inc()
             self._note_waiting(batch)
             for part in batch.parts:
                 self._refuse(part.ticket)
             self._progress.set()
+        if hung:
+            self._slots.wake()
         seconds = self._slots.look_again_in(time.monotonic())
         self._watchdog = None if seconds is None else self._loop.call_later(seconds, self._watch)
 

@@ -192,7 +192,10 @@ class Slots:
             self._under_way -= 1
 
     def abandon(self, now: float) -> list[Batch]:
-        """Replace the slots whose batches have taken too long, and return these batches."""
+        """Replace the slots whose batches have taken too long, and return these batches.
+
+        The new slots are idle: the requests of these batches may have further rows, which are not worth computing.
+        """
         hung = []
         with self._lock:
             for index, slot in enumerate(self._slots):
@@ -201,7 +204,6 @@ class Slots:
                     slot.abandon()
                     self._under_way -= 1
                     self._slots[index] = self._start()
-                    self._slots[index].wake()
         return hung
 
     def look_again_in(self, now: float) -> float | None:

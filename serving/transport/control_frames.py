@@ -55,6 +55,8 @@ class ControlFrames:
             self._streams.reset_faulty(call, ErrorCode.FRAME_SIZE_ERROR)
         elif stream > self._streams.last_stream:
             raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, f"PRIORITY of {size} bytes")
+        else:
+            self._streams.send_reset(stream, ErrorCode.FRAME_SIZE_ERROR)
 
     def _ping(self, flags: int, payload: bytes) -> None:
         if len(payload) != len(DRAIN_PING):

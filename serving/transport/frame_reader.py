@@ -22,6 +22,7 @@ HTTP1_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
     % (len(_TEXT), _TEXT)
 )
+_HTTP1_METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"PRI")
 _WINDOW = 2**24  # bytes that a client may send on a connection before the server reads them
 _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
@@ -111,7 +112,7 @@ class FrameReader:
     def _greet(self, data: bytes) -> bool:
         """Answer the client's preface. Return False if it is not complete yet. Raises NotHttp2."""
         if not data.startswith(frames.PREFACE[: len(data)]):
-            raise NotHttp2(HTTP1_ANSWER if data[:3].isalpha() and data[:3].isupper() else b"")
+            raise NotHttp2(HTTP1_ANSWER if data.partition(b" ")[0] in _HTTP1_METHODS else b"")
         if len(data) < len(frames.PREFACE):
             self._rest = data
             return False
@@ -172,19 +173,18 @@ class FrameReader:
             self._send(frames.window_update(0, _WINDOW - self._may_receive))
             self._may_receive = _WINDOW
         end = flags & frames.END_STREAM
-        if end:
-            self._reception.came_in_full(stream)
-        call = self.streams.calls.get(stream)
-        if call is None:
-            self.streams.check_opened(stream)
-            if size < _MIN_DATA_BYTES and not end:
-                self.streams.count_idle()
-            return
         if flags & frames.PADDED:
             payload = frames.without_padding(flags, payload)
         if len(payload) < _MIN_DATA_BYTES and not end:
             self.streams.count_idle()
-        call.receive(payload, size, bool(end))
+        call = self.streams.calls.get(stream)
+        if call is None:
+            self.streams.check_opened(stream)
+            self._reception.late(stream)
+        if end:
+            self._reception.came_in_full(stream)
+        if call:
+            call.receive(payload, size, bool(end))
 
     def _begin_block(self, flags: int, stream: int, payload: bytes) -> None:
         """Read a HEADERS frame that is not a header block alone."""
@@ -245,9 +245,12 @@ class FrameReader:
         except MalformedRequest:
             malformed = True
         self._count_fields(-1)
+        call = self.streams.calls.get(stream)
+        if call is None:
+            self._reception.late(stream)
         if end:
             self._reception.came_in_full(stream)
-        if call := self.streams.calls.get(stream):
+        if call:
             if call.state is not StreamState.OPEN:
                 self.streams.reset_faulty(call, ErrorCode.STREAM_CLOSED)
             elif malformed or not end:

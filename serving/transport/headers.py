@@ -322,9 +322,11 @@ def _check_pseudo(pseudo: dict[str, str], metadata: list[tuple[str, str | bytes]
     """Check the pseudo-headers of a request (RFC 9113, section 8.3.1). Raises MalformedRequest."""
     if not {":method", ":path", ":scheme"} <= pseudo.keys() <= {":method", ":path", ":scheme", ":authority"}:
         raise MalformedRequest
-    if not pseudo[":path"]:
+    if not pseudo[":path"].startswith(("/", "*")) or not pseudo[":scheme"] or not pseudo[":method"]:
         raise MalformedRequest
     authority = pseudo.get(":authority")
+    if pseudo[":method"] == "CONNECT" or (authority and "@" in authority):  # which has neither path nor scheme
+        raise MalformedRequest
     if authority is not None and any(name == "host" and value != authority for name, value in metadata):
         raise MalformedRequest
 
@@ -371,7 +373,7 @@ def write(fields: Iterable[tuple[str, str | bytes]]) -> bytes:
 
 def _quoted(text: str) -> str:
     """Return a status message in the form of a header's value."""
-    return quote_from_bytes(text.encode(), safe=_PLAIN)
+    return quote_from_bytes(text.encode(errors="replace"), safe=_PLAIN)  # a file's name may be no text
 
 
 def status_fields(

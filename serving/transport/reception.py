@@ -57,6 +57,11 @@ class Reception:
         if self._unwanted:
             self._unwanted.discard(stream)
 
+    def late(self, stream: int) -> None:
+        """Take a frame for a stream without a call. Raises ConnectionFault."""
+        if stream not in self._unwanted:
+            self._streams.refuse_late(stream)
+
     def all_read(self) -> None:
         """Note that all received bytes are read. The rest of a call may never come, so it must not cause refusals."""
         self._expected.clear()

@@ -27,6 +27,7 @@ _BYTES_A_FRAME = 4096  # sent bytes for which one more frame is not counted as i
 _CALLS_AN_IDLE_FRAME = 16  # calls whose windows are changed with the work of one idle frame
 _SETTINGS_BYTES_AN_IDLE_FRAME = 96  # bytes of settings that take the work of one idle frame
 _TABLE_BYTES = 4096  # HPACK's default size of the table
+_MAX_RESETS_KNOWN = 128  # the latest streams that were reset; frames of them may be on their way
 
 
 class StreamState(Enum):
@@ -136,6 +137,7 @@ class Streams:
         self.shrinks_table = False
         self._link = link
         self._blocked: dict[int, SendingCall] = {}  # calls that wait only for the connection's window
+        self._resets: dict[int, None] = {}  # the latest streams that were reset, oldest first
         now = self.loop.time()
         self._idle_frames = Patience(_MAX_IDLE_FRAMES, _IDLE_FRAMES_A_SECOND, now)
         self._cancelled = Patience(_MAX_CANCELLED, _CANCELLED_A_SECOND, now)
@@ -168,6 +170,9 @@ class Streams:
     def send_reset(self, stream: int, code: ErrorCode) -> None:
         """Send a RST_STREAM frame."""
         self.counts.resets_sent += 1
+        self._resets[stream] = None
+        if len(self._resets) > _MAX_RESETS_KNOWN:
+            del self._resets[next(iter(self._resets))]
         self.send(frames.reset(stream, code))
 
     def reset(self, call: SendingCall, code: ErrorCode) -> None:
@@ -205,6 +210,16 @@ class Streams:
         """Raise ConnectionFault for a stream that the client never opened. A stream that is over is no fault."""
         if not stream % 2 or (stream > self.last_stream and self.state is not ConnectionState.GOING_AWAY):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a frame for stream {stream}, which is not open")
+
+    def refuse_late(self, stream: int) -> None:
+        """Reset a stream that its client ended before this frame (section 5.1). Raises ConnectionFault.
+
+        Frames after a reset are ignored, since the client may not have read it when it sent them. So are those after a
+        GOAWAY.
+        """
+        if stream not in self._resets and stream <= self.last_stream:
+            self.send_reset(stream, ErrorCode.STREAM_CLOSED)
+            self.count_idle()
 
     def widen(self, more: int) -> None:
         """Widen the connection's window by ``more`` bytes. Raises ConnectionFault."""
@@ -254,13 +269,13 @@ class Streams:
         change = window - self.peer.initial
         if not change:
             return
-        self.peer.initial = window
         self.count_idle(1 + len(self.calls) // _CALLS_AN_IDLE_FRAME)
-        for call in self:
-            call.sending.window += change
-            if call.sending.window > frames.MAX_WINDOW:
-                text = f"a window of {call.sending.window} bytes"
-                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, text)
+        open_now = [call.sending for call in self]  # a call without any gets it here, with the earlier initial window
+        self.peer.initial = window
+        for sending in open_now:
+            sending.window += change
+            if sending.window > frames.MAX_WINDOW:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, f"a window of {sending.window} bytes")
 
     def pump(self) -> None:
         """Send the waiting data that the windows allow now."""

@@ -1,0 +1,1 @@
+"""Bytes of strangers for every reader of the project: only the documented errors may leave it."""
