@@ -92,17 +92,21 @@ class Setting:
             assert time.monotonic() < end
             await asyncio.sleep(0.001)
 
-    async def queue(self, *values: int, urgent: bool = False) -> "asyncio.Task[Share]":
-        task = asyncio.create_task(submit(self.batcher, _images(*values), urgent=urgent))
+    async def queue(self, *values: int, urgent: bool = False, client: str = "") -> "asyncio.Task[Share]":
+        task = asyncio.create_task(submit(self.batcher, _images(*values), urgent=urgent, client=client))
         await asyncio.sleep(0.001)
         return task
 
 
 async def submit(
-    batcher: Batcher, images: NDArray[np.uint8], deadline: float | None = None, urgent: bool = False
+    batcher: Batcher,
+    images: NDArray[np.uint8],
+    deadline: float | None = None,
+    urgent: bool = False,
+    client: str = "",
 ) -> Share:
     answer: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
-    ticket = batcher.enqueue({"images": images}, then=settle(answer), deadline=deadline, urgent=urgent)
+    ticket = batcher.enqueue({"images": images}, then=settle(answer), deadline=deadline, urgent=urgent, client=client)
     try:
         return await answer
     except asyncio.CancelledError:
@@ -303,6 +307,62 @@ def test_a_request_beyond_the_queue_is_refused_at_once_with_a_hint_and_no_other_
         assert _values(await submit(setting.batcher, _images(4, 5, 6))) == [4, 5, 6]
 
     _run(test, max_queue=5)
+
+
+def test_a_full_queue_takes_a_request_of_a_client_with_less_than_its_share() -> None:
+    async def test(setting: Setting) -> None:
+        batcher = setting.batcher
+        first = await setting.occupy()
+        many = [await setting.queue(value, value, client="many") for value in (1, 2, 3)]
+        assert isinstance(batcher.refusal(None, False, 0, "many"), QueueFull)
+        assert batcher.refusal(None, False, 0, "few") is None
+        few = [await setting.queue(value, client="few") for value in (7, 8, 9)]
+        with pytest.raises(QueueFull, match="this client has more than its share") as caught:
+            await many[2]
+        assert caught.value.retry_after > 0
+        with pytest.raises(QueueFull):
+            await many[1]
+        assert isinstance(batcher.refusal(None, False, 1, "few"), QueueFull), "it has half of the queue"
+        with pytest.raises(QueueFull, match="the queue holds"):
+            await submit(batcher, _images(10, 11), client="many")
+        assert batcher.queued == 5
+        setting.model.go.set()
+        assert _values(await first) + _values(await many[0]) == [0, 1, 1]
+        assert [_values(await one) for one in few] == [[7], [8], [9]]
+
+    assert _run(test, max_queue=6, max_batch=2).batches == [[0], [1, 1], [7, 8], [9]]
+
+
+def test_a_deadline_is_judged_by_the_turns_of_the_client_and_not_by_the_whole_queue() -> None:
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        many = [await setting.queue(*range(8), client="many") for _ in range(10)]
+        soon = time.monotonic() + 5
+        with pytest.raises(DeadlineUnmeetable):
+            await submit(setting.batcher, _images(1), soon, client="many")
+        few = asyncio.create_task(submit(setting.batcher, _images(99), soon, client="few"))
+        await asyncio.sleep(0.01)
+        assert not few.done()
+        setting.model.go.set()
+        assert _values(await few) == [99]
+        await asyncio.gather(first, *many)
+
+    assert _run(test, cost=_slow()).batches[1:3] == [[0, 1, 2, 3], [99, 4, 5, 6]]
+
+
+def test_a_stream_does_not_wait_behind_another_client_that_has_more_than_its_share() -> None:
+    async def test(setting: Setting) -> None:
+        batcher = setting.batcher
+        tasks = [await setting.occupy()]
+        tasks += [await setting.queue(1, 2, 3, client="many") for _ in range(2)]
+        greedy = asyncio.create_task(batcher.room_for({"images": _images(4, 4)}, "many"))
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(batcher.room_for({"images": _images(5)}, "few"), 10)
+        assert not greedy.done()
+        setting.model.go.set()
+        await asyncio.gather(greedy, *tasks)
+
+    _run(test, max_queue=8)
 
 
 def test_streams_wait_for_half_the_queue_in_the_order_they_came() -> None:

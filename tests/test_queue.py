@@ -7,8 +7,8 @@ from serving.batching.queue import Part, TicketQueue, batch_room
 from serving.batching.ticket import Ticket
 
 
-def _ticket(rows: int, queued_at: float = 0.0, urgent: bool = False) -> Ticket:
-    return Ticket({"x": np.zeros((rows, 1))}, lambda ticket: None, None, urgent, queued_at)
+def _ticket(rows: int, queued_at: float = 0.0, urgent: bool = False, client: str = "", patient: bool = False) -> Ticket:
+    return Ticket({"x": np.zeros((rows, 1))}, lambda ticket: None, None, urgent, queued_at, client, patient)
 
 
 def _queue(*tickets: Ticket, ageing: float = 1.0) -> TicketQueue:
@@ -54,6 +54,57 @@ def test_a_request_that_fits_into_the_largest_batch_is_not_split() -> None:
     assert _take(queue, 3, limit=8) == [(small, 0, 1), (large, 0, 6)]
     assert _take(queue, 3, limit=3) == [(last, 0, 3)]
     assert _take(queue, 3, limit=3) == [(last, 3, 4)]
+
+
+def test_clients_take_turns_by_rows() -> None:
+    many = [_ticket(2, client="many") for _ in range(4)]
+    few = [_ticket(1, client="few") for _ in range(3)]
+    queue = _queue(*many, *few)
+    taken = [ticket for ticket, _, _ in _take(queue, 20)]
+    assert taken == [many[0], few[0], few[1], many[1], few[2], many[2], many[3]]
+    assert (queue.rows, len(queue), queue.rows_of("many"), queue.clients_with("few")) == (0, 0, 0, 1)
+
+
+def test_a_client_that_comes_later_has_the_next_turn_and_no_more_for_its_wait() -> None:
+    many = [_ticket(1, client="many") for _ in range(6)]
+    queue = _queue(*many)
+    assert [ticket for ticket, _, _ in _take(queue, 3)] == many[:3]
+    late = [_ticket(1, client="late") for _ in range(3)]
+    for ticket in late:
+        queue.push(ticket)
+    assert [ticket for ticket, _, _ in _take(queue, 4)] == [late[0], many[3], late[1], many[4]]
+
+
+def test_the_parts_of_a_large_request_alternate_with_another_client() -> None:
+    large, small = _ticket(8, client="large"), [_ticket(1, client="small") for _ in range(3)]
+    queue = _queue(large, *small)
+    assert _take(queue, 2) == [(large, 0, 2)]
+    assert _take(queue, 2) == [(small[0], 0, 1), (small[1], 0, 1)]
+    assert _take(queue, 3) == [(large, 2, 5)]
+    assert _take(queue, 4) == [(small[2], 0, 1), (large, 5, 8)]
+    assert queue.rows == 0
+
+
+def test_the_newest_requests_of_the_largest_client_are_displaced() -> None:
+    many = [_ticket(2, client="many") for _ in range(4)]
+    some = [_ticket(2, client="some") for _ in range(2)]
+    queue = _queue(*many, *some)
+    assert queue.displace(3) == [many[3], many[2]]
+    assert (queue.rows, len(queue), queue.rows_of("many")) == (8, 4, 4)
+    assert [ticket for ticket, _, _ in _take(queue, 20)] == [many[0], some[0], many[1], some[1]]
+
+
+def test_requests_that_waited_for_room_or_have_begun_are_not_displaced() -> None:
+    patient = [_ticket(2, client="many", patient=True) for _ in range(3)]
+    begun = _ticket(4, client="many", urgent=True)
+    queue = _queue(*patient, begun)
+    assert _take(queue, 2) == [(begun, 0, 2)]
+    assert queue.displace(1) == []
+    other = _ticket(1, client="few")
+    queue.push(other)
+    assert queue.displace(2) == []
+    assert queue.displace(1) == [other]
+    assert queue.rows == 8
 
 
 def test_an_urgent_request_goes_ahead_of_the_others() -> None:

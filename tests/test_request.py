@@ -99,6 +99,7 @@ class Note:
     """A reply that keeps its result or error."""
 
     deadline: float | None = None
+    client = "anyone"
 
     def __init__(self, traced: bool = False) -> None:
         self.traced = traced

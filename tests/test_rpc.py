@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import grpc
 import pytest
@@ -38,7 +38,9 @@ class Setting:
         status = self._door(timeout, metadata, expected, Peer("127.0.0.1"))
         return status.block if status else None
 
-    def refusal(self, timeout: float | None, expected: int) -> tuple[ServingError, ModelMetrics] | None:
+    def refusal(
+        self, timeout: float | None, expected: int, client: Hashable
+    ) -> tuple[ServingError, ModelMetrics] | None:
         self.asked.append((timeout, expected))
         error = self._refused(timeout, expected)
         return (error, self.model) if error else None

@@ -35,9 +35,9 @@ class BatchPolicy:
 
 
 class Load(NamedTuple):
-    """The waiting work at one moment.
+    """The work before a new request at one moment.
 
-    rows: the rows that wait. urgent_rows: the waiting rows of urgent requests.
+    rows: the waiting rows that are computed before it. urgent_rows: those of urgent requests.
     free_in: the expected seconds until a slot is free.
     outdated: True if nothing was computed lately, so that the cost of a batch may have changed.
     """
@@ -86,6 +86,12 @@ class Admission:
         if waiting < self._policy.max_queue:
             return None
         return self._full(self._policy.max_queue, _hundredths(self._seconds(waiting)))
+
+    def displaced(self, waiting: int) -> QueueFull:
+        """Return the error of a request that lost its place in a queue of ``waiting`` rows."""
+        return QueueFull(
+            "the queue is full, and this client has more than its share of it; try again later", self._seconds(waiting)
+        )
 
     def hopeless(self, left: float, urgent: bool, expected: int, load: Load) -> DeadlineUnmeetable | None:
         """Return the error that a request of one row gets for its deadline, or None. Its numbers are rounded too.

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from serving.batching.admission import BatchPolicy
 from serving.batching.batch import Batch, Check, Inputs, Outcome, compute
@@ -59,6 +59,8 @@ class Batcher:
         then: Callable[[Ticket], None],
         deadline: float | None = None,
         urgent: bool = False,
+        client: Hashable = "",
+        patient: bool = False,
     ) -> Ticket:
         """Queue the inputs of a request for one or several batches.
 
@@ -66,12 +68,16 @@ class Batcher:
         then: called once with the ticket, at its end, on the event loop.
         deadline: a time of ``time.monotonic``. A request that would be answered later is refused, or dropped as soon as
             that is clear.
+        client: clients take turns by rows. If the queue is full, a client that has less than its share of it takes the
+            places of the newest requests of the client that has most.
+        patient: True after ``room_for``. Such a request keeps its place.
 
-        Raises QueueFull, DeadlineUnmeetable or Draining. The ticket may end with DeadlineUnmeetable or InferenceFailed.
+        Raises QueueFull, DeadlineUnmeetable or Draining. The ticket may end with QueueFull, DeadlineUnmeetable or
+        InferenceFailed.
         """
         if self._closing:
             raise Draining
-        ticket = Ticket(arrays, then, deadline, urgent, time.monotonic())
+        ticket = Ticket(arrays, then, deadline, urgent, time.monotonic(), client, patient)
         self._slots.push(ticket)
         # Not at once: other requests of this turn of the event loop belong in the same batch.
         if not self._dispatching:
@@ -79,27 +85,32 @@ class Batcher:
             self._loop.call_soon(self._dispatch)
         return ticket
 
-    async def room_for(self, arrays: Arrays) -> None:
+    async def room_for(self, arrays: Arrays, client: Hashable = "") -> None:
         """Wait until half of the queue stays free with these inputs, or the queue is empty. First come, first served.
 
-        Streams call it, and ``enqueue`` at once after it. They can be read more slowly, so they leave half of the queue
-        to calls that cannot wait.
+        A client that has less than its share of this half does not wait. Streams call it, and ``enqueue`` at once after
+        it. They can be read more slowly, so they leave half of the queue to calls that cannot wait.
         """
+        size, room = rows(arrays), self._policy.max_queue // 2
+        if self._slots.within_share(client, size, room):
+            return
         async with self._turn:
             self._slots.room_wanted = True
             try:
-                while self.queued and self.queued + rows(arrays) > self._policy.max_queue // 2:
+                while self.queued and self.queued + size > room and not self._slots.within_share(client, size, room):
                     self._progress.clear()
                     await self._progress.wait()
             finally:
                 self._slots.room_wanted = False
 
-    def refusal(self, left: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
+    def refusal(
+        self, left: float | None, urgent: bool, expected: int, client: Hashable = ""
+    ) -> QueueFull | DeadlineUnmeetable | None:
         """Return the error that a request of one row would get now, or None if it would be accepted.
 
         left: seconds until its deadline, or None without one. expected: requests that will be queued before it.
         """
-        return self._slots.refusal(left, urgent, expected)
+        return self._slots.refusal(left, urgent, expected, client)
 
     def give_up(self, ticket: Ticket) -> None:
         """End a request whose client has gone. Its rows that are in no batch yet are freed and never computed."""

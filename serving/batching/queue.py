@@ -4,7 +4,8 @@ The rule uses no deadlines, threads, clocks or metrics.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from heapq import heappop, heappush
 from math import ceil
 from typing import NamedTuple
 
@@ -21,43 +22,136 @@ class Part(NamedTuple):
     stop: int
 
 
+class _Waiting:
+    """The waiting requests of a client in one lane, and the rows at which its next turn comes."""
+
+    __slots__ = ("tickets", "turn")
+
+    def __init__(self, turn: int) -> None:
+        self.tickets: OrderedDict[Ticket, None] = OrderedDict()
+        self.turn = turn
+
+
+class _Lane:
+    """Waiting requests. Their clients take turns by rows, and the requests of one client keep their order.
+
+    Start-time fair queueing (Goyal, Vin and Cheng, 1996): a client's turn moves on by the rows that it gets, and the
+    client with the earliest turn is next. A client that did not wait begins at the turn of the present client.
+    """
+
+    def __init__(self) -> None:
+        self.clients: dict[Hashable, _Waiting] = {}
+        self._turns: list[tuple[int, int, _Waiting]] = []  # a heap; clients without requests are left in it for a while
+        self._now = 0
+        self._number = 0  # orders equal turns
+
+    def push(self, ticket: Ticket) -> None:
+        waiting = self.clients.get(ticket.client)
+        if waiting is None:
+            waiting = self.clients[ticket.client] = _Waiting(self._now)
+            self._schedule(waiting)
+        waiting.tickets[ticket] = None
+
+    def first(self) -> Ticket | None:
+        """Return the next request."""
+        while self._turns:
+            waiting = self._turns[0][2]
+            if waiting.tickets:
+                return next(iter(waiting.tickets))
+            heappop(self._turns)
+        return None
+
+    def give(self, rows: int) -> None:
+        """Note that the next request gets rows in a batch."""
+        self._now, _, waiting = heappop(self._turns)
+        waiting.turn += rows
+        self._schedule(waiting)
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Remove a request, and return True if it was there."""
+        waiting = self.clients.get(ticket.client)
+        if waiting is None or ticket not in waiting.tickets:
+            return False
+        del waiting.tickets[ticket]
+        if not waiting.tickets:
+            del self.clients[ticket.client]
+        return True
+
+    def newest(self, client: Hashable) -> Iterator[Ticket]:
+        """Yield the requests of a client, the newest first."""
+        if waiting := self.clients.get(client):
+            yield from reversed(waiting.tickets)
+
+    def _schedule(self, waiting: _Waiting) -> None:
+        self._number += 1
+        heappush(self._turns, (waiting.turn, self._number, waiting))
+
+
 class TicketQueue:
-    """The waiting requests in two lanes, urgent and other ones, each in order of arrival.
+    """The waiting requests in two lanes, urgent and other ones. In each of them the clients take turns.
 
     ageing: an urgent request overtakes requests that came at most this many seconds before it.
     """
 
     def __init__(self, ageing: float) -> None:
         self._ageing = ageing
-        self._urgent: OrderedDict[Ticket, None] = OrderedDict()
-        self._others: OrderedDict[Ticket, None] = OrderedDict()
+        self._urgent = _Lane()
+        self._others = _Lane()
+        self._count = 0
+        self._rows_of: dict[Hashable, int] = {}
         #: The rows that wait, and the waiting rows of urgent requests.
         self.rows = 0
         self.urgent_rows = 0
 
     def __len__(self) -> int:
         """Return the number of requests that wait."""
-        return len(self._urgent) + len(self._others)
+        return self._count
+
+    def rows_of(self, client: Hashable) -> int:
+        """Return the number of waiting rows of a client."""
+        return self._rows_of.get(client, 0)
+
+    def clients_with(self, client: Hashable) -> int:
+        """Return the number of clients that wait, this one included."""
+        return len(self._rows_of) + (client not in self._rows_of)
 
     def push(self, ticket: Ticket) -> None:
         """Add a request."""
-        (self._urgent if ticket.urgent else self._others)[ticket] = None
-        self._count(ticket, ticket.left)
+        self._lane(ticket).push(ticket)
+        self._count += 1
+        self._add(ticket, ticket.left)
 
     def remove(self, ticket: Ticket) -> int:
         """Remove a request and return the number of its waiting rows, or 0 if it does not wait."""
-        lane = self._urgent if ticket.urgent else self._others
-        if ticket not in lane:
+        if not self._lane(ticket).remove(ticket):
             return 0
-        del lane[ticket]
+        self._count -= 1
         left = ticket.left
         ticket.taken = ticket.size
-        self._count(ticket, -left)
+        self._add(ticket, -left)
         return left
+
+    def displace(self, rows: int) -> list[Ticket]:
+        """Remove the newest requests of the clients with the most waiting rows, until ``rows`` rows are free.
+
+        Requests that waited for room, or that are in a batch already, stay. Returns nothing if the others do not do.
+        """
+        chosen: list[Ticket] = []
+        for client in sorted(self._rows_of, key=self._rows_of.__getitem__, reverse=True):
+            for lane in (self._others, self._urgent):
+                for ticket in lane.newest(client):
+                    if not ticket.patient and not ticket.taken:
+                        chosen.append(ticket)
+                        rows -= ticket.size
+                        if rows <= 0:
+                            for one in chosen:
+                                self.remove(one)
+                            return chosen
+        return []
 
     def first(self) -> Ticket | None:
         """Return the next request: the first urgent one, unless another one has waited for too long."""
-        urgent, other = next(iter(self._urgent), None), next(iter(self._others), None)
+        urgent, other = self._urgent.first(), self._others.first()
         if urgent and not (other and other.queued_at + self._ageing < urgent.queued_at):
             return urgent
         return other
@@ -73,19 +167,28 @@ class TicketQueue:
                 continue
             count = ticket.left if ticket.left <= limit else min(room, ticket.left)
             batch.append(Part(ticket, ticket.arrays, ticket.taken, ticket.taken + count))
+            self._lane(ticket).give(count)
             if count == ticket.left:
                 self.remove(ticket)
             else:
                 ticket.taken += count
-                self._count(ticket, -count)
+                self._add(ticket, -count)
             room -= count
             limit -= count
         return batch
 
-    def _count(self, ticket: Ticket, rows: int) -> None:
+    def _lane(self, ticket: Ticket) -> _Lane:
+        return self._urgent if ticket.urgent else self._others
+
+    def _add(self, ticket: Ticket, rows: int) -> None:
         self.rows += rows
         if ticket.urgent:
             self.urgent_rows += rows
+        total = self._rows_of.get(ticket.client, 0) + rows
+        if total:
+            self._rows_of[ticket.client] = total
+        else:
+            self._rows_of.pop(ticket.client, None)
 
 
 def batch_room(waiting: int, crowd: float, slots: int, good_batch: int, limit: int) -> int:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from enum import Enum, auto
 from math import ceil
 from queue import SimpleQueue
@@ -149,22 +149,46 @@ class Slots:
             return bool(self._queue.rows or again or self._under_way)
 
     def push(self, ticket: Ticket) -> None:
-        """Queue a request. Raises QueueFull or DeadlineUnmeetable."""
-        now = ticket.queued_at
-        with self._lock:
-            self._admission.check_room(ticket.size, self._queue.rows)
-            if ticket.deadline is not None:
-                self._admission.check_deadline(ticket.size, ticket.deadline - now, ticket.urgent, self._load(now))
-            self._queue.push(ticket)
+        """Queue a request. Raises QueueFull or DeadlineUnmeetable.
 
-    def refusal(self, left: float | None, urgent: bool, expected: int) -> QueueFull | DeadlineUnmeetable | None:
+        In a full queue, a client that has less than its share takes the places of others, whose requests fail. Call it
+        on the event loop.
+        """
+        now, size, displaced = ticket.queued_at, ticket.size, list[Ticket]()
+        with self._lock:
+            excess = self._queue.rows + size - self._policy.max_queue
+            if excess <= 0 or not self.within_share(ticket.client, size, self._policy.max_queue):
+                self._admission.check_room(size, self._queue.rows)
+            if ticket.deadline is not None:
+                load = self._load(now, ticket.client, size)
+                self._admission.check_deadline(size, ticket.deadline - now, ticket.urgent, load)
+            if excess > 0:
+                displaced = self._queue.displace(excess)
+                self._admission.check_room(size, self._queue.rows)
+            self._queue.push(ticket)
+        for other in displaced:
+            other.fail(self._admission.displaced(self._queue.rows))
+
+    def within_share(self, client: Hashable, rows: int, room: int) -> bool:
+        """Return True if a client with ``rows`` more rows has at most its share of ``room`` rows.
+
+        The clients that wait have equal shares.
+        """
+        return self._queue.rows_of(client) + rows <= room // self._queue.clients_with(client)
+
+    def refusal(
+        self, left: float | None, urgent: bool, expected: int, client: Hashable
+    ) -> QueueFull | DeadlineUnmeetable | None:
         """Return the error that a request of one row would get now, or None if it would be accepted.
 
         left: seconds until its deadline, or None without one. expected: requests that will be queued before it.
         """
-        if full := self._admission.full(self._queue.rows + expected):
+        full = self._admission.full(self._queue.rows + expected)
+        if full and not self.within_share(client, expected + 1, self._policy.max_queue):
             return full
-        return None if left is None else self._admission.hopeless(left, urgent, expected, self._load(time.monotonic()))
+        if left is None:
+            return None
+        return self._admission.hopeless(left, urgent, expected, self._load(time.monotonic(), client, 1))
 
     def remove(self, ticket: Ticket) -> int:
         """Remove a request from the queue and return the number of its waiting rows."""
@@ -220,10 +244,13 @@ class Slots:
             for slot in self._slots:
                 slot.close()
 
-    def _load(self, now: float) -> Load:
-        """Return the present load."""
-        free_at = min([slot.free_at for slot in self._slots])
-        return Load(self._queue.rows, self._queue.urgent_rows, max(0.0, free_at - now), self._outdated(now))
+    def _load(self, now: float, client: Hashable, size: int) -> Load:
+        """Return the present load for a request of ``size`` rows."""
+        queue, free_at = self._queue, min([slot.free_at for slot in self._slots])
+        # While a client gets its rows, each of the others gets as many, and one of them a whole batch at a time.
+        turns = queue.clients_with(client) * (queue.rows_of(client) + size) + self._policy.max_batch
+        ahead = min(queue.rows, turns)
+        return Load(ahead, min(queue.urgent_rows, ahead), max(0.0, free_at - now), self._outdated(now))
 
     def _outdated(self, now: float) -> bool:
         """Return True if nothing was computed lately, so that the cost of a batch may have changed."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -46,6 +46,7 @@ class Ticket:
     arrays: empty after the end.
     then: called once with the ticket, at its end.
     deadline, queued_at: times of ``time.monotonic``.
+    client: a key of its client. patient: True if it waited for room in the queue, so that it keeps its place.
     size: the number of its rows. taken: the number of its rows in batches.
     waited: seconds until a batch took its first row.
     input_time, infer_time: seconds of its batches.
@@ -56,6 +57,8 @@ class Ticket:
     deadline: float | None
     urgent: bool
     queued_at: float
+    client: Hashable = ""
+    patient: bool = False
     size: int = field(init=False)
     taken: int = field(default=0, init=False)
     state: State = field(default=State.OPEN, init=False)

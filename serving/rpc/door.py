@@ -1,7 +1,7 @@
 """The door of a method: it refuses calls from their headers alone, at a fraction of a request's cost."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import grpc
@@ -13,9 +13,10 @@ from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import Peer
 
-#: A function that decides about a call before its message is read, from its timeout in seconds and the number of calls
-#: that will begin before it. It returns the error and the metrics that count it, or None to accept the call.
-Refusal = Callable[[float | None, int], tuple[ServingError, ModelMetrics] | None]
+#: A function that decides about a call before its message is read, from its timeout in seconds, the number of calls
+#: that will begin before it, and a key of its client. It returns the error and the metrics that count it, or None to
+#: accept the call.
+Refusal = Callable[[float | None, int, Hashable], tuple[ServingError, ModelMetrics] | None]
 
 _MAX_STATUSES = 1024  # the most remembered refusals
 
@@ -49,7 +50,7 @@ class MethodDoor:
 
     def __call__(self, timeout: float | None, metadata: Metadata, expected: int, peer: Peer) -> Status | None:
         """Return the status of a refusal, or None. expected: how many calls are to be begun before this one."""
-        if (refusal := self._refusal(timeout, expected)) is None:
+        if (refusal := self._refusal(timeout, expected, peer.connection)) is None:
             return None
         if not self._uncounted:
             asyncio.get_running_loop().call_soon(self._count)

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -81,6 +81,11 @@ class Call:
     @property
     def method(self) -> str:
         return self._record.name
+
+    @property
+    def client(self) -> Hashable:
+        """Return a key of the client's connection."""
+        return self._context.peer.connection
 
     @property
     def traced(self) -> bool:

@@ -1,6 +1,6 @@
 """The way from a service to the models and back, for single requests and for streams."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
 
 from serving.errors import ServingError
 from serving.metrics.registry import CLASSIFY, ModelMetrics
@@ -23,17 +23,17 @@ class Pipeline:
         Request(query, self.repository.get(query.model_name, query.model_version), reply).begin()
 
     def refusal(
-        self, timeout: float | None, expected: int, urgent: bool, graph: str = CLASSIFY
+        self, timeout: float | None, expected: int, client: Hashable, *, urgent: bool, graph: str = CLASSIFY
     ) -> tuple[ServingError, ModelMetrics] | None:
         """Return the error that a request arriving now would get before it is read, and the metrics that count it.
 
         None: the request must be read to decide. timeout: its timeout in seconds, or None. expected: requests that will
-        begin before it. urgent: True if it may be urgent.
+        begin before it. client: its client. urgent: True if it may be urgent.
         """
         model = self.repository.only
         if not model or not (served := model.graphs.get(graph)):
             return None
-        error = served.batcher.refusal(timeout, urgent, expected)
+        error = served.batcher.refusal(timeout, urgent, expected, client)
         return (error, served.metrics) if error else None
 
     async def answer_stream(

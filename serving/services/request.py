@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Protocol
 
@@ -37,6 +37,10 @@ class Query(Protocol):
 
 class Reply(Protocol):
     """The receiver of a request's answer. Exactly one of ``succeed``, ``fail`` and ``end`` is called, once."""
+
+    @property
+    def client(self) -> Hashable:
+        """Return a key of the client. Clients take turns."""
 
     @property
     def deadline(self) -> float | None:
@@ -96,8 +100,8 @@ class Request:
         try:
             arrays = await asyncio.to_thread(self._decode) if self._query.slow else self._decode()
             if patient:
-                await self._graph.batcher.room_for(arrays)
-            self._queue(arrays)
+                await self._graph.batcher.room_for(arrays, self._reply.client)
+            self._queue(arrays, patient)
         except asyncio.CancelledError:
             self._give_up()
             raise
@@ -109,9 +113,16 @@ class Request:
         self._decode_time = time.perf_counter() - self._began
         return arrays
 
-    def _queue(self, arrays: Arrays) -> None:
-        batcher, query = self._graph.batcher, self._query
-        ticket = batcher.enqueue(arrays, then=self._computed, deadline=self._deadline(), urgent=query.urgent)
+    def _queue(self, arrays: Arrays, patient: bool = False) -> None:
+        batcher, query, reply = self._graph.batcher, self._query, self._reply
+        ticket = batcher.enqueue(
+            arrays,
+            then=self._computed,
+            deadline=self._deadline(),
+            urgent=query.urgent,
+            client=reply.client,
+            patient=patient,
+        )
         self._reply.when_given_up(partial(batcher.give_up, ticket))
 
     def _deadline(self) -> float | None:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
 from contextlib import suppress
 from typing import Protocol
 
@@ -162,6 +162,10 @@ class _StreamReply:
         self.size = max(1, query.size)
         self.answer = b""
         self.answered = False
+
+    @property
+    def client(self) -> Hashable:
+        return self._stream.call.client
 
     @property
     def traced(self) -> bool:

@@ -176,8 +176,9 @@ class _Context:
         if kind not in ("ipv4", "ipv6"):
             return Peer(UNIX_ADDRESS)
         names = self._context.auth_context().get("x509_common_name") or (b"",)
-        host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
-        return Peer(host, names[-1].decode(errors="replace"))
+        host, _, port = address.rpartition(":")
+        host = host.replace("%5B", "").replace("%5D", "").strip("[]")
+        return Peer(host, names[-1].decode(errors="replace"), port=int(port))
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""

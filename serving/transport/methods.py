@@ -31,12 +31,19 @@ class Peer(NamedTuple):
     """The client of a connection.
 
     address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified certificate, or "" without one.
-    name: the name by which this server's list of clients knows it, or "" if it is not known, or not yet.
+    name: the name by which this server's list of clients knows it, or "" if it is not known, or not yet. port: the
+    client's port, or 0 without one.
     """
 
     address: str
     subject: str = ""
     name: str = ""
+    port: int = 0
+
+    @property
+    def connection(self) -> tuple[str, int]:
+        """Return a key of the connection. All connections to a Unix socket have the same one."""
+        return self.address, self.port
 
 
 def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[str, str]]]] | None) -> Peer:
@@ -44,10 +51,10 @@ def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[s
 
     address: of asyncio's ``peername``. certificate: of its ``peercert``, or None.
     """
-    host = str(address[0]) if isinstance(address, tuple) else UNIX_ADDRESS
+    host, port = (str(address[0]), int(address[1])) if isinstance(address, tuple) else (UNIX_ADDRESS, 0)
     subject = certificate.get("subject", ()) if certificate else ()
     names = [value for part in subject for key, value in part if key == "commonName"]
-    return Peer(host, names[-1] if names else "")
+    return Peer(host, names[-1] if names else "", port=port)
 
 
 def client_of(address: str) -> str:
