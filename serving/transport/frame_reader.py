@@ -32,6 +32,7 @@ _MAX_FIELDS = 128  # the fields of a call's headers; each further field counts a
 _WORK_A_TURN = 2**16
 _FRAME_WORK = 384  # of each frame; 64 small calls fit in a turn
 _FIELD_WORK = 64  # of each decoded field
+_MESSAGE_WORK = 256  # of each further message of a frame
 _BYTES_A_WORK = 8  # bytes of a frame, which are only copied
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
@@ -185,6 +186,9 @@ class FrameReader:
             self._reception.came_in_full(stream)
         if call:
             call.receive(payload, size, bool(end))
+            if further := self.streams.further_messages:
+                self._work_left -= _MESSAGE_WORK * further
+                self.streams.further_messages = 0
 
     def _begin_block(self, flags: int, stream: int, payload: bytes) -> None:
         """Read a HEADERS frame that is not a header block alone."""

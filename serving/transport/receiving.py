@@ -105,6 +105,8 @@ class ReceivingCall(Call):
         except MessageError as error:
             self.refuse(error.code, str(error))
         else:
+            if len(received) > 1:
+                self.streams.count_messages(received)
             self._received(received, reader.buffered - before + _size(received))
 
     def _received(self, received: list[bytes], size: int) -> None:

@@ -24,6 +24,8 @@ _MAX_CANCELLED = 1000
 _CANCELLED_A_SECOND = 33
 _FRAMES_AN_ANSWER = 2  # not counted as idle: two updates of windows, the stream's and the connection's, or a ping
 _BYTES_A_FRAME = 4096  # sent bytes for which one more frame is not counted as idle
+_MIN_MESSAGE_BYTES = 32  # the fewest bytes of a message with an image
+_SMALL_MESSAGES_AN_IDLE_FRAME = 16
 _CALLS_AN_IDLE_FRAME = 16  # calls whose windows are changed with the work of one idle frame
 _SETTINGS_BYTES_AN_IDLE_FRAME = 96  # bytes of settings that take the work of one idle frame
 _TABLE_BYTES = 4096  # HPACK's default size of the table
@@ -139,6 +141,8 @@ class Streams:
         self._blocked: dict[int, SendingCall] = {}  # calls that wait only for the connection's window
         self._resets: dict[int, None] = {}  # the latest streams that were reset, oldest first
         now = self.loop.time()
+        #: The messages that came in one frame with another one since the frames' reader looked.
+        self.further_messages = 0
         self._idle_frames = Patience(_MAX_IDLE_FRAMES, _IDLE_FRAMES_A_SECOND, now)
         self._cancelled = Patience(_MAX_CANCELLED, _CANCELLED_A_SECOND, now)
         #: Bytes sent since the last frame that advanced no call.
@@ -290,6 +294,13 @@ class Streams:
         self._counted[0], self.sent_bytes = self._answered, 0
         if not self._idle_frames.spend(cost, self.loop.time()):
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that bring no call further")
+
+    def count_messages(self, received: list[bytes]) -> None:
+        """Count the messages of one frame. Raises ConnectionFault if too many are too small for a request."""
+        self.further_messages += len(received) - 1
+        small = sum(len(message) < _MIN_MESSAGE_BYTES for message in received)
+        if small >= _SMALL_MESSAGES_AN_IDLE_FRAME:
+            self.count_idle(small // _SMALL_MESSAGES_AN_IDLE_FRAME)
 
     def count_cancelled(self) -> None:
         """Count a call that the client has cancelled. Raises ConnectionFault if there are too many."""
