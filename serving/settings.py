@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from serving.artifact import PRECISIONS
 from serving.files.options import add_flags, check, option, option_of
@@ -22,6 +23,7 @@ ENVIRONMENT_PREFIX = "CAPSNET_"
 _OTHER_VARIABLES = ("CAPSNET_CPUS", "CAPSNET_TRAINING_")
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT|PORT_\w+)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_HOST = re.compile(r"[\w.-]+|[0-9a-f:.]+(%\w+)?")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -173,6 +175,8 @@ class Settings:
                 f"admin_port: {self.admin_port}; another purpose has that port (--admin-port chooses another)"
             )
         self._check_access()
+        if self.trace_endpoint and not _is_endpoint(self.trace_endpoint):
+            raise ValueError(f"trace_endpoint: {self.trace_endpoint!r}; expected a URL such as http://collector:4317")
         if self.max_images_per_request > self.max_queue:
             raise ValueError(
                 f"max_images_per_request: {self.max_images_per_request}; the queue holds only {self.max_queue} "
@@ -240,6 +244,21 @@ def service_links(environment: Mapping[str, str]) -> list[str]:
         if name.startswith(ENVIRONMENT_PREFIX)
         and (_SERVICE_LINK.search(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.match(text)))
     )
+
+
+def _is_endpoint(url: str) -> bool:
+    """Return True if a text is the URL of a collector of traces: http or https, a host, and perhaps a port."""
+    try:
+        parts = urlsplit(url)
+        return (
+            url.isprintable()
+            and parts.scheme in ("http", "https")
+            and bool(_HOST.fullmatch(parts.hostname or ""))
+            and parts.port != 0
+            and (parts.path in ("", "/") and not parts.query and not parts.fragment and "@" not in parts.netloc)
+        )
+    except ValueError:  # of a port or an address in brackets
+        return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -424,6 +425,73 @@ def test_addresses_have_limits_where_there_are_no_tokens(start: Start, transport
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "this client has made too many calls; the limit is 1 a second" in (caught.value.details() or "")
     assert code_of(running.channel, HEALTH + "Check", False) is grpc.StatusCode.OK
+
+
+def test_tokens_are_renewed_under_load_without_a_lost_call(
+    start: Start, tmp_path: Path, digits: Digits, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.access.files._CHECK_SECONDS", 0.02)
+    made = {name: new_token(name) for name in ("stays", "leaves", "comes")}
+
+    def write(*names: str, calls: int = 50) -> None:
+        entries = [TokenEntry(name, ("predict",), made[name][1], calls=calls) for name in names]
+        write_entries(tmp_path / "tokens", entries)
+
+    write("stays", "leaves")
+    running = start(transport=transport, tokens=str(tmp_path / "tokens"))
+    outcomes: dict[str, list[bool]] = {"stays": [], "leaves": []}
+    ended = threading.Event()
+
+    def call(name: str) -> None:
+        """Note for each call if it was let in. An answer must be right."""
+        with CapsNetClient(running.address, token=made[name][0], retries=0) as client:
+            while not ended.is_set():
+                try:
+                    answers = [one.class_index for one in client.classify(digits.images[:3])]
+                except AccessDenied:
+                    outcomes[name].append(False)
+                else:
+                    assert answers == digits.labels[:3].tolist()
+                    outcomes[name].append(True)
+
+    sent = threading.Semaphore(0)
+
+    def images() -> Iterator[Any]:
+        for image in digits.images[:20]:
+            sent.acquire()
+            yield image
+
+    with (
+        CapsNetClient(running.address, token=made["leaves"][0], retries=0) as under_way,
+        CapsNetClient(running.address, token=made["comes"][0], retries=0) as new,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        calls = [pool.submit(call, name) for name in ("stays", "stays", "leaves")]
+        try:
+            stream = under_way.classify_stream(images())
+            sent.release()
+            answers = [next(stream)]
+            for limit in range(50, 60):  # the same tokens in changed files
+                write("stays", "leaves", calls=limit)
+                time.sleep(0.03)
+            assert all(outcomes["leaves"]) and len(outcomes["leaves"]) > 0
+            with pytest.raises(AccessDenied):
+                new.get_model()
+            write("stays", "comes")
+            wait_for(lambda: not all(outcomes["leaves"]))
+            refused = outcomes["leaves"].index(False)
+            wait_for(lambda: len(outcomes["leaves"]) > refused + 5)
+            assert new.classify(digits.images[:1])[0].class_index == digits.labels[0]
+            sent.release(20)
+            answers += stream
+        finally:
+            ended.set()
+            sent.release(20)
+        for one in calls:
+            one.result(20)
+    assert [one.class_index for one in answers] == digits.labels[:20].tolist(), "a call that was under way goes on"
+    assert len(outcomes["stays"]) > 10 and all(outcomes["stays"]), "no call is lost"
+    assert not any(outcomes["leaves"][refused:])
 
 
 def test_reflection_can_be_off(start: Start, transport: str) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import random
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterable
 
@@ -101,6 +102,19 @@ def test_an_inflation_that_nobody_waits_for_ends_soon() -> None:
     inflation = Inflation(gzip.compress(bytes(2**20)), "gzip", MAX_BYTES)
     inflation.given_up = True
     assert inflation.rest() is None
+
+
+def test_a_message_that_waits_for_its_inflation_takes_little_more_memory_than_its_compressed_bytes() -> None:
+    compressed = gzip.compress(bytes(2**20))
+    tracemalloc.start()
+    try:
+        waiting = [Inflation(compressed + b"", "gzip", 2**21) for _ in range(50)]
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not any(one.done for one in waiting)
+    assert held < 50 * (len(compressed) + 1000)
+    assert waiting[0].rest() == bytes(2**20)
 
 
 def test_what_is_kept_is_counted() -> None:

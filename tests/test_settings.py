@@ -34,6 +34,7 @@ def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture[
         (["--device", "tpu"], "device: 'tpu'; expected one of auto, cpu, cuda"),
         (["--max-queue", "10"], "max_images_per_request: 1024; the queue holds only 10"),
         (["--drain-delay", "nan"], "drain_delay: nan; expected 0 or more"),
+        (["--trace-endpoint", "nonsense"], "trace_endpoint: 'nonsense'; expected a URL such as http://collector:4317"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(
@@ -43,6 +44,33 @@ def test_wrong_settings_are_refused_by_name(
         read(arguments, {})
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "right"),
+    [
+        ("http://collector:4317", True),
+        ("https://collector.example", True),
+        ("http://[::1]:4317", True),
+        ("http://10.0.0.1:4317/", True),
+        ("collector:4317", False),
+        ("http://", False),
+        ("http://:4317", False),
+        ("http://a b:1", False),
+        ("ftp://collector", False),
+        ("http://collector:70000", False),
+        ("http://collector:0", False),
+        ("http://collector:4317/v1/traces", False),
+        ("http://user@collector", False),
+        ("http://collector\n:1", False),
+    ],
+)
+def test_a_collector_of_traces_is_named_by_its_url(endpoint: str, right: bool) -> None:
+    if right:
+        assert Settings(trace_endpoint=endpoint).trace_endpoint == endpoint
+    else:
+        with pytest.raises(ValueError, match=r"^trace_endpoint: .* expected a URL such as http://collector:4317$"):
+            Settings(trace_endpoint=endpoint)
 
 
 def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,8 @@ _REASONS = {
     429: "Too Many Requests", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 503: "Service Unavailable", 505: "HTTP Version Not Supported",
 }  # fmt: skip
+# A header (RFC 9110, section 5): a token, and a value without control characters other than tabs.
+_FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 _EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
 # gRPC's codes of denied requests, as HTTP's.
 _DENIED = {
@@ -88,7 +90,7 @@ class _Request(NamedTuple):
         """Read a head without its empty line (RFC 9112, sections 3 and 5). Raises _Refusal."""
         if len(head) > _MAX_HEAD_BYTES:
             raise _Refusal(431, f"expected at most {_MAX_HEAD_BYTES} bytes before the empty line")
-        first, *lines = (line.rstrip("\r") for line in head.decode("latin-1").split("\n"))
+        first, *lines = (line.removesuffix("\r") for line in head.decode("latin-1").split("\n"))
         words = first.split(" ")
         if len(words) != 3 or not words[2].startswith("HTTP/"):
             raise _Refusal(400, "this is no request of HTTP/1.1")
@@ -101,6 +103,8 @@ class _Request(NamedTuple):
             raise _Refusal(400, "this is no target of a request") from None
         fields: dict[str, str] = {}
         for line in lines:
+            if not _FIELD.fullmatch(line):
+                raise _Refusal(400, "a header is not NAME: VALUE on one line without control characters")
             name, _, value = line.partition(":")
             name = name.lower()
             fields[name] = f"{fields[name]},{value.strip()}" if name in fields else value.strip()

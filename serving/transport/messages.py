@@ -27,7 +27,10 @@ class MessageError(Exception):
 
 
 class Inflation:
-    """A compressed message. Only its beginning is inflated yet, at most ``at_once`` bytes."""
+    """A compressed message. It is inflated at once, unless that takes more than ``at_once`` bytes.
+
+    Then only the compressed bytes are kept: the beginning and zlib's state are much larger, and many messages may wait.
+    """
 
     def __init__(self, data: bytes, encoding: str, max_bytes: int, at_once: int = _MAX_INFLATED_AT_ONCE) -> None:
         self.size = len(data)
@@ -35,60 +38,52 @@ class Inflation:
         self.given_up = False
         self._encoding = encoding
         self._max_bytes = max_bytes
-        self._reader = zlib.decompressobj(ENCODINGS[encoding])
         self._compressed = data
-        self._begin = self._inflate(min(at_once, max_bytes + 1))
-
-    @property
-    def done(self) -> bool:
-        """Return True if nothing is left to inflate, or the message is known to be refused."""
-        return self._begin is None or self._reader.eof or len(self._begin) > self._max_bytes
-
-    @property
-    def inflated(self) -> int:
-        """Return the inflated bytes so far."""
-        return len(self._begin or b"")
+        self._ended = False  # exactly with the last byte
+        begin = self._inflate(min(at_once, max_bytes + 1), min(at_once, max_bytes + 1))
+        #: The bytes that were inflated at once.
+        self.inflated = len(begin or b"")
+        #: True if nothing is left to inflate, or the message is known to be refused.
+        self.done = begin is None or self._ended or self.inflated > max_bytes
+        self._message = begin if self.done else None
 
     @property
     def max_rest(self) -> int:
-        """Return the most bytes of the rest."""
-        return min(self._max_bytes + 1, _MAX_RATIO * self.size) - self.inflated
+        """Return the most bytes of the message."""
+        return min(self._max_bytes + 1, _MAX_RATIO * self.size)
 
     def rest(self) -> bytes | None:
-        """Inflate the rest, in any thread. Return None if it is corrupt or the call has ended."""
-        if self._begin is None:
-            return None
-        parts, left = [], self._max_bytes + 1 - len(self._begin)
-        while left > 0 and not self._reader.eof:
-            part = None if self.given_up else self._inflate(min(left, _STEP_BYTES))
-            if part is None:
-                return None
-            if not part:  # the message ends too early
-                break
-            parts.append(part)
-            left -= len(part)
-        return b"".join(parts)
+        """Inflate the message, in any thread. Return None if it is corrupt or the call has ended."""
+        return self._inflate(self._max_bytes + 1, _STEP_BYTES)
 
     def message(self, rest: bytes | None, limit_text: str) -> bytes:
-        """Return the whole message. Raises MessageError."""
-        message = None if self._begin is None or rest is None else self._begin + rest
+        """Return the whole message. rest: of ``rest``, or None if the message is ``done``. Raises MessageError."""
+        message = self._message if self.done else rest
         if message is not None and len(message) > self._max_bytes:
             shown = f"more than {self._max_bytes} bytes once decompressed"
             raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"request: {shown}; {limit_text}")
-        if message is None or not self._reader.eof or self._reader.unused_data:
+        if message is None or not self._ended:
             text = f"{self.size} bytes that are not a message in {self._encoding}"
             raise MessageError(grpc.StatusCode.INVALID_ARGUMENT, text)
         return message
 
-    def _inflate(self, max_bytes: int) -> bytes | None:
-        if max_bytes <= 0:  # which zlib takes for no limit
-            return b""
+    def _inflate(self, max_bytes: int, step: int) -> bytes | None:
+        """Inflate at most ``max_bytes``, and look after each ``step`` bytes if the call has ended."""
+        reader, compressed, left = zlib.decompressobj(ENCODINGS[self._encoding]), self._compressed, max_bytes
+        parts: list[bytes] = []
         try:
-            inflated: bytes = self._reader.decompress(self._compressed, max_bytes)
+            while left > 0 and not reader.eof:  # zlib takes 0 for no limit
+                if self.given_up:
+                    return None
+                parts.append(reader.decompress(compressed, min(left, step)))
+                if not parts[-1]:  # the message ends too early
+                    break
+                compressed = reader.unconsumed_tail
+                left -= len(parts[-1])
         except zlib.error:
             return None
-        self._compressed = self._reader.unconsumed_tail
-        return inflated
+        self._ended = reader.eof and not reader.unused_data
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def whole(data: bytes) -> bytes | None:
@@ -153,7 +148,7 @@ class MessageReader:
                     self.inflation = inflation
                     self.buffered += inflation.size
                     break
-                message = inflation.message(b"", self._limit_text)
+                message = inflation.message(None, self._limit_text)
             messages.append(message)
         if at < end:
             self._keep(data[at:])

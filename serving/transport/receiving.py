@@ -144,9 +144,7 @@ class ReceivingCall(Call):
             self._unpacking = Job(
                 inflation, lambda: self._reserve(inflation.max_rest), lambda rest: self._inflated(reader, rest)
             )
-            self._reserve(inflation.inflated)
-            if self._unpacking:
-                self.streams.unpacker.unpack(self.streams, self._unpacking)
+            self.streams.unpacker.unpack(self.streams, self._unpacking)
 
     def _reserve(self, size: int) -> None:
         """Hold memory for a message before it is inflated. The call may end if there is none."""
