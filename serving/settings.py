@@ -148,7 +148,7 @@ class Settings:
     max_images_per_request: int = option(1024, "most images in one request", minimum=1)
     max_request_bytes: int = option(4 * 2**20, "largest request, in bytes", minimum=1024, maximum=2**29)
     max_bytes_under_way: int = option(
-        2**28, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", minimum=2**16
+        2**26, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", minimum=2**16
     )
     stream_window: int = option(512, "most images of one stream under way; reading waits beyond", minimum=1)
     log_format: str = option("text", "text, or json for programs", choices=FORMATS, parse=str.lower, metavar="FORMAT")

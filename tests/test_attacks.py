@@ -21,6 +21,10 @@ from benchmarks.attacks.table import ATTACKS
 from serving.transport import frames
 
 SHORT_ON_NATIVE = (
+    "windows of open calls",
+    "gzip of dimensions",
+    "large right requests",
+    "empty messages in streams",
     "rapid reset, headers",
     "rapid reset, gzip bombs",
     "made you reset, data",

@@ -24,7 +24,7 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.repository.served_model import ServedModel
-from serving.services.protobuf_wire import varint
+from serving.services.protobuf_wire import delimited, varint
 from tests.conftest import Running
 from tests.predictions import Predict, Prediction, change_predict
 from tests.raw_client import failure
@@ -353,7 +353,11 @@ def test_bytes_that_are_no_message_are_refused_and_harm_nobody(running: Running,
     [
         ("capsnet.v1.CapsNetService/Classify", b"\x1a\0" * 1_000_000),
         ("inference.GRPCInferenceService/ModelInfer", b"\x2a\0" * 1_000_000),
+        ("inference.GRPCInferenceService/ModelInfer", (b"\x2a" + varint(2000) + b"\x32\0" * 1000) * 1000),
+        ("inference.GRPCInferenceService/ModelInfer", delimited(5, delimited(3, b"\1" * 2_000_000))),
+        ("inference.GRPCInferenceService/ModelInfer", delimited(5, b"\x18\1" * 1_000_000)),
     ],
+    ids=["images", "tensors", "fields of tensors", "dimensions", "dimensions one by one"],
 )
 def test_fields_by_the_million_are_refused_before_they_are_parsed(
     running: Running, method: str, message: bytes

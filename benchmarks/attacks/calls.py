@@ -1,22 +1,29 @@
 """Attacks by calls: without an end, without a reader, costly to unpack, or not to be answered."""
 
+import gzip
 from functools import partial
 
 from benchmarks.attacks.link import (
     CLASSIFY,
+    CLASSIFY_STREAM,
+    INFER,
     REFLECTION,
     WATCH,
     Attack,
     Link,
     Message,
     Pieces,
+    cancel,
     data,
     framed,
     headers,
     request,
     zipped,
 )
+from protos.inference import inference_pb2 as pb_oip
+from serving.services.protobuf_wire import delimited
 from serving.transport import frames
+from serving.transport.messages import PREFIX
 
 _CALLS_A_CONNECTION = 4096
 _CALLS_A_PIECE = 32
@@ -28,6 +35,8 @@ _BOMB_BYTES = 4 * 2**20 - 1024
 #: A field of protobuf: an image without content.
 _EMPTY_IMAGE = b"\x1a\x00"
 _WRONG_TOKEN_CHARACTERS = 40
+_IMAGES_OF_A_LARGE_REQUEST = 64
+_SMALL_MESSAGES_A_PIECE = 1000
 
 
 def _calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
@@ -77,6 +86,31 @@ def _unread(link: Link) -> Pieces:
         yield headers(stream, CLASSIFY) + data(stream, message)
 
 
+def _dimensions() -> bytes:
+    """Return a compressed request of the Open Inference Protocol for a tensor with millions of dimensions."""
+    tensor = delimited(pb_oip.ModelInferRequest.InferInputTensor.SHAPE_FIELD_NUMBER, b"\1" * (_BOMB_BYTES - 64))
+    name = delimited(pb_oip.ModelInferRequest.MODEL_NAME_FIELD_NUMBER, b"capsnet-mnist")
+    message = gzip.compress(name + delimited(pb_oip.ModelInferRequest.INPUTS_FIELD_NUMBER, tensor))
+    return PREFIX.pack(1, len(message)) + message
+
+
+def _gzip_of_dimensions(link: Link) -> Pieces:
+    yield from _calls(link, INFER, _dimensions, ("grpc-encoding", "gzip"))
+
+
+def _small_messages(link: Link, path: str, message: bytes) -> Pieces:
+    """Send many messages of a few bytes in each stream."""
+    yield from link.ready()
+    piece = framed(message) * _SMALL_MESSAGES_A_PIECE
+    while True:
+        stream = link.next_stream()
+        yield headers(stream, path)
+        for _ in range(link.stream_window // len(piece)):
+            yield from link.room(len(piece))
+            yield data(stream, piece, False)
+        yield cancel(stream)
+
+
 def _wrong_tokens(link: Link) -> Pieces:
     """Make calls, each with another token that the server has never seen."""
     yield from link.ready()
@@ -101,6 +135,11 @@ CALLS = (
     Attack("watches", partial(_held, path=WATCH, make=_empty, end=True)),
     Attack("gzip bombs", partial(_bombs, repeated=b"\0")),
     Attack("gzip of empty images", partial(_bombs, repeated=_EMPTY_IMAGE)),
+    Attack("gzip of dimensions", _gzip_of_dimensions),
+    Attack("right requests", partial(_calls, path=CLASSIFY, make=request)),
+    Attack("large right requests", partial(_calls, path=CLASSIFY, make=partial(request, _IMAGES_OF_A_LARGE_REQUEST))),
+    Attack("empty messages in streams", partial(_small_messages, path=CLASSIFY_STREAM, message=b"")),
+    Attack("reflection lists", partial(_small_messages, path=REFLECTION, message=b"\x3a\0")),
     Attack("unknown methods", partial(_calls, path="/no.Service/Method", make=request)),
     Attack("unparsable reflection", partial(_calls, path=REFLECTION, make=_unparsable)),
     Attack("unparsable requests", partial(_calls, path=CLASSIFY, make=_unparsable)),

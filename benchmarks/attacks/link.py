@@ -22,6 +22,7 @@ Message = Callable[[], bytes]
 
 CLASSIFY = "/capsnet.v1.CapsNetService/Classify"
 CLASSIFY_STREAM = "/capsnet.v1.CapsNetService/ClassifyStream"
+INFER = "/inference.GRPCInferenceService/ModelInfer"
 WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 

@@ -118,7 +118,7 @@ class InferenceService:
 
     def model_infer(self, data: bytes, call: Call) -> None:
         """Answer a ModelInferRequest. Raises InvalidRequest and UnknownModel."""
-        check_fields(data, _MAX_FIELDS)
+        _check_fields(data)
         message = parse(data, pb.ModelInferRequest, self._max_bytes)
         self._pipeline.begin(_InferQuery(message, len(data), self._codecs), call)
 
@@ -177,7 +177,7 @@ class InferenceService:
 
     def _parse_streamed(self, data: bytes) -> "_StreamedQuery":
         try:
-            check_fields(data, _MAX_FIELDS)
+            _check_fields(data)
             message = parse(data, pb.ModelInferRequest, self._max_bytes)
         except InvalidRequest as error:
             return _StreamedQuery(pb.ModelInferRequest(), 0, self._codecs, error)
@@ -269,6 +269,12 @@ class _StreamedQuery(_InferQuery):
 
     def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
         return refused(self._id, text)
+
+
+def _check_fields(data: bytes) -> None:
+    """Raise InvalidRequest for a ModelInferRequest with too many fields, or with tensors of too many dimensions."""
+    inputs = pb.ModelInferRequest.INPUTS_FIELD_NUMBER
+    check_fields(data, _MAX_FIELDS, inputs, pb.ModelInferRequest.InferInputTensor.SHAPE_FIELD_NUMBER)
 
 
 def _index(request: pb.RepositoryIndexRequest, repository: Repository) -> bytes:

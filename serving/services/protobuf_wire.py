@@ -26,22 +26,22 @@ def delimited(number: int, content: bytes) -> bytes:
     return tag(number, BYTES) + varint(len(content)) + content
 
 
-def check_fields(data: bytes, limit: int, within: int = 0) -> None:
+def check_fields(data: bytes, limit: int, within: int = 0, packed: int = 0) -> None:
     """Raise InvalidRequest for a message of more than ``limit`` fields, long before it is parsed.
 
     A small compressed message can hold millions of fields of two bytes each, and each field becomes an object. within:
-    the number of a field whose message's fields count too; 0 for none. Bytes that cannot be read here are left to the
-    parser.
+    the number of a field whose message's fields count too; 0 for none. packed: the number of a field in that message
+    that holds numbers, each of which counts as well; 0 for none. Bytes that cannot be read here are left to the parser.
     """
-    if len(data) > 2 * limit:  # a shorter message cannot have so many
-        _count_fields(data, 0, len(data), limit, within)
+    # A shorter message cannot have so many.
+    if len(data) > limit and _count_fields(data, 0, len(data), limit, within, packed) < 0:
+        raise InvalidRequest("request", "more fields than any request that could be answered")
 
 
-def _count_fields(data: bytes, at: int, end: int, left: int, within: int) -> None:
-    while at < end:
+def _count_fields(data: bytes, at: int, end: int, left: int, within: int, packed: int) -> int:
+    """Return the number of fields that are still allowed after those of a message, below 0 for too many."""
+    while at < end and left >= 0:
         left -= 1
-        if left < 0:
-            raise InvalidRequest("request", "more fields than any request that could be answered")
         try:
             key, at = _varint_at(data, at)
             match key & 7:
@@ -52,14 +52,17 @@ def _count_fields(data: bytes, at: int, end: int, left: int, within: int) -> Non
                 case 2:
                     size, at = _varint_at(data, at)
                     if key >> 3 == within:
-                        _count_fields(data, at, min(end, at + size), left, 0)
+                        left = _count_fields(data, at, min(end, at + size), left, 0, packed)
+                    elif not within and key >> 3 == packed:
+                        left -= size  # a number takes a byte or more
                     at += size
                 case 5:
                     at += 4
                 case _:
-                    return
+                    return left
         except IndexError:
-            return
+            return left
+    return left
 
 
 def _varint_at(data: bytes, at: int) -> tuple[int, int]:
