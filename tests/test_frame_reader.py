@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from typing import Any, cast
 
+import pytest
 from hpack import Encoder
 
 from serving.transport import frames
 from serving.transport.connection import Connection
 from serving.transport.frame_reader import FrameReader
+from serving.transport.frames import ConnectionFault
 from serving.transport.memory import Memory
 from serving.transport.methods import Context, StreamMethod, TransportLimits
 from serving.transport.sending import Buffers
@@ -122,6 +124,39 @@ def test_small_frames_are_read_in_turns_and_all_are_answered() -> None:
         link = FakeLink()
         answered = steps(new_reader(link), frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS, lambda: link.sent)
         assert sum(answered) == PINGS and max(answered) <= 200
+
+    asyncio.run(main())
+
+
+def test_a_turn_ends_after_a_frame_of_many_messages() -> None:
+    sent = headers(1, Encoder().encode(HEADERS))
+    sent += data(1, framed(bytes(59)) * 256, 0) * 20
+
+    async def main() -> None:
+        reader = new_reader(FakeLink())
+        read = steps(reader, sent, lambda: reader.streams.memory.used)
+        assert len(read) >= 20
+        [call] = reader.streams
+        call.abandon()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_messages_that_are_too_small_for_a_request_end_the_connection_in_the_end() -> None:
+    sent = headers(1, Encoder().encode(HEADERS))
+    frame = data(1, framed(b"") * 3200, 0)
+
+    async def main() -> None:
+        reader = new_reader(FakeLink())
+        reader.receive(sent)
+        with pytest.raises(ConnectionFault, match="too many frames that bring no call further"):
+            for _ in range(1000):
+                reader.begin_turn()
+                reader.receive(frame)
+        [call] = reader.streams
+        call.abandon()
+        await asyncio.sleep(0)
 
     asyncio.run(main())
 
