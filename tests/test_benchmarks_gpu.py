@@ -96,6 +96,7 @@ def test_a_part_that_is_stopped_keeps_its_files_and_one_that_finished_is_not_don
     assert half.read_text() == "half"
     told = capsys.readouterr().out
     assert "quick: done" in told and "slow: stopped" in told and "broken: failed" in told
+    monkeypatch.setattr(gpu, "SPARE_SECONDS", 0)
     gpu.main(["--minutes", "1", "--out", str(out)])
     assert "quick: finished before" in capsys.readouterr().out
 
