@@ -1,6 +1,7 @@
 """Fixtures: the repository's real digits, and a real server on free ports with the embedded model."""
 
 import asyncio
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +34,11 @@ DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
 EXPORTING = (
     "test_benchmarks",
+    "test_benchmarks_gpu",
+    "test_benchmarks_serving",
+    "test_conversions",
     "test_export",
+    "test_folder",
     "test_folding",
     "test_tensorrt",
     "test_to_fp16",
@@ -47,10 +52,7 @@ IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"):
 LONGEST = (
     *EXPORTING,
     "test_readme",
-    "test_benchmarks_gpu",
-    "test_benchmarks_serving",
     "test_processes",
-    "test_attacks",
     "test_lifecycle",
     "test_architecture",
     "test_balancing",
@@ -58,7 +60,6 @@ LONGEST = (
     "test_training",
     "test_monitoring",
     "test_runtime",
-    "test_folder",
     "test_transport_calls",
 )
 
@@ -236,6 +237,22 @@ def raw(serving: Serving) -> Iterator[Raw]:
     client.socket.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def operators_listed_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let PyTorch's exporter list its operators once, and not for each graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem in EXPORTING:
+            patch.setattr("torch.onnx._internal._lazy_import.onnxscript_apis.get_torchlib_ops", _operators)
+        yield
+
+
+@cache
+def _operators() -> object:
+    from onnxscript._framework_apis import torch_2_11
+
+    return torch_2_11.get_torchlib_ops()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Run the tests of one file in one process, and all tests that use the exporter in the same process."""
@@ -265,6 +282,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function):
             for marker in _whole_parts(item):
                 item.add_marker(marker)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through all modules again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _whole_parts(item: pytest.Function) -> set[str]:
