@@ -172,6 +172,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CapsNetConfig(image_size=20, classes=3, conv_channels=4, primary_types=2, decoder_widths=())
     monkeypatch.setitem(CONFIGS, "tiny", config)
     monkeypatch.setattr(server, "to_onnx", lambda network: graphs.exported(network.config))
+    for benchmark in (server, overload):  # a busy machine may count late what has been answered
+        monkeypatch.setattr(benchmark, "_SETTLE_SECONDS", 30)
     monkeypatch.setattr(serving, "CASES", (Case(1), Case(4, images=2), Case(4, streams=2)))
 
 
@@ -210,6 +212,7 @@ def test_calls_that_the_server_refuses_end_the_measurement(
 ) -> None:
     honest = server.write_bodies
     monkeypatch.setattr(server, "write_bodies", lambda folder, shape, cases: honest(folder, (1, 5, 5), cases))
+    monkeypatch.setattr(server, "_SETTLE_SECONDS", 0.5)
     assert serving.main(["--configs=tiny", "--rounds=1", "--seconds=0.05", SETTINGS]) == 1
     assert re.search(r"tiny: Classify: \d calls ended with OK", capsys.readouterr().err)
 
@@ -222,7 +225,7 @@ def test_an_overload_is_measured_in_terms_of_the_capacity(
     # Of the tiny network a server computes so much that on a busy machine no client can send more.
     monkeypatch.setitem(CONFIGS, "compact", replace(CONFIGS["compact"], decoder_widths=()))
     out = tmp_path / "overload.csv"
-    arguments = ["--configs=compact", "--seconds=1", "--times=1.5", "--deadline=0.5", SETTINGS, f"--out={out}"]
+    arguments = ["--configs=compact", "--seconds=1", "--times=1.5", "--deadline=5", SETTINGS, f"--out={out}"]
     assert overload.main(arguments) == 0
     (row,) = read(out)
     assert float(row["capacity_before"]) > 0
