@@ -6,9 +6,10 @@ PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := $(DEV)/uv pip compile --quiet pyproject.toml --upgrade --generate-hashes --python-version 3.12 \
 	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
-# The number of test processes. The tests of one file, or of one group (tests/conftest.py), share a process. In each
-# process PyTorch has one thread. Compiled files are kept, whatever the environment says: hundreds of processes read them.
-JOBS ?= 2
+# The number of test processes. With three, two cores have work while tests wait for a server or a clock. The tests of
+# one file, or of one group (tests/conftest.py), share a process. In each process PyTorch has one thread. Compiled files
+# are kept, whatever the environment says: hundreds of processes read them.
+JOBS ?= 3
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest
 PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing

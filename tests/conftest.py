@@ -32,19 +32,20 @@ from tests.transport_methods import Serving, serve
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
-EXPORTING = (
-    "test_benchmarks",
-    "test_benchmarks_gpu",
-    "test_benchmarks_serving",
-    "test_conversions",
-    "test_export",
-    "test_folder",
-    "test_folding",
-    "test_tensorrt",
-    "test_to_fp16",
-    "test_to_int8",
-    "test_triton",
-)
+# Each group has a process. A group begins with its longest tests.
+EXPORTING = {
+    "test_export": "exporter",
+    "test_to_fp16": "exporter",
+    "test_to_int8": "exporter",
+    "test_triton": "exporter",
+    "test_benchmarks_serving": "exporting benchmarks",
+    "test_benchmarks_gpu": "exporting benchmarks",
+    "test_benchmarks": "exporting benchmarks",
+    "test_folding": "exporting benchmarks",
+    "test_folder": "exporting benchmarks",
+    "test_conversions": "exporting benchmarks",
+    "test_tensorrt": "exporting benchmarks",
+}
 # The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
@@ -255,13 +256,13 @@ def _operators() -> object:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Run the tests of one file in one process, and all tests that use the exporter in the same process."""
+    """Run the tests of one file in one process, and all files of a group that uses the exporter in the same process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it has no types
         def _split_scope(self, nodeid: str) -> str:
             file = Path(nodeid.partition("::")[0]).stem
-            return "exporter" if file in EXPORTING else file
+            return EXPORTING.get(file, file)
 
     return Scheduling(config, log)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import socket
@@ -171,7 +172,10 @@ def _filled(query: str) -> str:
 
 
 def _promtool(*arguments: str) -> str:
-    result = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
+    environment = os.environ | {"GOGC": "400"}  # it collects garbage less often, which takes a fifth of its time
+    result = subprocess.run(
+        ["promtool", *arguments], cwd=PROMETHEUS, env=environment, capture_output=True, text=True, check=False
+    )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
     return output
