@@ -6,13 +6,15 @@ PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := $(DEV)/uv pip compile --quiet pyproject.toml --upgrade --generate-hashes --python-version 3.12 \
 	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
-# The number of test processes. The tests of one file, or of one group (tests/conftest.py), share a process. In each
-# process PyTorch has one thread. Compiled files are kept, whatever the environment says: hundreds of processes read them.
-JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+# The number of test processes. With three, two cores have work while tests wait for a server or a clock. The tests of
+# one file, or of one group (tests/conftest.py), share a process. In each process PyTorch has one thread. Compiled files
+# are kept, whatever the environment says: hundreds of processes read them.
+JOBS ?= 3
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest
+PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export check quick test lint format protos requirements clean
+.PHONY: help serve dev train export check quick test attacks lint format protos requirements clean
 
 ## List the targets.
 help:
@@ -40,11 +42,15 @@ check: $(DEV_VENV)/.installed
 
 ## Run the quick tests without lint. ARGS='-k NAME' chooses tests.
 quick: $(DEV_VENV)/.installed
-	$(PYTEST) -m "not server and not training" $(LINTERS) $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not server and not training and not attack" $(LINTERS) $(ARGS)
 
-## Run all tests. ARGS='-k NAME' chooses tests, JOBS=1 runs one at a time.
+## Run all tests but the attacks. ARGS='-k NAME' chooses tests, JOBS=1 runs one at a time.
 test: $(DEV_VENV)/.installed
-	$(PYTEST) $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not attack" $(ARGS)
+
+## Attack the server on both transports, and check that it serves others meanwhile. ARGS='--attacks all' takes longer.
+attacks: $(DEV_VENV)/.installed
+	$(PYTEST) -m attack tests/test_attacks.py $(ARGS)
 
 ## Check format, lint, types, import rules and .proto files.
 lint: $(DEV_VENV)/.installed

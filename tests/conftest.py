@@ -1,6 +1,7 @@
 """Fixtures: the repository's real digits, and a real server on free ports with the embedded model."""
 
 import asyncio
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -31,15 +32,20 @@ from tests.transport_methods import Serving, serve
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
-EXPORTING = (
-    "test_benchmarks",
-    "test_export",
-    "test_folding",
-    "test_tensorrt",
-    "test_to_fp16",
-    "test_to_int8",
-    "test_triton",
-)
+# Each group has a process. A group begins with its longest tests.
+EXPORTING = {
+    "test_export": "exporter",
+    "test_to_fp16": "exporter",
+    "test_to_int8": "exporter",
+    "test_triton": "exporter",
+    "test_benchmarks_serving": "exporting benchmarks",
+    "test_benchmarks_gpu": "exporting benchmarks",
+    "test_benchmarks": "exporting benchmarks",
+    "test_folding": "exporting benchmarks",
+    "test_folder": "exporting benchmarks",
+    "test_conversions": "exporting benchmarks",
+    "test_tensorrt": "exporting benchmarks",
+}
 # The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
@@ -47,10 +53,7 @@ IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"):
 LONGEST = (
     *EXPORTING,
     "test_readme",
-    "test_benchmarks_gpu",
-    "test_benchmarks_serving",
     "test_processes",
-    "test_attacks",
     "test_lifecycle",
     "test_architecture",
     "test_balancing",
@@ -58,7 +61,6 @@ LONGEST = (
     "test_training",
     "test_monitoring",
     "test_runtime",
-    "test_folder",
     "test_transport_calls",
 )
 
@@ -236,15 +238,31 @@ def raw(serving: Serving) -> Iterator[Raw]:
     client.socket.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def operators_listed_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let PyTorch's exporter list its operators once, and not for each graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem in EXPORTING:
+            patch.setattr("torch.onnx._internal._lazy_import.onnxscript_apis.get_torchlib_ops", _operators)
+        yield
+
+
+@cache
+def _operators() -> object:
+    from onnxscript._framework_apis import torch_2_11
+
+    return torch_2_11.get_torchlib_ops()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Run the tests of one file in one process, and all tests that use the exporter in the same process."""
+    """Run the tests of one file in one process, and all files of a group that uses the exporter in the same process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it has no types
         def _split_scope(self, nodeid: str) -> str:
             file = Path(nodeid.partition("::")[0]).stem
-            return "exporter" if file in EXPORTING else file
+            return EXPORTING.get(file, file)
 
     return Scheduling(config, log)
 
@@ -265,6 +283,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function):
             for marker in _whole_parts(item):
                 item.add_marker(marker)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through all modules again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _whole_parts(item: pytest.Function) -> set[str]:

@@ -206,7 +206,10 @@ def test_a_renewed_certificate_serves_new_connections_and_drops_no_open_one(
 @pytest.mark.parametrize(
     "hello", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00" + b"\x00" * 200, b"x" * 9000]
 )
-def test_what_is_no_handshake_is_cut_off_and_harms_nobody(start: Start, folder: Path, hello: bytes) -> None:
+def test_what_is_no_handshake_is_cut_off_and_harms_nobody(
+    start: Start, folder: Path, hello: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.transport.handshakes.HANDSHAKE_SECONDS", 2.0)
     running = start(**tls(folder))
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(socket.create_connection(("127.0.0.1", running.server.port))) for _ in range(30)]

@@ -1,6 +1,6 @@
 """Tests of the server under attack: a client in good faith is served beside it, and all is as before after it.
 
-By default some attacks run for a second each. ``--attacks all`` runs all of them, and for six seconds.
+``make attacks`` runs some attacks for a second each. ``--attacks all`` runs all of them, and for six seconds.
 """
 
 import csv
@@ -82,7 +82,7 @@ def servers_under_attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
         yield attacked
 
 
-@pytest.mark.server
+@pytest.mark.attack
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_client_in_good_faith_is_served_beside_an_attack(
     name: str, transport: str, servers_under_attack: Attacked, request: pytest.FixtureRequest

@@ -1,6 +1,8 @@
 """Tests of the benchmark of conversions: it compares all conversions, and names those that it could not run."""
 
 import csv
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -11,6 +13,14 @@ from benchmarks import conversions
 from benchmarks.conversions import CONVERSIONS, FIRST, OURS_FP16, OURS_INT8
 from tests.graphs import STEM, exported, random_images
 from training.data.datasets import Dataset
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Undo that the command silences all logs of its process."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(autouse=True)

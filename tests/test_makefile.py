@@ -31,4 +31,10 @@ def test_training_and_export_take_their_arguments() -> None:
 def test_the_check_lints_and_leaves_out_tests_that_start_a_server() -> None:
     commands = make("--dry-run", "check")
     assert "mypy" in commands
-    assert '-m "not server and not training"' in commands
+    assert '-m "not server and not training and not attack"' in commands
+
+
+def test_the_attacks_have_a_target_of_their_own_that_ci_runs() -> None:
+    assert '-m "not attack"' in make("--dry-run", "test")
+    assert "-m attack tests/test_attacks.py" in make("--dry-run", "attacks")
+    assert "\nmake attacks\n" in (ROOT / ".ci" / "run").read_text()

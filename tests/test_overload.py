@@ -34,7 +34,7 @@ from tests.test_pipeline import Gate, detail, image, later, refusal, trailers, u
 BATCH = 8
 BATCH_SECONDS = 0.1
 CAPACITY = BATCH / BATCH_SECONDS
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 def slow(model: ServedModel) -> None:

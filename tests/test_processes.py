@@ -13,7 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from tests.conftest import ROOT
+from tests.trainings import process_state
 from training import checkpoint as checkpoints
+from training.__main__ import main
+
+__all__ = ["process_state"]  # a fixture that surrounds every run
 
 STEPS_PER_EPOCH = 7
 # Train, and kill the process right after a step. The moment does not depend on the machine's speed.
@@ -124,7 +128,7 @@ def test_a_run_killed_in_mid_epoch_and_resumed_ends_with_the_weights_of_an_undis
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "run" / "capsnet.pt").exists()
 
-    run(*command(data, tmp_path / "run", "--resume"))
+    assert main([*arguments, "--resume"]) == 0  # in this process, which has loaded PyTorch already
 
     for name, value in weights(undisturbed).items():
         assert weights(tmp_path / "run")[name].equal(value), name

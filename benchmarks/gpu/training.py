@@ -56,11 +56,11 @@ class Box:
     epochs: int
 
 
-def data_of(job: Job, mnist: Dataset, device: torch.device, pair_batch: int) -> Digits | Pairs:
+def data_of(job: Job, mnist: Dataset, device: torch.device, batch: int, pair_batch: int) -> Digits | Pairs:
     images, labels = mnist.train_images.to(device), mnist.train_labels.to(device)
     if job.dataset == PAIRS:
         return Pairs(images, labels, pair_batch, job.seed, PAIR_CANVAS, PAIR_CHUNK_STEPS)
-    return Digits(images, labels, BATCH, job.seed, job.max_shift, job.none)
+    return Digits(images, labels, batch, job.seed, job.max_shift, job.none)
 
 
 def buffers(chunk: Chunk) -> Chunk:
@@ -76,6 +76,7 @@ def run(
     *,
     compiled: bool = True,
     graph: bool = True,
+    batch: int = BATCH,
     pair_batch: int = PAIR_BATCH,
 ) -> list[dict[str, Any]]:
     """Train the jobs at once for as many epochs as the budget allows, and return each one's network and figures.
@@ -83,7 +84,7 @@ def run(
     Jobs of the same seed share their data and their teachers' lengths.
     """
     begin = time.perf_counter()
-    streams = {job.seed: data_of(job, mnist, device, pair_batch) for job in jobs}
+    streams = {job.seed: data_of(job, mnist, device, batch, pair_batch) for job in jobs}
     chunks = {seed: buffers(data()) for seed, data in streams.items()}
     targets: dict[int, Tensor | None] = {seed: _targets(teachers, chunk) for seed, chunk in chunks.items()}
     steps = next(iter(streams.values())).steps
@@ -268,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eager", action="store_true", help="neither compile nor record the step")
     parser.add_argument("--no-graph", action="store_true", help="compile, but do not record the step")
     parser.add_argument("--limit", type=int, help="train and test on the first N images alone, to try the command out")
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--pair-batch", type=int, default=PAIR_BATCH)
     options = parser.parse_args(arguments)
     device = training_device()
@@ -293,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         teachers,
         compiled=not options.eager,
         graph=not (options.eager or options.no_graph),
+        batch=options.batch,
         pair_batch=options.pair_batch,
     )
     command = shlex.join(
