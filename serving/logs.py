@@ -98,32 +98,32 @@ def set_up(format_: str, level: str) -> None:
 
 
 class RefusalLog:
-    """The log of refused and failed requests or connections, with a limit.
+    """The log of what clients cause, such as refused and failed requests, with a limit.
 
     limit: the most lines a second. Of further ones only the number is logged: in a flood of refusals, the log must not
-    cost the time that refusals save. things: their name in that line.
+    cost the time that refusals save. events: the words of that line for them.
     """
 
-    def __init__(self, limit: int = MAX_LINES_A_SECOND, things: str = "requests") -> None:
+    def __init__(self, limit: int = MAX_LINES_A_SECOND, events: str = "requests were refused or failed") -> None:
         self._limit = limit
-        self._things = things
+        self._events = events
         self._second = 0
         self._lines = 0
 
-    def write(self, level: int, text: str, refused: Iterable[Mapping[str, str]], count: int) -> None:
-        """Log requests or connections that have the same error.
+    def write(self, level: int, text: str, events: Iterable[Mapping[str, str]], count: int) -> None:
+        """Log events that have the same text.
 
-        text: the text of the error. refused: the further fields of each of them; those of one are read for each line
+        events: the further fields of each of them; those of one are read for each line
         that is written. count: their number.
         """
         second = int(time.monotonic())
         if second != self._second:
             if (more := self._lines - self._limit) > 0:
-                _logger.warning("%d more %s were refused or failed in a second", more, self._things)
+                _logger.warning("%d more %s in a second", more, self._events)
             self._second, self._lines = second, 0
         room = self._limit - self._lines
         self._lines += count
-        for fields in islice(refused, max(0, room)):
+        for fields in islice(events, max(0, room)):
             shown = {name: _on_one_line(value) for name, value in fields.items()}
             _logger.log(level, "%s", _on_one_line(text), extra={FIELDS: shown})
 

@@ -22,6 +22,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from protos.inference import inference_pb2
 from serving.access.tokens import TokenEntry, new_token, write_entries
 from serving.client.errors import AccessDenied, Unavailable
 from serving.client.sync import CapsNetClient
@@ -331,6 +332,25 @@ def test_the_log_names_the_client_of_each_refused_call_by_its_token(
         ("Unknown", address if transport == "native" else None, None),
         ("GetModel", address, None),
     }
+
+
+def test_the_log_names_the_client_that_loads_or_unloads_a_model(
+    start: Start, tokens: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    running = start(tokens=tokens["file"], admin_port=0)
+    [name] = [model.artifact.name for model in running.server.repository.models()]
+    with grpc.insecure_channel(f"127.0.0.1:{running.server.admin_port}") as channel:
+        for act in ("Load", "Unload"):
+            path = f"/inference.GRPCInferenceService/RepositoryModel{act}"
+            request = inference_pb2.RepositoryModelLoadRequest(model_name=name).SerializeToString()
+            metadata = (("authorization", f"Bearer {tokens['admin']}"), ("x-request-id", "mine"))
+            channel.unary_unary(path, None, None)(request, metadata=metadata, timeout=60)
+    who = {"request_id": "mine", "peer": "127.0.0.1", "client": "admin"}
+    assert [(record.getMessage(), getattr(record, FIELDS)) for record in caplog.records if hasattr(record, FIELDS)] == [
+        (f"the model '{name}' was {act}ed for a client", {"method": f"inference.GRPCInferenceService/{method}", **who})
+        for act, method in (("load", "RepositoryModelLoad"), ("unload", "RepositoryModelUnload"))
+    ]
 
 
 def code_of_wrong(channel: grpc.Channel, path: str, streams: bool, token: str) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -108,6 +108,12 @@ def test_a_client_with_more_than_its_share_gets_nobodys_place() -> None:
     assert numbers.replaceable("2001:db8::99", (honest, *crowd), 0.0) is None
 
 
+def test_a_client_with_just_its_share_gets_the_place_of_its_own_idle_connection() -> None:
+    others, own = [Waiting("10.0.0.1", 500.0) for _ in range(4)], [Waiting("10.0.0.2", 20.0 + n) for n in range(4)]
+    assert full_of(*others, *own).replaceable("10.0.0.2", (*others, *own), 0.0) is own[-1]
+    assert full_of(*own).replaceable("10.0.0.2", own, 0.0) is own[-1], "as behind a proxy"
+
+
 def test_few_connections_are_replaced_before_the_earlier_ones_have_ended() -> None:
     connections = [Waiting(f"10.0.0.{index}", 60.0) for index in range(32)]
     numbers = full_of(*connections)
@@ -189,6 +195,33 @@ def idle(serving: Serving, seconds: float) -> list[Connection]:
     """Return the connections that have had calls, and none for some seconds."""
     connections: list[Connection] = list(serving.server._connections)
     return [one for one in connections if one._last_seen and one.idle_seconds(serving.loop.time()) > seconds]
+
+
+def test_idle_connections_from_few_addresses_cannot_keep_a_new_client_out() -> None:
+    noted: Counter[str] = Counter()
+    limits = {"connections": 20, "limited": lambda limit: noted.update([limit])}
+    with serve(limits=limits) as serving, ExitStack() as stack:
+
+        def connect(address: str) -> Raw:
+            link = socket.create_connection(("127.0.0.1", serving.port), 10, source_address=(address, 0))
+            raw = Raw.__new__(Raw)
+            raw.take(stack.enter_context(link))
+            return raw
+
+        for address in 5 * (2, 3, 4, 5):
+            connect(f"127.0.0.{address}")
+        wait_for(lambda: len(serving.server._connections) == 20)
+        honest = connect("127.0.0.6")
+        honest.call(1, b"a")
+        assert honest.read(1).messages == [b"a"]
+        assert noted == {REPLACED: 1}
+        for address in 2 * (2, 3, 4, 5):
+            with suppress(ConnectionError):
+                connect(f"127.0.0.{address}")
+        wait_for(lambda: noted[FULL] == 8)
+        honest.call(3, b"b")
+        assert honest.read(3).messages == [b"b"]
+        assert noted[REPLACED] == 1
 
 
 def test_a_call_on_its_way_to_a_connection_that_is_replaced_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:

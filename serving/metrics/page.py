@@ -129,7 +129,7 @@ class Page:
         self._unready = unready
         self._admit = admit
         self._tls = tls
-        self._log = RefusalLog(things="requests for metrics")
+        self._log = RefusalLog(events="requests for metrics were denied")
         #: The denied requests by reason.
         self.denied = dict.fromkeys(DENIALS, 0)
 

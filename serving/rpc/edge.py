@@ -114,6 +114,10 @@ class Call:
         self._context.finish(code, text, status_of(error).metadata if isinstance(error, ServingError) else ())
         self.end(code)
 
+    def note(self, change: str) -> None:
+        """Log a change of the server that was made for the client."""
+        self._edge.note_change(self.method, self._context.invocation_metadata(), self._context.peer, change)
+
     def end(self, code: grpc.StatusCode | None = None) -> None:
         """Note the end of the RPC. code: None if the client or its deadline ended it."""
         given_up = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
@@ -181,7 +185,8 @@ class Edge:
         self._metrics = metrics
         self.trace = trace
         self._log = RefusalLog()
-        self._connection_log = RefusalLog(things="connections")
+        self._connection_log = RefusalLog(events="connections were refused or ended")
+        self._act_log = RefusalLog(events="changes were made for clients")
         #: True while new requests are accepted.
         self.ready = False
         #: The number of RPCs in flight.
@@ -208,6 +213,11 @@ class Edge:
         fields = (_fields(_shown(path), error.code, metadata, peer) for _ in range(1))
         self._log.write(logging.INFO, str(error), fields, 1)
         return status_of(error)
+
+    def note_change(self, method: str, metadata: Metadata, peer: Peer, change: str) -> None:
+        """Log a change of the server that was made for a client."""
+        fields = {"method": method, "request_id": request_id(metadata), **_client(peer)}
+        self._act_log.write(logging.INFO, change, [fields], 1)
 
     def dropped(self, text: str, peer: Peer) -> None:
         """Log the end of a connection, or of an answer, that the transport has caused."""

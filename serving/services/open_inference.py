@@ -211,6 +211,7 @@ class AdminService:
                 field = f'parameters["{name[:_MAX_SHOWN_CHARACTERS]}"]'
                 raise InvalidRequest(field, "not supported; expected none, a model is what its folder has")
         await self._repository.load(_model_name(request.model_name))
+        call.note(f"the model {request.model_name!r} was loaded for a client")
         return pb.RepositoryModelLoadResponse().SerializeToString()
 
     async def unload(self, data: bytes, call: Call) -> bytes:
@@ -218,6 +219,7 @@ class AdminService:
         request = parse(data, pb.RepositoryModelUnloadRequest, self._max_bytes)
         _check_repository(request.repository_name)
         await self._repository.unload(_model_name(request.model_name))
+        call.note(f"the model {request.model_name!r} was unloaded for a client")
         return pb.RepositoryModelUnloadResponse().SerializeToString()
 
 

@@ -67,16 +67,17 @@ class ConnectionLimits:
 
         It is the one that has been idle for the longest time: among those of clients with more than their share of all
         connections if there are any, so that a crowd of idle connections goes before an honest client's only one. A
-        client with more than its share gets nobody's place.
+        client with more than its share gets nobody's place, and one with just its share only the place of its own.
         """
         client = client_of(address)
         share = max(1, self._limits.connections // len(self._by_client.keys() | {client}))
+        own = self._by_client[client]
         too_many = self.replaced >= self._limits.connections * _MAX_REPLACED_SHARE
-        if too_many or self._by_client[client] > share or now < self._search_at:
+        if too_many or own > share or now < self._search_at:
             return None
         best, rank = None, (False, 0.0)
         for connection in connections:
-            if (seconds := connection.idle_seconds(now)) > 0:
+            if (own < share or connection.client == client) and (seconds := connection.idle_seconds(now)) > 0:
                 greedy = self._by_client[connection.client] > share
                 if (greedy or seconds >= MIN_REPLACED_SECONDS) and (greedy, seconds) > rank:
                     best, rank = connection, (greedy, seconds)
