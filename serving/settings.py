@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from serving.artifact import PRECISIONS
+from serving.artifact import MAX_FILE_BYTES, PRECISIONS
 from serving.files.options import add_flags, check, option, option_of
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
@@ -56,6 +56,7 @@ class Settings:
     )
     model_version: str = option("", "only version to serve (default: the highest)", metavar="N")
     versions: int = option(1, "how many of a model's versions to serve at once, from the highest down", minimum=1)
+    max_model_bytes: int = option(MAX_FILE_BYTES, "largest file of a model, in bytes", minimum=2**16)
     poll_seconds: float = option(
         5.0,
         "seconds between looks at the repository for new versions; 0 for looks at a SIGHUP alone",

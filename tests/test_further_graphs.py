@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from serving.artifact import Graph, find, load
+from serving.artifact import Graph, digest, find, load
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY, Metrics
@@ -246,6 +246,11 @@ def a_graph(node: str, **attributes: Any) -> bytes:
 )
 def test_a_graph_that_answers_wrongly_is_refused_before_it_serves(tmp_path: Path, graph: bytes, message: str) -> None:
     (tmp_path / "odd.onnx").write_bytes(graph)
-    artifact = replace(load(find(ROOT / "models", "capsnet-mnist")), folder=tmp_path, graphs={"odd": Graph("odd.onnx")})
+    artifact = replace(
+        load(find(ROOT / "models", "capsnet-mnist")),
+        folder=tmp_path,
+        files={"odd.onnx": digest(tmp_path / "odd.onnx")},
+        graphs={"odd": Graph("odd.onnx")},
+    )
     with pytest.raises(RuntimeSetupError, match=message):
         FurtherGraph("odd", artifact, settings()).open(1)

@@ -37,7 +37,7 @@ class ServedModel:
         graphs: Iterable[str] = (CLASSIFY,),
     ) -> None:
         """Load a version. Raises ArtifactError and RuntimeSetupError."""
-        self.artifact: Artifact = artifacts.load(folder)
+        self.artifact: Artifact = artifacts.load(folder, settings.max_model_bytes)
         self.settings = settings
         most = self.artifact.batches.max
         if settings.device == "tensorrt" and settings.max_batch > most:
