@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from serving.artifact import MAX_FILE_BYTES, PRECISIONS
+from serving.files.image_headers import MAX_IMAGE_BYTES
 from serving.files.options import add_flags, check, option, option_of
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
@@ -147,6 +148,20 @@ class Settings:
     max_request_bytes: int = option(4 * 2**20, "largest request, in bytes", minimum=1024, maximum=2**29)
     max_bytes_under_way: int = option(
         2**28, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", minimum=2**16
+    )
+    max_image_bytes: int = option(MAX_IMAGE_BYTES, "largest PNG or JPEG file in a request, in bytes", minimum=1024)
+    max_image_pixels: int = option(
+        2**20, "most pixels of a model's images; a model with larger ones is not loaded", minimum=1
+    )
+    max_image_memory: int = option(
+        2**28, "most bytes of memory for decoding images; further requests wait", minimum=2**16
+    )
+    image_threads: int = option(2, "threads that decode images", minimum=1, maximum=256)
+    image_timeout: float = option(
+        5.0,
+        "seconds after which a request whose images are not decoded gets RESOURCE_EXHAUSTED",
+        minimum=0.001,
+        metavar="SECONDS",
     )
     stream_window: int = option(512, "most images of one stream under way; reading waits beyond", minimum=1)
     log_format: str = option("text", "text, or json for programs", choices=FORMATS, parse=str.lower, metavar="FORMAT")

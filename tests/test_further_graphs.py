@@ -22,6 +22,7 @@ from serving.repository.repository import Repository
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge
 from serving.runtime import Arrays, RuntimeSetupError, onnxruntime
+from serving.services.decoding import Decoder, Decoding, in_one_step
 from serving.services.pipeline import Pipeline
 from serving.services.stream import StreamRefusals
 from serving.transport.methods import Method, TransportLimits, table
@@ -50,6 +51,9 @@ class ExplainQuery:
         if not self._data:
             raise InvalidRequest("image", "empty; expected its pixels")
         return {"images": np.frombuffer(self._data, np.uint8).reshape(1, *model.artifact.image_shape)}
+
+    def decode_slowly(self, model: ServedModel) -> Decoding:
+        return Decoding(in_one_step(lambda: self.decode(model)), 0, "image")
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
         return share["couplings"].tobytes()
@@ -106,7 +110,9 @@ def serve(test: Callable[[Serving], Coroutine[None, None, None]], graphs: set[st
         repository = Repository(chosen, metrics, graphs)
         await repository.open()
         server = GrpcServer(TransportLimits(2**20, "", 2**24, ""))
-        service = ExplainService(Pipeline(repository, chosen.stream_window), edge, metrics)
+        service = ExplainService(
+            Pipeline(repository, chosen.stream_window, Decoder(1, 2**20, 1.0, refused=print)), edge, metrics
+        )
         server.add_methods(service.methods())
         port = await server.listen("127.0.0.1", 0)
         await server.start()

@@ -15,6 +15,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from serving.errors import REASONS, DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.files.image_headers import IMAGE_CAUSES
 from serving.metrics.instruments import Count, Declaration, DistributionReading, Family, Kind, Observations, Reading
 from serving.metrics.quality import ACTIVE_LENGTH, LENGTH_BOUNDS, Quality
 from serving.metrics.triton_statistics import BACKEND, CANCELED, FAILURES, OTHER, REJECTED, BatchStatistics, Statistics
@@ -104,6 +105,14 @@ class Metrics(Collector):
         "capsnet_connections_limited_total", ("limit",),
         f"Connections refused or ended by a limit: {', '.join(CONNECTION_LIMITS)}. The transport grpcio counts none.",
     )  # fmt: skip
+    images_refused: Family[Count] = _counter(
+        "capsnet_images_refused_total", ("cause",),
+        f"Requests refused for an encoded image, by cause: {', '.join(IMAGE_CAUSES)}.",
+    )  # fmt: skip
+    decoding: Family[Reading] = _gauge("capsnet_decoding_requests", (), "Requests whose images are being decoded.")
+    decoding_memory: Family[Reading] = _gauge(
+        "capsnet_decoding_memory_bytes", (), "Memory reserved for decoding images.", "bytes"
+    )
     in_flight: Family[Reading] = _gauge("capsnet_rpcs_in_flight", (), "RPCs that have begun and not ended.")
     ready: Family[Reading] = _gauge("capsnet_ready", (), "1 while the server takes requests.")
     model_loads: Family[Count] = _counter(
@@ -213,6 +222,8 @@ class Metrics(Collector):
         self.registry.register(self)
         for result in HANDSHAKE_RESULTS:
             self.handshakes.labels(result)
+        for cause in IMAGE_CAUSES:
+            self.images_refused.labels(cause)
         for limit in CONNECTION_LIMITS:
             self.connections_limited.labels(limit)
         for reason in REASONS:  # start at 0, so that a rate counts the first one too
