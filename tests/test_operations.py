@@ -53,7 +53,8 @@ def test_every_limit_on_input_is_in_the_table_of_limits() -> None:
     assert {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)`", limits)} == expected
     limit_metadata()
     for constant in (
-        image_headers.MAX_PARTS, image_headers.MAX_SCANS, image_headers.MAX_EXIF_BYTES, image_headers.MAX_EXIF_ENTRIES,
+        image_headers.MAX_SMALL_PARTS, image_headers.SMALL_PART_BYTES,
+        image_headers.MAX_SCANS, image_headers.MAX_EXIF_BYTES, image_headers.MAX_EXIF_ENTRIES,
         PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, headers.MAX_BYTES, frame_reader._MAX_FIELDS,
         artifact._MAX_MANIFEST_BYTES, artifact._MAX_NAME_CHARACTERS,
     ):  # fmt: skip

@@ -9,14 +9,16 @@ from typing import Literal, NamedTuple
 
 #: The largest file by default.
 MAX_IMAGE_BYTES = 2**20
-#: The most chunks of a PNG file, and the most segments before the pixels of a JPEG file.
-MAX_PARTS = 1024
+#: The most small chunks of a PNG file, and the most small segments before the pixels of a JPEG file. A part of more
+#: bytes than these costs Pillow less than the bytes themselves.
+MAX_SMALL_PARTS = 64
+SMALL_PART_BYTES = 1024
 #: The most scans of a JPEG file. Each one goes over the whole image again; encoders write about ten.
 MAX_SCANS = 64
 #: The largest EXIF data, which is as much as one segment of a JPEG file holds, and the most entries in its first
 #: directory. Cameras write about twenty.
 MAX_EXIF_BYTES = 65533
-MAX_EXIF_ENTRIES = 256
+MAX_EXIF_ENTRIES = 64
 
 FORMAT, DAMAGED, BYTES, SIZE, PARTS, MEMORY, TIMEOUT = (
     "format",
@@ -35,6 +37,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _CHUNK_HEAD = struct.Struct(">I4s")
 _CHECKSUM_BYTES = 4
+_UNIQUE = frozenset((b"iCCP", b"eXIf"))  # chunks that Pillow unpacks or parses each time
 _PNG_SIZE = struct.Struct(">II")
 _JPEG_SIZE = struct.Struct(">HxHH")  # of a segment: its length, the precision, the height and the width
 _EXIF = b"Exif\0\0"
@@ -104,12 +107,16 @@ def _read_png(data: bytes) -> ImageHeader:
     if data[len(_PNG) + 4 : begin] != b"IHDR" or len(data) < begin + _PNG_SIZE.size:
         raise damaged("PNG", data)
     width, height = _PNG_SIZE.unpack_from(data, begin)
-    position, chunks = len(_PNG), 0
+    position, small = len(_PNG), 0
+    seen = set()
     while position + _CHUNK_HEAD.size <= len(data):
         length, kind = _CHUNK_HEAD.unpack_from(data, position)
-        chunks += 1
-        if chunks > MAX_PARTS:
-            raise BadImage(PARTS, f"a PNG file of more than {MAX_PARTS} chunks, the limit")
+        small += length < SMALL_PART_BYTES
+        if small > MAX_SMALL_PARTS:
+            raise BadImage(PARTS, f"a PNG file of more than {MAX_SMALL_PARTS} small chunks, the limit")
+        if kind in _UNIQUE and kind in seen:
+            raise BadImage(PARTS, f"a PNG file with several chunks {kind.decode()}; expected one at most")
+        seen.add(kind)
         if kind == b"eXIf":
             begin = position + _CHUNK_HEAD.size
             check_exif("PNG", data[begin : begin + length])
@@ -125,13 +132,14 @@ def _read_jpeg(data: bytes) -> ImageHeader:
         raise BadImage(PARTS, f"a JPEG file of {scans} scans; the limit is {MAX_SCANS}")
     size: tuple[int, int] | None = None
     exif = b""  # Pillow reads all such segments as one
-    position = 2
-    for _ in range(MAX_PARTS):
+    position, small = 2, 0
+    while small <= MAX_SMALL_PARTS:
         if position + 4 > len(data) or data[position] != 0xFF:
             raise damaged("JPEG", data)
         marker = data[position + 1]
         if marker == 0xFF:  # a byte that fills up
             position += 1
+            small += 1
             continue
         if marker == _SCAN:
             break
@@ -147,8 +155,9 @@ def _read_jpeg(data: bytes) -> ImageHeader:
             _, height, width = _JPEG_SIZE.unpack_from(data, position + 2)
             size = width, height
         position += 2 + length
+        small += length < SMALL_PART_BYTES
     else:
-        raise BadImage(PARTS, f"a JPEG file of more than {MAX_PARTS} segments, the limit")
+        raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
     if size is None:
         raise damaged("JPEG", data)
     return ImageHeader("JPEG", *size)
