@@ -87,6 +87,7 @@ class Server:
             settings.image_threads,
             settings.max_image_memory,
             settings.image_timeout,
+            settings.max_queue,
             lambda cause: self.metrics.images_refused.labels(cause).inc(),
         )
         self._pipeline = Pipeline(self.repository, settings.stream_window, self._decoder)

@@ -24,6 +24,7 @@ from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays, RuntimeSetupError
 from serving.services import capsnet
 from serving.services.capsnet import _Message
+from serving.services.encoded_images import from_encoded
 from serving.services.per_model import PerModel
 from tests.conftest import DATA, Digits, Running, settings
 
@@ -173,11 +174,11 @@ def test_each_limit_on_encoded_images_is_named_and_counted(
     assert len(limited.classify(*[DIGIT] * 51).results) == 51
     text = f"images: decoding takes {784 * (52 + 32)} bytes of memory; the limit is 65536 bytes (max_image_memory)"
     assert _refusal(limited, *[DIGIT] * 52) == (invalid, text)
-    decode, released = capsnet.from_encoded, threading.Event()
+    released = threading.Event()
 
     def wait_and_decode(*arguments: Any) -> Any:
         assert released.wait(20)
-        return decode(*arguments)
+        return from_encoded(*arguments)
 
     monkeypatch.setattr(capsnet, "from_encoded", wait_and_decode)
     try:

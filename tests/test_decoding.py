@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 import numpy as np
 import pytest
 
-from serving.errors import DecodingTooSlow, InvalidRequest
+from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
 from serving.files.image_headers import DAMAGED, BadImage
 from serving.runtime import Arrays
 from serving.services.decoding import Decoder, Decoding, Steps, in_one_step
@@ -39,8 +39,8 @@ class Slow:
             yield
         return RESULT
 
-    def decoding(self, size: int = 1) -> Decoding:
-        return Decoding(self.steps(), size, "images")
+    def decoding(self, size: int = 1, images: int = 1) -> Decoding:
+        return Decoding(self.steps(), size, "images", images)
 
 
 def run(
@@ -48,12 +48,13 @@ def run(
     threads: int = 1,
     max_bytes: int = 100,
     timeout: float = PATIENCE,
+    max_images: int = 100,
 ) -> list[str]:
     """Run a test with a decoder, check that it keeps nothing at the end, and return the causes of refusals."""
     refused: list[str] = []
 
     async def main() -> None:
-        decoder = Decoder(threads, max_bytes, timeout, refused.append)
+        decoder = Decoder(threads, max_bytes, timeout, max_images, refused.append)
         await test(decoder)
         await until(lambda: (decoder.reserved, decoder.under_way) == (0, 0))
         assert not decoder._waiting
@@ -153,6 +154,28 @@ def test_a_request_that_needs_more_memory_than_there_is_is_refused_at_once() -> 
         )
 
     assert run(test) == ["memory"]
+
+
+def test_a_request_that_does_not_fit_into_the_queue_is_refused_at_once_and_a_stream_waits() -> None:
+    async def test(decoder: Decoder) -> None:
+        blocking, others = Slow(), [Slow() for _ in range(4)]
+        first = asyncio.create_task(decoder.decode(blocking.decoding(images=11)))  # alone, so it is not too large
+        await asyncio.to_thread(blocking.begun.wait, PATIENCE)
+        with pytest.raises(QueueFull) as caught:
+            await decoder.decode(others[0].decoding())
+        assert str(caught.value) == (
+            "11 images wait to be decoded, 1 more would pass the limit of 10 (max_queue); try again later"
+        )
+        stream = asyncio.create_task(decoder.decode(others[1].decoding(images=10), patient=True))
+        blocking.go.set()
+        assert await first == RESULT
+        await asyncio.to_thread(others[1].begun.wait, PATIENCE)
+        last = asyncio.create_task(decoder.decode(others[2].decoding()))  # the stream takes none of its room
+        for one in others:
+            one.go.set()
+        assert (await stream, await last) == (RESULT, RESULT)
+
+    assert run(test, max_images=10) == []
 
 
 @pytest.mark.parametrize("waits_for", ["memory", "a thread", "its own image"])

@@ -111,7 +111,7 @@ def serve(test: Callable[[Serving], Coroutine[None, None, None]], graphs: set[st
         await repository.open()
         server = GrpcServer(TransportLimits(2**20, "", 2**24, ""))
         service = ExplainService(
-            Pipeline(repository, chosen.stream_window, Decoder(1, 2**20, 1.0, refused=print)), edge, metrics
+            Pipeline(repository, chosen.stream_window, Decoder(1, 2**20, 1.0, 64, refused=print)), edge, metrics
         )
         server.add_methods(service.methods())
         port = await server.listen("127.0.0.1", 0)

@@ -55,7 +55,7 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.only = FakeGraph()
-        self.decoder = Decoder(2, 2**20, PATIENCE, refused=print)
+        self.decoder = Decoder(2, 2**20, PATIENCE, 64, refused=print)
         self.in_use = 0
 
     def graph(self, name: str) -> ServedGraph:

@@ -159,7 +159,7 @@ class _Message(_ClassifyQuery):
     def decode_slowly(self, model: ServedModel) -> Decoding:
         shape = model.artifact.image_shape
         steps = self._steps(self._take_images(model), shape)
-        return Decoding(steps, decoding_bytes(shape, self.size), "images")
+        return Decoding(steps, decoding_bytes(shape, self.size), "images", self.size)
 
     def _take_images(self, model: ServedModel) -> Sequence[pb.Image]:
         """Return the images. Raises InvalidRequest if there are none or too many."""

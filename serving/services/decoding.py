@@ -6,24 +6,29 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from serving.errors import DecodingTooSlow, InvalidRequest
+from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
 from serving.files.image_headers import MEMORY, TIMEOUT
 from serving.runtime import Arrays
 from serving.services.encoded_images import RefusedImage
 
 # Time after which a request's next images wait for the turns of the other requests: some twenty small images.
 _TURN_SECONDS = 0.004
+_RETRY_SECONDS = 0.5  # after which there may be room for a refused request
 
 #: Yields after each image, and returns the arrays.
 Steps = Generator[None, None, Arrays]
 
 
 class Decoding(NamedTuple):
-    """The decoding of a request. bytes: the most memory that it takes. field: the request's field, for errors."""
+    """The decoding of a request.
+
+    bytes: the most memory that it takes. field: the request's field, for errors. images: their number.
+    """
 
     steps: Steps
     bytes: int
     field: str
+    images: int = 1
 
 
 def in_one_step(decode: Callable[[], Arrays]) -> Steps:
@@ -51,16 +56,21 @@ class Decoder:
     A decoding begins when its memory is reserved, in the order of arrival. Then the decodings get the threads in turn,
     so a request of many images does not hold up those of few.
 
-    max_bytes: the most memory of all decodings. timeout: seconds after which a decoding is given up. refused: called
-    with the cause of each refusal, one of ``IMAGE_CAUSES``.
+    max_bytes: the most memory of all decodings. timeout: seconds after which a decoding is given up. max_images: the
+    most images of all decodings that are not patient, except one that is alone. refused: called with the cause of each
+    refusal, one of ``IMAGE_CAUSES``.
     """
 
-    def __init__(self, threads: int, max_bytes: int, timeout: float, refused: Callable[[str], object]) -> None:
+    def __init__(
+        self, threads: int, max_bytes: int, timeout: float, max_images: int, refused: Callable[[str], object]
+    ) -> None:
         self._executor = ThreadPoolExecutor(threads, "decode")
         self._free = threads
         self._closed = False
         self._max_bytes = max_bytes
         self._timeout = timeout
+        self._max_images = max_images
+        self._images = 0  # of the decodings that have not ended and are not patient
         self._refused = refused
         # The first one is the next.
         self._waiting: dict[_Job, None] = {}  # for memory
@@ -70,11 +80,19 @@ class Decoder:
         #: The number of decodings that have not ended.
         self.under_way = 0
 
-    async def decode(self, decoding: Decoding) -> Arrays:
+    async def decode(self, decoding: Decoding, patient: bool = False) -> Arrays:
         """Return the arrays of a decoding. If the caller is cancelled, a thread stops after its image.
 
-        Raises InvalidRequest if it needs more memory than there is, DecodingTooSlow, and the errors of its steps.
+        patient: True for a stream, which decodes one request at a time and waits instead of being refused. Raises
+        QueueFull, InvalidRequest if the decoding needs more memory than there is, DecodingTooSlow, and the errors of
+        its steps.
         """
+        if not patient and self._images and self._images + decoding.images > self._max_images:
+            raise QueueFull(
+                f"{self._images} images wait to be decoded, {decoding.images} more would pass the limit of "
+                f"{self._max_images} (max_queue); try again later",
+                _RETRY_SECONDS,
+            )
         if decoding.bytes > self._max_bytes:
             self._refused(MEMORY)
             raise InvalidRequest(
@@ -87,6 +105,8 @@ class Decoder:
         error = DecodingTooSlow(f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)")
         timer = loop.call_later(self._timeout, _fail, job, error)
         self.under_way += 1
+        counted = 0 if patient else decoding.images
+        self._images += counted
         self._waiting[job] = None
         self._go_on()
         try:
@@ -100,6 +120,7 @@ class Decoder:
         finally:
             timer.cancel()
             self.under_way -= 1
+            self._images -= counted
             self._give_up(job)
             self._go_on()
 

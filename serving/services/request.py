@@ -99,7 +99,7 @@ class Request:
         Streams are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
         """
         try:
-            arrays = await self._decode_slowly() if self._query.slow else self._decode()
+            arrays = await self._decode_slowly(patient) if self._query.slow else self._decode()
             if patient:
                 await self._graph.batcher.room_for(arrays)
             self._queue(arrays)
@@ -114,8 +114,8 @@ class Request:
         self._decode_time = time.perf_counter() - self._began
         return arrays
 
-    async def _decode_slowly(self) -> Arrays:
-        arrays = await self._decoder.decode(self._query.decode_slowly(self._model))
+    async def _decode_slowly(self, patient: bool) -> Arrays:
+        arrays = await self._decoder.decode(self._query.decode_slowly(self._model), patient)
         self._decode_time = time.perf_counter() - self._began
         return arrays
 
