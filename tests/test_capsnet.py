@@ -193,6 +193,8 @@ def test_each_limit_on_encoded_images_is_named_and_counted(
     causes = {cause: value("capsnet_images_refused_total", {"cause": cause}) for cause in IMAGE_CAUSES}
     assert causes == dict.fromkeys(IMAGE_CAUSES, 0) | {"bytes": 1, "memory": 1, "timeout": 2}
     assert value("capsnet_refused_total", {"reason": "image_timeout"}) == 2
+    labels = {"model": "capsnet-mnist", "version": "1", "reason": "REJECTED"}
+    assert value("nv_inference_request_failure", labels) == 2
     assert value("capsnet_refused_total", {"reason": "invalid"}) == 2
     assert (value("capsnet_decoding_requests"), value("capsnet_decoding_memory_bytes")) == (0, 0)
 

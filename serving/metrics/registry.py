@@ -14,7 +14,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from serving.errors import REASONS, DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.errors import REASONS, DeadlineUnmeetable, DecodingTooSlow, Draining, InferenceFailed, QueueFull
 from serving.files.image_headers import IMAGE_CAUSES
 from serving.metrics.instruments import Count, Declaration, DistributionReading, Family, Kind, Observations, Reading
 from serving.metrics.quality import ACTIVE_LENGTH, LENGTH_BOUNDS, Quality
@@ -308,7 +308,7 @@ class ModelMetrics:
     def failed(self, error: BaseException, seconds: float, requests: int = 1) -> None:
         """Count requests that got an error or were given up. seconds: from the arrival to the end of each."""
         match error:
-            case QueueFull() | DeadlineUnmeetable() | Draining():
+            case QueueFull() | DecodingTooSlow() | DeadlineUnmeetable() | Draining():
                 reason = REJECTED
             case asyncio.CancelledError():
                 reason = CANCELED
