@@ -38,9 +38,13 @@ RUN apt-get update \
 from opentelemetry.exporter.otlp.proto.grpc import trace_exporter; from PIL import JpegImagePlugin, PngImagePlugin"
 
 COPY . .
+# The wheel is built by tools of locked versions too: pip would otherwise download the newest ones for the build.
 # Move the default model to a folder for a volume. A new volume starts with the folder's content. The other models stay
 # in the package, and are served with an empty CAPSNET_MODELS and CAPSNET_MODEL=NAME.
-RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-deps . \
+RUN pip install --no-cache-dir --require-hashes --only-binary :all: --requirement requirements/build.txt \
+    && pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && pip --python /opt/venv/bin/python install --no-cache-dir --no-deps /wheels/*.whl \
+    && rm -r /wheels \
     && pip --python /opt/venv/bin/python check \
     && mkdir /models \
     && mv /opt/venv/lib/python3*/site-packages/serving/models/capsnet-mnist /models

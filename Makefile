@@ -3,7 +3,10 @@ VENV := .venv
 DEV_VENV := .venv-dev
 DEV := $(DEV_VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-LOCK := $(DEV)/uv pip compile --quiet pyproject.toml --upgrade --generate-hashes --python-version 3.12 \
+AUDIT_VENV := .venv-audit
+LOCKED := build cpu gpu training
+IMAGE := capsnet-serving
+LOCK := $(DEV)/uv pip compile --quiet --upgrade --generate-hashes --python-version 3.12 \
 	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
 # The number of test processes. With three, two cores have work while tests wait for a server or a clock. The tests of
@@ -14,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest
 PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export check quick test attacks lint format protos requirements clean
+.PHONY: help serve dev train export check quick test attacks lint format protos requirements sbom audit scan clean
 
 ## List the targets.
 help:
@@ -71,15 +74,36 @@ protos: $(DEV_VENV)/.installed
 	$(DEV)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. \
 		protos/capsnet/v1/*.proto protos/inference/*.proto
 
-## Update the versions and digests that the images install.
+## Update the versions and digests that the images install, and the lists of packages.
 requirements: $(DEV_VENV)/.installed
-	$(LOCK) --extra cpu --extra tracing --output-file deploy/requirements/cpu.txt
-	$(LOCK) --extra gpu --extra tracing --output-file deploy/requirements/gpu.txt
-	$(LOCK) --extra cpu --extra export --output-file deploy/requirements/training.txt
+	$(LOCK) pyproject.toml --extra cpu --extra tracing --output-file deploy/requirements/cpu.txt
+	$(LOCK) pyproject.toml --extra gpu --extra tracing --output-file deploy/requirements/gpu.txt
+	$(LOCK) pyproject.toml --extra cpu --extra export --output-file deploy/requirements/training.txt
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+		| $(LOCK) - --output-file deploy/requirements/build.txt
+	$(PYTHON) deploy/sbom.py
 
-## Remove both environments.
+## Write the list of packages of each image (SBOM, CycloneDX): deploy/sbom/*.json.
+sbom:
+	$(PYTHON) deploy/sbom.py
+
+## Look up known weaknesses of every package in deploy/requirements. Fails if one cannot be looked up.
+audit: $(AUDIT_VENV)/.installed
+	$(AUDIT_VENV)/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off \
+		$(LOCKED:%=--requirement deploy/requirements/%.txt) $(ARGS)
+
+## Compare an image's packages with its list, and scan it with trivy or grype. IMAGE=NAME, KIND=gpu or KIND=training.
+scan:
+	docker run --rm --network none --entrypoint python $(IMAGE) -c "from importlib.metadata import distributions; \
+		print(*sorted(f'{one.name}=={one.version}' for one in distributions()), sep='\n')" \
+		| $(PYTHON) deploy/sbom.py --compare $(or $(KIND),cpu)
+	docker run --rm --network none --entrypoint dpkg-query $(IMAGE) --show
+	if command -v trivy; then trivy image --exit-code 1 --ignore-unfixed $(IMAGE); \
+		else grype $(IMAGE) --fail-on high --only-fixed; fi
+
+## Remove all environments.
 clean:
-	rm -rf $(VENV) $(DEV_VENV)
+	rm -rf $(VENV) $(DEV_VENV) $(AUDIT_VENV)
 
 $(VENV)/.installed: pyproject.toml
 	@echo "installing the server into $(VENV) (once)"
@@ -92,4 +116,9 @@ $(DEV_VENV)/.installed: pyproject.toml
 	@echo "installing the packages for training, export and tests into $(DEV_VENV) (once)"
 	$(PYTHON) -m venv $(DEV_VENV)
 	$(DEV_VENV)/bin/python $(PIP) --editable '.[cpu,export,tracing,dev]'
+	@touch $@
+
+$(AUDIT_VENV)/.installed:
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python $(PIP) 'pip-audit>=2.9'
 	@touch $@

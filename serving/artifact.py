@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from serving.files.reading import RefusedFile, opened, read_whole
 from serving.tensorrt_options import BatchProfile
 
 FORMAT = "capsnet-artifact-2"
@@ -22,7 +23,15 @@ MANIFEST_DIGEST = "manifest.sha256"
 MODEL = "model.onnx"
 #: The possible precisions of a network. The first one always exists.
 PRECISIONS = ("fp32", "int8", "fp16")
+#: The largest file of a version by default. ONNX's format has the same limit for a graph.
+MAX_FILE_BYTES = 2**31
 
+_FILE_LIMIT = "max_model_bytes"  # the name of the setting, for errors
+_MAX_MANIFEST_BYTES = 2**24
+_MAX_DIGEST_BYTES = 1024  # of the file with the manifest's digest
+_MAX_NAME_CHARACTERS = 128
+# The highest version has 18 digits, as in a 64-bit number. A leading zero would give a version two names.
+_VERSION = re.compile("0|[1-9][0-9]{0,17}")
 _MAX_SHOWN_CHARACTERS = 200  # of a value in an error: a client may get it in a header of limited size
 _DIFFERENCE_NAME = re.compile("(max|mean)_(.*)_difference")
 
@@ -135,6 +144,7 @@ class Artifact:
     variants: by precision, the graphs that classify.
     graphs: by name, the further graphs, such as ``explain`` and ``decoder``.
     batches: the batch sizes for TensorRT.
+    max_file_bytes: the largest file that ``read`` reads.
     """
 
     folder: Path
@@ -148,6 +158,7 @@ class Artifact:
     graphs: Mapping[str, Graph]
     batches: BatchProfile
     training: Training
+    max_file_bytes: int = field(default=MAX_FILE_BYTES, compare=False)
 
     def variant(self, precision: str = PRECISIONS[0]) -> Variant:
         """Return the graph that classifies in this precision. Raises ArtifactError if there is none."""
@@ -159,6 +170,16 @@ class Artifact:
     def file(self, precision: str = PRECISIONS[0]) -> Path:
         """Return the file of the graph that classifies in this precision. Raises ArtifactError if there is none."""
         return self.folder / self.variant(precision).file
+
+    def read(self, path: Path) -> bytes:
+        """Return the bytes of one of the artifact's files.
+
+        They are compared with the manifest's SHA-256 after they are read, so a file that was changed after ``load`` is
+        not used. Raises ArtifactError if they differ, or if the file cannot be read.
+        """
+        content = _read(path, self.max_file_bytes, _FILE_LIMIT)
+        _check_digest(path, hashlib.sha256(content).hexdigest(), self.files[path.name], MANIFEST)
+        return content
 
     def weights(self, graph: Variant | Graph) -> Path | None:
         """Return the file with the weights that a graph refers to, or None if it holds all of its own."""
@@ -240,11 +261,22 @@ def write_manifest(artifact: Artifact) -> None:
     partial.replace(artifact.folder / MANIFEST)
 
 
-def load(folder: Path) -> Artifact:
+def is_name(text: str) -> bool:
+    """Return True for the name of a model: printable characters, 128 at most, that do not begin with a dot."""
+    return text.isprintable() and not text.startswith(".") and 0 < len(text) <= _MAX_NAME_CHARACTERS
+
+
+def is_version(text: str) -> bool:
+    """Return True for the name of a version: a whole number without leading zeros, of 18 digits at most."""
+    return bool(_VERSION.fullmatch(text))
+
+
+def load(folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> Artifact:
     """Read and verify one version's folder.
 
     Raises ArtifactError with the file's name if the manifest is missing, is not JSON or has another format, if a field
-    is missing or wrong, or if a file has another SHA-256 than in the manifest. Unknown fields are ignored.
+    is missing or wrong, or if a file has another SHA-256 than in the manifest, has more than ``max_file_bytes`` bytes,
+    is no regular file, or is a link to a place outside the repository. Unknown fields are ignored.
     """
     path = folder / MANIFEST
     content = _Section(path, "", _read_manifest(path))
@@ -261,14 +293,24 @@ def load(folder: Path) -> Artifact:
         graphs={name: _graph(section) for name, section in content.sections("graphs").items()},
         batches=_batches(content),
         training=_training(content.section("training")),
+        max_file_bytes=max_file_bytes,
     )
     graphs: list[Variant | Graph] = [*result.variants.values(), *result.graphs.values()]
     named_files = {graph.file for graph in graphs} | {graph.weights for graph in graphs if graph.weights}
     if unknown := named_files - files.keys():
         raise ArtifactError(f"{path}: files has no digest of {', '.join(sorted(unknown))}")
     for name, sha256 in files.items():
-        _check_digest(folder / name, sha256, MANIFEST)
+        _check_digest(folder / name, _digest(folder / name, max_file_bytes), sha256, MANIFEST)
     return result
+
+
+def files_named_by(manifest_file: Path) -> list[str]:
+    """Return the names of a manifest's files, or none if it cannot be read."""
+    try:
+        content = json.loads(_read(manifest_file, _MAX_MANIFEST_BYTES))
+        return [name for name in content["files"] if Path(name).name == name]
+    except (ValueError, TypeError, KeyError, RecursionError):  # ArtifactError is a ValueError
+        return []
 
 
 class _Section:
@@ -466,25 +508,50 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise ArtifactError(f"{path}: missing; not a model's version folder, or its export did not finish")
+    beside = path.with_name(MANIFEST_DIGEST)
     try:
-        written = path.with_name(MANIFEST_DIGEST).read_text(errors="replace")
-    except OSError as error:
-        raise ArtifactError(f"{path.with_name(MANIFEST_DIGEST)}: not readable; no {FORMAT} artifact") from error
-    _check_digest(path, written.removesuffix(f"  {MANIFEST}\n"), MANIFEST_DIGEST)
+        written = _read(beside, _MAX_DIGEST_BYTES).decode(errors="replace")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; no {FORMAT} artifact") from error
+    text = _read(path, _MAX_MANIFEST_BYTES)
+    expected = written.removesuffix(f"  {MANIFEST}\n")
+    _check_digest(path, hashlib.sha256(text).hexdigest(), expected[:_MAX_SHOWN_CHARACTERS], MANIFEST_DIGEST)
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path}: format is not {FORMAT}")
     return content
 
 
-def _check_digest(path: Path, expected: str, source: str) -> None:
+def _read(path: Path, max_bytes: int, setting: str = "") -> bytes:
+    """Return the bytes of a file of a version's folder. Raises ArtifactError."""
     try:
-        found = digest(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: not readable: {error.strerror}") from error
+        return read_whole(path, _repository_of(path), max_bytes, setting)
+    except (OSError, RefusedFile) as error:
+        raise _not_readable(path, error) from error
+
+
+def _digest(path: Path, max_bytes: int) -> str:
+    """Return the SHA-256 of a file of a version's folder, hexadecimal. Raises ArtifactError."""
+    try:
+        with opened(path, _repository_of(path), max_bytes, _FILE_LIMIT) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, RefusedFile) as error:
+        raise _not_readable(path, error) from error
+
+
+def _repository_of(path: Path) -> Path:
+    """Return the repository that a version's file belongs to."""
+    return path.absolute().parent.parent.parent
+
+
+def _not_readable(path: Path, error: OSError | RefusedFile) -> ArtifactError:
+    return ArtifactError(f"{path}: not readable: {error.strerror if isinstance(error, OSError) else error}")
+
+
+def _check_digest(path: Path, found: str, expected: str, source: str) -> None:
     if found != expected:
         raise ArtifactError(f"{path}: SHA-256 is {found}, {source} says {expected}")
 
@@ -499,11 +566,8 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Return True for a text that a file's name or a message can hold.
-
-    Such a text has no null character, and no half of a surrogate pair.
-    """
-    return isinstance(value, str) and "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
+    """Return True for a text that a file's name, a message and a line of the log can hold."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def find(repository: Path, name: str = "", version: str = "") -> Path:
@@ -511,7 +575,7 @@ def find(repository: Path, name: str = "", version: str = "") -> Path:
 
     Raises ArtifactError if there is none, or if there are several models and no name. The text names the models.
     """
-    models = sorted({path.parent.parent.name for path in repository.glob(f"[!.]*/*/{MANIFEST}")})
+    models = names(repository)
     if not models:
         raise ArtifactError(f"{repository}: no model there (expected NAME/VERSION/{MANIFEST})")
     if not name and len(models) > 1:
@@ -519,8 +583,28 @@ def find(repository: Path, name: str = "", version: str = "") -> Path:
     name = name or models[0]
     if name not in models:
         raise ArtifactError(f"{repository}: no model {name!r}; there is: {', '.join(models)}")
-    versions = {path.parent.name for path in (repository / name).glob(f"*/{MANIFEST}") if path.parent.name.isdecimal()}
-    if not versions or (version and version not in versions):
-        known = ", ".join(sorted(versions, key=int)) or "none"
+    found = versions(repository, name)
+    if not found or (version and version not in found):
+        known = ", ".join(reversed(found)) or "none"
         raise ArtifactError(f"{repository / name}: no version {version or '(a number)'}; there is: {known}")
-    return repository / name / (version or max(versions, key=int))
+    return repository / name / (version or found[0])
+
+
+def names(repository: Path) -> list[str]:
+    """Return the names of a repository's models. Folders with other names than ``is_name`` accepts are none."""
+    return sorted(filter(is_name, _folders(repository)))
+
+
+def unusable_names(repository: Path) -> list[str]:
+    """Return the names of folders that would be models if ``is_name`` accepted their names."""
+    return sorted(name for name in _folders(repository) if not is_name(name))
+
+
+def versions(repository: Path, name: str) -> list[str]:
+    """Return the versions of a repository's model, the highest first."""
+    found = {path.parent.name for path in (repository / name).glob(f"*/{MANIFEST}")}
+    return sorted(filter(is_version, found), key=int, reverse=True)
+
+
+def _folders(repository: Path) -> set[str]:
+    return {path.parent.parent.name for path in repository.glob(f"[!.]*/*/{MANIFEST}")}

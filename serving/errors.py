@@ -56,6 +56,13 @@ class DeadlineUnmeetable(ServingError):
     reason = "deadline"
 
 
+class DecodingTooSlow(ServingError):
+    """The images were not decoded in time, mostly because other requests' images came before."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "image_timeout"
+
+
 class Draining(ServingError):
     """The server is stopping and refuses new requests."""
 

@@ -144,8 +144,10 @@ class Runtime:
     quantized: True if the graph multiplies 8-bit integers. Otherwise weights in 8 bits become single precision here.
     weights: the file with weights that the graph refers to by their place in it; no other file is read.
     tensorrt: required for the device ``tensorrt`` and unused otherwise.
+    read: returns the bytes of these files, perhaps after a check of their digest. Each is read once, and ONNX Runtime
+        gets exactly these bytes.
 
-    Raises RuntimeSetupError.
+    Raises RuntimeSetupError, and any error of ``read``.
     """
 
     def __init__(
@@ -156,15 +158,17 @@ class Runtime:
         quantized: bool = False,
         tensorrt: TensorRtSetup | None = None,
         weights: Path | None = None,
+        read: Callable[[Path], bytes] = Path.read_bytes,
     ) -> None:
         ort = onnxruntime()
         self.description = f"ONNX Runtime {ort.__version__}"
         providers = _providers(ort, device, tensorrt)
-        # The bytes of the verified file: a graph that is opened by name may read weights from other files. TensorRT's
-        # cache needs the name.
-        source = str(file) if device == "tensorrt" else file.read_bytes()
         referred = weights or file
-        shared = referred.read_bytes()
+        contents = {path: read(path) for path in {file, referred}}
+        shared = contents[referred]
+        source: str | bytes = contents[file]
+        if tensorrt and device == "tensorrt":
+            source = _copy_of(file, contents, tensorrt.cache)
 
         def open_session() -> _Session:
             options = _session_options(ort, threads, quantized)
@@ -197,6 +201,22 @@ class Runtime:
         """Compute all outputs of the graph from its inputs. Blocks, and releases Python's lock while it computes."""
         outputs = self._session.run(self._output_names, dict(arrays))
         return dict(zip(self._output_names, outputs, strict=True))
+
+
+def _copy_of(file: Path, contents: Mapping[Path, bytes], folder: Path) -> str:
+    """Write the contents of a graph and of its weights into a folder, and return the graph's file there.
+
+    TensorRT's cache needs a file's name, and the file that the bytes came from may change until it is opened. Raises
+    RuntimeSetupError if the copies cannot be written.
+    """
+    try:
+        for path, content in contents.items():
+            partial = folder / f"{path.name}.{os.getpid()}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / path.name)
+    except OSError as error:
+        raise RuntimeSetupError(f"{folder}: cannot be written: {error.strerror}; engine_cache names another") from error
+    return str(folder / file.name)
 
 
 def _session_options(ort: Any, threads: int, quantized: bool) -> Any:

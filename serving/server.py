@@ -26,6 +26,7 @@ from serving.rpc.edge import Edge
 from serving.rpc.servicers import HEALTH, Health, health_methods, reflection_methods
 from serving.runtime import usable_cores
 from serving.services.capsnet import SERVICE, CapsNetService
+from serving.services.decoding import Decoder
 from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
 from serving.services.open_inference import AdminService, InferenceService
 from serving.services.pipeline import Pipeline
@@ -84,11 +85,20 @@ class Server:
         except AccessError as error:
             raise StartError(str(error)) from error
         self._scanning: set[asyncio.Task[None]] = set()
-        self._pipeline = Pipeline(self.repository, settings.stream_window)
+        self._decoder = Decoder(
+            settings.image_threads,
+            settings.max_image_memory,
+            settings.image_timeout,
+            settings.max_queue,
+            lambda cause: self.metrics.images_refused.labels(cause).inc(),
+        )
+        self._pipeline = Pipeline(self.repository, settings.stream_window, self._decoder)
         self._started = AsyncExitStack()  # closes the started parts, the last one first
         self._drain_end = 0.0  # a time of time.monotonic
         self._stopping = False
         self.metrics.in_flight.labels().read(lambda: self._edge.under_way)
+        self.metrics.decoding.labels().read(lambda: self._decoder.under_way)
+        self.metrics.decoding_memory.labels().read(lambda: self._decoder.reserved)
         self.metrics.ready.labels().read(lambda: self._edge.ready)
 
     async def start(self) -> None:
@@ -99,6 +109,7 @@ class Server:
         """
         async with AsyncExitStack() as started:
             self._start_tracing(started)
+            started.callback(self._decoder.close)
             started.push_async_callback(self._close_models)
             await self._open_ports(started)
             await self.repository.open()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from serving.artifact import PRECISIONS
+from serving.artifact import MAX_FILE_BYTES, PRECISIONS
+from serving.files.image_headers import MAX_IMAGE_BYTES
 from serving.files.options import add_flags, check, option, option_of
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
@@ -57,6 +58,7 @@ class Settings:
     )
     model_version: str = option("", "only version to serve (default: the highest)", metavar="N")
     versions: int = option(1, "how many of a model's versions to serve at once, from the highest down", minimum=1)
+    max_model_bytes: int = option(MAX_FILE_BYTES, "largest file of a model, in bytes", minimum=2**16)
     poll_seconds: float = option(
         5.0,
         "seconds between looks at the repository for new versions; 0 for looks at a SIGHUP alone",
@@ -149,6 +151,20 @@ class Settings:
     max_request_bytes: int = option(4 * 2**20, "largest request, in bytes", minimum=1024, maximum=2**29)
     max_bytes_under_way: int = option(
         2**26, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", minimum=2**16
+    )
+    max_image_bytes: int = option(MAX_IMAGE_BYTES, "largest PNG or JPEG file in a request, in bytes", minimum=1024)
+    max_image_pixels: int = option(
+        2**20, "most pixels of a model's images; a model with larger ones is not loaded", minimum=1
+    )
+    max_image_memory: int = option(
+        2**28, "most bytes of memory for decoding images; further requests wait", minimum=2**16
+    )
+    image_threads: int = option(2, "threads that decode images", minimum=1, maximum=256)
+    image_timeout: float = option(
+        5.0,
+        "seconds after which a request whose images are not decoded gets RESOURCE_EXHAUSTED",
+        minimum=0.001,
+        metavar="SECONDS",
     )
     stream_window: int = option(512, "most images of one stream under way; reading waits beyond", minimum=1)
     log_format: str = option("text", "text, or json for programs", choices=FORMATS, parse=str.lower, metavar="FORMAT")

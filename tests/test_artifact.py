@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,15 @@ from serving.artifact import (
     ArtifactError,
     Graph,
     Training,
+    files_named_by,
     find,
+    is_name,
+    is_version,
     load,
     manifest,
     write_manifest,
 )
+from serving.files.reading import RefusedFile, read_whole
 from tests.conftest import ROOT
 
 
@@ -196,3 +203,121 @@ def test_a_missing_precision_is_reported_with_those_that_exist(copy: Path) -> No
     assert artifact.file() == artifact.file("fp32") == copy / "model.onnx"
     with pytest.raises(ArtifactError, match=r"has no graph in int8; there is: fp32$"):
         artifact.file("int8")
+
+
+def test_a_file_that_changes_after_it_was_verified_is_not_read(copy: Path) -> None:
+    artifact = load(copy)
+    assert artifact.read(artifact.file()) == artifact.file().read_bytes()
+    artifact.file().write_bytes(b"another file")
+    with pytest.raises(ArtifactError, match=r"model\.onnx: SHA-256 is .*, manifest\.json says "):
+        artifact.read(artifact.file())
+
+
+@pytest.mark.parametrize("name", files())
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(ArtifactError, match=rf"{re.escape(name)}: not readable: not a regular file"):
+        load(copy)
+    assert files_named_by(copy / MANIFEST) == ([] if name == MANIFEST else [*json_files(copy)])
+
+
+def json_files(folder: Path) -> list[str]:
+    """Return the names of the files in a manifest."""
+    return list(json.loads((folder / MANIFEST).read_text())["files"])
+
+
+def test_a_link_out_of_the_repository_is_refused(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    shutil.move(copy / "model.onnx", outside)
+    (copy / "model.onnx").symlink_to(outside)
+    with pytest.raises(ArtifactError, match=r"model\.onnx: not readable: a link that leads out of the repository"):
+        load(copy)
+
+
+@pytest.mark.parametrize("level", ["version", "name"])
+def test_a_folder_that_is_a_link_out_of_the_repository_is_refused(copy: Path, tmp_path: Path, level: str) -> None:
+    repository = tmp_path / "repository"
+    folder = repository / "capsnet-mnist" / "1"
+    link, target = (folder, copy) if level == "version" else (folder.parent, copy.parent)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    with pytest.raises(ArtifactError, match="not readable: a link that leads out of the repository"):
+        load(folder)
+
+
+def test_links_inside_the_repository_and_to_it_are_followed(copy: Path, tmp_path: Path) -> None:
+    """Kubernetes mounts files as links into a hidden folder beside them."""
+    (copy / "..data").mkdir()
+    for name in files():
+        (copy / name).rename(copy / "..data" / name)
+        (copy / name).symlink_to(f"..data/{name}")
+    link = tmp_path / "link"
+    link.symlink_to(copy.parent.parent)
+    artifact = load(link / "capsnet-mnist" / "1")
+    assert len(artifact.read(artifact.file())) == (copy / "..data" / "model.onnx").stat().st_size
+
+
+def test_a_link_to_itself_is_refused(copy: Path) -> None:
+    (copy / "model.onnx").unlink()
+    (copy / "model.onnx").symlink_to("model.onnx")
+    with pytest.raises(ArtifactError, match=r"model\.onnx: not readable: "):
+        load(copy)
+
+
+def test_a_file_above_the_limit_is_refused_before_it_is_read(copy: Path) -> None:
+    with (copy / "model.onnx").open("ab") as file:
+        file.truncate(2**40)  # it takes no room, but hours to read
+    with pytest.raises(
+        ArtifactError, match=r"model\.onnx: not readable: 1099511627776 bytes; the limit is 2147483648 bytes"
+    ):
+        load(copy)
+    with (copy / MANIFEST).open("ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(ArtifactError, match=r"manifest\.json: not readable: .* bytes; the limit is 16777216 bytes$"):
+        load(copy)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(10))
+    assert read_whole(file, tmp_path, 10) == bytes(10)
+    with pytest.raises(RefusedFile, match=r"10 bytes; the limit is 9 bytes$"):
+        read_whole(file, tmp_path, 9)
+    file.write_bytes(bytes(100))
+    before = os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, 10, 0, 0, 0))
+    monkeypatch.setattr(os, "fstat", lambda _: before)
+    with pytest.raises(RefusedFile, match="it grew while it was read"):
+        read_whole(file, tmp_path, 16)
+
+
+def test_the_limit_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(10))
+    tracemalloc.start()
+    assert read_whole(tmp_path / "file", tmp_path, 2**31) == bytes(10)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("capsnet-mnist", True), ("mödel 1.0_b", True), ("x" * 128, True), ("x" * 129, False), ("", False),
+        ("..", False), (".hidden", False), ("a\nb", False), ("a\x1b[31m", False), ("a\u202eb", False),
+        ("\udcff", False),
+    ],
+)  # fmt: skip
+def test_a_models_name_is_printable(text: str, good: bool) -> None:
+    assert is_name(text) == good
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("0", True), ("12", True), ("9" * 18, True), ("9" * 19, False), ("", False), ("01", False), ("-1", False),
+        ("1\n", False), ("\u0661", False), ("1.0", False), ("..", False),
+    ],
+)  # fmt: skip
+def test_a_version_is_a_number_with_one_spelling(text: str, good: bool) -> None:
+    assert is_version(text) == good

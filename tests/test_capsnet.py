@@ -18,10 +18,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.files.image_headers import IMAGE_CAUSES
 from serving.files.images import limit_metadata
 from serving.repository.served_model import ServedModel
-from serving.runtime import Arrays
+from serving.runtime import Arrays, RuntimeSetupError
+from serving.services import capsnet
 from serving.services.capsnet import _Message
+from serving.services.encoded_images import from_encoded
 from serving.services.per_model import PerModel
 from tests.conftest import DATA, Digits, Running, settings
 
@@ -158,6 +161,47 @@ def test_a_request_above_the_size_limit_is_refused_with_the_limit(
         assert details == "request: 50008 bytes; the limit is 10000 bytes (max_request_bytes)"
     else:  # gRPC's own words
         assert "larger than max" in details
+
+
+def test_each_limit_on_encoded_images_is_named_and_counted(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = start(max_image_bytes=2048, max_image_memory=2**16, image_threads=1, image_timeout=0.2)
+    invalid, exhausted = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
+    large = pb.Image(encoded=SEVEN + bytes(2048))
+    text = f"images[1].encoded: {2048 + len(SEVEN)} bytes; the limit is 2048 bytes (max_image_bytes)"
+    assert _refusal(limited, DIGIT, large) == (invalid, text)
+    assert len(limited.classify(*[DIGIT] * 51).results) == 51
+    text = f"images: decoding takes {784 * (52 + 32)} bytes of memory; the limit is 65536 bytes (max_image_memory)"
+    assert _refusal(limited, *[DIGIT] * 52) == (invalid, text)
+    released = threading.Event()
+
+    def wait_and_decode(*arguments: Any) -> Any:
+        assert released.wait(20)
+        return from_encoded(*arguments)
+
+    monkeypatch.setattr(capsnet, "from_encoded", wait_and_decode)
+    try:
+        text = "images: not decoded within 0.2 seconds (image_timeout)"
+        assert _refusal(limited, DIGIT) == (exhausted, text)
+        assert _refusal(limited, DIGIT) == (exhausted, text)  # it never had the thread
+        assert limited.classify(pb.Image(pixels=bytes(784))).results  # which raw pixels do not need
+    finally:
+        released.set()
+    assert limited.classify(DIGIT).results[0].label == "7"
+    value = limited.server.metrics.registry.get_sample_value
+    causes = {cause: value("capsnet_images_refused_total", {"cause": cause}) for cause in IMAGE_CAUSES}
+    assert causes == dict.fromkeys(IMAGE_CAUSES, 0) | {"bytes": 1, "memory": 1, "timeout": 2}
+    assert value("capsnet_refused_total", {"reason": "image_timeout"}) == 2
+    labels = {"model": "capsnet-mnist", "version": "1", "reason": "REJECTED"}
+    assert value("nv_inference_request_failure", labels) == 2
+    assert value("capsnet_refused_total", {"reason": "invalid"}) == 2
+    assert (value("capsnet_decoding_requests"), value("capsnet_decoding_memory_bytes")) == (0, 0)
+
+
+def test_a_model_of_larger_images_than_the_limit_is_not_loaded(start: Callable[..., Running]) -> None:
+    with pytest.raises(RuntimeSetupError, match=r"images of 784 pixels; the limit is 783 \(max_image_pixels\)"):
+        start(max_image_pixels=783)
 
 
 def test_bytes_that_are_no_message_are_refused(running: Running) -> None:

@@ -113,6 +113,12 @@ def test_a_fault_of_a_folder_is_reported_by_name(tmp_path: Path) -> None:
         load_folder(tmp_path, progress=False)
 
 
+def test_a_class_whose_name_no_line_of_a_log_can_hold_is_refused(colours: Path) -> None:
+    (colours / "red\ncar").mkdir()
+    with pytest.raises(DatasetError, match=r"printable characters alone, unlike 'red\\ncar'"):
+        load_folder(colours, progress=False)
+
+
 def test_folders_without_an_image_are_reported_by_name(colours: Path) -> None:
     (colours / "logs").mkdir()
     (colours / "logs" / "events.txt").write_text("no image")

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from serving.artifact import Graph, find, load
+from serving.artifact import Graph, digest, find, load
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY, Metrics
@@ -22,6 +22,7 @@ from serving.repository.repository import Repository
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge
 from serving.runtime import Arrays, RuntimeSetupError, onnxruntime
+from serving.services.decoding import Decoder, Decoding, in_one_step
 from serving.services.pipeline import Pipeline
 from serving.services.stream import StreamRefusals
 from serving.transport.methods import Method, TransportLimits, table
@@ -50,6 +51,9 @@ class ExplainQuery:
         if not self._data:
             raise InvalidRequest("image", "empty; expected its pixels")
         return {"images": np.frombuffer(self._data, np.uint8).reshape(1, *model.artifact.image_shape)}
+
+    def decode_slowly(self, model: ServedModel) -> Decoding:
+        return Decoding(in_one_step(lambda: self.decode(model)), 0, "image")
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
         return share["couplings"].tobytes()
@@ -106,7 +110,9 @@ def serve(test: Callable[[Serving], Coroutine[None, None, None]], graphs: set[st
         repository = Repository(chosen, metrics, graphs)
         await repository.open()
         server = GrpcServer(TransportLimits(2**20, "", 2**24, ""))
-        service = ExplainService(Pipeline(repository, chosen.stream_window), edge, metrics)
+        service = ExplainService(
+            Pipeline(repository, chosen.stream_window, Decoder(1, 2**20, 1.0, 64, refused=print)), edge, metrics
+        )
         server.add_methods(service.methods())
         port = await server.listen("127.0.0.1", 0)
         await server.start()
@@ -246,6 +252,11 @@ def a_graph(node: str, **attributes: Any) -> bytes:
 )
 def test_a_graph_that_answers_wrongly_is_refused_before_it_serves(tmp_path: Path, graph: bytes, message: str) -> None:
     (tmp_path / "odd.onnx").write_bytes(graph)
-    artifact = replace(load(find(ROOT / "models", "capsnet-mnist")), folder=tmp_path, graphs={"odd": Graph("odd.onnx")})
+    artifact = replace(
+        load(find(ROOT / "models", "capsnet-mnist")),
+        folder=tmp_path,
+        files={"odd.onnx": digest(tmp_path / "odd.onnx")},
+        graphs={"odd": Graph("odd.onnx")},
+    )
     with pytest.raises(RuntimeSetupError, match=message):
         FurtherGraph("odd", artifact, settings()).open(1)

@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import PngImagePlugin
 
+from serving import artifact
+from serving.errors import REASONS
+from serving.files import image_headers
+from serving.files.image_headers import IMAGE_CAUSES
+from serving.files.images import limit_metadata
 from serving.files.options import option_of
 from serving.metrics.registry import Metrics
 from serving.settings import ENVIRONMENT_PREFIX, Settings
+from serving.transport import frame_reader, headers
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -37,6 +44,32 @@ def test_the_settings_table_is_that_of_the_settings() -> None:
         for setting in fields(Settings)
     ]
     assert _rows("Settings") == expected
+
+
+def test_every_limit_on_input_is_in_the_table_of_limits() -> None:
+    limits = " ".join(row[1] for row in _rows("What may come in"))
+    kinds = ("max_", "image_", "client_calls", "client_rate", "stream_window", "batch_timeout")
+    expected = {setting.name for setting in fields(Settings) if setting.name.startswith(kinds)} - {"max_batch"}
+    assert {name.replace("-", "_") for name in re.findall(r"`--([a-z-]+)`", limits)} == expected
+    limit_metadata()
+    for constant in (
+        image_headers.MAX_SMALL_PARTS, image_headers.SMALL_PART_BYTES,
+        image_headers.MAX_SCANS, image_headers.MAX_EXIF_BYTES, image_headers.MAX_EXIF_ENTRIES,
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, headers.MAX_BYTES, frame_reader._MAX_FIELDS,
+        artifact._MAX_MANIFEST_BYTES, artifact._MAX_NAME_CHARACTERS,
+    ):  # fmt: skip
+        assert re.search(rf"\b{constant}\b", limits), constant
+
+
+def test_every_reason_and_cause_in_the_table_of_limits_is_counted() -> None:
+    cells = " ".join(row[3] for row in _rows("What may come in"))
+    named = {
+        kind: set(re.findall(r"`(\w+)`", " ".join(re.findall(rf"{kind} (`\w+`(?: or `\w+`)?)", cells))))
+        for kind in ("reason", "cause")
+    }
+    assert named["reason"] <= set(REASONS)
+    assert named["cause"] == set(IMAGE_CAUSES)
+    assert set(re.findall(r"`(capsnet_\w+)`", cells)) <= {metric.name for metric in Metrics().declarations}
 
 
 def test_the_metrics_table_is_that_of_the_declared_metrics() -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import artifact
+from serving.artifact import ArtifactError
 from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
 from tests.conftest import DATA, ROOT, Running
@@ -504,6 +505,55 @@ def test_hidden_folders_are_no_models(start: Callable[..., Running], tmp_path: P
     assert "Traceback" not in text
 
 
+def test_names_that_would_write_into_the_log_are_not_served(
+    start: Callable[..., Running], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path)
+    for name in ("fake\nERROR line", "x" * 129):
+        (tmp_path / name / "1").mkdir(parents=True)
+        (tmp_path / name / "1" / artifact.MANIFEST).write_text("{}")
+    for version in ("01", "\u0661"):  # other spellings of 1
+        (tmp_path / "digits" / version).mkdir()
+        (tmp_path / "digits" / version / artifact.MANIFEST).write_text("{}")
+    running = start(models=str(tmp_path), poll_seconds=0.02, **QUICK)
+    assert [(entry.name, entry.version) for entry in running.server.repository.index()] == [("digits", "1")]
+    refusals = [
+        record.getMessage() for record in caplog.records if "is not served: a model's name" in record.getMessage()
+    ]
+    assert len(refusals) == 2
+    assert refusals[0].startswith(r"'fake\nERROR line' is not served")
+
+
+def test_a_model_that_is_swapped_between_its_verification_and_its_opening_does_not_serve(
+    start: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path)
+    running = start(models=str(tmp_path), poll_seconds=0.0, admin_port=0, **QUICK)
+    folder = put(tmp_path, "2")
+    verify = artifact.load
+
+    def load_and_swap(folder: Path, max_file_bytes: int) -> artifact.Artifact:
+        verified = verify(folder, max_file_bytes)
+        (folder / artifact.MODEL).write_bytes(b"another graph")
+        return verified
+
+    monkeypatch.setattr(artifact, "load", load_and_swap)
+    with admin_of(running) as admin:
+        load(admin, "digits")
+    (entry,) = [entry for entry in running.server.repository.index() if entry.version == "2"]
+    assert entry.reason.startswith("digits/2/model.onnx: SHA-256 is ")
+    assert (folder / artifact.MODEL).read_bytes() == b"another graph"
+    assert label(running) == "7 of 1"
+
+
+def test_a_model_above_a_limit_is_refused_with_the_settings_name(start: Callable[..., Running], tmp_path: Path) -> None:
+    put(tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"model\.onnx: not readable: \d+ bytes; the limit is 65536 bytes \(max_model_bytes\)"
+    ):
+        start(models=str(tmp_path), max_model_bytes=65536, **QUICK)
+
+
 @pytest.mark.parametrize("by", ["polling", "loading"])
 def test_a_model_that_could_not_be_loaded_and_is_gone_is_forgotten(
     start: Callable[..., Running], tmp_path: Path, by: str
@@ -716,58 +766,67 @@ def test_a_load_whose_client_has_gone_does_not_keep_a_version_from_being_served(
     start: Callable[..., Running], tmp_path: Path
 ) -> None:
     put(tmp_path)
-    running = start(models=str(tmp_path), poll_seconds=0.2, admin_port=0, **QUICK)
-    whole = (EMBEDDED / artifact.MODEL).read_bytes()
-    pipe = put_a_pipe(tmp_path, "2")
+    running = start(models=str(tmp_path), poll_seconds=0.2, admin_port=0, max_model_bytes=2 * HUGE_BYTES, **QUICK)
+    file = put_a_huge_file(tmp_path, "2")
     with admin_of(running) as admin:
         call = admin.RepositoryModelLoad.future(inference.RepositoryModelLoadRequest(model_name="digits"), timeout=20)
-        with pipe.open("wb") as end:
-            assert index(running.channel)["digits", "2"] == ("LOADING", "")
-            call.cancel()
-            time.sleep(0.1)
-            end.write(whole)
-        pipe.unlink()
-        pipe.write_bytes(whole)
+        until_read(os.getpid(), file)
+        assert index(running.channel)["digits", "2"] == ("LOADING", "")
+        call.cancel()
+        time.sleep(0.1)
+        file.write_bytes((EMBEDDED / artifact.MODEL).read_bytes())
         until(lambda: label(running) == "7 of 2", "version 2")
 
 
-def put_a_pipe(repository: Path, version: str = "1") -> Path:
-    """Put a version whose graph is a pipe, so that its load lasts as long as the other end is open.
+HUGE_BYTES = 2**40
+HUGE_FLAGS = (*QUICK_FLAGS, "--max-model-bytes", str(2 * HUGE_BYTES))
 
-    Return the path of the other end. Opening it waits until the server reads.
-    """
+
+def put_a_huge_file(repository: Path, version: str = "1") -> Path:
+    """Put a version whose load lasts as long as a test, since its graph has a terabyte. Return the graph's file."""
     folder = put(repository / "prepared", version)
-    (folder / artifact.MODEL).unlink()
-    os.mkfifo(folder / artifact.MODEL)
+    os.truncate(folder / artifact.MODEL, HUGE_BYTES)  # of zeros that take no room
     (repository / "digits").mkdir(exist_ok=True)
     folder.rename(repository / "digits" / version)
     shutil.rmtree(repository / "prepared")
     return repository / "digits" / version / artifact.MODEL
 
 
+def until_read(process: int, file: Path) -> None:
+    """Wait until a process has opened a file."""
+
+    def opened() -> bool:
+        with suppress(FileNotFoundError):  # another file is closed
+            return any(descriptor.readlink() == file for descriptor in Path(f"/proc/{process}/fd").iterdir())
+        return False
+
+    until(opened, f"reading {file}")
+
+
 def starting(repository: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", "--models", str(repository)]
-    return subprocess.Popen([*command, *QUICK_FLAGS], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen([*command, *HUGE_FLAGS], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def test_sigterm_while_the_models_are_loaded_ends_the_server_at_once(tmp_path: Path) -> None:
-    pipe = put_a_pipe(tmp_path)
-    with starting(tmp_path) as process, pipe.open("wb"):
-        process.send_signal(signal.SIGTERM)
+    file = put_a_huge_file(tmp_path)
+    with starting(tmp_path) as process:
         try:
+            until_read(process.pid, file)
+            process.send_signal(signal.SIGTERM)
             assert process.wait(3) == 0
         finally:
             process.kill()
 
 
 def test_a_sighup_while_the_models_are_loaded_harms_nothing(tmp_path: Path) -> None:
-    pipe = put_a_pipe(tmp_path)
+    file = put_a_huge_file(tmp_path)
     with starting(tmp_path) as process:
         try:
-            with pipe.open("wb"):
-                process.send_signal(signal.SIGHUP)
-                with pytest.raises(subprocess.TimeoutExpired):
-                    process.wait(0.3)
+            until_read(process.pid, file)
+            process.send_signal(signal.SIGHUP)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.3)
         finally:
             process.kill()
 
@@ -776,10 +835,10 @@ def test_a_sighup_while_the_models_are_loaded_harms_nothing(tmp_path: Path) -> N
 def test_sigterm_while_a_new_version_is_loaded_does_not_wait_for_it(tmp_path: Path, by: str) -> None:
     put(tmp_path)
     seconds = "0.1" if by == "polling" else "0"
-    with server_process("--models", str(tmp_path), "--poll-seconds", seconds, *QUICK_FLAGS) as (process, _, _):
-        pipe = put_a_pipe(tmp_path, "2")
+    with server_process("--models", str(tmp_path), "--poll-seconds", seconds, *HUGE_FLAGS) as (process, _, _):
+        file = put_a_huge_file(tmp_path, "2")
         if by == "a signal":
             process.send_signal(signal.SIGHUP)
-        with pipe.open("wb"):
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(3) == 0
+        until_read(process.pid, file)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(3) == 0

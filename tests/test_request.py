@@ -21,6 +21,7 @@ from serving.repository.served_graph import ServedGraph, all_finite
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Steps
 from serving.runtime import Arrays
+from serving.services.decoding import Decoder, Decoding, in_one_step
 from serving.services.request import Request
 
 PATIENCE = 10.0
@@ -54,6 +55,7 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.only = FakeGraph()
+        self.decoder = Decoder(2, 2**20, PATIENCE, 64, refused=print)
         self.in_use = 0
 
     def graph(self, name: str) -> ServedGraph:
@@ -88,6 +90,9 @@ class NumberQuery:
         if min(self._numbers) < 0:
             raise InvalidRequest("numbers", "negative")
         return {"numbers": np.array(self._numbers, np.int64)}
+
+    def decode_slowly(self, model: ServedModel) -> Decoding:
+        return Decoding(in_one_step(lambda: self.decode(model)), 0, "numbers")
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
         if share["doubled"][0] == 14:
@@ -143,6 +148,7 @@ def run(test: Callable[[FakeModel], Coroutine[None, None, None]]) -> FakeModel:
         await test(model)
         model.only.go.set()
         await model.only.batcher.close()
+        model.decoder.close()
         return model
 
     model = asyncio.run(main())
@@ -151,7 +157,7 @@ def run(test: Callable[[FakeModel], Coroutine[None, None, None]]) -> FakeModel:
 
 
 def request(model: FakeModel, query: NumberQuery, reply: Note) -> Request:
-    return Request(query, cast(ServedModel, model), reply)
+    return Request(query, cast(ServedModel, model), reply, model.decoder)
 
 
 async def begin(request: Request, way: str) -> None:

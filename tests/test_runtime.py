@@ -1,5 +1,6 @@
 """Tests of the runtime: each precision of the embedded model, and the options for ONNX Runtime."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +11,15 @@ from unittest.mock import Mock
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from export.to_fp16 import to_fp16
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.artifact import PRECISIONS, Artifact, digest, find, load, write_manifest
+from serving.artifact import PRECISIONS, Artifact, ArtifactError, digest, find, load, write_manifest
+from serving.files.reading import read_whole
 from serving.metrics.registry import Metrics
 from serving.repository.classifier import open_classifier
+from serving.repository.further_graph import FurtherGraph
 from serving.repository.served_model import ServedModel
 from serving.runtime import Runtime, RuntimeSetupError, TensorSpec, example, rows, saturates
 from serving.settings import Settings
@@ -179,9 +183,11 @@ def test_tensorrt_gets_the_manifests_batches_and_keeps_each_graphs_engines_apart
     assert runtime.provider == TENSORRT
     assert not runtime.fell_back
     file, (first, *others) = FakeSession.made[-1]
-    assert file == str(artifact.file(precision))  # not its bytes: the cache key is the file
-    assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     folder = tmp_path / artifact.sha256(precision)
+    # Not its bytes, since the cache key is the file; and a copy, since the file may change after its verification.
+    assert file == str(folder / artifact.file(precision).name)
+    assert Path(file).read_bytes() == artifact.file(precision).read_bytes()
+    assert others == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert folder.is_dir()
     profile = artifact.batches
     assert first == (
@@ -202,6 +208,16 @@ def test_a_cache_that_cannot_be_made_is_reported(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("")
     with pytest.raises(RuntimeSetupError, match="cannot be made: Not a directory; engine_cache names another"):
         open_classifier(load(find(ROOT / "models", "capsnet-mnist")), "tensorrt", 0, "fp32", tmp_path / "file")
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Mock(__version__="1.31", InferenceSession=FakeSession)
+    fake.get_available_providers.return_value = [TENSORRT, "CPUExecutionProvider"]
+    monkeypatch.setattr("serving.runtime.onnxruntime", lambda: fake)
+    artifact = load(find(ROOT / "models", "capsnet-mnist"))
+    (tmp_path / artifact.sha256() / "model.onnx").mkdir(parents=True)
+    with pytest.raises(RuntimeSetupError, match="cannot be written: Is a directory; engine_cache names another"):
+        open_classifier(artifact, "tensorrt", 0, "fp32", tmp_path)
 
 
 def test_a_batch_beyond_tensorrts_profile_is_refused_before_anything_is_built() -> None:
@@ -230,3 +246,54 @@ def test_weights_outside_the_verified_file_are_not_read(tmp_path: Path) -> None:
     artifact = load(find(ROOT / "models", "capsnet-mnist"))
     with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
         Runtime(replace(artifact, folder=folder).file(), "cpu")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Artifact:
+    """A verified copy of the embedded model."""
+    return load(Path(shutil.copytree(find(ROOT / "models", "capsnet-mnist"), tmp_path / "capsnet-mnist" / "1")))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "int8.onnx"])
+def test_a_file_that_is_swapped_after_its_verification_is_not_opened(copied: Artifact, name: str) -> None:
+    (copied.folder / name).write_bytes((copied.folder / "explain.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match=rf"/{re.escape(name)}: SHA-256 is .*, manifest\.json says "):
+        open_classifier(copied, "cpu", 1, "int8")  # which has its weights in model.onnx
+
+
+def test_the_weights_of_a_further_graph_that_are_swapped_are_not_opened(copied: Artifact) -> None:
+    graph = FurtherGraph("explain", copied, Settings())
+    copied.file().write_bytes(bytes(copied.file().stat().st_size))
+    with pytest.raises(ArtifactError, match=r"/model\.onnx: SHA-256 is .*, manifest\.json says "):
+        graph.open(1)
+
+
+def test_the_bytes_that_were_compared_are_those_that_are_opened(
+    copied: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_and_swap(path: Path, root: Path, max_bytes: int, setting: str) -> bytes:
+        content = read_whole(path, root, max_bytes, setting)
+        path.write_bytes(b"another file")
+        return content
+
+    monkeypatch.setattr("serving.artifact.read_whole", read_and_swap)
+    assert open_classifier(copied, "cpu", 1, "int8").inputs.keys() == {"images"}
+
+
+@pytest.mark.parametrize("location", ["../secret", "{folder}/secret", "link", "../models/../secret"])
+def test_weights_are_not_read_from_anywhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    (tmp_path / "secret").write_bytes(bytes(16))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "link").symlink_to("../secret")
+    weight = TensorProto(name="weight", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=location.format(folder=tmp_path))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("given", "sum")]
+    add = helper.make_node("Add", ["given", "weight"], ["sum"])
+    graph = helper.make_graph([add], "graph", values[:1], values[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "models" / "model.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.chdir(tmp_path / "models")
+    with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
+        Runtime(tmp_path / "models" / "model.onnx", "cpu")

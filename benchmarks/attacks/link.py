@@ -29,7 +29,9 @@ REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 #: Pause of a script that waits for the server, in seconds.
 WAIT_SECONDS = 0.02
 
-_PIXELS = 28 * 28
+#: The width and height of the images.
+SIDE = 28
+_PIXELS = SIDE * SIDE
 _READ_BYTES = 2**18
 
 

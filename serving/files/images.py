@@ -27,12 +27,12 @@ class UnknownRange(ValueError):
 
 
 def limit_metadata() -> None:
-    """Limit the texts of a PNG file that Pillow unpacks in this process to 1 MiB. Nothing here reads them.
+    """Limit the texts of a PNG file that Pillow unpacks in this process to 256 KiB. Nothing here reads them.
 
     The default is 64 MiB, and a small file can make Pillow unpack all of it.
     """
-    PngImagePlugin.MAX_TEXT_CHUNK = 2**18
-    PngImagePlugin.MAX_TEXT_MEMORY = 2**20
+    PngImagePlugin.MAX_TEXT_CHUNK = 2**18  # of a colour profile too
+    PngImagePlugin.MAX_TEXT_MEMORY = 2**18
 
 
 def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:

@@ -14,7 +14,16 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from serving.errors import DENIALS, REASONS, DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
+from serving.errors import (
+    DENIALS,
+    REASONS,
+    DeadlineUnmeetable,
+    DecodingTooSlow,
+    Draining,
+    InferenceFailed,
+    QueueFull,
+)
+from serving.files.image_headers import IMAGE_CAUSES
 from serving.metrics.instruments import Count, Declaration, DistributionReading, Family, Kind, Observations, Reading
 from serving.metrics.quality import ACTIVE_LENGTH, LENGTH_BOUNDS, Quality
 from serving.metrics.triton_statistics import BACKEND, CANCELED, FAILURES, OTHER, REJECTED, BatchStatistics, Statistics
@@ -138,6 +147,14 @@ class Metrics(Collector):
         "capsnet_evicted_calls_total", Kind.COUNTER, (*_PORT, "reason"),
         f"Calls ended before their answers were read, by reason: {', '.join(EVICTIONS)}.",
     )  # fmt: skip
+    images_refused: Family[Count] = _counter(
+        "capsnet_images_refused_total", ("cause",),
+        f"Requests refused for an encoded image, by cause: {', '.join(IMAGE_CAUSES)}.",
+    )  # fmt: skip
+    decoding: Family[Reading] = _gauge("capsnet_decoding_requests", (), "Requests whose images are being decoded.")
+    decoding_memory: Family[Reading] = _gauge(
+        "capsnet_decoding_memory_bytes", (), "Memory reserved for decoding images.", "bytes"
+    )
     in_flight: Family[Reading] = _gauge("capsnet_rpcs_in_flight", (), "RPCs that have begun and not ended.")
     ready: Family[Reading] = _gauge("capsnet_ready", (), "1 while the server takes requests.")
     model_loads: Family[Count] = _counter(
@@ -247,6 +264,8 @@ class Metrics(Collector):
         self.registry.register(self)
         for result in HANDSHAKE_RESULTS:
             self.handshakes.labels(result)
+        for cause in IMAGE_CAUSES:
+            self.images_refused.labels(cause)
         for limit in CONNECTION_LIMITS:
             self.connections_limited.labels(limit)
         for reason in REASONS:  # start at 0, so that a rate counts the first one too
@@ -347,7 +366,7 @@ class ModelMetrics:
     def failed(self, error: BaseException, seconds: float, requests: int = 1) -> None:
         """Count requests that got an error or were given up. seconds: from the arrival to the end of each."""
         match error:
-            case QueueFull() | DeadlineUnmeetable() | Draining():
+            case QueueFull() | DecodingTooSlow() | DeadlineUnmeetable() | Draining():
                 reason = REJECTED
             case asyncio.CancelledError():
                 reason = CANCELED

@@ -66,7 +66,7 @@ def open_classifier(
             lambda folder: execution_provider_options(profile, artifact.image_shape, folder, fp16=precision == "fp16"),
         )
     weights = artifact.weights(artifact.variant(precision))
-    runtime = Runtime(file, device, threads, quantized=precision == "int8", tensorrt=tensorrt, weights=weights)
+    runtime = Runtime(file, device, threads, precision == "int8", tensorrt, weights, artifact.read)
     try:
         self_test(runtime, artifact)
     except RuntimeSetupError:

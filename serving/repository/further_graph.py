@@ -23,11 +23,12 @@ class FurtherGraph:
         self.name = name
         self._file = artifact.folder / artifact.graphs[name].file
         self._weights = artifact.weights(artifact.graphs[name])
+        self._read = artifact.read
         # TensorRT has shapes for the classifying graph only.
         self._device = "auto" if settings.device == "tensorrt" else settings.device
 
     def open(self, threads: int) -> Runtime:
-        runtime = Runtime(self._file, self._device, threads, weights=self._weights)
+        runtime = Runtime(self._file, self._device, threads, weights=self._weights, read=self._read)
         try:
             self._test(runtime)
         except RuntimeSetupError:

@@ -1,7 +1,6 @@
 """The served models: those of a repository folder, now and after each change of the folder."""
 
 import asyncio
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -76,6 +75,7 @@ class Repository:
         self._changing = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self._left_alone: set[str] = set()  # models without a version in their folder that the log has reported
+        self._unusable_names: list[str] = []  # of folders, as the log has reported them
         self._failures: list[Exception] = []
 
     async def open(self) -> None:
@@ -93,6 +93,7 @@ class Repository:
         """Load and remove models until the served ones match the folder."""
         async with self._changing:
             self._failures = []
+            await self._report_names()
             # Removed models too, so that they are forgotten.
             known = {name for name, _ in self._entries}
             for name in sorted({*await asyncio.to_thread(self._names), *self._current, *known}):
@@ -174,15 +175,25 @@ class Repository:
 
     def _names(self) -> list[str]:
         only = self._settings.only_model
-        found = {path.parent.parent.name for path in self._folder.glob(f"[!.]*/*/{MANIFEST}")}
-        return sorted(found & {only} if only else found)
+        found = artifacts.names(self._folder)
+        return [name for name in found if only in ("", name)]
 
     def _versions(self, name: str) -> list[tuple[str, str]]:
         """Return (version, description of its files) for the repository's versions of a model, the highest first."""
         only = self._settings.model_version
-        found = [path.parent.name for path in (self._folder / name).glob(f"*/{MANIFEST}")]
-        versions = sorted((one for one in found if one.isdecimal() and only in ("", one)), key=int, reverse=True)
-        return [(version, _look(self._folder / name / version)) for version in versions]
+        found = [version for version in artifacts.versions(self._folder, name) if only in ("", version)]
+        return [(version, _look(self._folder / name / version)) for version in found]
+
+    async def _report_names(self) -> None:
+        """Log folders whose names no model can have, once."""
+        found = await asyncio.to_thread(artifacts.unusable_names, self._folder)
+        for name in found:
+            if name not in self._unusable_names:
+                _logger.error(
+                    "%r is not served: a model's name has up to 128 printable characters and does not begin with a dot",
+                    name,
+                )
+        self._unusable_names = found
 
     async def _scan_model(self, name: str) -> None:
         before = self._current.get(name, [])
@@ -306,16 +317,8 @@ def _look(folder: Path) -> str:
     Other files in the folder, such as ``.DS_Store`` or a note, do not count.
     """
     found = []
-    for name in sorted({MANIFEST, MANIFEST_DIGEST, *_files_named_by(folder / MANIFEST)}):
+    for name in sorted({MANIFEST, MANIFEST_DIGEST, *artifacts.files_named_by(folder / MANIFEST)}):
         with suppress(OSError, ValueError):  # missing, or not a file's name
             state = (folder / name).stat()
             found.append(f"{name} {state.st_size} {state.st_mtime_ns}")
     return "\n".join(found)
-
-
-def _files_named_by(manifest: Path) -> list[str]:
-    """Return the names of a manifest's files, or none if it cannot be read."""
-    try:
-        return [name for name in json.loads(manifest.read_text())["files"] if Path(name).name == name]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return []

@@ -37,8 +37,9 @@ class ServedModel:
         graphs: Iterable[str] = (CLASSIFY,),
     ) -> None:
         """Load a version. Raises ArtifactError and RuntimeSetupError."""
-        self.artifact: Artifact = artifacts.load(folder)
+        self.artifact: Artifact = artifacts.load(folder, settings.max_model_bytes)
         self.settings = settings
+        self._check_pixels(folder)
         most = self.artifact.batches.max
         if settings.device == "tensorrt" and settings.max_batch > most:
             raise RuntimeSetupError(
@@ -56,6 +57,11 @@ class ServedModel:
             self.graphs[name] = ServedGraph(source, settings, self.classify.plan)
         self._in_use = 0
         self._unused = asyncio.Event()
+
+    def _check_pixels(self, folder: Path) -> None:
+        _, height, width = self.artifact.image_shape
+        if (pixels := height * width) > (limit := self.settings.max_image_pixels):
+            raise RuntimeSetupError(f"{folder}: images of {pixels} pixels; the limit is {limit} (max_image_pixels)")
 
     def graph(self, name: str) -> ServedGraph:
         """Return an open graph. Raises UnknownModel if the model does not have it."""

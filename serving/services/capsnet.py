@@ -1,7 +1,7 @@
 """``capsnet.v1.CapsNetService``: its messages to queries for the pipeline, and the description of a model."""
 
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import partial
 
 import grpc
@@ -16,7 +16,8 @@ from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, check_size, parse
 from serving.runtime import Arrays
 from serving.services.capsnet_codec import CapsNetCodec
-from serving.services.encoded_images import Images, from_encoded, from_pixels
+from serving.services.decoding import Decoding, Steps, in_one_step
+from serving.services.encoded_images import Images, Shape, decoding_bytes, from_encoded, from_pixels
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import check_fields, delimited
@@ -130,6 +131,9 @@ class _Pixels(_ClassifyQuery):
             return {IMAGES: np.stack(images)}
         return {IMAGES: self._images}
 
+    def decode_slowly(self, model: ServedModel) -> Decoding:
+        return Decoding(in_one_step(lambda: self.decode(model)), 0, "images")
+
 
 class _Message(_ClassifyQuery):
     """A ClassifyRequest of any kind."""
@@ -141,29 +145,50 @@ class _Message(_ClassifyQuery):
         # Too many images are not read: a small message may hold millions.
         self.slow = self.size <= settings.max_images_per_request and any(image.encoded for image in request.images)
         self._request = request
-        self._max_images = settings.max_images_per_request
+        self._settings = settings
         self._codecs = codecs
 
     def decode(self, model: ServedModel) -> Arrays:
+        shape = model.artifact.image_shape
+        given = self._take_images(model)
+        pixels = [image.pixels for image in given]
+        if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
+            return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}
+        return {IMAGES: np.stack([self._decode_image(image, index, shape) for index, image in enumerate(given)])}
+
+    def decode_slowly(self, model: ServedModel) -> Decoding:
+        shape = model.artifact.image_shape
+        steps = self._steps(self._take_images(model), shape)
+        return Decoding(steps, decoding_bytes(shape, self.size), "images", self.size)
+
+    def _take_images(self, model: ServedModel) -> Sequence[pb.Image]:
+        """Return the images. Raises InvalidRequest if there are none or too many."""
         self._codec = self._codecs(model)
-        limit, shape = self._max_images, model.artifact.image_shape
+        limit = self._settings.max_images_per_request
         if not 1 <= self.size <= limit:
             raise InvalidRequest("images", f"{self.size}; expected 1 to {limit} (max_images_per_request)")
         given = self._request.images
         del self._request  # an image's file may be a thousand times as large as its pixels, and is not needed now
-        pixels = [image.pixels for image in given]
-        if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
-            return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}
-        images = []
+        return given
+
+    def _steps(self, given: Sequence[pb.Image], shape: Shape) -> Steps:
+        """Decode the images one after the other."""
+        images = np.empty((self.size, *shape), np.uint8)
         for index, image in enumerate(given):
-            match image.WhichOneof("content"):
-                case "pixels":
-                    images.append(from_pixels(image.pixels, shape, _field(index)))
-                case "encoded":
-                    images.append(from_encoded(image.encoded, shape, f"images[{index}].encoded"))
-                case _:
-                    raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
-        return {IMAGES: np.stack(images)}
+            images[index] = self._decode_image(image, index, shape)
+            yield
+        return {IMAGES: images}
+
+    def _decode_image(self, image: pb.Image, index: int, shape: Shape) -> Images:
+        """Return the pixels (C, H, W) of an image. Raises InvalidRequest."""
+        match image.WhichOneof("content"):
+            case "pixels":
+                return from_pixels(image.pixels, shape, _field(index))
+            case "encoded":
+                field = f"images[{index}].encoded"
+                return from_encoded(image.encoded, shape, field, self._settings.max_image_bytes)
+            case _:
+                raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
 
 
 class _Streamed:
@@ -179,6 +204,7 @@ class _Streamed:
         self.size = query.size
         self.slow = query.slow
         self.decode = query.decode
+        self.decode_slowly = query.decode_slowly
         self.error: Exception | None = error
         self._query = query
         self._id = identifier

@@ -19,6 +19,7 @@ from serving.repository.repository import Repository, State
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, parse
 from serving.runtime import CPU, Arrays
+from serving.services.decoding import Decoding, in_one_step
 from serving.services.open_inference_codec import TensorMessages, refused, schedule
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
@@ -41,6 +42,9 @@ EXTENSIONS = (
 )
 # From this size on, a request whose pixels are not in bytes is decoded in a thread.
 _SLOW_BYTES = 16384
+_DECODING_BYTES_A_BYTE = (
+    16  # the most memory for a byte of a request: a number of one byte takes 8 in each of two arrays
+)
 _MAX_FIELDS = 4096  # the most fields of a ModelInferRequest; a usual one has a handful
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's name in an error
 
@@ -235,6 +239,7 @@ class _InferQuery:
         self.slow = size >= _SLOW_BYTES and not request.raw_input_contents
         self._id = request.id
         self._request = request
+        self._bytes = size
         self._codecs = codecs
         self.timeout, self.urgent = schedule(request)
 
@@ -244,6 +249,10 @@ class _InferQuery:
         del self._request  # from now on only its id is needed
         self._outputs = codec.outputs(request)
         return {IMAGES: codec.images(request)}
+
+    def decode_slowly(self, model: ServedModel) -> Decoding:
+        steps = in_one_step(lambda: self.decode(model))
+        return Decoding(steps, _DECODING_BYTES_A_BYTE * self._bytes, "inputs[0].contents")
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
         return self._codec.encode(self._id, self._outputs, share)

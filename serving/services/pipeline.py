@@ -6,21 +6,26 @@ from serving.errors import ServingError
 from serving.metrics.registry import CLASSIFY, ModelMetrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Call
+from serving.services.decoding import Decoder
 from serving.services.request import Query, Reply, Request
 from serving.services.stream import Refuse, Stream, StreamQuery
 
 
 class Pipeline:
-    """The way of requests to their models and back. stream_window: the most images of one stream in flight."""
+    """The way of requests to their models and back.
 
-    def __init__(self, repository: Repository, stream_window: int) -> None:
+    stream_window: the most images of one stream in flight. decoder: the threads for slow decodings.
+    """
+
+    def __init__(self, repository: Repository, stream_window: int, decoder: Decoder) -> None:
         self.repository = repository
+        self._decoder = decoder
         self._stream_window = stream_window
         self._streams: set[Stream] = set()
 
     def begin(self, query: Query, reply: Reply) -> None:
         """Answer a query through its reply, now or later. Raises UnknownModel and InvalidRequest if no model fits."""
-        Request(query, self.repository.get(query.model_name, query.model_version), reply).begin()
+        self._request(query, reply).begin()
 
     def refusal(
         self, timeout: float | None, expected: int, client: Hashable, *, urgent: bool, graph: str = CLASSIFY
@@ -59,4 +64,5 @@ class Pipeline:
             stream.end()
 
     def _request(self, query: Query, reply: Reply) -> Request:
-        return Request(query, self.repository.get(query.model_name, query.model_version), reply)
+        model = self.repository.get(query.model_name, query.model_version)
+        return Request(query, model, reply, self._decoder)

@@ -10,6 +10,7 @@ from serving.batching.ticket import Share, Ticket
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Steps
 from serving.runtime import Arrays
+from serving.services.decoding import Decoder, Decoding
 
 
 class Query(Protocol):
@@ -25,11 +26,14 @@ class Query(Protocol):
     #: The timeout in the message in seconds, besides the RPC's deadline, or None.
     timeout: float | None
     urgent: bool
-    #: True if decoding takes so long that it would delay other requests.
+    #: True if decoding takes so long that it would delay other requests. It calls ``decode_slowly`` then.
     slow: bool
 
     def decode(self, model: ServedModel, /) -> Arrays:
         """Return the graph's inputs: contiguous arrays of at least one row. Raises InvalidRequest."""
+
+    def decode_slowly(self, model: ServedModel, /) -> Decoding:
+        """Return the decoding of the graph's inputs, for a thread. Raises InvalidRequest, as do the steps."""
 
     def encode(self, model: ServedModel, share: Share, /) -> bytes:
         """Return the answer's bytes for the graph's outputs. Called after ``decode``."""
@@ -69,10 +73,11 @@ class Request:
     It has no reference to its ticket, since the ticket refers to it: a cycle would live on until a garbage collection.
     """
 
-    __slots__ = ("_began", "_decode_time", "_graph", "_model", "_query", "_reply")
+    __slots__ = ("_began", "_decode_time", "_decoder", "_graph", "_model", "_query", "_reply")
 
-    def __init__(self, query: Query, model: ServedModel, reply: Reply) -> None:
+    def __init__(self, query: Query, model: ServedModel, reply: Reply, decoder: Decoder) -> None:
         """Prepare the request. Raises UnknownModel if the model has no such graph."""
+        self._decoder = decoder
         self._query = query
         self._model = model
         self._graph = model.graph(query.graph)
@@ -98,7 +103,7 @@ class Request:
         Streams are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
         """
         try:
-            arrays = await asyncio.to_thread(self._decode) if self._query.slow else self._decode()
+            arrays = await self._decode_slowly(patient) if self._query.slow else self._decode()
             if patient:
                 await self._graph.batcher.room_for(arrays, self._reply.client)
             self._queue(arrays, patient)
@@ -110,6 +115,11 @@ class Request:
 
     def _decode(self) -> Arrays:
         arrays = self._query.decode(self._model)
+        self._decode_time = time.perf_counter() - self._began
+        return arrays
+
+    async def _decode_slowly(self, patient: bool) -> Arrays:
+        arrays = await self._decoder.decode(self._query.decode_slowly(self._model), patient)
         self._decode_time = time.perf_counter() - self._began
         return arrays
 

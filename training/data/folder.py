@@ -163,6 +163,10 @@ def _find_classes(folder: Path) -> dict[str, list[Path]]:
     Raises DatasetError if a sub-folder has no image, or is a folder of classes itself.
     """
     classes = {name: [path for path in _files(folder / name) if _is_image(path)] for name in _folders(folder)}
+    if odd := [name for name in classes if not name.isprintable()]:
+        raise DatasetError(
+            f"{folder}: a class's name has printable characters alone, unlike {', '.join(map(repr, odd))}"
+        )
     if empty := [name for name, files in classes.items() if not files]:
         raise DatasetError(
             f"{folder}: each folder in it is a class, and there is no image in {', '.join(empty)}; expected files that "

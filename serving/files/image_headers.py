@@ -1,0 +1,163 @@
+"""Headers of PNG and JPEG files, read before any pixel is decompressed and without Pillow.
+
+A file of a megabyte can hold 100,000 tiny parts, each of which costs Pillow more than a large one. So the parts are
+counted first.
+"""
+
+import struct
+from typing import Literal, NamedTuple
+
+#: The largest file by default.
+MAX_IMAGE_BYTES = 2**20
+#: The most small chunks of a PNG file, and the most small segments before the pixels of a JPEG file. A part of more
+#: bytes than these costs Pillow less than the bytes themselves.
+MAX_SMALL_PARTS = 64
+SMALL_PART_BYTES = 1024
+#: The most scans of a JPEG file. Each one goes over the whole image again; encoders write about ten.
+MAX_SCANS = 64
+#: The largest EXIF data, which is as much as one segment of a JPEG file holds, and the most entries in its first
+#: directory. Cameras write about twenty.
+MAX_EXIF_BYTES = 65533
+MAX_EXIF_ENTRIES = 64
+
+FORMAT, DAMAGED, BYTES, SIZE, PARTS, MEMORY, TIMEOUT = (
+    "format",
+    "damaged",
+    "bytes",
+    "size",
+    "parts",
+    "memory",
+    "timeout",
+)
+#: The causes for which an image is not decoded: it is neither PNG nor JPEG; it is damaged; it has too many bytes; it
+#: has another size than the model's images; it has too many parts; it takes too much memory; it takes too long.
+IMAGE_CAUSES = (FORMAT, DAMAGED, BYTES, SIZE, PARTS, MEMORY, TIMEOUT)
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+_CHUNK_HEAD = struct.Struct(">I4s")
+_CHECKSUM_BYTES = 4
+_UNIQUE = frozenset((b"iCCP", b"eXIf"))  # chunks that Pillow unpacks or parses each time
+_PNG_SIZE = struct.Struct(">II")
+_JPEG_SIZE = struct.Struct(">HxHH")  # of a segment: its length, the precision, the height and the width
+_EXIF = b"Exif\0\0"
+# The second of each is wrong, and some cameras write it.
+_BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {
+    b"II*\0": "little", b"II\0*": "little", b"MM\0*": "big", b"MM*\0": "big",
+}  # fmt: skip
+_SCAN_MARKER = b"\xff\xda"
+_SCAN = 0xDA
+_APPLICATION_1 = 0xE1
+# Start of frame: 0xC0 to 0xCF without those of tables, of extensions and of arithmetic coding's conditions.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Other segments before the first scan: tables, restart interval, comment and applications' data. Each has a length.
+_SEGMENTS = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, 0xFE} | set(range(0xE0, 0xF0))
+
+
+class BadImage(ValueError):
+    """A file is not decoded. The text says why, for the client. cause: one of ``IMAGE_CAUSES``."""
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
+class ImageHeader(NamedTuple):
+    """The format of an image file, ``PNG`` or ``JPEG``, and its size in pixels."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """Return the header of a PNG or JPEG file. Raises BadImage, also if the file has more parts than the limits."""
+    if data.startswith(_PNG):
+        return _read_png(data)
+    if data.startswith(_JPEG):
+        return _read_jpeg(data)
+    raise BadImage(FORMAT, f"{len(data)} bytes that are neither a PNG nor a JPEG file")
+
+
+def check_exif(name: str, exif: bytes) -> None:
+    """Check the size of EXIF data (TIFF 6.0, section 2). name: the format of its file. Raises BadImage.
+
+    The data may be wrong in other ways.
+    """
+    if len(exif) > MAX_EXIF_BYTES:
+        raise BadImage(PARTS, f"a {name} file with {len(exif)} bytes of EXIF; the limit is {MAX_EXIF_BYTES} bytes")
+    exif = exif.removeprefix(_EXIF).removeprefix(_EXIF)
+    if not exif:
+        return
+    if (order := _BYTE_ORDERS.get(exif[:4])) is None:
+        raise BadImage(DAMAGED, f"a {name} file whose EXIF is damaged or cut off")
+    directory = int.from_bytes(exif[4:8], order)
+    if (entries := int.from_bytes(exif[directory : directory + 2], order)) > MAX_EXIF_ENTRIES:
+        raise BadImage(PARTS, f"a {name} file with {entries} entries of EXIF; the limit is {MAX_EXIF_ENTRIES}")
+
+
+def damaged(name: str, data: bytes) -> BadImage:
+    """Return the error of a file that cannot be decoded."""
+    return BadImage(DAMAGED, f"a {name} file of {len(data)} bytes that is damaged or cut off")
+
+
+def _read_png(data: bytes) -> ImageHeader:
+    """Read the chunk IHDR, which must be the first, and go over the heads of the others (PNG, 5.3 and 11.2)."""
+    begin = len(_PNG) + _CHUNK_HEAD.size
+    if data[len(_PNG) + 4 : begin] != b"IHDR" or len(data) < begin + _PNG_SIZE.size:
+        raise damaged("PNG", data)
+    width, height = _PNG_SIZE.unpack_from(data, begin)
+    position, small = len(_PNG), 0
+    seen = set()
+    while position + _CHUNK_HEAD.size <= len(data):
+        length, kind = _CHUNK_HEAD.unpack_from(data, position)
+        small += length < SMALL_PART_BYTES
+        if small > MAX_SMALL_PARTS:
+            raise BadImage(PARTS, f"a PNG file of more than {MAX_SMALL_PARTS} small chunks, the limit")
+        if kind in _UNIQUE and kind in seen:
+            raise BadImage(PARTS, f"a PNG file with several chunks {kind.decode()}; expected one at most")
+        seen.add(kind)
+        if kind == b"eXIf":
+            begin = position + _CHUNK_HEAD.size
+            check_exif("PNG", data[begin : begin + length])
+        if kind == b"IEND":
+            break
+        position += _CHUNK_HEAD.size + length + _CHECKSUM_BYTES
+    return ImageHeader("PNG", width, height)
+
+
+def _read_jpeg(data: bytes) -> ImageHeader:
+    """Go over the segments before the first scan, and count the scans (JPEG, B.1.1.4 and B.2.2)."""
+    if (scans := data.count(_SCAN_MARKER)) > MAX_SCANS:
+        raise BadImage(PARTS, f"a JPEG file of {scans} scans; the limit is {MAX_SCANS}")
+    size: tuple[int, int] | None = None
+    exif = b""  # Pillow reads all such segments as one
+    position, small = 2, 0
+    while small <= MAX_SMALL_PARTS:
+        if position + 4 > len(data) or data[position] != 0xFF:
+            raise damaged("JPEG", data)
+        marker = data[position + 1]
+        if marker == 0xFF:  # a byte that fills up
+            position += 1
+            small += 1
+            continue
+        if marker == _SCAN:
+            break
+        if marker not in _SEGMENTS:
+            raise damaged("JPEG", data)
+        length = int.from_bytes(data[position + 2 : position + 4])
+        if marker == _APPLICATION_1 and data.startswith(_EXIF, position + 4):
+            exif += data[position + 4 + len(_EXIF) : position + 2 + length]
+            check_exif("JPEG", exif)
+        if marker in _FRAMES:
+            if position + 2 + _JPEG_SIZE.size > len(data):
+                raise damaged("JPEG", data)
+            _, height, width = _JPEG_SIZE.unpack_from(data, position + 2)
+            size = width, height
+        position += 2 + length
+        small += length < SMALL_PART_BYTES
+    else:
+        raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
+    if size is None:
+        raise damaged("JPEG", data)
+    return ImageHeader("JPEG", *size)

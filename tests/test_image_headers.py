@@ -1,0 +1,189 @@
+"""Tests of the checks of an image file before it is decoded, with files that were made to cost much."""
+
+import io
+import struct
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.errors import InvalidRequest
+from serving.files.image_headers import IMAGE_CAUSES, ImageHeader, read_header
+from serving.files.images import limit_metadata
+from serving.services.encoded_images import RefusedImage, decoding_bytes, from_encoded
+
+SIDE = 28
+LARGE = 1024
+RAMP = Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE).astype(np.uint8))
+PNG_HEAD_BYTES = 33  # the signature and IHDR
+#: The CPU time that any file of a megabyte may take, with room for a slow machine. The worst ones took 0.3 to 53 s.
+MAX_CPU_SECONDS = 0.25
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunks(chunks: bytes, image: Image.Image = RAMP) -> bytes:
+    """Return a PNG file with further chunks after its header."""
+    data = encode(image, "PNG")
+    return data[:PNG_HEAD_BYTES] + chunks + data[PNG_HEAD_BYTES:]
+
+
+def progressive(side: int = SIDE) -> bytes:
+    return encode(Image.new("RGB", (side, side), "red"), "JPEG", progressive=True, quality=50)
+
+
+def with_segments(segments: bytes) -> bytes:
+    """Return a JPEG file with further segments before its own."""
+    data = progressive()
+    return data[:2] + segments + data[2:]
+
+
+def with_scans(count: int, side: int = LARGE) -> bytes:
+    """Return a JPEG file with ``count`` more scans, of ten bytes each, that go over the whole image."""
+    scan = b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, 0, 0, 0x10)
+    data = progressive(side)
+    last = data.rfind(b"\xff\xda")
+    return data[:last] + scan * count + data[-2:]
+
+
+def exif_of(entries: int) -> bytes:
+    """Return EXIF data with this number of entries, each with the orientation 6."""
+    return b"MM\0*" + struct.pack(">IH", 8, entries) + struct.pack(">HHII", 0x0112, 4, 1, 6) * entries + bytes(4)
+
+
+def raw_profile(exif: bytes) -> bytes:
+    """Return a compressed text with EXIF data as ImageMagick writes it."""
+    return chunk(
+        b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n%d\n" % len(exif) + exif.hex().encode())
+    )
+
+
+HOSTILE = {
+    "100,000 scans": (with_scans(100_000), LARGE, "parts", "a JPEG file of 1000.. scans; the limit is 64"),
+    "80,000 chunks": (with_chunks(chunk(b"abCd", b"") * 80_000), SIDE, "parts", "more than 64 small chunks, the limit"),
+    "250,000 segments": (with_segments(b"\xff\xfe\0\2" * 250_000), SIDE, "parts", "more than 64 small segments"),
+    "a megabyte of filling bytes": (with_segments(b"\xff" * 1_000_000), SIDE, "parts", "more than 64 small segments"),
+    "5,000 entries": (
+        with_chunks(chunk(b"eXIf", exif_of(5000))), SIDE, "parts", "with 5000 entries of EXIF; the limit is 64",
+    ),
+    "5,000 entries in a text": (with_chunks(raw_profile(exif_of(5000))), SIDE, "parts", "5000 entries of EXIF"),
+    "5,000 entries of a JPEG file": (
+        with_segments(b"\xff\xe1" + struct.pack(">H", 60022) + b"Exif\0\0" + exif_of(5000)), SIDE, "parts", "5000 entr",
+    ),
+    "a large EXIF": (
+        with_chunks(chunk(b"eXIf", exif_of(1) + bytes(70_000))), SIDE, "parts", "bytes of EXIF; the limit is 65533",
+    ),
+    "an EXIF in two segments": (
+        with_segments((b"\xff\xe1" + struct.pack(">H", 60000) + b"Exif\0\0" + exif_of(1) + bytes(59966)) * 2),
+        SIDE, "parts", "bytes of EXIF; the limit is 65533",
+    ),
+    "a profile that inflates to 256 MB": (
+        with_chunks(chunk(b"iCCP", b"C\0\0" + zlib.compress(bytes(2**28), 9))), SIDE, "damaged", "damaged or cut off",
+    ),
+    "texts that inflate to 15 MB": (
+        with_chunks(chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "damaged", "damaged",
+    ),
+    "colour profiles that inflate to 256 KB each": (
+        with_chunks(chunk(b"iCCP", b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "parts",
+        "with several chunks iCCP; expected one at most",
+    ),
+    "a second header": (
+        with_chunks(chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))), SIDE, "size",
+        "a PNG image of 30000 x 30000 pixels; expected 28 x 28",
+    ),
+    "a megabyte": (with_chunks(chunk(b"abCd", bytes(2**20))), SIDE, "bytes", r"1048576 bytes \(max_image_bytes"),
+    "no image": (b"GIF89a" + bytes(100), SIDE, "format", "106 bytes that are neither a PNG nor a JPEG file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_with_its_cause_before_it_costs_much(name: str) -> None:
+    limit_metadata()  # the server's process does this at its start
+    data, side, cause, message = HOSTILE[name]
+    begin = time.thread_time()
+    with pytest.raises(RefusedImage, match=f"^images\\[3\\]: .*{message}") as caught:
+        from_encoded(data, (1, side, side), "images[3]")
+    assert time.thread_time() - begin < MAX_CPU_SECONDS
+    assert caught.value.cause == cause
+    assert cause in IMAGE_CAUSES
+
+
+def test_a_hostile_file_takes_little_memory() -> None:
+    limit_metadata()
+    for data, side, *_ in HOSTILE.values():
+        tracemalloc.start()
+        with pytest.raises(InvalidRequest):
+            from_encoded(data, (1, side, side), "f")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 4 * 2**20
+
+
+def test_pixels_beyond_the_image_are_not_inflated() -> None:
+    data = encode(RAMP, "PNG")
+    inflated = zlib.decompress(data[data.index(b"IDAT") + 4 : -16])
+    squeeze = zlib.compressobj(9)
+    more = squeeze.compress(inflated) + b"".join(squeeze.compress(bytes(2**20)) for _ in range(200)) + squeeze.flush()
+    begin = time.thread_time()
+    bomb = data[:PNG_HEAD_BYTES] + chunk(b"IDAT", more) + chunk(b"IEND", b"")
+    assert (from_encoded(bomb, (1, SIDE, SIDE), "f")[0] == np.asarray(RAMP)).all()
+    assert time.thread_time() - begin < MAX_CPU_SECONDS
+
+
+def test_files_within_the_limits_are_decoded() -> None:
+    shape = (1, SIDE, SIDE)
+    expected = np.asarray(RAMP)
+    for chunks in (
+        chunk(b"abCd", b"") * 61,
+        chunk(b"abCd", bytes(1024)) * 900,
+        chunk(b"eXIf", b""),
+        chunk(b"eXIf", exif_of(0)),
+    ):
+        assert (from_encoded(with_chunks(chunks), shape, "f")[0] == expected).all()
+    for chunks in (chunk(b"eXIf", exif_of(64)), raw_profile(exif_of(64)), raw_profile(b"Exif\0\0" + exif_of(20))):
+        assert (from_encoded(with_chunks(chunks), shape, "f")[0] == np.rot90(expected, -1)).all()
+    more = 64 - progressive().count(b"\xff\xda")
+    assert from_encoded(with_scans(more + 1, SIDE), shape, "f").shape == shape
+
+
+def test_an_interlaced_file_and_the_default_image_of_an_animation_are_decoded() -> None:
+    frames = [Image.new("L", (SIDE, SIDE), value) for value in range(20)]
+    animated = encode(RAMP, "PNG", save_all=True, append_images=frames, default_image=True)
+    assert (from_encoded(animated, (1, SIDE, SIDE), "f")[0] == np.asarray(RAMP)).all()
+    # Adam7 with the pixels of a uniform image: each pass has rows of one filter byte and equal pixels.
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    rows = b"".join(
+        (b"\0" + b"\x37" * len(range(x, SIDE, across))) * len(range(y, SIDE, down)) for x, y, across, down in passes
+    )
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 1)
+    interlaced = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    assert (from_encoded(interlaced, (1, SIDE, SIDE), "f") == 0x37).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_the_header_of_a_file_is_read_and_any_cut_of_it_is_refused_or_read(kind: str) -> None:
+    data = encode(Image.new("RGB", (40, 30)), kind)
+    assert read_header(data) == ImageHeader(kind, 40, 30)
+    for length in range(len(data)):
+        try:
+            header = read_header(data[:length])
+        except ValueError:
+            continue
+        assert header == ImageHeader(kind, 40, 30)
+
+
+def test_the_memory_of_a_decoding_counts_its_images_and_the_work_on_one() -> None:
+    assert decoding_bytes((3, 10, 20), images=7) == 10 * 20 * (7 * 3 + 32)
