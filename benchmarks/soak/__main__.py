@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks.figures import origin, write
 from benchmarks.load import LoadError
 from benchmarks.soak.client import Client
+from benchmarks.soak.hostile import hostile
 from benchmarks.soak.right_answers import digits, right_answers
 from benchmarks.soak.served import soaked, token_entries, versions
 from benchmarks.soak.soak import Soak
@@ -96,24 +97,11 @@ def show(one: Soak, found: Sequence[str]) -> None:
     print("\n".join(f"  FAULT: {text}" for text in found) or "  no fault")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    command = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    command.add_argument("--minutes", type=float, default=1.0, help="length of the soak (default: 1)")
-    command.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
-    command.add_argument("--rate", type=float, default=60.0, help="calls a second on each transport (default: 60)")
-    command.add_argument("--out", type=Path, help="write the figures of each window to this CSV file too")
-    command.add_argument("--plot", type=Path, help="write a picture of them to this PNG file")
-    options = command.parse_args(arguments)
-    if min(options.minutes, options.rate) <= 0:
-        command.error("--minutes and --rate: expected numbers above 0")
+def mixed_load(options: argparse.Namespace) -> tuple[bool, list[dict[str, Any]]]:
+    """Run the soak. Return if something is wrong, and the rows of its windows. Raises LoadError."""
     seconds = 60 * options.minutes
-    begin = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            soaks = soak(options.transports, seconds, options.rate, Path(folder))
-    except LoadError as error:
-        print(error, file=sys.stderr)
-        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        soaks = soak(options.transports, seconds, options.rate, Path(folder))
     rows = [
         {"transport": one.client.server.transport, "rate": options.rate, **window.row(), **origin()}
         for one in soaks
@@ -127,11 +115,46 @@ def main(arguments: list[str] | None = None) -> int:
         found = [*one.faults, *faults(one.windows, seconds)]
         show(one, found)
         wrong |= bool(found)
+    if options.plot:
+        plot(rows).savefig(options.plot, dpi=110)
+    return wrong, rows
+
+
+def broken_requests(options: argparse.Namespace) -> tuple[bool, list[dict[str, Any]]]:
+    """Send broken requests. Return if something is wrong, and a row for each transport. Raises LoadError."""
+    wrong, rows = False, []
+    for transport in options.transports:
+        row, found = hostile(transport, options.hostile)
+        for column, value in row.items():
+            print(f"{column:<14}{value}", flush=True)
+        print("\n".join(f"  FAULT: {text}" for text in found) or "  no fault", flush=True)
+        wrong |= bool(found)
+        rows.append(row)
+    return wrong, rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    command.add_argument("--minutes", type=float, default=1.0, help="length of the soak (default: 1)")
+    command.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    command.add_argument("--rate", type=float, default=60.0, help="calls a second on each transport (default: 60)")
+    command.add_argument(
+        "--hostile", type=int, default=0, metavar="N", help="send N broken requests to each transport instead"
+    )
+    command.add_argument("--out", type=Path, help="write the figures of each window to this CSV file too")
+    command.add_argument("--plot", type=Path, help="write a picture of them to this PNG file")
+    options = command.parse_args(arguments)
+    if min(options.minutes, options.rate) <= 0:
+        command.error("--minutes and --rate: expected numbers above 0")
+    begin = time.monotonic()
+    try:
+        wrong, rows = broken_requests(options) if options.hostile else mixed_load(options)
+    except LoadError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"\n{time.monotonic() - begin:.0f} seconds in all")
     if options.out:
         write(options.out, rows)
-    if options.plot:
-        plot(rows).savefig(options.plot, dpi=110)
     return int(wrong)
 
 
