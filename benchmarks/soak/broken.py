@@ -320,7 +320,7 @@ PERHAPS_OK: dict[str, Make] = {
     "after the end": _after_the_end,
 }
 #: Kinds that gRPC's own server may leave without an answer until their deadline.
-NOT_ANSWERED_BY_GRPCIO = frozenset(("wrong prefix", "wrong compression", "nothing"))
+NOT_ANSWERED_BY_GRPCIO = frozenset(("wrong prefix", "wrong compression", "nothing", "wrong window"))
 #: Kinds that cost the server much; few of them are drawn.
 COSTLY = {"gzip bomb": 0.02, "new wrong token": 0.02, "much metadata": 0.2}
 BROKEN: dict[str, Make] = NEVER_OK | PERHAPS_OK
