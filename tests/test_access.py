@@ -1,6 +1,7 @@
 """Tests of tokens, certificates' files, and the limits of clients, without a server of models."""
 
 import asyncio
+import resource
 import stat
 import threading
 import time
@@ -112,6 +113,19 @@ def test_a_changed_file_counts_at_once_and_a_broken_one_never(file: Path, caplog
     file.unlink()
     assert asyncio.run(tokens.check(new[0], "peer"))
     assert "the tokens cannot be read again, the earlier ones stay in use" in caplog.text
+
+
+def test_a_full_disk_keeps_the_previous_tokens(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(file, "alice")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size // 2, before[1]))
+    try:
+        assert command.main(["add", str(file), "bob"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().out == "", "no token that is in no file"
+    assert [entry.name for entry in read_entries(file)] == ["alice"]
+    assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
