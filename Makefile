@@ -12,7 +12,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export check quick test lint format protos requirements clean
+.PHONY: help serve dev train export check quick test soak lint format protos requirements clean
 
 ## List the targets.
 help:
@@ -45,6 +45,10 @@ quick: $(DEV_VENV)/.installed
 ## Run all tests. ARGS='-k NAME' chooses tests, JOBS=1 runs one at a time.
 test: $(DEV_VENV)/.installed
 	$(PYTEST) $(ARGS)
+
+## Run both transports for a minute under mixed load, with every answer compared. ARGS='--minutes 30' sets flags.
+soak: $(DEV_VENV)/.installed
+	$(DEV)/python -m benchmarks.soak $(ARGS)
 
 ## Check format, lint, types, import rules and .proto files.
 lint: $(DEV_VENV)/.installed

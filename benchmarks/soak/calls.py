@@ -251,7 +251,9 @@ async def wrong_request(client: Client) -> str:
     wrong = client.random.choice(_wrong_requests(client))
     metadata = client.metadata if wrong.metadata is None else wrong.metadata
     try:
-        await client.channel.unary_unary(wrong.path)(wrong.message, timeout=PATIENCE_SECONDS, metadata=metadata)
+        await client.channel.unary_unary(wrong.path, None, None)(
+            wrong.message, timeout=PATIENCE_SECONDS, metadata=metadata
+        )
     except grpc.aio.AioRpcError as error:
         check_text(error)
         if error.code() not in (wrong.code, wrong.or_else):
@@ -261,16 +263,21 @@ async def wrong_request(client: Client) -> str:
 
 
 async def wrong_reflection(client: Client) -> str:
-    call = client.channel.stream_stream(REFLECTION)(timeout=PATIENCE_SECONDS, metadata=client.metadata)
+    """Send bytes that are no message of reflection."""
+
+    async def requests() -> AsyncIterator[bytes]:
+        yield b"\xff" * 8
+
+    method = client.channel.stream_stream(REFLECTION, None, None)
     try:
-        await call.write(b"\xff" * 8)
-        await call.done_writing()
-        while await call.read() is not grpc.aio.EOF:  # type: ignore[attr-defined]  # its stubs lack it
+        async for _ in method(requests(), timeout=PATIENCE_SECONDS, metadata=client.metadata):
             pass
     except grpc.aio.AioRpcError as error:
         check_text(error)
+        if error.code() is not _Code.INVALID_ARGUMENT:
+            raise
         return REFUSED
-    return REFUSED
+    raise WrongAnswer("reflection: OK for bytes that are no message")
 
 
 async def hang_up(client: Client) -> str:

@@ -46,7 +46,7 @@ class Changes:
         self._options = {"timeout": PATIENCE_SECONDS, "metadata": bearer(client.server.token_of["admin"])}
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def swap_models(self, pause: float) -> None:
         """Put a higher version into the repository and take it away again, by turns, for ever."""

@@ -4,7 +4,7 @@ import re
 
 #: Signs of Python's and ONNX Runtime's inside: exceptions, source files, addresses of objects, paths of files.
 _INNER = re.compile(
-    r"Traceback|\b[A-Z]\w*(?:Error|Exception)\b|\.py\b|\.onnx\b|\.json\b|site-packages|onnxruntime|\b0x[0-9a-f]{10,}"
+    r"Traceback|\b[A-Z]\w*Error\b|\b\w*Exception\b|\.py\b|\.onnx\b|\.json\b|site-packages|onnxruntime|\b0x[0-9a-f]{10,}"
     r"|<class|object at|(?:^|[\s'\"(])/(?:usr|home|root|tmp|var|etc|opt|work|proc|dev)/",
 )
 

@@ -69,7 +69,7 @@ class Soak:
             self._fault(f"the connection was lost: {lost.result()}")
         lost.cancel()
         await self._changes.close()
-        await self.client.channel.close()
+        await self.client.channel.close(None)
         if not await asyncio.to_thread(settled, self.client.server, _SETTLE_SECONDS):
             self._fault("calls are still in flight after the soak")
         if "Traceback" in self.client.server.log_text:
