@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import sys
 from collections import Counter
@@ -33,6 +34,7 @@ _SILENCE_SECONDS = 10.0
 _READ_BYTES = 2**18
 _READ_BESIDE_SECONDS = 0.01
 _MAX_SHOWN = 20
+_TEXT = re.compile(rb"[ -~]{12,}")
 
 
 @dataclass
@@ -158,7 +160,7 @@ class Connection:
         if kind == frames.HEADERS:
             self._take_headers(flags, stream, payload)
         elif kind == frames.DATA:
-            self._look(stream, payload.decode("latin-1"))
+            self._look(stream, " ".join(_texts_in(payload)))
             update = frames.window_update(0, len(payload)) if payload else b""
             with contextlib.suppress(OSError):
                 self._socket.sendall(update)
@@ -195,6 +197,11 @@ class Connection:
     def _look(self, stream: int, text: str) -> None:
         if sign := inner_text(text):
             self._result.fault(f"inner text for {self._open.get(stream)}: {sign!r} in {text[:200]!r}")
+
+
+def _texts_in(payload: bytes) -> list[str]:
+    """Return the texts among binary data, such as the errors in a stream of answers."""
+    return [found.decode() for found in _TEXT.findall(payload)]
 
 
 def _decoded(value: str) -> str:
