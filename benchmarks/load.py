@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 H2LOAD = "h2load"
 H2LOAD_MISSING = "h2load is not installed; it comes with nghttp2 (Debian and Ubuntu: apt install nghttp2-client)"
 PERCENTILES = (50, 95, 99)
+#: The prefix of an address that is served over TLS.
+TLS_PREFIX = "tls:"
 #: The most connections that calls are spread over.
 MAX_CONNECTIONS = 4
 
@@ -114,7 +116,7 @@ def h2load(
 
     h2load checks the status of HTTP, not that of gRPC.
 
-    target: ``HOST:PORT`` or ``unix:PATH``.
+    target: ``HOST:PORT``, ``unix:PATH``, or ``tls:HOST:PORT`` for TLS, where h2load does not check the certificate.
     body: a file with the body of each request.
     http1: send HTTP/1.1 POST requests instead of gRPC calls, one at a time on each connection.
     deadline: the deadline of each call, in seconds.
@@ -155,7 +157,10 @@ def _h2load(
     flags: list[str], target: str, path: str, headers: Sequence[str], body: Path, requests: int, seconds: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the start and the duration of each call, in seconds. Raises LoadError."""
-    url = f"http://{'localhost' if target.startswith('unix:') else target}{path}"
+    scheme, host = "http", "localhost" if target.startswith("unix:") else target
+    if target.startswith(TLS_PREFIX):
+        scheme, host = "https", target.removeprefix(TLS_PREFIX)
+    url = f"{scheme}://{host}{path}"
     command = [
         H2LOAD,
         f"--requests={requests}",

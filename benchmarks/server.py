@@ -149,6 +149,21 @@ def serve(
             process.wait()
 
 
+def encrypted(folder: Path) -> tuple[list[str], Path]:
+    """Make a certificate for 127.0.0.1 by openssl. Return the server's flags for TLS, and the file of its authority.
+
+    Raises LoadError without openssl.
+    """
+    key, certificate = folder / "server.key", folder / "server.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=server", "-addext", "subjectAltName=IP:127.0.0.1"]
+    try:
+        subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise LoadError(f"openssl did not make a certificate: {error}") from error
+    return [f"--tls-cert={certificate}", f"--tls-key={key}"], certificate
+
+
 def repository(config: str, precision: str, folder: Path) -> Path:
     """Make a model repository in ``folder``, with the embedded model or with random weights, and return the folder."""
     if config == EMBEDDED:

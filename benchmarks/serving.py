@@ -14,7 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from tqdm import tqdm
 
 from benchmarks.export import Predict, session
 from benchmarks.figures import origin, write
-from benchmarks.load import H2LOAD_MISSING, LoadError, Sample, h2load, h2load_version
-from benchmarks.server import Case, Page, Served, load, prepare, serve
+from benchmarks.load import H2LOAD_MISSING, TLS_PREFIX, LoadError, Sample, h2load, h2load_version
+from benchmarks.server import Case, Page, Served, encrypted, load, prepare, serve
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.runtime import usable_cores
 from training.model import CONFIGS
 
-TRANSPORTS = ("tcp", "unix")
+TLS = "tls"
+TRANSPORTS = ("tcp", "unix", TLS)
 PEER_LOADS = (1, 16, 64)
 
 _POSE_TOLERANCES = {"fp32": 1e-4, "int8": 0.2}  # greatest allowed difference of a component
@@ -245,12 +246,47 @@ def figures(
     return {name: value for name, value in result.items() if value is not None}
 
 
-def check(served: Served, runtime: OnnxRuntime, threads: int, precision: str) -> None:
-    """Raise LoadError if the server's poses differ from ONNX Runtime's."""
+@dataclass(frozen=True)
+class Way:
+    """A transport of a server. target: the address, as h2load's function takes it."""
+
+    served: Served
+    target: str
+
+    def channel(self) -> grpc.Channel:
+        if not self.target.startswith(TLS_PREFIX):
+            return grpc.insecure_channel(self.target)
+        assert self.served.ca
+        trusted = grpc.ssl_channel_credentials(self.served.ca.read_bytes())
+        return grpc.secure_channel(self.target.removeprefix(TLS_PREFIX), trusted)
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """Return the loads of this transport: over TLS the unary ones, since our own client of streams has no TLS."""
+        return tuple(case for case in CASES if not (case.streams and self.target.startswith(TLS_PREFIX)))
+
+
+@contextmanager
+def serve_each(models: Path, options: "Options", folder: Path) -> Iterator[dict[str, Way]]:
+    """Run the server, and a second one with TLS if that is measured. Yield the ways by transport. Raises LoadError."""
+    with ExitStack() as stack:
+        served = stack.enter_context(serve(models, options.precision, options.flags, folder))
+        ways = {transport: Way(served, target) for transport, target in served.targets.items()}
+        if TLS in options.transports:
+            second = folder / TLS
+            second.mkdir()
+            flags, ca = encrypted(second)
+            served = stack.enter_context(serve(models, options.precision, [*options.flags, *flags], second, ca=ca))
+            ways[TLS] = Way(served, TLS_PREFIX + served.targets["tcp"])
+        yield ways
+
+
+def check(ways: Mapping[str, Way], runtime: OnnxRuntime, threads: int, precision: str) -> None:
+    """Raise LoadError if the poses of a server differ from ONNX Runtime's."""
     images = runtime.images(3)
     request = pb.ClassifyRequest(images=[pb.Image(pixels=image.tobytes()) for image in images])
-    for transport, target in served.targets.items():
-        with grpc.insecure_channel(target) as channel:
+    for transport, way in ways.items():
+        with way.channel() as channel:
             answer = CapsNetServiceStub(channel).Classify(request, timeout=30)  # type: ignore[no-untyped-call]
         poses = np.array([[capsule.pose for capsule in result.capsules] for result in answer.results])
         difference = float(np.abs(poses - runtime.predict(threads)(images)).max())
@@ -401,18 +437,17 @@ def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dic
     file = artifact.file(options.precision)
     runtime = OnnxRuntime(file, artifact.image_shape)
     collected = Collected()
-    with serve(models, options.precision, options.flags, folder) as served:
-        chosen = setup(served.page(), options.flags)
-        check(served, runtime, chosen.threads, options.precision)
+    with serve_each(models, options, folder) as ways:
+        chosen = setup(ways["tcp"].served.page(), options.flags)
+        check(ways, runtime, chosen.threads, options.precision)
         largest_raw = Raw(1, chosen.threads, chosen.max_batch)
         fastest = runtime.fastest(usable_cores(), chosen.max_batch, options.seconds)
         collected.ceilings = {raw: [] for raw in (*fastest, largest_raw)}
-        runs: list[tuple[str, Case]] = []
-        for transport in options.transports:
-            if transport in served.targets:
-                runs += [(transport, case) for case in CASES]
-            else:
-                collected.not_run["ours", transport, ""] = "the server has no setting for a Unix socket"
+        for transport in set(options.transports) - set(ways):
+            collected.not_run["ours", transport, ""] = "the server has no setting for a Unix socket"
+        # The transports take turns within each load, so that the machine's drift is the same for all.
+        runs = [(transport, case) for case in CASES for transport, way in ways.items() if case in way.cases]
+        runs = [run for run in runs if run[0] in options.transports]
         with tqdm(total=options.rounds * (len(runs) + len(options.peers)), desc=config, leave=False) as bar:
             for number in range(options.rounds):
                 speeds: dict[Raw, list[float]] = {raw: [] for raw in collected.ceilings}
@@ -420,7 +455,8 @@ def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dic
                 one = runtime.measure(Raw(1, chosen.threads, 1), options.seconds / 2)
                 largest = runtime.measure(largest_raw, options.seconds / 2)
                 for transport, case in runs if number % 2 == 0 else runs[::-1]:
-                    sample, start, end = load(served, served.targets[transport], case, bodies[case], options.seconds)
+                    way = ways[transport]
+                    sample, start, end = load(way.served, way.target, case, bodies[case], options.seconds)
                     values = figures(case, sample, start, end, one, largest, chosen.max_batch)
                     collected.add(("ours", transport, str(case)), number, values)
                     bar.update()
@@ -437,7 +473,7 @@ def measure(config: str, options: Options, folder: Path) -> tuple[Collected, dic
                     values = {"images_per_second": sampled.images_per_second, "p50_ms": sampled.p50_ms}
                     values["cpu_us"] = 1e6 * sampled.cpu_seconds_per_batch / raw.batch
                     collected.add(("onnxruntime", "", str(raw)), number, values)
-        page = served.page()
+        page = ways["tcp"].served.page()
     missing = {name for name in METRICS if page.total(name) is None}
     return collected, {"sessions": chosen.sessions, "threads": chosen.threads, "max_batch": chosen.max_batch}, missing
 
@@ -503,7 +539,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="samples of each figure (default: 5)")
     command.add_argument("--seconds", type=float, default=2.0, help="of each sample (default: 2)")
     command.add_argument("--settings", default="", metavar="FLAGS", help="more flags for the server, in one argument")
-    command.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
+    command.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=["tcp", "unix"])
     command.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="other servers to measure in each round")
     command.add_argument("--peers-python", metavar="FILE", help="Python in which the peers are installed")
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")

@@ -19,8 +19,8 @@ from torch.nn.functional import conv2d
 from export.graph import GraphError
 from export.verify import edge_images
 
-# The operators between the image and the primary capsules, each with a space behind it: pixels are divided, and then
-# convolutions with ReLU between them, of whose last one the input may be divided.
+# The operators between the image and the primary capsules, each with a space after it. Pixels are divided first. ReLU
+# stands between the convolutions. The input of the last convolution may be divided too.
 _BEGINNING = re.compile("Cast Div (?:Conv Relu )+(?:Div )?Conv ")
 _SHORTEST = "Cast, Div, Conv, Relu, Conv"
 _SHOWN_OPERATORS = 6  # of a graph with other operators
@@ -35,8 +35,7 @@ _Floats = NDArray[np.float64]
 
 
 class _Layer(NamedTuple):
-    """A convolution: its node, weights (O, I, k, k) and bias (O,), O channels from I, and what its input is divided by
-    before."""
+    """A convolution from I to O channels: its node, weights (O, I, k, k), bias (O,), and the divisor of its input."""
 
     node: NodeProto
     weight: _Floats
@@ -44,7 +43,7 @@ class _Layer(NamedTuple):
     divisor: float
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Convolve features (B, I, H, W), in single precision; they are divided already."""
+        """Convolve features (B, I, H, W), which are divided already, in single precision."""
         rows, columns, *_ = helper.get_node_attr_value(self.node, "pads")
         stride = helper.get_node_attr_value(self.node, "strides")
         weight, bias = (torch.from_numpy(array).float() for array in (self.weight, self.bias))
@@ -59,8 +58,11 @@ class _Layers(NamedTuple):
 
 
 class _Ranges(NamedTuple):
-    """Ranges of the activations: the greatest one that goes into each convolution after the first, divided already;
-    and the ends of the range of each channel that comes out of the last, (T*D,)."""
+    """Ranges of the activations.
+
+    features: the largest input of each convolution after the first, after its division. low, high: the smallest and the
+    largest output of the last convolution, by channel, (T*D,).
+    """
 
     features: list[float]
     low: _Floats
@@ -68,26 +70,27 @@ class _Ranges(NamedTuple):
 
 
 def to_int8(model: ModelProto, images: Tensor) -> ModelProto:
-    """Return a copy of a graph of ``to_onnx`` whose convolutions compute in 8-bit integers; inputs, outputs, operator
-    set, name and properties stay.
+    """Return a copy of a graph of ``to_onnx`` whose convolutions compute in 8-bit integers.
 
-    images: uint8 (N, C, H, W), 0 to 255, of the training set, N one or more; they and ``edge_images`` set the ranges
-    of the activations, and values outside are cut off. The same graph and images give the same bytes.
+    Inputs, outputs, operator set, name and properties stay. The same graph and images give the same bytes.
 
-    Weights become int8, symmetric, with a scale for each output channel; activations uint8; biases int32 at
-    the product of both scales (as "Quantizing deep convolutional networks for efficient inference", arXiv 1806.08342,
-    recommends). Two choices make it exact without a cost:
+    images: uint8 (N, C, H, W), 0 to 255, of the training set, N one or more. Their activations and those of
+    ``edge_images`` set the ranges. Activations outside the ranges are cut off.
 
-    - The image itself is the first convolution's input, at scale 1/255: nothing is rounded.
-    - A primary capsule's value has a range for each channel, since single channels reach ten times as far as the
-      others and one range for all would be too coarse for those. QLinearConv has one scale for its whole output;
-      so each channel's step is folded into its weights, whose scales are its own anyway.
+    Weights become int8, symmetric, with a scale for each output channel. Activations become uint8. Biases become int32;
+    their scale is the product of the other two (Krishnamoorthi, "Quantizing deep convolutional networks for efficient
+    inference", arXiv 1806.08342). Two choices avoid errors at no cost:
 
-    CPUs without VNNI instructions (x86 before 2019) add products of uint8 and int8 in saturated 16-bit pairs, which
-    can be wrong; ONNX Runtime's session option ``session.x64quantprecision`` set to ``1`` avoids it there.
+    - The first convolution takes the image itself, at scale 1/255, so its input is not rounded.
+    - The primary capsules have a range for each channel. Some channels reach ten times as far as the others, so one
+      range for all would be too coarse. QLinearConv has one scale for its whole output. So the step of each channel is
+      folded into the weights of the channel, which have a scale of their own.
 
-    Raises ValueError if the images are not as the graph takes them, or there are none; GraphError if the graph
-    does not begin as those of ``to_onnx`` do, or a weight or activation is not finite.
+    CPUs without VNNI instructions (x86 before 2019) add products of uint8 and int8 in pairs of 16 bits. Such a sum may
+    not fit. ONNX Runtime avoids this with the session option ``session.x64quantprecision`` set to ``1``.
+
+    Raises ValueError if there are no images, or if the graph does not take images of this type and shape. Raises
+    GraphError if the graph does not begin like those of ``to_onnx``, or if a weight or activation is not finite.
     """
     _check_images(images, model)
     result = ModelProto()
@@ -167,7 +170,7 @@ def _calibrate(layers: _Layers, images: Tensor) -> _Ranges:
             for index, layer in enumerate(others):
                 features = maps.relu() / layer.divisor
                 greatest[index] = max(greatest[index], float(features.max()))
-                maps = layer(features)  # at last (B, T*D, h, w)
+                maps = layer(features)  # (B, T*D, h, w) after the last one
             if not maps.isfinite().all():
                 raise GraphError("the images to calibrate with give activations that are not finite numbers")
             low = np.minimum(low, maps.amin((0, 2, 3)).numpy())

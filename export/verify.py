@@ -33,8 +33,8 @@ _ROUNDS = 5
 
 _MAX_PIXEL = 255
 
-#: The largest share of the images that may exceed fp32's largest difference, and how much further than PyTorch in
-#: single precision the graph may then be from PyTorch in double precision.
+#: The largest share of the images that may exceed fp32's largest difference. For these images, the factor by which the
+#: graph may be further than PyTorch in single precision from PyTorch in double precision.
 MAX_DOUBTFUL_SHARE = 0.05
 DISTANCE_FACTOR = 2.0
 
@@ -49,7 +49,7 @@ class ParityError(RuntimeError):
 
 
 class Tolerance(NamedTuple):
-    """The largest accepted differences of a graph from PyTorch in single precision; None for any difference.
+    """The largest accepted differences of a graph from PyTorch in single precision. None accepts any difference.
 
     difference: of a probability or a component of a pose. mean_difference: the mean of all differences. labels_changed,
     more_errors: shares of the test images. A share of a small test set is rounded up to whole images.
@@ -74,7 +74,7 @@ DECODER_TOLERANCE = Tolerance(0.25, 0.005, None, None)
 
 
 class Prediction(NamedTuple):
-    """The results of a network: probabilities (B, J) float32, the poses' lengths, and poses (B, J, E) float32."""
+    """The results of a network: poses (B, J, E) float32, and their lengths, the probabilities (B, J) float32."""
 
     probabilities: NDArray[np.float32]
     poses: NDArray[np.float32]
@@ -96,8 +96,8 @@ class Reference(NamedTuple):
 def edge_images(channels: int, size: int) -> Tensor:
     """Return unusual images that no test set has, uint8 (B, C, H, W).
 
-    One is blank, one saturated (255), five have a single saturated pixel, at a corner or in the middle, and the
-    rest are uniform noise, the same at each call.
+    The first is blank, the second is saturated (255), the next five have a single saturated pixel at a corner or in the
+    middle. The rest are uniform noise, the same at each call.
     """
     blank = torch.zeros((1, channels, size, size), dtype=torch.uint8)
     images = [blank, torch.full_like(blank, 255)]
@@ -122,10 +122,10 @@ def reference(network: CapsNet, images: Tensor, labels: Tensor) -> Reference:
 def certify(reference: Reference, runtime: Runtime, precision: str) -> dict[str, Any]:
     """Compare the graph in ``runtime`` with the reference.
 
-    The edge images go through it one by one, so that batches of one are compared as well as full ones. Returns the
-    figures for the manifest, with absolute differences. Raises ParityError if a value is not finite or one of
-    ``TOLERANCES[precision]`` is exceeded. In single precision a few images may exceed the largest difference, if the
-    graph is right about them as far as single precision goes, see ``_double_precision``.
+    The edge images are computed one by one, so that both batches of one and full batches are compared. Returns the
+    figures for the manifest, with absolute differences. Raises ParityError if a value is not finite or exceeds
+    ``TOLERANCES[precision]``. In single precision a few images may exceed the largest difference, if PyTorch itself is
+    as far from its results in double precision (see ``_double_precision``).
     """
     count = len(reference.labels)
     images, edges = reference.images[:count], reference.images[count:]
@@ -200,9 +200,9 @@ def _double_precision(
 ) -> dict[str, float]:
     """Compare the images whose results differ from PyTorch's by more than fp32 may with PyTorch in double precision.
 
-    Rounding in single precision is amplified for some images, by PyTorch too. So the graph's distance from the results
-    in double precision must be, at its largest and in the mean over these images, at most ``DISTANCE_FACTOR`` times
-    that of PyTorch in single precision, or within the tolerance.
+    The network amplifies rounding errors of single precision for some images, in PyTorch too. So the distance between
+    the graph and the results in double precision may be ``DISTANCE_FACTOR`` times that of PyTorch in single precision.
+    This holds for the largest and for the mean distance. A distance within the tolerance is accepted too.
 
     found, expected: by output, the results of the graph and of PyTorch for all images. exact: returns the results in
     double precision of the images with the given indices.
@@ -235,9 +235,10 @@ def _farthest(found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]) -
 
 
 def certify_rounded(reference: Reference, model: onnx.ModelProto) -> dict[str, float]:
-    """Compare the graph in half precision, the result of each operation rounded, with the reference, as ``certify``.
+    """Compare a graph with the reference like ``certify``, with the result of each operation rounded to half precision.
 
-    model: of ``to_fp16``. Returns the figures that differ from those of the graph as the CPU computes it.
+    model: from ``to_fp16``. Returns the figures that differ from those of the graph as the CPU computes it. Raises
+    ParityError.
     """
     with TemporaryDirectory() as folder:
         file = Path(folder) / "rounded.onnx"
@@ -264,8 +265,7 @@ def _compute(runtime: Runtime, batches: Sequence[Tensor]) -> Prediction:
 def certify_explanation(network: CapsNet, file: Path, reference: Reference) -> Graph:
     """Compare the explanation's three outputs with PyTorch's on some of the test images and the edge images.
 
-    Returns the manifest's entry. Raises ParityError if a value is not finite or differs by more than fp32 may, except
-    as in ``certify``.
+    Returns the manifest's entry. Raises ParityError under the conditions of ``certify`` in single precision.
     """
     tests = len(reference.labels)
     chosen = torch.cat((reference.images[: min(tests, _EXPLAINED_IMAGES)], reference.images[tests:]))

@@ -6,9 +6,6 @@ import signal
 import sys
 from types import FrameType
 
-# The longest wait of the event loop, or of a thread with a batch, for another thread's Python code.
-_SWITCH_SECONDS = 0.0005
-
 
 def main() -> int:
     """Serve until a signal, and return the exit status."""
@@ -32,7 +29,6 @@ def main() -> int:
 
     settings = read(sys.argv[1:])
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, with text that clients choose
-    sys.setswitchinterval(_SWITCH_SECONDS)
     limit_metadata()
     set_up(settings.log_format, settings.log_level)
     if links := service_links(os.environ):

@@ -85,7 +85,7 @@ class Raw:
             self.send(data(stream, sent[at : at + frames.MAX_FRAME_BYTES], frames.END_STREAM if end else 0))
 
     def read(self, stream: int | None = None) -> Answer:
-        """Until the stream, or else the connection, has ended."""
+        """Receive until the stream has ended, or the connection."""
         while not self.closed and not (
             stream and (self.answers[stream].ended or self.answers[stream].reset is not None)
         ):

@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each use look at the files again."""
+    """Make each use read the files again."""
     monkeypatch.setattr(serving.access.files, "_CHECK_SECONDS", 0)
 
 

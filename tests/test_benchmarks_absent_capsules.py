@@ -47,7 +47,7 @@ def images_of(count: int, seed: int = 0) -> Tensor:
 
 
 def dataset(count: int = 60) -> Dataset:
-    """A data set without test images: what reads them fails."""
+    """A data set without test images: reading them fails."""
     labels = torch.arange(count) % 10
     return Dataset("tiny", tuple("0123456789"), images_of(count), labels, torch.empty(0), torch.empty(0))
 

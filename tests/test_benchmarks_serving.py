@@ -182,10 +182,12 @@ def test_the_server_is_measured_beside_onnx_runtime(
 ) -> None:
     out, picture = tmp_path / "serving.csv", tmp_path / "serving.png"
     arguments = ["--configs=tiny", "--rounds=2", "--seconds=0.05", SETTINGS, f"--out={out}", f"--plot={picture}"]
-    assert serving.main(arguments) == 0
+    assert serving.main([*arguments, "--transports", "tcp", "unix", "tls"]) == 0
     rows = read(out)
-    loads = [row["load"] for row in rows if (row["server"], row["transport"]) == ("ours", "tcp")]
-    assert loads == ["unary, 1 in flight", "unary, 4 in flight, 2 images each", "2 streams, 4 in flight"]
+    loads = {one: [row["load"] for row in rows if row["transport"] == one] for one in serving.TRANSPORTS}
+    unary = ["unary, 1 in flight", "unary, 4 in flight, 2 images each"]
+    streamed = [*unary, "2 streams, 4 in flight"]
+    assert loads == {"tcp": streamed, "unix": streamed, "tls": unary}
     measured = [row for row in rows if not row["not_run"]]
     assert {row["server"] for row in measured} == {"ours", "onnxruntime"}
     for row in measured:

@@ -1,4 +1,4 @@
-"""Tests of the benchmark of conversions: that it compares all there is, and tells what it could not run."""
+"""Tests of the benchmark of conversions: it compares all conversions, and names those that it could not run."""
 
 import csv
 from pathlib import Path

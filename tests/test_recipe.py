@@ -103,7 +103,7 @@ def test_the_default_arithmetic_is_that_of_the_device_and_is_told_in_the_checkpo
 
 
 def step_of(module: Training, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Have a module do one step; return what it logged, the loss among it."""
+    """Run one step of a module, and return the values that it logged, such as the loss."""
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
     module.trainer = Mock(global_rank=0, world_size=1, global_step=0)

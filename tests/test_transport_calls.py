@@ -177,7 +177,7 @@ def test_a_call_with_too_much_metadata_ends_alone(served: Serving, size: int) ->
             error = failure(channel.unary_unary("/test.Test/Echo"), b"", metadata=metadata)
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert waiting.result() == b"awake"
-        # What the tables of both sides hold is still the same.
+        # The tables of both sides are still equal.
         channel.unary_unary("/test.Test/Echo")(b"", metadata=(("key", "value"), ("other", "one")), timeout=10)
         assert served.handlers.metadata.items() >= {"key": "value", "other": "one"}.items()
 

@@ -22,7 +22,7 @@ MILLISECOND = 0.001
 
 
 class FakeMachine:
-    """Runtimes whose calls take a known time on the clock of each thread, which no other load slows down."""
+    """Runtimes whose calls take a known time on the clock of their thread, which other load does not slow down."""
 
     def __init__(self, seconds: Callable[[int, int], float]) -> None:
         """Prepare a machine. seconds: the time of a call, by threads and images."""

@@ -85,7 +85,7 @@ def train(
 
 
 class PowerCut(Exception):
-    """Stops a run without its knowledge."""
+    """Stop a run from outside."""
 
 
 def cut_power() -> None:
@@ -97,7 +97,7 @@ def interrupt() -> None:
 
 
 def act_at(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
-    """Have something happen during the given optimizer step, counted from 1."""
+    """Call a function during the given optimizer step, counted from 1."""
     original = StopBetweenSteps.on_train_batch_end
 
     def on_train_batch_end(
@@ -116,7 +116,7 @@ def act_at(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> Non
 
 
 def train_until(step: int, folder: Path, recipe: Recipe = RECIPE, act: Callable[[], None] = interrupt) -> None:
-    """Train until what is done in the given step stops the run."""
+    """Train until the action of the given step stops the run."""
     with pytest.MonkeyPatch.context() as patch:
         act_at(patch, step, act)
         with pytest.raises((Interrupted, PowerCut)):

@@ -1,6 +1,5 @@
 """The servers that are attacked, and the files that their clients need."""
 
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 import grpc
 
 from benchmarks.load import LoadError
-from benchmarks.server import Page, Served, serve
+from benchmarks.server import Page, Served, encrypted, serve
 from serving.access.tokens import METRICS, PREDICT, TokenEntry, new_token, write_entries
 from serving.settings import DEFAULT_MODEL, embedded_models
 
@@ -63,24 +62,15 @@ class Target:
         return page.total(_IN_FLIGHT_METRIC) or 0.0
 
 
-def make_certificate(folder: Path) -> None:
-    """Write server.pem and server.key for 127.0.0.1 by openssl. Raises OSError, CalledProcessError."""
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    names = ("-subj", "/CN=server", "-addext", "subjectAltName=IP:127.0.0.1")
-    files = ("-keyout", "server.key", "-out", "server.pem")
-    subprocess.run(["openssl", "req", "-x509", *curve, *names, *files], cwd=folder, check=True, capture_output=True)
-
-
 @contextmanager
 def target(kind: str, transport: str, folder: Path, flags: Sequence[str] = ()) -> Iterator[Target]:
     """Run a server of one of ``KINDS`` with the embedded model; its files go to ``folder``. Raises LoadError."""
     flags = [f"--transport={transport}", f"--model={DEFAULT_MODEL}", *PLAN, *flags]
     certificate, token, ca = b"", "", None
     if kind == "tls":
-        make_certificate(folder)
-        ca = folder / "server.pem"
+        more, ca = encrypted(folder)
         certificate = ca.read_bytes()
-        flags += [f"--tls-cert={ca}", f"--tls-key={folder / 'server.key'}"]
+        flags += more
     elif kind == "tokens":
         token, hashed = new_token(_CLIENT_NAME)
         write_entries(folder / "tokens.json", [TokenEntry(_CLIENT_NAME, (PREDICT, METRICS), hashed)])
