@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attacks.good_client import Calls, good_client
-from benchmarks.attacks.served import Target, settled, target
+from benchmarks.attacks.served import Target, target
 from benchmarks.figures import origin
 from benchmarks.load import LoadError
-from benchmarks.server import Page
 from benchmarks.soak.breaker import TOKEN_VARIABLE
+from benchmarks.soak.served import left_over
 
 #: Processes that send broken requests.
 _BREAKERS = 2
 _DEADLINE_SECONDS = 20.0
 _SLICE_SECONDS = 2.0
-_SETTLE_SECONDS = 60.0
 _MAX_MEMORY_RATIO = 2.0
 _ROOT = Path(__file__).parents[2]
-#: Metrics that must be 0 once all calls have ended.
-_ZERO_METRICS = ("capsnet_rpcs_in_flight", "capsnet_queue_images")
 
 
 def hostile(transport: str, count: int) -> tuple[dict[str, Any], list[str]]:
@@ -51,7 +48,7 @@ def hostile(transport: str, count: int) -> tuple[dict[str, Any], list[str]]:
                 _add(good, client.calls(_SLICE_SECONDS))
         seconds = time.monotonic() - begin
         results = [one.result() for one in work]
-        left = _left(server)
+        left = left_over(server)
         after, memory_after = client.calls(_SLICE_SECONDS), server.memory_mib()
         log = server.served.log.read_text(errors="replace")
     outcomes = Counter[str]()
@@ -81,13 +78,6 @@ def _break(server: Target, transport: str, count: int, seed: int) -> dict[str, A
         raise LoadError(f"a client of broken requests has failed: {done.stderr[-1000:]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def _left(server: Target) -> float:
-    """Return what the server still holds when it should hold nothing."""
-    settled(server, _SETTLE_SECONDS)
-    page = Page.parse(server.served.fetch({"Authorization": f"Bearer {server.token}"}))
-    return sum(page.total(name) or 0.0 for name in _ZERO_METRICS)
 
 
 def _wrong(row: dict[str, Any], good: Calls, after: Calls) -> list[str]:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.attacks.served import PLAN, Target
+from benchmarks.attacks.served import PLAN, Target, settled
 from benchmarks.load import LoadError
-from benchmarks.server import serve
+from benchmarks.server import Page, serve
 from serving.access.tokens import ADMIN, METRICS, PREDICT, TokenEntry, new_token, write_entries
 from serving.artifact import load, write_manifest
 from serving.settings import embedded_models
@@ -26,6 +26,9 @@ _NETWORKS = {
 }
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
 _ADMIN_ADDRESS = re.compile(r"loading and unloading of models on (\S+:\d+)")
+#: Metrics that must be 0 once all calls have ended.
+_ZERO_METRICS = ("capsnet_rpcs_in_flight", "capsnet_queue_images", "capsnet_held_bytes")
+_SETTLE_SECONDS = 60.0
 _ROLES = (PREDICT, ADMIN, METRICS)
 
 
@@ -106,6 +109,13 @@ def token_entries() -> tuple[list[TokenEntry], dict[str, str]]:
     made = {role: new_token(role) for role in _ROLES}
     entries = [TokenEntry(role, (role,), hashed) for role, (_, hashed) in made.items()]
     return entries, {role: token for role, (token, _) in made.items()}
+
+
+def left_over(server: Target) -> float:
+    """Return what the server still holds once all calls should have ended, added up: calls, images and bytes."""
+    settled(server, _SETTLE_SECONDS)
+    page = Page.parse(server.served.fetch({"Authorization": f"Bearer {server.token}"}))
+    return sum(page.total(name) or 0.0 for name in _ZERO_METRICS)
 
 
 @contextmanager

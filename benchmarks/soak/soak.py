@@ -8,18 +8,17 @@ from contextlib import suppress
 
 import grpc
 
-from benchmarks.attacks.served import settled
 from benchmarks.load import LoadError
 from benchmarks.soak.calls import KINDS, Kind, classify_one, timed
 from benchmarks.soak.changes import Changes
 from benchmarks.soak.client import Client, WrongAnswer, connection_losses
+from benchmarks.soak.served import left_over
 from benchmarks.soak.windows import RIGHT, UNEXPECTED, WRONG, Window, process_state
 from serving.access.tokens import TokenEntry
 
 #: Calls at once; above it the load waits.
 _MAX_CALLS = 128
 _SAMPLE_SECONDS = 1.0
-_SETTLE_SECONDS = 60.0
 _MAX_FAULTS_SHOWN = 20
 #: Pauses between the changes of a kind, as shares of the soak's length, and at most, in seconds.
 _PAUSES: Mapping[str, tuple[float, float]] = {
@@ -70,8 +69,8 @@ class Soak:
         lost.cancel()
         await self._changes.close()
         await self.client.channel.close(None)
-        if not await asyncio.to_thread(settled, self.client.server, _SETTLE_SECONDS):
-            self._fault("calls are still in flight after the soak")
+        if left := await asyncio.to_thread(left_over, self.client.server):
+            self._fault(f"the server still holds {left:g} calls, images or bytes after the soak")
         if "Traceback" in self.client.server.log_text:
             self._fault("the log has a traceback")
 
