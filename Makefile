@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest
 PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export check quick test attacks lint format protos requirements sbom audit scan clean
+.PHONY: help serve dev train export check quick test attacks soak lint format protos requirements sbom audit scan clean
 
 ## List the targets.
 help:
@@ -54,6 +54,10 @@ test: $(DEV_VENV)/.installed
 ## Attack the server on both transports, and check that it serves others meanwhile. ARGS='--attacks all' takes longer.
 attacks: $(DEV_VENV)/.installed
 	$(PYTEST) -m attack tests/test_attacks.py $(ARGS)
+
+## Run both transports for a minute under mixed load, with every answer compared. ARGS='--minutes 30' sets flags.
+soak: $(DEV_VENV)/.installed
+	$(DEV)/python -m benchmarks.soak $(ARGS)
 
 ## Check format, lint, types, import rules and .proto files.
 lint: $(DEV_VENV)/.installed

@@ -1,5 +1,6 @@
 """ONNX Runtime: computation of a batch of any graph."""
 
+import ctypes
 import importlib
 import os
 from collections.abc import Callable, Mapping
@@ -62,6 +63,16 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no control groups, or no quota ("max")
         return cores
+
+
+def return_free_memory() -> None:
+    """Return the memory that closed sessions have freed to the system, where the C library can do so.
+
+    glibc keeps it for each thread that has allocated, and a session's parts come from many.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 class TensorSpec(NamedTuple):

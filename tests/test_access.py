@@ -1,6 +1,7 @@
 """Tests of tokens, certificates' files, and the limits of clients, without a server of models."""
 
 import asyncio
+import resource
 import stat
 import threading
 import time
@@ -15,7 +16,7 @@ from serving.access.certificates import Certificates
 from serving.access.files import AccessError
 from serving.access.guard import ClientLimits, Guard, authorization_of
 from serving.access.quotas import Quotas
-from serving.access.tokens import TokenEntry, Tokens, TooManyChecks, new_token, read_entries, write_entries
+from serving.access.tokens import Identity, TokenEntry, Tokens, TooManyChecks, new_token, read_entries, write_entries
 from serving.errors import Forbidden, Unauthenticated
 from serving.rpc.status import status_of
 from serving.server import Server, StartError
@@ -114,6 +115,19 @@ def test_a_changed_file_counts_at_once_and_a_broken_one_never(file: Path, caplog
     assert "the tokens cannot be read again, the earlier ones stay in use" in caplog.text
 
 
+def test_a_full_disk_keeps_the_previous_tokens(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(file, "alice")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size // 2, before[1]))
+    try:
+        assert command.main(["add", str(file), "bob"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().out == "", "no token that is in no file"
+    assert [entry.name for entry in read_entries(file)] == ["alice"]
+    assert list(file.parent.iterdir()) == [file]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -158,6 +172,37 @@ def test_many_wrong_tokens_of_one_peer_leave_room_for_another(file: Path, monkey
         assert sum(isinstance(one, TooManyChecks) for one in outcomes) == 46
         assert (await honest) is not None
         assert await tokens.check("x.0", "bad") is None
+
+    asyncio.run(main())
+
+
+def test_the_first_calls_with_a_token_share_one_check_that_none_of_them_ends(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = add(file, "alice")
+    tokens = Tokens(str(file))
+    going = threading.Event()
+    hash_ = tokens_module._scrypt
+    hashed: list[object] = []
+
+    def slow(*arguments: object) -> bytes:
+        hashed.append(arguments)
+        going.wait(20)
+        return hash_(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tokens_module, "_scrypt", slow)
+
+    async def main() -> None:
+        calls = [asyncio.create_task(tokens.check(token, "peer")) for _ in range(100)]
+        await asyncio.sleep(0)
+        for call in calls[:50]:
+            call.cancel()
+        going.set()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(one, asyncio.CancelledError) for one in outcomes] == [True] * 50 + [False] * 50
+        assert {one.name for one in outcomes if isinstance(one, Identity)} == {"alice"}
+        assert len(hashed) == 1
+        assert not tokens._checks and not tokens._under_way
 
     asyncio.run(main())
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import resource
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -111,6 +112,21 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatc
         save(replace(make_checkpoint(), dataset="other"), path)
 
     assert load(path).dataset == "tiny"
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "capsnet.pt"
+    save(make_checkpoint(), path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, before[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):  # PyTorch's writer has errors of its own
+            save(replace(make_checkpoint(), dataset="other"), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert load(path).dataset == "tiny"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,12 +37,16 @@ DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 
 
 @contextmanager
-def server_process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def server_process(
+    *arguments: str, program: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """Run ``python -m serving`` on free ports. Yield the process, its gRPC address, and its first lines.
 
-    The plan is fixed and not measured, unless the arguments say otherwise.
+    The plan is fixed and not measured, unless the arguments say otherwise. program: Python's arguments in place of
+    ``-m serving``.
     """
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
+    module = program or ("-m", "serving")
+    command = [sys.executable, *module, "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stderr

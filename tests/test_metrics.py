@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import urllib.request
+import weakref
 from collections.abc import Callable
 
 import grpc
@@ -110,6 +111,16 @@ def test_each_graph_has_series_of_its_own_and_tritons_names_count_all_graphs() -
         if "version" in sample.labels and "model" in sample.labels
     }
     assert kept == {("m", "2")}
+
+
+def test_the_figures_of_answers_do_not_keep_the_arrays_of_a_session() -> None:
+    metrics = ModelMetrics(Metrics(), "digits", "1", ["a", "b"])
+    probabilities = np.array([[0.9, 0.1]], np.float32)
+    kept = weakref.ref(probabilities)
+    metrics.quality.add(probabilities)
+    del probabilities
+    assert kept() is None
+    assert metrics.quality.wins(0) == 1
 
 
 def test_a_version_that_is_loaded_again_counts_from_zero_in_tritons_names() -> None:

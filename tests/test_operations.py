@@ -81,6 +81,17 @@ def test_the_metrics_table_is_that_of_the_declared_metrics() -> None:
     assert {len(row) for row in _rows("Metrics")} == {6}
 
 
+def test_every_fault_has_a_promise_and_tests_that_exist() -> None:
+    rows = _rows("Faults")
+    assert len(rows) > 20
+    for fault, promise, tests in rows:
+        assert fault and promise
+        named = re.findall(r"`(test_\w+)::(test_\w+)`", tests)
+        assert ", ".join(f"`{file}::{test}`" for file, test in named) == tests
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / f"{file}.py").read_text(), test
+
+
 @pytest.mark.parametrize(
     ("file", "extras"), [("cpu", ("cpu", "tracing")), ("gpu", ("gpu", "tracing")), ("training", ("cpu", "export"))]
 )

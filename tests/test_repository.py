@@ -1,6 +1,7 @@
 """Tests of the models of a repository folder: several at once, new versions, bad versions, and removed ones."""
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -760,6 +762,26 @@ def test_a_model_that_is_loaded_again_while_it_still_goes_serves_on(
     assert [label(running) for _ in range(3)] == ["7 of 1"] * 3
     assert index(running.channel) == {("digits", "1"): ("READY", "")}
     assert 'capsnet_model_ready{model="digits",version="1"} 1.0' in page(running)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_an_unloaded_model_frees_its_memory_without_the_garbage_collector(
+    start: Callable[..., Running], tmp_path: Path, no_collection: None
+) -> None:
+    put(tmp_path)
+    running = start(models=str(tmp_path), poll_seconds=0.0, admin_port=0, **QUICK)
+    assert label(running) == "7 of 1"
+    runtime = weakref.ref(running.model.classify.runtime)
+    with admin_of(running) as admin:
+        unload(admin, "digits")
+        until(lambda: runtime() is None, "the end of the runtime")
 
 
 def test_a_load_whose_client_has_gone_does_not_keep_a_version_from_being_served(

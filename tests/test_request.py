@@ -263,6 +263,18 @@ def test_a_unary_request_that_is_given_up_while_it_is_decoded_never_gets_into_th
     assert run(test).only.metrics.statistics.inference_count == 0
 
 
+def test_a_request_that_is_given_up_in_the_turn_in_which_it_came_ends_and_releases_the_model() -> None:
+    async def test(model: FakeModel) -> None:
+        reply = Note()
+        request(model, NumberQuery(1, slow=True), reply).begin()
+        assert reply.given_up
+        reply.given_up()
+        assert await reply.wait() is None
+        assert model.in_use == 0
+
+    assert run(test).only.metrics.statistics.failures["CANCELED"] == 1
+
+
 def test_a_stream_that_ends_while_it_waits_for_room_releases_the_model() -> None:
     async def test(model: FakeModel) -> None:
         model.only.go.clear()

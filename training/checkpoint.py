@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,20 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 def write_whole(content: dict[str, Any], path: Path) -> None:
     """Write a PyTorch file, under its name only when it is complete."""
+    with _partial(path) as partial:
+        torch.save(content, partial)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Yield the path of a file that gets its name at the end of the block. After an error, nothing of it is left."""
     partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:  # on a full disk, half a file would take the room of the next try
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load(path: Path) -> Checkpoint:
@@ -109,9 +122,8 @@ def save_tensors(checkpoint: Checkpoint, path: Path) -> None:
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     del content["state_dict"]
     content["config"] = asdict(checkpoint.config)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(to_bytes(weights, {FORMAT: json.dumps(content, allow_nan=False)}))
-    partial.replace(path)
+    with _partial(path) as partial:
+        partial.write_bytes(to_bytes(weights, {FORMAT: json.dumps(content, allow_nan=False)}))
 
 
 def _load_tensors(path: Path) -> Checkpoint:

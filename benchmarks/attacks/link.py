@@ -173,7 +173,8 @@ def _opening(settings: Mapping[int, int]) -> bytes:
 
 def text(value: str) -> bytes:
     """Return a string of HPACK, not compressed (RFC 7541, section 5.2)."""
-    return bytes(encode_integer(len(value), 7)) + value.encode()
+    encoded = value.encode()
+    return bytes(encode_integer(len(encoded), 7)) + encoded
 
 
 def literal(name: str, value: str) -> bytes:

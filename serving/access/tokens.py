@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,7 @@ class Tokens:
         self._pool = ThreadPoolExecutor(1, "tokens")
         self._lock = threading.Lock()
         self._checks: Counter[str] = Counter()  # that wait or run, by client
+        self._under_way: dict[bytes, Future[TokenEntry | None]] = {}  # the same checks, by the token's digest
         _, self._unknown_hash = new_token("unknown")
 
     def renew(self) -> None:
@@ -169,21 +170,25 @@ class Tokens:
         known, identity = self.remembered(token)
         if known:
             return identity
-        self._begin_check(client)
-        try:
-            entry = await asyncio.wrap_future(self._pool.submit(self._entry_of, token))
-        finally:
-            self._end_check(client)
+        entry = await asyncio.shield(asyncio.wrap_future(self._checked(token, client)))
         return entry.identity if entry else None
 
-    def _begin_check(self, client: str) -> None:
+    def _checked(self, token: str, client: str) -> "Future[TokenEntry | None]":
+        """Return the check of a token, which all calls with this token share, and which none of them ends."""
+        digest = self._digest(token)
         with self._lock:
+            if under_way := self._under_way.get(digest):
+                return under_way
             if self._checks.total() >= _MAX_CHECKS or self._checks[client] >= _MAX_CHECKS_OF_CLIENT:
                 raise TooManyChecks
             self._checks[client] += 1
+            check = self._under_way[digest] = self._pool.submit(self._entry_of, token)
+        check.add_done_callback(lambda _: self._end_check(digest, client))
+        return check
 
-    def _end_check(self, client: str) -> None:
+    def _end_check(self, digest: bytes, client: str) -> None:
         with self._lock:
+            del self._under_way[digest]
             self._checks[client] -= 1
             if not self._checks[client]:
                 del self._checks[client]

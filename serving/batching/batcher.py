@@ -128,6 +128,9 @@ class Batcher:
         if self._watchdog:
             self._watchdog.cancel()
         self._slots.close()
+        # The batcher and its slots refer to each other, and a garbage collection may be hours away. So the model's
+        # memory is not left to it.
+        self._run = _run_closed
 
     def _compute(self, inputs: Inputs) -> Outcome:
         return compute(inputs, self._run, self._check)
@@ -222,3 +225,7 @@ class Batcher:
         if not ticket.ended:
             self._slots.remove(ticket)
             ticket.fail(InferenceFailed())
+
+
+def _run_closed(arrays: Arrays) -> Arrays:
+    raise RuntimeError("the batcher is closed")

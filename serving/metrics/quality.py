@@ -54,8 +54,10 @@ class Quality:
 
     def add(self, probabilities: NDArray[np.float32]) -> None:
         """Add a batch's finite probabilities (B, J), which ``up_to_date`` counts. Any thread may call it."""
+        # A copy: an array of ONNX Runtime keeps all memory of its session, also after the model is unloaded.
+        kept = probabilities.copy()
         with self._lock:
-            self._new.append(probabilities)
+            self._new.append(kept)
             self._new_images += len(probabilities)
             if self._new_images >= _MAX_IMAGES_KEPT:
                 self._count_new()

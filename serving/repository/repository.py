@@ -14,7 +14,7 @@ from serving.artifact import MANIFEST, MANIFEST_DIGEST, ArtifactError
 from serving.errors import InvalidRequest, ServingError, UnknownModel
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.served_model import ServedModel
-from serving.runtime import RuntimeSetupError
+from serving.runtime import RuntimeSetupError, return_free_memory
 from serving.settings import Settings
 
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's text: errors go out in headers of limited size
@@ -264,9 +264,14 @@ class Repository:
 
     def _leave(self, model: ServedModel) -> None:
         """Start to close a model that gets no further requests, without waiting for its requests."""
-        task = asyncio.create_task(self._close(model))
+        task = asyncio.create_task(self._close_and_free(model))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
+
+    async def _close_and_free(self, model: ServedModel) -> None:
+        await self._close(model)
+        del model  # now its memory is free
+        await asyncio.to_thread(return_free_memory)
 
     async def _close(self, model: ServedModel) -> None:
         key = (model.artifact.name, model.artifact.version)

@@ -89,7 +89,9 @@ class Request:
     def begin(self) -> None:
         """Decode and queue the request now, or in a task if decoding is slow."""
         if self._query.slow:
-            task = asyncio.get_running_loop().create_task(self.begin_slowly(patient=False))
+            task = asyncio.get_running_loop().create_task(self._decode_and_queue(patient=False))
+            # A task that is cancelled before its first step runs none of its code, so the task cannot note its end.
+            task.add_done_callback(self._begun)
             self._reply.when_given_up(task.cancel)
             return
         try:
@@ -97,21 +99,30 @@ class Request:
         except Exception as error:
             self._fail(error)
 
-    async def begin_slowly(self, patient: bool = True) -> None:
-        """Decode and queue the request, and wait for slow decoding and, if patient, for room in the queue.
+    async def begin_slowly(self) -> None:
+        """Decode and queue the request, and wait for slow decoding and for room in the queue.
 
-        Streams are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
+        For streams, which are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
         """
+        try:
+            await self._decode_and_queue(patient=True)
+        except asyncio.CancelledError:
+            self._give_up()
+            raise
+
+    async def _decode_and_queue(self, patient: bool) -> None:
+        """Decode and queue the request. patient: wait for room. Raises only asyncio.CancelledError."""
         try:
             arrays = await self._decode_slowly(patient) if self._query.slow else self._decode()
             if patient:
                 await self._graph.batcher.room_for(arrays, self._reply.client)
             self._queue(arrays, patient)
-        except asyncio.CancelledError:
-            self._give_up()
-            raise
         except Exception as error:
             self._fail(error)
+
+    def _begun(self, task: "asyncio.Task[None]") -> None:
+        if task.cancelled():
+            self._give_up()
 
     def _decode(self) -> Arrays:
         arrays = self._query.decode(self._model)
