@@ -33,7 +33,7 @@ _SALT_BYTES = 16
 _HASH_BYTES = 32
 _MAX_WRONG = 4096  # tokens that are remembered
 _MAX_CHECKS = 64  # that wait or run
-_MAX_CHECKS_OF_CLIENT = 4
+_MAX_CHECKS_OF_PEER = 4
 
 
 class TooManyChecks(Exception):
@@ -140,7 +140,7 @@ class Tokens:
         self._wrong: OrderedDict[bytes, Entries] = OrderedDict()  # with the entries among which none fitted
         self._pool = ThreadPoolExecutor(1, "tokens")
         self._lock = threading.Lock()
-        self._checks: Counter[str] = Counter()  # that wait or run, by client
+        self._checks: Counter[str] = Counter()  # that wait or run, by peer
         _, self._unknown_hash = new_token("unknown")
 
     def renew(self) -> None:
@@ -161,32 +161,32 @@ class Tokens:
             self._right.pop(digest, None)  # the file has changed
         return self._wrong.get(digest) is entries, None
 
-    async def check(self, token: str, client: str) -> Identity | None:
-        """Return the identity of a token, or None if it is wrong. client: whose checks at once are limited.
+    async def check(self, token: str, peer: str) -> Identity | None:
+        """Return the identity of a token, or None if it is wrong. peer: of ``client_of``.
 
         Raises TooManyChecks.
         """
         known, identity = self.remembered(token)
         if known:
             return identity
-        self._begin_check(client)
+        self._begin_check(peer)
         try:
             entry = await asyncio.wrap_future(self._pool.submit(self._entry_of, token))
         finally:
-            self._end_check(client)
+            self._end_check(peer)
         return entry.identity if entry else None
 
-    def _begin_check(self, client: str) -> None:
+    def _begin_check(self, peer: str) -> None:
         with self._lock:
-            if self._checks.total() >= _MAX_CHECKS or self._checks[client] >= _MAX_CHECKS_OF_CLIENT:
+            if self._checks.total() >= _MAX_CHECKS or self._checks[peer] >= _MAX_CHECKS_OF_PEER:
                 raise TooManyChecks
-            self._checks[client] += 1
+            self._checks[peer] += 1
 
-    def _end_check(self, client: str) -> None:
+    def _end_check(self, peer: str) -> None:
         with self._lock:
-            self._checks[client] -= 1
-            if not self._checks[client]:
-                del self._checks[client]
+            self._checks[peer] -= 1
+            if not self._checks[peer]:
+                del self._checks[peer]
 
     def _entry_of(self, token: str) -> TokenEntry | None:
         """Return the entry of a token. An unknown name takes as long as a wrong secret."""
