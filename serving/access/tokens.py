@@ -33,7 +33,7 @@ _SALT_BYTES = 16
 _HASH_BYTES = 32
 _MAX_WRONG = 4096  # tokens that are remembered
 _MAX_CHECKS = 64  # that wait or run
-_MAX_CHECKS_OF_CLIENT = 4
+_MAX_CHECKS_OF_PEER = 4
 
 
 class TooManyChecks(Exception):
@@ -140,7 +140,7 @@ class Tokens:
         self._wrong: OrderedDict[bytes, Entries] = OrderedDict()  # with the entries among which none fitted
         self._pool = ThreadPoolExecutor(1, "tokens")
         self._lock = threading.Lock()
-        self._checks: Counter[str] = Counter()  # that wait or run, by client
+        self._checks: Counter[str] = Counter()  # that wait or run, by peer
         self._under_way: dict[bytes, Future[TokenEntry | None]] = {}  # the same checks, by the token's digest
         _, self._unknown_hash = new_token("unknown")
 
@@ -162,36 +162,36 @@ class Tokens:
             self._right.pop(digest, None)  # the file has changed
         return self._wrong.get(digest) is entries, None
 
-    async def check(self, token: str, client: str) -> Identity | None:
-        """Return the identity of a token, or None if it is wrong. client: whose checks at once are limited.
+    async def check(self, token: str, peer: str) -> Identity | None:
+        """Return the identity of a token, or None if it is wrong. peer: of ``client_of``.
 
         Raises TooManyChecks.
         """
         known, identity = self.remembered(token)
         if known:
             return identity
-        entry = await asyncio.shield(asyncio.wrap_future(self._checked(token, client)))
+        entry = await asyncio.shield(asyncio.wrap_future(self._checked(token, peer)))
         return entry.identity if entry else None
 
-    def _checked(self, token: str, client: str) -> "Future[TokenEntry | None]":
+    def _checked(self, token: str, peer: str) -> "Future[TokenEntry | None]":
         """Return the check of a token, which all calls with this token share, and which none of them ends."""
         digest = self._digest(token)
         with self._lock:
             if under_way := self._under_way.get(digest):
                 return under_way
-            if self._checks.total() >= _MAX_CHECKS or self._checks[client] >= _MAX_CHECKS_OF_CLIENT:
+            if self._checks.total() >= _MAX_CHECKS or self._checks[peer] >= _MAX_CHECKS_OF_PEER:
                 raise TooManyChecks
-            self._checks[client] += 1
+            self._checks[peer] += 1
             check = self._under_way[digest] = self._pool.submit(self._entry_of, token)
-        check.add_done_callback(lambda _: self._end_check(digest, client))
+        check.add_done_callback(lambda _: self._end_check(digest, peer))
         return check
 
-    def _end_check(self, digest: bytes, client: str) -> None:
+    def _end_check(self, digest: bytes, peer: str) -> None:
         with self._lock:
             del self._under_way[digest]
-            self._checks[client] -= 1
-            if not self._checks[client]:
-                del self._checks[client]
+            self._checks[peer] -= 1
+            if not self._checks[peer]:
+                del self._checks[peer]
 
     def _entry_of(self, token: str) -> TokenEntry | None:
         """Return the entry of a token. An unknown name takes as long as a wrong secret."""
