@@ -3,7 +3,10 @@
 ``python -m benchmarks.fuzz --seconds 600`` tries more, and with ``--guided`` those that reach new branches.
 """
 
+import importlib.util
 import random
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from benchmarks.fuzz import __main__ as command
 from benchmarks.fuzz.__main__ import Finding, check
 from benchmarks.fuzz.corpus import CORPUS, MAX_BYTES, TARGETS, kept, mutations
 from benchmarks.fuzz.target import Target
+from tests.conftest import ROOT
 
 CHANGES = 300
 MAX_CORPUS_BYTES = 400_000
@@ -54,3 +58,11 @@ def test_a_finding_is_told_and_kept(
     assert "ZeroDivisionError" in capsys.readouterr().out
     assert len((tmp_path / "finding-wrong").read_bytes()) > 3
     assert command.main(["--list"]) == 0 and capsys.readouterr().out == "wrong\n"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="atheris is not installed")
+def test_inputs_can_be_guided_by_coverage(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.fuzz", "idx", "--seconds", "1", "--guided", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0 and "INITED" in result.stderr
+    assert not list((tmp_path / "idx").glob("finding-*"))
