@@ -1,5 +1,6 @@
 """Tests of the runtime: each precision of the embedded model, and the options for ONNX Runtime."""
 
+import ctypes
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from serving.artifact import PRECISIONS, Artifact, digest, find, load, write_man
 from serving.metrics.registry import Metrics
 from serving.repository.classifier import open_classifier
 from serving.repository.served_model import ServedModel
-from serving.runtime import Runtime, RuntimeSetupError, TensorSpec, example, rows, saturates
+from serving.runtime import Runtime, RuntimeSetupError, TensorSpec, example, return_free_memory, rows, saturates
 from serving.settings import Settings
 from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
@@ -230,3 +231,9 @@ def test_weights_outside_the_verified_file_are_not_read(tmp_path: Path) -> None:
     artifact = load(find(ROOT / "models", "capsnet-mnist"))
     with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
         Runtime(replace(artifact, folder=folder).file(), "cpu")
+
+
+def test_memory_is_returned_where_the_c_library_can_and_kept_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    return_free_memory()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    return_free_memory()
