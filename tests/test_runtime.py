@@ -1,5 +1,6 @@
 """Tests of the runtime: each precision of the embedded model, and the options for ONNX Runtime."""
 
+import ctypes
 import re
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from serving.metrics.registry import Metrics
 from serving.repository.classifier import open_classifier
 from serving.repository.further_graph import FurtherGraph
 from serving.repository.served_model import ServedModel
-from serving.runtime import Runtime, RuntimeSetupError, TensorSpec, example, rows, saturates
+from serving.runtime import Runtime, RuntimeSetupError, TensorSpec, example, return_free_memory, rows, saturates
 from serving.settings import Settings
 from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
@@ -297,3 +298,9 @@ def test_weights_are_not_read_from_anywhere_else(
     monkeypatch.chdir(tmp_path / "models")
     with pytest.raises(RuntimeSetupError, match="ONNX Runtime cannot load it"):
         Runtime(tmp_path / "models" / "model.onnx", "cpu")
+
+
+def test_memory_is_returned_where_the_c_library_can_and_kept_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    return_free_memory()
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    return_free_memory()

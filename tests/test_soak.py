@@ -59,6 +59,12 @@ def test_a_soak_is_judged_by_what_rises(changes: dict[str, Any], word: str) -> N
         assert found == []
 
 
+def test_a_short_soak_is_judged_more_mildly() -> None:
+    rising = windows(12, memory_mib=lambda n: 100 + n, p99=lambda n: 10.0 + 3 * n)
+    assert faults(rising, 60.0) == []
+    assert [text.split()[0] for text in faults(rising, 1800.0)] == ["memory"]
+
+
 def test_a_slope_and_a_rank_correlation_are_not_moved_by_single_values() -> None:
     assert slope([1.0, 2.0, 3.0, 90.0, 5.0]) == pytest.approx(1.0)
     assert rank_correlation([1.0, 2.0, 3.0, 4.0]) == pytest.approx(1.0)
