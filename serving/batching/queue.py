@@ -5,7 +5,7 @@ The rule uses no deadlines, threads, clocks or metrics.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from math import ceil
 from typing import NamedTuple
 
@@ -23,13 +23,13 @@ class Part(NamedTuple):
 
 
 class _Waiting:
-    """The waiting requests of a client in one lane, and the rows at which its next turn comes."""
+    """The waiting requests of a client in one lane."""
 
-    __slots__ = ("tickets", "turn")
+    __slots__ = ("client", "tickets")
 
-    def __init__(self, turn: int) -> None:
+    def __init__(self, client: Hashable) -> None:
+        self.client = client
         self.tickets: OrderedDict[Ticket, None] = OrderedDict()
-        self.turn = turn
 
 
 class _Lane:
@@ -40,16 +40,18 @@ class _Lane:
     """
 
     def __init__(self) -> None:
-        self.clients: dict[Hashable, _Waiting] = {}
-        self._turns: list[tuple[int, int, _Waiting]] = []  # a heap; clients without requests are left in it for a while
+        self._clients: dict[Hashable, _Waiting] = {}
+        # A heap of turns, in rows. The number orders equal turns. Clients without requests stay in it for a while.
+        self._turns: list[tuple[int, int, _Waiting]] = []
         self._now = 0
-        self._number = 0  # orders equal turns
+        self._number = 0
 
     def push(self, ticket: Ticket) -> None:
-        waiting = self.clients.get(ticket.client)
+        waiting = self._clients.get(ticket.client)
         if waiting is None:
-            waiting = self.clients[ticket.client] = _Waiting(self._now)
-            self._schedule(waiting)
+            waiting = self._clients[ticket.client] = _Waiting(ticket.client)
+            self._number += 1
+            heappush(self._turns, (self._now, self._number, waiting))
         waiting.tickets[ticket] = None
 
     def first(self) -> Ticket | None:
@@ -61,30 +63,32 @@ class _Lane:
             heappop(self._turns)
         return None
 
-    def give(self, rows: int) -> None:
-        """Note that the next request gets rows in a batch."""
-        self._now, _, waiting = heappop(self._turns)
-        waiting.turn += rows
-        self._schedule(waiting)
+    def give(self, rows: int, all_rows: bool) -> None:
+        """Note that the next request gets rows in a batch. all_rows: they are its last ones, so it is removed."""
+        self._now, _, waiting = self._turns[0]
+        if all_rows:
+            waiting.tickets.popitem(last=False)
+            if not waiting.tickets:
+                del self._clients[waiting.client]
+                heappop(self._turns)
+                return
+        self._number += 1
+        heapreplace(self._turns, (self._now + rows, self._number, waiting))
 
     def remove(self, ticket: Ticket) -> bool:
         """Remove a request, and return True if it was there."""
-        waiting = self.clients.get(ticket.client)
+        waiting = self._clients.get(ticket.client)
         if waiting is None or ticket not in waiting.tickets:
             return False
         del waiting.tickets[ticket]
         if not waiting.tickets:
-            del self.clients[ticket.client]
+            del self._clients[ticket.client]
         return True
 
     def newest(self, client: Hashable) -> Iterator[Ticket]:
         """Yield the requests of a client, the newest first."""
-        if waiting := self.clients.get(client):
+        if waiting := self._clients.get(client):
             yield from reversed(waiting.tickets)
-
-    def _schedule(self, waiting: _Waiting) -> None:
-        self._number += 1
-        heappush(self._turns, (waiting.turn, self._number, waiting))
 
 
 class TicketQueue:
@@ -165,14 +169,14 @@ class TicketQueue:
         while room > 0 and (ticket := self.first()):
             if drops(ticket):
                 continue
-            count = ticket.left if ticket.left <= limit else min(room, ticket.left)
-            batch.append(Part(ticket, ticket.arrays, ticket.taken, ticket.taken + count))
-            self._lane(ticket).give(count)
-            if count == ticket.left:
-                self.remove(ticket)
-            else:
-                ticket.taken += count
-                self._add(ticket, -count)
+            taken = ticket.taken
+            left = ticket.size - taken
+            count = left if left <= limit else min(room, left)
+            batch.append(Part(ticket, ticket.arrays, taken, taken + count))
+            ticket.taken = taken + count
+            self._lane(ticket).give(count, count == left)
+            self._count -= count == left
+            self._add(ticket, -count)
             room -= count
             limit -= count
         return batch

@@ -1,9 +1,11 @@
 """The threads that compute batches, and the state that they share with the event loop."""
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from enum import Enum, auto
 from math import ceil
 from queue import SimpleQueue
@@ -16,6 +18,7 @@ from serving.batching.queue import Part, TicketQueue, batch_room
 from serving.batching.ticket import Ticket
 from serving.errors import DeadlineUnmeetable, QueueFull
 
+_ADDED_NICENESS = 5
 # Factor of the remembered crowd at each batch: it is forgotten after about 50 batches.
 _CROWD_KEPT = 0.98
 # Time without a batch after which the known cost of a batch may be wrong.
@@ -264,6 +267,10 @@ class Slots:
 
     def _work(self, slot: Slot) -> None:
         """Compute one batch after the other. Runs on the slot's thread."""
+        # A lower priority: the event loop has short tasks and must not wait for a core until a batch ends.
+        with suppress(AttributeError, OSError):
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _ADDED_NICENESS)
         computed: Computed | None = None
         while True:
             if computed is None:

@@ -174,11 +174,10 @@ class _Context:
         """Return the client of the connection."""
         kind, _, address = str(self._context.peer()).partition(":")
         if kind not in ("ipv4", "ipv6"):
-            return Peer(UNIX_ADDRESS)
+            return Peer(UNIX_ADDRESS, connection=UNIX_ADDRESS)
         names = self._context.auth_context().get("x509_common_name") or (b"",)
-        host, _, port = address.rpartition(":")
-        host = host.replace("%5B", "").replace("%5D", "").strip("[]")
-        return Peer(host, names[-1].decode(errors="replace"), port=int(port))
+        host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+        return Peer(host, names[-1].decode(errors="replace"), connection=address)
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""

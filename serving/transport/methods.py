@@ -31,19 +31,14 @@ class Peer(NamedTuple):
     """The client of a connection.
 
     address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified certificate, or "" without one.
-    name: the name by which this server's list of clients knows it, or "" if it is not known, or not yet. port: the
-    client's port, or 0 without one.
+    name: the name by which this server's list of clients knows it, or "" if it is not known, or not yet. connection: a
+    key of the connection, which all connections to a Unix socket share.
     """
 
     address: str
     subject: str = ""
     name: str = ""
-    port: int = 0
-
-    @property
-    def connection(self) -> tuple[str, int]:
-        """Return a key of the connection. All connections to a Unix socket have the same one."""
-        return self.address, self.port
+    connection: str = ""
 
 
 def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[str, str]]]] | None) -> Peer:
@@ -51,10 +46,13 @@ def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[s
 
     address: of asyncio's ``peername``. certificate: of its ``peercert``, or None.
     """
-    host, port = (str(address[0]), int(address[1])) if isinstance(address, tuple) else (UNIX_ADDRESS, 0)
+    host = connection = UNIX_ADDRESS
+    if isinstance(address, tuple):
+        host = str(address[0])
+        connection = f"{host} {address[1]}"
     subject = certificate.get("subject", ()) if certificate else ()
     names = [value for part in subject for key, value in part if key == "commonName"]
-    return Peer(host, names[-1] if names else "", port=port)
+    return Peer(host, names[-1] if names else "", connection=connection)
 
 
 def client_of(address: str) -> str:
