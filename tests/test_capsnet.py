@@ -3,6 +3,7 @@
 import io
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.files.image_headers import IMAGE_CAUSES
 from serving.files.images import limit_metadata
 from serving.repository.served_model import ServedModel
+from serving.rpc.servicers import MAX_WATCHES
 from serving.runtime import Arrays, RuntimeSetupError
 from serving.services import capsnet
 from serving.services.capsnet import _Message
@@ -323,6 +325,29 @@ def test_health_says_serving_for_the_server_and_the_service(running: Running) ->
     with pytest.raises(grpc.RpcError) as caught:
         stub.Check(health_pb2.HealthCheckRequest(service="another"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_connection_watches_the_health_a_limited_number_of_times(running: Running) -> None:
+    with grpc.insecure_channel(running.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(MAX_WATCHES)]
+        for watch in watches:
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError, match="watches the health 64 times already") as caught:
+            next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        another = health_pb2_grpc.HealthStub(running.channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(another).status == health_pb2.HealthCheckResponse.SERVING
+        another.cancel()
+        for watch in watches:
+            watch.cancel()
+        end = time.monotonic() + 30
+        while True:
+            try:
+                assert next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+                return
+            except grpc.RpcError:
+                assert time.monotonic() < end, "ended watches leave their places"
 
 
 def test_reflection_lists_the_services_and_their_messages(running: Running) -> None:

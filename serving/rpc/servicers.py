@@ -2,8 +2,9 @@
 
 import asyncio
 import inspect
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, NoReturn
 
 import grpc
@@ -16,9 +17,13 @@ from serving.transport.headers import Metadata, Status
 from serving.transport.methods import Abort, Context, Method, StreamMethod, UnaryMethod, table
 
 HEALTH = health.SERVICE_NAME
+_WATCH = f"/{HEALTH}/Watch"
+Answers = Callable[[AsyncIterator[bytes], Context], AsyncIterator[bytes]]
 # The most bytes of a request for these services, which is a name. A watch keeps it, and no memory limit counts the
 # bytes that a handler keeps.
 _MAX_BYTES = 4096
+#: The most watches of one connection. Each takes memory for as long as its client likes, and waits for the server.
+MAX_WATCHES = 64
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[name-defined, misc]  # its stubs lack it
@@ -42,7 +47,32 @@ class Health(health.aio.HealthServicer):  # type: ignore[name-defined, misc]  # 
 
 def health_methods(servicer: Health) -> dict[str, Method]:
     """Return the methods of the health service."""
-    return _methods(health_pb2_grpc.add_HealthServicer_to_server, servicer)
+    methods = _methods(health_pb2_grpc.add_HealthServicer_to_server, servicer)
+    watch = methods[_WATCH]
+    assert isinstance(watch, StreamMethod)
+    return methods | {_WATCH: StreamMethod(_limited(watch.answers))}
+
+
+def _limited(watch: Answers) -> Answers:
+    """Return a function that answers like ``watch``, MAX_WATCHES times at once for each connection."""
+    watches: Counter[str] = Counter()
+
+    async def answers(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        connection = context.peer.connection
+        if watches[connection] >= MAX_WATCHES:
+            text = f"this connection watches the health {MAX_WATCHES} times already, which is the limit"
+            raise Abort(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text))
+        watches[connection] += 1
+        try:
+            async with aclosing(watch(requests, context)) as found:  # type: ignore[type-var]
+                async for answer in found:
+                    yield answer
+        finally:
+            watches[connection] -= 1
+            if not watches[connection]:
+                del watches[connection]
+
+    return answers
 
 
 def reflection_methods(services: Iterable[str]) -> dict[str, Method]:
