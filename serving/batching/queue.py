@@ -41,7 +41,8 @@ class _Lane:
 
     def __init__(self) -> None:
         self.clients: dict[Hashable, _Waiting] = {}
-        self._turns: list[tuple[int, int, _Waiting]] = []  # a heap; clients without requests are left in it for a while
+        # A heap. Clients without requests are left in it for a while, at most until the lane is empty.
+        self._turns: list[tuple[int, int, _Waiting]] = []
         self._now = 0
         self._number = 0  # orders equal turns
 
@@ -75,6 +76,8 @@ class _Lane:
         del waiting.tickets[ticket]
         if not waiting.tickets:
             del self.clients[ticket.client]
+            if not self.clients:  # a client's next turn would begin before those that are left, so they would stay
+                self._turns.clear()
         return True
 
     def newest(self, client: Hashable) -> Iterator[Ticket]:
