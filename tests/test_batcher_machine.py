@@ -95,7 +95,7 @@ class Asked:
         if self.ticket.state is State.ANSWERED:
             assert (self.ticket.result()["y"] == 3 * self.values + 1).all(), "its own answer"
         elif self.ticket.state is State.FAILED:
-            error = self.ticket._error
+            error = self.ticket.error
             late = isinstance(error, DeadlineUnmeetable) and self.deadline is not None
             assert late or (isinstance(error, InferenceFailed) and self.faulty)
 

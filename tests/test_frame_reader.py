@@ -1,8 +1,10 @@
 """Frames of one connection without a socket: how much of them is read before other connections have their turn."""
 
 import asyncio
+import gc
 import struct
-from collections.abc import AsyncIterator, Callable
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import pairwise
 from typing import Any, cast
 
@@ -209,15 +211,25 @@ class FakeTransport:
     def write(self, data: bytes) -> None:
         self.turns += 1
 
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def connected(lost: Callable[[Connection], None]) -> tuple[Connection, FakeTransport]:
+    """Return a connection after the client's greeting, and its transport."""
+    memory = Memory(LIMITS.bytes_under_way)
+    terms: Terms[Connection] = Terms(find, LIMITS, memory, Unpacker(), lambda *_: True, lost, 600.0, 0.0)
+    connection, transport = Connection(terms, asyncio.get_running_loop()), FakeTransport()
+    connection.connection_made(cast(asyncio.Transport, transport))
+    connection.data_received(frames.PREFACE + frames.settings({}))
+    return connection, transport
+
 
 def test_a_connection_is_not_read_from_until_all_that_came_has_had_its_turn() -> None:
     async def main() -> None:
         lost: list[object] = []
-        memory = Memory(LIMITS.bytes_under_way)
-        terms: Terms[Connection] = Terms(find, LIMITS, memory, Unpacker(), lambda *_: True, lost.append, 0.0, 0.0)
-        connection, transport = Connection(terms, asyncio.get_running_loop()), FakeTransport()
-        connection.connection_made(cast(asyncio.Transport, transport))
-        connection.data_received(frames.PREFACE + frames.settings({}))
+        connection, transport = connected(lost.append)
         await asyncio.sleep(0)
         assert transport.reading
         connection.data_received(frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS)
@@ -229,5 +241,33 @@ def test_a_connection_is_not_read_from_until_all_that_came_has_had_its_turn() ->
         assert transport.turns >= turns - 1 > 5, "others had their turn between, and answers left meanwhile"
         connection.connection_lost(None)
         assert lost == [connection]
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("end", ["quiet", "with an open call", "while data waits to be sent", "after a fault"])
+def test_a_lost_connection_goes_without_the_garbage_collector(no_collection: None, end: str) -> None:
+    async def main() -> None:
+        connection, transport = connected(lambda _: None)
+        gone = weakref.ref(connection), weakref.ref(transport)
+        if end == "with an open call":
+            connection.data_received(headers(1, Encoder().encode(HEADERS)))
+        elif end == "after a fault":
+            connection.data_received(frames.frame(frames.PING, 0, 1, bytes(8)))
+        if end != "while data waits to be sent":
+            await asyncio.sleep(0)
+        connection.connection_lost(None)
+        del connection, transport
+        for _ in range(10):  # the handler of an open call ends, and the timers of the event loop
+            await asyncio.sleep(0)
+        assert [reference() for reference in gone] == [None, None]
 
     asyncio.run(main())

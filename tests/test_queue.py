@@ -1,5 +1,7 @@
 """Tests of the rule that makes batches, without threads, clock or deadlines."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -176,3 +178,20 @@ def test_a_free_slot_takes_a_part_of_the_waiting_rows(
     waiting: int, crowd: float, slots: int, good: int, limit: int, expected: int
 ) -> None:
     assert batch_room(waiting, crowd, slots, good, limit) == expected
+
+
+def test_requests_that_are_taken_one_by_one_leave_no_memory_behind() -> None:
+    queue = _queue()
+
+    def serve(count: int) -> int:
+        for number in range(count):
+            queue.push(_ticket(1, client=f"client {number % 3}"))
+            assert len(_take(queue, 1)) == 1
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = serve(100)
+        assert serve(2000) < before + 20_000
+    finally:
+        tracemalloc.stop()

@@ -302,18 +302,41 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize("end", ["answer", "give up"])
+class ForgetfulNote(Note):
+    """A reply that keeps no error, since an error refers to the request by its traceback."""
+
+    def fail(self, error: Exception) -> None:
+        self._tell(type(error).__name__.encode())
+
+
+@pytest.mark.parametrize("end", ["answer", "give up", "failed batch", "late", "refused in a thread"])
 def test_an_ended_request_goes_without_the_garbage_collector(no_collection: None, end: str) -> None:
     async def test(model: FakeModel) -> None:
-        reply = Note()
-        one = request(model, NumberQuery(1), reply)
+        reply = ForgetfulNote()
+        numbers = {"failed batch": POISON, "refused in a thread": -1}.get(end, 1)
+        query = NumberQuery(numbers, slow=end == "refused in a thread")
+        query.decoding.set()
+        one = request(model, query, reply)
+        if end == "late":
+            model.only.go.clear()
+            request(model, NumberQuery(1), before := Note()).begin()
+            await asyncio.to_thread(model.only.begun.wait, PATIENCE)
+            reply.deadline = time.monotonic() + 0.2
         one.begin()
-        ended = weakref.ref(reply), weakref.ref(one._query)
+        if end == "late":
+            await asyncio.sleep(0.25)
+            model.only.go.set()
+            await before.wait()
+        ended = weakref.ref(reply), weakref.ref(query)
         if end == "give up":
             assert reply.given_up
             reply.given_up()
-        await reply.wait()
-        del reply, one
+        told = await reply.wait()
+        assert told == {
+            "answer": b"2", "give up": None, "failed batch": b"InferenceFailed", "late": b"DeadlineUnmeetable",
+            "refused in a thread": b"InvalidRequest",
+        }[end]  # fmt: skip
+        del reply, one, query
         later = Note()
         request(model, NumberQuery(1), later).begin()  # a slot keeps its last batch until the next one
         await later.wait()

@@ -41,7 +41,8 @@ class _Lane:
 
     def __init__(self) -> None:
         self._clients: dict[Hashable, _Waiting] = {}
-        # A heap of turns, in rows. The number orders equal turns. Clients without requests stay in it for a while.
+        # A heap of turns, in rows. The number orders equal turns. Clients without requests stay in it for a while,
+        # at most until the lane is empty.
         self._turns: list[tuple[int, int, _Waiting]] = []
         self._now = 0
         self._number = 0
@@ -83,6 +84,8 @@ class _Lane:
         del waiting.tickets[ticket]
         if not waiting.tickets:
             del self._clients[ticket.client]
+            if not self._clients:  # a client's next turn would begin before those that are left, so they would stay
+                self._turns.clear()
         return True
 
     def newest(self, client: Hashable) -> Iterator[Ticket]:

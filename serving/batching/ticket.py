@@ -50,6 +50,7 @@ class Ticket:
     size: the number of its rows. taken: the number of its rows in batches.
     waited: seconds until a batch took its first row.
     input_time, infer_time: seconds of its batches.
+    error: the error with which it ended, or None.
     """
 
     arrays: Arrays
@@ -65,9 +66,9 @@ class Ticket:
     waited: float = field(default=0.0, init=False)
     input_time: float = field(default=0.0, init=False)
     infer_time: float = field(default=0.0, init=False)
+    error: Exception | None = field(default=None, init=False)
     _shares: list[tuple[int, Share]] = field(default_factory=list, init=False)  # by their first row
     _result: Share | None = field(default=None, init=False)
-    _error: Exception | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.size = rows(self.arrays)
@@ -88,8 +89,8 @@ class Ticket:
         """
         if self.state is State.GIVEN_UP:
             raise asyncio.CancelledError
-        if self._error:
-            raise self._error
+        if self.error:
+            raise self.error
         assert self._result
         return self._result
 
@@ -108,7 +109,7 @@ class Ticket:
 
     def fail(self, error: Exception) -> None:
         """End the ticket with an error."""
-        self._error = error
+        self.error = error
         self._end(State.FAILED)
 
     def give_up(self) -> None:

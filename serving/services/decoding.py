@@ -45,7 +45,8 @@ class _Job:
     def __init__(self, decoding: Decoding, outcome: "asyncio.Future[Arrays]") -> None:
         self.steps = decoding.steps
         self.bytes = decoding.bytes
-        self.outcome = outcome
+        #: None once nobody waits for it: an error in it refers to the job by its traceback.
+        self.outcome: asyncio.Future[Arrays] | None = outcome
         #: True if nobody waits for the outcome.
         self.given_up = False
 
@@ -101,16 +102,17 @@ class Decoder:
                 "(max_image_memory)",
             )
         loop = asyncio.get_running_loop()
-        job = _Job(decoding, loop.create_future())
-        error = DecodingTooSlow(f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)")
-        timer = loop.call_later(self._timeout, _fail, job, error)
+        outcome: asyncio.Future[Arrays] = loop.create_future()
+        job = _Job(decoding, outcome)
+        text = f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)"
+        timer = loop.call_later(self._timeout, _fail, job, DecodingTooSlow(text))
         self.under_way += 1
         counted = 0 if patient else decoding.images
         self._images += counted
         self._waiting[job] = None
         self._go_on()
         try:
-            return await job.outcome
+            return await outcome
         except RefusedImage as refusal:
             self._refused(refusal.cause)
             raise
@@ -119,6 +121,8 @@ class Decoder:
             raise
         finally:
             timer.cancel()
+            del outcome, timer  # an error refers to this frame by its traceback, and is in them
+            job.outcome = None
             self.under_way -= 1
             self._images -= counted
             self._give_up(job)
@@ -152,7 +156,7 @@ class Decoder:
                 self._begun[job] = None
             else:
                 self._leave(job)
-                if arrays is not None and not job.outcome.done():
+                if arrays is not None and job.outcome and not job.outcome.done():
                     job.outcome.set_result(arrays)
             self._go_on()
 
@@ -172,7 +176,7 @@ class Decoder:
 
 
 def _fail(job: _Job, error: BaseException | None) -> None:
-    if error and not job.outcome.done():
+    if error and job.outcome and not job.outcome.done():
         job.outcome.set_exception(error)
 
 

@@ -156,6 +156,10 @@ class Request:
 
     def _computed(self, ticket: Ticket) -> None:
         """Answer with the result or the error of the ticket."""
+        if ticket.error:
+            # It is not raised: a traceback would keep the batch, and with it the memory of a model that is unloaded.
+            self._fail(ticket.error)
+            return
         try:
             share = ticket.result()
             begin = time.perf_counter()

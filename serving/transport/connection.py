@@ -84,9 +84,12 @@ class Connection(asyncio.Protocol):
         if self._stall:
             self._stall.cancel()
         self._end_calls()
-        self._is_told()
         self._unsent.gone()
         self._terms.lost(self)
+        # Without cycles this object goes at once, and with it uvloop's transport, which has 256 KiB for TLS.
+        self._streams.leave()
+        self._out = []
+        del self._reader, self._unsent, self._transport
 
     def pause_writing(self) -> None:
         self._unsent.measure()
@@ -131,7 +134,7 @@ class Connection(asyncio.Protocol):
 
     def _read_on(self) -> None:
         """Read the bytes that were left for this turn of the event loop, unless the client must read answers first."""
-        if self._reader.unread and not self._streams.paused and not self._closed:
+        if not self._closed and self._reader.unread and not self._streams.paused:
             self._reader.begin_turn()
             self.data_received(b"")
             if not self._reader.unread and not self._streams.paused and not self._closed:
@@ -224,14 +227,13 @@ class Connection(asyncio.Protocol):
         return self._streams.state is ConnectionState.CLOSED
 
     def _flush(self) -> None:
-        out, self._out = self._out, []
+        data, self._out = b"".join(self._out), []
         sent, self._streams.sent_this_turn = self._streams.sent_this_turn, 0
-        if self._transport.is_closing():
+        if not data or self._transport.is_closing():  # without data, the connection was lost
             return
         self._unsent.measure()
         if self._transport.is_closing():  # ended for want of room
             return
-        data = b"".join(out)
         self._transport.write(data)
         self._streams.sent_bytes += len(data)
         if sent > MAX_BYTES_A_TURN and not self._streams.paused:
@@ -271,13 +273,13 @@ class Connection(asyncio.Protocol):
         self._streams.state = ConnectionState.CLOSED
         for call in self._streams:
             call.abandon()
+        self._is_told()
 
     def _close(self) -> None:
         """Close when all waiting data was sent."""
         if self._closed:
             return
         self._end_calls()
-        self._is_told()
         self._timers.append(self.loop.call_later(_CLOSE_SECONDS, self._transport.abort))
         self.loop.call_soon(self._transport.close)  # after _flush, which is scheduled already
 

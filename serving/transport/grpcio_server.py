@@ -243,6 +243,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
         async def unary(data: bytes, context: Any) -> bytes:
             outcome = await self._answered(method, data, _Context(context))
+            del data  # grpc.aio keeps the frame of a call that was aborted until garbage is collected
             if isinstance(outcome, Status):
                 await self._end(context, outcome)
                 return b""

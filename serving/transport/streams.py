@@ -137,7 +137,7 @@ class Streams:
         self.sent_this_turn = 0
         #: True until the client was told of a smaller table for the headers of answers, which it asked for.
         self.shrinks_table = False
-        self._link = link
+        self._all_over = link.all_over
         self._blocked: dict[int, SendingCall] = {}  # calls that wait only for the connection's window
         self._resets: dict[int, None] = {}  # the latest streams that were reset, oldest first
         now = self.loop.time()
@@ -153,6 +153,10 @@ class Streams:
     def __iter__(self) -> Iterator[OpenCall]:
         """Yield the calls that are open now. They may end during the iteration."""
         return iter(list(self.calls.values()))
+
+    def leave(self) -> None:
+        """Forget the connection, which has ended. Nothing is sent from now on."""
+        self.send = self.send_all = self._all_over = _nothing
 
     def send_answer(self, buffers: Buffers) -> None:
         """Send a message, or a whole answer."""
@@ -201,7 +205,7 @@ class Streams:
         if self._blocked:
             self._blocked.pop(stream, None)
         if not self.calls and self.state is ConnectionState.GOING_AWAY:
-            self._link.all_over()
+            self._all_over()
 
     def block(self, call: SendingCall) -> None:
         """Note a call that waits for the connection's window and not for its own, or that waits for neither."""
@@ -308,3 +312,7 @@ class Streams:
         self._counted[1] = self._answered
         if not self._cancelled.spend(1, self.loop.time()):
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "too many calls that are cancelled")
+
+
+def _nothing(*_: object) -> None:
+    """Do nothing."""
