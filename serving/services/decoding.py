@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from traceback import clear_frames
 from typing import NamedTuple
 
 from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
@@ -102,8 +103,8 @@ class Decoder:
             )
         loop = asyncio.get_running_loop()
         job = _Job(decoding, loop.create_future())
-        error = DecodingTooSlow(f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)")
-        timer = loop.call_later(self._timeout, _fail, job, error)
+        text = f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)"
+        timer = loop.call_later(self._timeout, _expire, job, text)
         self.under_way += 1
         counted = 0 if patient else decoding.images
         self._images += counted
@@ -122,6 +123,8 @@ class Decoder:
             self.under_way -= 1
             self._images -= counted
             self._give_up(job)
+            # An error knows this frame, and the job knows the error: the cycle would keep the request's bytes.
+            del job, decoding, timer
             self._go_on()
 
     def close(self) -> None:
@@ -145,9 +148,10 @@ class Decoder:
 
         def ended(turn: "asyncio.Future[Arrays | None]") -> None:
             self._free += 1
-            if turn.cancelled() or (error := turn.exception()):
+            if error := asyncio.CancelledError() if turn.cancelled() else turn.exception():
                 self._leave(job)
-                _fail(job, asyncio.CancelledError() if turn.cancelled() else error)
+                clear_frames(error.__traceback__)  # they hold the request, and the job, which will hold the error
+                _fail(job, error)
             elif (arrays := turn.result()) is None and not job.given_up:
                 self._begun[job] = None
             else:
@@ -174,6 +178,10 @@ class Decoder:
 def _fail(job: _Job, error: BaseException | None) -> None:
     if error and not job.outcome.done():
         job.outcome.set_exception(error)
+
+
+def _expire(job: _Job, text: str) -> None:
+    _fail(job, DecodingTooSlow(text))
 
 
 def _turn(job: _Job) -> Arrays | None:
