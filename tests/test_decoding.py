@@ -250,6 +250,40 @@ def test_an_error_is_that_of_the_request_and_its_cause_is_counted() -> None:
     assert run(test) == ["damaged"]
 
 
+@pytest.mark.parametrize("end", ["error", "timeout"])
+def test_a_failed_decoding_keeps_no_bytes_until_a_garbage_collection(end: str) -> None:
+    class Content:
+        """The bytes of a request."""
+
+    def steps(content: Content) -> Steps:
+        yield
+        if end == "error":
+            raise RefusedImage("images", BadImage(DAMAGED, f"{type(content)}"))
+        time.sleep(0.1)
+        yield
+        return RESULT
+
+    async def test(decoder: Decoder) -> None:
+        content = Content()
+        kept = weakref.ref(content)
+        decoding = Decoding(steps(content), 1, "images")
+        del content
+        task = asyncio.create_task(decoder.decode(decoding))
+        del decoding
+        await asyncio.wait([task])
+        assert task.exception()
+        await until(lambda: decoder.reserved == 0)
+        del task
+        await asyncio.sleep(0)
+        await until(lambda: kept() is None)
+
+    gc.disable()
+    try:
+        run(test, timeout=0.05 if end == "timeout" else PATIENCE)
+    finally:
+        gc.enable()
+
+
 def test_a_decoder_that_is_closed_ends_its_threads_and_what_waits_ends_in_time() -> None:
     async def test(decoder: Decoder) -> None:
         blocking = Slow()

@@ -69,7 +69,9 @@ def _asking(*outputs: tuple[str, dict[str, pb.InferParameter]]) -> pb.ModelInfer
 @pytest.mark.parametrize("form", [_request, _typed])
 def test_pixels_arrive_as_they_were_sent(form: Callable[..., pb.ModelInferRequest], images: int) -> None:
     pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 4, 5), np.uint8)
-    images_read = MESSAGES.images(pb.ModelInferRequest.FromString(form(pixels).SerializeToString()))
+    request = pb.ModelInferRequest.FromString(form(pixels).SerializeToString())
+    MESSAGES.check_input(request)
+    images_read = MESSAGES.images(request)
     assert images_read.dtype == np.uint8
     np.testing.assert_array_equal(images_read, pixels)
 
@@ -158,6 +160,7 @@ def test_a_wrong_input_is_refused_by_its_field(
     request = _request()
     change(request)
     with pytest.raises(InvalidRequest) as caught:
+        MESSAGES.check_input(request)
         MESSAGES.images(request)
     assert caught.value.field == field
     assert caught.value.description.startswith(description)

@@ -356,8 +356,22 @@ def test_bytes_that_are_no_message_are_refused_and_harm_nobody(running: Running,
         ("inference.GRPCInferenceService/ModelInfer", (b"\x2a" + varint(2000) + b"\x32\0" * 1000) * 1000),
         ("inference.GRPCInferenceService/ModelInfer", delimited(5, delimited(3, b"\1" * 2_000_000))),
         ("inference.GRPCInferenceService/ModelInfer", delimited(5, b"\x18\1" * 1_000_000)),
+        ("inference.GRPCInferenceService/ModelInfer", delimited(6, b"\x12\0" * 1_000_000)),
+        ("inference.GRPCInferenceService/ModelInfer", delimited(5, delimited(5, b"\x42\0" * 1_000_000))),
+        ("capsnet.v1.CapsNetService/Classify", b"\xa3\6\xa4\6" + b"\x1a\0" * 1_000_000),
+        ("inference.GRPCInferenceService/ModelInfer", b"\xa3\6" + b"\x2a\0" * 1_000_000 + b"\xa4\6"),
     ],
-    ids=["images", "tensors", "fields of tensors", "dimensions", "dimensions one by one"],
+    ids=[
+        "images",
+        "tensors",
+        "fields of tensors",
+        "dimensions",
+        "dimensions one by one",
+        "parameters of outputs",
+        "texts of tensors",
+        "images after a group",
+        "tensors in a group",
+    ],
 )
 def test_fields_by_the_million_are_refused_before_they_are_parsed(
     running: Running, method: str, message: bytes

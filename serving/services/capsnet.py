@@ -20,7 +20,7 @@ from serving.services.decoding import Decoding, Steps, in_one_step
 from serving.services.encoded_images import Images, Shape, decoding_bytes, from_encoded, from_pixels
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import check_fields, delimited
+from serving.services.protobuf_wire import FLAT, Fields, check_fields, delimited
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
 from serving.transport.methods import Method, table
@@ -30,6 +30,7 @@ _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
 # The most fields besides the images. Up to twice the allowed images get the answer that names the limit.
 _MAX_OTHER_FIELDS = 1024
 _ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
+_STREAMED_FIELDS = Fields({pb.ClassifyStreamRequest.REQUEST_FIELD_NUMBER: FLAT})
 
 
 class CapsNetService:
@@ -91,7 +92,7 @@ class CapsNetService:
             if model and (read := (codec := self._codecs(model)).pixels.read_of_stream(data)):
                 identifier, images = read
                 return _Streamed(identifier, _Pixels(images, codec, self._codecs))
-            check_fields(data, self._max_fields, pb.ClassifyStreamRequest.REQUEST_FIELD_NUMBER)
+            check_fields(data, self._max_fields, _STREAMED_FIELDS)
             message = parse(data, pb.ClassifyStreamRequest, limit)
         except InvalidRequest as error:
             nothing = _Message(pb.ClassifyRequest(), self._settings, self._codecs)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from traceback import clear_frames
 from typing import NamedTuple
 
 from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
@@ -105,7 +106,7 @@ class Decoder:
         outcome: asyncio.Future[Arrays] = loop.create_future()
         job = _Job(decoding, outcome)
         text = f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)"
-        timer = loop.call_later(self._timeout, _fail, job, DecodingTooSlow(text))
+        timer = loop.call_later(self._timeout, _expire, job, text)
         self.under_way += 1
         counted = 0 if patient else decoding.images
         self._images += counted
@@ -121,11 +122,12 @@ class Decoder:
             raise
         finally:
             timer.cancel()
-            del outcome, timer  # an error refers to this frame by its traceback, and is in them
             job.outcome = None
             self.under_way -= 1
             self._images -= counted
             self._give_up(job)
+            # An error knows this frame by its traceback, and these know the error: the cycle would keep the request.
+            del outcome, timer, job, decoding
             self._go_on()
 
     def close(self) -> None:
@@ -149,9 +151,10 @@ class Decoder:
 
         def ended(turn: "asyncio.Future[Arrays | None]") -> None:
             self._free += 1
-            if turn.cancelled() or (error := turn.exception()):
+            if error := asyncio.CancelledError() if turn.cancelled() else turn.exception():
                 self._leave(job)
-                _fail(job, asyncio.CancelledError() if turn.cancelled() else error)
+                clear_frames(error.__traceback__)  # they hold the request, and the job, which will hold the error
+                _fail(job, error)
             elif (arrays := turn.result()) is None and not job.given_up:
                 self._begun[job] = None
             else:
@@ -178,6 +181,10 @@ class Decoder:
 def _fail(job: _Job, error: BaseException | None) -> None:
     if error and job.outcome and not job.outcome.done():
         job.outcome.set_exception(error)
+
+
+def _expire(job: _Job, text: str) -> None:
+    _fail(job, DecodingTooSlow(text))
 
 
 def _turn(job: _Job) -> Arrays | None:

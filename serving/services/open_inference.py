@@ -23,7 +23,7 @@ from serving.services.decoding import Decoding, in_one_step
 from serving.services.open_inference_codec import TensorMessages, refused, schedule
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import check_fields
+from serving.services.protobuf_wire import FLAT, Fields, check_fields
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
 from serving.transport.methods import Method, table
@@ -46,6 +46,10 @@ _DECODING_BYTES_A_BYTE = (
     16  # the most memory for a byte of a request: a number of one byte takes 8 in each of two arrays
 )
 _MAX_FIELDS = 4096  # the most fields of a ModelInferRequest; a usual one has a handful
+_REQUEST, _TENSOR = pb.ModelInferRequest, pb.ModelInferRequest.InferInputTensor
+# A tensor's numbers may come one by one: there are as many as pixels.
+_TENSOR_FIELDS = Fields({_TENSOR.CONTENTS_FIELD_NUMBER: Fields(numbers=False)}, packed=_TENSOR.SHAPE_FIELD_NUMBER)
+_INFER_FIELDS = Fields({_REQUEST.INPUTS_FIELD_NUMBER: _TENSOR_FIELDS, _REQUEST.OUTPUTS_FIELD_NUMBER: FLAT})
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's name in an error
 
 
@@ -244,15 +248,22 @@ class _InferQuery:
         self.timeout, self.urgent = schedule(request)
 
     def decode(self, model: ServedModel) -> Arrays:
-        codec = self._codec = self._codecs(model)
-        request = self._request
-        del self._request  # from now on only its id is needed
-        self._outputs = codec.outputs(request)
-        return {IMAGES: codec.images(request)}
+        request = self._checked(model)
+        return {IMAGES: self._codec.images(request)}
 
     def decode_slowly(self, model: ServedModel) -> Decoding:
-        steps = in_one_step(lambda: self.decode(model))
-        return Decoding(steps, _DECODING_BYTES_A_BYTE * self._bytes, "inputs[0].contents")
+        request, codec = self._checked(model), self._codec
+        steps = in_one_step(lambda: {IMAGES: codec.images(request)})
+        return Decoding(steps, _DECODING_BYTES_A_BYTE * self._bytes, "inputs[0].contents", self.size)
+
+    def _checked(self, model: ServedModel) -> pb.ModelInferRequest:
+        """Return the request, checked up to the values of its pixels, and keep its id alone. Raises InvalidRequest."""
+        self._codec = self._codecs(model)
+        request = self._request
+        del self._request
+        self._outputs = self._codec.outputs(request)
+        self._codec.check_input(request)
+        return request
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
         return self._codec.encode(self._id, self._outputs, share)
@@ -284,8 +295,7 @@ class _StreamedQuery(_InferQuery):
 
 def _check_fields(data: bytes) -> None:
     """Raise InvalidRequest for a ModelInferRequest with too many fields, or with tensors of too many dimensions."""
-    inputs = pb.ModelInferRequest.INPUTS_FIELD_NUMBER
-    check_fields(data, _MAX_FIELDS, inputs, pb.ModelInferRequest.InferInputTensor.SHAPE_FIELD_NUMBER)
+    check_fields(data, _MAX_FIELDS, _INFER_FIELDS)
 
 
 def _index(request: pb.RepositoryIndexRequest, repository: Repository) -> bytes:

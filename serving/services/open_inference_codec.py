@@ -50,8 +50,8 @@ class TensorMessages:
         self._raw = tag(_RAW, BYTES)
         self._described = lru_cache(1024)(self._describe)
 
-    def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
-        """Return the images (n, C, H, W) as a read-only array. Raises InvalidRequest."""
+    def check_input(self, request: pb.ModelInferRequest) -> None:
+        """Check all of a request's input but the values of its pixels. Raises InvalidRequest."""
         if len(request.inputs) != 1:
             raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {IMAGES!r}")
         tensor = request.inputs[0]
@@ -67,7 +67,13 @@ class TensorMessages:
             raise InvalidRequest("inputs[0].shape", self._about_shape(shape))
         if tensor.parameters:
             _refuse_shared_memory(tensor, "inputs[0]")
-        return np.frombuffer(self._content(request, tensor, shape[0]), np.uint8).reshape(shape)
+        self._check_content(request, tensor, shape[0])
+
+    def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
+        """Return the images (n, C, H, W) of a checked request as a read-only array. Raises InvalidRequest."""
+        tensor = request.inputs[0]
+        data = request.raw_input_contents[0] if request.raw_input_contents else _values(tensor)
+        return np.frombuffer(data, np.uint8).reshape(tuple(tensor.shape))
 
     def outputs(self, request: pb.ModelInferRequest) -> tuple[Output, ...]:
         """Return the requested outputs, in the order of the request. Raises InvalidRequest."""
@@ -101,37 +107,30 @@ class TensorMessages:
     def _about_size(self, images: int) -> str:
         return f"{images * self._image_bytes} ({images} x {' x '.join(map(str, self._image_shape))})"
 
-    def _content(
+    def _check_content(
         self, request: pb.ModelInferRequest, tensor: pb.ModelInferRequest.InferInputTensor, images: int
-    ) -> bytes:
-        """Return the pixels of a request's images. Raises InvalidRequest."""
+    ) -> None:
+        """Check the number and kind of the pixels of a request's images. Raises InvalidRequest."""
         raw, size = request.raw_input_contents, images * self._image_bytes
         if raw:
             if tensor.HasField("contents"):
                 raise InvalidRequest("inputs[0].contents", "came with raw_input_contents; expected one of the two")
             if len(raw) != 1:
                 raise InvalidRequest("raw_input_contents", f"{len(raw)}; expected one, for {IMAGES!r}")
-            data: bytes = raw[0]
-            if len(data) != size:
-                raise InvalidRequest("raw_input_contents[0]", f"{len(data)} bytes; expected {self._about_size(images)}")
-            return data
+            if len(raw[0]) != size:
+                text = f"{len(raw[0])} bytes; expected {self._about_size(images)}"
+                raise InvalidRequest("raw_input_contents[0]", text)
+            return
         kinds = [field.name for field, _ in tensor.contents.ListFields()]
         if not kinds:
             raise InvalidRequest("raw_input_contents", f"none; expected one, of {size} bytes, for {IMAGES!r}")
         for kind in kinds:
             if kind != "uint_contents":
                 raise InvalidRequest(f"inputs[0].contents.{kind}", "not for UINT8; expected uint_contents")
-        values = tensor.contents.uint_contents
-        if len(values) != size:
+        if (values := len(tensor.contents.uint_contents)) != size:
             raise InvalidRequest(
-                "inputs[0].contents.uint_contents", f"{len(values)} values; expected {self._about_size(images)}"
+                "inputs[0].contents.uint_contents", f"{values} values; expected {self._about_size(images)}"
             )
-        try:
-            return bytes(values[:])
-        except ValueError as error:
-            index, value = next((index, value) for index, value in enumerate(values) if value > 255)
-            field = f"inputs[0].contents.uint_contents[{index}]"
-            raise InvalidRequest(field, f"{value}; expected 0 to 255") from error
 
     def _classes(self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str) -> int:
         """Return the number of requested classes, or 0 for the numbers. Raises InvalidRequest."""
@@ -204,6 +203,17 @@ def schedule(request: pb.ModelInferRequest) -> tuple[float | None, bool]:
     urgent = "priority" in parameters and _whole_number(parameters["priority"], 'parameters["priority"]') == 1
     microseconds = "timeout" in parameters and _whole_number(parameters["timeout"], 'parameters["timeout"]')
     return microseconds / 1e6 or None, urgent  # 0 means no timeout, as in Triton
+
+
+def _values(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
+    """Return the pixels that came as numbers. Raises InvalidRequest."""
+    values = tensor.contents.uint_contents
+    try:
+        return bytes(values[:])
+    except ValueError as error:
+        index, value = next((index, value) for index, value in enumerate(values) if value > 255)
+        field = f"inputs[0].contents.uint_contents[{index}]"
+        raise InvalidRequest(field, f"{value}; expected 0 to 255") from error
 
 
 def _refuse_shared_memory(

@@ -1,5 +1,9 @@
 """Protobuf's encoding, for messages that this package writes and reads itself (protobuf.dev, "Encoding")."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
 from serving.errors import InvalidRequest
 
 #: Wire types.
@@ -26,24 +30,39 @@ def delimited(number: int, content: bytes) -> bytes:
     return tag(number, BYTES) + varint(len(content)) + content
 
 
-def check_fields(data: bytes, limit: int, within: int = 0, packed: int = 0) -> None:
+class Fields(NamedTuple):
+    """The fields of a kind of message that ``check_fields`` counts.
+
+    messages: the fields that hold messages whose fields count too, by number. packed: the number of a field of numbers,
+    each of which counts; 0 for none. numbers: False if fields of one number do not count, which take little memory.
+    """
+
+    messages: "Mapping[int, Fields]" = MappingProxyType({})
+    packed: int = 0
+    numbers: bool = True
+
+
+#: Counts the fields of the message itself.
+FLAT = Fields()
+
+
+def check_fields(data: bytes, limit: int, fields: Fields = FLAT) -> None:
     """Raise InvalidRequest for a message of more than ``limit`` fields, long before it is parsed.
 
-    A small compressed message can hold millions of fields of two bytes each, and each field becomes an object. within:
-    the number of a field whose message's fields count too; 0 for none. packed: the number of a field in that message
-    that holds numbers, each of which counts as well; 0 for none. Bytes that cannot be read here are left to the parser.
+    A small compressed message can hold millions of fields of two bytes each, and each field becomes an object. Fields
+    of a group count as those of its message. Bytes that cannot be read here are left to the parser.
     """
     # A shorter message cannot have so many.
-    if len(data) > limit and _count_fields(data, 0, len(data), limit, within, packed) < 0:
+    if len(data) > limit and _count_fields(data, 0, len(data), limit, fields) < 0:
         raise InvalidRequest("request", "more fields than any request that could be answered")
 
 
-def _count_fields(data: bytes, at: int, end: int, left: int, within: int, packed: int) -> int:
+def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields) -> int:
     """Return the number of fields that are still allowed after those of a message, below 0 for too many."""
     while at < end and left >= 0:
-        left -= 1
         try:
             key, at = _varint_at(data, at)
+            left -= fields.numbers or key & 7 == BYTES
             match key & 7:
                 case 0:
                     _, at = _varint_at(data, at)
@@ -51,11 +70,13 @@ def _count_fields(data: bytes, at: int, end: int, left: int, within: int, packed
                     at += 8
                 case 2:
                     size, at = _varint_at(data, at)
-                    if key >> 3 == within:
-                        left = _count_fields(data, at, min(end, at + size), left, 0, packed)
-                    elif not within and key >> 3 == packed:
+                    if inner := fields.messages.get(key >> 3):
+                        left = _count_fields(data, at, min(end, at + size), left, inner)
+                    elif key >> 3 == fields.packed:
                         left -= size  # a number takes a byte or more
                     at += size
+                case 3 | 4:
+                    pass  # the begin or the end of a group, which the parser skips
                 case 5:
                     at += 4
                 case _:
