@@ -386,6 +386,10 @@ def test_models_are_loaded_and_unloaded_on_the_administration_port_alone(
             {"model_name": NAME, "parameters": {"config": pb.ModelRepositoryParameter(string_param="{}")}},
             'parameters["config"]: not supported; expected none, a model is what its folder has',
         ),
+        (
+            {"parameters": {str(number): pb.ModelRepositoryParameter() for number in range(5000)}},
+            "request: more fields than any request that could be answered",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_refused(

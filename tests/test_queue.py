@@ -77,6 +77,18 @@ def test_a_client_that_comes_later_has_the_next_turn_and_no_more_for_its_wait() 
     assert [ticket for ticket, _, _ in _take(queue, 4)] == [late[0], many[3], late[1], many[4]]
 
 
+def test_a_client_with_one_large_request_after_the_other_gets_no_more_than_its_turns() -> None:
+    small = [_ticket(1, client="small") for _ in range(20)]
+    queue = _queue(_ticket(4, client="large"), *small)
+    rows = {"large": 0, "small": 0}
+    for _ in range(6):
+        for ticket, start, stop in _take(queue, 4):
+            rows[str(ticket.client)] += stop - start
+        if not queue.rows_of("large"):
+            queue.push(_ticket(4, client="large"))
+    assert rows == {"large": 12, "small": 12}
+
+
 def test_the_parts_of_a_large_request_alternate_with_another_client() -> None:
     large, small = _ticket(8, client="large"), [_ticket(1, client="small") for _ in range(3)]
     queue = _queue(large, *small)

@@ -12,6 +12,9 @@ from typing import NamedTuple
 from serving.batching.ticket import Ticket
 from serving.runtime import Arrays
 
+# Ends of turns that are kept before those are dropped that the present turn has passed.
+_MAX_ENDED = 1024
+
 
 class Part(NamedTuple):
     """The rows of a request in one batch: rows ``start`` to ``stop`` of ``arrays``, without ``stop``."""
@@ -36,7 +39,8 @@ class _Lane:
     """Waiting requests. Their clients take turns by rows, and the requests of one client keep their order.
 
     Start-time fair queueing (Goyal, Vin and Cheng, 1996): a client's turn moves on by the rows that it gets, and the
-    client with the earliest turn is next. A client that did not wait begins at the turn of the present client.
+    client with the earliest turn is next. A client that did not wait begins at the turn of the present client, or at
+    the end of its own last turn if that is later.
     """
 
     def __init__(self) -> None:
@@ -46,13 +50,15 @@ class _Lane:
         self._turns: list[tuple[int, int, _Waiting]] = []
         self._now = 0
         self._number = 0
+        self._ended: dict[Hashable, int] = {}  # the ends of the last turns of clients that do not wait
 
     def push(self, ticket: Ticket) -> None:
         waiting = self._clients.get(ticket.client)
         if waiting is None:
             waiting = self._clients[ticket.client] = _Waiting(ticket.client)
             self._number += 1
-            heappush(self._turns, (self._now, self._number, waiting))
+            turn = max(self._now, self._ended.pop(ticket.client, 0))
+            heappush(self._turns, (turn, self._number, waiting))
         waiting.tickets[ticket] = None
 
     def first(self) -> Ticket | None:
@@ -70,8 +76,8 @@ class _Lane:
         if all_rows:
             waiting.tickets.popitem(last=False)
             if not waiting.tickets:
-                del self._clients[waiting.client]
                 heappop(self._turns)
+                self._forget(waiting.client, self._now + rows)
                 return
         self._number += 1
         heapreplace(self._turns, (self._now + rows, self._number, waiting))
@@ -83,10 +89,19 @@ class _Lane:
             return False
         del waiting.tickets[ticket]
         if not waiting.tickets:
-            del self._clients[ticket.client]
-            if not self._clients:  # a client's next turn would begin before those that are left, so they would stay
-                self._turns.clear()
+            self._forget(ticket.client, self._now)
         return True
+
+    def _forget(self, client: Hashable, turn: int) -> None:
+        """Forget a client that does not wait any longer, but not the end of its turn while others wait."""
+        del self._clients[client]
+        if not self._clients:  # a client's next turn would begin before those that are left, so they would stay
+            self._turns.clear()
+            self._ended.clear()
+        elif turn > self._now:
+            self._ended[client] = turn
+            if len(self._ended) > _MAX_ENDED:
+                self._ended = {one: end for one, end in self._ended.items() if end > self._now}
 
     def newest(self, client: Hashable) -> Iterator[Ticket]:
         """Yield the requests of a client, the newest first."""

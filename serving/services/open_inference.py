@@ -212,6 +212,7 @@ class AdminService:
 
     async def load(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryModelLoadRequest. Raises InvalidRequest and LoadError."""
+        check_fields(data, _MAX_FIELDS)
         request = parse(data, pb.RepositoryModelLoadRequest, self._max_bytes)
         _check_repository(request.repository_name)
         for name in request.parameters:

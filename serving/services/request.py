@@ -88,16 +88,19 @@ class Request:
 
     def begin(self) -> None:
         """Decode and queue the request now, or in a task if decoding is slow."""
-        if self._query.slow:
-            task = asyncio.get_running_loop().create_task(self._decode_and_queue(patient=False))
-            # A task that is cancelled before its first step runs none of its code, so the task cannot note its end.
-            task.add_done_callback(self._begun)
-            self._reply.when_given_up(task.cancel)
-            return
         try:
-            self._queue(self._decode())
+            if not self._query.slow:
+                self._queue(self._decode())
+                return
+            # Now and not in the task, since a wrong request would wait for it, and may take much memory.
+            decoding = self._query.decode_slowly(self._model)
         except Exception as error:
             self._fail(error)
+            return
+        task = asyncio.get_running_loop().create_task(self._decode_and_queue(decoding, patient=False))
+        # A task that is cancelled before its first step runs none of its code, so the task cannot note its end.
+        task.add_done_callback(self._begun)
+        self._reply.when_given_up(task.cancel)
 
     async def begin_slowly(self) -> None:
         """Decode and queue the request, and wait for slow decoding and for room in the queue.
@@ -105,15 +108,18 @@ class Request:
         For streams, which are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
         """
         try:
-            await self._decode_and_queue(patient=True)
+            decoding = self._query.decode_slowly(self._model) if self._query.slow else None
+            await self._decode_and_queue(decoding, patient=True)
         except asyncio.CancelledError:
             self._give_up()
             raise
+        except Exception as error:
+            self._fail(error)
 
-    async def _decode_and_queue(self, patient: bool) -> None:
+    async def _decode_and_queue(self, decoding: Decoding | None, patient: bool) -> None:
         """Decode and queue the request. patient: wait for room. Raises only asyncio.CancelledError."""
         try:
-            arrays = await self._decode_slowly(patient) if self._query.slow else self._decode()
+            arrays = await self._decode_slowly(decoding, patient) if decoding else self._decode()
             if patient:
                 await self._graph.batcher.room_for(arrays, self._reply.client)
             self._queue(arrays, patient)
@@ -129,8 +135,8 @@ class Request:
         self._decode_time = time.perf_counter() - self._began
         return arrays
 
-    async def _decode_slowly(self, patient: bool) -> Arrays:
-        arrays = await self._decoder.decode(self._query.decode_slowly(self._model), patient)
+    async def _decode_slowly(self, decoding: Decoding, patient: bool) -> Arrays:
+        arrays = await self._decoder.decode(decoding, patient)
         self._decode_time = time.perf_counter() - self._began
         return arrays
 
