@@ -285,6 +285,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
 
 
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector off, for tests of objects that must go without it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from looking through all modules again and again."""
     gc.collect()

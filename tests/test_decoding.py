@@ -251,7 +251,7 @@ def test_an_error_is_that_of_the_request_and_its_cause_is_counted() -> None:
 
 
 @pytest.mark.parametrize("end", ["error", "timeout"])
-def test_a_failed_decoding_keeps_no_bytes_until_a_garbage_collection(end: str) -> None:
+def test_a_failed_decoding_keeps_no_bytes_until_a_garbage_collection(no_collection: None, end: str) -> None:
     class Content:
         """The bytes of a request."""
 
@@ -277,11 +277,7 @@ def test_a_failed_decoding_keeps_no_bytes_until_a_garbage_collection(end: str) -
         await asyncio.sleep(0)
         await until(lambda: kept() is None)
 
-    gc.disable()
-    try:
-        run(test, timeout=0.05 if end == "timeout" else PATIENCE)
-    finally:
-        gc.enable()
+    run(test, timeout=0.05 if end == "timeout" else PATIENCE)
 
 
 def test_a_decoder_that_is_closed_ends_its_threads_and_what_waits_ends_in_time() -> None:

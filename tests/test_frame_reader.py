@@ -1,10 +1,9 @@
 """Frames of one connection without a socket: how much of them is read before other connections have their turn."""
 
 import asyncio
-import gc
 import struct
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from typing import Any, cast
 
@@ -243,14 +242,6 @@ def test_a_connection_is_not_read_from_until_all_that_came_has_had_its_turn() ->
         assert lost == [connection]
 
     asyncio.run(main())
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.parametrize("end", ["quiet", "with an open call", "while data waits to be sent", "after a fault"])

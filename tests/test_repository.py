@@ -1,7 +1,6 @@
 """Tests of the models of a repository folder: several at once, new versions, bad versions, and removed ones."""
 
 import asyncio
-import gc
 import logging
 import os
 import shutil
@@ -762,14 +761,6 @@ def test_a_model_that_is_loaded_again_while_it_still_goes_serves_on(
     assert [label(running) for _ in range(3)] == ["7 of 1"] * 3
     assert index(running.channel) == {("digits", "1"): ("READY", "")}
     assert 'capsnet_model_ready{model="digits",version="1"} 1.0' in page(running)
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def test_an_unloaded_model_frees_its_memory_without_the_garbage_collector(

@@ -1,11 +1,10 @@
 """Tests of a request's path without a transport: its end, its releases, and no leaks."""
 
 import asyncio
-import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import cast
 
 import numpy as np
@@ -293,13 +292,6 @@ def test_a_stream_that_ends_while_it_waits_for_room_releases_the_model() -> None
         await asyncio.gather(first.wait(), second.wait())
 
     run(test)
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    gc.disable()
-    yield
-    gc.enable()
 
 
 class ForgetfulNote(Note):
