@@ -27,7 +27,6 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as pb_oip
 from serving.services.protobuf_wire import delimited
 from serving.transport import frames
-from serving.transport.messages import PREFIX
 
 _CALLS_A_CONNECTION = 4096
 _CALLS_A_PIECE = 32
@@ -110,8 +109,8 @@ def _dimensions() -> bytes:
     """Return a compressed request of the Open Inference Protocol for a tensor with millions of dimensions."""
     tensor = delimited(pb_oip.ModelInferRequest.InferInputTensor.SHAPE_FIELD_NUMBER, b"\1" * (_BOMB_BYTES - 64))
     name = delimited(pb_oip.ModelInferRequest.MODEL_NAME_FIELD_NUMBER, b"capsnet-mnist")
-    message = gzip.compress(name + delimited(pb_oip.ModelInferRequest.INPUTS_FIELD_NUMBER, tensor))
-    return PREFIX.pack(1, len(message)) + message
+    message = name + delimited(pb_oip.ModelInferRequest.INPUTS_FIELD_NUMBER, tensor)
+    return framed(gzip.compress(message), True)
 
 
 def _gzip_of_dimensions(link: Link) -> Pieces:

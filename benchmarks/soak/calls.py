@@ -39,16 +39,14 @@ class Kind:
 
 async def classify_one(client: Client) -> str:
     """Classify one digit; this call's latency is measured."""
-    places = client.places(1)
-    answer = await client.capsnet.Classify(
-        client.classify_request(places), timeout=PATIENCE_SECONDS, metadata=client.metadata
-    )
-    client.check_classified(answer, places)
-    return RIGHT
+    return await _classify(client, client.places(1))
 
 
 async def classify(client: Client) -> str:
-    places = client.places()
+    return await _classify(client, client.places())
+
+
+async def _classify(client: Client, places: list[int]) -> str:
     answer = await client.capsnet.Classify(
         client.classify_request(places), timeout=PATIENCE_SECONDS, metadata=client.metadata
     )
