@@ -160,7 +160,7 @@ class Slots:
         now, size, displaced = ticket.queued_at, ticket.size, list[Ticket]()
         with self._lock:
             excess = self._queue.rows + size - self._policy.max_queue
-            if excess <= 0 or not self.within_share(ticket.client, size, self._policy.max_queue):
+            if excess > 0 and not self.within_share(ticket.client, size, self._policy.max_queue):
                 self._admission.check_room(size, self._queue.rows)
             if ticket.deadline is not None:
                 load = self._load(now, ticket.client, size)
