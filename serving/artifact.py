@@ -101,8 +101,18 @@ class ReceptiveField:
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """An input or output of a graph: its type, such as ``float32``, and its shape without the batch axis."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Graph:
     """A further graph, such as ``explain`` and ``decoder``.
+
+    inputs, outputs: by name; empty in older artifacts.
 
     images: the number of images in the comparison with PyTorch; None without a comparison. differences and
     mean_differences: by output, the largest and the mean absolute difference. receptive_field: for a graph that returns
@@ -117,6 +127,53 @@ class Graph:
     weights: str = ""
     precision: str = PRECISIONS[0]
     double_precision: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+#: The possible polarities of images: bright objects on a dark ground, the opposite, or either.
+POLARITIES = ("bright-on-dark", "dark-on-bright", "")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The look of the training images, to bring other pictures to it.
+
+    polarity: one of POLARITIES. object_size: the longer side of the object in pixels; 0 if objects may fill the image.
+    centred_by_mass: True if the object's centre of mass is in the image's middle, as MNIST's are; False for the middle
+    of its box.
+    """
+
+    polarity: str = ""
+    object_size: int = 0
+    centred_by_mass: bool = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The figures that say what the lengths of an image's capsules mean, measured at export.
+
+    temperature: confidences are ``softmax(lengths / temperature)``.
+    presence: by class, the least length of a present class.
+    margin: the least difference between the longest and the second longest capsule of an image that is not suspicious.
+    reconstruction_error: the largest mean squared error of an image that is not suspicious, with pixels from 0 to 1;
+        0 without a decoder.
+    false_alarms: the share of the images that margin, and reconstruction_error, each call suspicious.
+    images, source: the number and the kind of the images that it was measured on.
+    ece: the expected calibration errors on the test images, from 0 to 1: ``length`` of the winner's length,
+        ``confidence`` of its confidence.
+    detected: by kind of images that show none of the classes, and by finding, the share of the images.
+    """
+
+    temperature: float
+    presence: tuple[float, ...]
+    margin: float
+    reconstruction_error: float = 0.0
+    false_alarms: float = 0.05
+    images: int = 0
+    source: str = ""
+    ece: Mapping[str, float] = field(default_factory=dict)
+    detected: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,6 +201,8 @@ class Artifact:
     variants: by precision, the graphs that classify.
     graphs: by name, the further graphs, such as ``explain`` and ``decoder``.
     batches: the batch sizes for TensorRT.
+    preparation: the look of the training images.
+    calibration: None in older artifacts.
     max_file_bytes: the largest file that ``read`` reads.
     """
 
@@ -158,6 +217,8 @@ class Artifact:
     graphs: Mapping[str, Graph]
     batches: BatchProfile
     training: Training
+    preparation: Preparation = Preparation()
+    calibration: Calibration | None = None
     max_file_bytes: int = field(default=MAX_FILE_BYTES, compare=False)
 
     def variant(self, precision: str = PRECISIONS[0]) -> Variant:
@@ -220,6 +281,8 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
         "variants": {precision: _variant_content(variant) for precision, variant in artifact.variants.items()},
         "graphs": {name: _graph_content(graph) for name, graph in artifact.graphs.items()},
         "tensorrt": {"batches": asdict(artifact.batches)},
+        "preparation": asdict(artifact.preparation),
+        **({"calibration": asdict(artifact.calibration)} if artifact.calibration else {}),
         "training": asdict(artifact.training),
     }
 
@@ -236,6 +299,11 @@ def _graph_content(graph: Graph) -> dict[str, Any]:
     content: dict[str, Any] = {"file": graph.file}
     if graph.images is not None:
         content["images"] = graph.images
+    for kind, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        if tensors:
+            content[kind] = {
+                name: {"dtype": tensor.dtype, "shape": [None, *tensor.shape]} for name, tensor in tensors.items()
+            }
     content |= {f"max_{output}_difference": value for output, value in graph.differences.items()}
     content |= {f"mean_{output}_difference": value for output, value in graph.mean_differences.items()}
     if graph.double_precision:
@@ -293,6 +361,8 @@ def load(folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> Artifact:
         graphs={name: _graph(section) for name, section in content.sections("graphs").items()},
         batches=_batches(content),
         training=_training(content.section("training")),
+        preparation=_preparation(content.section("preparation", {})),
+        calibration=_calibration(content) if "calibration" in content.content else None,
         max_file_bytes=max_file_bytes,
     )
     graphs: list[Variant | Graph] = [*result.variants.values(), *result.graphs.values()]
@@ -364,6 +434,11 @@ class _Section:
         value = self.content.get(field, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(field, value, "a number")
+        return value
+
+    def share(self, field: str, default: object = None) -> float:
+        if not _is_share(value := self.content.get(field, default)):
+            raise self.error(field, value, "a number from 0 to 1")
         return value
 
     def shape(self, field: str, axes: int) -> list[object]:
@@ -462,7 +537,21 @@ def _graph(section: _Section) -> Graph:
         weights=section.text("weights", ""),
         precision=section.text("precision", PRECISIONS[0]),
         double_precision={name: double.number(name) for name in double.content},
+        inputs=_tensors(section, "inputs"),
+        outputs=_tensors(section, "outputs"),
     )
+
+
+def _tensors(graph: _Section, field: str) -> dict[str, Tensor]:
+    sections = graph.sections(field) if field in graph.content else {}
+    return {name: _tensor(section) for name, section in sections.items()}
+
+
+def _tensor(section: _Section) -> Tensor:
+    shape = section.content.get("shape")
+    if not isinstance(shape, list) or len(shape) == 0 or not all(map(_is_count, shape[1:])):
+        raise section.error("shape", shape, "a list of the batch axis and whole numbers above 0")
+    return Tensor(section.text("dtype"), tuple(shape[1:]))
 
 
 def _receptive_field(graph: _Section) -> ReceptiveField:
@@ -488,6 +577,41 @@ def _batches(content: _Section) -> BatchProfile:
             return BatchProfile(**found)
     expected = "min, opt and max, each a whole number above 0 and none less than the one before"
     raise section.error("batches", found, expected)
+
+
+def _preparation(section: _Section) -> Preparation:
+    polarity = section.text("polarity", "")
+    if polarity not in POLARITIES:
+        raise section.error("polarity", polarity, " or ".join(map(repr, POLARITIES)))
+    by_mass = section.content.get("centred_by_mass", False)
+    if not isinstance(by_mass, bool):
+        raise section.error("centred_by_mass", by_mass, "true or false")
+    return Preparation(polarity, section.count_or_zero("object_size", 0), by_mass)
+
+
+def _calibration(content: _Section) -> Calibration:
+    section, classes = content.section("calibration"), len(_labels(content))
+    presence = section.content.get("presence")
+    if not isinstance(presence, list) or len(presence) != classes or not all(map(_is_share, presence)):
+        raise section.error("presence", presence, f"{classes} numbers from 0 to 1")
+    if not (temperature := section.number("temperature")) > 0:
+        raise section.error("temperature", temperature, "a number above 0")
+    detected = section.section("detected", {})
+    ece = section.section("ece", {})
+    return Calibration(
+        temperature=temperature,
+        presence=tuple(presence),
+        margin=section.share("margin"),
+        reconstruction_error=section.share("reconstruction_error", 0.0),
+        false_alarms=section.share("false_alarms"),
+        images=section.count_or_zero("images", 0),
+        source=section.text("source", ""),
+        ece={name: ece.share(name) for name in ece.content},
+        detected={
+            name: {finding: kind.share(finding) for finding in kind.content}
+            for name, kind in ((name, detected.section(name)) for name in detected.content)
+        },
+    )
 
 
 def _training(section: _Section) -> Training:
@@ -563,6 +687,10 @@ def _shown(value: object) -> str:
 
 def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**32
+
+
+def _is_share(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _is_text(value: object) -> TypeGuard[str]:

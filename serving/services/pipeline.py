@@ -6,6 +6,7 @@ from serving.errors import ServingError
 from serving.metrics.registry import CLASSIFY, ModelMetrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Call
+from serving.services.computation import Caller, Computation
 from serving.services.decoding import Decoder
 from serving.services.request import Query, Reply, Request
 from serving.services.stream import Refuse, Stream, StreamQuery
@@ -26,6 +27,10 @@ class Pipeline:
     def begin(self, query: Query, reply: Reply) -> None:
         """Answer a query through its reply, now or later. Raises UnknownModel and InvalidRequest if no model fits."""
         self._request(query, reply).begin()
+
+    def computation(self, model_name: str, model_version: str, caller: Caller) -> Computation:
+        """Return the computation of a call that needs several graphs. Raises UnknownModel if no model fits."""
+        return Computation(self.repository.get(model_name, model_version), caller, self._decoder)
 
     def refusal(
         self, timeout: float | None, expected: int, client: Hashable, *, urgent: bool, graph: str = CLASSIFY

@@ -49,6 +49,16 @@ class CapsNetServiceStub:
                 request_serializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/capsnet.v1.CapsNetService/Explain',
+                request_serializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ExplainResponse.FromString,
+                _registered_method=True)
+        self.Reconstruct = channel.unary_unary(
+                '/capsnet.v1.CapsNetService/Reconstruct',
+                request_serializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ReconstructRequest.SerializeToString,
+                response_deserializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ReconstructResponse.FromString,
+                _registered_method=True)
 
 
 class CapsNetServiceServicer:
@@ -77,6 +87,21 @@ class CapsNetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Shows how the network came to its answers. UNIMPLEMENTED if the model has no graph for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reconstruct(self, request, context):
+        """Draws the images that poses stand for: the poses found in an image, or given ones, changed as the request asks.
+        UNIMPLEMENTED if the model has no decoder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CapsNetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +119,16 @@ def add_CapsNetServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.GetModelRequest.FromString,
                     response_serializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Reconstruct': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reconstruct,
+                    request_deserializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ReconstructRequest.FromString,
+                    response_serializer=protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ReconstructResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +212,60 @@ class CapsNetService:
             '/capsnet.v1.CapsNetService/GetModel',
             protos_dot_capsnet_dot_v1_dot_capsnet__pb2.GetModelRequest.SerializeToString,
             protos_dot_capsnet_dot_v1_dot_capsnet__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capsnet.v1.CapsNetService/Explain',
+            protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ExplainRequest.SerializeToString,
+            protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reconstruct(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/capsnet.v1.CapsNetService/Reconstruct',
+            protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ReconstructRequest.SerializeToString,
+            protos_dot_capsnet_dot_v1_dot_capsnet__pb2.ReconstructResponse.FromString,
             options,
             channel_credentials,
             insecure,
