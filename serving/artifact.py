@@ -281,7 +281,7 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
         "variants": {precision: _variant_content(variant) for precision, variant in artifact.variants.items()},
         "graphs": {name: _graph_content(graph) for name, graph in artifact.graphs.items()},
         "tensorrt": {"batches": asdict(artifact.batches)},
-        "preparation": asdict(artifact.preparation),
+        **({"preparation": asdict(artifact.preparation)} if artifact.preparation != Preparation() else {}),
         **({"calibration": asdict(artifact.calibration)} if artifact.calibration else {}),
         "training": asdict(artifact.training),
     }
