@@ -42,6 +42,7 @@ _SEED = 0
 _BATCH_SIZE = 32
 _SEARCH_STEPS = 60
 _DIGITS = 4  # of a threshold, after the decimal point
+_MARGIN_SCALE, _ERROR_SCALE = 10**_DIGITS, 10**6
 
 Floats = NDArray[np.float32]
 
@@ -268,7 +269,9 @@ class _Rule:
         """
         present, _, errors = self._measure(images, found)
         if present.any():
-            self.error = round(float(np.quantile(errors[present.any(1)], 1 - FALSE_ALARMS)), _DIGITS + 2)
+            # Rounded to the side that calls fewer images suspicious.
+            error = float(np.quantile(errors[present.any(1)], 1 - FALSE_ALARMS))
+            self.error = math.ceil(error * _ERROR_SCALE) / _ERROR_SCALE
         self.set_margin(found)
 
     def set_margin(self, found: Prediction) -> None:
@@ -276,7 +279,8 @@ class _Rule:
         present, margins = self._present(found)
         one = present.sum(1) == 1
         if one.any():
-            self.margin = round(float(np.quantile(margins[one], FALSE_ALARMS)), _DIGITS)
+            margin = float(np.quantile(margins[one], FALSE_ALARMS))
+            self.margin = math.floor(margin * _MARGIN_SCALE) / _MARGIN_SCALE
 
     def findings(self, images: Tensor, found: Prediction | None = None) -> dict[str, float]:
         """Return the share of images (N, C, H, W) with no class, with several, with one that is suspicious or not."""
