@@ -4,7 +4,7 @@ import zlib
 
 
 def inflating(block: bytes, count: int) -> bytes:
-    """Return zlib data that inflates to ``block * count``. The block is compressed once: a full flush ends its history."""
+    """Return zlib data that inflates to ``block * count``, compressed once: a full flush ends its history."""
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     part = squeeze.compress(block) + squeeze.flush(zlib.Z_FULL_FLUSH)
     checksum = 1
