@@ -49,19 +49,27 @@ EXPORTING = {
 # The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
-# These files run first, so that no process still runs one of them when the others are done.
+# These files run first, so that no process still runs one of them when the others are done. Those that mostly wait for
+# a clock come early, while other processes have the most work: mypy, and the exporter.
 LONGEST = (
     *EXPORTING,
     "test_readme",
     "test_processes",
     "test_lifecycle",
     "test_architecture",
+    "test_transport_calls",
+    "test_client_faults",
+    "test_connection_limits",
+    "test_page",
+    "test_transport_stops",
+    "test_transport_memory",
     "test_balancing",
     "test_digits",
     "test_training",
     "test_monitoring",
     "test_runtime",
-    "test_transport_calls",
+    "test_fuzz",
+    "test_model",
 )
 
 
