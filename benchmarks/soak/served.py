@@ -126,7 +126,7 @@ def token_entries() -> tuple[list[TokenEntry], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Held:
-    """What a server holds: the metrics that should be 0 in the end, its connections and its open files."""
+    """The holdings of a server: the metrics that should be 0 in the end, its connections and its open files."""
 
     amounts: Mapping[str, float]
     connections: float
