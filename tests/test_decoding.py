@@ -323,12 +323,12 @@ def test_a_client_that_fills_the_room_gives_places_to_others() -> None:
             "too many images wait to be decoded, and this client has more than its share of them; try again later"
         )
         assert caught.value.retry_after > 0
-        with pytest.raises(QueueFull, match="^9 images wait to be decoded, 2 more would pass the limit of 10"):
+        with pytest.raises(QueueFull, match=r"^9 images wait to be decoded, 2 more would pass the limit of 10 "):
             await ask("many", images=2)
         few_again = ask("few", images=3)
         with pytest.raises(QueueFull):
             await many[1]
-        with pytest.raises(QueueFull, match="^9 images wait"):
+        with pytest.raises(QueueFull, match=r"^9 images wait"):
             await ask("few", images=2)
         blocking.go.set()
         for task in (first, stream, many[0], few, few_again):
