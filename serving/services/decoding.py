@@ -46,7 +46,7 @@ class _Job:
     counted: its images while they count towards the limit of all that wait.
     """
 
-    __slots__ = ("bytes", "client", "counted", "given_up", "outcome", "seconds", "started", "steps")
+    __slots__ = ("bytes", "client", "counted", "given_up", "outcome", "over", "seconds", "started", "steps")
 
     def __init__(self, decoding: Decoding, outcome: "asyncio.Future[Arrays]", client: Hashable, counted: int) -> None:
         self.steps = decoding.steps
@@ -61,6 +61,8 @@ class _Job:
         self.seconds = 0.0
         #: True if nobody waits for the outcome.
         self.given_up = False
+        #: True after its last turn.
+        self.over = False
 
 
 class Decoder:
@@ -138,10 +140,11 @@ class Decoder:
             timer.cancel()
             job.outcome = None
             self.under_way -= 1
-            self._give_up(job)
+            self._uncount(job)
+            if not job.over:
+                self._give_up(job)
             # An error knows this frame by its traceback, and these know the error: the cycle would keep the request.
             del outcome, timer, job, decoding
-            self._go_on()
 
     def close(self) -> None:
         """End the threads. A decoding that still waits ends with its timeout or its caller."""
@@ -165,6 +168,7 @@ class Decoder:
                 _RETRY_SECONDS,
             )
         for job in displaced:
+            self._uncount(job)
             self._give_up(job)
             _fail(job, QueueFull(_DISPLACED, _RETRY_SECONDS))
 
@@ -207,13 +211,17 @@ class Decoder:
     def _give_up(self, job: _Job) -> None:
         """Forget a decoding that has ended for its caller. If a thread has it, that thread stops after its image."""
         job.given_up = True
-        self._images.add(job.client, -job.counted)
-        job.counted = 0
         self._waiting.remove(job.client, job)
         if self._begun.remove(job.client, job):
             self._leave(job)
+        self._go_on()
+
+    def _uncount(self, job: _Job) -> None:
+        self._images.add(job.client, -job.counted)
+        job.counted = 0
 
     def _leave(self, job: _Job) -> None:
+        job.over = True
         self._reserved.add(job.client, -job.bytes)
         self._holders -= 1
         job.steps.close()
