@@ -114,7 +114,9 @@ class Guard:
         """
         if not self._tokens:
             if self._mutual and not peer.subject:
-                raise Unauthenticated("certificate: none came; expected one that this server's authorities signed")
+                raise Unauthenticated(
+                    "certificate: none came with one common name; expected one that this server's authorities signed"
+                )
             return Identity(
                 f"certificate {peer.subject}" if peer.subject else client_of(peer.address), frozenset((role,))
             )

@@ -3,8 +3,9 @@
 import asyncio
 import errno
 import logging
+import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from serving.transport.methods import (
     Table,
     TransportLimits,
     UnaryMethod,
+    common_name,
 )
 from serving.transport.sockets import UnixSocket, listen_tcp
 
@@ -36,6 +38,10 @@ _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the req
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
+
+# In the form of RFC 2253, without what _ESCAPED finds.
+_COMMON_NAME = re.compile(rb"(?:\A|[,+])CN=")
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
 
 Outcome = TypeVar("Outcome")
 
@@ -175,9 +181,8 @@ class _Context:
         kind, _, address = str(self._context.peer()).partition(":")
         if kind not in ("ipv4", "ipv6"):
             return Peer(UNIX_ADDRESS, connection=UNIX_ADDRESS)
-        names = self._context.auth_context().get("x509_common_name") or (b"",)
         host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
-        return Peer(host, names[-1].decode(errors="replace"), connection=address)
+        return Peer(host, _subject(self._context.auth_context()), connection=address)
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
@@ -321,11 +326,22 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             raise asyncio.CancelledError from None
 
 
+def _subject(properties: Mapping[str, Iterable[bytes]]) -> str:
+    """Return the common name in a client's certificate, from gRPC's properties, which hold the first one of several."""
+    subject = b"".join(properties.get("x509_subject", ()))  # in the form of RFC 2253
+    names = [one.decode(errors="replace") for one in properties.get("x509_common_name", ())]
+    return common_name(names) if len(_COMMON_NAME.findall(_ESCAPED.sub(b"", subject))) == 1 else ""
+
+
 def _credentials(tls: TlsContexts) -> grpc.ServerCredentials:
     """Return the credentials of a port. gRPC asks for newer certificates at each handshake."""
+    given: tuple[bytes, bytes, bytes] | None = None
 
     def newest() -> Any:
-        chain, key, authorities = tls.pem()
+        nonlocal given
+        if (pem := tls.pem()) == given:  # otherwise gRPC would read the same certificates again
+            return None
+        given = chain, key, authorities = pem
         return grpc.ssl_server_certificate_configuration([(key, chain)], authorities or None)
 
     return grpc.dynamic_ssl_server_credentials(newest(), newest, tls.mutual)
