@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 import serving.access.files
@@ -24,9 +25,11 @@ from serving.rpc.status import status_of
 from serving.server import Server, StartError
 from serving.settings import read
 from serving.transport import grpcio_server
-from serving.transport.methods import Peer, peer_of
+from serving.transport.headers import Status
+from serving.transport.methods import UNDECIDED, CallbackMethod, Peer, peer_of
 from tests.certificates import make_all, make_certificate
 from tests.conftest import settings
+from tests.raw_client import wait_for
 
 PEER = Peer("10.0.0.1")
 
@@ -219,6 +222,29 @@ def test_many_wrong_tokens_of_one_peer_leave_room_for_another(file: Path, monkey
         assert await tokens.check("x.0", "bad") is None
 
     asyncio.run(main())
+
+
+def test_the_door_begins_the_check_of_a_token_and_takes_no_message_with_one_too_many(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = add(file, "alice")
+    tokens = Tokens(str(file))
+    [method] = guard_of(tokens).protect({"/a/B": CallbackMethod(lambda data, context: None)}, "predict").values()
+
+    def enter(token: str) -> Status | None:
+        assert method.door
+        return method.door(None, (("authorization", f"Bearer {token}"),), 0, PEER)
+
+    assert enter(token) is UNDECIDED
+    [check] = tokens._under_way.values()
+    assert check.result(20)
+    wait_for(lambda: not tokens._under_way)
+    assert enter(token) is None
+    monkeypatch.setattr(tokens_module, "_MAX_CHECKS_OF_PEER", 0)
+    refused = enter("alice.guess")
+    assert refused
+    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert enter(token) is None
 
 
 def test_the_first_calls_with_a_token_share_one_check_that_none_of_them_ends(

@@ -31,6 +31,7 @@ from serving.logs import FIELDS
 from serving.transport import frames
 from serving.transport.frames import PREFACE, settings
 from serving.transport.headers import Metadata
+from serving.transport.methods import UNDECIDED_TEXT
 from tests.certificates import make_all, make_certificate
 from tests.conftest import ROOT, Digits, Running
 from tests.raw_client import wait_for
@@ -490,6 +491,23 @@ def test_a_client_above_its_limit_is_refused_and_another_is_not(
     assert all(
         quota.calls == 0 for name, quota in running.server._access.guard._quotas._quotas.items() if name == "slow"
     )
+
+
+def test_a_token_that_is_not_checked_yet_learns_no_limit_and_no_load(
+    start: Start, tokens: dict[str, str], transport: str
+) -> None:
+    running = start(transport=transport, tokens=tokens["file"], max_bytes_under_way=2**16)
+    classify = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", None, None)
+    texts = []
+    for token in ("predict.guessed", tokens["predict"]):
+        if token == tokens["predict"]:  # then it is known
+            unary(running.channel, GET_MODEL, (("authorization", f"Bearer {token}"),))
+        with pytest.raises(grpc.RpcError) as caught:
+            classify(b"x" * 2**18, metadata=(("authorization", f"Bearer {token}"),), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        texts.append(caught.value.details() or "")
+    assert texts[0] == UNDECIDED_TEXT
+    assert "the limit is 65536 bytes" in texts[1]
 
 
 def test_addresses_have_limits_where_there_are_no_tokens(start: Start, transport: str) -> None:

@@ -16,6 +16,7 @@ from serving.errors import ClientLimit, Forbidden, ServingError, Unauthenticated
 from serving.transport.call import INTERNAL_TEXT
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
+    UNDECIDED,
     Abort,
     CallbackMethod,
     Context,
@@ -42,6 +43,9 @@ class KnownTokens(Protocol):
 
     def remembered(self, token: str, /) -> tuple[bool, Identity | None]:
         """Return if a token was checked before, and its identity, None if it is wrong."""
+
+    def begin_check(self, token: str, client: str, /) -> object:
+        """Begin to check a token, for ``check``. Raises TooManyChecks."""
 
     async def check(self, token: str, client: str, /) -> Identity | None:
         """Return the identity of a token, or None if it is wrong. client: of ``client_of``. Raises TooManyChecks."""
@@ -140,10 +144,22 @@ class Guard:
         try:
             checked = await self._tokens.check(_token_of(authorization), client_of(peer.address))
         except TooManyChecks:
-            raise ClientLimit("authorization: too many new tokens are being checked; try again later") from None
+            raise _too_many() from None
         if checked is None:
             raise _wrong_token()
         return _with_role(checked, role)
+
+    def begin_check(self, metadata: Metadata, peer: Peer) -> None:
+        """Begin to check a token that is not known yet, while the message comes. Raises ClientLimit.
+
+        So nobody sends whole messages with tokens that are too many to be checked.
+        """
+        authorization = authorization_of(metadata)
+        assert self._tokens and authorization
+        try:
+            self._tokens.begin_check(_token_of(authorization), client_of(peer.address))
+        except TooManyChecks:
+            raise _too_many() from None
 
     async def enter(self, context: Context, role: str) -> str:
         """Let a call in, and return the client's name for ``leave``. Raises a ServingError."""
@@ -180,9 +196,12 @@ class _Gate:
         def decide(timeout: float | None, metadata: Metadata, expected: int, peer: Peer) -> Status | None:
             try:
                 identity = self._guard.at_once(authorization_of(metadata), peer, self._role)
+                if identity is None:
+                    self._guard.begin_check(metadata, peer)
+                    return UNDECIDED
             except ServingError as error:
                 return self._guard.refused(self._path, peer, metadata, error)
-            return inner(timeout, metadata, expected, peer._replace(name=identity.name)) if identity and inner else None
+            return inner(timeout, metadata, expected, peer._replace(name=identity.name)) if inner else None
 
         return decide
 
@@ -256,6 +275,7 @@ class _Counted:
 
     def __init__(self, context: Context, guard: Guard, name: str) -> None:
         self.given_up: Callable[[], object] | None = None
+        self.undecided = context.undecided = False
         self._context = context
         self._guard = guard
         self._name = name
@@ -328,6 +348,10 @@ def _with_role(identity: Identity, role: str) -> Identity:
     if role not in identity.roles:
         raise Forbidden(f"{identity.name} may not call this method; it needs the role {role}")
     return identity
+
+
+def _too_many() -> ClientLimit:
+    return ClientLimit("authorization: too many new tokens are being checked; try again later")
 
 
 def _wrong_token() -> Unauthenticated:

@@ -202,11 +202,14 @@ class Tokens:
         known, identity = self.remembered(token)
         if known:
             return identity
-        entry = await asyncio.shield(asyncio.wrap_future(self._checked(token, peer)))
+        entry = await asyncio.shield(asyncio.wrap_future(self.begin_check(token, peer)))
         return entry.identity if entry else None
 
-    def _checked(self, token: str, peer: str) -> "Future[TokenEntry | None]":
-        """Return the check of a token, which all calls with this token share, and which none of them ends."""
+    def begin_check(self, token: str, peer: str) -> "Future[TokenEntry | None]":
+        """Return the check of a token, which all calls with this token share, and which none of them ends.
+
+        Raises TooManyChecks.
+        """
         digest = self._digest(token)
         with self._lock:
             if under_way := self._under_way.get(digest):

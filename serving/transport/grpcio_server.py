@@ -18,6 +18,8 @@ from serving.transport.counts import MEMORY, Figures
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
+    UNDECIDED,
+    UNDECIDED_TEXT,
     UNIX_ADDRESS,
     Abort,
     CallbackMethod,
@@ -157,6 +159,7 @@ class _Context:
         self.timeout: float | None = context.time_remaining()
         self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
         self.given_up: Callable[[], object] | None = None
+        self.undecided = False
         self.metadata: Metadata = tuple(context.invocation_metadata() or ())
         self.outcome: asyncio.Future[bytes | Status] = asyncio.get_running_loop().create_future()
 
@@ -258,12 +261,15 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
         """Return the answer of a unary method, or the status with which its call ends."""
-        if method.door and (status := method.door(call.timeout, call.metadata, 0, call.peer)):
+        status = method.door(call.timeout, call.metadata, 0, call.peer) if method.door else None
+        if status and status is not UNDECIDED:
             return status
         limits = self._limits
         if self._bytes + len(data) > limits.bytes_under_way:
             self.figures.evicted[MEMORY] += 1
             text = f"requests of {self._bytes + len(data)} bytes are under way; {limits.memory_text}; try again later"
+            if status is UNDECIDED:
+                text = UNDECIDED_TEXT
             return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._bytes += len(data)
         try:

@@ -97,10 +97,12 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 class Context(Protocol):
     """The context of a handler. Only the event loop's thread may use it.
 
-    given_up: called once if nobody waits for the answer before there is one.
+    given_up: called once if nobody waits for the answer before there is one. undecided: True until it is known if the
+    client may call; the handler sets it to False.
     """
 
     given_up: Callable[[], object] | None
+    undecided: bool
 
     @property
     def deadline(self) -> float | None:
@@ -128,9 +130,13 @@ class Context(Protocol):
         """Send the status, after all waiting data."""
 
 
+#: The answer of a door that accepts a call and does not know yet if its client may call.
+UNDECIDED = Status(grpc.StatusCode.OK)
+#: The text with which the transport refuses such a call for its size. It tells a stranger no limit and no load.
+UNDECIDED_TEXT = "request: too large for this server, or for what it has to do now"
 #: A function that is called with the headers of a call: its timeout in seconds or None, its metadata, the number of
-#: calls that were accepted before it but are not complete yet, and its client. It returns the status of a refusal, or
-#: None.
+#: calls that were accepted before it but are not complete yet, and its client. It returns the status of a refusal,
+#: None, or UNDECIDED.
 Door = Callable[[float | None, Metadata, int, Peer], Status | None]
 
 
