@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.raw_client import wait_for
 
 GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
 HEALTH = "/grpc.health.v1.Health/"
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 HEALTH_PAGES = ("/livez", "/readyz")
 Start = Callable[..., Running]
 
@@ -588,10 +590,45 @@ def test_tokens_are_renewed_under_load_without_a_lost_call(
     assert not any(outcomes["leaves"][refused:])
 
 
+@pytest.mark.parametrize("method", ["/capsnet.v1.CapsNetService/ClassifyStream", REFLECTION])
+def test_a_stream_does_not_outlive_its_removed_token_for_long(
+    start: Start, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    for name in ("guard._LOOK_SECONDS", "guard.REMOVED_SECONDS", "files._CHECK_SECONDS"):
+        monkeypatch.setattr(f"serving.access.{name}", 0.05)
+    made = {name: new_token(name) for name in ("stays", "leaves")}
+    entries = {name: TokenEntry(name, ("predict",), hash_) for name, (_, hash_) in made.items()}
+    write_entries(tmp_path / "tokens", entries.values())
+    running = start(transport=transport, tokens=str(tmp_path / "tokens"))
+    open_stream = running.channel.stream_stream(method, None, None)
+    ended = threading.Event()
+
+    def messages() -> Iterator[bytes]:
+        while not ended.wait(0.02):
+            yield b""
+
+    streams: dict[str, Any] = {
+        name: open_stream(messages(), metadata=(("authorization", f"Bearer {token}"),), timeout=60)
+        for name, (token, _) in made.items()
+    }
+    for stream in streams.values():
+        next(stream)
+    try:
+        write_entries(tmp_path / "tokens", [replace(entries["stays"], calls=50)])
+        with pytest.raises(grpc.RpcError) as caught:
+            list(streams["leaves"])
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        for _ in range(30):
+            next(streams["stays"])
+    finally:
+        ended.set()
+        for stream in streams.values():
+            stream.cancel()
+
+
 def test_reflection_can_be_off(start: Start, transport: str) -> None:
     running = start(transport=transport, reflection=False)
-    path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
-    assert code_of(running.channel, path, True) is grpc.StatusCode.UNIMPLEMENTED
+    assert code_of(running.channel, REFLECTION, True) is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_debug_log_holds_no_token(tmp_path: Path, tokens: dict[str, str], digits: Digits) -> None:

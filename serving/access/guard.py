@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ from serving.transport.methods import (
 
 _BEARER = re.compile(r"Bearer ([!-~]+)", re.IGNORECASE)
 _AUTHORIZATION = "authorization"
+_LOOK_SECONDS = 1.0  # between looks at the token of an open stream
+#: Seconds in which the stream of a client whose token was removed still takes requests.
+REMOVED_SECONDS = 30.0
 
 _logger = logging.getLogger(__name__)
 
@@ -85,6 +89,10 @@ class Guard:
         self._limits = limits
         self.refused = refused
         self._quotas = Quotas(now)
+
+    @property
+    def has_tokens(self) -> bool:
+        return self._tokens is not None
 
     def protect(self, table: Table, role: str) -> dict[str, Method]:
         """Return the methods so that only clients with this role reach them."""
@@ -253,11 +261,14 @@ class _Gate:
 
         async def answers(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
             counted = _Counted(context, self._guard, await self._enter(context))
+            admitted = _Admitted(messages, self._guard, context, self._role) if self._guard.has_tokens else messages
             try:
-                async with aclosing(method.answers(messages, counted)) as inner:  # type: ignore[type-var]
+                async with aclosing(method.answers(admitted, counted)) as inner:  # type: ignore[type-var]
                     async for answer in inner:
                         yield answer
                         del answer  # while the next one is waited for, which may never come
+            except ServingError as error:
+                raise Abort(self._guard.refuse(self._path, context, error)) from None
             finally:
                 counted.leave()
 
@@ -268,6 +279,45 @@ class _Gate:
             return await self._guard.enter(context, self._role)
         except ServingError as error:
             raise Abort(self._guard.refuse(self._path, context, error)) from None
+
+
+class _Admitted:
+    """The messages of a stream, until its client may not call and REMOVED_SECONDS have passed.
+
+    The end of the messages is an Unauthenticated or a Forbidden. Answers that are under way still come.
+    """
+
+    def __init__(self, messages: AsyncIterator[bytes], guard: Guard, context: Context, role: str) -> None:
+        self._messages = messages
+        self._guard = guard
+        self._metadata = context.invocation_metadata()
+        self._peer = context.peer
+        self._role = role
+        self._look_at = time.monotonic() + _LOOK_SECONDS
+        self._end_at: float | None = None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        message = await anext(self._messages)
+        if (now := time.monotonic()) >= self._look_at:
+            self._look(now)
+        return message
+
+    def _look(self, now: float) -> None:
+        self._look_at = now + _LOOK_SECONDS
+        try:
+            if self._guard.at_once(authorization_of(self._metadata), self._peer, self._role):
+                self._end_at = None
+            else:
+                self._guard.begin_check(self._metadata, self._peer)  # the next look has the result
+        except (Unauthenticated, Forbidden):
+            self._end_at = self._end_at or now + REMOVED_SECONDS
+            if now >= self._end_at:
+                raise
+        except ClientLimit:
+            return  # a later look
 
 
 class _Counted:
