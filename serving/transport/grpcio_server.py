@@ -3,8 +3,9 @@
 import asyncio
 import errno
 import logging
+import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from serving.transport.counts import MEMORY, Figures
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
+    UNDECIDED,
+    UNDECIDED_TEXT,
     UNIX_ADDRESS,
     Abort,
     CallbackMethod,
@@ -26,6 +29,7 @@ from serving.transport.methods import (
     Table,
     TransportLimits,
     UnaryMethod,
+    common_name,
 )
 from serving.transport.sockets import UnixSocket, listen_tcp
 
@@ -37,6 +41,10 @@ _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the req
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
+
+# In the form of RFC 2253, without what _ESCAPED finds.
+_COMMON_NAME = re.compile(rb"(?:\A|[,+])CN=")
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
 
 Outcome = TypeVar("Outcome")
 
@@ -153,6 +161,7 @@ class _Context:
         self.timeout: float | None = context.time_remaining()
         self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
         self.given_up: Callable[[], object] | None = None
+        self.undecided = False
         self.metadata: Metadata = tuple(context.invocation_metadata() or ())
         self.outcome: asyncio.Future[bytes | Status] = asyncio.get_running_loop().create_future()
 
@@ -177,9 +186,8 @@ class _Context:
         kind, _, address = str(self._context.peer()).partition(":")
         if kind not in ("ipv4", "ipv6"):
             return Peer(UNIX_ADDRESS, connection=UNIX_ADDRESS)
-        names = self._context.auth_context().get("x509_common_name") or (b"",)
         host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
-        return Peer(host, names[-1].decode(errors="replace"), connection=address)
+        return Peer(host, _subject(self._context.auth_context()), connection=address)
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
@@ -255,12 +263,15 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
         """Return the answer of a unary method, or the status with which its call ends."""
-        if method.door and (status := method.door(call.timeout, call.metadata, 0, call.peer)):
+        status = method.door(call.timeout, call.metadata, 0, call.peer) if method.door else None
+        if status and status is not UNDECIDED:
             return status
         limits = self._limits
         if self._bytes + len(data) > limits.bytes_under_way:
             self.figures.evicted[MEMORY] += 1
             text = f"requests of {self._bytes + len(data)} bytes are under way; {limits.memory_text}; try again later"
+            if status is UNDECIDED:
+                text = UNDECIDED_TEXT
             return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._bytes += len(data)
         try:
@@ -321,6 +332,13 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             raise
         except Exception:  # the client has gone, or its deadline has passed, and gRPC has not reported it yet
             raise asyncio.CancelledError from None
+
+
+def _subject(properties: Mapping[str, Iterable[bytes]]) -> str:
+    """Return the common name in a client's certificate, from gRPC's properties, which hold the first one of several."""
+    subject = b"".join(properties.get("x509_subject", ()))  # in the form of RFC 2253
+    names = [one.decode(errors="replace") for one in properties.get("x509_common_name", ())]
+    return common_name(names) if len(_COMMON_NAME.findall(_ESCAPED.sub(b"", subject))) == 1 else ""
 
 
 def _credentials(tls: TlsContexts) -> grpc.ServerCredentials:
