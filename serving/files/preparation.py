@@ -327,7 +327,9 @@ def _is_prepared(clean: Floats, box: _Box, look: Look) -> bool:
     if abs(box.size - look.object_size) > _CLOSE_PIXELS:
         return False
     height, width = clean.shape
-    middle = _centre_of_mass(clean) if look.centred_by_mass else ((box.top + box.bottom) / 2, (box.left + box.right) / 2)
+    middle = (
+        _centre_of_mass(clean) if look.centred_by_mass else ((box.top + box.bottom) / 2, (box.left + box.right) / 2)
+    )
     return abs(middle[0] - height / 2) <= _CLOSE_PIXELS and abs(middle[1] - width / 2) <= _CLOSE_PIXELS
 
 
