@@ -1,8 +1,8 @@
 """Preparation of pictures, such as photographs of paper, for a model: they get the look of its training images.
 
-A digit of MNIST is a bright stroke on black, 20 pixels high or wide, anti-aliased, with its centre of mass in the middle
-of the image (http://yann.lecun.com/exdb/mnist/). A person's picture is none of this: dark ink on paper under uneven
-light, somewhere on a large sheet. Axes: h x w of the picture, H x W of the model, C channels.
+A digit of MNIST is a bright stroke on black, 20 pixels high or wide, anti-aliased, with its centre of mass in the
+middle of the image (LeCun et al., 1998, section III.A). A person's picture is none of this: dark ink on paper under
+uneven light, somewhere on a large sheet. Axes: h x w of the picture, H x W of the model, C channels.
 """
 
 from typing import NamedTuple, Protocol, TypeVar
@@ -26,12 +26,16 @@ _GROUPS_SIDE_PIXELS = 160
 _OVERSAMPLING = 8
 # The smallest difference of ink from ground. A photograph of empty paper has less: its noise.
 _MIN_CONTRAST = 16.0
+# The grey level of the darkest paper whose ink is not taken for darker than it is.
+_MIN_PAPER_GREY = 40.0
 # The share of the ground's side that a stroke is narrower than.
 _STROKE_SHARE = 0.35
 # Groups of less ink than this share of the largest group are specks.
 _SPECK_SHARE = 0.08
 # A group at the picture's edge is a shadow or the end of the paper if others have this share of its ink.
 _INNER_SHARE = 0.25
+# Ink of this grey level is not made brighter.
+_FULL_INK = 240.0
 # The share of the ink's grey level from which a pixel belongs to the object's box.
 _EDGE_SHARE = 0.15
 # Strokes thinner than the first are widened to the second, in the model's pixels for an object of 20.
@@ -75,10 +79,10 @@ class _Box(NamedTuple):
 def prepare(image: Image.Image, shape: tuple[int, int, int], look: Look) -> NDArray[np.uint8]:
     """Return a picture of any size and mode as a model takes it, (C, H, W) uint8. shape: (C, H, W).
 
-    The picture is turned upright. Grey pictures of a model whose objects have a size are cropped to the object, which is
-    scaled and centred; the ground becomes one colour. Other pictures are scaled as a whole, and keep their aspect: the
-    colour of their border fills the rest. Either are inverted if their polarity is not the model's. A picture without an
-    object gives an image of one colour. Large pictures are reduced while they are read, if the image is not loaded yet.
+    The picture is turned upright. For a grey model whose objects have a size, it is cropped to the object, which is
+    scaled and centred, and the ground becomes one colour. For other models, it is scaled as a whole and keeps its
+    aspect: the colour of its border fills the rest. Either is inverted if its polarity is not the model's. A picture
+    without an object gives an image of one colour.
 
     Raises UnknownRange, and any error of Pillow for a damaged file.
     """
@@ -90,8 +94,7 @@ def prepare(image: Image.Image, shape: tuple[int, int, int], look: Look) -> NDAr
     grey = np.asarray(picture.convert("L"), np.float32)
     dark = _is_dark_on_bright(grey)
     if channels == 1 and look.object_size:
-        ink = _MAX_GREY - grey if dark else grey
-        drawn = _drawn(ink, height, width, look)
+        drawn = _drawn(_ink(grey, dark), height, width, look)
         turned = look.polarity == DARK_ON_BRIGHT or (not look.polarity and dark)
         return (255 - drawn if turned else drawn)[np.newaxis]
     if look.polarity and dark != (look.polarity == DARK_ON_BRIGHT):
@@ -163,8 +166,8 @@ def _border(pixels: NDArray[Values]) -> NDArray[Values]:
 def _is_dark_on_bright(grey: Floats) -> bool:
     """Return True if the object is darker than the border. grey: (h, w).
 
-    Light that changes evenly over the sheet is taken away: the plane that fits the border best. The cubes make the large
-    differences of ink outweigh the small ones of an uneven ground.
+    Light that changes evenly over the sheet is taken away: the plane that fits the border best. The cubes make the
+    large differences of ink outweigh the small ones of an uneven ground.
     """
     grey = _few(grey, _POLARITY_SIDE_PIXELS)
     height, width = grey.shape
@@ -180,9 +183,8 @@ def _is_dark_on_bright(grey: Floats) -> bool:
 
 
 def _drawn(ink: Floats, height: int, width: int, look: Look) -> NDArray[np.uint8]:
-    """Return the object of a picture, bright on black as MNIST's, (H, W). ink: (h, w), brighter than its ground."""
+    """Return the object of a picture, bright on black as MNIST's, (H, W). ink: (h, w), from ``_ink``."""
     nothing = np.zeros((height, width), np.uint8)
-    ink = ink - _ground(ink)
     blurred = _filtered(ink, ImageFilter.GaussianBlur(max(ink.shape) / 500))
     threshold = _otsu(blurred)
     core = blurred > threshold
@@ -191,6 +193,8 @@ def _drawn(ink: Floats, height: int, width: int, look: Look) -> NDArray[np.uint8
     ground, level = float(np.median(ink[~core])), float(np.percentile(ink[core], 90))
     if level - ground < _MIN_CONTRAST:
         return nothing
+    if level >= _FULL_INK:
+        level = _MAX_GREY
     ground += 1.5 * float(np.median(np.abs(ink[~core] - ground)))  # its noise
     clean = np.clip((ink - ground) / max(1.0, level - ground), 0, 1)
     near = _object(np.where(core, clean, np.float32(0)))
@@ -202,14 +206,20 @@ def _drawn(ink: Floats, height: int, width: int, look: Look) -> NDArray[np.uint8
     return _placed(_scaled(part, min(look.object_size, height, width)), height, width, look.centred_by_mass)
 
 
-def _ground(ink: Floats) -> Floats:
-    """Return the ground under the ink, with its shadows: what is left if strokes are eroded, (h, w)."""
-    height, width = ink.shape
-    small = _few(ink, _GROUND_SIDE_PIXELS)
+def _ink(grey: Floats, dark: bool) -> Floats:
+    """Return the ink of a picture above its ground, 0 to 255, without the light and the shadows of the ground, (h, w).
+
+    The ground is what is left if strokes are eroded. Dark ink is the share of the paper's light that it takes, which is
+    the same in the light and in the shadow.
+    """
+    height, width = grey.shape
+    bright = _MAX_GREY - grey if dark else grey
+    small = _few(bright, _GROUND_SIDE_PIXELS)
     size = 2 * round(_STROKE_SHARE * max(small.shape) / 2) + 1
     opened = _extreme(_extreme(small, size, np.minimum), size, np.maximum)
-    smooth = Image.fromarray(opened).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(smooth, np.float32)
+    ground = np.asarray(Image.fromarray(opened).resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    ink = np.clip(bright - ground, 0, _MAX_GREY)
+    return ink * (_MAX_GREY / np.maximum(_MAX_GREY - ground, _MIN_PAPER_GREY)) if dark else ink
 
 
 def _few(values: Floats, side: int) -> Floats:
@@ -265,7 +275,7 @@ def _object(core: Floats) -> Mask:
     height, width = core.shape
     shares = _few(core, _GROUPS_SIDE_PIXELS)
     # Gaps of a stroke are closed, and the anti-aliased edges are taken in.
-    reach = 2 * max(1, round(0.012 * max(shares.shape))) + 1
+    reach = 2 * max(2, round(0.012 * max(shares.shape))) + 1
     mask = _extreme(shares, reach, np.maximum) > 0
     labels = _groups(mask)
     ink = np.bincount(labels.ravel(), weights=shares.ravel())
@@ -341,7 +351,6 @@ def _centre_of_mass(ink: Floats) -> tuple[float, float]:
 
 def _scaled(ink: Floats, size: int) -> Floats:
     """Return an object with this longer side, with strokes as wide and as bright as MNIST's. ink: from 0 to 1."""
-    height, width = ink.shape
     large = _resized(ink, size * _OVERSAMPLING, Image.Resampling.BICUBIC)
     strokes = large > 0.5
     side = max(large.shape)

@@ -62,8 +62,21 @@ STROKES = {
     "7a": [[(4, 5), (30, 4), (58, 2)], [(58, 2), (40, 40), (25, 100)]],
     "7b": [[(5, 10), (15, 3), (35, 7), (60, 3)], [(60, 3), (45, 45), (33, 100)], [(20, 50), (40, 48), (62, 47)]],
     "8a": [
-        [(50, 14), (34, 1), (14, 10), (13, 30), (30, 45), (50, 62), (56, 84), (34, 100), (10, 88), (12, 64), (32, 46)]
-        + [(50, 30), (52, 14)]
+        [
+            (50, 14),
+            (34, 1),
+            (14, 10),
+            (13, 30),
+            (30, 45),
+            (50, 62),
+            (56, 84),
+            (34, 100),
+            (10, 88),
+            (12, 64),
+            (32, 46),
+            (50, 30),
+            (52, 14),
+        ],
     ],
     "8b": [
         [(32, 0), (15, 10), (14, 32), (32, 44), (48, 32), (48, 10), (32, 0)],
@@ -126,7 +139,7 @@ SHEETS = {
 
 
 def curve(points: list[tuple[int, int]]) -> NDArray[np.float64]:
-    """Return a smooth curve through the points, in tenths of their steps (Catmull-Rom), (n, 2)."""
+    """Return a smooth curve through the points, 40 for each of their steps (Catmull-Rom), (n, 2)."""
     through = np.array([points[0], *points, points[-1]], np.float64)
     pieces = []
     for a, b, c, d in zip(through, through[1:], through[2:], through[3:], strict=False):
