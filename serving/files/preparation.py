@@ -201,7 +201,7 @@ def _drawn(ink: Floats, height: int, width: int, look: Look) -> NDArray[np.uint8
     clean *= near
     box = _box((blurred - ground > _EDGE_SHARE * (level - ground)) & near)
     if ink.shape == (height, width) and _is_prepared(clean, box, look):
-        return np.rint(_MAX_GREY * clean).astype(np.uint8)
+        return _as_grey(clean)
     part = clean[box.top : box.bottom, box.left : box.right]
     return _placed(_scaled(part, min(look.object_size, height, width)), height, width, look.centred_by_mass)
 
@@ -219,7 +219,9 @@ def _ink(grey: Floats, dark: bool) -> Floats:
     opened = _extreme(_extreme(small, size, np.minimum), size, np.maximum)
     ground = np.asarray(Image.fromarray(opened).resize((width, height), Image.Resampling.BILINEAR), np.float32)
     ink = np.clip(bright - ground, 0, _MAX_GREY)
-    return ink * (_MAX_GREY / np.maximum(_MAX_GREY - ground, _MIN_PAPER_GREY)) if dark else ink
+    if dark:
+        ink *= _MAX_GREY / np.maximum(_MAX_GREY - ground, _MIN_PAPER_GREY)
+    return np.asarray(ink, np.float32)
 
 
 def _few(values: Floats, side: int) -> Floats:
@@ -340,7 +342,8 @@ def _is_prepared(clean: Floats, box: _Box, look: Look) -> bool:
     middle = (
         _centre_of_mass(clean) if look.centred_by_mass else ((box.top + box.bottom) / 2, (box.left + box.right) / 2)
     )
-    return abs(middle[0] - height / 2) <= _CLOSE_PIXELS and abs(middle[1] - width / 2) <= _CLOSE_PIXELS
+    away = max(abs(middle[0] - height / 2), abs(middle[1] - width / 2))
+    return away <= _CLOSE_PIXELS
 
 
 def _centre_of_mass(ink: Floats) -> tuple[float, float]:
@@ -379,4 +382,9 @@ def _placed(ink: Floats, height: int, width: int, by_mass: bool) -> NDArray[np.u
     left = min(max(0, round(width / 2 - middle[1])), width - columns)
     placed = np.zeros((height, width), np.float32)
     placed[top : top + rows, left : left + columns] = ink
-    return np.rint(_MAX_GREY * np.clip(placed, 0, 1)).astype(np.uint8)
+    return _as_grey(placed)
+
+
+def _as_grey(ink: Floats) -> NDArray[np.uint8]:
+    """Return ink from 0 to 1 as grey levels from 0 to 255."""
+    return np.asarray(np.rint(_MAX_GREY * np.clip(ink, 0, 1)), np.uint8)

@@ -31,7 +31,7 @@ _WORK_BYTES_A_PIXEL = 32
 # The same for a picture that is prepared: it is reduced first, and its preparation takes no more than the second.
 _WORK_BYTES_A_PICTURE_PIXEL = 14
 _PREPARATION_BYTES = 2**25
-# The most pixels of a picture's scans. A progressive JPEG file of 16 million pixels has ten scans.
+# The most pixels of all scans of a picture. Encoders write up to 18 scans.
 _MAX_SCANNED_PIXELS = 2**28
 _OPENERS = {"PNG": PngImageFile, "JPEG": JpegImageFile}
 
