@@ -391,8 +391,7 @@ def _is_prepared(clean: Floats, box: _Box, look: Look) -> bool:
     middle = (
         _centre_of_mass(clean) if look.centred_by_mass else ((box.top + box.bottom) / 2, (box.left + box.right) / 2)
     )
-    away = max(abs(middle[0] - height / 2), abs(middle[1] - width / 2))
-    return away <= _CLOSE_PIXELS
+    return all(abs(place - side / 2) <= _CLOSE_PIXELS for place, side in zip(middle, (height, width), strict=True))
 
 
 def _centre_of_mass(ink: Floats) -> tuple[float, float]:
