@@ -16,7 +16,7 @@ from serving.services.encoded_images import Images
 # The patches along an axis: 196 in all. benchmarks/relevance.py compares sizes of a patch.
 _PLACES = 14
 #: The side of a patch, as a share of the image's.
-PATCH_SHARE = 5 / 28
+PATCH_SHARE = 4 / 28
 
 
 class _Patch(NamedTuple):
