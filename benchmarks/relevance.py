@@ -94,7 +94,7 @@ def occlusion_map(networks: Networks, patch: float) -> Callable[[Digit], Map]:
 
 
 def capsule_map(values: NDArray[np.float32], field: ReceptiveField) -> Map:
-    """Return a map (H, W) of the primary capsules' numbers (I,): their sums over types, between the capsules' middles."""
+    """Return a map (H, W) of the primary capsules' numbers (I,), added over types and joined between their middles."""
     sums = values.reshape(field.types, field.grid, field.grid).sum(0)
     middles = field.offset + field.stride * np.arange(field.grid) + (field.size - 1) / 2
     places = np.arange(_SIDE)

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +14,17 @@ MNIST, PAIRS = "capsnet-mnist", "capsnet-multimnist"
 CALIBRATION = Calibration(temperature=0.1, presence=(0.5,) * 10, margin=0.1, reconstruction_error=0.06)
 
 
-def calibrated_models(repository: Path, calibration: Calibration = CALIBRATION) -> Path:
-    """Copy the models for single digits and for pairs into a folder, with a calibration, and return the folder."""
+def calibrated_models(repository: Path, **changes: Any) -> Path:
+    """Copy the models for single digits and for pairs into a folder, with a calibration, and return the folder.
+
+    changes: of further fields of their artifacts, or of the calibration itself.
+    """
     models = Path(__file__).parent.parent / "models"
     for name in (MNIST, PAIRS):
         source = find(models, name)
         folder = repository / name / source.name
         shutil.copytree(source, folder)
-        write_manifest(replace(load(folder), calibration=calibration))
+        write_manifest(replace(load(folder), **{"calibration": CALIBRATION, **changes}))
     return repository
 
 

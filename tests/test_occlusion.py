@@ -29,7 +29,7 @@ def test_about_two_hundred_patches_cover_every_pixel(size: tuple[int, int]) -> N
 def test_patches_of_ground_are_not_computed() -> None:
     image = np.zeros((1, 28, 28), np.uint8)
     image[0, 14, 14] = 200
-    images, places = Occlusion(28, 28).masked(image, np.zeros(1, np.uint8))
+    images, _ = Occlusion(28, 28).masked(image, np.zeros(1, np.uint8))
     assert 1 < len(images) < 10
     assert (images[1:] == 0).all()
     blank, none = Occlusion(28, 28).masked(np.zeros_like(image), np.zeros(1, np.uint8))
