@@ -27,7 +27,7 @@ def test_a_capsules_number_lies_in_the_middle_of_its_pixels() -> None:
     values = np.zeros((2, 3, 3), np.float32)
     values[:, 1, 2] = 1, 3
     pixels = relevance.capsule_map(values.ravel(), field)
-    assert pixels.shape == (28, 28) and np.unravel_index(pixels.argmax(), pixels.shape) == (12, 20)
+    assert pixels.shape == (28, 28) and pixels.argmax() == 12 * 28 + 20
     assert pixels[12, 20] == 4 and pixels[12, 16] == 2 and pixels[4, 20] == 0
 
 
