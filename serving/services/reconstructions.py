@@ -133,7 +133,7 @@ class Reconstructions:
     async def _from_image(self, computation: Computation, request: pb.ReconstructRequest, edit: _Edit) -> _Drawn:
         artifact = computation.model.artifact
         classes = check_classes(request.classes, len(artifact.labels))
-        given = GivenImages([request.image], 1, self._settings.max_image_bytes, field="image")
+        given = GivenImages([request.image], self._settings, field="image")
         images = await given.decode_for(computation)
         share = await computation.run(CLASSIFY, {IMAGES: images})
         found = shown_classes(share, 0)
