@@ -109,8 +109,9 @@ class Running:
 
 
 def settings(**chosen: object) -> Settings:
-    """Settings with free ports and a fixed plan, so that no start measures one."""
-    return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
+    """Settings with free ports, without HTTP, and a fixed plan, so that no start measures one."""
+    ports = {"port": 0, "metrics_port": 0, "http_port": -1}
+    return Settings(**{**ports, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
 
 
 class InThread:
