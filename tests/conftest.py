@@ -184,7 +184,7 @@ def servers() -> Iterator[Callable[[str], Running]]:
 
         @cache
         def running_on(transport: str) -> Running:
-            thread = InThread(Server(settings(transport=transport)))
+            thread = InThread(Server(settings(transport=transport, http_port=0)))
             server = stack.enter_context(thread)
             channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
             return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]

@@ -158,6 +158,9 @@ class Application:
     async def _visit(self, visit: Visit, answer: Send) -> None:
         scope, receive = visit.scope, visit.request.receive
         try:
+            if scope["http_version"] not in ("1.0", "1.1"):
+                text = "this port speaks HTTP/1.1; gRPC has a port of its own"
+                raise Problem(505, text, headers={"Connection": "close"})
             check_origin(scope["method"], visit.request.headers, self._terms.local_names)
             if self.draining:
                 text = "the server is stopping; send the request to another one"
@@ -188,8 +191,11 @@ class Application:
             exchange, method = visit.exchange(), self._method(route.method)
             _ask_door(method, exchange)
             body = await visit.body.read(exchange.left)
-            prepared, data = await self._convert(len(body), partial(self._prepare, route, visit, body))
+            packed = "content-encoding" in visit.request.headers
+            size = math.inf if packed else len(body)  # a small body may be packed from a large one
+            prepared, data = await self._convert(size, partial(self._prepare, route, visit, body))
             del body
+            visit.body.hold(len(data))
             outcome = await exchange.call(method, data)
             if isinstance(outcome, Status):
                 raise problem_of(outcome)
@@ -237,7 +243,7 @@ class Application:
             raise Problem(501, f"this server has no {name[1:]}", grpc.StatusCode.UNIMPLEMENTED)
         return method
 
-    async def _convert(self, size: int, convert: Callable[[], Outcome]) -> Outcome:
+    async def _convert(self, size: float, convert: Callable[[], Outcome]) -> Outcome:
         """Return a conversion's result; of a large message, from the thread."""
         if size <= _SLOW_BYTES:
             return convert()

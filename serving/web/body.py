@@ -47,7 +47,7 @@ class BodyReader:
         self._max_bytes = max_bytes
         self._limit_text = limit_text
         self._used = 0
-        self._complete = False
+        self._complete = self._abandoned = False
 
     async def read(self, timeout: float | None) -> bytes:
         """Return the whole body. timeout: the seconds until the request's deadline, or None.
@@ -65,11 +65,14 @@ class BodyReader:
                 async with asyncio.timeout(patience if left is None else min(left, patience)):
                     part = await self._next()
             except TimeoutError:
+                self._abandoned = True
                 if left is not None and left < patience:
                     code = grpc.StatusCode.DEADLINE_EXCEEDED
                     raise Problem(504, "the deadline has passed before the request had come", code) from None
                 raise Problem(408, "the request has not come in time", grpc.StatusCode.CANCELLED) from None
-            self._hold(len(part))
+            if self._used + len(part) > self._max_bytes:
+                raise self._too_large("more")
+            self.hold(self._used + len(part))
             parts.append(part)
         return b"".join(parts)
 
@@ -101,11 +104,25 @@ class BodyReader:
             return self._complete
         try:
             async with asyncio.timeout(_DISCARD_SECONDS):
-                while not self._complete and discarded <= _MAX_DISCARDED_BYTES:
+                while not (self._complete or self._abandoned) and discarded <= _MAX_DISCARDED_BYTES:
                     discarded += len(await self._next())
         except (TimeoutError, ClientDisconnect):
             pass
         return self._complete
+
+    def hold(self, size: int) -> None:
+        """Reserve memory for the request, in place of what is reserved for it. Raises Problem if there is no room."""
+        all_used = self._held.used - self._used + size
+        if size > self._used and all_used > self._held.limit:
+            self._held.refused()
+            raise Problem(
+                429,
+                f"requests of {all_used} bytes are under way; the limit is {self._held.limit} bytes "
+                "(max_bytes_under_way); try again later",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                headers={"Retry-After": "1"},
+            )
+        self._used, self._held.used = size, all_used
 
     def release(self) -> None:
         """Note that nobody needs the body now."""
@@ -118,22 +135,6 @@ class BodyReader:
             raise ClientDisconnect
         self._complete = not message.get("more_body", False)
         return cast(bytes, message.get("body", b""))
-
-    def _hold(self, size: int) -> None:
-        """Reserve memory for a part. Raises Problem."""
-        if self._used + size > self._max_bytes:
-            raise self._too_large("more")
-        if self._held.used + size > self._held.limit:
-            self._held.refused()
-            raise Problem(
-                429,
-                f"requests of {self._held.used + size} bytes are under way; the limit is {self._held.limit} bytes "
-                "(max_bytes_under_way); try again later",
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                headers={"Retry-After": "1"},
-            )
-        self._used += size
-        self._held.used += size
 
     def _too_large(self, size: str) -> Problem:
         return Problem(413, f"body: {size} bytes; {self._limit_text}")

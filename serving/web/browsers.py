@@ -30,7 +30,7 @@ def check_origin(method: str, headers: Mapping[str, str], local_names: bool) -> 
     stand for this machine's address (DNS rebinding), and would then be no foreign page.
     """
     host = headers.get("host", "")
-    if local_names and not _is_local(host):
+    if local_names and host and not _is_local(host):
         raise Problem(
             421,
             f"host: {host[:64]!r}; expected localhost or an address, since the server listens on this machine alone "

@@ -30,7 +30,6 @@ _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _MAX_FIELDS = 64  # the most parts of a form besides its pictures
 _MAX_FIELD_BYTES = 16384
 _MAX_NAME_CHARACTERS = 64
-_MAX_PART_HEADER_BYTES = 4096
 _IMAGE = pb.Image.DESCRIPTOR
 _INTEGERS = {FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1), FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1)}
 
@@ -208,7 +207,10 @@ def _parts(incoming: Incoming, boundary: str) -> tuple[list[bytes], Parameters]:
 
 
 class _Form:
-    """The parts of a multipart form (RFC 7578), as its parser reports them. Everything stays in memory."""
+    """The parts of a multipart form (RFC 7578), as its parser reports them. Everything stays in memory.
+
+    The parser itself limits the headers of a part.
+    """
 
     def __init__(self, body: bytes, max_pictures: int, max_picture_bytes: int) -> None:
         self.pictures: list[bytes] = []
@@ -227,21 +229,14 @@ class _Form:
         }  # fmt: skip
 
     def _begin(self) -> None:
-        self._header, self._value, self._header_bytes = b"", b"", 0
+        self._header, self._value = b"", b""
         self._name, self._content = "", bytearray()
 
     def _header_name(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
-        self._count_header(end - start)
 
     def _header_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
-        self._count_header(end - start)
-
-    def _count_header(self, size: int) -> None:
-        self._header_bytes += size
-        if self._header_bytes > _MAX_PART_HEADER_BYTES:
-            raise invalid("body", f"a part's headers are above {_MAX_PART_HEADER_BYTES} bytes")
 
     def _header_end(self) -> None:
         if self._header.lower() == b"content-disposition":

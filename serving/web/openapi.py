@@ -161,7 +161,7 @@ def _names(kind: EnumDescriptor) -> list[Json]:
 
 def _about(field: FieldDescriptor) -> str:
     """Return the description of a parameter."""
-    text = f"{field.containing_type.name}.{field.name}"
+    text = ".".join(field.full_name.split(".")[-2:])
     if field.message_type is not None:
         text += " as " + ":".join(one.name for one in field.message_type.fields)
     elif field.enum_type is not None and field.is_repeated:
