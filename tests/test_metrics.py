@@ -45,9 +45,10 @@ def start(start_on_each: Callable[..., Running]) -> Callable[..., Running]:
 @pytest.fixture
 def used(start: Callable[..., Running]) -> Running:
     """A server that answered three requests of four images and refused one."""
-    running = start(max_batch=2, runtimes=1)
+    running = start(max_batch=2, runtimes=1, http_port=0)
     for _ in range(3):
         running.classify(*[DIGIT] * 4)
+    urllib.request.urlopen(f"http://127.0.0.1:{running.server.http_port}/v2").close()
     with pytest.raises(grpc.RpcError):
         running.classify()
     return running

@@ -91,10 +91,10 @@ def test_a_picture_is_classified_in_each_form_as_over_grpc(running: Running, por
         assert close(answer.json, wanted)
 
 
-def close(given: Any, expected: Any) -> bool:
+def close(given: Any, expected: object) -> bool:
     """Return True if two values in JSON are the same, and their numbers differ by less than 1e-6."""
     if isinstance(expected, dict):
-        return given.keys() == expected.keys() and all(close(given[key], expected[key]) for key in expected)
+        return given.keys() == expected.keys() and all(close(given[key], one) for key, one in expected.items())
     if isinstance(expected, list):
         return len(given) == len(expected) and all(map(close, given, expected))
     if isinstance(expected, float):

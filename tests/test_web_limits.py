@@ -23,7 +23,7 @@ from serving.web.routes import ROUTES
 from tests.certificates import make_all
 from tests.conftest import DATA, Running
 from tests.raw_client import wait_for
-from tests.web_client import PATIENCE, answer_of, ask, form, serving
+from tests.web_client import PATIENCE, Answer, answer_of, ask, form, sent_over, serving
 
 SEVEN = (DATA / "seven.png").read_bytes()
 CLASSIFY = "/capsnet.v1.CapsNetService/Classify"
@@ -311,14 +311,19 @@ def test_certificates_encrypt_and_name_the_client(start: Start, tmp_path: Path) 
     files = {"tls_cert": str(tmp_path / "server.pem"), "tls_key": str(tmp_path / "server.key")}
     running = start(http_port=0, tls_client_ca=str(tmp_path / "ca.pem"), **files)
     port = running.server.http_port
+
+    def over(tls: ssl.SSLContext, path: str, body: bytes | None = None, **headers: str) -> Answer:
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=tls)
+        return sent_over(connection, path, body, **headers)
+
     plain = ssl.create_default_context(cafile=tmp_path / "ca.pem")
-    assert ask(port, "/v2/health/live", tls=plain).status == 200
-    refused = ask(port, "/v1/model", tls=plain)
+    assert over(plain, "/v2/health/live").status == 200
+    refused = over(plain, "/v1/model")
     assert (refused.status, "certificate" in refused.json["detail"]) == (401, True)
     known = ssl.create_default_context(cafile=tmp_path / "ca.pem")
     known.load_cert_chain(tmp_path / "client.pem", tmp_path / "client.key")
     known.set_alpn_protocols(["h2", "http/1.1"])
-    answer = ask(port, "/v1/classify", SEVEN, tls=known, content_type="image/png")
+    answer = over(known, "/v1/classify", SEVEN, content_type="image/png")
     assert answer.json["results"][0]["label"] == "7"
     with pytest.raises(OSError):
         ask(port, "/v2/health/live")

@@ -3,7 +3,6 @@
 import asyncio
 import http.client
 import json
-import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -36,13 +35,16 @@ def ask(
     path: str,
     body: bytes | str | None = None,
     verb: str = "",
-    tls: ssl.SSLContext | None = None,
     **headers: str,
 ) -> Answer:
     """Send a request, POST if it has a body. headers: with _ in place of -."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    if tls:
-        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=tls)
+    return sent_over(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE), path, body, verb, **headers)
+
+
+def sent_over(
+    connection: http.client.HTTPConnection, path: str, body: bytes | str | None = None, verb: str = "", **headers: str
+) -> Answer:
+    """Send a request over a connection, and close it."""
     with closing(connection):
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(verb or ("GET" if body is None else "POST"), path, body, named)
