@@ -18,6 +18,7 @@ from serving.errors import QueueFull
 from serving.rpc.status import status_of
 from serving.transport.headers import Status
 from serving.transport.methods import Abort, CallbackMethod, Context, Table, UnaryMethod
+from serving.web import documents
 from serving.web.forms import from_pictures, from_query
 from serving.web.incoming import BodyLimits, Incoming
 from serving.web.json_messages import to_json
@@ -94,11 +95,11 @@ def test_a_picture_is_classified_in_each_form_as_over_grpc(running: Running, por
 def close(given: Any, expected: object) -> bool:
     """Return True if two values in JSON are the same, and their numbers differ by less than 1e-6."""
     if isinstance(expected, dict):
-        return given.keys() == expected.keys() and all(close(given[key], one) for key, one in expected.items())
+        return set(given) == set(expected) and all(close(given[key], one) for key, one in expected.items())
     if isinstance(expected, list):
         return len(given) == len(expected) and all(map(close, given, expected))
     if isinstance(expected, float):
-        return abs(given - expected) < 1e-6
+        return bool(abs(given - expected) < 1e-6)
     return bool(given == expected)
 
 
@@ -277,6 +278,7 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b"[" * 5000, {"content_type": "application/json"}, 400, "fewer levels"),
         ("/v1/classify", b"[" * 200_000, {"content_type": "application/json"}, 400, "lists and objects"),
         ("/v1/classify", b'{"x": NaN}', {"content_type": "application/json"}, 400, "NaN is no number"),
+        ("/v1/classify", b'{"\\ud800": 1}', {"content_type": "application/json"}, 400, "half of a character"),
         ("/v1/classify", b"\xff", {"content_type": "application/json"}, 400, "no JSON"),
         ("/v1/classify?preprocess=auto", b"{}", {"content_type": "application/json"}, 400, "with JSON, expected it in"),
         ("/v1/classify", b"x", {"content_encoding": "br"}, 415, "content-encoding: 'br'"),
@@ -473,7 +475,7 @@ def test_the_documents_need_nothing_from_elsewhere_and_name_every_path(port: int
     assert (again.status, again.body) == (304, b"")
 
 
-def test_a_page_has_the_files_of_its_folder_and_no_others(tmp_path: Path) -> None:
+def test_a_page_has_the_files_of_its_folder_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parts").mkdir()
     for name in ("index.html", "page.js", "parts/page.css", "notes.txt", "secret"):
         (tmp_path / name).write_text(name)
@@ -481,6 +483,14 @@ def test_a_page_has_the_files_of_its_folder_and_no_others(tmp_path: Path) -> Non
     assert set(files) == {"/", "/index.html", "/page.js", "/parts/page.css"}
     assert files["/"].media == "text/html; charset=utf-8" and files["/page.js"].content == b"page.js"
     assert read_page(tmp_path / "missing") == {}
+    monkeypatch.setattr(documents, "_PAGE", tmp_path)
+    with serving({}) as web:
+        answer = ask(web.port, "/")
+        assert (answer.status, answer.body) == (200, b"index.html")
+        policy = dict(one.strip().split(" ", 1) for one in answer.fields["content-security-policy"].split(";"))
+        assert policy["default-src"] == policy["frame-ancestors"] == "'none'" and policy["script-src"] == "'self'"
+        assert "unsafe" not in str(policy)
+        assert ask(web.port, "/secret").status == ask(web.port, "/docs").status == 404
 
 
 def test_every_answer_has_the_request_id_and_forbids_guesses_of_its_type(port: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from protos.capsnet.v1 import capsnet_pb2
 from serving.access.tokens import TokenEntry, new_token, write_entries
 from serving.transport.methods import CallbackMethod, Context, Table, UnaryMethod
 from serving.web import body as body_module
@@ -179,6 +180,19 @@ def test_headers_that_come_too_slowly_end_their_connection(waiting: Waiting, mon
             assert answer_of(kept).status == 200, "between requests there is more time"
 
 
+def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(server_module, "_CHECK_SECONDS", 0.02)
+    large: bytes = capsnet_pb2.GetModelResponse(dataset="x" * 30_000_000).SerializeToString()
+
+    async def answer(data: bytes, context: Context) -> bytes:
+        return large
+
+    with serving({GET_MODEL: UnaryMethod(answer)}) as web, sent(web.port, b"GET /v1/model HTTP/1.0\r\n\r\n"):
+        wait_for(lambda: "unread" in web.refusals)
+        wait_for(lambda: web.server.connections == 0)
+
+
 def test_idle_connections_are_closed(waiting: Waiting) -> None:
     waiting.answer()
     with (
@@ -197,6 +211,10 @@ def test_idle_connections_are_closed(waiting: Waiting) -> None:
         (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nx: " + b"y" * 20_000, 431),
         (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        (
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n0\r\n\r\n",
+            400,
+        ),
         (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
     ],
 )

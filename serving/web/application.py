@@ -161,6 +161,10 @@ class Application:
             if scope["http_version"] not in ("1.0", "1.1"):
                 text = "this port speaks HTTP/1.1; gRPC has a port of its own"
                 raise Problem(505, text, headers={"Connection": "close"})
+            if {"transfer-encoding", "content-length"} <= set(visit.request.headers):
+                # A proxy may have taken the other one for the body's end (RFC 9112, section 6.1).
+                text = "transfer-encoding: came with content-length; expected one of the two"
+                raise Problem(400, text, headers={"Connection": "close"})
             check_origin(scope["method"], visit.request.headers, self._terms.local_names)
             if self.draining:
                 text = "the server is stopping; send the request to another one"

@@ -12,6 +12,7 @@ from serving.web.page import PageFile, page_file, read_page
 from serving.web.routes import DESCRIBE, DOCUMENT
 
 _FOLDER = Path(__file__).parent
+_PAGE = _FOLDER / "page"
 _STYLE = _FOLDER / "documentation.css"
 _EXAMPLES = (
     ("Classify a picture", "curl -F image=@digit.png -F preprocess=auto {server}/v1/classify"),
@@ -37,7 +38,7 @@ def documents(version: str) -> dict[str, Method]:
 def page_files() -> dict[str, PageFile]:
     """Return the files for everyone by path: those of the page, and the style of the documentation."""
     style = page_file(_STYLE.read_bytes(), "text/css; charset=utf-8")
-    return {**read_page(_FOLDER / "page"), f"/{_STYLE.name}": style}
+    return {**read_page(_PAGE), f"/{_STYLE.name}": style}
 
 
 def _answering(content: bytes) -> Callable[[bytes, Context], Awaitable[bytes]]:

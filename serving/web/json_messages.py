@@ -5,6 +5,7 @@ Clients may send anything, so the depth and the number of values of a text are l
 
 import base64
 import json
+import re
 from collections.abc import Iterable
 from typing import TypeVar, cast
 
@@ -23,6 +24,7 @@ _MAX_DEPTH = 32
 # Lists and objects take twenty times their text in memory, so these are limited, and not the text alone.
 _MAX_CONTAINERS = 2**17
 _MAX_ERROR_CHARACTERS = 256
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # which JSON may have alone, and UTF-8 may not
 
 Request = TypeVar("Request", bound=Message)
 
@@ -37,6 +39,11 @@ def read_json(text: bytes, field: str = "body") -> Json:
         raise invalid(field, "lists or objects inside each other; expected fewer levels") from None
     except ValueError as error:  # also of text that is no UTF-8, and of numbers with thousands of digits
         raise invalid(field, f"{len(text)} bytes that are no JSON: {_short(error)}") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise invalid(field, "half of a character; expected Unicode text") from None
     return value
 
 

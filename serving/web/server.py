@@ -65,6 +65,8 @@ class WebServer:
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             timeout_keep_alive=round(min(KEEP_ALIVE_SECONDS, limits.idle_seconds or KEEP_ALIVE_SECONDS)) or 1,
         )  # fmt: skip
+        # It warns of each form that it cannot read; the answer to the client says the same.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         self._state = ServerState()
         self._numbers = ConnectionLimits(limits)
         self._connections: set[WebConnection] = set()

@@ -129,12 +129,7 @@ def _of_kind(value: Json, kind: type, field: str) -> Json:
 
 
 def _text(value: dict[str, Json], name: str, field: str) -> str:
-    found = _of_kind(value.get(name, ""), str, field)
-    try:
-        str(found).encode()
-    except UnicodeEncodeError:
-        raise invalid(field, "half of a character; expected Unicode text") from None
-    return str(found)
+    return str(_of_kind(value.get(name, ""), str, field))
 
 
 def _boolean(value: Json, field: str) -> Json:
@@ -167,7 +162,6 @@ def _set_parameters(target: object, parameters: dict[str, Json], field: str = ""
     entries = cast("dict[str, pb.InferParameter]", target)
     for name, value in parameters.items():
         shown = f"{field}parameters[{name[:_MAX_SHOWN_CHARACTERS]!r}]"
-        _text({"": name}, "", shown)
         match value:
             case None:
                 continue
@@ -180,7 +174,7 @@ def _set_parameters(target: object, parameters: dict[str, Json], field: str = ""
             case float():
                 entries[name].double_param = value
             case str():
-                entries[name].string_param = _text({"": value}, "", shown)
+                entries[name].string_param = value
             case _:
                 raise invalid(shown, "expected a boolean, a number of at most 64 bits, or a string")
 
@@ -214,7 +208,7 @@ def _raw(data: Json, datatype: str, field: str) -> bytes:
     if datatype == _TEXTS:
         parts: list[bytes] = []
         for index, item in enumerate(_flat(data)):
-            text = _text({"": item}, "", f"{field}[{index}]").encode()
+            text = str(_of_kind(item, str, f"{field}[{index}]")).encode()
             parts += struct.pack("<I", len(text)), text
         return b"".join(parts)
     if datatype not in DTYPES:
