@@ -266,7 +266,7 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/nothing", None, {}, 404, "path: not here"),
         ("/v1/classify/", b"", {}, 404, "path: not here"),
         ("/v1/classify", None, {}, 405, "method: expected POST"),
-        ("/v1/model", b"", {}, 405, "method: expected GET"),
+        ("/v1/model", b"", {}, 405, "method: expected GET, HEAD"),
         ("/v1/model?model_name=other", None, {}, 404, "'other' is not served"),
         ("/v1/model?colour=red", None, {}, 400, "colour: no parameter of this path"),
         ("/v1/model?model_name=a&model_name=b", None, {}, 400, "model_name: came more than once"),

@@ -291,12 +291,11 @@ def _response(reply: Reply) -> Response:
 
 
 def _problem_of_router(error: HTTPException) -> Problem:
-    allowed = dict(error.headers or {})
     if error.status_code == 405:
-        text = f"method: expected {allowed.get('Allow', '')}"
-    else:
-        text = "path: not here; /openapi.json lists the paths"
-    return Problem(error.status_code, text, grpc.StatusCode.UNIMPLEMENTED, headers=allowed)
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        headers = {"Allow": allowed}
+        return Problem(405, f"method: expected {allowed}", grpc.StatusCode.UNIMPLEMENTED, headers=headers)
+    return Problem(404, "path: not here; /openapi.json lists the paths", grpc.StatusCode.UNIMPLEMENTED)
 
 
 def _timeout(headers: Headers) -> float | None:
