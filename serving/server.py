@@ -177,6 +177,7 @@ class Server:
                 self._limits(),
                 self._unready,
                 self._access.http_context,
+                partial(self._access.guard.admit, role=PREDICT),
             )
             started.push_async_callback(self._web.stop, 0)
             self.http_port = await self._listen(self._web, settings.http_port, "HTTP", "--http-port")

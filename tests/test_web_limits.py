@@ -304,7 +304,7 @@ def test_a_caller_without_a_token_gets_nothing_on_any_path_but_health_and_files(
     for path, verb, method in paths:
         body = SEVEN if verb == "POST" else None
         missing = method not in running.server._methods
-        for token in ("", "Bearer mallory.x", f"Basic {tokens['predict']}", f"Bearer {tokens['predict'][:-1]}"):
+        for token in ("", f"Bearer mallory.{path}", f"Basic {tokens['predict']}", f"Bearer {tokens['predict'][:-1]}"):
             answer = ask(port, path, body, **({"authorization": token} if token else {}))
             assert answer.status == (501 if missing else 401), path
             assert missing or answer.fields["www-authenticate"] == "Bearer"

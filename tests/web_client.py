@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.metrics.registry import Metrics
-from serving.transport.methods import Table, TransportLimits
+from serving.transport.methods import Peer, Table, TransportLimits
 from serving.web.server import WebServer, web_server
 from tests.conftest import settings
 
@@ -87,6 +87,9 @@ def serving(table: Table, **chosen: object) -> Iterator[Web]:
     made: list[Web] = []
     started, stopping = threading.Event(), asyncio.Event()
 
+    async def admit(authorization: str | None, peer: Peer) -> None:
+        raise AssertionError("no door of these methods is undecided")
+
     async def main() -> None:
         metrics, refusals = Metrics(), list[str]()
         limits = TransportLimits(
@@ -94,7 +97,7 @@ def serving(table: Table, **chosen: object) -> Iterator[Web]:
             connections=int(str(chosen.pop("connections", 0))), limited=refusals.append,
             idle_seconds=settings(**chosen).idle_seconds,
         )  # fmt: skip
-        server = web_server(settings(**chosen), metrics, table, limits, lambda: "", None)
+        server = web_server(settings(**chosen), metrics, table, limits, lambda: "", None, admit)
         port = await server.listen("127.0.0.1", 0)
         await server.start()
         made.append(Web(server, port, metrics, refusals, asyncio.get_running_loop()))

@@ -20,8 +20,10 @@ from starlette.routing import BaseRoute, Router
 from starlette.routing import Route as StarletteRoute
 from starlette.types import Message, Receive, Scope, Send
 
+from serving.errors import Forbidden, ServingError, Unauthenticated
+from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
-from serving.transport.methods import Peer, StreamMethod, Table
+from serving.transport.methods import UNDECIDED, Door, Peer, StreamMethod, Table
 from serving.web.body import BodyReader, Held
 from serving.web.browsers import HEADERS, PAGE_POLICY, check_origin
 from serving.web.exchange import Connected, Exchange, OneAnswer
@@ -35,9 +37,9 @@ from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Prepared, Route
 TIMEOUT = "x-request-timeout"
 #: The paths of the documentation, their methods and media types.
 DOCUMENTS = (("/openapi.json", DESCRIBE, JSON), ("/docs", DOCUMENT, "text/html; charset=utf-8"))
-_REQUEST_ID = "x-request-id"
+_REQUEST_ID, _AUTHORIZATION = "x-request-id", "authorization"
 # The headers that methods see as gRPC's metadata.
-_METADATA = ("authorization", _REQUEST_ID, "traceparent", "tracestate")
+_METADATA = (_AUTHORIZATION, _REQUEST_ID, "traceparent", "tracestate")
 _MAX_ID_CHARACTERS = 64
 _MAX_TIMEOUT_SECONDS = 1e8
 # Larger messages are converted in a thread, since that would delay other requests.
@@ -60,7 +62,7 @@ class Terms:
     the most bytes of all bodies together. evicted: called for each request that finds no room. local_names: see
     check_origin. unready: returns the reason why no request is taken now, or "". counted: called with each route, ""
     for none, and the status. refused: called with the path, client, metadata, code and text of a request that no method
-    has seen.
+    has seen. admit: checks a header authorization that no method knows yet; raises ServingError.
     """
 
     table: Table
@@ -73,6 +75,7 @@ class Terms:
     unready: Callable[[], str]
     counted: Callable[[str, int], None]
     refused: Callable[[str, Peer, Metadata, grpc.StatusCode, str], None]
+    admit: Callable[[str | None, Peer], Awaitable[None]]
 
 
 class Visit:
@@ -193,7 +196,7 @@ class Application:
 
         async def respond(visit: Visit) -> Response:
             exchange, method = visit.exchange(), self._method(route.method)
-            _ask_door(method, exchange)
+            await self._ask_door(method, exchange)
             body = await visit.body.read(exchange.left)
             packed = "content-encoding" in visit.request.headers
             size = math.inf if packed else len(body)  # a small body may be packed from a large one
@@ -223,7 +226,7 @@ class Application:
 
         async def respond(visit: Visit) -> Response:
             exchange, method = visit.exchange(), self._method(name)
-            _ask_door(method, exchange)
+            await self._ask_door(method, exchange)
             await visit.body.discard()
             outcome = await exchange.call(method, b"")
             if isinstance(outcome, Status):
@@ -246,6 +249,23 @@ class Application:
         if method is None or isinstance(method, StreamMethod):
             raise Problem(501, f"this server has no {name[1:]}", grpc.StatusCode.UNIMPLEMENTED)
         return method
+
+    async def _ask_door(self, method: OneAnswer, exchange: Exchange) -> None:
+        """Raise Problem if the method's door refuses a request, before its body is read.
+
+        An unknown token is checked first, so that a stranger does not learn what a body means.
+        """
+        for _ in range(2):
+            if not (method.door and (status := _asked(method.door, exchange))):
+                return
+            if status is not UNDECIDED:
+                raise problem_of(status)
+            try:
+                await self._terms.admit(_authorization(exchange.invocation_metadata()), exchange.peer)
+            except (Unauthenticated, Forbidden):
+                continue  # the door knows it now
+            except ServingError as error:
+                raise problem_of(status_of(error)) from None
 
     async def _convert(self, size: float, convert: Callable[[], Outcome]) -> Outcome:
         """Return a conversion's result; of a large message, from the thread."""
@@ -280,10 +300,15 @@ def _sender_of(file: PageFile) -> Respond:
     return respond
 
 
-def _ask_door(method: OneAnswer, exchange: Exchange) -> None:
-    """Raise Problem if the method's door refuses a request, before its body is read."""
-    if method.door and (status := method.door(exchange.timeout, exchange.invocation_metadata(), 0, exchange.peer)):
-        raise problem_of(status)
+def _asked(door: Door, exchange: Exchange) -> Status | None:
+    """Return a door's answer to a request."""
+    return door(exchange.timeout, exchange.invocation_metadata(), 0, exchange.peer)
+
+
+def _authorization(metadata: Metadata) -> str | None:
+    """Return the authorization header, or None. Several become one that is not valid."""
+    found = [str(value) for name, value in metadata if name == _AUTHORIZATION]
+    return ", ".join(found) if found else None
 
 
 def _response(reply: Reply) -> Response:

@@ -38,7 +38,7 @@ class Exchange:
 
     def __init__(self, connection: Connected, metadata: Metadata, timeout: float | None) -> None:
         self.given_up: Callable[[], object] | None = None
-        self.expired = False
+        self.expired = self.undecided = False
         self.timeout = timeout
         self.deadline = None if timeout is None else time.monotonic() + timeout
         self._connection = connection

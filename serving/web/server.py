@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 
@@ -196,11 +196,12 @@ def web_server(
     limits: TransportLimits,
     unready: Callable[[], str],
     tls: Callable[[], ssl.SSLContext] | None,
+    admit: Callable[[str | None, Peer], Awaitable[None]],
 ) -> WebServer:
     """Return the HTTP server of a method table, with its metrics.
 
     unready: returns the reason why no request is taken now, or "". tls: returns the context of a new connection; None
-    for no encryption.
+    for no encryption. admit: see Terms.
     """
     evicted = dict.fromkeys(EVICTIONS, 0)
 
@@ -219,6 +220,7 @@ def web_server(
         unready=unready,
         counted=lambda route, status: metrics.http_requests.labels(route, str(status)).inc(),
         refused=limits.refused,
+        admit=admit,
     )
     application = Application(terms, page_files())
     malformed = partial(terms.counted, "")

@@ -267,16 +267,18 @@ class ExplainResponse(_message.Message):
     def __init__(self, model_name: _Optional[str] = ..., model_version: _Optional[str] = ..., results: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., primary_capsules: _Optional[_Union[PrimaryCapsules, _Mapping]] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("classification", "primary_lengths", "entropies", "classes")
+    __slots__ = ("classification", "primary_lengths", "entropies", "classes", "pixels")
     CLASSIFICATION_FIELD_NUMBER: _ClassVar[int]
     PRIMARY_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     ENTROPIES_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
     classification: Classification
     primary_lengths: _containers.RepeatedScalarFieldContainer[float]
     entropies: _containers.RepeatedScalarFieldContainer[float]
     classes: _containers.RepeatedCompositeFieldContainer[ClassExplanation]
-    def __init__(self, classification: _Optional[_Union[Classification, _Mapping]] = ..., primary_lengths: _Optional[_Iterable[float]] = ..., entropies: _Optional[_Iterable[float]] = ..., classes: _Optional[_Iterable[_Union[ClassExplanation, _Mapping]]] = ...) -> None: ...
+    pixels: bytes
+    def __init__(self, classification: _Optional[_Union[Classification, _Mapping]] = ..., primary_lengths: _Optional[_Iterable[float]] = ..., entropies: _Optional[_Iterable[float]] = ..., classes: _Optional[_Iterable[_Union[ClassExplanation, _Mapping]]] = ..., pixels: _Optional[bytes] = ...) -> None: ...
 
 class ClassExplanation(_message.Message):
     __slots__ = ("label", "class_index", "iterations", "contributions", "relevance")
