@@ -170,14 +170,9 @@ class Server:
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         self._web: WebServer | None = None
         if settings.http_port >= 0:
+            access = self._access
             self._web = web_server(
-                settings,
-                self.metrics,
-                self._methods,
-                self._limits(),
-                self._unready,
-                self._access.http_context,
-                partial(self._access.guard.admit, role=PREDICT),
+                settings, self.metrics, self._methods, self._limits(), self._unready, access.http_context, access.admit
             )
             started.push_async_callback(self._web.stop, 0)
             self.http_port = await self._listen(self._web, settings.http_port, "HTTP", "--http-port")
@@ -191,7 +186,7 @@ class Server:
         try:
             self.metrics_port = page.open(self._host, settings.metrics_port)
         except OSError as error:
-            raise self._port_error(error, settings.metrics_port, "metrics", "--metrics-port") from error
+            raise _port_error(settings.host, error, settings.metrics_port, "metrics", "--metrics-port") from error
         started.push_async_callback(asyncio.to_thread, page.close)
 
     async def _take_requests(self, started: AsyncExitStack) -> None:
@@ -299,18 +294,7 @@ class Server:
         try:
             return await server.listen(self._host, port)
         except OSError as error:
-            raise self._port_error(error, port, purpose, flag) from error
-
-    def _port_error(self, error: OSError, port: int, purpose: str, flag: str) -> StartError:
-        """Return the error for a port that cannot be opened, with the reason and the flag to change."""
-        if isinstance(error, socket.gaierror):
-            reason = "the host's name is not known (--host chooses another)"
-        else:
-            reason = _PORT_REASONS.get(error.errno or 0, f"{error.strerror} ({{flag}} chooses another)")
-        host = self.settings.host
-        return StartError(
-            f"port {port} ({purpose}) cannot be opened on host {host!r}: {reason.replace('{flag}', flag)}"
-        )
+            raise _port_error(self.settings.host, error, port, purpose, flag) from error
 
     async def _watch(self) -> None:
         while self.settings.poll_seconds:
@@ -321,6 +305,15 @@ class Server:
     def _host(self) -> str:
         """Return the host without the brackets of an IPv6 address."""
         return self.settings.host.strip("[]")
+
+
+def _port_error(host: str, error: OSError, port: int, purpose: str, flag: str) -> StartError:
+    """Return the error for a port that cannot be opened, with the reason and the flag to change."""
+    if isinstance(error, socket.gaierror):
+        reason = "the host's name is not known (--host chooses another)"
+    else:
+        reason = _PORT_REASONS.get(error.errno or 0, f"{error.strerror} ({{flag}} chooses another)")
+    return StartError(f"port {port} ({purpose}) cannot be opened on host {host!r}: {reason.replace('{flag}', flag)}")
 
 
 def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
