@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from serving.transport.methods import Abort, CallbackMethod, Context, Table, Una
 from serving.web import documents
 from serving.web.forms import from_pictures, from_query
 from serving.web.incoming import BodyLimits, Incoming
-from serving.web.json_messages import to_json
+from serving.web.json_messages import read_message, to_json
 from serving.web.page import read_page
 from serving.web.problems import Problem, problem_of
 from serving.web.routes import ROUTES, Body, Route
+from serving.web.tensors import HEADER_LENGTH, read_infer
 from tests.conftest import DATA, Digits, Running
 from tests.web_client import Answer, ask, form, serving
 
@@ -394,6 +396,57 @@ def test_messages_in_json_are_those_of_protobuf_but_for_long_integers() -> None:
     assert to_json(tensor) == {"name": "x", "datatype": "", "shape": [-1, 2**62]}
     parameters = inference_pb2.ModelInferResponse(parameters={"a": inference_pb2.InferParameter(bool_param=True)})
     assert to_json(parameters)["parameters"] == {"a": {"bool_param": True}}
+
+
+def test_hostile_bodies_are_refused_as_problems() -> None:
+    """Each body is a good one with other bytes in some places, the same ones each time."""
+    chance = random.Random(0)
+    body, kind = form(("image", SEVEN), ("classes", "3,5"), ("changes", "3:0.5"))
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1], "parameters": {"binary_data_size": 4}}
+    texts = {"name": "y", "datatype": "BYTES", "shape": [2], "data": ["a", ["b"]]}
+    output = {"name": "poses", "parameters": {"binary_data": True, "classification": 3}}
+    infer = json.dumps({"inputs": [tensor, texts], "outputs": [output], "parameters": {"a": 1.5}}).encode()
+    drawn = {"poses": {"poses": [{"class_index": 3, "pose": [0.5, 1]}]}, "sweep": {"steps": 3}, "format": "FORMAT_PNG"}
+    others = [
+        b"null",
+        b"1e999",
+        b"[]",
+        b"{}",
+        b'"\\ud800"',
+        b"9" * 30,
+        b"\x00",
+        b"\xff",
+        b"--edge",
+        b"\r\n\r\n",
+        b",",
+        b":",
+    ]
+
+    def changed(data: bytes) -> bytes:
+        for _ in range(chance.randint(1, 5)):
+            place = chance.randrange(len(data) + 1)
+            data = data[:place] + chance.choice(others) + data[place + chance.randint(0, 8) :]
+        return data
+
+    def tensors() -> Message:
+        header = changed(infer)
+        return read_infer(incoming(header + bytes(4), **{HEADER_LENGTH: str(len(header))}), "m", "")
+
+    refused = 0
+    for turn in range(3000):
+        try:
+            match turn % 3:
+                case 0:
+                    message: Message = from_pictures(incoming(changed(body), kind), pb.ReconstructRequest)
+                case 1:
+                    message = tensors()
+                case _:
+                    message = read_message(changed(json.dumps(drawn).encode()), pb.ReconstructRequest)
+            message.SerializeToString()
+        except Problem as problem:
+            assert problem.status == 400 and json.loads(problem.body())["detail"]
+            refused += 1
+    assert 0 < refused < 3000
 
 
 def fake(asked: list[Message]) -> Table:

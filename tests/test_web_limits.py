@@ -1,6 +1,7 @@
 """Tests of the HTTP port's limits: size, time, memory and connections; of its drain; and of who may call."""
 
 import asyncio
+import base64
 import http.client
 import json
 import socket
@@ -8,6 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -271,6 +273,18 @@ def test_requests_under_way_finish_in_a_drain_and_later_ones_are_refused(waiting
             waiting.answer()
             answered = rest(busy)
             assert answered.startswith(b"HTTP/1.1 200") and b"connection: close" in answered
+
+
+def test_a_stop_of_the_server_answers_what_is_under_way(start: Start) -> None:
+    running = start(http_port=0, max_batch=1, runtimes=1)
+    body = json.dumps({"images": [{"encoded": base64.b64encode(SEVEN).decode()}] * 300})
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(ask, running.server.http_port, "/v1/classify", body, content_type="application/json")
+        wait_for(lambda: running.server._edge.under_way == 1)
+        running.stop()
+        answer = call.result(PATIENCE)
+    assert answer.status == 200 and len(answer.json["results"]) == 300
+    assert answer.fields["connection"] == "close"
 
 
 def test_the_server_stops_with_requests_that_never_end(waiting: Waiting, start: Start) -> None:
