@@ -15,6 +15,8 @@ LOCK := $(DEV)/uv pip compile --quiet --upgrade --generate-hashes --python-versi
 JOBS ?= 3
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest
 PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+# The commit whose clients must be able to go on with the .proto files.
+BASE ?= main
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
 .PHONY: help serve dev train export check quick test attacks soak lint format protos requirements sbom audit scan clean
@@ -24,7 +26,7 @@ help:
 	@awk '/^## / { text = text " " substr($$0, 4); next } \
 		/^[a-z-]+:/ && text { sub(":.*", "", $$1); printf "make %-13s%s\n", $$1, text } { text = "" }' $(MAKEFILE_LIST)
 
-## Install the server and serve the embedded model: gRPC on 8001, metrics on 8002. ARGS='--port 9001' adds flags.
+## Install the server and serve the embedded model: HTTP on 8000, gRPC on 8001, metrics on 8002. ARGS='--port 9001' adds flags.
 serve: $(VENV)/.installed
 	$(VENV)/bin/python -m serving $(ARGS)
 
@@ -66,6 +68,9 @@ lint: $(DEV_VENV)/.installed
 	$(DEV)/mypy
 	$(DEV)/lint-imports
 	cd protos && ../$(DEV)/buf lint && ../$(DEV)/buf format --diff --exit-code
+	if git rev-parse --quiet --verify $(BASE) >/dev/null; then \
+		cd protos && ../$(DEV)/buf breaking --against \
+			"$$(git rev-parse --path-format=absolute --git-common-dir)#ref=$$(git rev-parse $(BASE)),subdir=protos"; fi
 
 ## Format the code and the .proto files.
 format: $(DEV_VENV)/.installed

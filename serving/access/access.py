@@ -8,7 +8,7 @@ from collections.abc import Callable
 from serving.access.certificates import Certificates
 from serving.access.files import AccessError
 from serving.access.guard import ClientLimits, Guard, Refused
-from serving.access.tokens import METRICS, Tokens
+from serving.access.tokens import METRICS, PREDICT, Tokens
 from serving.settings import Settings
 from serving.transport.methods import Peer, is_loopback
 
@@ -39,6 +39,10 @@ class Access:
         """Return the function that gives the context of a new HTTP connection; None for no encryption."""
         return self.certificates.http_context if self.certificates else None
 
+    async def admit(self, authorization: str | None, peer: Peer) -> None:
+        """Let a client call methods, or raise a ServingError."""
+        await self.guard.admit(authorization, peer, PREDICT)
+
     async def admit_to_metrics(self, authorization: str | None, peer: Peer) -> None:
         """Let a client read the metrics, or raise a ServingError."""
         await self.guard.admit(authorization, peer, METRICS)
@@ -53,7 +57,10 @@ class Access:
         """Log a warning if others can reach the server, and it does not protect its calls."""
         if is_loopback(host):
             return
+        everyone = not self._tokens and not (self.certificates and self.certificates.mutual)
         if self._tokens and not self.certificates:
             _logger.warning("without TLS, tokens are readable in the network; --tls-cert and --tls-key encrypt")
-        elif not self._tokens and not self.certificates:
+        elif everyone and not self.certificates:
             _logger.warning("everyone who reaches %s may call, and nothing is encrypted (--insecure)", host or "a port")
+        elif everyone:
+            _logger.warning("everyone who reaches %s may call; --tokens and --tls-client-ca limit it", host or "a port")
