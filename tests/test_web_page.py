@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import ROOT, Running, Start
+from serving.server import Server
+from tests.conftest import ROOT, InThread, settings
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -44,9 +45,10 @@ def browser() -> "Iterator[Browser]":
 
 
 @pytest.fixture(scope="module")
-def address(start: Start) -> str:
+def address() -> Iterator[str]:
     """The page of a server of all models."""
-    return f"http://127.0.0.1:{start(models=str(ROOT / 'models'), model='').server.http_port}/"
+    with InThread(Server(settings(models=str(ROOT / "models"), model="", http_port=0))) as server:
+        yield f"http://127.0.0.1:{server.http_port}/"
 
 
 @pytest.fixture
@@ -166,7 +168,7 @@ def test_each_control_has_a_name_for_screen_readers(page: "Page") -> None:
     assert len(names) > 20 and all(names)
 
 
-def test_a_picture_can_be_opened(page: "Page", running: Running) -> None:
+def test_a_picture_can_be_opened(page: "Page") -> None:
     choose(page, "capsnet-mnist")
     page.set_input_files("#file", ROOT / "tests" / "data" / "handwritten" / "3a.jpg")
     wait_for_verdict(page, "3")
