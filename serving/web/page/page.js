@@ -167,7 +167,7 @@ function showAnswer(answer) {
     VERDICT_OK: [`It is ${answer.label}.`, "good", `Confidence ${rate(answer.confidence)}.`],
     VERDICT_SEVERAL: [`${answer.present.join(" and ")} together.`, "good", "Several classes are present."],
     VERDICT_NONE_OF_THESE: ["None of these.", "warn", longest],
-    VERDICT_SUSPICIOUS: [`Perhaps ${answer.label}.`, "warn", suspicion(answer)],
+    VERDICT_SUSPICIOUS: [`Perhaps ${answer.present.join(" and ")}.`, "warn", suspicion(answer)],
     VERDICT_BLANK: ["A blank image.", "warn", "All pixels are the same."],
   }[answer.verdict] ?? [`${answer.label}?`, "", "This model has no calibration."];
   const error = answer.reconstruction_error == null ? ""
@@ -184,8 +184,8 @@ function showAnswer(answer) {
 function suspicion(answer) {
   const lengths = answer.capsules.map((capsule) => capsule.probability).sort((a, b) => b - a);
   const { margin } = state.model.calibration;
-  return lengths[0] - lengths[1] < margin
-    ? "A second class is nearly as long." : "The network cannot draw this image again from its pose.";
+  return answer.present.length === 1 && lengths[0] - lengths[1] < margin
+    ? "A second class is nearly as long." : "The network cannot draw this image again from its poses.";
 }
 
 async function askForRelevance() {
