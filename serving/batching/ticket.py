@@ -47,6 +47,7 @@ class Ticket:
     then: called once with the ticket, at its end.
     deadline, queued_at: times of ``time.monotonic``.
     client: a key of its client. patient: True if it waited for room in the queue, so that it keeps its place.
+    probe: True if the server made its rows, so that their outputs are no answers.
     size: the number of its rows. taken: the number of its rows in batches.
     waited: seconds until a batch took its first row.
     input_time, infer_time: seconds of its batches.
@@ -60,6 +61,7 @@ class Ticket:
     queued_at: float
     client: Hashable = ""
     patient: bool = False
+    probe: bool = False
     size: int = field(init=False)
     taken: int = field(default=0, init=False)
     state: State = field(default=State.OPEN, init=False)
@@ -134,12 +136,13 @@ def settle(future: "asyncio.Future[Share]") -> Callable[[Ticket], None]:
     def then(ticket: Ticket) -> None:
         if future.done():
             return
-        try:
-            future.set_result(ticket.result())
-        except asyncio.CancelledError:
+        if ticket.state is State.GIVEN_UP:
             future.cancel()
-        except Exception as error:
-            future.set_exception(error)
+        elif ticket.error:
+            # It is not raised: its traceback would know this frame, the frame the future, and the future the error.
+            future.set_exception(ticket.error)
             future.exception()  # otherwise asyncio would log it if no task awaits the future
+        else:
+            future.set_result(ticket.result())
 
     return then
