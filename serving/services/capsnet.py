@@ -17,7 +17,8 @@ from serving.rpc.edge import Call, Edge, check_size, parse
 from serving.runtime import Arrays
 from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.decoding import Decoding, Steps, in_one_step
-from serving.services.encoded_images import Images, Shape, decoding_bytes, from_encoded, from_pixels
+from serving.services.encoded_images import Images, from_pixels
+from serving.services.image_messages import ImageReader, check_unprepared
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import FLAT, Fields, check_fields, delimited
@@ -154,13 +155,16 @@ class _Message(_ClassifyQuery):
         given = self._take_images(model)
         pixels = [image.pixels for image in given]
         if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
+            for index, image in enumerate(given):
+                check_unprepared(image, f"images[{index}]")
             return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}
-        return {IMAGES: np.stack([self._decode_image(image, index, shape) for index, image in enumerate(given)])}
+        reader = ImageReader(model.artifact, self._settings)
+        return {IMAGES: np.stack([reader.read(image, f"images[{index}]") for index, image in enumerate(given)])}
 
     def decode_slowly(self, model: ServedModel) -> Decoding:
-        shape = model.artifact.image_shape
-        steps = self._steps(self._take_images(model), shape)
-        return Decoding(steps, decoding_bytes(shape, self.size), "images", self.size)
+        reader = ImageReader(model.artifact, self._settings)
+        given = self._take_images(model)
+        return Decoding(self._steps(given, reader), reader.decoding_bytes(given), "images", self.size)
 
     def _take_images(self, model: ServedModel) -> Sequence[pb.Image]:
         """Return the images. Raises InvalidRequest if there are none or too many."""
@@ -172,24 +176,13 @@ class _Message(_ClassifyQuery):
         del self._request  # an image's file may be a thousand times as large as its pixels, and is not needed now
         return given
 
-    def _steps(self, given: Sequence[pb.Image], shape: Shape) -> Steps:
+    def _steps(self, given: Sequence[pb.Image], reader: ImageReader) -> Steps:
         """Decode the images one after the other."""
-        images = np.empty((self.size, *shape), np.uint8)
+        images = np.empty((self.size, *reader.shape), np.uint8)
         for index, image in enumerate(given):
-            images[index] = self._decode_image(image, index, shape)
+            images[index] = reader.read(image, f"images[{index}]")
             yield
         return {IMAGES: images}
-
-    def _decode_image(self, image: pb.Image, index: int, shape: Shape) -> Images:
-        """Return the pixels (C, H, W) of an image. Raises InvalidRequest."""
-        match image.WhichOneof("content"):
-            case "pixels":
-                return from_pixels(image.pixels, shape, _field(index))
-            case "encoded":
-                field = f"images[{index}].encoded"
-                return from_encoded(image.encoded, shape, field, self._settings.max_image_bytes)
-            case _:
-                raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
 
 
 class _Streamed:
