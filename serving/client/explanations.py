@@ -76,7 +76,9 @@ class ExplanationOptions:
     @classmethod
     def of(cls, classes: Iterable[Class] | None, parts: Iterable[Part] | None) -> Self:
         """Check the options of a call. Raises ValueError."""
-        chosen = () if parts is None else (parts,) if isinstance(parts, str) else tuple(parts)
+        if isinstance(parts, str):
+            raise ValueError(f"parts: {parts!r}; expected a list of parts, or None for all")
+        chosen = () if parts is None else tuple(parts)
         if parts is not None and not (chosen and set(chosen) <= _PARTS.keys()):
             raise ValueError(f"parts: {chosen}; expected some of {', '.join(get_args(Part))}, or None for all")
         return cls(checked_classes(classes), chosen)
