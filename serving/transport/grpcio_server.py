@@ -3,8 +3,9 @@
 import asyncio
 import errno
 import logging
+import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from serving.transport.counts import MEMORY, Figures
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
+    UNDECIDED,
+    UNDECIDED_TEXT,
     UNIX_ADDRESS,
     Abort,
     CallbackMethod,
@@ -26,16 +29,22 @@ from serving.transport.methods import (
     Table,
     TransportLimits,
     UnaryMethod,
+    common_name,
 )
 from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 16_384  # of all connections together
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
+_READ_BYTES = 2**16  # at once from a connection; by default it may be 4 MiB, whatever the message takes
 _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the requests was the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
+
+# In the form of RFC 2253, without what _ESCAPED finds.
+_COMMON_NAME = re.compile(rb"(?:\A|[,+])CN=")
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
 
 Outcome = TypeVar("Outcome")
 
@@ -68,6 +77,7 @@ class GrpcioServer:
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
+            ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
             ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
         if limits.idle_seconds:
@@ -151,6 +161,7 @@ class _Context:
         self.timeout: float | None = context.time_remaining()
         self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
         self.given_up: Callable[[], object] | None = None
+        self.undecided = False
         self.metadata: Metadata = tuple(context.invocation_metadata() or ())
         self.outcome: asyncio.Future[bytes | Status] = asyncio.get_running_loop().create_future()
 
@@ -175,9 +186,8 @@ class _Context:
         kind, _, address = str(self._context.peer()).partition(":")
         if kind not in ("ipv4", "ipv6"):
             return Peer(UNIX_ADDRESS, connection=UNIX_ADDRESS)
-        names = self._context.auth_context().get("x509_common_name") or (b"",)
         host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
-        return Peer(host, names[-1].decode(errors="replace"), connection=address)
+        return Peer(host, _subject(self._context.auth_context()), connection=address)
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
@@ -253,12 +263,15 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
         """Return the answer of a unary method, or the status with which its call ends."""
-        if method.door and (status := method.door(call.timeout, call.metadata, 0, call.peer)):
+        status = method.door(call.timeout, call.metadata, 0, call.peer) if method.door else None
+        if status and status is not UNDECIDED:
             return status
         limits = self._limits
         if self._bytes + len(data) > limits.bytes_under_way:
             self.figures.evicted[MEMORY] += 1
             text = f"requests of {self._bytes + len(data)} bytes are under way; {limits.memory_text}; try again later"
+            if status is UNDECIDED:
+                text = UNDECIDED_TEXT
             return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
         self._bytes += len(data)
         try:
@@ -321,14 +334,30 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             raise asyncio.CancelledError from None
 
 
+def _subject(properties: Mapping[str, Iterable[bytes]]) -> str:
+    """Return the common name in a client's certificate, from gRPC's properties, which hold the first one of several."""
+    subject = b"".join(properties.get("x509_subject", ()))  # in the form of RFC 2253
+    names = [one.decode(errors="replace") for one in properties.get("x509_common_name", ())]
+    return common_name(names) if len(_COMMON_NAME.findall(_ESCAPED.sub(b"", subject))) == 1 else ""
+
+
 def _credentials(tls: TlsContexts) -> grpc.ServerCredentials:
     """Return the credentials of a port. gRPC asks for newer certificates at each handshake."""
+    given = tls.pem()
 
-    def newest() -> Any:
-        chain, key, authorities = tls.pem()
+    def configuration() -> Any:
+        chain, key, authorities = given
         return grpc.ssl_server_certificate_configuration([(key, chain)], authorities or None)
 
-    return grpc.dynamic_ssl_server_credentials(newest(), newest, tls.mutual)
+    def newer() -> Any:
+        nonlocal given
+        newest = tls.pem()
+        if newest == given:
+            return None  # otherwise gRPC would read the certificates again for each handshake
+        given = newest
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), newer, tls.mutual)
 
 
 async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
