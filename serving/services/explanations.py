@@ -89,7 +89,7 @@ class Explanations:
             maps = None
             if pb.EXPLANATION_PART_RELEVANCE in parts:
                 maps = await self._relevance(computation, occlusion, image, chosen)
-            results.append(writer.explanation(Share(outputs, index, index + 1), chosen, parts, maps))
+            results.append(writer.explanation(image, Share(outputs, index, index + 1), chosen, parts, maps))
         return writer.response(results)
 
     async def _relevance(
