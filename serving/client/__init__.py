@@ -33,7 +33,6 @@ from serving.client.results import Calibration, Classification, Model, Preparati
 from serving.client.sync import CapsNetClient
 
 __all__ = [
-    "FILE",
     "AccessDenied",
     "AsyncCapsNetClient",
     "Calibration",

@@ -143,14 +143,25 @@ class PrimaryCapsules:
         return self.types * self.rows * self.columns
 
     def place(self, capsule: int) -> tuple[slice, slice]:
-        """Return the rows and the columns of the image that a capsule sees, without those in the padding.
+        """Return the rows and the columns of the image that a capsule sees: ``image[:, rows, columns]``.
+
+        They begin in the image, and may end beyond it. Raises IndexError for an unknown capsule.
+        """
+        return self._seen(self._row_and_column(capsule)[0]), self._seen(self._row_and_column(capsule)[1])
+
+    def centre(self, capsule: int) -> tuple[float, float]:
+        """Return the row and the column in the middle of the pixels that a capsule sees, padding included.
 
         Raises IndexError for an unknown capsule.
         """
+        row, column = self._row_and_column(capsule)
+        middle = self.offset + (self.size - 1) / 2
+        return self.stride * row + middle, self.stride * column + middle
+
+    def _row_and_column(self, capsule: int) -> tuple[int, int]:
         if not 0 <= capsule < self.count:
             raise IndexError(f"capsule {capsule}; expected 0 to {self.count - 1}")
-        row, column = divmod(capsule % (self.rows * self.columns), self.columns)
-        return self._seen(row), self._seen(column)
+        return divmod(capsule % (self.rows * self.columns), self.columns)
 
     def _seen(self, number: int) -> slice:
         first = self.stride * number + self.offset

@@ -106,10 +106,7 @@ def _contribution_lines(explanation: ClassExplanation, capsules: PrimaryCapsules
     largest = np.argsort(-contributions, kind="stable")[:_SHOWN_CAPSULES].tolist()
     lines = []
     for capsule in largest:
-        kind, row, column = np.unravel_index(capsule, capsules.shape)
-        rows, columns = capsules.place(capsule)
-        lines.append(
-            f"    {contributions[capsule]:+.3f} of type {kind}, row {row}, column {column}, which sees the pixels in "
-            f"rows {rows.start} to {rows.stop - 1} and columns {columns.start} to {columns.stop - 1}"
-        )
+        kind = capsule // (capsules.rows * capsules.columns)
+        row, column = capsules.centre(capsule)
+        lines.append(f"    {contributions[capsule]:+.3f} from type {kind} around row {row:.0f}, column {column:.0f}")
     return lines
