@@ -385,13 +385,13 @@ def test_an_explanation_that_breaks_the_contract_is_a_fault(
 
 
 def test_a_reconstruction_that_breaks_the_contract_is_a_fault(server: FakeServer, ask: Ask) -> None:
-    size = {"image_channels": 1, "image_height": 2, "image_width": 2}
     for drawn, text in (
         (pb.Reconstruction(pose=[1], image=b"123"), r"results\[0\].image: 3 bytes; expected 1 x 2 x 2"),
         (pb.Reconstruction(pose=[1], image=b"1234", layer=b"1"), r"results\[0\].layer: 1 bytes"),
         (pb.Reconstruction(image=b"1234"), r"results\[0\].pose: empty"),
     ):
-        server.reconstruct = lambda _, drawn=drawn: pb.ReconstructResponse(results=[drawn], **size)  # type: ignore[misc]
+        response = pb.ReconstructResponse(results=[drawn], image_channels=1, image_height=2, image_width=2)
+        server.reconstruct = lambda _, response=response: response
         with pytest.raises(ServerFault, match=text):
             ask(server.address, "reconstruct", numbered(1))
 

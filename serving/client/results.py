@@ -16,7 +16,7 @@ from serving.client.errors import ServerFault
 
 
 class Verdict(StrEnum):
-    """What the lengths of an image's capsules say about it, by the thresholds of the model's calibration.
+    """Judgement of an image by the lengths of its capsules and the thresholds of the model's calibration.
 
     UNKNOWN: the model has no calibration, or the server is older than this client.
     """
