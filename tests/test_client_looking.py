@@ -160,6 +160,7 @@ def test_an_older_server_is_told_in_one_line(capsys: pytest.CaptureFixture[str])
         (["--out", "folder"], "--out needs --explain or --reconstruct"),
         (["--sweep", "1:0:1:3"], "--sweep needs --reconstruct"),
         (["--explain", "--change", "1:0.5"], "--change needs --reconstruct"),
+        (["--reconstruct", "--change", "1:1", "--change", "1:2"], "a dimension of [1, 1] stands twice"),
         (["--reconstruct", "--change", "1"], "'1'; expected DIM:DELTA, such as 3:0.1"),
         (["--reconstruct", "--sweep", "1:0:1"], "'1:0:1'; expected DIM:FIRST:LAST:STEPS, such as 3:-0.2:0.2:7"),
     ],

@@ -134,6 +134,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, needed in (("classes", "explain"), ("out", "explain"), ("change", ""), ("sweep", "")):
         if getattr(options, name) is not None and not (options.reconstruct or (needed and options.explain)):
             target.error(f"--{name} needs {'--explain or ' if needed else ''}--reconstruct")
+    dimensions = [dimension for dimension, _ in options.change or ()]
+    if len(dimensions) > len(set(dimensions)):
+        target.error(f"--change: a dimension of {dimensions} stands twice; expected each once")
     return options
 
 
