@@ -15,8 +15,10 @@ from grpc import aio
 from serving.transport import headers
 from serving.transport.call import INTERNAL_TEXT
 from serving.transport.counts import MEMORY, Figures
+from serving.transport.grpcio_messages import MessageInflater
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
+from serving.transport.messages import MessageError
 from serving.transport.methods import (
     UNDECIDED,
     UNDECIDED_TEXT,
@@ -73,6 +75,7 @@ class GrpcioServer:
         options: list[tuple[str, int]] = [
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.per_message_decompression", 0),  # see MessageInflater
             ("grpc.max_concurrent_streams", limits.calls_per_connection),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
@@ -221,6 +224,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._limits = limits
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._inflater = MessageInflater(limits.message_bytes, limits.message_text)
         self._cut_off = False
         self._bytes = 0  # bytes of unary requests in flight
         self.figures = Figures(lambda: len(self._tasks), lambda: self._bytes, limits.bytes_under_way)
@@ -240,6 +244,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
     def cut_off(self) -> None:
         """End the calls in flight."""
         self._cut_off = True
+        self._inflater.close()
         for task in self._tasks:
             task.cancel()
 
@@ -266,18 +271,31 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         status = method.door(call.timeout, call.metadata, 0, call.peer) if method.door else None
         if status and status is not UNDECIDED:
             return status
-        limits = self._limits
-        if self._bytes + len(data) > limits.bytes_under_way:
-            self.figures.evicted[MEMORY] += 1
-            text = f"requests of {self._bytes + len(data)} bytes are under way; {limits.memory_text}; try again later"
-            if status is UNDECIDED:
-                text = UNDECIDED_TEXT
-            return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        self._bytes += len(data)
+        if refused := self._without_room(len(data), status is UNDECIDED):
+            return refused
+        held = len(data)
+        self._bytes += held
         try:
-            return await self._guarded(_answer(method, data, call), call)
+            inflated = await self._guarded(self._inflater.inflated(data, call.peer.connection), call)
+            if isinstance(inflated, Status):
+                return inflated
+            del data
+            if refused := self._without_room(len(inflated) - held, status is UNDECIDED):
+                return refused
+            self._bytes += len(inflated) - held
+            held = len(inflated)
+            return await self._guarded(_answer(method, inflated, call), call)
         finally:
-            self._bytes -= len(data)
+            self._bytes -= held
+
+    def _without_room(self, more: int, undecided: bool) -> Status | None:
+        """Return the refusal of more bytes of requests, or None if there is room."""
+        limits = self._limits
+        if (held := self._bytes + more) <= limits.bytes_under_way:
+            return None
+        self.figures.evicted[MEMORY] += 1
+        text = f"requests of {held} bytes are under way; {limits.memory_text}; try again later"
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, UNDECIDED_TEXT if undecided else text)
 
     async def _streamed(self, method: StreamMethod, requests: Any, context: Any) -> Status:
         """Send the answers of a stream method, and return the status with which its call ends."""
@@ -285,7 +303,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
         async def answer() -> Status:
             async with (
-                aclosing(_messages(requests, call)) as messages,
+                aclosing(_messages(requests, call, self._inflater)) as messages,
                 aclosing(method.answers(messages, call)) as answers,  # type: ignore[type-var]
             ):
                 async for answer in answers:
@@ -305,6 +323,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             return await work
         except Abort as abort:
             return abort.status
+        except MessageError as error:
+            return Status(error.code, str(error))
         except asyncio.CancelledError:
             call.give_up()
             if self._cut_off:
@@ -375,13 +395,13 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
     return call.outcome.result()
 
 
-async def _messages(requests: Any, call: _Context) -> AsyncGenerator[bytes]:
-    """Yield the requests of grpc.aio's iterator, which ``anext`` does not accept.
+async def _messages(requests: Any, call: _Context, inflater: MessageInflater) -> AsyncGenerator[bytes]:
+    """Yield the requests of grpc.aio's iterator, which ``anext`` does not accept, as they were before compression.
 
     Raises CancelledError if that iterator ends normally although the client has ended the call.
     """
     async for message in requests:
-        yield message
+        yield await inflater.inflated(message, call.peer.connection)
         del message  # while the next one is waited for, which may never come
     await asyncio.sleep(_END_SECONDS)
     if call.gone or call.expired:
