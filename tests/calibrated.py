@@ -8,23 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.artifact import Calibration, find, load, write_manifest
+from serving.artifact import Calibration, Preparation, find, load, write_manifest
 
 MNIST, PAIRS = "capsnet-mnist", "capsnet-multimnist"
 CALIBRATION = Calibration(temperature=0.1, presence=(0.5,) * 10, margin=0.1, reconstruction_error=0.06)
+PREPARATION = Preparation("bright-on-dark", 20, centred_by_mass=True)
 
 
 def calibrated_models(repository: Path, **changes: Any) -> Path:
-    """Copy the models for single digits and for pairs into a folder, with a calibration, and return the folder.
+    """Copy the models for single digits and for pairs into a folder, and return the folder.
 
-    changes: of further fields of their artifacts, or of the calibration itself.
+    They get a calibration and a preparation. changes: of further fields of their artifacts, or of these.
     """
     models = Path(__file__).parent.parent / "models"
     for name in (MNIST, PAIRS):
         source = find(models, name)
         folder = repository / name / source.name
         shutil.copytree(source, folder)
-        write_manifest(replace(load(folder), **{"calibration": CALIBRATION, **changes}))
+        write_manifest(replace(load(folder), **{"calibration": CALIBRATION, "preparation": PREPARATION, **changes}))
     return repository
 
 

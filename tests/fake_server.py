@@ -41,6 +41,9 @@ class FakeServer:
                 pb.ClassifyStreamResponse(id=one.id, response=answer(one.request)) for one in requests
             )
         )
+        #: The answers of Explain and Reconstruct. None: of a server that is older than the method.
+        self.explain: Callable[[pb.ExplainRequest], pb.ExplainResponse] | None = None
+        self.reconstruct: Callable[[pb.ReconstructRequest], pb.ReconstructResponse] | None = None
         self.called_at: list[float] = []
         self.shape = (1, 2, 2)
         self.version = "1"
@@ -74,6 +77,16 @@ class FakeServer:
                 "GetModel": grpc.unary_unary_rpc_method_handler(
                     self._get_model, pb.GetModelRequest.FromString, pb.GetModelResponse.SerializeToString
                 ),
+                "Explain": grpc.unary_unary_rpc_method_handler(
+                    lambda request, context: self._answer(self.explain, request, context),
+                    pb.ExplainRequest.FromString,
+                    pb.ExplainResponse.SerializeToString,
+                ),
+                "Reconstruct": grpc.unary_unary_rpc_method_handler(
+                    lambda request, context: self._answer(self.reconstruct, request, context),
+                    pb.ReconstructRequest.FromString,
+                    pb.ReconstructResponse.SerializeToString,
+                ),
                 "ClassifyStream": grpc.stream_stream_rpc_method_handler(
                     self._classify_stream,
                     pb.ClassifyStreamRequest.FromString,
@@ -103,6 +116,16 @@ class FakeServer:
             max_images_per_request=1024,
             max_request_bytes=2**22,
         )
+
+    def _answer(self, method: Callable[[Any], Any] | None, request: Any, context: Any) -> Any:
+        self.called_at.append(time.monotonic())
+        self.metadata = dict(context.invocation_metadata())
+        if self.steps and (step := self.steps.pop(0)):
+            end(context, *step)
+        if method is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        else:
+            return method(request)
 
     def _classify_stream(
         self, requests: Iterator[pb.ClassifyStreamRequest], context: Any

@@ -31,6 +31,7 @@ from serving.client import (
     Overloaded,
     ServerFault,
     Unavailable,
+    Unsupported,
 )
 from serving.client.channel import is_local
 from tests.certificates import make_all
@@ -169,7 +170,7 @@ def test_asyncio_calls_are_tried_again_and_bounded_too(server: FakeServer) -> No
         ((grpc.StatusCode.UNAUTHENTICATED, ()), AccessDenied, None),
         ((grpc.StatusCode.PERMISSION_DENIED, ()), AccessDenied, None),
         ((grpc.StatusCode.INTERNAL, ()), ServerFault, None),
-        ((grpc.StatusCode.UNIMPLEMENTED, ()), ServerFault, None),
+        ((grpc.StatusCode.UNIMPLEMENTED, ()), Unsupported, None),
     ],
     ids=["image", "request", "broken details", "no token", "forbidden", "internal", "other service"],
 )

@@ -143,7 +143,8 @@ def test_the_python_blocks_run(served: Served) -> None:
 @pytest.mark.server
 def test_the_other_commands_run_in_order(served: Served) -> None:
     for command in SHELL[3:]:
-        served.run(command)
+        address = f" --address 127.0.0.1:{served.port}" if "-m serving.client" in command else ""
+        served.run(command + address)
     assert list((served.clone / "runs" / "models").glob("*/1/manifest.json"))
 
 

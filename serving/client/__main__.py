@@ -1,4 +1,4 @@
-"""``python -m serving.client FILE...``: classify images with a running server.
+"""``python -m serving.client FILE...``: classify images with a running server, and look inside its answers.
 
 It takes PNG and JPEG files of the model's size, or of any size with ``--preprocess auto``, and IDX files of images
 (MNIST's format, gzipped or not).
@@ -8,97 +8,24 @@ import argparse
 import io
 import json
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from serving.client.channel import is_local
-from serving.client.errors import CapsNetError, InvalidRequest, Unavailable
-from serving.client.inputs import ItemError, Preprocess, parse
+from serving.client.errors import CapsNetError, Unavailable
+from serving.client.inputs import Preprocess
+from serving.client.listed_files import ListedFiles
+from serving.client.looking import Looking
+from serving.client.reconstructions import Sweep
 from serving.client.results import Classification
 from serving.client.sync import CapsNetClient
+from serving.client.texts import classification_lines, classification_numbers
 
-_BAR_CHARACTERS = 30  # the bar of a probability of 1
 _PROGRESS_DELAY_SECONDS = 0.5  # a shorter run shows no progress bar
 _INTERRUPTED_EXIT_CODE = 130  # a shell's exit code for a process that SIGINT ended
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The name under which a result is shown.
-
-    error: why the file could not be read; such a file gets no result. Empty for an image that was sent.
-    """
-
-    name: str
-    error: str = ""
-
-
-class _Files:
-    """An iterable of the files' images, at most ``limit`` in all.
-
-    places: the name or the error of each item, in order. The caller removes one for each result.
-    """
-
-    def __init__(self, paths: Sequence[Path], limit: int | None, progress: "tqdm[Any]") -> None:
-        self._paths = paths
-        self._left = sys.maxsize if limit is None else limit
-        self._progress = progress
-        self._limit = self._left
-        self.places: deque[_Place] = deque()
-
-    def __iter__(self) -> Iterator[bytes | NDArray[np.uint8]]:
-        for path in self._paths:
-            if self._left <= 0:
-                return
-            try:
-                content = parse(path.read_bytes())
-            except (OSError, ItemError) as error:
-                self.places.append(_Place(str(path), getattr(error, "strerror", None) or str(error)))
-                continue
-            if isinstance(content, bytes):
-                self._left -= 1
-                self.places.append(_Place(str(path)))
-                yield content
-                continue
-            assert isinstance(content, np.ndarray)
-            images = content[: self._left]
-            self._left -= len(images)
-            self._progress.total = min(self._limit, (self._progress.total or 0) + len(images) - 1)
-            for index, image in enumerate(images):
-                self.places.append(_Place(f"{path}[{index}]"))
-                yield image
-
-
-def _as_text(name: str, result: Classification, bar: str) -> str:
-    width = max(len(label) for label in result.labels)
-    lines = [f"{name}: {result.label}"]
-    for label, probability in zip(result.labels, result.probabilities.tolist(), strict=True):
-        length = round(_BAR_CHARACTERS * min(1.0, max(0.0, probability)))
-        lines.append(f"  {label:>{width}} {bar * length:<{_BAR_CHARACTERS}} {probability:.3f}")
-    pose = [f"{value:+.2f}" for value in result.pose.tolist()]
-    rows = [" ".join(pose[start : start + 8]) for start in range(0, len(pose), 8)]
-    return "\n".join([*lines, f"  pose of {result.label}:", *(f"    {row}" for row in rows)])
-
-
-def _as_json(name: str, result: Classification) -> str:
-    return json.dumps(
-        {
-            "image": name,
-            "label": result.label,
-            "class_index": result.class_index,
-            "probabilities": dict(zip(result.labels, result.probabilities.tolist(), strict=True)),
-            "poses": dict(zip(result.labels, result.poses.tolist(), strict=True)),
-            "model_name": result.model_name,
-            "model_version": result.model_version,
-        }
-    )
 
 
 def _count(text: str) -> int:
@@ -117,10 +44,55 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _change(text: str) -> tuple[int, float]:
+    try:
+        dimension, delta = text.split(":")
+        return int(dimension), float(delta)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected DIM:DELTA, such as 3:0.1") from None
+
+
+def _sweep(text: str) -> Sweep:
+    try:
+        dimension, first, last, steps = text.split(":")
+        return Sweep(int(dimension), float(first), float(last), int(steps))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected DIM:FIRST:LAST:STEPS, such as 3:-0.2:0.2:7") from None
+
+
+def _add_looking(target: argparse.ArgumentParser) -> None:
+    """Add the options that look inside an answer."""
+    group = target.add_argument_group("look inside", "Draw in the terminal and, with --out, write PNG files.")
+    group.add_argument("--explain", action="store_true", help="the routing, the contributions and the relevance map")
+    group.add_argument("--reconstruct", action="store_true", help="the image that the network's decoder draws")
+    group.add_argument(
+        "--classes", type=_labels, metavar="LABEL,...", help="classes to show (default: those that the model finds)"
+    )
+    group.add_argument(
+        "--change",
+        type=_change,
+        action="append",
+        metavar="DIM:DELTA",
+        help="add DELTA to a dimension of the pose before it is drawn; may be repeated",
+    )
+    group.add_argument(
+        "--sweep",
+        type=_sweep,
+        metavar="DIM:FIRST:LAST:STEPS",
+        help="draw a row of images: numbers from FIRST to LAST are added to a dimension of the pose",
+    )
+    group.add_argument("--out", type=Path, metavar="FOLDER", help="folder for PNG files; no file there is overwritten")
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m serving.client",
-        description="Classify images with a running server: the probability of each class, and the winner's pose.",
+        description="Classify images with a running server: the length of each class's capsule, the winner's pose, and "
+        "what lies behind them.",
     )
     result.add_argument("files", nargs="+", type=Path, metavar="FILE", help="PNG, JPEG or IDX file")
     result.add_argument(
@@ -151,7 +123,21 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--cert-file", type=Path, metavar="FILE", help="certificate to show to the server (PEM)")
     result.add_argument("--key-file", type=Path, metavar="FILE", help="private key of that certificate (PEM)")
     result.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token to show to the server")
+    _add_looking(result)
     return result
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command line. Exits if they contradict each other."""
+    target = parser()
+    options = target.parse_args(arguments)
+    for name, needed in (("classes", "explain"), ("out", "explain"), ("change", ""), ("sweep", "")):
+        if getattr(options, name) is not None and not (options.reconstruct or (needed and options.explain)):
+            target.error(f"--{name} needs {'--explain or ' if needed else ''}--reconstruct")
+    dimensions = [dimension for dimension, _ in options.change or ()]
+    if len(dimensions) > len(set(dimensions)):
+        target.error(f"--change: a dimension of {dimensions} stands twice; expected each once")
+    return options
 
 
 def _client(options: argparse.Namespace) -> CapsNetClient:
@@ -172,37 +158,33 @@ def _client(options: argparse.Namespace) -> CapsNetClient:
     )
 
 
-def _classify(client: CapsNetClient, options: argparse.Namespace, progress: "tqdm[Any]") -> bool:
-    """Print a result or an error for each image. Return True if every image has a result."""
-    bar = "█" if (sys.stdout.encoding or "ascii").lower().startswith("utf") else "#"
-    files = _Files(options.files, options.limit, progress)
-    all_well = True
-
-    def tell(place: _Place, error: str) -> None:
-        nonlocal all_well
-        all_well = False
-        with progress.external_write_mode(file=sys.stderr):
-            print(f"{place.name}: {error}", file=sys.stderr)
-        progress.update()
-
-    def tell_unreadable() -> None:
-        while files.places and files.places[0].error:
-            place = files.places.popleft()
-            tell(place, place.error)
-
+def _classify(client: CapsNetClient, options: argparse.Namespace, files: ListedFiles, bar: str) -> None:
+    """Print a result or an error for each image."""
     outcomes = client.classify_stream(
         files, errors="yield", resize=options.resize, preprocess=options.preprocess, timeout=options.timeout
     )
     for outcome in outcomes:
-        tell_unreadable()
-        place = files.places.popleft()
-        if isinstance(outcome, Classification):
-            print(_as_json(place.name, outcome) if options.json else _as_text(place.name, outcome, bar))
-            progress.update()
+        place = files.next_place()
+        if not isinstance(outcome, Classification):
+            files.tell_error(place, outcome)
+            continue
+        if options.json:
+            print(json.dumps(classification_numbers(place.name, outcome)))
         else:
-            tell(place, outcome.reason if isinstance(outcome, InvalidRequest) else str(outcome))
-    tell_unreadable()
-    return all_well
+            print("\n".join(classification_lines(place.name, outcome, bar)))
+        files.tell_done()
+    files.tell_unreadable()
+
+
+def _run(client: CapsNetClient, options: argparse.Namespace, progress: "tqdm[Any]") -> bool:
+    """Print a result or an error for each image. Return True if every image has a result."""
+    bar = "█" if (sys.stdout.encoding or "ascii").lower().startswith("utf") else "#"
+    files = ListedFiles(options.files, options.limit, progress)
+    if options.explain or options.reconstruct:
+        Looking(client, options, bar).look(files)
+    else:
+        _classify(client, options, files, bar)
+    return files.all_well
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # its encoding may lack characters of a file's name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    options = parser().parse_args(arguments)
+    options = _parse(arguments)
     # Results that go to the same terminal show the progress already.
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
     total = len(options.files) if options.limit is None else min(options.limit, len(options.files))
@@ -221,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 total=total, unit=" images", delay=_PROGRESS_DELAY_SECONDS, leave=False, disable=not shown
             ) as progress,
         ):
-            return 0 if _classify(client, options, progress) else 1
+            return 0 if _run(client, options, progress) else 1
     except Unavailable as error:
         hint = (
             "; start one with: python -m serving"

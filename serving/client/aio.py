@@ -2,7 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal, Self, overload
@@ -16,19 +25,23 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
 from serving.client.channel import FIRST_BACKOFF_SECONDS
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, Unavailable, failure_of_call
+from serving.client.explanations import Class, Explanation, ExplanationOptions, Part, decode_explanation
 from serving.client.inputs import (
     Fitting,
     Images,
     Item,
     ItemError,
     Preprocess,
+    RequestLimits,
     ShapeError,
     blocks,
     items_of,
     located,
     messages,
+    only_image,
     read,
 )
+from serving.client.reconstructions import Poses, Reconstruction, ReconstructionOptions, Sweep
 from serving.client.results import Classification, Model
 from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
@@ -37,8 +50,8 @@ _WRITE_FAILED_TEXT = "Internal error from Core"
 _READ_SLICE_SECONDS = 0.005  # time for which reading a plain iterable may block the event loop
 
 
-class AsyncCapsNetClient(ClientBase):
-    """A client for the tasks of one event loop. It raises the same errors as CapsNetClient."""
+class _Calls(ClientBase):
+    """The channel, and the calls that all methods make."""
 
     def _connect(self) -> None:
         self._opened: aio.Channel | None = None
@@ -97,95 +110,18 @@ class AsyncCapsNetClient(ClientBase):
                 readiness.ended(error)
             await asyncio.sleep(FIRST_BACKOFF_SECONDS)
 
-    async def classify(
-        self,
-        images: Images,
-        *,
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-    ) -> list[Classification]:
-        """Return the results of all images in order, or raise an error, like CapsNetClient.classify."""
-        fitting = Fitting.of(resize, preprocess)
-        deadline = self._deadline(timeout)
-        limits = self._limits(await self._get_model(False, deadline))
-        encoded: list[pb.Image] = []
-        size = 0
-        for item in items_of(images):
-            try:
-                for image in await self._encode(item, fitting, deadline):
-                    size += limits.check(image)
-                    encoded.append(image)
-            except ItemError as error:
-                raise located(error, len(encoded)) from error.__cause__
-        if not encoded:
-            return []
-        if not limits.hold(len(encoded), size):
-            return [
-                result async for result in _raising(self._outcomes(encoded, fitting, deadline, DEFAULT_WINDOW_IMAGES))
-            ]
-        response = await self._call(self._stub.Classify, self._request(encoded), deadline, len(encoded))
-        return self._decode(response, len(encoded))
-
-    @overload
-    def classify_stream(
-        self,
-        images: Images | AsyncIterable[Item],
-        *,
-        errors: Literal["raise"] = "raise",
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-        window: int = DEFAULT_WINDOW_IMAGES,
-    ) -> AsyncIterator[Classification]: ...
-
-    @overload
-    def classify_stream(
-        self,
-        images: Images | AsyncIterable[Item],
-        *,
-        errors: Literal["yield"],
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-        window: int = DEFAULT_WINDOW_IMAGES,
-    ) -> AsyncIterator[Classification | CapsNetError]: ...
-
-    def classify_stream(
-        self,
-        images: Images | AsyncIterable[Item],
-        *,
-        errors: Errors = "raise",
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-        window: int = DEFAULT_WINDOW_IMAGES,
-    ) -> AsyncIterator[Classification] | AsyncIterator[Classification | CapsNetError]:
-        """Yield the results of any number of images, in order, as they come, like CapsNetClient.classify_stream.
-
-        images: may also be an asynchronous iterable. A plain iterable is read in the event loop and must not block it.
-        Files that it names are read in a thread.
-
-        To stop before the end, close the iterator, for example with ``contextlib.aclosing``; else asyncio closes it
-        a little later.
-        """
-        check_stream(errors, window)
-        items = images if isinstance(images, AsyncIterable) else items_of(images)
-        outcomes = self._outcomes(items, Fitting.of(resize, preprocess), Deadline(timeout), window)
-        return _raising(outcomes) if errors == "raise" else outcomes
-
     async def _get_model(self, refresh: bool, deadline: Deadline) -> Model:
         model = self._model
         if model and not refresh:
             return model
         return self._keep(await self._call(self._stub.GetModel, self._model_request, deadline))
 
-    async def _call(self, method: Any, request: Any, deadline: Deadline, images: int = 0) -> Any:
-        """Make a unary call and return its response. images: the number of images in the request."""
+    async def _call(self, method: Any, request: Any, deadline: Deadline, indices: Sequence[int] = ()) -> Any:
+        """Make a unary call and return its response. indices: the number, in the input, of each of its images."""
         try:
             return await method(request, timeout=deadline.left(), metadata=self._channel_settings.metadata())
         except grpc.RpcError as error:
-            raise self._error(error, images) from error
+            raise self._error(error, indices) from error
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
@@ -208,15 +144,162 @@ class AsyncCapsNetClient(ClientBase):
             # The server may have changed the model.
             return await encode_for(await self._get_model(True, deadline))
 
+    async def _encode_all(
+        self, images: Images, fitting: Fitting, limits: RequestLimits, deadline: Deadline
+    ) -> list[pb.Image]:
+        """Return the images of a call. Raises InvalidImage."""
+        encoded: list[pb.Image] = []
+        for item in items_of(images):
+            try:
+                for image in await self._encode(item, fitting, deadline):
+                    limits.check(image)
+                    encoded.append(image)
+            except ItemError as error:
+                raise located(error, len(encoded)) from error.__cause__
+        return encoded
+
+    async def _encode_only(self, item: Item, fitting: Fitting, limits: RequestLimits, deadline: Deadline) -> pb.Image:
+        """Return the only image of a call. Raises InvalidImage."""
+        try:
+            return only_image(await self._encode(item, fitting, deadline), limits)
+        except ItemError as error:
+            raise located(error, None) from error.__cause__
+
+
+class AsyncCapsNetClient(_Calls):
+    """A client for the tasks of one event loop. It raises the same errors as CapsNetClient."""
+
+    async def classify(
+        self,
+        images: Images,
+        *,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+    ) -> list[Classification]:
+        """Return the results of all images in order, or raise an error, like CapsNetClient.classify."""
+        fitting, template = Fitting.of(resize, preprocess), self._template(reconstruction_error)
+        deadline = self._deadline(timeout)
+        limits = RequestLimits.of(await self._get_model(False, deadline), template)
+        encoded = await self._encode_all(images, fitting, limits, deadline)
+        if not encoded:
+            return []
+        if not limits.hold_all(encoded):
+            outcomes = self._outcomes(encoded, fitting, template, deadline, DEFAULT_WINDOW_IMAGES)
+            return [result async for result in _raising(outcomes)]
+        template.images.extend(encoded)
+        response = await self._call(self._stub.Classify, template, deadline, range(len(encoded)))
+        return self._decode(response, len(encoded))
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images | AsyncIterable[Item],
+        *,
+        errors: Literal["raise"] = "raise",
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+        window: int = DEFAULT_WINDOW_IMAGES,
+    ) -> AsyncIterator[Classification]: ...
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images | AsyncIterable[Item],
+        *,
+        errors: Literal["yield"],
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+        window: int = DEFAULT_WINDOW_IMAGES,
+    ) -> AsyncIterator[Classification | CapsNetError]: ...
+
+    def classify_stream(
+        self,
+        images: Images | AsyncIterable[Item],
+        *,
+        errors: Errors = "raise",
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+        window: int = DEFAULT_WINDOW_IMAGES,
+    ) -> AsyncIterator[Classification] | AsyncIterator[Classification | CapsNetError]:
+        """Yield the results of any number of images, in order, as they come, like CapsNetClient.classify_stream.
+
+        images: may also be an asynchronous iterable. A plain iterable is read in the event loop and must not block it.
+        Files that it names are read in a thread.
+
+        To stop before the end, close the iterator, for example with ``contextlib.aclosing``; else asyncio closes it
+        a little later.
+        """
+        check_stream(errors, window)
+        items = images if isinstance(images, AsyncIterable) else items_of(images)
+        fitting, template = Fitting.of(resize, preprocess), self._template(reconstruction_error)
+        outcomes = self._outcomes(items, fitting, template, Deadline(timeout), window)
+        return _raising(outcomes) if errors == "raise" else outcomes
+
+    async def explain(
+        self,
+        images: Images,
+        *,
+        classes: Iterable[Class] | None = None,
+        parts: Iterable[Part] | None = None,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        timeout: float | None = None,
+    ) -> list[Explanation]:
+        """Return the explanations of all images in order, or raise an error, like CapsNetClient.explain."""
+        fitting, options = Fitting.of(resize, preprocess), ExplanationOptions.of(classes, parts)
+        deadline = self._deadline(timeout)
+        model = await self._get_model(False, deadline)
+        limits = RequestLimits.of(model, options.request(model, self._model_request))
+        results = []
+        for index, image in enumerate(await self._encode_all(images, fitting, limits, deadline)):
+            # One in each request: each costs as much as 200 images of Classify, and the server's limit is unknown here.
+            request = options.request(await self._get_model(False, deadline), self._model_request)
+            request.images.append(image)
+            response = await self._call(self._stub.Explain, request, deadline, [index])
+            self._note(response.model_name, response.model_version)
+            results.append(decode_explanation(response, (await self._get_model(False, deadline)).image_shape))
+        return results
+
+    async def reconstruct(
+        self,
+        image: Item | None = None,
+        *,
+        poses: Poses | None = None,
+        classes: Iterable[Class] | None = None,
+        changes: Mapping[int, float] | None = None,
+        sweep: Sweep | tuple[int, float, float, int] | None = None,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        timeout: float | None = None,
+    ) -> list[Reconstruction]:
+        """Draw the images that poses stand for, like CapsNetClient.reconstruct."""
+        fitting = Fitting.of(resize, preprocess)
+        options = ReconstructionOptions.of(image is not None, any(fitting), poses, classes, changes, sweep)
+        deadline = self._deadline(timeout)
+        model = await self._get_model(False, deadline)
+        request = options.request(model, self._model_request)
+        if image is not None:
+            request.image.CopyFrom(await self._encode_only(image, fitting, RequestLimits.of(model, request), deadline))
+        return self._decode_reconstructions(await self._call(self._stub.Reconstruct, request, deadline))
+
     async def _outcomes(
         self,
         items: Iterable[Item | pb.Image] | AsyncIterable[Item],
         fitting: Fitting,
+        template: pb.ClassifyRequest,
         deadline: Deadline,
         window_size: int,
     ) -> AsyncGenerator[Classification | CapsNetError]:
         call_deadline = self._deadline(None) if deadline.seconds is None else deadline
-        window = self._window(await self._get_model(False, call_deadline), window_size)
+        window = self._window(template, await self._get_model(False, call_deadline), window_size)
 
         def open_stream() -> Any:
             return self._stub.ClassifyStream(timeout=deadline.left(), metadata=self._channel_settings.metadata())

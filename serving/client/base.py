@@ -11,6 +11,7 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.channel import SERVICE, Pem, Token, channel_settings
 from serving.client.errors import CapsNetError, DeadlineExceeded, InvalidRequest, UnknownModel, failure_of_call
 from serving.client.inputs import RequestLimits
+from serving.client.reconstructions import Reconstruction, decode_reconstructions
 from serving.client.results import Classification, Model, decode
 from serving.client.window import Window
 
@@ -85,7 +86,6 @@ class ClientBase:
             retries=retries,
         )
         self._model_request = pb.GetModelRequest(model_name=model, model_version=version)
-        self._template = pb.ClassifyRequest(model_name=model, model_version=version)
         self._model: Model | None = None
         self._fetched_at = 0.0
         self._closed = False
@@ -97,21 +97,25 @@ class ClientBase:
     def _deadline(self, timeout: float | None) -> Deadline:
         return Deadline(self._timeout if timeout is None else timeout)
 
-    def _limits(self, model: Model) -> RequestLimits:
-        return RequestLimits.of(model, self._template)
+    def _template(self, reconstruction_error: bool) -> pb.ClassifyRequest:
+        """Return a request without images."""
+        asked = self._model_request
+        return pb.ClassifyRequest(
+            model_name=asked.model_name,
+            model_version=asked.model_version,
+            reconstruction_error=reconstruction_error,
+        )
 
-    def _window(self, model: Model, size: int) -> Window:
-        return Window(self._template, self._limits(model), size, self._retries)
-
-    def _request(self, images: Sequence[pb.Image]) -> pb.ClassifyRequest:
-        request = pb.ClassifyRequest()
-        request.CopyFrom(self._template)
-        request.images.extend(images)
-        return request
+    def _window(self, template: pb.ClassifyRequest, model: Model, size: int) -> Window:
+        return Window(template, RequestLimits.of(model, template), size, self._retries)
 
     def _decode(self, response: pb.ClassifyResponse, count: int) -> list[Classification]:
         self._note(response.model_name, response.model_version)
         return decode(response, count)
+
+    def _decode_reconstructions(self, response: pb.ReconstructResponse) -> list[Reconstruction]:
+        self._note(response.model_name, response.model_version)
+        return decode_reconstructions(response)
 
     def _keep(self, message: pb.GetModelResponse) -> Model:
         self._model = model = Model.from_message(message)
@@ -128,9 +132,9 @@ class ClientBase:
         if known and (known.name, known.version) != (name, version):
             self._model = None
 
-    def _error(self, error: grpc.RpcError, count: int = 0) -> CapsNetError:
-        """Return the exception for a failed call. count: the number of images in its request."""
-        result = failure_of_call(error, self._address).to_error(range(count))
+    def _error(self, error: grpc.RpcError, indices: Sequence[int] = ()) -> CapsNetError:
+        """Return the exception for a failed call. indices: the number, in the input, of each image of the request."""
+        result = failure_of_call(error, self._address).to_error(indices)
         if isinstance(result, InvalidRequest | UnknownModel):
             self._model = None
         return result

@@ -130,7 +130,7 @@ def _service_config(retries: int) -> dict[str, Any]:
         "backoffMultiplier": BACKOFF_FACTOR,
         "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
     }
-    methods = [{"service": SERVICE, "method": name} for name in ("Classify", "GetModel")]
+    methods = [{"service": SERVICE, "method": name} for name in ("Classify", "Explain", "GetModel", "Reconstruct")]
     return {**balancing, "methodConfig": [{"name": methods, "retryPolicy": policy}]}
 
 

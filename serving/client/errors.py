@@ -13,6 +13,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _FIELD_PATTERN = re.compile(r"[a-z][a-z_0-9]*(\[\d+\])?(\.[a-z][a-z_0-9]*)*(?=: )")
 _IMAGE_PATTERN = re.compile(r"images\[(\d+)\]")
+_ONLY_IMAGE_PATTERN = re.compile(r"image(\.|$)")
 _STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -86,6 +87,10 @@ class ServerFault(CapsNetError):
     """The server failed, or its answer breaks the contract."""
 
 
+class Unsupported(ServerFault):
+    """The model has no graph for the method, or the server does not have the method."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """The end without an answer of a call, or of one request of a stream.
@@ -132,7 +137,8 @@ class Failure:
         text, name = self.text, self.field
         found = _IMAGE_PATTERN.match(name)
         if not found:
-            return InvalidRequest(text, field=name, code=self.code)
+            kind = InvalidImage if _ONLY_IMAGE_PATTERN.match(name) else InvalidRequest
+            return kind(text, field=name, code=self.code)
         position = int(found[1])
         index = indices[position] if position < len(indices) else position
         numbered = f"images[{index}]{name[found.end() :]}"
@@ -149,6 +155,7 @@ _ERROR_BY_STATUS: dict[grpc.StatusCode, type[CapsNetError]] = {
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.NOT_FOUND: UnknownModel,
+    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
     grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
 }

@@ -2,12 +2,13 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -133,12 +134,21 @@ def blocks(item: Item | pb.Image, fitting: Fitting) -> bool:
     return isinstance(item, str | os.PathLike) or (fitting.auto and isinstance(item, Image.Image))
 
 
-def located(error: ItemError, index: int) -> InvalidImage:
-    """Return the exception to raise. index: the number of the image in the call's input."""
-    field = f"images[{index}]"
+def located(error: ItemError, index: int | None) -> InvalidImage:
+    """Return the exception to raise. index: the number of the image in the call's input; None for its only one."""
+    field = "image" if index is None else f"images[{index}]"
     result = InvalidImage(f"{field}: {error}", field=field, index=index)
     result.__cause__ = error.__cause__
     return result
+
+
+def only_image(images: Iterable[pb.Image], limits: "RequestLimits") -> pb.Image:
+    """Return the image of an item that holds one. Raises ItemError for none, for several, and for one too large."""
+    given = list(images)
+    if len(given) != 1:
+        raise ItemError(f"{len(given)} images; expected one")
+    limits.check(given[0])
+    return given[0]
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,8 @@ class RequestLimits:
     overhead: int
 
     @classmethod
-    def of(cls, model: Model, request: pb.ClassifyRequest) -> "RequestLimits":
+    def of(cls, model: Model, request: Message) -> "RequestLimits":
+        """Return the limits of a request that is complete but for its images."""
         # A stream's message adds its id and lengths: less than 64 bytes.
         return cls(max(1, model.max_images_per_request), model.max_request_bytes, request.ByteSize() + 64)
 
@@ -167,6 +178,10 @@ class RequestLimits:
     def hold(self, images: int, size: int) -> bool:
         """Return True if one request can hold this number of images, of ``size`` bytes in all."""
         return images <= self.images and self.overhead + size <= self.bytes
+
+    def hold_all(self, images: Sequence[pb.Image]) -> bool:
+        """Return True if one request can hold these images."""
+        return self.hold(len(images), sum(map(_size, images)))
 
 
 def _size(image: pb.Image) -> int:

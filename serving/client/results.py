@@ -1,6 +1,11 @@
-"""The server's answers as plain values with NumPy arrays."""
+"""The server's answers as plain values with NumPy arrays: classifications and the model.
 
+Axes: J classes, E dimensions of a pose.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import chain
 
 import numpy as np
@@ -10,15 +15,49 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.errors import ServerFault
 
 
+class Verdict(StrEnum):
+    """Judgement of an image by the lengths of its capsules and the thresholds of the model's calibration.
+
+    UNKNOWN: the model has no calibration, or the server is older than this client.
+    """
+
+    UNKNOWN = ""
+    #: One class is present.
+    OK = "OK"
+    #: Several classes are present: perhaps overlapping objects.
+    SEVERAL = "SEVERAL"
+    #: No class is present.
+    NONE_OF_THESE = "NONE_OF_THESE"
+    #: One class is present, but another is nearly as long, or the reconstruction differs much from the image.
+    SUSPICIOUS = "SUSPICIOUS"
+    #: All pixels of the image are the same.
+    BLANK = "BLANK"
+
+
+_VERDICTS: dict[int, Verdict] = {
+    pb.VERDICT_OK: Verdict.OK,
+    pb.VERDICT_SEVERAL: Verdict.SEVERAL,
+    pb.VERDICT_NONE_OF_THESE: Verdict.NONE_OF_THESE,
+    pb.VERDICT_SUSPICIOUS: Verdict.SUSPICIOUS,
+    pb.VERDICT_BLANK: Verdict.BLANK,
+}
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Classification:
-    """The model's result for one image, with J classes and poses of E numbers. The arrays are read-only.
+    """The model's result for one image. The arrays are read-only.
 
     label, class_index: the class with the longest capsule.
-    probability: the length of that capsule, from 0 to 1.
-    probabilities: (J,) float32, one for each class. They need not add up to 1.
+    probability: the length of that capsule, from 0 to 1. The paper calls it a probability; ``confidence`` is one.
+    probabilities: (J,) float32, the lengths of all class capsules. They need not add up to 1.
     poses: (J, E) float32, the class capsules' pose vectors.
     labels: the J class names.
+    confidence: the calibrated confidence of label, from 0 to 1; 0 if the verdict is UNKNOWN.
+    confidences: (J,) float32, those of all classes, given that the image shows one of them. They add up to 1.
+    present: the classes whose capsule is long enough, the longest first; none if the verdict is UNKNOWN.
+    verdict: what the lengths say about the image.
+    reconstruction_error: the mean squared difference of the image, its pixels from 0 to 1, from its reconstruction;
+        None unless the call asked for it.
     """
 
     label: str
@@ -29,12 +68,104 @@ class Classification:
     labels: tuple[str, ...] = field(repr=False)
     model_name: str
     model_version: str
+    confidence: float
+    confidences: NDArray[np.float32] = field(repr=False)
+    present: tuple[str, ...]
+    verdict: Verdict
+    reconstruction_error: float | None
 
     @property
     def pose(self) -> NDArray[np.float32]:
         """Return the winner's pose vector, (E,) float32."""
         pose: NDArray[np.float32] = self.poses[self.class_index]
         return pose
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The look of the training images, which ``preprocess="auto"`` gives to a picture.
+
+    polarity: "bright-on-dark", "dark-on-bright", or "" for either and for photographs.
+    object_size: the longer side of the object in pixels, in the image's middle; 0 if objects may fill the image.
+    centred_by_mass: True if the object's centre of mass is in the middle; False for the middle of its box.
+    """
+
+    polarity: str
+    object_size: int
+    centred_by_mass: bool
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The figures behind confidence, present and verdict, measured at export.
+
+    temperature: the confidences are softmax(lengths / temperature).
+    presence: the least length of a present class, by class.
+    margin: the least difference between the two longest capsules of an image that is not suspicious.
+    reconstruction_error: the largest one of an image that is not suspicious; 0 if the model has no decoder.
+    false_alarms: the share of the measured images that margin, and reconstruction_error, each call suspicious.
+    """
+
+    temperature: float
+    presence: tuple[float, ...]
+    margin: float
+    reconstruction_error: float
+    false_alarms: float
+
+
+@dataclass(frozen=True)
+class PrimaryCapsules:
+    """The primary capsules and the pixels that they see. Capsule i is ``numpy.unravel_index(i, shape)``.
+
+    types, rows, columns: the capsules' own axes, in this order.
+    offset, stride, size: the capsules in a row or column r see ``size`` pixels from ``stride * r + offset`` on.
+    """
+
+    types: int
+    rows: int
+    columns: int
+    offset: int
+    stride: int
+    size: int
+
+    @classmethod
+    def from_message(cls, message: pb.PrimaryCapsules) -> "PrimaryCapsules":
+        return cls(message.types, message.rows, message.columns, message.offset, message.stride, message.size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return (types, rows, columns)."""
+        return self.types, self.rows, self.columns
+
+    @property
+    def count(self) -> int:
+        """Return the number I of primary capsules."""
+        return self.types * self.rows * self.columns
+
+    def place(self, capsule: int) -> tuple[slice, slice]:
+        """Return the rows and the columns of the image that a capsule sees: ``image[:, rows, columns]``.
+
+        They begin in the image, and may end beyond it. Raises IndexError for an unknown capsule.
+        """
+        return self._seen(self._row_and_column(capsule)[0]), self._seen(self._row_and_column(capsule)[1])
+
+    def centre(self, capsule: int) -> tuple[float, float]:
+        """Return the row and the column in the middle of the pixels that a capsule sees, padding included.
+
+        Raises IndexError for an unknown capsule.
+        """
+        row, column = self._row_and_column(capsule)
+        middle = self.offset + (self.size - 1) / 2
+        return self.stride * row + middle, self.stride * column + middle
+
+    def _row_and_column(self, capsule: int) -> tuple[int, int]:
+        if not 0 <= capsule < self.count:
+            raise IndexError(f"capsule {capsule}; expected 0 to {self.count - 1}")
+        return divmod(capsule % (self.rows * self.columns), self.columns)
+
+    def _seen(self, number: int) -> slice:
+        first = self.stride * number + self.offset
+        return slice(max(0, first), max(0, first + self.size))
 
 
 @dataclass(frozen=True)
@@ -46,6 +177,10 @@ class Model:
     pose_size: the dimension of a pose.
     max_images_per_request, max_request_bytes: the server's limits for one request.
     test_errors: the number of images, out of test_images of the data set, that the model classified wrongly.
+    preparation: the preparation that ``preprocess="auto"`` makes; None if the server is too old to tell.
+    calibration: the figures behind confidence, present and verdict; None if the model has none.
+    primary_capsules: None if the model cannot explain its answers.
+    reconstructs: True if the model has a decoder, for ``reconstruct`` and ``reconstruction_error``.
     """
 
     name: str
@@ -61,6 +196,10 @@ class Model:
     dataset: str
     test_errors: int
     test_images: int
+    preparation: Preparation | None
+    calibration: Calibration | None
+    primary_capsules: PrimaryCapsules | None
+    reconstructs: bool
 
     @classmethod
     def from_message(cls, message: pb.GetModelResponse) -> "Model":
@@ -78,7 +217,33 @@ class Model:
             dataset=message.dataset,
             test_errors=message.test_errors,
             test_images=message.test_images,
+            preparation=_preparation(message.preparation) if message.HasField("preparation") else None,
+            calibration=_calibration(message.calibration) if message.HasField("calibration") else None,
+            primary_capsules=PrimaryCapsules.from_message(message.primary_capsules)
+            if message.HasField("primary_capsules")
+            else None,
+            reconstructs=message.reconstructs,
         )
+
+
+_POLARITIES: dict[int, str] = {
+    pb.POLARITY_BRIGHT_ON_DARK: "bright-on-dark",
+    pb.POLARITY_DARK_ON_BRIGHT: "dark-on-bright",
+}
+
+
+def _preparation(message: pb.Preparation) -> Preparation:
+    return Preparation(_POLARITIES.get(message.polarity, ""), message.object_size, message.centred_by_mass)
+
+
+def _calibration(message: pb.Calibration) -> Calibration:
+    return Calibration(
+        temperature=message.temperature,
+        presence=tuple(message.presence),
+        margin=message.margin,
+        reconstruction_error=message.reconstruction_error,
+        false_alarms=message.false_alarms,
+    )
 
 
 def decode(response: pb.ClassifyResponse, count: int) -> list[Classification]:
@@ -86,7 +251,11 @@ def decode(response: pb.ClassifyResponse, count: int) -> list[Classification]:
 
     Raises ServerFault if the response has another number of results, or results of different shapes.
     """
-    results = response.results
+    return decode_results(response.results, count, response.model_name, response.model_version)
+
+
+def decode_results(results: Sequence[pb.Classification], count: int, name: str, version: str) -> list[Classification]:
+    """Return ``count`` results of a model's version. Raises ServerFault as ``decode``."""
     capsules = [capsule for result in results for capsule in result.capsules]
     if len(results) != count or not capsules or len(capsules) % count:
         raise ServerFault(f"results: {len(results)} of {len(capsules)} capsules in all; expected {count}, all alike")
@@ -98,24 +267,32 @@ def decode(response: pb.ClassifyResponse, count: int) -> list[Classification]:
         raise ServerFault(
             f"results: poses of {poses.size} numbers in all for {len(capsules)} capsules; expected E each"
         )
-    probabilities.flags.writeable = poses.flags.writeable = False
+    confidences = np.zeros_like(probabilities)
+    if any(result.verdict for result in results):
+        confidences[:] = [capsule.confidence for capsule in capsules]
+    probabilities.flags.writeable = poses.flags.writeable = confidences.flags.writeable = False
     by_image = zip(
         results,
         probabilities.reshape(count, len(labels)),
+        confidences.reshape(count, len(labels)),
         poses.reshape(count, len(labels), -1),
         strict=True,
     )
-    name, version = response.model_name, response.model_version
     return [
         Classification(
             label=result.label,
             class_index=result.class_index,
-            probability=float(chances[result.class_index]),
-            probabilities=chances,
+            probability=float(lengths[result.class_index]),
+            probabilities=lengths,
             poses=vectors,
             labels=labels,
             model_name=name,
             model_version=version,
+            confidence=result.confidence,
+            confidences=chances,
+            present=tuple(result.present),
+            verdict=_VERDICTS.get(result.verdict, Verdict.UNKNOWN),
+            reconstruction_error=result.reconstruction_error if result.HasField("reconstruction_error") else None,
         )
-        for result, chances, vectors in by_image
+        for result, lengths, chances, vectors in by_image
     ]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal, Self, overload
 
@@ -14,30 +14,30 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
 from serving.client.channel import FIRST_BACKOFF_SECONDS
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
+from serving.client.explanations import Class, Explanation, ExplanationOptions, Part, decode_explanation
 from serving.client.inputs import (
     Fitting,
     Images,
     Item,
     ItemError,
     Preprocess,
+    RequestLimits,
     ShapeError,
     items_of,
     located,
     messages,
+    only_image,
     read,
 )
+from serving.client.reconstructions import Poses, Reconstruction, ReconstructionOptions, Sweep
 from serving.client.results import Classification, Model
 from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
 _Open = Callable[[Iterator[pb.ClassifyStreamRequest]], Any]
 
 
-class CapsNetClient(ClientBase):
-    """A client for programs without asyncio. Several threads may use one client at once.
-
-    All methods raise subclasses of CapsNetError: Unavailable if no server answers, DeadlineExceeded, Overloaded,
-    UnknownModel, AccessDenied, ServerFault, and InvalidImage for an image that the model does not take.
-    """
+class _Calls(ClientBase):
+    """The channel, and the calls that all methods make."""
 
     def _connect(self) -> None:
         made = self._channel_settings
@@ -85,110 +85,19 @@ class CapsNetClient(ClientBase):
                 readiness.ended(error)
             time.sleep(FIRST_BACKOFF_SECONDS)
 
-    def classify(
-        self,
-        images: Images,
-        *,
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-    ) -> list[Classification]:
-        """Return the results of all images in order. If one image fails, the whole call raises its error.
-
-        images: an array of uint8 from 0 to 255, (H, W), (C, H, W), (n, H, W) or (n, C, H, W); a PNG, JPEG or IDX
-            file, by path or as bytes; or an iterable of these. Images beyond the server's limit for one request go
-            out in several requests.
-        resize: scale PNG and JPEG files to the model's size.
-        preprocess: "auto" lets the server prepare files and opened images of any size as the training images were: it
-            finds the object, its polarity, size and place. Arrays and IDX files are sent as they are.
-        timeout: time limit for all images in seconds, instead of the client's.
-        """
-        fitting = Fitting.of(resize, preprocess)
-        deadline = self._deadline(timeout)
-        limits = self._limits(self._get_model(False, deadline))
-        encoded: list[pb.Image] = []
-        size = 0
-        for item in items_of(images):
-            try:
-                for image in self._encode(item, fitting, deadline):
-                    size += limits.check(image)
-                    encoded.append(image)
-            except ItemError as error:
-                raise located(error, len(encoded)) from error.__cause__
-        if not encoded:
-            return []
-        if not limits.hold(len(encoded), size):
-            return list(_raising(self._outcomes(encoded, fitting, deadline, DEFAULT_WINDOW_IMAGES)))
-        try:
-            response = self._stub.Classify(
-                self._request(encoded), timeout=deadline.left(), metadata=self._channel_settings.metadata()
-            )
-        except grpc.RpcError as error:
-            raise self._error(error, len(encoded)) from error
-        return self._decode(response, len(encoded))
-
-    @overload
-    def classify_stream(
-        self,
-        images: Images,
-        *,
-        errors: Literal["raise"] = "raise",
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-        window: int = DEFAULT_WINDOW_IMAGES,
-    ) -> Iterator[Classification]: ...
-
-    @overload
-    def classify_stream(
-        self,
-        images: Images,
-        *,
-        errors: Literal["yield"],
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-        window: int = DEFAULT_WINDOW_IMAGES,
-    ) -> Iterator[Classification | CapsNetError]: ...
-
-    def classify_stream(
-        self,
-        images: Images,
-        *,
-        errors: Errors = "raise",
-        resize: bool = False,
-        preprocess: Preprocess = "none",
-        timeout: float | None = None,
-        window: int = DEFAULT_WINDOW_IMAGES,
-    ) -> Iterator[Classification] | Iterator[Classification | CapsNetError]:
-        """Yield the results of any number of images, in order, as they come.
-
-        images: as for ``classify``. A thread reads the iterable, at most ``window`` images ahead of the last result.
-            If the iterable raises, the stream raises the same error after the results of the images before it.
-        errors: "raise" ends the stream at the first image that cannot be classified. "yield" gives the error in the
-            place of the result, with its ``index``, and goes on. An error of the whole stream is always raised.
-        resize, preprocess: as for ``classify``.
-        timeout: time limit for the whole stream in seconds; by default none. The client's limit holds for each answer.
-
-        If the server goes away, the stream goes on at another server of the same address, with up to ``retries``
-        further attempts. Closing the iterator ends the stream.
-        """
-        check_stream(errors, window)
-        outcomes = self._outcomes(items_of(images), Fitting.of(resize, preprocess), Deadline(timeout), window)
-        return _raising(outcomes) if errors == "raise" else outcomes
-
     def _get_model(self, refresh: bool, deadline: Deadline) -> Model:
         model = self._model
         if model and not refresh:
             return model
         self._check_open()
+        return self._keep(self._call(self._stub.GetModel, self._model_request, deadline))
+
+    def _call(self, method: Any, request: Any, deadline: Deadline, indices: Sequence[int] = ()) -> Any:
+        """Make a unary call and return its response. indices: the number, in the input, of each of its images."""
         try:
-            message = self._stub.GetModel(
-                self._model_request, timeout=deadline.left(), metadata=self._channel_settings.metadata()
-            )
+            return method(request, timeout=deadline.left(), metadata=self._channel_settings.metadata())
         except grpc.RpcError as error:
-            raise self._error(error) from error
-        return self._keep(message)
+            raise self._error(error, indices) from error
 
     def _encode(self, item: Item | pb.Image, fitting: Fitting, deadline: Deadline) -> Iterator[pb.Image]:
         """Return an item's images, encoded for a request. Raises ItemError."""
@@ -201,11 +110,198 @@ class CapsNetClient(ClientBase):
             # The server may have changed the model.
             return messages(content, self._get_model(True, deadline), fitting)
 
+    def _encode_all(
+        self, images: Images, fitting: Fitting, limits: RequestLimits, deadline: Deadline
+    ) -> list[pb.Image]:
+        """Return the images of a call. Raises InvalidImage."""
+        encoded: list[pb.Image] = []
+        for item in items_of(images):
+            try:
+                for image in self._encode(item, fitting, deadline):
+                    limits.check(image)
+                    encoded.append(image)
+            except ItemError as error:
+                raise located(error, len(encoded)) from error.__cause__
+        return encoded
+
+    def _encode_only(self, item: Item, fitting: Fitting, limits: RequestLimits, deadline: Deadline) -> pb.Image:
+        """Return the only image of a call. Raises InvalidImage."""
+        try:
+            return only_image(self._encode(item, fitting, deadline), limits)
+        except ItemError as error:
+            raise located(error, None) from error.__cause__
+
+
+class CapsNetClient(_Calls):
+    """A client for programs without asyncio. Several threads may use one client at once.
+
+    All methods raise subclasses of CapsNetError: Unavailable if no server answers, DeadlineExceeded, Overloaded,
+    UnknownModel, Unsupported, AccessDenied, ServerFault, and InvalidImage for an image that the model does not take.
+    """
+
+    def classify(
+        self,
+        images: Images,
+        *,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+    ) -> list[Classification]:
+        """Return the results of all images in order. If one image fails, the whole call raises its error.
+
+        images: an array of uint8 from 0 to 255, (H, W), (C, H, W), (n, H, W) or (n, C, H, W); a PNG, JPEG or IDX
+            file, by path or as bytes; or an iterable of these. Images beyond the server's limit for one request go
+            out in several requests.
+        resize: scale PNG and JPEG files to the model's size.
+        preprocess: "auto" lets the server prepare files and opened images of any size as the training images were: it
+            finds the object, its polarity, size and place. Arrays and IDX files are sent as they are.
+        reconstruction_error: also reconstruct each image from its poses, and return the error. It costs a run of the
+            model's decoder.
+        timeout: time limit for all images in seconds, instead of the client's.
+        """
+        fitting, template = Fitting.of(resize, preprocess), self._template(reconstruction_error)
+        deadline = self._deadline(timeout)
+        limits = RequestLimits.of(self._get_model(False, deadline), template)
+        encoded = self._encode_all(images, fitting, limits, deadline)
+        if not encoded:
+            return []
+        if not limits.hold_all(encoded):
+            return list(_raising(self._outcomes(encoded, fitting, template, deadline, DEFAULT_WINDOW_IMAGES)))
+        template.images.extend(encoded)
+        return self._decode(self._call(self._stub.Classify, template, deadline, range(len(encoded))), len(encoded))
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images,
+        *,
+        errors: Literal["raise"] = "raise",
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+        window: int = DEFAULT_WINDOW_IMAGES,
+    ) -> Iterator[Classification]: ...
+
+    @overload
+    def classify_stream(
+        self,
+        images: Images,
+        *,
+        errors: Literal["yield"],
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+        window: int = DEFAULT_WINDOW_IMAGES,
+    ) -> Iterator[Classification | CapsNetError]: ...
+
+    def classify_stream(
+        self,
+        images: Images,
+        *,
+        errors: Errors = "raise",
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        reconstruction_error: bool = False,
+        timeout: float | None = None,
+        window: int = DEFAULT_WINDOW_IMAGES,
+    ) -> Iterator[Classification] | Iterator[Classification | CapsNetError]:
+        """Yield the results of any number of images, in order, as they come.
+
+        images: as for ``classify``. A thread reads the iterable, at most ``window`` images ahead of the last result.
+            If the iterable raises, the stream raises the same error after the results of the images before it.
+        errors: "raise" ends the stream at the first image that cannot be classified. "yield" gives the error in the
+            place of the result, with its ``index``, and goes on. An error of the whole stream is always raised.
+        resize, preprocess, reconstruction_error: as for ``classify``.
+        timeout: time limit for the whole stream in seconds; by default none. The client's limit holds for each answer.
+
+        If the server goes away, the stream goes on at another server of the same address, with up to ``retries``
+        further attempts. Closing the iterator ends the stream.
+        """
+        check_stream(errors, window)
+        fitting, template = Fitting.of(resize, preprocess), self._template(reconstruction_error)
+        outcomes = self._outcomes(items_of(images), fitting, template, Deadline(timeout), window)
+        return _raising(outcomes) if errors == "raise" else outcomes
+
+    def explain(
+        self,
+        images: Images,
+        *,
+        classes: Iterable[Class] | None = None,
+        parts: Iterable[Part] | None = None,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        timeout: float | None = None,
+    ) -> list[Explanation]:
+        """Return the explanations of all images in order: how the network came to its answers.
+
+        images, resize, preprocess: as for ``classify``.
+        classes: the labels or indices of the classes to explain, for each image. None: the winner of each image.
+        parts: some of "routing", "contributions" and "relevance". None: all. The relevance of one image costs the
+            server about as much as 200 images of ``classify``.
+        timeout: time limit for all images in seconds, instead of the client's.
+
+        Raises ValueError for options that contradict each other, and Unsupported if the model has no such graph.
+        """
+        fitting, options = Fitting.of(resize, preprocess), ExplanationOptions.of(classes, parts)
+        deadline = self._deadline(timeout)
+        model = self._get_model(False, deadline)
+        limits = RequestLimits.of(model, options.request(model, self._model_request))
+        results = []
+        for index, image in enumerate(self._encode_all(images, fitting, limits, deadline)):
+            # One in each request: each costs as much as 200 images of Classify, and the server's limit is unknown here.
+            request = options.request(self._get_model(False, deadline), self._model_request)
+            request.images.append(image)
+            response = self._call(self._stub.Explain, request, deadline, [index])
+            self._note(response.model_name, response.model_version)
+            results.append(decode_explanation(response, self._get_model(False, deadline).image_shape))
+        return results
+
+    def reconstruct(
+        self,
+        image: Item | None = None,
+        *,
+        poses: Poses | None = None,
+        classes: Iterable[Class] | None = None,
+        changes: Mapping[int, float] | None = None,
+        sweep: Sweep | tuple[int, float, float, int] | None = None,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        timeout: float | None = None,
+    ) -> list[Reconstruction]:
+        """Draw the images that poses stand for: those found in an image, or given ones.
+
+        image: one image, as for ``classify``.
+        poses: in place of an image, a pose for each class, (E,) numbers, or pairs of a class and a pose.
+        classes: with an image, the labels or indices of the classes to draw. None: the present ones, or the longest if
+            none is present.
+        changes: numbers to add to each pose, by dimension.
+        sweep: numbers to add to one dimension of each pose, one after the other: a row of drawings for each pose.
+        resize, preprocess, timeout: as for ``classify``.
+
+        Raises ValueError for options that contradict each other, and Unsupported if the model has no decoder.
+        """
+        fitting = Fitting.of(resize, preprocess)
+        options = ReconstructionOptions.of(image is not None, any(fitting), poses, classes, changes, sweep)
+        deadline = self._deadline(timeout)
+        model = self._get_model(False, deadline)
+        request = options.request(model, self._model_request)
+        if image is not None:
+            request.image.CopyFrom(self._encode_only(image, fitting, RequestLimits.of(model, request), deadline))
+        return self._decode_reconstructions(self._call(self._stub.Reconstruct, request, deadline))
+
     def _outcomes(
-        self, items: Iterable[Item | pb.Image], fitting: Fitting, deadline: Deadline, window_size: int
+        self,
+        items: Iterable[Item | pb.Image],
+        fitting: Fitting,
+        template: pb.ClassifyRequest,
+        deadline: Deadline,
+        window_size: int,
     ) -> Generator[Classification | CapsNetError]:
         call_deadline = self._deadline(None) if deadline.seconds is None else deadline
-        window = self._window(self._get_model(False, call_deadline), window_size)
+        window = self._window(template, self._get_model(False, call_deadline), window_size)
 
         def open_stream(requests: Iterator[pb.ClassifyStreamRequest]) -> Any:
             self._check_open()
