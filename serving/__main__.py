@@ -23,13 +23,15 @@ def main() -> int:
     from serving.artifact import ArtifactError
     from serving.files.images import limit_metadata
     from serving.logs import set_up
-    from serving.runtime import RuntimeSetupError
+    from serving.runtime import RuntimeSetupError, keep_little_free_memory
     from serving.server import StartError, serve
     from serving.settings import read, service_links
 
     settings = read(sys.argv[1:])
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, with text that clients choose
     limit_metadata()
+    if settings.transport == "grpcio":  # whose messages from large requests would triple the memory
+        keep_little_free_memory()
     set_up(settings.log_format, settings.log_level)
     if links := service_links(os.environ):
         logging.getLogger(__name__).warning(

@@ -49,19 +49,27 @@ EXPORTING = {
 # The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
 IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
-# These files run first, so that no process still runs one of them when the others are done.
+# These files run first, so that no process still runs one of them when the others are done. Those that mostly wait for
+# a clock come early, while other processes have the most work: mypy, and the exporter.
 LONGEST = (
     *EXPORTING,
     "test_readme",
     "test_processes",
     "test_lifecycle",
     "test_architecture",
+    "test_transport_calls",
+    "test_client_faults",
+    "test_connection_limits",
+    "test_page",
+    "test_transport_stops",
+    "test_transport_memory",
     "test_balancing",
     "test_digits",
     "test_training",
     "test_monitoring",
     "test_runtime",
-    "test_transport_calls",
+    "test_fuzz",
+    "test_model",
 )
 
 
@@ -243,15 +251,23 @@ def operators_listed_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let PyTorch's exporter list its operators once, and not for each graph."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem in EXPORTING:
-            patch.setattr("torch.onnx._internal._lazy_import.onnxscript_apis.get_torchlib_ops", _operators)
+            for name, listing in _listings().items():
+                patch.setattr(name, listing)
         yield
 
 
 @cache
-def _operators() -> object:
-    from onnxscript._framework_apis import torch_2_11
+def _listings() -> dict[str, object]:
+    """Return the exporter's functions that list operators, by name, each with its results kept: no test adds one."""
+    from torch._export.utils import _materialize_cpp_cia_ops
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    return torch_2_11.get_torchlib_ops()
+    return {
+        "torch._export.utils._materialize_cpp_cia_ops": cache(_materialize_cpp_cia_ops),
+        "torch.onnx._internal.exporter._registration.ONNXRegistry.from_torchlib": staticmethod(
+            cache(ONNXRegistry.from_torchlib)
+        ),
+    }
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -265,6 +281,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             return EXPORTING.get(file, file)
 
     return Scheduling(config, log)
+
+
+def pytest_configure() -> None:
+    """Look for garbage less often, since the exporter makes many objects: it took a tenth of its time."""
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

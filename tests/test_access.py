@@ -1,10 +1,12 @@
 """Tests of tokens, certificates' files, and the limits of clients, without a server of models."""
 
 import asyncio
+import gc
 import resource
 import stat
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,26 @@ def test_a_changed_file_counts_at_once_and_a_broken_one_never(file: Path, caplog
     file.unlink()
     assert asyncio.run(tokens.check(new[0], "peer"))
     assert "the tokens cannot be read again, the earlier ones stay in use" in caplog.text
+
+
+def test_earlier_files_and_the_tokens_that_were_in_them_are_forgotten(file: Path) -> None:
+    kept = add(file, "alice")
+    tokens = Tokens(str(file))
+    alice = read_entries(file)
+
+    async def use(token: str) -> bool:
+        return await tokens.check(token, "peer") is not None
+
+    earlier = []
+    for number in range(5):
+        token, hashed = new_token("bob")
+        write_entries(file, [*alice, TokenEntry("bob", ("predict",), hashed)])
+        assert asyncio.run(use(kept)) and asyncio.run(use(token)) and not asyncio.run(use(f"bob.{number}"))
+        earlier.append(weakref.ref(tokens._entries.content["bob"]))
+    write_entries(file, alice)
+    assert tokens.remembered(kept)[0]
+    gc.collect()
+    assert [one() for one in earlier] == [None] * 5
 
 
 def test_a_full_disk_keeps_the_previous_tokens(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,13 @@ def unverified(model: onnx.ModelProto, config: CapsNetConfig, folder: Path) -> A
     )
 
 
-FILES = {"to_int8": "int8", "to_fp16": "fp16", "explanation_to_onnx": "explain", "decoder_to_onnx": "decoder"}
+FILES = {
+    "to_onnx": MODEL,
+    "to_int8": "int8.onnx",
+    "to_fp16": "fp16.onnx",
+    "explanation_to_onnx": "explain.onnx",
+    "decoder_to_onnx": "decoder.onnx",
+}
 IMAGES = random_images(TINY, 20)
 LABELS = torch.arange(20) % TINY.classes
 DATASET = Dataset("mnist", tuple("0123456789"), random_images(TINY, 300), torch.arange(300) % 10, IMAGES, LABELS)
@@ -145,18 +151,30 @@ def tampered(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @pytest.fixture
-def ready_made(monkeypatch: pytest.MonkeyPatch, exported: Artifact, graph: onnx.ModelProto) -> None:
-    """Replace the exporter, which takes seconds, by the finished graphs, for tests of later steps."""
+def finished(monkeypatch: pytest.MonkeyPatch, exported: Artifact) -> Callable[..., None]:
+    """A function that replaces conversions, by their names, by the finished graphs, since the exporter takes seconds.
 
-    def copy(network: CapsNet, opset: int) -> onnx.ModelProto:
-        result = onnx.ModelProto()
-        result.CopyFrom(graph)
-        return result
+    The export still compares each graph with the network.
+    """
 
-    monkeypatch.setattr("export.build.to_onnx", copy)
-    for name in ("to_int8", "to_fp16", "explanation_to_onnx", "decoder_to_onnx"):
-        ready = onnx.load_model(exported.folder / f"{FILES[name]}.onnx")
-        monkeypatch.setattr(f"export.build.{name}", lambda *_, ready=ready: ready)
+    def replace_all(*names: str) -> None:
+        for name in names:
+            ready = onnx.load_model(exported.folder / FILES[name])
+            monkeypatch.setattr(f"export.build.{name}", lambda *_, ready=ready: _copy(ready))
+
+    return replace_all
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+@pytest.fixture
+def ready_made(finished: Callable[..., None]) -> None:
+    """Replace all conversions by the finished graphs, for tests of later steps."""
+    finished(*FILES)
 
 
 def test_the_manifest_reports_the_parity_of_all_test_and_edge_images(exported: Artifact) -> None:
@@ -214,8 +232,9 @@ def test_a_graph_with_shared_weights_answers_as_the_one_with_its_own(exported: A
 
 
 def test_an_artifacts_checkpoint_exports_to_the_same_graph_without_the_decoder(
-    exported: Artifact, trained: Checkpoint, tmp_path: Path
+    exported: Artifact, trained: Checkpoint, finished: Callable[..., None], tmp_path: Path
 ) -> None:
+    finished("explanation_to_onnx")
     assert checkpoint_path(exported.folder) == exported.folder / TENSORS_FILE
     again = checkpoints.load(exported.folder / TENSORS_FILE)
     assert replace(again, state_dict={}) == replace(trained, state_dict={})
@@ -226,7 +245,10 @@ def test_an_artifacts_checkpoint_exports_to_the_same_graph_without_the_decoder(
     assert list(artifact.graphs) == ["explain"]
 
 
-def test_a_decoder_in_8_bits_is_a_quarter_of_the_size_and_its_cost_is_certified(tmp_path: Path) -> None:
+def test_a_decoder_in_8_bits_is_a_quarter_of_the_size_and_its_cost_is_certified(
+    finished: Callable[..., None], tmp_path: Path
+) -> None:
+    finished("to_onnx", "explanation_to_onnx")  # of a network with the same weights before its decoder
     config = replace(TINY, decoder_widths=(64, 128))
     network = random_network(config)
     errors = int((predict(network, IMAGES)[0].argmax(1) != LABELS).sum())

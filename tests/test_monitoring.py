@@ -189,8 +189,9 @@ def test_promtool_finds_nothing_wrong_with_configuration_and_rules() -> None:
 
 @needs_prometheus
 def test_the_rules_pass_their_own_tests_and_each_alert_has_one() -> None:
-    _promtool("test", "rules", "rules_test.yml")
-    tests = (PROMETHEUS / "rules_test.yml").read_text()
+    files = ("rules_test.yml", "rules_hours_test.yml")
+    _promtool("test", "rules", *files)
+    tests = "".join((PROMETHEUS / file).read_text() for file in files)
     assert [name for name in re.findall(r"alert: (\w+)", RULES) if f'alertname="{name}"' not in tests] == []
 
 

@@ -12,11 +12,12 @@ from protos.inference import inference_pb2 as pb
 from serving.artifact import Artifact, Training
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.services.open_inference_codec import Output, TensorMessages, refused, schedule
+from serving.services.open_inference_codec import Output, TensorMessages, read_request, refused, schedule
 from serving.tensorrt_options import BatchProfile
 
 LABELS = ("circle", "a:b", "größe", "")
 MAX_IMAGES = 5
+MAX_BYTES = 2**20
 MESSAGES = TensorMessages(
     Artifact(
         folder=Path(),
@@ -69,9 +70,9 @@ def _asking(*outputs: tuple[str, dict[str, pb.InferParameter]]) -> pb.ModelInfer
 @pytest.mark.parametrize("form", [_request, _typed])
 def test_pixels_arrive_as_they_were_sent(form: Callable[..., pb.ModelInferRequest], images: int) -> None:
     pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 4, 5), np.uint8)
-    request = pb.ModelInferRequest.FromString(form(pixels).SerializeToString())
-    MESSAGES.check_input(request)
-    images_read = MESSAGES.images(request)
+    received = read_request(form(pixels).SerializeToString(), MAX_BYTES)
+    MESSAGES.check_input(received)
+    images_read = MESSAGES.images(received)
     assert images_read.dtype == np.uint8
     np.testing.assert_array_equal(images_read, pixels)
 
@@ -160,8 +161,9 @@ def test_a_wrong_input_is_refused_by_its_field(
     request = _request()
     change(request)
     with pytest.raises(InvalidRequest) as caught:
-        MESSAGES.check_input(request)
-        MESSAGES.images(request)
+        received = read_request(request.SerializeToString(), MAX_BYTES)
+        MESSAGES.check_input(received)
+        MESSAGES.images(received)
     assert caught.value.field == field
     assert caught.value.description.startswith(description)
 

@@ -1,8 +1,11 @@
 """Tests of the runtime: each precision of the embedded model, and the options for ONNX Runtime."""
 
 import ctypes
+import platform
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,15 @@ from serving.metrics.registry import Metrics
 from serving.repository.classifier import open_classifier
 from serving.repository.further_graph import FurtherGraph
 from serving.repository.served_model import ServedModel
-from serving.runtime import Runtime, RuntimeSetupError, TensorSpec, example, return_free_memory, rows, saturates
+from serving.runtime import (
+    Runtime,
+    RuntimeSetupError,
+    TensorSpec,
+    example,
+    return_free_memory,
+    rows,
+    saturates,
+)
 from serving.settings import Settings
 from serving.tensorrt_options import TENSORRT, execution_provider_options
 from tests.conftest import ROOT, Digits, Running
@@ -304,3 +315,30 @@ def test_memory_is_returned_where_the_c_library_can_and_kept_elsewhere(monkeypat
     return_free_memory()
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     return_free_memory()
+
+
+_FREED_BLOCKS = """
+import os
+from pathlib import Path
+from serving.runtime import keep_little_free_memory
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+keep_little_free_memory()
+bytearray(2**24)  # by default, glibc keeps blocks of up to this size from now on
+before = resident_mib()
+blocks = []
+for _ in range(400):
+    blocks.append(bytearray(2**17))
+    blocks.append(bytes(1000))
+blocks[::2] = [None] * 400
+print(resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have ways of their own")
+def test_freed_blocks_of_large_messages_go_back_to_the_system() -> None:
+    command = [sys.executable, "-c", _FREED_BLOCKS]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert float(printed) < 25  # of 50 MiB

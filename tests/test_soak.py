@@ -1,11 +1,13 @@
 """Tests of the soak: what it judges, what it takes for inner text, and broken requests in small numbers."""
 
 import csv
+import os
 import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from benchmarks.soak.broken import BROKEN, NEVER_OK, NOT_ANSWERED_BY_GRPCIO, Mak
 from benchmarks.soak.calls import KINDS
 from benchmarks.soak.inner_text import inner_text
 from benchmarks.soak.right_answers import Numbers, difference
+from benchmarks.soak.served import Held, held, left_over
 from benchmarks.soak.windows import RIGHT, WRONG, Process, Window, faults, rank_correlation, slope
 from serving.transport import frames
 from tests.conftest import Running
@@ -161,3 +164,22 @@ def test_a_run_of_broken_requests_fails_on_any_fault(monkeypatch: pytest.MonkeyP
     assert out.read_text() == "transport,n\nnative,9\ngrpcio,9\n"
     found.append("an answer")
     assert command.main(["--hostile", "9"]) == 1
+
+
+def test_what_a_server_holds_is_compared_with_what_it_held_before() -> None:
+    before = Held({"calls": 3.0}, connections=2, files=20)
+    assert Held({"calls": 0.0}, connections=2, files=22).beyond(before) == {}
+    assert Held({"calls": 1.0}, connections=5, files=40).beyond(before) == {"calls": 1, "connections": 3, "files": 20}
+
+
+@pytest.mark.server
+def test_every_amount_that_must_be_left_is_a_metric_of_the_server(running_on_each: Running) -> None:
+    def fetch(_: object) -> bytes:
+        with urlopen(running_on_each.metrics_url) as response:
+            page: bytes = response.read()
+        return page
+
+    server: Any = SimpleNamespace(
+        served=SimpleNamespace(fetch=fetch, process=SimpleNamespace(pid=os.getpid())), token=""
+    )
+    assert left_over(server, held(server)) == {}

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from benchmarks.attacks.served import Target, target
 from benchmarks.figures import origin
 from benchmarks.load import LoadError
 from benchmarks.soak.breaker import TOKEN_VARIABLE
-from benchmarks.soak.served import left_over
+from benchmarks.soak.served import held, left_over
 
 #: Processes that send broken requests.
 _BREAKERS = 2
@@ -37,7 +38,7 @@ def hostile(transport: str, count: int) -> tuple[dict[str, Any], list[str]]:
         good_client(server, _DEADLINE_SECONDS) as client,
     ):
         client.calls(_SLICE_SECONDS)
-        memory = server.memory_mib()
+        memory, before = server.memory_mib(), held(server)
         begin, good = time.monotonic(), Calls()
         with ThreadPoolExecutor(_BREAKERS) as pool:
             work = [
@@ -48,7 +49,7 @@ def hostile(transport: str, count: int) -> tuple[dict[str, Any], list[str]]:
                 _add(good, client.calls(_SLICE_SECONDS))
         seconds = time.monotonic() - begin
         results = [one.result() for one in work]
-        left = left_over(server)
+        left = left_over(server, before)
         after, memory_after = client.calls(_SLICE_SECONDS), server.memory_mib()
         log = server.served.log.read_text(errors="replace")
     outcomes = Counter[str]()
@@ -60,7 +61,7 @@ def hostile(transport: str, count: int) -> tuple[dict[str, Any], list[str]]:
         "connections": sum(result["connections"] for result in results), "seconds": f"{seconds:.0f}",
         "faults": sum(result["fault_count"] for result in results), "good_calls": good.made,
         "good_right": good.right, "good_wrong": good.wrong + after.wrong, "good_p99_ms": f"{good.p99_ms:.4g}",
-        "memory_mib": f"{memory:.4g}", "after_mib": f"{memory_after:.4g}", "left": left,
+        "memory_mib": f"{memory:.4g}", "after_mib": f"{memory_after:.4g}", "left": _shown(left),
         "tracebacks": log.count("Traceback"), "log_mb": f"{len(log) / 1e6:.3g}",
         "outcomes": ", ".join(f"{number} {name}" for name, number in outcomes.most_common() if number), **origin(),
     }  # fmt: skip
@@ -80,6 +81,10 @@ def _break(server: Target, transport: str, count: int, seed: int) -> dict[str, A
     return result
 
 
+def _shown(left: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in left.items())
+
+
 def _wrong(row: dict[str, Any], good: Calls, after: Calls) -> list[str]:
     """Return what is wrong with the figures of a run."""
     limit = _MAX_MEMORY_RATIO * float(row["memory_mib"])
@@ -87,7 +92,7 @@ def _wrong(row: dict[str, Any], good: Calls, after: Calls) -> list[str]:
         f"{row['faults']} answers that must not be": row["faults"],
         f"{row['good_wrong']} wrong answers beside them": row["good_wrong"],
         "the client in good faith was not served afterwards": after.right < after.made,
-        f"the server still holds {row['left']:g}": row["left"],
+        f"the server still holds {row['left']}": row["left"],
         f"{row['after_mib']} MiB afterwards; expected at most {limit:.4g}": float(row["after_mib"]) > limit,
         f"{row['tracebacks']} tracebacks in the log": row["tracebacks"],
         "no call in good faith was answered": not good.right,

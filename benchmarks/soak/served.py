@@ -3,14 +3,17 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
-from benchmarks.attacks.served import PLAN, Target, settled
+from benchmarks.attacks.served import PLAN, Target
 from benchmarks.load import LoadError
 from benchmarks.server import Page, serve
+from benchmarks.soak.windows import process_state
 from serving.access.tokens import ADMIN, METRICS, PREDICT, TokenEntry, new_token, write_entries
 from serving.artifact import load, write_manifest
 from serving.settings import embedded_models
@@ -26,9 +29,19 @@ _NETWORKS = {
 }
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
 _ADMIN_ADDRESS = re.compile(r"loading and unloading of models on (\S+:\d+)")
-#: Metrics that must be 0 once all calls have ended.
-_ZERO_METRICS = ("capsnet_rpcs_in_flight", "capsnet_queue_images", "capsnet_held_bytes")
+#: The metrics that must be 0 once all calls have ended.
+_ZERO_METRICS = (
+    "capsnet_rpcs_in_flight",
+    "capsnet_open_calls",
+    "capsnet_queue_images",
+    "capsnet_held_bytes",
+    "capsnet_decoding_requests",
+    "capsnet_decoding_memory_bytes",
+)
+_CONNECTIONS_METRIC = "capsnet_connections"
+_MORE_FILES = 4  # that a process may open later, such as those of libraries
 _SETTLE_SECONDS = 60.0
+_PAUSE_SECONDS = 0.2
 _ROLES = (PREDICT, ADMIN, METRICS)
 
 
@@ -111,11 +124,52 @@ def token_entries() -> tuple[list[TokenEntry], dict[str, str]]:
     return entries, {role: token for role, (token, _) in made.items()}
 
 
-def left_over(server: Target) -> float:
-    """Return what the server still holds once all calls should have ended, added up: calls, images and bytes."""
-    settled(server, _SETTLE_SECONDS)
+@dataclass(frozen=True)
+class Held:
+    """The holdings of a server: the metrics that should be 0 in the end, its connections and its open files."""
+
+    amounts: Mapping[str, float]
+    connections: float
+    files: int
+
+    def beyond(self, before: "Held") -> dict[str, float]:
+        """Return what is left beyond what there was before, by name."""
+        left = {name: amount for name, amount in self.amounts.items() if amount}
+        if self.connections > before.connections:
+            left["connections"] = self.connections - before.connections
+        if self.files > before.files + _MORE_FILES:
+            left["files"] = self.files - before.files
+        return left
+
+
+def held(server: Target) -> Held:
+    """Return what a server holds now. Raises LoadError, OSError and HTTPException."""
     page = Page.parse(server.served.fetch({"Authorization": f"Bearer {server.token}"}))
-    return sum(page.total(name) or 0.0 for name in _ZERO_METRICS)
+    amounts = {}
+    for name in _ZERO_METRICS:
+        amount = page.total(name)
+        if amount is None:
+            raise LoadError(f"the server has no metric {name}")
+        amounts[name] = amount
+    return Held(amounts, page.total(_CONNECTIONS_METRIC) or 0.0, process_state(server.served.process.pid).files)
+
+
+def left_over(server: Target, before: Held) -> dict[str, float]:
+    """Return what the server still holds beyond what it held before, once all calls should have ended.
+
+    Raises LoadError if the server does not tell it.
+    """
+    end = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        try:
+            left = held(server).beyond(before)
+        except (OSError, HTTPException) as error:  # the page may be overdue too
+            if time.monotonic() > end:
+                raise LoadError("the server's metrics cannot be read") from error
+        else:
+            if not left or time.monotonic() > end:
+                return left
+        time.sleep(_PAUSE_SECONDS)
 
 
 @contextmanager

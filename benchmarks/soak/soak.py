@@ -12,7 +12,7 @@ from benchmarks.load import LoadError
 from benchmarks.soak.calls import KINDS, Kind, classify_one, timed
 from benchmarks.soak.changes import Changes
 from benchmarks.soak.client import Client, WrongAnswer, connection_losses
-from benchmarks.soak.served import left_over
+from benchmarks.soak.served import Held, left_over
 from benchmarks.soak.windows import RIGHT, UNEXPECTED, WRONG, Window, process_state
 from serving.access.tokens import TokenEntry
 
@@ -69,8 +69,10 @@ class Soak:
         lost.cancel()
         await self._changes.close()
         await self.client.channel.close(None)
-        if left := await asyncio.to_thread(left_over, self.client.server):
-            self._fault(f"the server still holds {left:g} calls, images or bytes after the soak")
+        files = process_state(self.client.server.served.process.pid).files  # which the windows judge
+        left = await asyncio.to_thread(left_over, self.client.server, Held({}, 0, files))
+        for name, amount in left.items():
+            self._fault(f"the server still holds {amount:g} {name} after the soak")
         if "Traceback" in self.client.server.log_text:
             self._fault("the log has a traceback")
 

@@ -136,6 +136,7 @@ class Tokens:
             "the tokens", [path], lambda: {one.name: one for one in read_entries(Path(path))}
         )
         self._key = secrets.token_bytes(32)
+        self._known = self._entries.content  # the entries to which the two below belong
         self._right: dict[bytes, TokenEntry] = {}
         self._wrong: OrderedDict[bytes, Entries] = OrderedDict()  # with the entries among which none fitted
         self._pool = ThreadPoolExecutor(1, "tokens")
@@ -156,11 +157,18 @@ class Tokens:
     def remembered(self, token: str) -> tuple[bool, Identity | None]:
         """Return if a token was checked before, and its identity, None if it is wrong."""
         entries, digest = self._entries.content, self._digest(token)
-        if entry := self._right.get(digest):
-            if entries.get(entry.name) == entry:
-                return True, entry.identity
-            self._right.pop(digest, None)  # the file has changed
+        if entries is not self._known:
+            self._forget_old(entries)
+        if (entry := self._right.get(digest)) and entries.get(entry.name) == entry:
+            return True, entry.identity
         return self._wrong.get(digest) is entries, None
+
+    def _forget_old(self, entries: Entries) -> None:
+        """Keep only the tokens that are right in the newest file. A check that ends just now may be forgotten too."""
+        self._known = entries
+        self._wrong = OrderedDict()
+        right = list(self._right.items())
+        self._right = {digest: entry for digest, entry in right if entries.get(entry.name) == entry}
 
     async def check(self, token: str, peer: str) -> Identity | None:
         """Return the identity of a token, or None if it is wrong. peer: of ``client_of``.
@@ -203,9 +211,10 @@ class Tokens:
         if entry and entry.hash and same:
             self._right[digest] = entry
             return entry
-        self._wrong[digest] = entries
-        while len(self._wrong) > _MAX_WRONG:
-            self._wrong.popitem(last=False)
+        wrong = self._wrong
+        wrong[digest] = entries
+        while len(wrong) > _MAX_WRONG:
+            wrong.popitem(last=False)
         return None
 
     def _digest(self, token: str) -> bytes:

@@ -175,7 +175,12 @@ def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
     try:
         return kind.FromString(data)
     except DecodeError as error:
-        raise InvalidRequest("request", f"{len(data)} bytes that are not a {kind.DESCRIPTOR.full_name}") from error
+        raise malformed(len(data), kind) from error
+
+
+def malformed(size: int, kind: type[Message]) -> InvalidRequest:
+    """Return the error for ``size`` bytes that are no message of a kind."""
+    return InvalidRequest("request", f"{size} bytes that are not a {kind.DESCRIPTOR.full_name}")
 
 
 class Edge:

@@ -19,12 +19,13 @@ from serving.repository.repository import Repository, State
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, parse
 from serving.runtime import CPU, Arrays
-from serving.services.decoding import Decoding, in_one_step
-from serving.services.open_inference_codec import TensorMessages, refused, schedule
+from serving.services.decoding import Decoding, Steps
+from serving.services.open_inference_codec import Received, TensorMessages, read_request, refused, schedule
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import FLAT, Fields, check_fields
+from serving.services.protobuf_wire import check_fields
 from serving.services.stream import StreamRefusals
+from serving.services.typed_contents import READING_BYTES, TypedContents
 from serving.settings import Settings
 from serving.transport.methods import Method, table
 
@@ -42,14 +43,7 @@ EXTENSIONS = (
 )
 # From this size on, a request whose pixels are not in bytes is decoded in a thread.
 _SLOW_BYTES = 16384
-_DECODING_BYTES_A_BYTE = (
-    16  # the most memory for a byte of a request: a number of one byte takes 8 in each of two arrays
-)
-_MAX_FIELDS = 4096  # the most fields of a ModelInferRequest; a usual one has a handful
-_REQUEST, _TENSOR = pb.ModelInferRequest, pb.ModelInferRequest.InferInputTensor
-# A tensor's numbers may come one by one: there are as many as pixels.
-_TENSOR_FIELDS = Fields({_TENSOR.CONTENTS_FIELD_NUMBER: Fields(numbers=False)}, packed=_TENSOR.SHAPE_FIELD_NUMBER)
-_INFER_FIELDS = Fields({_REQUEST.INPUTS_FIELD_NUMBER: _TENSOR_FIELDS, _REQUEST.OUTPUTS_FIELD_NUMBER: FLAT})
+_MAX_FIELDS = 4096  # the most fields of a RepositoryModelLoadRequest; a usual one has one
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's name in an error
 
 
@@ -126,9 +120,8 @@ class InferenceService:
 
     def model_infer(self, data: bytes, call: Call) -> None:
         """Answer a ModelInferRequest. Raises InvalidRequest and UnknownModel."""
-        _check_fields(data)
-        message = parse(data, pb.ModelInferRequest, self._max_bytes)
-        self._pipeline.begin(_InferQuery(message, len(data), self._codecs), call)
+        received = read_request(data, self._max_bytes)
+        self._pipeline.begin(_InferQuery(received, len(data), self._codecs), call)
 
     def model_stream_infer(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """Answer ModelInferRequests with ModelStreamInferResponses."""
@@ -185,11 +178,10 @@ class InferenceService:
 
     def _parse_streamed(self, data: bytes) -> "_StreamedQuery":
         try:
-            _check_fields(data)
-            message = parse(data, pb.ModelInferRequest, self._max_bytes)
+            received = read_request(data, self._max_bytes)
         except InvalidRequest as error:
-            return _StreamedQuery(pb.ModelInferRequest(), 0, self._codecs, error)
-        return _StreamedQuery(message, len(data), self._codecs)
+            return _StreamedQuery(Received(pb.ModelInferRequest()), 0, self._codecs, error)
+        return _StreamedQuery(received, len(data), self._codecs)
 
 
 class AdminService:
@@ -237,34 +229,35 @@ class _InferQuery:
 
     graph = CLASSIFY
 
-    def __init__(self, request: pb.ModelInferRequest, size: int, codecs: PerModel[TensorMessages]) -> None:
+    def __init__(self, received: Received, size: int, codecs: PerModel[TensorMessages]) -> None:
+        request = received.message
         self.model_name = request.model_name
         self.model_version = request.model_version
         self.size = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0
         self.slow = size >= _SLOW_BYTES and not request.raw_input_contents
         self._id = request.id
-        self._request = request
-        self._bytes = size
+        self._received = received
         self._codecs = codecs
         self.timeout, self.urgent = schedule(request)
 
     def decode(self, model: ServedModel) -> Arrays:
-        request = self._checked(model)
-        return {IMAGES: self._codec.images(request)}
+        received = self._checked(model)
+        return {IMAGES: self._codec.images(received)}
 
     def decode_slowly(self, model: ServedModel) -> Decoding:
-        request, codec = self._checked(model), self._codec
-        steps = in_one_step(lambda: {IMAGES: codec.images(request)})
-        return Decoding(steps, _DECODING_BYTES_A_BYTE * self._bytes, "inputs[0].contents", self.size)
+        received = self._checked(model)
+        shape, typed = tuple(received.message.inputs[0].shape), received.typed
+        assert typed
+        return Decoding(_steps(typed, shape), typed.count + READING_BYTES, "inputs[0].contents", self.size)
 
-    def _checked(self, model: ServedModel) -> pb.ModelInferRequest:
+    def _checked(self, model: ServedModel) -> Received:
         """Return the request, checked up to the values of its pixels, and keep its id alone. Raises InvalidRequest."""
         self._codec = self._codecs(model)
-        request = self._request
-        del self._request
-        self._outputs = self._codec.outputs(request)
-        self._codec.check_input(request)
-        return request
+        received = self._received
+        del self._received
+        self._outputs = self._codec.outputs(received.message)
+        self._codec.check_input(received)
+        return received
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
         return self._codec.encode(self._id, self._outputs, share)
@@ -275,14 +268,14 @@ class _StreamedQuery(_InferQuery):
 
     def __init__(
         self,
-        request: pb.ModelInferRequest,
+        received: Received,
         size: int,
         codecs: PerModel[TensorMessages],
         error: InvalidRequest | None = None,
     ) -> None:
         self.error: Exception | None = error
         try:
-            super().__init__(request, size, codecs)
+            super().__init__(received, size, codecs)
         except InvalidRequest as wrong:
             self.error = wrong
             self.size = 0
@@ -294,9 +287,10 @@ class _StreamedQuery(_InferQuery):
         return refused(self._id, text)
 
 
-def _check_fields(data: bytes) -> None:
-    """Raise InvalidRequest for a ModelInferRequest with too many fields, or with tensors of too many dimensions."""
-    check_fields(data, _MAX_FIELDS, _INFER_FIELDS)
+def _steps(typed: TypedContents, shape: tuple[int, ...]) -> Steps:
+    """Decode the images of a request whose pixels came as numbers."""
+    pixels = yield from typed.steps()
+    return {IMAGES: pixels.reshape(shape)}
 
 
 def _index(request: pb.RepositoryIndexRequest, repository: Repository) -> bytes:

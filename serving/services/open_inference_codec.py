@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from protos.inference import inference_pb2 as pb
@@ -12,7 +13,9 @@ from serving.artifact import Artifact
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
 from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
-from serving.services.protobuf_wire import BYTES, delimited, tag, varint
+from serving.rpc.edge import check_size, malformed
+from serving.services.protobuf_wire import BYTES, FLAT, Fields, delimited, split, tag, varint
+from serving.services.typed_contents import Malformed, TypedContents
 
 SHARED_MEMORY = "shared_memory_region"
 SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
@@ -22,6 +25,34 @@ _RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 # The most characters of a client's text in an error: the error goes out as a header of limited size.
 _MAX_SHOWN_CHARACTERS = 64
 _SHOWN_SIZES = 8
+_MAX_FIELDS = 4096  # the most fields of a ModelInferRequest; a usual one has a handful
+_REQUEST, _TENSOR = pb.ModelInferRequest, pb.ModelInferRequest.InferInputTensor
+_TENSOR_FIELDS = Fields(packed=_TENSOR.SHAPE_FIELD_NUMBER, apart=_TENSOR.CONTENTS_FIELD_NUMBER)
+_INFER_FIELDS = Fields({_REQUEST.INPUTS_FIELD_NUMBER: _TENSOR_FIELDS, _REQUEST.OUTPUTS_FIELD_NUMBER: FLAT})
+
+
+class Received(NamedTuple):
+    """A ModelInferRequest. typed: its pixels if they came as numbers, which the message may lack then, or None."""
+
+    message: pb.ModelInferRequest
+    typed: TypedContents | None = None
+
+
+def read_request(data: bytes, max_bytes: int) -> Received:
+    """Return a received ModelInferRequest. Raises InvalidRequest."""
+    check_size(data, max_bytes)
+    try:
+        if len(data) > _MAX_FIELDS:  # a shorter message stays small however it is parsed
+            rest, places = split(data, _MAX_FIELDS, _INFER_FIELDS)
+            typed = TypedContents(data, places, _MAX_FIELDS) if places else None
+            return Received(pb.ModelInferRequest.FromString(rest), typed)
+        message = pb.ModelInferRequest.FromString(data)
+        if message.raw_input_contents or not message.inputs:
+            return Received(message)
+        contents = message.inputs[0].contents.SerializeToString()
+        return Received(message, TypedContents(contents, [slice(0, len(contents))], _MAX_FIELDS))
+    except (DecodeError, Malformed) as error:
+        raise malformed(len(data), pb.ModelInferRequest) from error
 
 
 class Output(NamedTuple):
@@ -50,8 +81,9 @@ class TensorMessages:
         self._raw = tag(_RAW, BYTES)
         self._described = lru_cache(1024)(self._describe)
 
-    def check_input(self, request: pb.ModelInferRequest) -> None:
+    def check_input(self, received: Received) -> None:
         """Check all of a request's input but the values of its pixels. Raises InvalidRequest."""
+        request = received.message
         if len(request.inputs) != 1:
             raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {IMAGES!r}")
         tensor = request.inputs[0]
@@ -67,13 +99,19 @@ class TensorMessages:
             raise InvalidRequest("inputs[0].shape", self._about_shape(shape))
         if tensor.parameters:
             _refuse_shared_memory(tensor, "inputs[0]")
-        self._check_content(request, tensor, shape[0])
+        if request.raw_input_contents:
+            self._check_raw(request, tensor, shape[0])
+        else:
+            self._check_typed(received.typed, shape[0])
 
-    def images(self, request: pb.ModelInferRequest) -> NDArray[np.uint8]:
-        """Return the images (n, C, H, W) of a checked request as a read-only array. Raises InvalidRequest."""
-        tensor = request.inputs[0]
-        data = request.raw_input_contents[0] if request.raw_input_contents else _values(tensor)
-        return np.frombuffer(data, np.uint8).reshape(tuple(tensor.shape))
+    def images(self, received: Received) -> NDArray[np.uint8]:
+        """Return the images (n, C, H, W) of a checked request. Raises InvalidRequest."""
+        message, typed = received
+        shape = tuple(message.inputs[0].shape)
+        if message.raw_input_contents:
+            return np.frombuffer(message.raw_input_contents[0], np.uint8).reshape(shape)
+        assert typed
+        return typed.values().reshape(shape)
 
     def outputs(self, request: pb.ModelInferRequest) -> tuple[Output, ...]:
         """Return the requested outputs, in the order of the request. Raises InvalidRequest."""
@@ -107,29 +145,30 @@ class TensorMessages:
     def _about_size(self, images: int) -> str:
         return f"{images * self._image_bytes} ({images} x {' x '.join(map(str, self._image_shape))})"
 
-    def _check_content(
+    def _check_raw(
         self, request: pb.ModelInferRequest, tensor: pb.ModelInferRequest.InferInputTensor, images: int
     ) -> None:
-        """Check the number and kind of the pixels of a request's images. Raises InvalidRequest."""
+        """Check the number of the pixels that came as bytes. Raises InvalidRequest."""
         raw, size = request.raw_input_contents, images * self._image_bytes
-        if raw:
-            if tensor.HasField("contents"):
-                raise InvalidRequest("inputs[0].contents", "came with raw_input_contents; expected one of the two")
-            if len(raw) != 1:
-                raise InvalidRequest("raw_input_contents", f"{len(raw)}; expected one, for {IMAGES!r}")
-            if len(raw[0]) != size:
-                text = f"{len(raw[0])} bytes; expected {self._about_size(images)}"
-                raise InvalidRequest("raw_input_contents[0]", text)
-            return
-        kinds = [field.name for field, _ in tensor.contents.ListFields()]
-        if not kinds:
+        if tensor.HasField("contents"):
+            raise InvalidRequest("inputs[0].contents", "came with raw_input_contents; expected one of the two")
+        if len(raw) != 1:
+            raise InvalidRequest("raw_input_contents", f"{len(raw)}; expected one, for {IMAGES!r}")
+        if len(raw[0]) != size:
+            text = f"{len(raw[0])} bytes; expected {self._about_size(images)}"
+            raise InvalidRequest("raw_input_contents[0]", text)
+
+    def _check_typed(self, typed: TypedContents | None, images: int) -> None:
+        """Check the number and kind of the pixels that came as numbers. Raises InvalidRequest."""
+        size = images * self._image_bytes
+        if typed is None or not typed.kinds:
             raise InvalidRequest("raw_input_contents", f"none; expected one, of {size} bytes, for {IMAGES!r}")
-        for kind in kinds:
+        for kind in typed.kinds:
             if kind != "uint_contents":
                 raise InvalidRequest(f"inputs[0].contents.{kind}", "not for UINT8; expected uint_contents")
-        if (values := len(tensor.contents.uint_contents)) != size:
+        if typed.count != size:
             raise InvalidRequest(
-                "inputs[0].contents.uint_contents", f"{values} values; expected {self._about_size(images)}"
+                "inputs[0].contents.uint_contents", f"{typed.count} values; expected {self._about_size(images)}"
             )
 
     def _classes(self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str) -> int:
@@ -203,17 +242,6 @@ def schedule(request: pb.ModelInferRequest) -> tuple[float | None, bool]:
     urgent = "priority" in parameters and _whole_number(parameters["priority"], 'parameters["priority"]') == 1
     microseconds = "timeout" in parameters and _whole_number(parameters["timeout"], 'parameters["timeout"]')
     return microseconds / 1e6 or None, urgent  # 0 means no timeout, as in Triton
-
-
-def _values(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
-    """Return the pixels that came as numbers. Raises InvalidRequest."""
-    values = tensor.contents.uint_contents
-    try:
-        return bytes(values[:])
-    except ValueError as error:
-        index, value = next((index, value) for index, value in enumerate(values) if value > 255)
-        field = f"inputs[0].contents.uint_contents[{index}]"
-        raise InvalidRequest(field, f"{value}; expected 0 to 255") from error
 
 
 def _refuse_shared_memory(

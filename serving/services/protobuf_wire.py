@@ -7,7 +7,10 @@ from typing import NamedTuple
 from serving.errors import InvalidRequest
 
 #: Wire types.
-VARINT, BYTES, FIXED32 = 0, 2, 5
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+#: The text for a message that is refused before it is parsed.
+TOO_MANY_FIELDS = "more fields than any request that could be answered"
+_MAX_VARINT_SHIFT = 63  # of the bits in the last byte of a number of 64 bits
 
 
 def varint(value: int) -> bytes:
@@ -34,16 +37,28 @@ class Fields(NamedTuple):
     """The fields of a kind of message that ``check_fields`` counts.
 
     messages: the fields that hold messages whose fields count too, by number. packed: the number of a field of numbers,
-    each of which counts; 0 for none. numbers: False if fields of one number do not count, which take little memory.
+    each of which counts; 0 for none. apart: the number of a field that ``split`` cuts out; 0 for none.
     """
 
     messages: "Mapping[int, Fields]" = MappingProxyType({})
     packed: int = 0
-    numbers: bool = True
+    apart: int = 0
 
 
 #: Counts the fields of the message itself.
 FLAT = Fields()
+
+
+class _Cut(NamedTuple):
+    """A field with a content to cut out. The length at ``length_at`` is that of the content, from ``begin`` to ``end``.
+
+    inner: the cuts in the content; none if all of it is cut out.
+    """
+
+    length_at: int
+    begin: int
+    end: int
+    inner: "list[_Cut]"
 
 
 def check_fields(data: bytes, limit: int, fields: Fields = FLAT) -> None:
@@ -53,30 +68,71 @@ def check_fields(data: bytes, limit: int, fields: Fields = FLAT) -> None:
     of a group count as those of its message. Bytes that cannot be read here are left to the parser.
     """
     # A shorter message cannot have so many.
-    if len(data) > limit and _count_fields(data, 0, len(data), limit, fields) < 0:
-        raise InvalidRequest("request", "more fields than any request that could be answered")
+    if len(data) > limit and _count_fields(data, 0, len(data), limit, fields, []) < 0:
+        raise InvalidRequest("request", TOO_MANY_FIELDS)
 
 
-def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields) -> int:
-    """Return the number of fields that are still allowed after those of a message, below 0 for too many."""
+def split(data: bytes, limit: int, fields: Fields) -> tuple[bytes, list[slice]]:
+    """Check a message as ``check_fields`` does. Return it with the fields ``apart`` emptied, and their places in it."""
+    cuts: list[_Cut] = []
+    if _count_fields(data, 0, len(data), limit, fields, cuts) < 0:
+        raise InvalidRequest("request", TOO_MANY_FIELDS)
+    if not cuts:
+        return data, []
+    places: list[slice] = []
+    return _without(data, 0, len(data), cuts, places), places
+
+
+def _without(data: bytes, begin: int, end: int, cuts: list[_Cut], places: list[slice]) -> bytes:
+    """Return the bytes ``begin`` to ``end`` without the contents that are cut out, and add the places of these."""
+    parts: list[bytes] = []
+    for cut in cuts:
+        content = b""
+        if cut.inner:
+            content = _without(data, cut.begin, cut.end, cut.inner, places)
+        else:
+            places.append(slice(cut.begin, cut.end))
+        parts += data[begin : cut.length_at], varint(len(content)), content
+        begin = cut.end
+    parts.append(data[begin:end])
+    return b"".join(parts)
+
+
+def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cuts: list[_Cut]) -> int:
+    """Return the number of fields that are still allowed after those of a message, below 0 for too many.
+
+    Add the cuts for the fields ``apart``.
+    """
+    messages, groups = fields.messages, 0
     while at < end and left >= 0:
         try:
-            key, at = _varint_at(data, at)
-            left -= fields.numbers or key & 7 == BYTES
+            key, at = varint_at(data, at)
+            left -= 1
             match key & 7:
                 case 0:
-                    _, at = _varint_at(data, at)
+                    _, at = varint_at(data, at)
                 case 1:
                     at += 8
                 case 2:
-                    size, at = _varint_at(data, at)
-                    if inner := fields.messages.get(key >> 3):
-                        left = _count_fields(data, at, min(end, at + size), left, inner)
-                    elif key >> 3 == fields.packed:
+                    length_at, number = at, key >> 3
+                    size, at = varint_at(data, at)
+                    if groups:
+                        pass  # the parser skips it
+                    elif number in messages:
+                        inner: list[_Cut] = []
+                        stop = min(end, at + size)
+                        left = _count_fields(data, at, stop, left, messages[number], inner)
+                        if inner:
+                            cuts.append(_Cut(length_at, at, stop, inner))
+                    elif number == fields.packed:
                         left -= size  # a number takes a byte or more
+                    elif number == fields.apart and at + size <= end:
+                        cuts.append(_Cut(length_at, at, at + size, []))
                     at += size
-                case 3 | 4:
-                    pass  # the begin or the end of a group, which the parser skips
+                case 3:
+                    groups += 1
+                case 4:
+                    groups -= 1
                 case 5:
                     at += 4
                 case _:
@@ -86,10 +142,12 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields) -> 
     return left
 
 
-def _varint_at(data: bytes, at: int) -> tuple[int, int]:
-    """Return a whole number, and the position after it. Raises IndexError."""
+def varint_at(data: bytes, at: int) -> tuple[int, int]:
+    """Return a whole number, and the position after it. Raises IndexError if it does not end."""
     value = shift = 0
-    while (byte := data[at]) > 0x7F and shift < 63:
+    while (byte := data[at]) > 0x7F:
+        if shift == _MAX_VARINT_SHIFT:
+            raise IndexError("a number of more than ten bytes")
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
     return value | byte << shift, at + 1

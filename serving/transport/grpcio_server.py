@@ -32,6 +32,7 @@ from serving.transport.sockets import UnixSocket, listen_tcp
 _MAX_RPCS = 16_384  # of all connections together
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
+_READ_BYTES = 2**16  # at once from a connection; by default it may be 4 MiB, whatever the message takes
 _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the requests was the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
@@ -68,6 +69,7 @@ class GrpcioServer:
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
+            ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
             ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
         if limits.idle_seconds:
@@ -323,12 +325,21 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
 def _credentials(tls: TlsContexts) -> grpc.ServerCredentials:
     """Return the credentials of a port. gRPC asks for newer certificates at each handshake."""
+    given = tls.pem()
 
-    def newest() -> Any:
-        chain, key, authorities = tls.pem()
+    def configuration() -> Any:
+        chain, key, authorities = given
         return grpc.ssl_server_certificate_configuration([(key, chain)], authorities or None)
 
-    return grpc.dynamic_ssl_server_credentials(newest(), newest, tls.mutual)
+    def newer() -> Any:
+        nonlocal given
+        newest = tls.pem()
+        if newest == given:
+            return None  # otherwise gRPC would read the certificates again for each handshake
+        given = newest
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), newer, tls.mutual)
 
 
 async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
