@@ -365,6 +365,35 @@ def test_a_stream_does_not_wait_behind_another_client_that_has_more_than_its_sha
     _run(test, max_queue=8)
 
 
+def test_clients_take_turns_while_their_streams_wait_for_room() -> None:
+    async def test(setting: Setting) -> None:
+        first = await setting.occupy()
+        order: list[str] = []
+        answers: list[asyncio.Future[Share]] = []
+
+        async def patient(client: str) -> None:
+            arrays = {"images": _images(1, 1)}
+            await setting.batcher.room_for(arrays, client)
+            answers.append(asyncio.get_running_loop().create_future())
+            setting.batcher.enqueue(arrays, then=settle(answers[-1]), client=client, patient=True)
+            order.append(client)
+
+        full = [await setting.queue(1, 1, 1, 1, client=client) for client in ("many", "few", "many", "few")]
+        waiting = [asyncio.create_task(patient("many")) for _ in range(4)]
+        await asyncio.sleep(0)
+        given_up = asyncio.create_task(patient("few"))
+        waiting += [asyncio.create_task(patient("few")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert not order
+        given_up.cancel()
+        setting.model.go.set()
+        await asyncio.gather(first, *full, *waiting)
+        await asyncio.gather(*answers)
+        assert order == ["many", "few", "many", "few", "many", "many"]
+
+    _run(test, max_queue=16)
+
+
 def test_streams_wait_for_half_the_queue_in_the_order_they_came() -> None:
     async def test(setting: Setting) -> None:
         tasks = [await setting.occupy()]

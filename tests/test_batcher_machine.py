@@ -26,6 +26,7 @@ from serving.runtime import Arrays
 from tests.machines import search
 
 MAX_QUEUE, TIMEOUT_SECONDS, MAX_STEADY_SECONDS = 24, 60.0, 20.0
+CLIENTS = ("a", "b", "c")
 OUTCOMES = ("good", "raises", "not finite", "too few rows")
 
 
@@ -80,10 +81,12 @@ def finite(outputs: Arrays) -> NDArray[np.bool_]:
 
 @dataclass
 class Asked:
-    """A request: its values, and its ends."""
+    """A request: its values, and its ends. patient: it waited for room, so it keeps its place."""
 
     values: NDArray[np.float32]
+    client: str
     deadline: float | None = None
+    patient: bool = False
     ends: list[Ticket] = field(default_factory=list)
     ticket: Ticket | None = None
     refused: Exception | None = None
@@ -97,7 +100,8 @@ class Asked:
         elif self.ticket.state is State.FAILED:
             error = self.ticket.error
             late = isinstance(error, DeadlineUnmeetable) and self.deadline is not None
-            assert late or (isinstance(error, InferenceFailed) and self.faulty)
+            displaced = isinstance(error, QueueFull) and not self.patient
+            assert late or displaced or (isinstance(error, InferenceFailed) and self.faulty)
 
 
 class Requests(RuleBasedStateMachine):
@@ -130,25 +134,27 @@ class Requests(RuleBasedStateMachine):
         self.batcher = self.loop.run_until_complete(make())
 
     @rule(
+        client=st.sampled_from(CLIENTS),
         sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
         urgent=st.booleans(),
         seconds=st.sampled_from((None, None, 0.05, 0.5, 3.0)),
     )
-    def enqueue(self, sizes: list[int], urgent: bool, seconds: float | None) -> None:
+    def enqueue(self, client: str, sizes: list[int], urgent: bool, seconds: float | None) -> None:
         async def push() -> None:
             for size in sizes:
                 deadline = None if seconds is None else self.clock.now + seconds
-                self.push(self.request(size, deadline), urgent)
+                self.push(self.request(client, size, deadline), urgent)
 
         self.loop.run_until_complete(push())
         self.settle()
 
-    @rule(size=st.integers(1, 9))
-    def enqueue_from_a_stream(self, size: int) -> None:
-        asked = self.request(size, None)
+    @rule(client=st.sampled_from(CLIENTS), size=st.integers(1, 9))
+    def enqueue_from_a_stream(self, client: str, size: int) -> None:
+        asked = self.request(client, size, None)
+        asked.patient = True
 
         async def wait() -> None:
-            await self.batcher.room_for({"x": asked.values})
+            await self.batcher.room_for({"x": asked.values}, client)
             self.push(asked, False)
 
         self.streams.append(self.loop.create_task(wait()))
@@ -166,6 +172,13 @@ class Requests(RuleBasedStateMachine):
 
         self.loop.run_until_complete(give_up())
         assert ticket.state is State.GIVEN_UP
+        self.settle()
+
+    @precondition(lambda self: self.waiting_streams())
+    @rule(choice=st.integers(0, 50))
+    def give_up_a_stream(self, choice: int) -> None:
+        waiting = self.waiting_streams()
+        waiting[choice % len(waiting)].cancel()
         self.settle()
 
     @precondition(lambda self: self.runtime.running)
@@ -223,27 +236,36 @@ class Requests(RuleBasedStateMachine):
             self.release(one, "good")
 
         async def wait() -> None:
-            await asyncio.wait_for(asyncio.gather(closing, *self.streams), MAX_STEADY_SECONDS)
+            streams = [stream for stream in self.streams if not stream.cancelled()]
+            await asyncio.wait_for(asyncio.gather(closing, *streams), MAX_STEADY_SECONDS)
             await asyncio.sleep(0)
 
         self.loop.run_until_complete(wait())
         for asked in self.asked:
+            if asked.patient and asked.refused is None and asked.ticket is None:
+                continue  # its stream was given up while it waited for room
             assert (asked.refused is None) != (asked.ticket is None)
             if asked.ticket:
                 asked.check()
+        assert not self.batcher._line
         assert self.batcher.queued == self.batcher.pending == self.batcher._slots._under_way == 0
         assert not self.batcher._slots.busy
 
-    def request(self, size: int, deadline: float | None) -> Asked:
+    def request(self, client: str, size: int, deadline: float | None) -> Asked:
         values = np.arange(self.next_value, self.next_value + size, dtype=np.float32)[:, None]
         self.next_value += size
-        self.asked.append(Asked(values, deadline))
+        self.asked.append(Asked(values, client, deadline))
         return self.asked[-1]
 
     def push(self, asked: Asked, urgent: bool) -> None:
         try:
             asked.ticket = self.batcher.enqueue(
-                {"x": asked.values}, then=asked.ends.append, deadline=asked.deadline, urgent=urgent
+                {"x": asked.values},
+                then=asked.ends.append,
+                deadline=asked.deadline,
+                urgent=urgent,
+                client=asked.client,
+                patient=asked.patient,
             )
         except (QueueFull, DeadlineUnmeetable, Draining) as error:
             asked.refused = error
@@ -253,6 +275,10 @@ class Requests(RuleBasedStateMachine):
     def open(self) -> list[Asked]:
         """Return the requests that were accepted and have not ended."""
         return [one for one in self.asked if one.ticket and not one.ticket.ended]
+
+    def waiting_streams(self) -> list["asyncio.Task[None]"]:
+        """Return the streams that wait for room."""
+        return [stream for stream in self.streams if not stream.done()]
 
     def of(self, ticket: Ticket) -> Asked:
         return next(one for one in self.asked if one.ticket is ticket)

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
 from serving.files.image_headers import DAMAGED, BadImage
 from serving.runtime import Arrays
+from serving.services import decoding
 from serving.services.decoding import Decoder, Decoding, Steps, in_one_step
 from serving.services.encoded_images import RefusedImage
 
@@ -292,3 +294,110 @@ def test_a_decoder_that_is_closed_ends_its_threads_and_what_waits_ends_in_time()
             await tasks[1]
 
     run(test, timeout=0.5)
+
+
+async def _held(decoder: Decoder, client: str = "blocking", size: int = 1) -> tuple[Slow, "asyncio.Task[Arrays]"]:
+    """Occupy a thread with a decoding."""
+    blocking = Slow()
+    task = asyncio.create_task(decoder.decode(blocking.decoding(size), client=client))
+    await asyncio.to_thread(blocking.begun.wait, PATIENCE)
+    return blocking, task
+
+
+def test_a_client_that_fills_the_room_gives_places_to_others() -> None:
+    async def test(decoder: Decoder) -> None:
+        blocking, first = await _held(decoder, "many")
+
+        def ask(client: str, images: int = 3, patient: bool = False) -> "asyncio.Task[Arrays]":
+            one = Slow()
+            one.go.set()
+            return asyncio.create_task(decoder.decode(one.decoding(images=images), patient, client))
+
+        stream = ask("many", patient=True)
+        many = [ask("many") for _ in range(3)]
+        await asyncio.sleep(0)
+        few = ask("few", images=2)
+        with pytest.raises(QueueFull) as caught:
+            await many[2]
+        assert str(caught.value) == (
+            "too many images wait to be decoded, and this client has more than its share of them; try again later"
+        )
+        assert caught.value.retry_after > 0
+        with pytest.raises(QueueFull, match=r"^9 images wait to be decoded, 2 more would pass the limit of 10 "):
+            await ask("many", images=2)
+        few_again = ask("few", images=3)
+        with pytest.raises(QueueFull):
+            await many[1]
+        with pytest.raises(QueueFull, match=r"^9 images wait"):
+            await ask("few", images=2)
+        blocking.go.set()
+        for task in (first, stream, many[0], few, few_again):
+            assert await task == RESULT
+
+    assert run(test, max_images=10) == []
+
+
+def test_clients_take_turns_at_the_threads_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def takes(seconds: float, client: str) -> Decoding:
+        def decode() -> Arrays:
+            order.append(client)
+            clock.now += seconds
+            return RESULT
+
+        return Decoding(in_one_step(decode), 1, "images")
+
+    async def test(decoder: Decoder) -> None:
+        blocking, first = await _held(decoder)
+        tasks = [asyncio.create_task(decoder.decode(takes(2.0, "slow"), client="s")) for _ in range(4)]
+        tasks += [asyncio.create_task(decoder.decode(takes(1.0, "fast"), client="f")) for _ in range(6)]
+        await asyncio.sleep(0)
+        blocking.go.set()
+        await asyncio.gather(first, *tasks)
+
+    run(test)
+    assert order == ["slow", "fast", "fast", "slow", "fast", "fast", "slow", "fast", "fast", "slow"]
+
+
+def test_a_client_whose_decodings_hold_much_memory_leaves_room_to_others() -> None:
+    async def test(decoder: Decoder) -> None:
+        blocking, first = await _held(decoder, "many", size=30)
+        many, few = [Slow() for _ in range(4)], Slow()
+        tasks = [asyncio.create_task(decoder.decode(one.decoding(20), client="many")) for one in many]
+        await asyncio.sleep(0)
+        assert decoder.reserved == 50, "half of the memory"
+        tasks.append(asyncio.create_task(decoder.decode(few.decoding(50), client="few")))
+        await asyncio.sleep(0)
+        assert decoder.reserved == 100
+        blocking.go.set()
+        few.go.set()
+        assert await tasks.pop() == RESULT
+        for one in many:
+            one.go.set()
+        await asyncio.gather(first, *tasks)
+
+    run(test)
+
+
+def test_clients_take_turns_while_they_wait_for_memory() -> None:
+    order: list[str] = []
+
+    def large(client: str) -> Decoding:
+        def decode() -> Arrays:
+            order.append(client)
+            return RESULT
+
+        return Decoding(in_one_step(decode), 60, "images")
+
+    async def test(decoder: Decoder) -> None:
+        blocking, first = await _held(decoder, size=60)
+        tasks = [asyncio.create_task(decoder.decode(large(name), client=name)) for name in "aaabbb"]
+        await asyncio.sleep(0)
+        blocking.go.set()
+        await asyncio.gather(first, *tasks)
+
+    run(test, threads=4)
+    assert "".join(order) == "ababab"

@@ -1,6 +1,7 @@
 """Tests of the rule that makes batches, without threads, clock or deadlines."""
 
 import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_clients_take_turns_by_rows() -> None:
     queue = _queue(*many, *few)
     taken = [ticket for ticket, _, _ in _take(queue, 20)]
     assert taken == [many[0], few[0], few[1], many[1], few[2], many[2], many[3]]
-    assert (queue.rows, len(queue), queue.rows_of("many"), queue.clients_with("few")) == (0, 0, 0, 1)
+    assert (queue.rows, len(queue), queue.shares["many"], queue.shares.clients_with("few")) == (0, 0, 0, 1)
 
 
 def test_a_client_that_comes_later_has_the_next_turn_and_no_more_for_its_wait() -> None:
@@ -84,7 +85,7 @@ def test_a_client_with_one_large_request_after_the_other_gets_no_more_than_its_t
     for _ in range(6):
         for ticket, start, stop in _take(queue, 4):
             rows[str(ticket.client)] += stop - start
-        if not queue.rows_of("large"):
+        if not queue.shares["large"]:
             queue.push(_ticket(4, client="large"))
     assert rows == {"large": 12, "small": 12}
 
@@ -99,12 +100,83 @@ def test_the_parts_of_a_large_request_alternate_with_another_client() -> None:
     assert queue.rows == 0
 
 
+def _serve(queue: TicketQueue, batches: int, size: int, refill: Callable[[str], list[Ticket]]) -> dict[str, int]:
+    """Take batches of this size, and call ``refill`` before each for both clients. Return the rows that each got."""
+    rows = {"greedy": 0, "modest": 0}
+    for _ in range(batches):
+        for client in rows:
+            for ticket in refill(client):
+                queue.push(ticket)
+        for ticket, start, stop in _take(queue, size):
+            rows[str(ticket.client)] += stop - start
+    return rows
+
+
+@pytest.mark.parametrize("urgent", [(True,), (True, False)], ids=["only urgent ones", "urgent ones and others"])
+def test_urgent_requests_get_a_client_no_more_than_its_turns(urgent: tuple[bool, ...]) -> None:
+    queue = _queue()
+
+    def refill(client: str) -> list[Ticket]:
+        own = urgent if client == "greedy" else (False,)
+        return [_ticket(1, urgent=one, client=client) for one in own for _ in range(4)]
+
+    assert _serve(queue, 10, 4, refill) == {"greedy": 20, "modest": 20}
+
+
+def test_an_urgent_request_goes_ahead_of_those_of_clients_with_the_same_turn() -> None:
+    others = [_ticket(1, number / 10, client=f"client {number}") for number in range(3)]
+    late, urgent = _ticket(1, 0.9, client="late"), _ticket(1, 0.95, urgent=True, client="late")
+    assert [ticket for ticket, _, _ in _take(_queue(*others, late, urgent), 9)] == [urgent, *others, late]
+
+
+def test_an_urgent_request_does_not_overtake_another_client_that_has_waited_for_longer_than_the_ageing() -> None:
+    early, later = _ticket(1, 0.0, client="early"), _ticket(1, 0.2, client="later")
+    urgent = _ticket(1, 1.1, urgent=True, client="urgent")
+    assert [ticket for ticket, _, _ in _take(_queue(early, later, urgent), 9)] == [early, urgent, later]
+
+
+def test_a_client_that_cancels_and_sends_again_keeps_its_debt_of_turns() -> None:
+    queue = _queue()
+    waiting: list[Ticket] = []
+
+    def refill(client: str) -> list[Ticket]:
+        if client == "modest":
+            return [_ticket(1, client=client) for _ in range(4)]
+        for ticket in waiting:
+            queue.remove(ticket)
+        waiting[:] = [_ticket(4, client=client), _ticket(1, client=client)]
+        return waiting
+
+    assert _serve(queue, 10, 4, refill) == {"greedy": 20, "modest": 20}
+
+
+def test_a_client_that_loses_its_place_keeps_its_debt_of_turns() -> None:
+    large = [_ticket(4, client="greedy") for _ in range(2)]
+    modest = [_ticket(1, client="modest") for _ in range(3)]
+    queue = _queue(*large, *modest)
+    assert _take(queue, 4) == [(large[0], 0, 4)]
+    assert queue.displace(4) == [large[1]]
+    queue.push(again := _ticket(4, client="greedy"))
+    assert [ticket for ticket, _, _ in _take(queue, 20)] == [*modest, again]
+
+
+def test_a_client_keeps_its_debt_of_turns_while_nobody_waits() -> None:
+    first = _ticket(4, client="greedy")
+    queue = _queue(first)
+    assert _take(queue, 9) == [(first, 0, 4)]
+    greedy = [_ticket(4, client="greedy") for _ in range(2)]
+    modest = [_ticket(1, client="modest") for _ in range(6)]
+    for ticket in (*greedy, *modest):
+        queue.push(ticket)
+    assert [ticket for ticket, _, _ in _take(queue, 20)] == [*modest[:4], greedy[0], *modest[4:], greedy[1]]
+
+
 def test_the_newest_requests_of_the_largest_client_are_displaced() -> None:
     many = [_ticket(2, client="many") for _ in range(4)]
     some = [_ticket(2, client="some") for _ in range(2)]
     queue = _queue(*many, *some)
     assert queue.displace(3) == [many[3], many[2]]
-    assert (queue.rows, len(queue), queue.rows_of("many")) == (8, 4, 4)
+    assert (queue.rows, len(queue), queue.shares["many"]) == (8, 4, 4)
     assert [ticket for ticket, _, _ in _take(queue, 20)] == [many[0], some[0], many[1], some[1]]
 
 
@@ -124,9 +196,9 @@ def test_requests_that_waited_for_room_or_have_begun_are_not_displaced() -> None
 def test_an_urgent_request_goes_ahead_of_the_others() -> None:
     other, urgent = _ticket(1, 0.0), _ticket(1, 0.9, urgent=True)
     queue = _queue(other, urgent)
-    assert queue.urgent_rows == 1
+    assert queue.urgent.total == 1
     assert [part[0] for part in _take(queue, 2)] == [urgent, other]
-    assert queue.urgent_rows == 0
+    assert queue.urgent.total == 0
 
 
 def test_an_urgent_request_does_not_overtake_one_that_came_earlier_by_more_than_the_ageing() -> None:
@@ -155,9 +227,9 @@ def test_only_the_rows_in_no_batch_count_when_a_request_is_removed() -> None:
     ticket = _ticket(5, urgent=True)
     queue = _queue(ticket)
     _take(queue, 2)
-    assert queue.urgent_rows == 3
+    assert queue.urgent.total == 3
     assert queue.remove(ticket) == 3
-    assert (queue.rows, queue.urgent_rows) == (0, 0)
+    assert (queue.rows, queue.urgent.total) == (0, 0)
 
 
 def test_requests_dropped_on_the_way_take_no_room() -> None:

@@ -202,6 +202,25 @@ def test_an_error_of_any_step_is_its_answer_and_counted(
     assert (statistics.success.count, statistics.fail.count, statistics.failures[reason]) == (0, 1, 1)
 
 
+def test_slow_requests_of_a_client_give_places_to_those_of_another() -> None:
+    async def test(model: FakeModel) -> None:
+        queries = [NumberQuery(1, slow=True) for _ in range(65)]
+        replies = [Note() for _ in queries]
+        replies[-1].client = "somebody else"
+        for query, reply in zip(queries, replies, strict=True):
+            request(model, query, reply).begin()
+            await asyncio.sleep(0)
+        displaced = await replies[-2].wait()
+        assert isinstance(displaced, QueueFull) and "this client has more than its share" in str(displaced)
+        assert [bool(reply.told) for reply in replies] == [False] * 63 + [True, False]
+        for query in queries:
+            query.decoding.set()
+        assert await replies[-1].wait() == b"2"
+        await asyncio.gather(*(reply.wait() for reply in replies))
+
+    run(test)
+
+
 def test_a_graph_that_is_not_there_is_no_use_of_the_model() -> None:
     async def test(model: FakeModel) -> None:
         with pytest.raises(UnknownModel):

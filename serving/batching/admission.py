@@ -37,13 +37,13 @@ class BatchPolicy:
 class Load(NamedTuple):
     """The work before a new request at one moment.
 
-    rows: the waiting rows that are computed before it. urgent_rows: those of urgent requests.
+    rows: the waiting rows. ahead: those that are computed before it.
     free_in: the expected seconds until a slot is free.
     outdated: True if nothing was computed lately, so that the cost of a batch may have changed.
     """
 
     rows: int
-    urgent_rows: int
+    ahead: int
     free_in: float
     outdated: bool
 
@@ -68,13 +68,13 @@ class Admission:
                 self._seconds(waiting),
             )
 
-    def check_deadline(self, rows: int, left: float, urgent: bool, load: Load) -> None:
+    def check_deadline(self, rows: int, left: float, load: Load) -> None:
         """Raise DeadlineUnmeetable if a request of ``rows`` rows may take longer than ``left`` seconds.
 
         With an outdated load no request is refused: only a new batch shows the present cost.
         """
         if not load.outdated:
-            needed = self._needed(rows, urgent, load)
+            needed = self._needed(rows, load)
             if needed > left:
                 raise _unmeetable(needed, left)
 
@@ -93,14 +93,14 @@ class Admission:
             "the queue is full, and this client has more than its share of it; try again later", self._seconds(waiting)
         )
 
-    def hopeless(self, left: float, urgent: bool, expected: int, load: Load) -> DeadlineUnmeetable | None:
+    def hopeless(self, left: float, expected: int, load: Load) -> DeadlineUnmeetable | None:
         """Return the error that a request of one row gets for its deadline, or None. Its numbers are rounded too.
 
-        expected: requests that will be queued before it. They count as not urgent.
+        expected: requests that will be queued and computed before it.
         """
         if load.outdated:
             return None
-        needed = self._needed(1, urgent, load, 0 if urgent else expected)
+        needed = self._needed(1, load, expected)
         return self._hopeless(_hundredths(needed)) if needed > left else None
 
     def expiry(self, rows: int, left: float, batch: int) -> DeadlineUnmeetable | None:
@@ -114,15 +114,15 @@ class Admission:
         needed = _upper_estimate(needed)
         return _unmeetable(needed, left) if needed > left else None
 
-    def _needed(self, rows: int, urgent: bool, load: Load, expected: int = 0) -> float:
+    def _needed(self, rows: int, load: Load, expected: int = 0) -> float:
         """Return an upper estimate of the seconds until the answer of a request that arrives now.
 
         rows: its rows. expected: rows that will be queued and computed before it.
         """
         waiting = load.rows + expected
         batch = max(rows, min(waiting + rows, self._policy.max_batch))  # a shared batch, or several batches of its own
-        ahead = (load.urgent_rows if urgent else load.rows) + expected
-        return _upper_estimate(load.free_in + _QUEUE_MARGIN * self._seconds(ahead) + self._seconds(batch))
+        before = self._seconds(load.ahead + expected)
+        return _upper_estimate(load.free_in + _QUEUE_MARGIN * before + self._seconds(batch))
 
     def _seconds(self, rows: int) -> float:
         """Return the seconds that ``rows`` rows take if all slots compute."""

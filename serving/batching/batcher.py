@@ -11,6 +11,7 @@ from serving.batching.cost import BatchCost
 from serving.batching.queue import Part
 from serving.batching.slots import Computed, Late, Slots
 from serving.batching.ticket import Share, Ticket
+from serving.batching.turns import Turns
 from serving.errors import DeadlineUnmeetable, Draining, InferenceFailed, QueueFull
 from serving.metrics.registry import ModelMetrics
 from serving.runtime import Arrays, Run, rows
@@ -37,7 +38,7 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._closing = False
         self._dispatching = False
-        self._turn = asyncio.Lock()  # held by the caller whose turn it is to wait for room in the queue
+        self._line: Turns[asyncio.Event] = Turns()  # the callers that wait for room in the queue
         self._progress = asyncio.Event()  # set when a request has left the queue or ended
         self._watchdog: asyncio.TimerHandle | None = None
         self._slots = Slots(slots, policy, cost, self._compute, self._deliver)
@@ -86,22 +87,34 @@ class Batcher:
         return ticket
 
     async def room_for(self, arrays: Arrays, client: Hashable = "") -> None:
-        """Wait until half of the queue stays free with these inputs, or the queue is empty. First come, first served.
+        """Wait until half of the queue stays free with these inputs, or the queue is empty. Clients take turns by rows.
 
         A client that has less than its share of this half does not wait. Streams call it, and ``enqueue`` at once after
         it. They can be read more slowly, so they leave half of the queue to calls that cannot wait.
         """
-        size, room = rows(arrays), self._policy.max_queue // 2
-        if self._slots.within_share(client, size, room):
+        size = rows(arrays)
+        if self._slots.within_share(client, size, self._policy.max_queue // 2):
             return
-        async with self._turn:
-            self._slots.room_wanted = True
-            try:
-                while self.queued and self.queued + size > room and not self._slots.within_share(client, size, room):
-                    self._progress.clear()
-                    await self._progress.wait()
-            finally:
-                self._slots.room_wanted = False
+        woken = asyncio.Event()
+        self._line.push(client, woken)
+        self._slots.room_wanted = True
+        try:
+            while self._line.first() is not woken or not self._has_room(client, size):
+                woken.clear()
+                await woken.wait()
+            self._line.give(size, done=True)
+        finally:
+            self._line.remove(client, woken)
+            self._slots.room_wanted = bool(self._line)
+            self._wake_line()  # its task goes on after this one has called ``enqueue``
+
+    def _has_room(self, client: Hashable, size: int) -> bool:
+        room = self._policy.max_queue // 2
+        return not self.queued or self.queued + size <= room or self._slots.within_share(client, size, room)
+
+    def _wake_line(self) -> None:
+        if woken := self._line.first():
+            woken.set()
 
     def refusal(
         self, left: float | None, urgent: bool, expected: int, client: Hashable = ""
@@ -117,7 +130,7 @@ class Batcher:
         if not ticket.ended:
             self._metrics.cancelled.inc(self._slots.remove(ticket))
             ticket.give_up()
-            self._progress.set()
+            self._note_progress()
 
     async def close(self) -> None:
         """Refuse new requests from now on, and return once the queued requests are answered."""
@@ -154,7 +167,7 @@ class Batcher:
             self._note_waiting(batch)
             for part in batch.parts:
                 self._refuse(part.ticket)
-            self._progress.set()
+            self._note_progress()
         if hung:
             self._slots.wake()
         seconds = self._slots.look_again_in(time.monotonic())
@@ -172,7 +185,7 @@ class Batcher:
         finally:
             if computed:
                 self._slots.dealt_with()
-            self._progress.set()
+            self._note_progress()
 
     def _conclude(self, batch: Batch, outcome: Outcome) -> None:
         outputs, size = outcome.outputs, batch.rows
@@ -204,6 +217,11 @@ class Batcher:
         except Exception:  # such as MemoryError
             _logger.exception("the outputs of a request could not be joined")
             self._refuse(ticket)
+
+    def _note_progress(self) -> None:
+        """Wake those who wait for room, or for the end, after a request has left the queue or ended."""
+        self._progress.set()
+        self._wake_line()
 
     def _note_waiting(self, batch: Batch) -> None:
         """Record the waiting time of each request whose first row is in this batch."""

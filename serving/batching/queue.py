@@ -3,17 +3,13 @@
 The rule uses no deadlines, threads, clocks or metrics.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from heapq import heappop, heappush, heapreplace
+from collections.abc import Callable, Hashable
 from math import ceil
 from typing import NamedTuple
 
 from serving.batching.ticket import Ticket
+from serving.batching.turns import Shares, Turns
 from serving.runtime import Arrays
-
-# Ends of turns that are kept before those are dropped that the present turn has passed.
-_MAX_ENDED = 1024
 
 
 class Part(NamedTuple):
@@ -25,132 +21,46 @@ class Part(NamedTuple):
     stop: int
 
 
-class _Waiting:
-    """The waiting requests of a client in one lane."""
-
-    __slots__ = ("client", "tickets")
-
-    def __init__(self, client: Hashable) -> None:
-        self.client = client
-        self.tickets: OrderedDict[Ticket, None] = OrderedDict()
-
-
-class _Lane:
-    """Waiting requests. Their clients take turns by rows, and the requests of one client keep their order.
-
-    Start-time fair queueing (Goyal, Vin and Cheng, 1996): a client's turn moves on by the rows that it gets, and the
-    client with the earliest turn is next. A client that did not wait begins at the turn of the present client, or at
-    the end of its own last turn if that is later.
-    """
-
-    def __init__(self) -> None:
-        self._clients: dict[Hashable, _Waiting] = {}
-        # A heap of turns, in rows. The number orders equal turns. Clients without requests stay in it for a while,
-        # at most until the lane is empty.
-        self._turns: list[tuple[int, int, _Waiting]] = []
-        self._now = 0
-        self._number = 0
-        self._ended: dict[Hashable, int] = {}  # the ends of the last turns of clients that do not wait
-
-    def push(self, ticket: Ticket) -> None:
-        waiting = self._clients.get(ticket.client)
-        if waiting is None:
-            waiting = self._clients[ticket.client] = _Waiting(ticket.client)
-            self._number += 1
-            turn = max(self._now, self._ended.pop(ticket.client, 0))
-            heappush(self._turns, (turn, self._number, waiting))
-        waiting.tickets[ticket] = None
-
-    def first(self) -> Ticket | None:
-        """Return the next request."""
-        while self._turns:
-            waiting = self._turns[0][2]
-            if waiting.tickets:
-                return next(iter(waiting.tickets))
-            heappop(self._turns)
-        return None
-
-    def give(self, rows: int, all_rows: bool) -> None:
-        """Note that the next request gets rows in a batch. all_rows: they are its last ones, so it is removed."""
-        self._now, _, waiting = self._turns[0]
-        if all_rows:
-            waiting.tickets.popitem(last=False)
-            if not waiting.tickets:
-                heappop(self._turns)
-                self._forget(waiting.client, self._now + rows)
-                return
-        self._number += 1
-        heapreplace(self._turns, (self._now + rows, self._number, waiting))
-
-    def remove(self, ticket: Ticket) -> bool:
-        """Remove a request, and return True if it was there."""
-        waiting = self._clients.get(ticket.client)
-        if waiting is None or ticket not in waiting.tickets:
-            return False
-        del waiting.tickets[ticket]
-        if not waiting.tickets:
-            self._forget(ticket.client, self._now)
-        return True
-
-    def _forget(self, client: Hashable, turn: int) -> None:
-        """Forget a client that does not wait any longer, but not the end of its turn while others wait."""
-        del self._clients[client]
-        if not self._clients:  # a client's next turn would begin before those that are left, so they would stay
-            self._turns.clear()
-            self._ended.clear()
-        elif turn > self._now:
-            self._ended[client] = turn
-            if len(self._ended) > _MAX_ENDED:
-                self._ended = {one: end for one, end in self._ended.items() if end > self._now}
-
-    def newest(self, client: Hashable) -> Iterator[Ticket]:
-        """Yield the requests of a client, the newest first."""
-        if waiting := self._clients.get(client):
-            yield from reversed(waiting.tickets)
-
-
 class TicketQueue:
-    """The waiting requests in two lanes, urgent and other ones. In each of them the clients take turns.
+    """The waiting requests. Clients take turns by rows.
 
-    ageing: an urgent request overtakes requests that came at most this many seconds before it.
+    ageing: an urgent request overtakes requests that came at most this many seconds before it: those of its own client,
+    and those of clients with the same turn.
     """
 
     def __init__(self, ageing: float) -> None:
         self._ageing = ageing
-        self._urgent = _Lane()
-        self._others = _Lane()
-        self._count = 0
-        self._rows_of: dict[Hashable, int] = {}
-        #: The rows that wait, and the waiting rows of urgent requests.
-        self.rows = 0
-        self.urgent_rows = 0
+        self._turns: Turns[Ticket] = Turns()
+        #: The waiting rows of the clients, and those of urgent requests.
+        self.shares = Shares()
+        self.urgent = Shares()
 
     def __len__(self) -> int:
         """Return the number of requests that wait."""
-        return self._count
+        return len(self._turns)
 
-    def rows_of(self, client: Hashable) -> int:
-        """Return the number of waiting rows of a client."""
-        return self._rows_of.get(client, 0)
-
-    def clients_with(self, client: Hashable) -> int:
-        """Return the number of clients that wait, this one included."""
-        return len(self._rows_of) + (client not in self._rows_of)
+    @property
+    def rows(self) -> int:
+        """Return the number of rows that wait."""
+        return self.shares.total
 
     def push(self, ticket: Ticket) -> None:
         """Add a request."""
-        self._lane(ticket).push(ticket)
-        self._count += 1
-        self._add(ticket, ticket.left)
+        client, urgent, queued_at = ticket.client, ticket.urgent, ticket.queued_at
+        self._turns.push(client, ticket, queued_at - self._ageing if urgent else queued_at, urgent)
+        self.shares.add(client, ticket.size)
+        if urgent:
+            self.urgent.add(client, ticket.size)
 
     def remove(self, ticket: Ticket) -> int:
         """Remove a request and return the number of its waiting rows, or 0 if it does not wait."""
-        if not self._lane(ticket).remove(ticket):
+        if not self._turns.remove(ticket.client, ticket):
             return 0
-        self._count -= 1
         left = ticket.left
         ticket.taken = ticket.size
-        self._add(ticket, -left)
+        self.shares.add(ticket.client, -left)
+        if ticket.urgent:
+            self.urgent.add(ticket.client, -left)
         return left
 
     def displace(self, rows: int) -> list[Ticket]:
@@ -158,25 +68,22 @@ class TicketQueue:
 
         Requests that waited for room, or that are in a batch already, stay. Returns nothing if the others do not do.
         """
-        chosen: list[Ticket] = []
-        for client in sorted(self._rows_of, key=self._rows_of.__getitem__, reverse=True):
-            for lane in (self._others, self._urgent):
-                for ticket in lane.newest(client):
-                    if not ticket.patient and not ticket.taken:
-                        chosen.append(ticket)
-                        rows -= ticket.size
-                        if rows <= 0:
-                            for one in chosen:
-                                self.remove(one)
-                            return chosen
-        return []
 
-    def first(self) -> Ticket | None:
-        """Return the next request: the first urgent one, unless another one has waited for too long."""
-        urgent, other = self._urgent.first(), self._others.first()
-        if urgent and not (other and other.queued_at + self._ageing < urgent.queued_at):
-            return urgent
-        return other
+        def size(ticket: Ticket) -> int:
+            return 0 if ticket.patient or ticket.taken else ticket.size
+
+        chosen = self.shares.displaced(rows, [self._turns], size)
+        for ticket in chosen:
+            self.remove(ticket)
+        return chosen
+
+    def ahead(self, client: Hashable, rows: int, urgent: bool, limit: int) -> int:
+        """Return the waiting rows that are computed before a new request of ``rows`` rows, in batches of ``limit``."""
+        total = self.shares[client]
+        own = self.urgent[client] if urgent else total
+        # While a client gets its rows, each of the others gets as many, and one of them a whole batch at a time.
+        turns = self.shares.clients_with(client) * (own + rows) + limit
+        return min(self.rows - total + own, turns)
 
     def take(self, room: int, limit: int, drops: Callable[[Ticket], bool]) -> list[Part]:
         """Take about ``room`` rows in turn, and at most ``limit``. A request is split only if it exceeds the limit.
@@ -184,7 +91,8 @@ class TicketQueue:
         drops: called with each next request. If it returns True, it has removed the request.
         """
         batch: list[Part] = []
-        while room > 0 and (ticket := self.first()):
+        turns = self._turns
+        while room > 0 and (ticket := turns.first()):
             if drops(ticket):
                 continue
             taken = ticket.taken
@@ -192,25 +100,13 @@ class TicketQueue:
             count = left if left <= limit else min(room, left)
             batch.append(Part(ticket, ticket.arrays, taken, taken + count))
             ticket.taken = taken + count
-            self._lane(ticket).give(count, count == left)
-            self._count -= count == left
-            self._add(ticket, -count)
+            turns.give(count, count == left)
+            self.shares.add(ticket.client, -count)
+            if ticket.urgent:
+                self.urgent.add(ticket.client, -count)
             room -= count
             limit -= count
         return batch
-
-    def _lane(self, ticket: Ticket) -> _Lane:
-        return self._urgent if ticket.urgent else self._others
-
-    def _add(self, ticket: Ticket, rows: int) -> None:
-        self.rows += rows
-        if ticket.urgent:
-            self.urgent_rows += rows
-        total = self._rows_of.get(ticket.client, 0) + rows
-        if total:
-            self._rows_of[ticket.client] = total
-        else:
-            self._rows_of.pop(ticket.client, None)
 
 
 def batch_room(waiting: int, crowd: float, slots: int, good_batch: int, limit: int) -> int:

@@ -163,8 +163,8 @@ class Slots:
             if excess > 0 and not self.within_share(ticket.client, size, self._policy.max_queue):
                 self._admission.check_room(size, self._queue.rows)
             if ticket.deadline is not None:
-                load = self._load(now, ticket.client, size)
-                self._admission.check_deadline(size, ticket.deadline - now, ticket.urgent, load)
+                load = self._load(now, ticket.client, size, ticket.urgent)
+                self._admission.check_deadline(size, ticket.deadline - now, load)
             if excess > 0:
                 displaced = self._queue.displace(excess)
                 self._admission.check_room(size, self._queue.rows)
@@ -177,7 +177,7 @@ class Slots:
 
         The clients that wait have equal shares.
         """
-        return self._queue.rows_of(client) + rows <= room // self._queue.clients_with(client)
+        return self._queue.shares.allow(client, rows, room)
 
     def refusal(
         self, left: float | None, urgent: bool, expected: int, client: Hashable
@@ -191,7 +191,8 @@ class Slots:
             return full
         if left is None:
             return None
-        return self._admission.hopeless(left, urgent, expected, self._load(time.monotonic(), client, 1))
+        load = self._load(time.monotonic(), client, 1, urgent)
+        return self._admission.hopeless(left, 0 if urgent else expected, load)
 
     def remove(self, ticket: Ticket) -> int:
         """Remove a request from the queue and return the number of its waiting rows."""
@@ -247,13 +248,11 @@ class Slots:
             for slot in self._slots:
                 slot.close()
 
-    def _load(self, now: float, client: Hashable, size: int) -> Load:
+    def _load(self, now: float, client: Hashable, size: int, urgent: bool) -> Load:
         """Return the present load for a request of ``size`` rows."""
         queue, free_at = self._queue, min([slot.free_at for slot in self._slots])
-        # While a client gets its rows, each of the others gets as many, and one of them a whole batch at a time.
-        turns = queue.clients_with(client) * (queue.rows_of(client) + size) + self._policy.max_batch
-        ahead = min(queue.rows, turns)
-        return Load(ahead, min(queue.urgent_rows, ahead), max(0.0, free_at - now), self._outdated(now))
+        ahead = queue.ahead(client, size, urgent, self._policy.max_batch)
+        return Load(queue.rows, ahead, max(0.0, free_at - now), self._outdated(now))
 
     def _outdated(self, now: float) -> bool:
         """Return True if nothing was computed lately, so that the cost of a batch may have changed."""

@@ -1,12 +1,13 @@
-"""The threads that decode images: few, in turns for each request, within a budget of memory and a limit of time."""
+"""The threads that decode images: few, in turns for each client, within a budget of memory and a limit of time."""
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from traceback import clear_frames
 from typing import NamedTuple
 
+from serving.batching.turns import Shares, Turns
 from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
 from serving.files.image_headers import MEMORY, TIMEOUT
 from serving.runtime import Arrays
@@ -15,6 +16,7 @@ from serving.services.encoded_images import RefusedImage
 # Time after which a request's next images wait for the turns of the other requests: some twenty small images.
 _TURN_SECONDS = 0.004
 _RETRY_SECONDS = 0.5  # after which there may be room for a refused request
+_DISPLACED = "too many images wait to be decoded, and this client has more than its share of them; try again later"
 
 #: Yields after each image, and returns the arrays.
 Steps = Generator[None, None, Arrays]
@@ -39,62 +41,75 @@ def in_one_step(decode: Callable[[], Arrays]) -> Steps:
 
 
 class _Job:
-    """A decoding that waits for memory or for its next turn, or has a thread."""
+    """A decoding that waits for memory or for its next turn, or has a thread.
 
-    __slots__ = ("bytes", "given_up", "outcome", "steps")
+    counted: its images while they count towards the limit of all that wait.
+    """
 
-    def __init__(self, decoding: Decoding, outcome: "asyncio.Future[Arrays]") -> None:
+    __slots__ = ("bytes", "client", "counted", "given_up", "outcome", "over", "seconds", "started", "steps")
+
+    def __init__(self, decoding: Decoding, outcome: "asyncio.Future[Arrays]", client: Hashable, counted: int) -> None:
         self.steps = decoding.steps
         self.bytes = decoding.bytes
         #: None once nobody waits for it: an error in it refers to the job by its traceback.
         self.outcome: asyncio.Future[Arrays] | None = outcome
+        self.client = client
+        self.counted = counted
+        #: True from its first turn on.
+        self.started = False
+        #: The seconds of its last turn.
+        self.seconds = 0.0
         #: True if nobody waits for the outcome.
         self.given_up = False
+        #: True after its last turn.
+        self.over = False
 
 
 class Decoder:
     """A pool of threads for decodings. Only the event loop's thread may use it.
 
-    A decoding begins when its memory is reserved, in the order of arrival. Then the decodings get the threads in turn,
-    so a request of many images does not hold up those of few.
+    A decoding begins when its memory is reserved. Clients take turns by bytes. Then they take turns by the time that
+    they have threads, and so do the decodings of one client, so a request of many images does not hold up those of few.
 
-    max_bytes: the most memory of all decodings. timeout: seconds after which a decoding is given up. max_images: the
-    most images of all decodings that are not patient, except one that is alone. refused: called with the cause of each
-    refusal, one of ``IMAGE_CAUSES``.
+    max_bytes: the most memory of all decodings. A client with half of it begins another decoding only if a thread would
+    be idle otherwise. timeout: seconds after which a decoding is given up. max_images: the most images of all decodings
+    that are not patient, except one that is alone. refused: called with the cause of each refusal, one of
+    ``IMAGE_CAUSES``.
     """
 
     def __init__(
         self, threads: int, max_bytes: int, timeout: float, max_images: int, refused: Callable[[str], object]
     ) -> None:
         self._executor = ThreadPoolExecutor(threads, "decode")
-        self._free = threads
+        self._threads = self._free = threads
         self._closed = False
         self._max_bytes = max_bytes
         self._timeout = timeout
         self._max_images = max_images
-        self._images = 0  # of the decodings that have not ended and are not patient
+        self._images = Shares()  # of the decodings that have not ended and are not patient
         self._refused = refused
-        # The first one is the next.
-        self._waiting: dict[_Job, None] = {}  # for memory
-        self._begun: dict[_Job, None] = {}  # for their next turns
-        #: The memory that decodings have reserved, in bytes.
-        self.reserved = 0
+        self._waiting: Turns[_Job] = Turns()  # for memory
+        self._begun: Turns[_Job] = Turns()  # for threads
+        self._reserved = Shares()
+        self._holders = 0  # decodings that have reserved their memory
         #: The number of decodings that have not ended.
         self.under_way = 0
 
-    async def decode(self, decoding: Decoding, patient: bool = False) -> Arrays:
+    @property
+    def reserved(self) -> int:
+        """Return the memory that decodings have reserved, in bytes."""
+        return self._reserved.total
+
+    async def decode(self, decoding: Decoding, patient: bool = False, client: Hashable = "") -> Arrays:
         """Return the arrays of a decoding. If the caller is cancelled, a thread stops after its image.
 
-        patient: True for a stream, which decodes one request at a time and waits instead of being refused. Raises
-        QueueFull, InvalidRequest if the decoding needs more memory than there is, DecodingTooSlow, and the errors of
-        its steps.
+        patient: True for a stream, which decodes one request at a time and waits instead of being refused.
+        client: if too many images wait, a client that has less than its share takes the places of the newest decodings
+            of the client that has most, unless a thread has begun with them.
+
+        Raises QueueFull, InvalidRequest if the decoding needs more memory than there is, DecodingTooSlow, and the
+        errors of its steps.
         """
-        if not patient and self._images and self._images + decoding.images > self._max_images:
-            raise QueueFull(
-                f"{self._images} images wait to be decoded, {decoding.images} more would pass the limit of "
-                f"{self._max_images} (max_queue); try again later",
-                _RETRY_SECONDS,
-            )
         if decoding.bytes > self._max_bytes:
             self._refused(MEMORY)
             raise InvalidRequest(
@@ -102,15 +117,16 @@ class Decoder:
                 f"decoding takes {decoding.bytes} bytes of memory; the limit is {self._max_bytes} bytes "
                 "(max_image_memory)",
             )
+        if not patient:
+            self._make_room(client, decoding.images)
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Arrays] = loop.create_future()
-        job = _Job(decoding, outcome)
+        job = _Job(decoding, outcome, client, 0 if patient else decoding.images)
         text = f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)"
         timer = loop.call_later(self._timeout, _expire, job, text)
         self.under_way += 1
-        counted = 0 if patient else decoding.images
-        self._images += counted
-        self._waiting[job] = None
+        self._images.add(client, job.counted)
+        self._waiting.push(client, job)
         self._go_on()
         try:
             return await outcome
@@ -124,57 +140,90 @@ class Decoder:
             timer.cancel()
             job.outcome = None
             self.under_way -= 1
-            self._images -= counted
-            self._give_up(job)
+            self._uncount(job)
+            if not job.over:
+                self._give_up(job)
             # An error knows this frame by its traceback, and these know the error: the cycle would keep the request.
             del outcome, timer, job, decoding
-            self._go_on()
 
     def close(self) -> None:
         """End the threads. A decoding that still waits ends with its timeout or its caller."""
         self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 
+    def _make_room(self, client: Hashable, images: int) -> None:
+        """Make room for a client's images, or raise QueueFull."""
+        waiting = self._images.total
+        if not waiting or waiting + images <= self._max_images:
+            return
+        displaced: list[_Job] = []
+        if self._images.allow(client, images, self._max_images):
+            queues = (self._waiting, self._begun)
+            excess = waiting + images - self._max_images
+            displaced = self._images.displaced(excess, queues, lambda job: 0 if job.started else job.counted)
+        if not displaced:
+            raise QueueFull(
+                f"{waiting} images wait to be decoded, {images} more would pass the limit of {self._max_images} "
+                "(max_queue); try again later",
+                _RETRY_SECONDS,
+            )
+        for job in displaced:
+            self._uncount(job)
+            self._give_up(job)
+            _fail(job, QueueFull(_DISPLACED, _RETRY_SECONDS))
+
     def _go_on(self) -> None:
         """Reserve memory for the next decodings, and give the free threads to the next turns."""
-        while self._waiting and self.reserved + (job := next(iter(self._waiting))).bytes <= self._max_bytes:
-            del self._waiting[job]
-            self.reserved += job.bytes
-            self._begun[job] = None
-        while self._free and self._begun and not self._closed:
-            job = next(iter(self._begun))
-            del self._begun[job]
-            self._take_turn(job)
+        while (job := self._waiting.first()) and self._has_memory(job):
+            self._waiting.give(job.bytes, done=True)
+            self._reserved.add(job.client, job.bytes)
+            self._holders += 1
+            self._begun.push(job.client, job)
+        while self._free and not self._closed and (job := self._begun.first()):
+            self._take_turn(job, self._begun.give(0, done=True))
 
-    def _take_turn(self, job: _Job) -> None:
+    def _has_memory(self, job: _Job) -> bool:
+        if self._reserved.total + job.bytes > self._max_bytes:
+            return False
+        return self._holders < self._threads or self._reserved[job.client] + job.bytes <= self._max_bytes // 2
+
+    def _take_turn(self, job: _Job, turn: float) -> None:
         self._free -= 1
+        job.started = True
 
-        def ended(turn: "asyncio.Future[Arrays | None]") -> None:
+        def ended(result: "asyncio.Future[Arrays | None]") -> None:
             self._free += 1
-            if error := asyncio.CancelledError() if turn.cancelled() else turn.exception():
+            self._begun.charge(job.client, turn, job.seconds)
+            if error := asyncio.CancelledError() if result.cancelled() else result.exception():
                 self._leave(job)
                 clear_frames(error.__traceback__)  # they hold the request, and the job, which will hold the error
                 _fail(job, error)
-            elif (arrays := turn.result()) is None and not job.given_up:
-                self._begun[job] = None
+            elif (arrays := result.result()) is None and not job.given_up:
+                self._begun.push(job.client, job)
             else:
                 self._leave(job)
                 if arrays is not None and job.outcome and not job.outcome.done():
                     job.outcome.set_result(arrays)
             self._go_on()
 
-        asyncio.get_running_loop().run_in_executor(self._executor, _turn, job).add_done_callback(ended)
+        asyncio.get_running_loop().run_in_executor(self._executor, _run_turn, job).add_done_callback(ended)
 
     def _give_up(self, job: _Job) -> None:
         """Forget a decoding that has ended for its caller. If a thread has it, that thread stops after its image."""
         job.given_up = True
-        self._waiting.pop(job, None)
-        if job in self._begun:
-            del self._begun[job]
+        self._waiting.remove(job.client, job)
+        if self._begun.remove(job.client, job):
             self._leave(job)
+        self._go_on()
+
+    def _uncount(self, job: _Job) -> None:
+        self._images.add(job.client, -job.counted)
+        job.counted = 0
 
     def _leave(self, job: _Job) -> None:
-        self.reserved -= job.bytes
+        job.over = True
+        self._reserved.add(job.client, -job.bytes)
+        self._holders -= 1
         job.steps.close()
 
 
@@ -187,14 +236,16 @@ def _expire(job: _Job, text: str) -> None:
     _fail(job, DecodingTooSlow(text))
 
 
-def _turn(job: _Job) -> Arrays | None:
+def _run_turn(job: _Job) -> Arrays | None:
     """Decode images for the time of a turn. Return the arrays, or None if images are left."""
-    end = time.perf_counter() + _TURN_SECONDS
+    begin = time.perf_counter()
     try:
         while True:
             next(job.steps)
-            if job.given_up or time.perf_counter() >= end:
+            if job.given_up or time.perf_counter() >= begin + _TURN_SECONDS:
                 return None
     except StopIteration as stop:
         arrays: Arrays = stop.value
         return arrays
+    finally:
+        job.seconds = time.perf_counter() - begin

@@ -136,7 +136,7 @@ class Request:
         return arrays
 
     async def _decode_slowly(self, decoding: Decoding, patient: bool) -> Arrays:
-        arrays = await self._decoder.decode(decoding, patient)
+        arrays = await self._decoder.decode(decoding, patient, self._reply.client)
         self._decode_time = time.perf_counter() - self._began
         return arrays
 
