@@ -211,9 +211,9 @@ class _Graphs:
         self.graphs["tensorrt"] = Graph(ENGINE)
 
     def add_explanation(self, network: CapsNet, opset: int) -> None:
-        """Add the graph that returns its couplings."""
+        """Add the graph that shows its routing."""
         model = explanation_to_onnx(network, opset)
-        path, weights = self._save(f"{EXPLAIN}.onnx", model, "with the couplings of its routing")
+        path, weights = self._save(f"{EXPLAIN}.onnx", model, "with its routing")
         certified = certify_explanation(network, path, self._expected)
         self.graphs[EXPLAIN] = replace(certified, receptive_field=receptive_field(network.config), weights=weights)
 

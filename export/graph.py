@@ -1,6 +1,7 @@
 """The graphs of an artifact: the content of each, and the checks of the finished file.
 
-Axes as in training/model.py: B images, C H W of an image, I primary capsules, J classes, E pose dimension.
+Axes as in training/model.py: B images, C H W of an image, I primary capsules, J classes, E pose dimension, and
+R routing iterations.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,9 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from serving.artifact import ReceptiveField
-from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+from serving.artifact import Tensor as TensorType
+from training.model import CapsNet, CapsNetConfig, lengths, to_pixels, votes
 
 BATCH = "batch"
+#: The length below which a pose is taken for shorter than it is, so that a zero pose has the direction zero. The
+#: exporter would drop a smaller one.
+MIN_DIRECTED_LENGTH = 1e-6
+
+#: ONNX's names of element types, and the manifest's.
+_DTYPES = {"UINT8": "uint8", "INT64": "int64", "FLOAT": "float32"}
 
 _MAX_MATMUL_RANK = 4
 
@@ -49,11 +57,26 @@ def served_signature(config: CapsNetConfig) -> Signature:
 
 
 def explain_signature(config: CapsNetConfig) -> Signature:
-    """Return the signature of the graph that classifies and returns its couplings."""
+    """Return the signature of the graph that classifies and shows its routing."""
     served = served_signature(config)
-    shape = (config.classes, config.primary_capsules)
-    meaning = "How much of each primary capsule's vote each class got in the last routing iteration, c."
-    return Signature(served.inputs, {**served.outputs, "couplings": Value("FLOAT", shape, meaning)})
+    pairs = (config.classes, config.primary_capsules)
+    routed = (config.routing_iterations, *pairs)
+    return Signature(
+        served.inputs,
+        {
+            **served.outputs,
+            "couplings": Value(
+                "FLOAT", routed, "By routing iteration, how much of each primary capsule's vote each class got, c."
+            ),
+            "agreements": Value(
+                "FLOAT", routed, "By routing iteration, each vote's scalar product with that iteration's pose."
+            ),
+            "contributions": Value(
+                "FLOAT", pairs, "Each vote times its last coupling, projected on the direction of the pose."
+            ),
+            "primary_lengths": Value("FLOAT", pairs[1:], "The length of each primary capsule."),
+        },
+    )
 
 
 def decoder_signature(config: CapsNetConfig) -> Signature:
@@ -84,15 +107,38 @@ class ServedNetwork(nn.Module):
 
 
 class Explanation(nn.Module):
-    """A ServedNetwork with the couplings of the last routing iteration, (B, J, I), as a third output."""
+    """A ServedNetwork that shows its routing, for the outputs of ``explain_signature``."""
 
     def __init__(self, network: CapsNet) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        poses, couplings = self.network.with_couplings(to_pixels(images))
-        return lengths(poses), poses, couplings
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.explain(to_pixels(images))
+
+    def explain(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs, in order, for pixels from 0 to 1, (B, C, H, W).
+
+        They are the probabilities (B, J), the poses (B, J, E), by iteration the couplings (B, R, J, I) and the
+        agreements (B, R, J, I), the contributions (B, J, I), and the lengths of the primary capsules (B, I). A zero
+        pose has no direction; its contributions are 0.
+        """
+        u = self.network.primary_capsules(pixels)  # (B, I, D)
+        iterations = self.network.routed_by_iteration(u)
+        u_hat = votes(u, self.network.weight)  # (B, J, I, E)
+        v, c = iterations[-1]
+        probabilities = lengths(v)
+        direction = v / probabilities.clamp(min=MIN_DIRECTED_LENGTH).unsqueeze(-1)
+        compared = torch.stack([*(poses for poses, _ in iterations), direction], -1)  # (B, J, E, R + 1)
+        products = (u_hat @ compared).permute(0, 3, 1, 2)  # (B, R + 1, J, I)
+        return (
+            probabilities,
+            v,
+            torch.stack([couplings for _, couplings in iterations], 1),
+            products[:, :-1],
+            c * products[:, -1],
+            lengths(u),
+        )
 
 
 class LiveDecoder(nn.Module):
@@ -134,6 +180,11 @@ def receptive_field(config: CapsNetConfig) -> ReceptiveField:
         size=size,
         offset=offset,
     )
+
+
+def tensor_types(values: Mapping[str, Value]) -> dict[str, TensorType]:
+    """Return the types of a signature's inputs or outputs for the manifest."""
+    return {name: TensorType(_DTYPES[value.type], value.shape) for name, value in values.items()}
 
 
 def check(model: onnx.ModelProto, signature: Signature) -> None:

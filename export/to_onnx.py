@@ -39,7 +39,7 @@ def to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
 
 
 def explanation_to_onnx(network: CapsNet, opset: int = OPSET) -> onnx.ModelProto:
-    """Export like ``to_onnx``, with the couplings of the last routing iteration as a third output."""
+    """Export like ``to_onnx``, with the further outputs of ``explain_signature``, which show the routing."""
     return _export(Explanation(folded(network)), _images(network), explain_signature(network.config), opset)
 
 

@@ -82,6 +82,13 @@ class InferenceFailed(ServingError):
         super().__init__("the model could not compute this request")
 
 
+class Unsupported(ServingError):
+    """The model lacks a part that the method needs."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+    reason = "unsupported"
+
+
 class Unauthenticated(ServingError):
     """The client has shown no valid token or certificate."""
 

@@ -148,6 +148,9 @@ class Settings:
     )
     max_queue: int = option(2048, "most images that wait; what does not fit gets RESOURCE_EXHAUSTED", minimum=1)
     max_images_per_request: int = option(1024, "most images in one request", minimum=1)
+    max_explained_images: int = option(
+        8, "most images in one request for explanations, each of which takes about 200 images", minimum=1
+    )
     max_request_bytes: int = option(4 * 2**20, "largest request, in bytes", minimum=1024, maximum=2**29)
     max_bytes_under_way: int = option(
         2**26, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", minimum=2**16

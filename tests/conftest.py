@@ -26,6 +26,7 @@ from serving.repository.served_model import ServedModel
 from serving.server import Server
 from serving.settings import Settings
 from serving.transport.methods import TRANSPORTS
+from tests.calibrated import calibrated_models
 from tests.raw_client import Raw
 from tests.transport_methods import Serving, serve
 
@@ -192,6 +193,22 @@ def servers() -> Iterator[Callable[[str], Running]]:
         @cache
         def running_on(transport: str) -> Running:
             thread = InThread(Server(settings(transport=transport)))
+            server = stack.enter_context(thread)
+            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
+            return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
+
+        yield running_on
+
+
+@pytest.fixture(scope="session")
+def calibrated_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Running]]:
+    """One server of each transport, by its name, with the calibrated models of tests/calibrated.py."""
+    models = calibrated_models(tmp_path_factory.mktemp("calibrated"))
+    with ExitStack() as stack:
+
+        @cache
+        def running_on(transport: str) -> Running:
+            thread = InThread(Server(settings(transport=transport, models=str(models))))
             server = stack.enter_context(thread)
             channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
             return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]

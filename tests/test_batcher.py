@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from serving.batching.admission import BatchPolicy
+from serving.batching.batch import Hooks
 from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
 from serving.batching.ticket import Share, State, Ticket, settle
@@ -144,7 +145,7 @@ def _run(
         metrics = Metrics()
         policy = BatchPolicy(max_batch, good_batch or max_batch, max_queue, timeout, ageing)
         batcher = Batcher(
-            as_run(model.predict), finite_rows, ModelMetrics(metrics, "m", "1", ["only"]), policy, cost, slots
+            as_run(model.predict), Hooks(finite_rows), ModelMetrics(metrics, "m", "1", ["only"]), policy, cost, slots
         )
         try:
             await test(Setting(batcher, model, metrics))
@@ -708,7 +709,7 @@ def test_any_named_inputs_and_outputs_go_through_and_large_ones_are_joined_too()
 
     async def main() -> None:
         metrics = ModelMetrics(Metrics(), "m", "1", ["only"])
-        batcher = Batcher(run, lambda outputs: None, metrics, BatchPolicy(8, 8, 100, 10, 1), QUICK, slots=1)
+        batcher = Batcher(run, Hooks(lambda outputs: None), metrics, BatchPolicy(8, 8, 100, 10, 1), QUICK, slots=1)
         requests: list[dict[str, Array]] = [
             {"pose": np.full((rows, 2**17), rows, np.float32), "class": np.arange(rows, dtype=np.int64)}
             for rows in (1, 3, 2)

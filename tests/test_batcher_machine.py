@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from serving.batching import batch, batcher, slots
 from serving.batching.admission import BatchPolicy
+from serving.batching.batch import Hooks
 from serving.batching.cost import BatchCost
 from serving.batching.slots import SlotState
 from serving.batching.ticket import State, Ticket
@@ -129,7 +130,7 @@ class Requests(RuleBasedStateMachine):
         metrics = ModelMetrics(Metrics(), "m", "1", ["only"])
 
         async def make() -> batcher.Batcher:
-            return batcher.Batcher(self.runtime, finite, metrics, policy, cost, count)
+            return batcher.Batcher(self.runtime, Hooks(finite), metrics, policy, cost, count)
 
         self.batcher = self.loop.run_until_complete(make())
 

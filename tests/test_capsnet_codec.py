@@ -1,12 +1,19 @@
-"""Tests of requests of raw pixels, read from bytes directly and through protobuf messages."""
+"""Tests of requests and answers as bytes, read and written directly and through protobuf messages."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.services.capsnet_codec import PixelReader
+from serving.artifact import Calibration, find, load
+from serving.batching.ticket import Share
+from serving.repository.findings import CODES, Code, Findings
+from serving.runtime import Arrays
+from serving.services.capsnet_codec import RECONSTRUCTION_ERRORS, AnswerWriter, PixelReader
+from tests.conftest import ROOT
 
 SHAPES = [(1, 28, 28), (1, 2, 2), (3, 8, 8), (1, 12, 12), (2, 100, 100)]
 MAX_IMAGES = 70
@@ -77,3 +84,62 @@ def test_truncated_or_changed_bytes_are_read_as_protobuf_reads_them(count: int) 
         message = pb.ClassifyStreamRequest.FromString(bytes(changed))
         assert message.id == read[0] and not message.request.model_name and not message.request.model_version
         assert [image.pixels for image in message.request.images] == [image.tobytes() for image in read[1]]
+
+
+LABELS = ("ankle boot", "bag", "cat", "é", "dog")
+MODEL = replace(
+    load(find(ROOT / "models", "capsnet-mnist")), labels=LABELS, pose_size=3, calibration=None, image_shape=(1, 2, 2)
+)
+CALIBRATION = Calibration(temperature=0.1, presence=(0.5, 0.5, 0.5, 0.5, 0.8), margin=0.2)
+
+
+def outputs(count: int) -> Arrays:
+    """Return outputs of images whose findings have every kind."""
+    random = np.random.default_rng(count)
+    probabilities = random.random((count, len(LABELS)), np.float32) ** 2
+    return {"probabilities": probabilities, "poses": random.normal(size=(count, len(LABELS), 3)).astype(np.float32)}
+
+
+def written(arrays: Arrays, labels: Sequence[str] = LABELS) -> pb.ClassifyResponse:
+    """Return the answer with protobuf's own classes."""
+    response = pb.ClassifyResponse(model_name=MODEL.name, model_version=MODEL.version)
+    for index, lengths in enumerate(np.asarray(arrays["probabilities"], np.float32)):
+        winner = int(lengths.argmax())
+        result = response.results.add(label=labels[winner], class_index=winner)
+        for place, label in enumerate(labels):
+            result.capsules.add(label=label, probability=lengths[place], pose=arrays["poses"][index, place].tolist())
+        if CODES in arrays:
+            for place, confidence in enumerate(arrays["confidences"][index].tolist()):
+                result.capsules[place].confidence = confidence
+            result.confidence = result.capsules[winner].confidence
+            order = sorted(range(len(labels)), key=lambda place: -lengths[place])
+            result.present.extend(labels[place] for place in order if arrays["present"][index, place])
+            result.verdict = Code.of(int(arrays[CODES][index])).verdict
+        if RECONSTRUCTION_ERRORS in arrays:
+            result.reconstruction_error = arrays[RECONSTRUCTION_ERRORS][index]
+    return response
+
+
+@pytest.mark.parametrize("errors", [False, True], ids=["", "errors"])
+@pytest.mark.parametrize("calibration", [None, CALIBRATION], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("count", [1, 3, 200])
+def test_answers_are_the_bytes_that_protobuf_writes(count: int, calibration: Calibration | None, errors: bool) -> None:
+    arrays = dict(outputs(count))
+    images = np.random.default_rng(0).integers(0, 2, (count, 1, 2, 2), np.uint8)
+    if calibration:
+        arrays |= Findings(calibration, len(LABELS))(images, arrays["probabilities"])
+    if errors:
+        arrays[RECONSTRUCTION_ERRORS] = np.linspace(0, 1, count, dtype=np.float32)
+    write = AnswerWriter(replace(MODEL, calibration=calibration))
+    for _ in range(2):
+        assert write(Share(arrays, 0, count)) == written(arrays).SerializeToString()
+    part = {name: array[count // 2 :] for name, array in arrays.items()}
+    assert write(Share(arrays, count // 2, count)) == written(part).SerializeToString()
+    if calibration and count == 200:
+        assert {one.verdict for one in written(arrays).results} == {1, 2, 3, 4, 5}
+
+
+def test_one_classification_is_written_as_a_field_of_another_message() -> None:
+    arrays = dict(outputs(1))
+    response = pb.ReconstructResponse.FromString(AnswerWriter(MODEL).field(7, Share(arrays, 0, 1)))
+    assert response.classification == written(arrays).results[0]

@@ -35,7 +35,7 @@ PATIENCE = 20.0
 
 
 class ExplainQuery:
-    """The pixels of one image, answered with its couplings (J, I) as float32; an empty message is an error."""
+    """The pixels of one image, answered with its couplings (R, J, I) as float32; an empty message is an error."""
 
     model_name = model_version = ""
     graph = EXPLAIN
@@ -134,8 +134,8 @@ def expected(digits: Digits, count: int) -> dict[str, NDArray[np.float32]]:
 
 
 def couplings(answer: bytes) -> NDArray[np.float32]:
-    """Return the couplings (J, I) of an answer's bytes."""
-    return np.frombuffer(answer, np.float32).reshape(10, -1)
+    """Return the couplings (R, J, I) of an answer's bytes."""
+    return np.frombuffer(answer, np.float32).reshape(3, 10, -1)
 
 
 def test_a_digit_is_explained_by_a_graph_that_only_its_service_knows(digits: Digits) -> None:
@@ -144,8 +144,8 @@ def test_a_digit_is_explained_by_a_graph_that_only_its_service_knows(digits: Dig
 
     async def test(serving: Serving) -> None:
         answer = couplings(await serving.explain(digits.images[0].tobytes(), timeout=PATIENCE))
-        assert answer.shape == (10, field.types * field.grid**2)
-        np.testing.assert_allclose(answer.sum(0), 1, atol=1e-5)
+        assert answer.shape == (3, 10, field.types * field.grid**2)
+        np.testing.assert_allclose(answer.sum(1), 1, atol=1e-5)
         np.testing.assert_allclose(answer, expected(digits, 1)["couplings"][0], atol=1e-5, rtol=0)
         assert list(serving.model.graphs) == [CLASSIFY, EXPLAIN]
         assert serving.value("capsnet_batch_size_images_sum", EXPLAIN) == 1

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.batching.admission import BatchPolicy
+from serving.batching.batch import Hooks
 from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
 from serving.metrics.registry import Metrics, ModelMetrics
@@ -233,7 +234,7 @@ def test_a_request_that_is_given_up_just_when_its_time_runs_out_harms_no_other()
         metrics = ModelMetrics(Metrics(), "m", "1", ["only"])
         cost = BatchCost([(1, 0.0001), (4, 0.0004)])
         batcher = Batcher(
-            as_run(predict), finite_rows, metrics, BatchPolicy(4, 4, 100, timeout=10, ageing=1), cost, slots=1
+            as_run(predict), Hooks(finite_rows), metrics, BatchPolicy(4, 4, 100, timeout=10, ageing=1), cost, slots=1
         )
         images = np.zeros((1, 1, 1, 1), np.uint8)
         first = asyncio.create_task(submit(batcher, images))

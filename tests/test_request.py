@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from serving.batching.admission import BatchPolicy
+from serving.batching.batch import Hooks
 from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
 from serving.batching.ticket import Share
@@ -36,7 +37,7 @@ class FakeGraph:
         self.begun = threading.Event()
         self.metrics = ModelMetrics(Metrics(), "m", "1", [])
         policy = BatchPolicy(max_batch=4, good_batch=4, max_queue=8, timeout=PATIENCE, ageing=1)
-        self.batcher = Batcher(self.run, all_finite, self.metrics, policy, BatchCost([(1, 1e-3)]), slots=1)
+        self.batcher = Batcher(self.run, Hooks(all_finite), self.metrics, policy, BatchCost([(1, 1e-3)]), slots=1)
 
     def run(self, arrays: Arrays) -> Arrays:
         self.begun.set()

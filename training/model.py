@@ -22,6 +22,17 @@ GATE_BIAS = -2.0  # at first a gate is near 0.12: a primary capsule is absent un
 
 
 @dataclass(frozen=True)
+class Routing:
+    """The choices of routing, those of CapsNetConfig."""
+
+    iterations: int = 3
+    agreement: str = "scalar-product"
+    normalization: str = "softmax"
+    gradient: bool = True
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class CapsNetConfig:
     """The shape of a network, and its choices. The defaults are the MNIST network in the paper's text (section 4).
 
@@ -115,6 +126,10 @@ class CapsNetConfig:
         """Return I, the number of primary capsules."""
         return self.primary_types * self.primary_grid**2
 
+    def routing(self, iterations: int) -> Routing:
+        """Return the choices of routing for this number of iterations."""
+        return Routing(iterations, self.agreement, self.normalization, self.routing_gradient, self.routing_scale)
+
 
 CONFIGS = {
     "paper": CapsNetConfig(),
@@ -183,17 +198,6 @@ def max_min(b: Tensor) -> Tensor:
     return torch.where(equal, torch.ones_like(b), (b - low) / span)
 
 
-@dataclass(frozen=True)
-class Routing:
-    """The choices of routing, those of CapsNetConfig."""
-
-    iterations: int = 3
-    agreement: str = "scalar-product"
-    normalization: str = "softmax"
-    gradient: bool = True
-    scale: float = 1.0
-
-
 #: From the sums over the poses so far, (B, J, E), and over their squares, (B, J, 1), and how many poses they are, to s,
 #: (B, J, E), and its couplings, (B, J, I).
 Weigh = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -239,10 +243,18 @@ def _by_blocks(u: Tensor, weight: Tensor, routing: Routing, blocks: int) -> Weig
 def route(
     u: Tensor, weight: Tensor, routing: Routing, bias: Tensor | None = None, blocks: int = 1
 ) -> tuple[Tensor, Tensor]:
+    """Return the poses v, (B, J, E), and the couplings c, (B, J, I), of ``route_by_iteration``'s last iteration."""
+    poses, couplings = _iterate(u, weight, routing, bias, blocks)
+    return poses[-1], couplings[-1] if couplings else _equal_couplings(u, weight, routing)
+
+
+def route_by_iteration(
+    u: Tensor, weight: Tensor, routing: Routing, bias: Tensor | None = None, blocks: int = 1
+) -> list[tuple[Tensor, Tensor]]:
     """Route by agreement (procedure 1), unrolled for a fixed number of iterations.
 
-    u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s. Returns the digit capsules' poses v, (B, J, E), and
-    the couplings c of the last iteration, (B, J, I).
+    u: (B, I, D); weight: (I, D, J, E); bias: (J, E), added to s. Returns, for each iteration, the digit capsules'
+    poses v, (B, J, E), and the couplings c that made them, (B, J, I).
 
     Two identities shorten it without a change of the result. They save memory, but no measurable time. Before
     the first update all couplings are the same, 1/J, so the first iteration is one matrix product that needs no votes.
@@ -254,24 +266,40 @@ def route(
     so the primary capsules are split into this number of blocks. A block's votes are computed again in each iteration
     and for the gradient. The memory for the votes, (B, J, I, E), falls by this factor; the result is the same.
     """
+    poses, couplings = _iterate(u, weight, routing, bias, blocks)
+    return list(zip(poses, [_equal_couplings(u, weight, routing), *couplings], strict=True))
+
+
+def _equal_couplings(u: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    """Return the couplings (B, J, I) of the first iteration."""
+    i, _, j, _ = weight.shape
+    return u.new_full((1, j, i), 1 / j if routing.normalization == "softmax" else 1).expand(u.shape[0], j, i)
+
+
+def _iterate(
+    u: Tensor, weight: Tensor, routing: Routing, bias: Tensor | None, blocks: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the poses (B, J, E) of each iteration, and the couplings (B, J, I) of each one after the first."""
     i, d, j, e = weight.shape
-    softmax = routing.normalization == "softmax"
     s = (u.reshape(-1, i * d) @ weight.reshape(i * d, j * e)).reshape(-1, j, e)  # (B, J, E)
-    if softmax:
+    if routing.normalization == "softmax":
         s = s / j
     v = squash(s if bias is None else s + bias)
+    poses, couplings = [v], list[Tensor]()
     if routing.iterations == 1:
-        return v, u.new_full((1, j, i), 1 / j if softmax else 1).expand(u.shape[0], j, i)
+        return poses, couplings
     weigh = _stored(u, weight, routing) if blocks == 1 else _by_blocks(u, weight, routing, blocks)
     pose = v if routing.gradient else v.detach()
     total, squares = pose, pose.square().sum(-1, keepdim=True)  # sums over the poses so far: (B, J, E), (B, J, 1)
     for update in range(1, routing.iterations):
         s, c = weigh(total, squares, update)
         v = squash(s if bias is None else s + bias)
+        poses.append(v)
+        couplings.append(c)
         if update < routing.iterations - 1:
             pose = v if routing.gradient else v.detach()
             total, squares = total + pose, squares + pose.square().sum(-1, keepdim=True)
-    return v, c
+    return poses, couplings
 
 
 class Decoder(nn.Module):
@@ -360,11 +388,12 @@ class CapsNet(nn.Module):
 
     def routed(self, u: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         """Return the poses (B, J, E) of primary capsules (B, I, D), and the last of so many iterations' couplings."""
-        config = self.config
-        routing = Routing(
-            iterations, config.agreement, config.normalization, config.routing_gradient, config.routing_scale
-        )
-        return route(u, self.weight, routing, self.digit_bias, self.vote_blocks)
+        return route(u, self.weight, self.config.routing(iterations), self.digit_bias, self.vote_blocks)
+
+    def routed_by_iteration(self, u: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the poses (B, J, E) and the couplings (B, J, I) of each iteration, of primary capsules (B, I, D)."""
+        routing = self.config.routing(self.config.routing_iterations)
+        return route_by_iteration(u, self.weight, routing, self.digit_bias, self.vote_blocks)
 
 
 def _stem(config: CapsNetConfig) -> nn.Sequential:

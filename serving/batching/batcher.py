@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable
 
 from serving.batching.admission import BatchPolicy
-from serving.batching.batch import Batch, Check, Inputs, Outcome, compute
+from serving.batching.batch import Batch, Hooks, Inputs, Outcome, compute
 from serving.batching.cost import BatchCost
 from serving.batching.queue import Part
 from serving.batching.slots import Computed, Late, Slots
@@ -24,14 +24,14 @@ class Batcher:
 
     A free slot takes its next batch at once from the waiting requests, up to ``max_batch`` rows, without the event
     loop. There is no timer. While all slots compute, requests gather for the next batches. All methods must be called
-    on one event loop; tickets end and metrics are written there. The threads only call ``run`` and ``check``.
+    on one event loop; tickets end and metrics are written there. The threads only call ``run`` and the hooks.
     """
 
     def __init__(
-        self, run: Run, check: Check, metrics: ModelMetrics, policy: BatchPolicy, cost: BatchCost, slots: int
+        self, run: Run, hooks: Hooks, metrics: ModelMetrics, policy: BatchPolicy, cost: BatchCost, slots: int
     ) -> None:
         self._run = run
-        self._check = check
+        self._hooks = hooks
         self._metrics = metrics
         self._policy = policy
         self._cost = cost
@@ -62,6 +62,7 @@ class Batcher:
         urgent: bool = False,
         client: Hashable = "",
         patient: bool = False,
+        probe: bool = False,
     ) -> Ticket:
         """Queue the inputs of a request for one or several batches.
 
@@ -72,13 +73,14 @@ class Batcher:
         client: clients take turns by rows. If the queue is full, a client that has less than its share of it takes the
             places of the newest requests of the client that has most.
         patient: True after ``room_for``. Such a request keeps its place.
+        probe: True if the server made the rows, such as disturbed images. They are not observed as answers.
 
         Raises QueueFull, DeadlineUnmeetable or Draining. The ticket may end with QueueFull, DeadlineUnmeetable or
         InferenceFailed.
         """
         if self._closing:
             raise Draining
-        ticket = Ticket(arrays, then, deadline, urgent, time.monotonic(), client, patient)
+        ticket = Ticket(arrays, then, deadline, urgent, time.monotonic(), client, patient, probe)
         self._slots.push(ticket)
         # Not at once: other requests of this turn of the event loop belong in the same batch.
         if not self._dispatching:
@@ -146,7 +148,7 @@ class Batcher:
         self._run = _run_closed
 
     def _compute(self, inputs: Inputs) -> Outcome:
-        return compute(inputs, self._run, self._check)
+        return compute(inputs, self._run, self._hooks)
 
     def _deliver(self, computed: Computed | None, late: list[Late]) -> None:
         """Pass results from a slot's thread to the event loop. Raises RuntimeError if the event loop was closed."""

@@ -47,6 +47,7 @@ class Ticket:
     then: called once with the ticket, at its end.
     deadline, queued_at: times of ``time.monotonic``.
     client: a key of its client. patient: True if it waited for room in the queue, so that it keeps its place.
+    probe: True if the server made its rows, so that their outputs are no answers.
     size: the number of its rows. taken: the number of its rows in batches.
     waited: seconds until a batch took its first row.
     input_time, infer_time: seconds of its batches.
@@ -60,6 +61,7 @@ class Ticket:
     queued_at: float
     client: Hashable = ""
     patient: bool = False
+    probe: bool = False
     size: int = field(init=False)
     taken: int = field(default=0, init=False)
     state: State = field(default=State.OPEN, init=False)

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.artifact import Artifact
-from serving.batching.batch import Check
+from serving.batching.batch import Hooks
 from serving.files.cache import cache_folder
 from serving.metrics.registry import CLASSIFY, ModelMetrics
+from serving.repository.findings import Findings
 from serving.repository.served_graph import all_finite
 from serving.runtime import Arrays, Runtime, RuntimeSetupError, TensorRtSetup
 from serving.settings import Settings
@@ -22,7 +23,7 @@ _TOLERANCE = 0.01
 class Classifier:
     """The classifying graph, which every model has, in the precision of the settings.
 
-    Its check requires finite answers. The finite answers go into the quality figures.
+    Its answers must be finite. They get the findings of the calibration, and go into the quality figures.
     """
 
     name = CLASSIFY
@@ -32,20 +33,21 @@ class Classifier:
         self.max_batch = artifact.batches.max if settings.device == "tensorrt" else 0
         self._artifact = artifact
         self._settings = settings
+        self._findings = Findings(artifact.calibration, len(artifact.labels)) if artifact.calibration else None
 
     def open(self, threads: int) -> Runtime:
         settings = self._settings
         cache = Path(settings.engine_cache) if settings.engine_cache else None
         return open_classifier(self._artifact, settings.device, threads, settings.precision, cache)
 
-    def check(self, metrics: ModelMetrics) -> Check:
-        def check(outputs: Arrays) -> NDArray[np.bool_] | None:
-            good = finite_rows(outputs)
-            if good is None:
-                metrics.quality.add(np.asarray(outputs[PROBABILITIES], np.float32))
-            return good
+    def hooks(self, metrics: ModelMetrics) -> Hooks:
+        def observe(outputs: Arrays) -> None:
+            metrics.quality.add(np.asarray(outputs[PROBABILITIES], np.float32))
 
-        return check
+        findings = self._findings
+        if findings is None:
+            return Hooks(finite_rows, observe=observe)
+        return Hooks(finite_rows, lambda inputs, outputs: findings(inputs[IMAGES], outputs[PROBABILITIES]), observe)
 
 
 def open_classifier(

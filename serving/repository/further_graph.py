@@ -3,7 +3,7 @@
 import numpy as np
 
 from serving.artifact import Artifact
-from serving.batching.batch import Check
+from serving.batching.batch import Hooks
 from serving.metrics.registry import ModelMetrics
 from serving.repository.served_graph import all_finite
 from serving.runtime import Runtime, RuntimeSetupError, example, rows
@@ -22,6 +22,7 @@ class FurtherGraph:
     def __init__(self, name: str, artifact: Artifact, settings: Settings) -> None:
         self.name = name
         self._file = artifact.folder / artifact.graphs[name].file
+        self._outputs = artifact.graphs[name].outputs
         self._weights = artifact.weights(artifact.graphs[name])
         self._read = artifact.read
         # TensorRT has shapes for the classifying graph only.
@@ -37,8 +38,8 @@ class FurtherGraph:
             raise RuntimeSetupError(f"{self._file}: cannot compute two rows: {error}") from error
         return runtime
 
-    def check(self, metrics: ModelMetrics) -> Check:
-        return all_finite
+    def hooks(self, metrics: ModelMetrics) -> Hooks:
+        return Hooks(all_finite)
 
     def _test(self, runtime: Runtime) -> None:
         """Compute two rows together, and one of them alone. Raises RuntimeSetupError if the answers are wrong."""
@@ -46,6 +47,10 @@ class FurtherGraph:
         together, alone = runtime.run(inputs), runtime.run({name: array[1:] for name, array in inputs.items()})
         if all_finite(together) is not None:
             raise RuntimeSetupError(f"{self._file}: in its self-test it answers with values that are not finite")
+        for name, tensor in self._outputs.items():
+            shape = together[name].shape[1:] if name in together else None
+            if shape != tensor.shape:
+                raise RuntimeSetupError(f"{self._file}: its output {name} is {shape}; its manifest says {tensor.shape}")
         for name, array in together.items():
             if rows({name: array}) != 2 or not np.allclose(array[1:], alone[name], rtol=0, atol=_TOLERANCE):
                 raise RuntimeSetupError(f"{self._file}: in its self-test {name} of a row alone and in a batch differ")

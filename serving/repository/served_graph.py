@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batching.admission import BatchPolicy
-from serving.batching.batch import Check
+from serving.batching.batch import Hooks
 from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
 from serving.metrics.registry import Metrics, ModelMetrics
@@ -41,8 +41,8 @@ class GraphSource(Protocol):
         Raises RuntimeSetupError, ArtifactError.
         """
 
-    def check(self, metrics: ModelMetrics, /) -> Check:
-        """Return the function that checks the outputs of each batch."""
+    def hooks(self, metrics: ModelMetrics, /) -> Hooks:
+        """Return the functions that follow the computation of each batch."""
 
 
 class ServedGraph:
@@ -79,7 +79,7 @@ class ServedGraph:
             settings.batch_timeout,
             settings.priority_ageing,
         )
-        self.batcher = Batcher(self._run, source.check(self.metrics), self.metrics, policy, self.cost, plan.runtimes)
+        self.batcher = Batcher(self._run, source.hooks(self.metrics), self.metrics, policy, self.cost, plan.runtimes)
         self._show(metrics)
 
     async def close(self) -> None:

@@ -240,8 +240,17 @@ class Edge:
         _logger.error("a request failed", exc_info=error)
         return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
 
-    def unary(self, service: str, method: str, answer: Callable[[bytes, Call], Awaitable[bytes]]) -> UnaryMethod:
-        """Return a unary method that answers a message's bytes with a message's bytes."""
+    def unary(
+        self,
+        service: str,
+        method: str,
+        answer: Callable[[bytes, Call], Awaitable[bytes]],
+        refusal: Refusal | None = None,
+    ) -> UnaryMethod:
+        """Return a unary method that answers a message's bytes with a message's bytes.
+
+        refusal: decides which calls are refused at the door, and with which error; None to refuse none there.
+        """
         record = Recorder(self._metrics, "unary", service, method)
 
         async def handle(data: bytes, context: Context) -> None:
@@ -256,7 +265,7 @@ class Edge:
             else:
                 call.succeed(response)
 
-        return UnaryMethod(handle)
+        return UnaryMethod(handle, MethodDoor(self, record, refusal) if refusal else None)
 
     def unary_at_once(
         self,

@@ -1,7 +1,6 @@
-"""``capsnet.v1.CapsNetService``: its messages to queries for the pipeline, and the description of a model."""
+"""``capsnet.v1.CapsNetService``: its methods, and the messages of classification to queries for the pipeline."""
 
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 
 import grpc
@@ -16,11 +15,19 @@ from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, check_size, parse
 from serving.runtime import Arrays
 from serving.services.capsnet_codec import CapsNetCodec
-from serving.services.decoding import Decoding, Steps, in_one_step
-from serving.services.encoded_images import Images, Shape, decoding_bytes, from_encoded, from_pixels
+from serving.services.computation import Computation
+from serving.services.computed import ComputedQuery, ComputedStreamQuery
+from serving.services.decoding import Decoding, in_one_step
+from serving.services.drawing import with_errors
+from serving.services.encoded_images import Images, from_pixels
+from serving.services.explanations import Explanations
+from serving.services.given_images import GivenImages
+from serving.services.graphs import DECODER, EXPLAIN, check_draws
+from serving.services.model_messages import description
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import FLAT, Fields, check_fields, delimited
+from serving.services.reconstructions import Reconstructions
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
 from serving.transport.methods import Method, table
@@ -34,10 +41,10 @@ _STREAMED_FIELDS = Fields({pb.ClassifyStreamRequest.REQUEST_FIELD_NUMBER: FLAT})
 
 
 class CapsNetService:
-    """The project's own service: classification, and the description of a model."""
+    """The project's own service: classification, explanation, reconstruction, and the description of a model."""
 
     #: The graphs of each model that the service needs.
-    GRAPHS = (CLASSIFY,)
+    GRAPHS = (CLASSIFY, EXPLAIN, DECODER)
 
     def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics, settings: Settings) -> None:
         self._pipeline = pipeline
@@ -45,6 +52,8 @@ class CapsNetService:
         self._settings = settings
         self._max_fields = 2 * settings.max_images_per_request + _MAX_OTHER_FIELDS
         self._codecs = PerModel(lambda model: CapsNetCodec(model.artifact, settings.max_images_per_request))
+        self._explanations = Explanations(pipeline, settings, self._codecs)
+        self._reconstructions = Reconstructions(pipeline, settings, self._codecs)
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ClassifyStream")
 
     def methods(self) -> dict[str, Method]:
@@ -58,6 +67,18 @@ class CapsNetService:
                 ),
                 "ClassifyStream": edge.stream(SERVICE, "ClassifyStream", self.classify_stream),
                 "GetModel": edge.unary(SERVICE, "GetModel", self.get_model),
+                "Explain": edge.unary(
+                    SERVICE,
+                    "Explain",
+                    self._explanations.explain,
+                    partial(self._pipeline.refusal, urgent=False, graph=EXPLAIN),
+                ),
+                "Reconstruct": edge.unary(
+                    SERVICE,
+                    "Reconstruct",
+                    self._reconstructions.reconstruct,
+                    partial(self._pipeline.refusal, urgent=False, graph=DECODER),
+                ),
             },
         )
 
@@ -66,12 +87,14 @@ class CapsNetService:
         limit = self._settings.max_request_bytes
         check_size(data, limit)
         model = self._pipeline.repository.default
-        query: _Pixels | _Message
+        query: _Pixels | _Message | _Compared
         if model and (images := (codec := self._codecs(model)).pixels.read(data)) is not None:
             query = _Pixels(images, codec, self._codecs)
         else:
             check_fields(data, self._max_fields)
-            query = _Message(parse(data, pb.ClassifyRequest, limit), self._settings, self._codecs)
+            request = parse(data, pb.ClassifyRequest, limit)
+            kind = _Compared if request.reconstruction_error else _Message
+            query = kind(request, self._settings, self._codecs)
         self._pipeline.begin(query, call)
 
     def classify_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
@@ -82,9 +105,9 @@ class CapsNetService:
         """Answer a GetModelRequest with a GetModelResponse. Raises InvalidRequest and UnknownModel."""
         request = parse(data, pb.GetModelRequest, self._settings.max_request_bytes)
         model = self._pipeline.repository.get(request.model_name, request.model_version)
-        return _description(model, self._settings).SerializeToString()
+        return description(model, self._settings).SerializeToString()
 
-    def _parse_streamed(self, data: bytes) -> "_Streamed":
+    def _parse_streamed(self, data: bytes) -> "_Streamed | _StreamedCompared":
         limit = self._settings.max_request_bytes
         try:
             check_size(data, limit)
@@ -97,6 +120,8 @@ class CapsNetService:
         except InvalidRequest as error:
             nothing = _Message(pb.ClassifyRequest(), self._settings, self._codecs)
             return _Streamed("", nothing, error)
+        if message.request.reconstruction_error:
+            return _StreamedCompared(message.id, _Compared(message.request, self._settings, self._codecs))
         return _Streamed(message.id, _Message(message.request, self._settings, self._codecs))
 
 
@@ -142,54 +167,35 @@ class _Message(_ClassifyQuery):
     def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self.size = len(request.images)
-        # Too many images are not read: a small message may hold millions.
-        self.slow = self.size <= settings.max_images_per_request and any(image.encoded for image in request.images)
-        self._request = request
-        self._settings = settings
+        self._images = GivenImages(request.images, settings.max_images_per_request, settings.max_image_bytes)
+        self.size = self._images.size
+        self.slow = self._images.slow
         self._codecs = codecs
 
     def decode(self, model: ServedModel) -> Arrays:
-        shape = model.artifact.image_shape
-        given = self._take_images(model)
-        pixels = [image.pixels for image in given]
-        if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
-            return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}
-        return {IMAGES: np.stack([self._decode_image(image, index, shape) for index, image in enumerate(given)])}
+        self._codec = self._codecs(model)
+        return self._images.decode(model.artifact.image_shape)
 
     def decode_slowly(self, model: ServedModel) -> Decoding:
-        shape = model.artifact.image_shape
-        steps = self._steps(self._take_images(model), shape)
-        return Decoding(steps, decoding_bytes(shape, self.size), "images", self.size)
-
-    def _take_images(self, model: ServedModel) -> Sequence[pb.Image]:
-        """Return the images. Raises InvalidRequest if there are none or too many."""
         self._codec = self._codecs(model)
-        limit = self._settings.max_images_per_request
-        if not 1 <= self.size <= limit:
-            raise InvalidRequest("images", f"{self.size}; expected 1 to {limit} (max_images_per_request)")
-        given = self._request.images
-        del self._request  # an image's file may be a thousand times as large as its pixels, and is not needed now
-        return given
+        return self._images.decode_slowly(model.artifact.image_shape)
 
-    def _steps(self, given: Sequence[pb.Image], shape: Shape) -> Steps:
-        """Decode the images one after the other."""
-        images = np.empty((self.size, *shape), np.uint8)
-        for index, image in enumerate(given):
-            images[index] = self._decode_image(image, index, shape)
-            yield
-        return {IMAGES: images}
 
-    def _decode_image(self, image: pb.Image, index: int, shape: Shape) -> Images:
-        """Return the pixels (C, H, W) of an image. Raises InvalidRequest."""
-        match image.WhichOneof("content"):
-            case "pixels":
-                return from_pixels(image.pixels, shape, _field(index))
-            case "encoded":
-                field = f"images[{index}].encoded"
-                return from_encoded(image.encoded, shape, field, self._settings.max_image_bytes)
-            case _:
-                raise InvalidRequest(f"images[{index}]", "has no content; expected pixels or encoded")
+class _Compared(ComputedQuery):
+    """A ClassifyRequest that asks for the reconstruction error."""
+
+    def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
+        self.model_name = request.model_name
+        self.model_version = request.model_version
+        self._images = GivenImages(request.images, settings.max_images_per_request, settings.max_image_bytes)
+        self.size = self._images.size
+        self._codecs = codecs
+
+    async def answer(self, computation: Computation) -> bytes:
+        check_draws(computation.model.artifact)
+        images = await self._images.decode_for(computation)
+        share = await computation.run(CLASSIFY, {IMAGES: images})
+        return self._codecs(computation.model).write(await with_errors(computation, images, share))
 
 
 class _Streamed:
@@ -211,45 +217,40 @@ class _Streamed:
         self._id = identifier
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        identifier = delimited(_ID, self._id.encode()) if self._id else b""
-        return identifier + delimited(_RESPONSE, self._query.encode(model, share))
+        return _streamed(self._id, self._query.encode(model, share))
 
     def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
-        error = pb.Error(code=code.value[0], message=text)
-        return pb.ClassifyStreamResponse(id=self._id, error=error).SerializeToString()
+        return _streamed_error(self._id, code, text)
+
+
+class _StreamedCompared(ComputedStreamQuery):
+    """A ClassifyStreamRequest that asks for the reconstruction error: a query, and the id of its answer."""
+
+    def __init__(self, identifier: str, query: _Compared) -> None:
+        self.model_name = query.model_name
+        self.model_version = query.model_version
+        self.size = query.size
+        self._query = query
+        self._id = identifier
+
+    async def answer(self, computation: Computation) -> bytes:
+        return _streamed(self._id, await self._query.answer(computation))
+
+    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
+        return _streamed_error(self._id, code, text)
+
+
+def _streamed(identifier: str, response: bytes) -> bytes:
+    """Return a ClassifyStreamResponse with the bytes of a ClassifyResponse."""
+    return (delimited(_ID, identifier.encode()) if identifier else b"") + delimited(_RESPONSE, response)
+
+
+def _streamed_error(identifier: str, code: grpc.StatusCode, text: str) -> bytes:
+    """Return a ClassifyStreamResponse with an error."""
+    error = pb.Error(code=code.value[0], message=text)
+    return pb.ClassifyStreamResponse(id=identifier, error=error).SerializeToString()
 
 
 def _field(index: int) -> str:
     """Return the name of the field with an image's pixels."""
     return f"images[{index}].pixels"
-
-
-def _description(model: ServedModel, settings: Settings) -> pb.GetModelResponse:
-    artifact, classify = model.artifact, model.classify
-    channels, height, width = artifact.image_shape
-    variant, plan = artifact.variant(settings.precision), classify.plan
-    return pb.GetModelResponse(
-        model_name=artifact.name,
-        model_version=artifact.version,
-        labels=artifact.labels,
-        image_channels=channels,
-        image_height=height,
-        image_width=width,
-        pose_size=artifact.pose_size,
-        max_images_per_request=settings.max_images_per_request,
-        max_request_bytes=settings.max_request_bytes,
-        execution_provider=classify.runtime.provider,
-        sha256=artifact.sha256(settings.precision),
-        precision=settings.precision,
-        dataset=artifact.training.dataset,
-        test_errors=variant.test_errors,
-        test_images=variant.test_images,
-        tuning=pb.Tuning(
-            threads=plan.threads,
-            runtimes=plan.runtimes,
-            max_batch=plan.max_batch,
-            image_seconds=classify.cost.per_image,
-            batch_seconds=classify.cost.per_batch,
-            compared=[pb.Timing(**timing._asdict()) for timing in classify.tuned.compared],
-        ),
-    )

@@ -1,12 +1,14 @@
 """The messages of ``capsnet.v1`` for classification, read and written as bytes without protobuf's classes.
 
 Only bytes with a single possible meaning are read here, in the form in which protobuf writes them. Protobuf reads all
-others. Answers have the bytes of protobuf's own encoding, with one exception: a probability or component of exactly 0
-is written here, and omitted there.
+others. Answers have the bytes of protobuf's own encoding, with one exception: a probability, component or confidence
+of exactly 0 is written here, and omitted there.
 """
 
 import math
+import struct
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.batching.ticket import Share
 from serving.repository.classifier import POSES, PROBABILITIES
+from serving.repository.findings import CODES, CONFIDENCES, PRESENT, Code, Findings, Presence, Verdict, present_classes
 from serving.services.encoded_images import Images
 from serving.services.protobuf_wire import BYTES, FIXED32, VARINT, delimited, tag, varint
 
@@ -21,7 +24,15 @@ _ID = tag(pb.ClassifyStreamRequest.ID_FIELD_NUMBER, BYTES)
 _REQUEST = tag(pb.ClassifyStreamRequest.REQUEST_FIELD_NUMBER, BYTES)
 _IMAGE = tag(pb.ClassifyRequest.IMAGES_FIELD_NUMBER, BYTES)
 _PIXELS = tag(pb.Image.PIXELS_FIELD_NUMBER, BYTES)
+_RESULTS = pb.ClassifyResponse.RESULTS_FIELD_NUMBER
+_PRESENT = pb.Classification.PRESENT_FIELD_NUMBER
+_VERDICT = pb.Classification.VERDICT_FIELD_NUMBER
+_ERROR = pb.Classification.RECONSTRUCTION_ERROR_FIELD_NUMBER
+_CONFIDENCE = tag(pb.Classification.CONFIDENCE_FIELD_NUMBER, FIXED32)
 _ONE_BYTE = 0x80  # lengths below it take one byte
+
+#: The output with the reconstruction errors of images, (B,) float32, of requests that ask for it.
+RECONSTRUCTION_ERRORS = "reconstruction_errors"
 
 
 class PixelReader:
@@ -70,33 +81,119 @@ class PixelReader:
 
 
 class AnswerWriter:
-    """The writer of the answers of one version of a model."""
+    """The writer of the answers of one version of a model.
+
+    A calibrated model's answers have the findings of each image too.
+    """
 
     def __init__(self, artifact: Artifact) -> None:
         self._prefix = delimited(1, artifact.name.encode()) + delimited(2, artifact.version.encode())
-        # The bytes of all capsules of one image. Only the numbers differ from image to image. For labels of the same
-        # length the distance between the numbers is constant, so these are written in one step.
-        numbers = 4 * artifact.pose_size
+        self._labels = [label.encode() for label in artifact.labels]
+        self._calibrated = artifact.calibration is not None
+        self._prepare_capsules(artifact.pose_size)
+        # By the code of an image, the bytes before and after its numbers.
+        self._frames: dict[int, _Frame] = {}
+
+    def __call__(self, share: Share) -> bytes:
+        """Return the ``ClassifyResponse`` for the images of a share."""
+        probabilities, poses = share[PROBABILITIES], share[POSES]
+        confidences = share[CONFIDENCES] if self._calibrated else None
+        written = bytearray(self._template * len(share))
+        images = np.frombuffer(written, self._layout)
+        for number, classes in enumerate(self._classes):
+            capsules = images[str(number)]
+            capsules["probability"] = probabilities[:, classes]
+            capsules["pose"] = poses[:, classes]
+            if confidences is not None:
+                capsules["confidence"] = confidences[:, classes]
+        if confidences is None and RECONSTRUCTION_ERRORS not in share.batch:
+            return self._join_plain(probabilities.argmax(1).tolist(), memoryview(written))
+        return self._join(share, memoryview(written))
+
+    def field(self, number: int, share: Share) -> bytes:
+        """Return a field with the ``Classification`` of a share's only image."""
+        # The number of the field with results takes one byte.
+        return tag(number, BYTES) + self(share)[len(self._prefix) + 1 :]
+
+    def _join_plain(self, winners: list[int], capsules: memoryview) -> bytes:
+        parts: list[bytes | memoryview] = [self._prefix]
+        width = len(self._template)
+        for index, winner in enumerate(winners):
+            parts += self._heads[winner], capsules[index * width : (index + 1) * width]
+        return b"".join(parts)
+
+    def _join(self, share: Share, capsules: memoryview) -> bytes:
+        parts: list[bytes | memoryview] = [self._prefix]
+        width, frames = len(self._template), self._frames
+        errors = share[RECONSTRUCTION_ERRORS].tolist() if RECONSTRUCTION_ERRORS in share.batch else None
+        codes = share[CODES].tolist() if self._calibrated else share[PROBABILITIES].argmax(1).tolist()
+        for index, number in enumerate(codes):
+            begin = index * width
+            frame = frames.get(number) if errors is None else None
+            if frame is None:
+                frame = self._frame(share, index, number, errors)
+            place = begin + frame.confidence
+            parts += frame.head, capsules[begin : begin + width], frame.between
+            parts += capsules[place : place + frame.confidence_bytes], frame.tail
+        return b"".join(parts)
+
+    def _frame(self, share: Share, index: int, number: int, errors: "list[float] | None") -> "_Frame":
+        """Return the bytes around the numbers of an image, with this code or, without a calibration, this winner."""
+        between = tail = b""
+        code = Code.of(number) if self._calibrated else Code(number, Verdict.UNSPECIFIED, Presence.NONE)
+        if self._calibrated:
+            between = _CONFIDENCE
+            present = [code.winner] if code.presence is Presence.WINNER else []
+            if code.presence is Presence.OTHERS:
+                present = present_classes(share[PROBABILITIES][index], share[PRESENT][index])
+            tail = b"".join([delimited(_PRESENT, self._labels[one]) for one in present])
+            tail += tag(_VERDICT, VARINT) + varint(code.verdict)
+        if errors is not None:
+            tail += tag(_ERROR, FIXED32) + struct.pack("<f", errors[index])
+        confidence_bytes = 4 if self._calibrated else 0
+        head = self._head(code.winner)
+        size = len(head) + len(self._template) + len(between) + confidence_bytes + len(tail)
+        frame = _Frame(
+            tag(_RESULTS, BYTES) + varint(size) + head,
+            between,
+            self._confidences[code.winner] if self._calibrated else 0,
+            confidence_bytes,
+            tail,
+        )
+        if errors is None and code.presence is not Presence.OTHERS:
+            self._frames[number] = frame
+        return frame
+
+    def _head(self, winner: int) -> bytes:
+        head = delimited(1, self._labels[winner])
+        return head + tag(2, VARINT) + varint(winner) if winner else head
+
+    def _prepare_capsules(self, pose_size: int) -> None:
+        """Prepare the bytes of all capsules of one image. Only the numbers differ from image to image.
+
+        For labels of the same length the distance between the numbers is constant, so these are written in one step.
+        """
+        numbers = 4 * pose_size
+        end = tag(4, FIXED32) + bytes(4) if self._calibrated else b""
+        between = tag(3, BYTES) + varint(numbers)
         template = bytearray()
-        runs: list[
-            tuple[slice, int, np.dtype[np.void]]
-        ] = []  # for each run of classes: the classes, their first byte, and their layout
-        labels = [label.encode() for label in artifact.labels]
-        for _, group in groupby(range(len(labels)), lambda index: len(labels[index])):
+        # For each run of classes: the classes, their first byte, and their layout.
+        runs: list[tuple[slice, int, np.dtype[np.void]]] = []
+        self._confidences: list[int] = []  # by class, the place of its confidence
+        for _, group in groupby(range(len(self._labels)), lambda index: len(self._labels[index])):
             classes, begin = list(group), len(template)
             for index in classes:
-                head = delimited(1, labels[index]) + tag(2, FIXED32)
-                between = tag(3, BYTES) + varint(numbers)
-                prefix = tag(3, BYTES) + varint(len(head) + 4 + len(between) + numbers) + head
-                template += prefix + bytes(4) + between + bytes(numbers)
-            layout = np.dtype(
-                {
-                    "names": ["probability", "pose"],
-                    "formats": ["<f4", f"({artifact.pose_size},)<f4"],
-                    "offsets": [len(prefix), len(prefix) + 4 + len(between)],
-                    "itemsize": (len(template) - begin) // len(classes),
-                }
-            )
+                head = delimited(1, self._labels[index]) + tag(2, FIXED32)
+                prefix = tag(3, BYTES) + varint(len(head) + 4 + len(between) + numbers + len(end)) + head
+                template += prefix + bytes(4) + between + bytes(numbers) + end
+                self._confidences.append(len(template) - 4)
+            names, pose = ["probability", "pose"], len(prefix) + 4 + len(between)
+            formats, offsets = ["<f4", f"({pose_size},)<f4"], [len(prefix), pose]
+            if end:
+                names, formats = [*names, "confidence"], [*formats, "<f4"]
+                offsets = [*offsets, pose + numbers + len(end) - 4]
+            size = (len(template) - begin) // len(classes)
+            layout = np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": size})
             runs.append((slice(classes[0], classes[-1] + 1), begin, layout))
         self._template = bytes(template)
         self._classes = [classes for classes, _, _ in runs]
@@ -108,35 +205,34 @@ class AnswerWriter:
                 "itemsize": len(template),
             }
         )
-        # By winner, the bytes before the capsules.
-        self._heads = []
-        for index, label in enumerate(artifact.labels):
-            head = delimited(1, label.encode())
-            if index:
-                head += tag(2, VARINT) + varint(index)
-            self._heads.append(tag(3, BYTES) + varint(len(head) + len(template)) + head)
+        # By winner, the bytes before the capsules of an image without findings.
+        heads = [self._head(index) for index in range(len(self._labels))]
+        self._heads = [tag(_RESULTS, BYTES) + varint(len(head) + len(template)) + head for head in heads]
 
-    def __call__(self, share: Share) -> bytes:
-        """Return the ``ClassifyResponse`` for the images of a share."""
-        probabilities, poses = share[PROBABILITIES], share[POSES]
-        written = bytearray(self._template * len(share))
-        images = np.frombuffer(written, self._layout)
-        for number, classes in enumerate(self._classes):
-            capsules = images[str(number)]
-            capsules["probability"] = probabilities[:, classes]
-            capsules["pose"] = poses[:, classes]
-        parts: list[bytes | memoryview] = [self._prefix]
-        width, view = self._layout.itemsize, memoryview(written)
-        for index, winner in enumerate(probabilities.argmax(1).tolist()):
-            parts += self._heads[winner], view[index * width : (index + 1) * width]
-        return b"".join(parts)
+
+class _Frame(NamedTuple):
+    """The bytes of a ``Classification`` around its capsules.
+
+    head: before the capsules. between: before the confidence. confidence: the place of the winner's confidence in the
+    bytes of the capsules. confidence_bytes: 4, or 0 without a calibration. tail: after the confidence.
+    """
+
+    head: bytes
+    between: bytes
+    confidence: int
+    confidence_bytes: int
+    tail: bytes
 
 
 class CapsNetCodec:
-    """The reader of requests for one version of a model, and the writer of its answers."""
+    """The reader of requests for one version of a model, and the writer of its answers.
+
+    findings: those of answers that do not come from the classifying graph; None without a calibration.
+    """
 
     def __init__(self, artifact: Artifact, max_images: int) -> None:
         """Prepare a codec. max_images: the most images in one request."""
         self.artifact = artifact
+        self.findings = Findings(artifact.calibration, len(artifact.labels)) if artifact.calibration else None
         self.pixels = PixelReader(artifact.image_shape, max_images)
         self.write = AnswerWriter(artifact)

@@ -7,6 +7,7 @@ from serving.metrics.registry import CLASSIFY, ModelMetrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Call
 from serving.services.computation import Caller, Computation
+from serving.services.computed import ComputedQuery, ComputedRequest, ComputedStreamQuery
 from serving.services.decoding import Decoder
 from serving.services.request import Query, Reply, Request
 from serving.services.stream import Refuse, Stream, StreamQuery
@@ -24,7 +25,7 @@ class Pipeline:
         self._stream_window = stream_window
         self._streams: set[Stream] = set()
 
-    def begin(self, query: Query, reply: Reply) -> None:
+    def begin(self, query: Query | ComputedQuery, reply: Reply) -> None:
         """Answer a query through its reply, now or later. Raises UnknownModel and InvalidRequest if no model fits."""
         self._request(query, reply).begin()
 
@@ -47,7 +48,11 @@ class Pipeline:
         return (error, served.metrics) if error else None
 
     async def answer_stream(
-        self, messages: AsyncIterator[bytes], parse: Callable[[bytes], StreamQuery], call: Call, refuse: Refuse
+        self,
+        messages: AsyncIterator[bytes],
+        parse: Callable[[bytes], StreamQuery | ComputedStreamQuery],
+        call: Call,
+        refuse: Refuse,
     ) -> AsyncGenerator[bytes]:
         """Answer a stream's requests in order, while later ones are read and computed, up to a window of images.
 
@@ -68,6 +73,8 @@ class Pipeline:
         for stream in self._streams:
             stream.end()
 
-    def _request(self, query: Query, reply: Reply) -> Request:
+    def _request(self, query: Query | ComputedQuery, reply: Reply) -> Request | ComputedRequest:
         model = self.repository.get(query.model_name, query.model_version)
+        if isinstance(query, ComputedQuery):
+            return ComputedRequest(query, Computation(model, reply, self._decoder), reply)
         return Request(query, model, reply, self._decoder)

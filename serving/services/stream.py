@@ -12,6 +12,7 @@ import grpc
 from serving.errors import Draining
 from serving.metrics.registry import Metrics
 from serving.rpc.edge import Call, Edge, Steps
+from serving.services.computed import ComputedQuery, ComputedRequest, ComputedStreamQuery
 from serving.services.request import Query, Reply, Request
 
 #: A function that counts and logs the error of a request, given the seconds since it came, and returns its status.
@@ -26,6 +27,11 @@ class StreamQuery(Query, Protocol):
 
     def encode_error(self, code: grpc.StatusCode, text: str, /) -> bytes:
         """Return the bytes of an answer with an error."""
+
+
+#: A function that reads a message, and one that makes the request of a query.
+Parse = Callable[[bytes], StreamQuery | ComputedStreamQuery]
+Make = Callable[[Query | ComputedQuery, Reply], Request | ComputedRequest]
 
 
 class StreamRefusals:
@@ -65,8 +71,8 @@ class Stream:
     async def answers(
         self,
         messages: AsyncIterator[bytes],
-        parse: Callable[[bytes], StreamQuery],
-        make: Callable[[Query, Reply], Request],
+        parse: Parse,
+        make: Make,
     ) -> AsyncGenerator[bytes]:
         """Yield the answers in the order of their requests.
 
@@ -114,8 +120,8 @@ class Stream:
     async def _read(
         self,
         messages: AsyncIterator[bytes],
-        parse: Callable[[bytes], StreamQuery],
-        make: Callable[[Query, Reply], Request],
+        parse: Parse,
+        make: Make,
     ) -> None:
         while not self._ended:
             self._reading = True
@@ -129,7 +135,7 @@ class Stream:
             await self._begin(query, make)
             del query  # while the next one is waited for, which may never come
 
-    async def _begin(self, query: StreamQuery, make: Callable[[Query, Reply], Request]) -> None:
+    async def _begin(self, query: StreamQuery | ComputedStreamQuery, make: Make) -> None:
         """Queue a request, or answer it with its error, once the window has room for it."""
         reply = _StreamReply(query, self)
         await self._window.enter(reply.size)
@@ -153,8 +159,10 @@ class _StreamReply:
     #: The deadline of a stream is for its last answer, not for each one.
     deadline: float | None = None
 
-    def __init__(self, query: StreamQuery, stream: Stream) -> None:
-        self._query: StreamQuery | None = query  # None after the answer, so that an unread answer keeps no request
+    def __init__(self, query: StreamQuery | ComputedStreamQuery, stream: Stream) -> None:
+        self._query: StreamQuery | ComputedStreamQuery | None = (
+            query  # None after the answer, so that an unread answer keeps no request
+        )
         self._stream = stream
         self._given_up: Callable[[], object] | None = None
         self._began = time.perf_counter()

@@ -1,0 +1,141 @@
+"""Explain: the way of poses through the network, and the relevance of pixels."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.batching.ticket import Share
+from serving.errors import InvalidRequest
+from serving.metrics.registry import CLASSIFY
+from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
+from serving.repository.served_model import ServedModel
+from serving.rpc.edge import Call, check_size, parse
+from serving.services.capsnet_codec import CapsNetCodec
+from serving.services.computation import Caller, Computation
+from serving.services.decoding import Decoding, in_one_step
+from serving.services.encoded_images import Images
+from serving.services.explanations_codec import ExplanationWriter
+from serving.services.given_images import GivenImages
+from serving.services.graphs import EXPLAIN, check_explains
+from serving.services.occlusion import Masked, Occlusion, ground_of
+from serving.services.per_model import PerModel
+from serving.services.pipeline import Pipeline
+from serving.services.protobuf_wire import check_fields
+from serving.settings import Settings
+
+_PARTS = pb.EXPLANATION_PART_ROUTING, pb.EXPLANATION_PART_CONTRIBUTIONS, pb.EXPLANATION_PART_RELEVANCE
+# The most fields besides the images.
+_MAX_OTHER_FIELDS = 1024
+
+Maps = NDArray[np.float32]
+
+
+class _PreparedModel(NamedTuple):
+    """The objects that explanations of one version of a model need."""
+
+    codec: CapsNetCodec
+    writer: ExplanationWriter
+    occlusion: Occlusion
+
+
+class Explanations:
+    """The method Explain."""
+
+    def __init__(self, pipeline: Pipeline, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
+        self._pipeline = pipeline
+        self._settings = settings
+        self._codecs = codecs
+        self._prepared = PerModel(self._prepare)
+
+    async def explain(self, data: bytes, call: Call) -> bytes:
+        """Answer an ExplainRequest with an ExplainResponse. Raises as ``answer``."""
+        settings = self._settings
+        check_size(data, settings.max_request_bytes)
+        check_fields(data, 2 * settings.max_explained_images + _MAX_OTHER_FIELDS)
+        return await self.answer(parse(data, pb.ExplainRequest, settings.max_request_bytes), call)
+
+    async def answer(self, request: pb.ExplainRequest, caller: Caller) -> bytes:
+        """Return the bytes of an ExplainResponse.
+
+        Raises InvalidRequest, UnknownModel, Unsupported, and as Computation.run.
+        """
+        settings = self._settings
+        limit, name = settings.max_explained_images, "max_explained_images"
+        if settings.max_images_per_request < limit:
+            limit, name = settings.max_images_per_request, "max_images_per_request"
+        given = GivenImages(request.images, limit, settings.max_image_bytes, name)
+        with self._pipeline.computation(request.model_name, request.model_version, caller) as computation:
+            model = computation.model
+            check_explains(model.artifact)
+            classes = check_classes(request.classes, len(model.artifact.labels))
+            parts = self._check_parts(request.parts, model)
+            images = await given.decode_for(computation)
+            return await self._explain(computation, images, classes, parts)
+
+    async def _explain(
+        self, computation: Computation, images: Images, classes: list[int], parts: frozenset[int]
+    ) -> bytes:
+        codec, writer, occlusion = self._prepared(computation.model)
+        share = await computation.run(EXPLAIN, {IMAGES: images})
+        outputs = {name: share[name] for name in share.batch}
+        if codec.findings:
+            outputs |= codec.findings(images, outputs[PROBABILITIES])
+        results = []
+        for index, image in enumerate(images):
+            chosen = classes or [int(outputs[PROBABILITIES][index].argmax())]
+            maps = None
+            if pb.EXPLANATION_PART_RELEVANCE in parts:
+                maps = await self._relevance(computation, occlusion, image, chosen)
+            results.append(writer.explanation(Share(outputs, index, index + 1), chosen, parts, maps))
+        return writer.response(results)
+
+    async def _relevance(
+        self, computation: Computation, occlusion: Occlusion, image: Images, classes: list[int]
+    ) -> Maps:
+        """Return the relevance of an image's pixels for classes, (Q, H, W)."""
+        ground = ground_of(image, computation.model.artifact.preparation.polarity)
+        masked: Masked | None = None
+
+        def mask() -> dict[str, Images]:
+            nonlocal masked
+            masked = occlusion.masked(image, ground)
+            return {IMAGES: masked.images}
+
+        decoding = Decoding(in_one_step(mask), occlusion.max_images * image.nbytes, "parts")
+        arrays = await computation.decode(decoding)
+        assert masked is not None
+        share = await computation.run(CLASSIFY, arrays, probe=True)
+        return occlusion.relevance(np.asarray(share[POSES], np.float32), masked.places, classes)
+
+    def _check_parts(self, parts: Sequence[int], model: ServedModel) -> frozenset[int]:
+        """Return the parts to answer. Raises InvalidRequest."""
+        for index, part in enumerate(parts):
+            if part not in _PARTS:
+                raise InvalidRequest(f"parts[{index}]", f"{part}; expected {_PARTS[0]} to {_PARTS[-1]}")
+        chosen = frozenset(parts or _PARTS)
+        needed, limit = self._prepared(model).occlusion.max_images, self._settings.max_queue
+        if pb.EXPLANATION_PART_RELEVANCE in chosen and needed > limit:
+            raise InvalidRequest(
+                "parts", f"the relevance takes {needed} images at once; the queue holds only {limit} (max_queue)"
+            )
+        return chosen
+
+    def _prepare(self, model: ServedModel) -> _PreparedModel:
+        codec = self._codecs(model)
+        _, height, width = model.artifact.image_shape
+        return _PreparedModel(codec, ExplanationWriter(model.artifact, codec.write), Occlusion(height, width))
+
+
+def check_classes(classes: Sequence[int], count: int) -> list[int]:
+    """Return the indices of classes that a request names. Raises InvalidRequest if one is unknown or named twice."""
+    known: set[int] = set()
+    for place, index in enumerate(classes):
+        if index >= count:
+            raise InvalidRequest(f"classes[{place}]", f"{index}; expected 0 to {count - 1}")
+        if index in known:
+            raise InvalidRequest(f"classes[{place}]", f"{index} a second time; expected each class once")
+        known.add(index)
+    return list(classes)

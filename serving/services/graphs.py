@@ -1,0 +1,37 @@
+"""The further graphs that the services use, and the models that have them."""
+
+from serving.artifact import Artifact
+from serving.errors import Unsupported
+
+EXPLAIN, DECODER = "explain", "decoder"
+#: Outputs of ``explain``, with R iterations, J classes and I primary capsules: the couplings and agreements of all
+#: iterations, (B, R, J, I) each; the contributions, (B, J, I); and the lengths of the primary capsules, (B, I).
+COUPLINGS, AGREEMENTS, CONTRIBUTIONS, PRIMARY_LENGTHS = "couplings", "agreements", "contributions", "primary_lengths"
+#: Inputs of ``decoder``: poses (B, E) float32, and their classes (B,) int64; its output: pixels from 0 to 1,
+#: (B, C, H, W) float32.
+POSE, CLASS, IMAGE = "pose", "class", "image"
+
+_EXPLANATION = {COUPLINGS, AGREEMENTS, CONTRIBUTIONS, PRIMARY_LENGTHS}
+
+
+def explains(artifact: Artifact) -> bool:
+    """Return True if a model has a graph with all parts of an explanation. Older ones have the last couplings alone."""
+    graph = artifact.graphs.get(EXPLAIN)
+    return graph is not None and graph.outputs.keys() >= _EXPLANATION and graph.receptive_field is not None
+
+
+def draws(artifact: Artifact) -> bool:
+    """Return True if a model has a decoder."""
+    return DECODER in artifact.graphs
+
+
+def check_explains(artifact: Artifact) -> None:
+    """Raise Unsupported if a model cannot explain its answers."""
+    if not explains(artifact):
+        raise Unsupported(f"{artifact.name} version {artifact.version} has no graph that explains its answers")
+
+
+def check_draws(artifact: Artifact) -> None:
+    """Raise Unsupported if a model cannot draw poses."""
+    if not draws(artifact):
+        raise Unsupported(f"{artifact.name} version {artifact.version} has no decoder, which draws poses")
