@@ -68,7 +68,7 @@ class Computation:
     async def decode(self, decoding: Decoding) -> Arrays:
         """Return the arrays of a decoding, or other work with pixels, which a thread does. Raises as Decoder.decode."""
         began = time.perf_counter()
-        arrays = await self._decoder.decode(decoding, self.patient)
+        arrays = await self._decoder.decode(decoding, self.patient, self._caller.client)
         seconds = time.perf_counter() - began
         self._decode_time += seconds
         self._times[0] += seconds
