@@ -172,7 +172,8 @@ def measure(networks: Networks, images: Pixels, count: int, choosing: int) -> li
 def _of_winner(digit: Digit, name: str) -> NDArray[np.float32]:
     """Return the numbers of the primary capsules (I,) for the digit's class, of the last iteration."""
     numbers = np.asarray(digit.outputs[name], np.float32)
-    return numbers[-1, digit.winner] if numbers.ndim == 3 else numbers[digit.winner]
+    chosen: NDArray[np.float32] = numbers[-1, digit.winner] if numbers.ndim == 3 else numbers[digit.winner]
+    return chosen
 
 
 def main(arguments: list[str] | None = None) -> int:

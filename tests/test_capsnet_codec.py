@@ -114,7 +114,8 @@ def written(arrays: Arrays, labels: Sequence[str] = LABELS) -> pb.ClassifyRespon
             result.confidence = result.capsules[winner].confidence
             order = sorted(range(len(labels)), key=lambda place: -lengths[place])
             result.present.extend(labels[place] for place in order if arrays["present"][index, place])
-            result.verdict = Code.of(int(arrays[CODES][index])).verdict
+            verdict: pb.Verdict = Code.of(int(arrays[CODES][index])).verdict.value  # type: ignore[assignment]  # a number
+            result.verdict = verdict
         if RECONSTRUCTION_ERRORS in arrays:
             result.reconstruction_error = arrays[RECONSTRUCTION_ERRORS][index]
     return response

@@ -48,8 +48,9 @@ def test_the_confidences_are_the_softmax_of_the_lengths_by_the_temperature() -> 
     lengths = np.random.default_rng(1).random((50, 3))
     exponentials = np.exp(lengths / CALIBRATION.temperature)
     confidences = found(*lengths.tolist())[CONFIDENCES]
-    np.testing.assert_allclose(confidences, exponentials / exponentials.sum(1, keepdims=True), rtol=1e-5)
     assert confidences.dtype == np.float32
+    numbers = np.asarray(confidences, np.float32)
+    np.testing.assert_allclose(numbers, exponentials / exponentials.sum(1, keepdims=True), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,15 @@ def _scrape(running: Running) -> str:
 
 
 def _value(page: str, metric: str, /, **labels: str) -> float:
+    """Return a metric's only value with these labels; of the graph that classifies, if none is named."""
+    graph = labels.pop("graph", "classify")
     values = [
         sample.value
         for family in text_string_to_metric_families(page)
         for sample in family.samples
-        if sample.name == metric and labels.items() <= sample.labels.items()
+        if sample.name == metric
+        and labels.items() <= sample.labels.items()
+        and sample.labels.get("graph", graph) == graph
     ]
     assert len(values) == 1, f"{metric} {labels}: {values}"
     return values[0]

@@ -139,11 +139,11 @@ def test_two_digits_over_each_other_are_both_drawn_and_separated(running: Runnin
         ink, right = layer > 127, own > 127
         assert (ink & right).sum() / (ink | right).sum() > 0.8
     order = [one.class_index for one in response.results]
-    right = drawn(running, found(running, both[None], PAIRS)[0, order], order, PAIRS)
-    expected = layers_of(both[None], right, np.zeros(1, np.uint8))
+    rebuilt = drawn(running, found(running, both[None], PAIRS)[0, order], order, PAIRS)
+    expected = layers_of(both[None], rebuilt, np.zeros(1, np.uint8))
     # A pixel whose two reconstructions are nearly at the threshold may fall on either side.
     assert sum((pixels(one.layer, 36) != expected[place, 0]).sum() for place, one in enumerate(response.results)) <= 4
-    error = float(np.square(np.minimum(right.sum(0), 1) - both / 255).mean())
+    error = float(np.square(np.minimum(rebuilt.sum(0), 1) - both / 255).mean())
     assert response.classification.reconstruction_error == pytest.approx(error, abs=1e-6)
     png = reconstruct(running, PAIRS, image=image(both), format=pb.FORMAT_PNG)
     with Image.open(io.BytesIO(png.results[1].layer)) as file:
