@@ -159,6 +159,9 @@ class Settings:
     max_image_pixels: int = option(
         2**20, "most pixels of a model's images; a model with larger ones is not loaded", minimum=1
     )
+    max_picture_pixels: int = option(
+        2**23, "most pixels of a picture that is prepared for the model (PREPROCESS_AUTO)", minimum=1
+    )
     max_image_memory: int = option(
         2**28, "most bytes of memory for decoding images; further requests wait", minimum=2**16
     )

@@ -24,7 +24,7 @@ from serving.files.images import limit_metadata
 from serving.repository.served_model import ServedModel
 from serving.rpc.servicers import MAX_WATCHES
 from serving.runtime import Arrays, RuntimeSetupError
-from serving.services import given_images
+from serving.services import image_messages
 from serving.services.capsnet import _Message
 from serving.services.encoded_images import from_encoded
 from serving.services.per_model import PerModel
@@ -183,7 +183,7 @@ def test_each_limit_on_encoded_images_is_named_and_counted(
         assert released.wait(20)
         return from_encoded(*arguments)
 
-    monkeypatch.setattr(given_images, "from_encoded", wait_and_decode)
+    monkeypatch.setattr(image_messages, "from_encoded", wait_and_decode)
     try:
         text = "images: not decoded within 0.2 seconds (image_timeout)"
         assert _refusal(limited, DIGIT) == (exhausted, text)

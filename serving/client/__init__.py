@@ -23,7 +23,7 @@ from serving.client.errors import (
     Unavailable,
     UnknownModel,
 )
-from serving.client.inputs import Images, Item
+from serving.client.inputs import Images, Item, Preprocess
 from serving.client.results import Classification, Model
 from serving.client.sync import CapsNetClient
 
@@ -40,6 +40,7 @@ __all__ = [
     "Item",
     "Model",
     "Overloaded",
+    "Preprocess",
     "ServerFault",
     "Unavailable",
     "UnknownModel",

@@ -1,6 +1,7 @@
 """``python -m serving.client FILE...``: classify images with a running server.
 
-It takes PNG and JPEG files of the model's size, and IDX files of images (MNIST's format, gzipped or not).
+It takes PNG and JPEG files of the model's size, or of any size with ``--preprocess auto``, and IDX files of images
+(MNIST's format, gzipped or not).
 """
 
 import argparse
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from serving.client.channel import is_local
 from serving.client.errors import CapsNetError, InvalidRequest, Unavailable
-from serving.client.inputs import ItemError, parse
+from serving.client.inputs import ItemError, Preprocess, parse
 from serving.client.results import Classification
 from serving.client.sync import CapsNetClient
 
@@ -128,7 +129,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", default="", metavar="NAME", help="model to ask (default: the server's only one)")
     result.add_argument("--model-version", default="", metavar="N", help="version to ask (default: the highest)")
     result.add_argument("--json", action="store_true", help="one JSON object a line for each image")
-    result.add_argument("--resize", action="store_true", help="scale image files to the model's size first")
+    fitting = result.add_mutually_exclusive_group()
+    fitting.add_argument("--resize", action="store_true", help="scale image files to the model's size first")
+    fitting.add_argument(
+        "--preprocess",
+        choices=get_args(Preprocess),
+        default="none",
+        help="auto: find the object in image files of any size, such as photographs of paper, and bring it to the look "
+        "of the training images (default: %(default)s)",
+    )
     result.add_argument("--limit", type=_count, metavar="N", help="stop after N images")
     result.add_argument(
         "--timeout",
@@ -181,7 +190,10 @@ def _classify(client: CapsNetClient, options: argparse.Namespace, progress: "tqd
             place = files.places.popleft()
             tell(place, place.error)
 
-    for outcome in client.classify_stream(files, errors="yield", resize=options.resize, timeout=options.timeout):
+    outcomes = client.classify_stream(
+        files, errors="yield", resize=options.resize, preprocess=options.preprocess, timeout=options.timeout
+    )
+    for outcome in outcomes:
         tell_unreadable()
         place = files.places.popleft()
         if isinstance(outcome, Classification):

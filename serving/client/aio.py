@@ -16,7 +16,19 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
 from serving.client.channel import FIRST_BACKOFF_SECONDS
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, Unavailable, failure_of_call
-from serving.client.inputs import Images, Item, ItemError, ShapeError, blocks, items_of, located, messages, read
+from serving.client.inputs import (
+    Fitting,
+    Images,
+    Item,
+    ItemError,
+    Preprocess,
+    ShapeError,
+    blocks,
+    items_of,
+    located,
+    messages,
+    read,
+)
 from serving.client.results import Classification, Model
 from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
@@ -86,16 +98,22 @@ class AsyncCapsNetClient(ClientBase):
             await asyncio.sleep(FIRST_BACKOFF_SECONDS)
 
     async def classify(
-        self, images: Images, *, resize: bool = False, timeout: float | None = None
+        self,
+        images: Images,
+        *,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        timeout: float | None = None,
     ) -> list[Classification]:
         """Return the results of all images in order, or raise an error, like CapsNetClient.classify."""
+        fitting = Fitting.of(resize, preprocess)
         deadline = self._deadline(timeout)
         limits = self._limits(await self._get_model(False, deadline))
         encoded: list[pb.Image] = []
         size = 0
         for item in items_of(images):
             try:
-                for image in await self._encode(item, resize, deadline):
+                for image in await self._encode(item, fitting, deadline):
                     size += limits.check(image)
                     encoded.append(image)
             except ItemError as error:
@@ -104,7 +122,7 @@ class AsyncCapsNetClient(ClientBase):
             return []
         if not limits.hold(len(encoded), size):
             return [
-                result async for result in _raising(self._outcomes(encoded, False, deadline, DEFAULT_WINDOW_IMAGES))
+                result async for result in _raising(self._outcomes(encoded, fitting, deadline, DEFAULT_WINDOW_IMAGES))
             ]
         response = await self._call(self._stub.Classify, self._request(encoded), deadline, len(encoded))
         return self._decode(response, len(encoded))
@@ -116,6 +134,7 @@ class AsyncCapsNetClient(ClientBase):
         *,
         errors: Literal["raise"] = "raise",
         resize: bool = False,
+        preprocess: Preprocess = "none",
         timeout: float | None = None,
         window: int = DEFAULT_WINDOW_IMAGES,
     ) -> AsyncIterator[Classification]: ...
@@ -127,6 +146,7 @@ class AsyncCapsNetClient(ClientBase):
         *,
         errors: Literal["yield"],
         resize: bool = False,
+        preprocess: Preprocess = "none",
         timeout: float | None = None,
         window: int = DEFAULT_WINDOW_IMAGES,
     ) -> AsyncIterator[Classification | CapsNetError]: ...
@@ -137,6 +157,7 @@ class AsyncCapsNetClient(ClientBase):
         *,
         errors: Errors = "raise",
         resize: bool = False,
+        preprocess: Preprocess = "none",
         timeout: float | None = None,
         window: int = DEFAULT_WINDOW_IMAGES,
     ) -> AsyncIterator[Classification] | AsyncIterator[Classification | CapsNetError]:
@@ -150,7 +171,7 @@ class AsyncCapsNetClient(ClientBase):
         """
         check_stream(errors, window)
         items = images if isinstance(images, AsyncIterable) else items_of(images)
-        outcomes = self._outcomes(items, resize, Deadline(timeout), window)
+        outcomes = self._outcomes(items, Fitting.of(resize, preprocess), Deadline(timeout), window)
         return _raising(outcomes) if errors == "raise" else outcomes
 
     async def _get_model(self, refresh: bool, deadline: Deadline) -> Model:
@@ -170,14 +191,14 @@ class AsyncCapsNetClient(ClientBase):
                 raise
             raise Unavailable(f"{self._address}: the client was closed") from None
 
-    async def _encode(self, item: Item | pb.Image, resize: bool, deadline: Deadline) -> Iterable[pb.Image]:
+    async def _encode(self, item: Item | pb.Image, fitting: Fitting, deadline: Deadline) -> Iterable[pb.Image]:
         """Return an item's images, encoded for a request. Raises ItemError."""
 
         def encode(model: Model) -> Iterator[pb.Image]:
-            return messages(read(item), model, resize)
+            return messages(read(item), model, fitting)
 
         async def encode_for(model: Model) -> Iterable[pb.Image]:
-            return await asyncio.to_thread(encode, model) if blocks(item, resize) else encode(model)
+            return await asyncio.to_thread(encode, model) if blocks(item, fitting) else encode(model)
 
         try:
             return await encode_for(await self._get_model(False, deadline))
@@ -190,7 +211,7 @@ class AsyncCapsNetClient(ClientBase):
     async def _outcomes(
         self,
         items: Iterable[Item | pb.Image] | AsyncIterable[Item],
-        resize: bool,
+        fitting: Fitting,
         deadline: Deadline,
         window_size: int,
     ) -> AsyncGenerator[Classification | CapsNetError]:
@@ -201,7 +222,7 @@ class AsyncCapsNetClient(ClientBase):
             return self._stub.ClassifyStream(timeout=deadline.left(), metadata=self._channel_settings.metadata())
 
         async def encode(item: Item | pb.Image) -> Iterable[pb.Image]:
-            return await self._encode(item, resize, self._deadline(None))
+            return await self._encode(item, fitting, self._deadline(None))
 
         stream = _Stream(window, self._address, open_stream)
         stream.start(items, encode)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,9 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.errors import InvalidImage
 from serving.client.results import Model
 from serving.files.idx import GZIP_MAGIC, is_idx, read_idx
+from serving.files.image_headers import BadImage, read_header
 from serving.files.images import to_pixels
+from serving.files.preparation import shrink
 
 #: One array of uint8, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), or a PNG, JPEG or IDX file, by path or as bytes;
 #: or an image that Pillow has opened, which is read as its file would be.
@@ -23,7 +25,13 @@ Item = NDArray[Any] | bytes | str | os.PathLike[str] | Image.Image
 Images = Item | Iterable[Item]
 #: An array, the bytes of a PNG or JPEG file, an image that Pillow has opened, or one that is ready to be sent.
 Content = NDArray[Any] | bytes | pb.Image | Image.Image
+#: The preparation of pictures by the server: none, or as the training images were.
+Preprocess = Literal["none", "auto"]
 
+# Larger pictures are shrunk before the server prepares them, which needs no more.
+_MAX_PICTURE_BYTES = 2**18
+_MAX_PICTURE_PIXELS = 2**20
+_JPEG_QUALITY = 90
 _EXPECTED_ITEM = "an array, or the path or bytes of a PNG, JPEG or IDX file"
 
 
@@ -33,6 +41,25 @@ class ItemError(ValueError):
 
 class ShapeError(ItemError):
     """An array does not have the shape that the model takes."""
+
+
+class Fitting(NamedTuple):
+    """The way in which files and opened images get the model's size.
+
+    resize: they are scaled here. auto: the server prepares them. Neither: they have it.
+    """
+
+    resize: bool = False
+    auto: bool = False
+
+    @classmethod
+    def of(cls, resize: bool, preprocess: Preprocess) -> Self:
+        """Check the options of a call. Raises ValueError."""
+        if preprocess not in ("none", "auto"):
+            raise ValueError(f"preprocess: {preprocess!r}; expected 'none' or 'auto'")
+        if resize and preprocess == "auto":
+            raise ValueError("resize and preprocess='auto': both; expected one, since 'auto' takes any size")
+        return cls(resize, preprocess == "auto")
 
 
 def items_of(images: Images) -> Iterable[Item]:
@@ -80,25 +107,30 @@ def parse(data: bytes) -> bytes | NDArray[np.uint8]:
     return images[:, np.newaxis] if images.ndim == 3 else images
 
 
-def messages(content: Content, model: Model, resize: bool) -> Iterator[pb.Image]:
+def messages(content: Content, model: Model, fitting: Fitting) -> Iterator[pb.Image]:
     """Return a content, as ``read`` gives it, as images of a request. Raises ItemError before the first image.
 
-    PNG and JPEG files are sent unchanged. With ``resize`` they are decoded here and scaled to the model's size.
+    PNG and JPEG files are sent unchanged, but shrunk if they are large and the server prepares them. To be resized,
+    they are decoded here. Arrays are sent as they are.
     """
     if isinstance(content, pb.Image):
         return iter((content,))
-    if isinstance(content, Image.Image):
-        return _pixels(_opened(content, model, resize)[np.newaxis])
-    if not isinstance(content, bytes):
+    if not isinstance(content, bytes | Image.Image):
         return _pixels(_stacked(content, model))
-    if resize:
+    if fitting.auto:
+        return iter((pb.Image(encoded=_picture(content), preprocess=pb.PREPROCESS_AUTO),))
+    if isinstance(content, Image.Image):
+        return _pixels(_opened(content, model, fitting.resize)[np.newaxis])
+    if fitting.resize:
         return _pixels(_scaled(content, model)[np.newaxis])
     return iter((pb.Image(encoded=content),))
 
 
-def blocks(item: Item | pb.Image, resize: bool) -> bool:
+def blocks(item: Item | pb.Image, fitting: Fitting) -> bool:
     """Return True if reading an item takes so long that an event loop must not wait for it."""
-    return isinstance(item, str | os.PathLike) or (resize and isinstance(item, bytes | bytearray | memoryview))
+    if isinstance(item, bytes | bytearray | memoryview):
+        return fitting.resize or fitting.auto
+    return isinstance(item, str | os.PathLike) or (fitting.auto and isinstance(item, Image.Image))
 
 
 def located(error: ItemError, index: int) -> InvalidImage:
@@ -194,3 +226,33 @@ def _scaled(data: bytes, model: Model) -> NDArray[np.uint8]:
             return to_pixels(image, channels, (width, height))
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise ItemError("not an image, or a damaged one") from error
+
+
+def _picture(content: bytes | Image.Image) -> bytes:
+    """Return a picture as a PNG or JPEG file that is not too large to be sent. Raises ItemError."""
+    if isinstance(content, bytes) and _is_small(content):
+        return content
+    try:
+        if isinstance(content, Image.Image):
+            return _file_of(content.copy())
+        with Image.open(io.BytesIO(content)) as image:
+            return _file_of(image)
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
+        raise ItemError("not an image, or a damaged one") from error
+
+
+def _is_small(data: bytes) -> bool:
+    """Return True for a PNG or JPEG file that can be sent as it is."""
+    try:
+        _, width, height = read_header(data)
+    except BadImage:
+        return False
+    return len(data) <= _MAX_PICTURE_BYTES and width * height <= _MAX_PICTURE_PIXELS
+
+
+def _file_of(image: Image.Image) -> bytes:
+    """Return a shrunk picture as a file: JPEG, or or PNG if it has transparent parts or few pixels."""
+    small, file = shrink(image), io.BytesIO()
+    lossless = small.mode == "RGBA" or small.width * small.height * len(small.getbands()) <= _MAX_PICTURE_BYTES
+    small.save(file, "PNG" if lossless else "JPEG", **({} if lossless else {"quality": _JPEG_QUALITY}))
+    return file.getvalue()

@@ -14,7 +14,18 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
 from serving.client.channel import FIRST_BACKOFF_SECONDS
 from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
-from serving.client.inputs import Images, Item, ItemError, ShapeError, items_of, located, messages, read
+from serving.client.inputs import (
+    Fitting,
+    Images,
+    Item,
+    ItemError,
+    Preprocess,
+    ShapeError,
+    items_of,
+    located,
+    messages,
+    read,
+)
 from serving.client.results import Classification, Model
 from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
@@ -74,22 +85,32 @@ class CapsNetClient(ClientBase):
                 readiness.ended(error)
             time.sleep(FIRST_BACKOFF_SECONDS)
 
-    def classify(self, images: Images, *, resize: bool = False, timeout: float | None = None) -> list[Classification]:
+    def classify(
+        self,
+        images: Images,
+        *,
+        resize: bool = False,
+        preprocess: Preprocess = "none",
+        timeout: float | None = None,
+    ) -> list[Classification]:
         """Return the results of all images in order. If one image fails, the whole call raises its error.
 
         images: an array of uint8 from 0 to 255, (H, W), (C, H, W), (n, H, W) or (n, C, H, W); a PNG, JPEG or IDX
             file, by path or as bytes; or an iterable of these. Images beyond the server's limit for one request go
             out in several requests.
         resize: scale PNG and JPEG files to the model's size.
+        preprocess: "auto" lets the server prepare files and opened images of any size as the training images were: it
+            finds the object, its polarity, size and place. Arrays and IDX files are sent as they are.
         timeout: time limit for all images in seconds, instead of the client's.
         """
+        fitting = Fitting.of(resize, preprocess)
         deadline = self._deadline(timeout)
         limits = self._limits(self._get_model(False, deadline))
         encoded: list[pb.Image] = []
         size = 0
         for item in items_of(images):
             try:
-                for image in self._encode(item, resize, deadline):
+                for image in self._encode(item, fitting, deadline):
                     size += limits.check(image)
                     encoded.append(image)
             except ItemError as error:
@@ -97,7 +118,7 @@ class CapsNetClient(ClientBase):
         if not encoded:
             return []
         if not limits.hold(len(encoded), size):
-            return list(_raising(self._outcomes(encoded, False, deadline, DEFAULT_WINDOW_IMAGES)))
+            return list(_raising(self._outcomes(encoded, fitting, deadline, DEFAULT_WINDOW_IMAGES)))
         try:
             response = self._stub.Classify(
                 self._request(encoded), timeout=deadline.left(), metadata=self._channel_settings.metadata()
@@ -113,6 +134,7 @@ class CapsNetClient(ClientBase):
         *,
         errors: Literal["raise"] = "raise",
         resize: bool = False,
+        preprocess: Preprocess = "none",
         timeout: float | None = None,
         window: int = DEFAULT_WINDOW_IMAGES,
     ) -> Iterator[Classification]: ...
@@ -124,6 +146,7 @@ class CapsNetClient(ClientBase):
         *,
         errors: Literal["yield"],
         resize: bool = False,
+        preprocess: Preprocess = "none",
         timeout: float | None = None,
         window: int = DEFAULT_WINDOW_IMAGES,
     ) -> Iterator[Classification | CapsNetError]: ...
@@ -134,6 +157,7 @@ class CapsNetClient(ClientBase):
         *,
         errors: Errors = "raise",
         resize: bool = False,
+        preprocess: Preprocess = "none",
         timeout: float | None = None,
         window: int = DEFAULT_WINDOW_IMAGES,
     ) -> Iterator[Classification] | Iterator[Classification | CapsNetError]:
@@ -143,14 +167,14 @@ class CapsNetClient(ClientBase):
             If the iterable raises, the stream raises the same error after the results of the images before it.
         errors: "raise" ends the stream at the first image that cannot be classified. "yield" gives the error in the
             place of the result, with its ``index``, and goes on. An error of the whole stream is always raised.
-        resize: scale PNG and JPEG files to the model's size.
+        resize, preprocess: as for ``classify``.
         timeout: time limit for the whole stream in seconds; by default none. The client's limit holds for each answer.
 
         If the server goes away, the stream goes on at another server of the same address, with up to ``retries``
         further attempts. Closing the iterator ends the stream.
         """
         check_stream(errors, window)
-        outcomes = self._outcomes(items_of(images), resize, Deadline(timeout), window)
+        outcomes = self._outcomes(items_of(images), Fitting.of(resize, preprocess), Deadline(timeout), window)
         return _raising(outcomes) if errors == "raise" else outcomes
 
     def _get_model(self, refresh: bool, deadline: Deadline) -> Model:
@@ -166,19 +190,19 @@ class CapsNetClient(ClientBase):
             raise self._error(error) from error
         return self._keep(message)
 
-    def _encode(self, item: Item | pb.Image, resize: bool, deadline: Deadline) -> Iterator[pb.Image]:
+    def _encode(self, item: Item | pb.Image, fitting: Fitting, deadline: Deadline) -> Iterator[pb.Image]:
         """Return an item's images, encoded for a request. Raises ItemError."""
         content = read(item)
         try:
-            return messages(content, self._get_model(False, deadline), resize)
+            return messages(content, self._get_model(False, deadline), fitting)
         except ShapeError:
             if self._is_fresh:
                 raise
             # The server may have changed the model.
-            return messages(content, self._get_model(True, deadline), resize)
+            return messages(content, self._get_model(True, deadline), fitting)
 
     def _outcomes(
-        self, items: Iterable[Item | pb.Image], resize: bool, deadline: Deadline, window_size: int
+        self, items: Iterable[Item | pb.Image], fitting: Fitting, deadline: Deadline, window_size: int
     ) -> Generator[Classification | CapsNetError]:
         call_deadline = self._deadline(None) if deadline.seconds is None else deadline
         window = self._window(self._get_model(False, call_deadline), window_size)
@@ -190,7 +214,7 @@ class CapsNetClient(ClientBase):
             )
 
         def encode(item: Item | pb.Image) -> Iterator[pb.Image]:
-            return self._encode(item, resize, self._deadline(None))
+            return self._encode(item, fitting, self._deadline(None))
 
         stream = _Stream(window, self._address, open_stream)
         stream.start(items, encode)

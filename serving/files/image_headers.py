@@ -30,7 +30,8 @@ FORMAT, DAMAGED, BYTES, SIZE, PARTS, MEMORY, TIMEOUT = (
     "timeout",
 )
 #: The causes for which an image is not decoded: it is neither PNG nor JPEG; it is damaged; it has too many bytes; it
-#: has another size than the model's images; it has too many parts; it takes too much memory; it takes too long.
+#: has another size than the model's images, or is too large to be prepared; it has too many parts; it takes too much
+#: memory; it takes too long.
 IMAGE_CAUSES = (FORMAT, DAMAGED, BYTES, SIZE, PARTS, MEMORY, TIMEOUT)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -96,6 +97,11 @@ def check_exif(name: str, exif: bytes) -> None:
         raise BadImage(PARTS, f"a {name} file with {entries} entries of EXIF; the limit is {MAX_EXIF_ENTRIES}")
 
 
+def count_scans(data: bytes) -> int:
+    """Return the number of scans of a JPEG file, or more."""
+    return data.count(_SCAN_MARKER)
+
+
 def damaged(name: str, data: bytes) -> BadImage:
     """Return the error of a file that cannot be decoded."""
     return BadImage(DAMAGED, f"a {name} file of {len(data)} bytes that is damaged or cut off")
@@ -128,7 +134,7 @@ def _read_png(data: bytes) -> ImageHeader:
 
 def _read_jpeg(data: bytes) -> ImageHeader:
     """Go over the segments before the first scan, and count the scans (JPEG, B.1.1.4 and B.2.2)."""
-    if (scans := data.count(_SCAN_MARKER)) > MAX_SCANS:
+    if (scans := count_scans(data)) > MAX_SCANS:
         raise BadImage(PARTS, f"a JPEG file of {scans} scans; the limit is {MAX_SCANS}")
     size: tuple[int, int] | None = None
     exif = b""  # Pillow reads all such segments as one

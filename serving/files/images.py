@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 MAX_GREY_VALUE = 2**16 - 1
-_MODES_BY_CHANNELS = {1: "L", 3: "RGB"}
+#: Pillow's modes.
+MODES_BY_CHANNELS = {1: "L", 3: "RGB"}
 # EXIF's orientation tag. Pillow's exif_transpose also rewrites the other tags, and fails on odd ones.
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE_BY_ORIENTATION = {
@@ -41,15 +42,27 @@ def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = 
     With one channel, colours become grey. 16-bit grey keeps its upper byte. Transparent parts become black. An EXIF
     orientation is obeyed. Raises UnknownRange, and any error of Pillow for a damaged file.
     """
-    turn = _TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    upright = _with_mode(image.transpose(turn) if turn is not None else image, _MODES_BY_CHANNELS[channels])
-    if size and upright.size != size:
-        upright = upright.resize(size, Image.Resampling.BILINEAR)
-    pixels = np.asarray(upright, np.uint8)
+    turn = turn_of(image)
+    turned = with_mode(image if turn is None else image.transpose(turn), MODES_BY_CHANNELS[channels])
+    if size and turned.size != size:
+        turned = turned.resize(size, Image.Resampling.BILINEAR)
+    return channels_first(turned)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Return the turn that the EXIF orientation of an opened image asks for. Raises any error of Pillow."""
+    return _TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG, 1))
+
+
+def channels_first(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an image of the mode L or RGB as (C, H, W) uint8."""
+    pixels = np.asarray(image, np.uint8)
+    channels = len(image.getbands())
     return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1))
 
 
-def _with_mode(image: Image.Image, mode: str) -> Image.Image:
+def with_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to the mode L or RGB; transparent parts become black. Raises UnknownRange."""
     if image.mode == "F":
         raise UnknownRange("pixels in floating point, whose range is not known; save them with 8 or 16 bits each")
     if image.mode.startswith("I"):

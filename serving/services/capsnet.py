@@ -167,18 +167,18 @@ class _Message(_ClassifyQuery):
     def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self._images = GivenImages(request.images, settings.max_images_per_request, settings.max_image_bytes)
+        self._images = GivenImages(request.images, settings, settings.max_images_per_request)
         self.size = self._images.size
         self.slow = self._images.slow
         self._codecs = codecs
 
     def decode(self, model: ServedModel) -> Arrays:
         self._codec = self._codecs(model)
-        return self._images.decode(model.artifact.image_shape)
+        return self._images.decode(model.artifact)
 
     def decode_slowly(self, model: ServedModel) -> Decoding:
         self._codec = self._codecs(model)
-        return self._images.decode_slowly(model.artifact.image_shape)
+        return self._images.decode_slowly(model.artifact)
 
 
 class _Compared(ComputedQuery):
@@ -187,7 +187,7 @@ class _Compared(ComputedQuery):
     def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self._images = GivenImages(request.images, settings.max_images_per_request, settings.max_image_bytes)
+        self._images = GivenImages(request.images, settings, settings.max_images_per_request)
         self.size = self._images.size
         self._codecs = codecs
 

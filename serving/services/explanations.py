@@ -66,7 +66,7 @@ class Explanations:
         limit, name = settings.max_explained_images, "max_explained_images"
         if settings.max_images_per_request < limit:
             limit, name = settings.max_images_per_request, "max_images_per_request"
-        given = GivenImages(request.images, limit, settings.max_image_bytes, name)
+        given = GivenImages(request.images, settings, limit, name)
         with self._pipeline.computation(request.model_name, request.model_version, caller) as computation:
             model = computation.model
             check_explains(model.artifact)

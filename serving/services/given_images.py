@@ -6,12 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.artifact import Artifact
 from serving.errors import InvalidRequest
 from serving.repository.classifier import IMAGES
 from serving.runtime import Arrays
 from serving.services.computation import Computation
 from serving.services.decoding import Decoding, Steps
-from serving.services.encoded_images import Images, Shape, decoding_bytes, from_encoded, from_pixels
+from serving.services.encoded_images import Images
+from serving.services.image_messages import ImageReader, check_unprepared
+from serving.settings import Settings
 
 
 class GivenImages:
@@ -20,45 +23,49 @@ class GivenImages:
     def __init__(
         self,
         images: Sequence[pb.Image],
+        settings: Settings,
         limit: int,
-        max_image_bytes: int,
         limit_name: str = "max_images_per_request",
         field: str = "images[{}]",
     ) -> None:
         """Wrap the images, of which there may be too many.
 
-        limit, limit_name: the most images, and the setting with this limit. max_image_bytes: the largest file. field:
-        the name of an image's field, with its index in braces.
+        limit, limit_name: the most images, and the setting with this limit. field: the name of an image's field, with
+        its index in braces.
         """
         self.size = len(images)
         # Too many images are not read: a small message may hold millions.
         self.slow = self.size <= limit and any(image.encoded for image in images)
         self._images: Sequence[pb.Image] | None = images
+        self._settings = settings
         self._limit = limit
         self._limit_name = limit_name
-        self._max_image_bytes = max_image_bytes
         self._field = field
 
-    def decode(self, shape: Shape) -> Arrays:
-        """Return the images, all of the shape (C, H, W). Raises InvalidRequest."""
-        given = self._take()
+    def decode(self, artifact: Artifact) -> Arrays:
+        """Return the images, all of the shape of a model's. Raises InvalidRequest."""
+        given, shape = self._take(), artifact.image_shape
         pixels = [image.pixels for image in given]
         if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
+            for index, image in enumerate(given):
+                check_unprepared(image, self._field.format(index))
             return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}
-        return {IMAGES: np.stack([self._decode_image(image, index, shape) for index, image in enumerate(given)])}
+        reader = ImageReader(artifact, self._settings)
+        return {IMAGES: np.stack([reader.read(image, self._field.format(index)) for index, image in enumerate(given)])}
 
-    def decode_slowly(self, shape: Shape) -> Decoding:
+    def decode_slowly(self, artifact: Artifact) -> Decoding:
         """Return the decoding of the images, for a thread. Raises InvalidRequest, as do the steps."""
-        steps = self._steps(self._take(), shape)
-        return Decoding(steps, decoding_bytes(shape, self.size), self._field.partition("[")[0], self.size)
+        given, reader = self._take(), ImageReader(artifact, self._settings)
+        field = self._field.partition("[")[0]
+        return Decoding(self._steps(given, reader), reader.decoding_bytes(given), field, self.size)
 
     async def decode_for(self, computation: Computation) -> Images:
         """Return the images (B, C, H, W) for the model of a computation, which may take a thread.
 
         Raises InvalidRequest, and as Decoder.decode.
         """
-        shape = computation.model.artifact.image_shape
-        arrays = await computation.decode(self.decode_slowly(shape)) if self.slow else self.decode(shape)
+        artifact = computation.model.artifact
+        arrays = await computation.decode(self.decode_slowly(artifact)) if self.slow else self.decode(artifact)
         return np.asarray(arrays[IMAGES], np.uint8)
 
     def _take(self) -> Sequence[pb.Image]:
@@ -70,21 +77,10 @@ class GivenImages:
         assert given is not None
         return given
 
-    def _steps(self, given: Sequence[pb.Image], shape: Shape) -> Steps:
+    def _steps(self, given: Sequence[pb.Image], reader: ImageReader) -> Steps:
         """Decode the images one after the other."""
-        images = np.empty((self.size, *shape), np.uint8)
+        images = np.empty((self.size, *reader.shape), np.uint8)
         for index, image in enumerate(given):
-            images[index] = self._decode_image(image, index, shape)
+            images[index] = reader.read(image, self._field.format(index))
             yield
         return {IMAGES: images}
-
-    def _decode_image(self, image: pb.Image, index: int, shape: Shape) -> Images:
-        """Return the pixels (C, H, W) of an image. Raises InvalidRequest."""
-        field = self._field.format(index)
-        match image.WhichOneof("content"):
-            case "pixels":
-                return from_pixels(image.pixels, shape, f"{field}.pixels")
-            case "encoded":
-                return from_encoded(image.encoded, shape, f"{field}.encoded", self._max_image_bytes)
-            case _:
-                raise InvalidRequest(field, "has no content; expected pixels or encoded")

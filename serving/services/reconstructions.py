@@ -30,7 +30,7 @@ from serving.services.graphs import check_draws
 from serving.services.occlusion import ground_of
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import Fields, check_fields
+from serving.services.protobuf_wire import FLAT, Fields, check_fields
 from serving.settings import Settings
 
 MIN_STEPS, MAX_STEPS = 2, 64
@@ -42,8 +42,8 @@ LAYER_SHARE = 0.6
 # The most fields besides the poses.
 _MAX_OTHER_FIELDS = 1024
 _FORMATS = pb.FORMAT_UNSPECIFIED, pb.FORMAT_PIXELS, pb.FORMAT_PNG
-_POSE_FIELDS = Fields({pb.Poses.POSES_FIELD_NUMBER: Fields(numbers=False)}, numbers=False)
-_FIELDS = Fields({pb.ReconstructRequest.POSES_FIELD_NUMBER: _POSE_FIELDS}, numbers=False)
+
+_FIELDS = Fields({pb.ReconstructRequest.POSES_FIELD_NUMBER: Fields({pb.Poses.POSES_FIELD_NUMBER: FLAT})})
 # The most memory of Pillow for a pixel of a PNG file.
 _WORK_BYTES_A_PIXEL = 8
 
@@ -133,7 +133,7 @@ class Reconstructions:
     async def _from_image(self, computation: Computation, request: pb.ReconstructRequest, edit: _Edit) -> _Drawn:
         artifact = computation.model.artifact
         classes = check_classes(request.classes, len(artifact.labels))
-        given = GivenImages([request.image], 1, self._settings.max_image_bytes, field="image")
+        given = GivenImages([request.image], self._settings, 1, field="image")
         images = await given.decode_for(computation)
         share = await computation.run(CLASSIFY, {IMAGES: images})
         found = shown_classes(share, 0)
