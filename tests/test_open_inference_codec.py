@@ -12,28 +12,30 @@ from protos.inference import inference_pb2 as pb
 from serving.artifact import Artifact, Training
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.services.open_inference_codec import Output, TensorMessages, read_request, refused, schedule
+from serving.services.infer_parameters import schedule
+from serving.services.open_inference_codec import Output, TensorMessages, Wanted, read_request, refused
+from serving.services.tensor_inputs import TensorReader
+from serving.settings import Settings
 from serving.tensorrt_options import BatchProfile
 
 LABELS = ("circle", "a:b", "größe", "")
 MAX_IMAGES = 5
 MAX_BYTES = 2**20
-MESSAGES = TensorMessages(
-    Artifact(
-        folder=Path(),
-        name="shapes",
-        version="7",
-        labels=LABELS,
-        image_shape=(3, 4, 5),
-        pose_size=2,
-        files={},
-        variants={},
-        graphs={},
-        batches=BatchProfile(1, 1, 1),
-        training=Training("shapes"),
-    ),
-    MAX_IMAGES,
+ARTIFACT = Artifact(
+    folder=Path(),
+    name="shapes",
+    version="7",
+    labels=LABELS,
+    image_shape=(3, 4, 5),
+    pose_size=2,
+    files={},
+    variants={},
+    graphs={},
+    batches=BatchProfile(1, 1, 1),
+    training=Training("shapes"),
 )
+MESSAGES = TensorMessages(ARTIFACT)
+READER = TensorReader(ARTIFACT, Settings(max_images_per_request=MAX_IMAGES))
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
 
 
@@ -71,8 +73,7 @@ def _asking(*outputs: tuple[str, dict[str, pb.InferParameter]]) -> pb.ModelInfer
 def test_pixels_arrive_as_they_were_sent(form: Callable[..., pb.ModelInferRequest], images: int) -> None:
     pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 4, 5), np.uint8)
     received = read_request(form(pixels).SerializeToString(), MAX_BYTES)
-    MESSAGES.check_input(received)
-    images_read = MESSAGES.images(received)
+    images_read = READER.images(received)
     assert images_read.dtype == np.uint8
     np.testing.assert_array_equal(images_read, pixels)
 
@@ -86,7 +87,7 @@ def _name(request: pb.ModelInferRequest) -> None:
 
 
 def _datatype(request: pb.ModelInferRequest) -> None:
-    request.inputs[0].datatype = "FP32"
+    request.inputs[0].datatype = "FP16"
 
 
 def _set_shape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
@@ -137,7 +138,7 @@ def _shared_memory(request: pb.ModelInferRequest) -> None:
         (pb.ModelInferRequest.Clear, "inputs", "0 tensors; expected one, 'images'"),
         (_two_inputs, "inputs", "2 tensors; expected one, 'images'"),
         (_name, "inputs[0].name", f"'pixels{'!' * 58}'; expected 'images'"),
-        (_datatype, "inputs[0].datatype", "'FP32'; expected 'UINT8', pixels from 0 to 255 as bytes"),
+        (_datatype, "inputs[0].datatype", "'FP16'; expected 'UINT8', 'FP32' or 'BYTES'"),
         (_set_shape(), "inputs[0].shape", "[]; expected [n, 3, 4, 5], n from 1 to 5 (max_images_per_request)"),
         (_set_shape(3, 4, 5), "inputs[0].shape", "[3, 4, 5]; expected [n, 3, 4, 5], n from 1 to 5"),
         (_set_shape(2, 3, 5, 4), "inputs[0].shape", "[2, 3, 5, 4]; expected [n, 3, 4, 5]"),
@@ -161,26 +162,24 @@ def test_a_wrong_input_is_refused_by_its_field(
     request = _request()
     change(request)
     with pytest.raises(InvalidRequest) as caught:
-        received = read_request(request.SerializeToString(), MAX_BYTES)
-        MESSAGES.check_input(received)
-        MESSAGES.images(received)
+        READER.images(read_request(request.SerializeToString(), MAX_BYTES))
     assert caught.value.field == field
     assert caught.value.description.startswith(description)
 
 
 def test_all_outputs_come_if_none_is_named() -> None:
-    assert MESSAGES.outputs(_request()) == (Output("probabilities"), Output("poses"))
+    assert MESSAGES.wanted(_request()) == Wanted((Output("probabilities"), Output("poses")))
 
 
 def test_named_outputs_come_in_the_order_of_the_request() -> None:
-    assert MESSAGES.outputs(_asking(("poses", {}))) == (Output("poses"),)
+    assert MESSAGES.wanted(_asking(("poses", {}))) == Wanted((Output("poses"),))
     both = _asking(("poses", {}), ("probabilities", {"classification": pb.InferParameter(int64_param=3)}))
-    assert MESSAGES.outputs(both) == (Output("poses"), Output("probabilities", 3))
+    assert MESSAGES.wanted(both) == Wanted((Output("poses"), Output("probabilities", 3)))
 
 
 def test_a_parameter_of_an_output_without_meaning_here_is_ignored() -> None:
     request = _asking(("poses", {"binary_data": pb.InferParameter(bool_param=True)}))
-    assert MESSAGES.outputs(request) == (Output("poses"),)
+    assert MESSAGES.wanted(request) == Wanted((Output("poses"),))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_a_parameter_of_an_output_without_meaning_here_is_ignored() -> None:
         (
             [("poses", {"classification": pb.InferParameter(int64_param=1)})],
             'outputs[0].parameters["classification"]',
-            "on 'poses'; expected on 'probabilities' alone",
+            "on 'poses'; expected on 'probabilities' or 'confidence' alone",
         ),
         *(
             (
@@ -200,8 +199,7 @@ def test_a_parameter_of_an_output_without_meaning_here_is_ignored() -> None:
                 description,
             )
             for parameter, description in [
-                (pb.InferParameter(int64_param=0), "0; expected 1 to 4, the number of classes"),
-                (pb.InferParameter(int64_param=5), "5; expected 1 to 4, the number of classes"),
+                (pb.InferParameter(int64_param=0), "0; expected 1 or more; all classes come if there are fewer"),
                 (pb.InferParameter(int64_param=-1), "int64_param '-1'; expected a whole number from 0 up"),
                 (pb.InferParameter(bool_param=True), "bool_param 'True'; expected a whole number"),
                 (pb.InferParameter(), "no value; expected a whole number"),
@@ -218,7 +216,7 @@ def test_a_wrong_output_is_refused_by_its_field(
     outputs: list[tuple[str, dict[str, pb.InferParameter]]], field: str, description: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        MESSAGES.outputs(_asking(*outputs))
+        MESSAGES.wanted(_asking(*outputs))
     assert caught.value.field == field
     assert caught.value.description.startswith(description)
 
@@ -308,8 +306,8 @@ def test_an_answers_bytes_are_those_of_the_plain_message(
 ) -> None:
     prediction = _prediction(images, seed=images)
     expected = _plain(identifier, outputs, prediction)
-    assert MESSAGES.encode(identifier, outputs, prediction) == expected.SerializeToString()
-    streamed = pb.ModelStreamInferResponse.FromString(MESSAGES.encode_for_stream(identifier, outputs, prediction))
+    assert MESSAGES.encode(identifier, Wanted(outputs), prediction) == expected.SerializeToString()
+    streamed = pb.ModelStreamInferResponse.FromString(MESSAGES.encode_for_stream(identifier, Wanted(outputs), prediction))
     expected.parameters["triton_final_response"].bool_param = True
     assert streamed == pb.ModelStreamInferResponse(infer_response=expected)
 
@@ -318,12 +316,13 @@ def test_a_part_of_a_larger_batch_is_answered_as_it_would_be_alone() -> None:
     whole = _prediction(9)
     part = Share(whole.batch, 2, 7)
     alone = Share({name: part[name].copy() for name in whole.batch}, 0, len(part))
-    assert MESSAGES.encode("", SELECTIONS[0], part) == MESSAGES.encode("", SELECTIONS[0], alone)
+    wanted = Wanted(SELECTIONS[0])
+    assert MESSAGES.encode("", wanted, part) == MESSAGES.encode("", wanted, alone)
 
 
 def test_the_most_probable_classes_come_first_and_of_equal_ones_the_lower() -> None:
     prediction = _share(np.array([[0.25, 1, 0.5, 0.5]], np.float32), np.zeros((1, 4, 2), np.float32))
-    response = pb.ModelInferResponse.FromString(MESSAGES.encode("", (Output("probabilities", 4),), prediction))
+    response = pb.ModelInferResponse.FromString(MESSAGES.encode("", Wanted((Output("probabilities", 4),)), prediction))
     (data,) = response.raw_output_contents
     texts = []
     while data:
