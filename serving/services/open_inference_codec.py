@@ -1,7 +1,7 @@
 """The messages of ``inference.GRPCInferenceService.ModelInfer``: parsing of requests, encoding of answers."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -98,6 +98,7 @@ class TensorMessages:
         contents = wants_contents(request)
         if not request.outputs:
             return self._all._replace(contents=True) if contents else self._all
+        default = self._class_index(request.parameters, "") if request.parameters else None
         chosen: dict[str, Output] = {}
         for index, output in enumerate(request.outputs):
             field, name = f"outputs[{index}]", output.name
@@ -106,7 +107,10 @@ class TensorMessages:
                 raise InvalidRequest(f"{field}.name", text)
             if name in chosen:
                 raise InvalidRequest(f"{field}.name", f"{name!r} once more; expected each output once")
-            chosen[name] = self._output(output, field) if output.parameters else Output(name)
+            class_index = default if name in OF_ONE_CLASS else None
+            chosen[name] = (
+                self._output(output, field, class_index) if output.parameters else Output(name, 0, class_index)
+            )
         return Wanted(tuple(chosen.values()), contents)
 
     def encode(self, identifier: str, wanted: Wanted, share: Share) -> bytes:
@@ -118,11 +122,13 @@ class TensorMessages:
         parts = self._final, *self._parts(identifier, wanted, share)
         return b"".join((tag(_RESPONSE, BYTES), varint(sum(map(len, parts))), *parts))
 
-    def _output(self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str) -> Output:
-        """Return a requested output that has parameters. Raises InvalidRequest."""
+    def _output(
+        self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str, class_index: int | None
+    ) -> Output:
+        """Return a requested output that has parameters. class_index: the default. Raises InvalidRequest."""
         parameters, name = output.parameters, output.name
         refuse_shared_memory(parameters, field)
-        classes, class_index = 0, None
+        classes = 0
         if CLASSIFICATION in parameters:
             place = _check_place(name, CLASSIFICATION, _CLASSIFIED, field)
             classes = whole_number(parameters[CLASSIFICATION], place)
@@ -130,11 +136,21 @@ class TensorMessages:
                 raise InvalidRequest(place, "0; expected 1 or more; all classes come if there are fewer")
             classes = min(classes, len(self._labels))
         if CLASS in parameters:
-            place = _check_place(name, CLASS, OF_ONE_CLASS, field)
-            class_index = whole_number(parameters[CLASS], place)
-            if class_index >= len(self._labels):
-                raise InvalidRequest(place, f"{class_index}; expected 0 to {len(self._labels) - 1}")
+            _check_place(name, CLASS, OF_ONE_CLASS, field)
+            class_index = self._class_index(parameters, f"{field}.")
         return Output(name, classes, class_index)
+
+    def _class_index(self, parameters: Mapping[str, pb.InferParameter], place: str) -> int | None:
+        """Return the class that parameters name, or None. Raises InvalidRequest.
+
+        place: the beginning of the names of their fields.
+        """
+        if CLASS not in parameters:
+            return None
+        field = f'{place}parameters["{CLASS}"]'
+        if (index := whole_number(parameters[CLASS], field)) >= len(self._labels):
+            raise InvalidRequest(field, f"{index}; expected 0 to {len(self._labels) - 1}")
+        return index
 
     def _parts(self, identifier: str, wanted: Wanted, share: Share) -> list[bytes]:
         """Return the bytes of a ModelInferResponse, in parts."""
