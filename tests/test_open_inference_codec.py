@@ -414,7 +414,7 @@ def test_a_wrong_output_is_refused_by_its_field(
 def test_timeout_and_priority_are_read(
     parameters: dict[str, pb.InferParameter], timeout: float | None, urgent: bool
 ) -> None:
-    assert schedule(pb.ModelInferRequest(parameters=parameters)) == (timeout, urgent)
+    assert schedule(pb.ModelInferRequest(parameters=parameters).parameters) == (timeout, urgent)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ def test_timeout_and_priority_are_read(
 )
 def test_a_wrong_parameter_is_refused_by_its_name(name: str, parameter: pb.InferParameter, description: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        schedule(pb.ModelInferRequest(parameters={name: parameter}))
+        schedule(pb.ModelInferRequest(parameters={name: parameter}).parameters)
     assert caught.value.field == f'parameters["{name}"]'
     assert caught.value.description.startswith(description)
 

@@ -1,7 +1,6 @@
 """The parameters of a ModelInferRequest and of its tensors."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from protos.inference import inference_pb2 as pb
 from serving.errors import InvalidRequest
@@ -14,18 +13,10 @@ BINARY_OUTPUT = "binary_data_output"
 MAX_SHOWN_CHARACTERS = 64
 
 
-class Schedule(NamedTuple):
-    """The wishes of a request. timeout: in seconds, or None. urgent: True if it goes before others."""
-
-    timeout: float | None
-    urgent: bool
-
-
-def schedule(request: pb.ModelInferRequest) -> Schedule:
-    """Return the timeout and the priority of a request. Raises InvalidRequest."""
-    parameters = request.parameters
+def schedule(parameters: Mapping[str, pb.InferParameter]) -> tuple[float | None, bool]:
+    """Return a request's timeout in seconds, or None, and True if it goes before others. Raises InvalidRequest."""
     if not parameters:
-        return Schedule(None, False)
+        return None, False
     # Each is read by name: a request may carry any number of unknown parameters.
     for name in SEQUENCE:
         if name in parameters and (value := value_of(parameters[name])):
@@ -33,13 +24,12 @@ def schedule(request: pb.ModelInferRequest) -> Schedule:
             raise InvalidRequest(f'parameters["{name}"]', text)
     urgent = "priority" in parameters and whole_number(parameters["priority"], 'parameters["priority"]') == 1
     microseconds = "timeout" in parameters and whole_number(parameters["timeout"], 'parameters["timeout"]')
-    return Schedule(microseconds / 1e6 or None, urgent)  # 0 means no timeout, as in Triton
+    return microseconds / 1e6 or None, urgent  # 0 means no timeout, as in Triton
 
 
-def wants_contents(request: pb.ModelInferRequest) -> bool:
+def wants_contents(parameters: Mapping[str, pb.InferParameter]) -> bool:
     """Return True if the answer's values must be in contents. Raises InvalidRequest."""
-    parameters = request.parameters
-    if not parameters or BINARY_OUTPUT not in parameters:
+    if BINARY_OUTPUT not in parameters:
         return False
     value = value_of(parameters[BINARY_OUTPUT])
     if not isinstance(value, bool):

@@ -67,17 +67,14 @@ def _is_computed(received: Received) -> bool:
     return bool(outputs) and any(output.name in COMPUTED for output in outputs)
 
 
-def _size(request: pb.ModelInferRequest) -> int:
-    """Return the number of images that a request claims."""
-    return request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0
-
-
-def _is_slow(request: pb.ModelInferRequest, size: int) -> bool:
-    """Return True if the images of a request of ``size`` bytes are decoded in a thread."""
-    datatype = request.inputs[0].datatype if request.inputs else UINT8
-    if size < _SLOW_BYTES:
-        return datatype == BYTES
-    return datatype != UINT8 or not request.raw_input_contents
+def _weight(request: pb.ModelInferRequest, size: int) -> tuple[int, bool]:
+    """Return the number of images that a request of ``size`` bytes claims, and True if a thread must decode them."""
+    if not (inputs := request.inputs):
+        return 0, False
+    tensor = inputs[0]
+    shape, datatype = tensor.shape, tensor.datatype
+    slow = datatype == BYTES or (size >= _SLOW_BYTES and (datatype != UINT8 or not request.raw_input_contents))
+    return shape[0] if shape else 0, slow
 
 
 class InferQuery:
@@ -89,12 +86,11 @@ class InferQuery:
         request = received.message
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self.size = _size(request)
-        self.slow = _is_slow(request, size)
+        self.size, self.slow = _weight(request, size)
         self._id = request.id
         self._received = received
         self._codecs = codecs
-        self.timeout, self.urgent = schedule(request)
+        self.timeout, self.urgent = schedule(request.parameters)
 
     def decode(self, model: ServedModel) -> Arrays:
         received = self._take(model)
@@ -141,12 +137,11 @@ class ComputedInferQuery(ComputedQuery):
         request = received.message
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self.size = _size(request)
-        self._slow = _is_slow(request, size)
+        self.size, self._slow = _weight(request, size)
         self._id = request.id
         self._received = received
         self._codecs = codecs
-        self._schedule = schedule(request)
+        self._timeout, self._urgent = schedule(request.parameters)
 
     async def answer(self, computation: Computation) -> bytes:
         inputs, messages, further = self._codecs(computation.model)
@@ -155,8 +150,8 @@ class ComputedInferQuery(ComputedQuery):
         wanted = messages.wanted(received.message)
         chosen = {output.name: output.class_index for output in wanted.outputs}
         further.check(chosen, self.size)
-        computation.urgent = self._schedule.urgent
-        computation.limit(self._schedule.timeout)
+        computation.urgent = self._urgent
+        computation.limit(self._timeout)
         if self._slow:
             decoding = inputs.decoding(received)
             del received  # while others are decoded, since files may be a thousand times as large as their pixels

@@ -95,12 +95,13 @@ class TensorMessages:
 
     def wanted(self, request: pb.ModelInferRequest) -> Wanted:
         """Return the wishes for the answer, its outputs in the order of the request. Raises InvalidRequest."""
-        contents = wants_contents(request)
-        if not request.outputs:
-            return self._all._replace(contents=True) if contents else self._all
-        default = self._class_index(request.parameters, "") if request.parameters else None
+        parameters, given = request.parameters, request.outputs
+        contents = bool(parameters) and wants_contents(parameters)
+        if not given:
+            return Wanted(self._all.outputs, True) if contents else self._all
+        default = self._class_index(parameters, "") if parameters else None
         chosen: dict[str, Output] = {}
-        for index, output in enumerate(request.outputs):
+        for index, output in enumerate(given):
             field, name = f"outputs[{index}]", output.name
             if name not in self._shapes:
                 text = f"{name[:MAX_SHOWN_CHARACTERS]!r}; expected {alternatives(self._shapes)}"

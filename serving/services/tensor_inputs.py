@@ -69,10 +69,9 @@ class TensorReader:
 
     def images(self, received: Received) -> Images:
         """Return the images (n, C, H, W) of a request. Raises InvalidRequest."""
-        message = received.message
-        tensor = self._check(received)
-        if tensor.datatype == UINT8 and message.raw_input_contents:
-            return np.frombuffer(message.raw_input_contents[0], np.uint8).reshape(tuple(tensor.shape))
+        tensor, shape = self._check(received)
+        if tensor.datatype == UINT8 and (raw := received.message.raw_input_contents):
+            return np.frombuffer(raw[0], np.uint8).reshape(shape)
         steps = self._steps(received, tensor)[0]
         while True:
             try:
@@ -83,20 +82,21 @@ class TensorReader:
 
     def decoding(self, received: Received) -> Decoding:
         """Return the decoding of the images of a request, for a thread. Raises InvalidRequest, as do the steps."""
-        tensor = self._check(received)
+        tensor, shape = self._check(received)
         steps, memory = self._steps(received, tensor)
         field = "raw_input_contents" if received.message.raw_input_contents else "inputs[0].contents"
-        return Decoding(_named(steps), memory, field, tensor.shape[0])
+        return Decoding(_named(steps), memory, field, shape[0])
 
-    def _check(self, received: Received) -> _Tensor:
-        """Check all of a request's input but the values of its pixels and files, and return it.
+    def _check(self, received: Received) -> tuple[_Tensor, tuple[int, ...]]:
+        """Check all of a request's input but the values of its pixels and files, and return it and its shape.
 
         Raises InvalidRequest.
         """
         request = received.message
-        if len(request.inputs) != 1:
-            raise InvalidRequest("inputs", f"{len(request.inputs)} tensors; expected one, {IMAGES!r}")
-        tensor = request.inputs[0]
+        inputs = request.inputs
+        if len(inputs) != 1:
+            raise InvalidRequest("inputs", f"{len(inputs)} tensors; expected one, {IMAGES!r}")
+        tensor = inputs[0]
         if tensor.name != IMAGES:
             raise InvalidRequest("inputs[0].name", f"{tensor.name[:MAX_SHOWN_CHARACTERS]!r}; expected {IMAGES!r}")
         if (datatype := tensor.datatype) not in _CONTENTS:
@@ -112,7 +112,7 @@ class TensorReader:
             self._check_raw(received, tensor, shape[0])
         else:
             self._check_typed(received.typed, datatype, shape[0])
-        return tensor
+        return tensor, shape
 
     def _check_raw(self, received: Received, tensor: _Tensor, images: int) -> None:
         """Check the size of the contents that came as bytes. Raises InvalidRequest."""
