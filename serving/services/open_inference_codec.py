@@ -85,6 +85,7 @@ class TensorMessages:
     def __init__(self, artifact: Artifact) -> None:
         self._labels = [label.encode() for label in artifact.labels]
         self._shapes = output_shapes(artifact)
+        self._named = {name: Output(name) for name in self._shapes}
         self._all = Wanted(tuple(map(Output, ALWAYS)))
         name = pb.ModelInferResponse(model_name=artifact.name, model_version=artifact.version)
         self._head = name.SerializeToString()
@@ -102,16 +103,17 @@ class TensorMessages:
         default = self._class_index(parameters, "") if parameters else None
         chosen: dict[str, Output] = {}
         for index, output in enumerate(given):
-            field, name = f"outputs[{index}]", output.name
-            if name not in self._shapes:
+            name = output.name
+            if (found := self._named.get(name)) is None:
                 text = f"{name[:MAX_SHOWN_CHARACTERS]!r}; expected {alternatives(self._shapes)}"
-                raise InvalidRequest(f"{field}.name", text)
+                raise InvalidRequest(f"outputs[{index}].name", text)
             if name in chosen:
-                raise InvalidRequest(f"{field}.name", f"{name!r} once more; expected each output once")
-            class_index = default if name in OF_ONE_CLASS else None
-            chosen[name] = (
-                self._output(output, field, class_index) if output.parameters else Output(name, 0, class_index)
-            )
+                raise InvalidRequest(f"outputs[{index}].name", f"{name!r} once more; expected each output once")
+            if default is not None and name in OF_ONE_CLASS:
+                found = found._replace(class_index=default)
+            if output.parameters:
+                found = self._with_parameters(found, output.parameters, f"outputs[{index}]")
+            chosen[name] = found
         return Wanted(tuple(chosen.values()), contents)
 
     def encode(self, identifier: str, wanted: Wanted, share: Share) -> bytes:
@@ -123,23 +125,18 @@ class TensorMessages:
         parts = self._final, *self._parts(identifier, wanted, share)
         return b"".join((tag(_RESPONSE, BYTES), varint(sum(map(len, parts))), *parts))
 
-    def _output(
-        self, output: pb.ModelInferRequest.InferRequestedOutputTensor, field: str, class_index: int | None
-    ) -> Output:
-        """Return a requested output that has parameters. class_index: the default. Raises InvalidRequest."""
-        parameters, name = output.parameters, output.name
+    def _with_parameters(self, output: Output, parameters: Mapping[str, pb.InferParameter], field: str) -> Output:
+        """Return a requested output with its parameters. Raises InvalidRequest."""
         refuse_shared_memory(parameters, field)
-        classes = 0
         if CLASSIFICATION in parameters:
-            place = _check_place(name, CLASSIFICATION, _CLASSIFIED, field)
-            classes = whole_number(parameters[CLASSIFICATION], place)
-            if not classes:
+            place = _check_place(output.name, CLASSIFICATION, _CLASSIFIED, field)
+            if not (classes := whole_number(parameters[CLASSIFICATION], place)):
                 raise InvalidRequest(place, "0; expected 1 or more; all classes come if there are fewer")
-            classes = min(classes, len(self._labels))
+            output = output._replace(classes=min(classes, len(self._labels)))
         if CLASS in parameters:
-            _check_place(name, CLASS, OF_ONE_CLASS, field)
-            class_index = self._class_index(parameters, f"{field}.")
-        return Output(name, classes, class_index)
+            _check_place(output.name, CLASS, OF_ONE_CLASS, field)
+            output = output._replace(class_index=self._class_index(parameters, f"{field}."))
+        return output
 
     def _class_index(self, parameters: Mapping[str, pb.InferParameter], place: str) -> int | None:
         """Return the class that parameters name, or None. Raises InvalidRequest.
