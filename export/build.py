@@ -13,6 +13,7 @@ from torch import Tensor
 
 from export import triton
 from export.artifact_writer import ArtifactWriter
+from export.calibrate import Calibrated, Network, calibrate
 from export.certificate import CERTIFICATE, certificate
 from export.graph import GraphError, receptive_field
 from export.options import Choices
@@ -24,6 +25,7 @@ from export.to_onnx import decoder_to_onnx, explanation_to_onnx, to_onnx
 from export.to_tensorrt import build_engine
 from export.verify import (
     ParityError,
+    Prediction,
     Reference,
     certify,
     certify_decoder,
@@ -32,12 +34,13 @@ from export.verify import (
     reference,
     speeds,
 )
-from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Training, Variant
+from serving.artifact import MODEL, PRECISIONS, Artifact, Graph, Preparation, Training, Variant
 from serving.runtime import Runtime, RuntimeSetupError, usable_cores
 from serving.tensorrt_options import BatchProfile
 from training.checkpoint import Checkpoint, CheckpointError, save_tensors
 from training.data.compose import scenes
 from training.data.datasets import Dataset
+from training.data.specs import preparation_of
 from training.model import CapsNet
 from training.provenance import commit, processor
 from training.run_folder import TENSORS_FILE
@@ -87,9 +90,12 @@ def export_checkpoint(
         expected = reference(network, dataset.test_images, dataset.test_labels)
         graphs = _Graphs(writer, _Title(name, version, training), expected)
         graphs.add_all(network, checkpoint, dataset, choices)
+        calibrated = graphs.calibrate(checkpoint, dataset)
         save_tensors(checkpoint, writer.folder / TENSORS_FILE)
         writer.add(TENSORS_FILE)
-        page = certificate(name, version, training, graphs.variants, graphs.graphs, writer.files, graphs.failures)
+        page = certificate(
+            name, version, training, graphs.variants, graphs.graphs, writer.files, graphs.failures, calibrated
+        )
         writer.write_text(CERTIFICATE, page)
         artifact = writer.finish(
             Artifact(
@@ -104,6 +110,8 @@ def export_checkpoint(
                 graphs=graphs.graphs,
                 batches=batches,
                 training=training,
+                preparation=Preparation(**asdict(preparation_of(dataset.name))),
+                calibration=calibrated.calibration,
             )
         )
     model_folder = artifact.folder.parent
@@ -224,6 +232,13 @@ class _Graphs:
             model = to_int8_weights(model)
         path, _ = self._save(f"{DECODER}.onnx", model, "its decoder, from a pose to an image")
         self.graphs[DECODER] = certify_decoder(network, path, self._expected, precision)
+
+    def calibrate(self, checkpoint: Checkpoint, dataset: Dataset) -> Calibrated:
+        """Calibrate the graph in single precision, after it and the decoder were added."""
+        decoder = self.graphs.get(DECODER)
+        runtime = Runtime(self._writer.folder / decoder.file, "cpu", usable_cores()) if decoder else None
+        tested = Prediction(*(array[: len(dataset.test_labels)] for array in self._expected.prediction))
+        return calibrate(checkpoint, dataset, Network(self._runtimes[PRECISIONS[0]], runtime), tested)
 
     def measure_speeds(self, images: Tensor) -> None:
         """Measure all graphs that classify, in turns, on test images, uint8 (B, C, H, W)."""

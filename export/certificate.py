@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from export.calibrate import Calibrated
 from serving.artifact import Graph, Training, Variant
 
 CERTIFICATE = "CERTIFICATE.md"
@@ -20,6 +21,29 @@ _ROUNDING = (
     "PyTorch too. These were computed in double precision by PyTorch. A graph is written if its largest and its mean "
     "distance from that are at most twice those of PyTorch in single precision."
 )
+_CALIBRATION = (
+    "**Calibration:** a capsule's length is no probability. These figures say what the lengths mean. They were "
+    "measured with `model.onnx` on {images:,} images: {source}."
+)
+_PAIRS = (
+    "An image shows {objects} objects: the confidence of a class is the probability that one of them, chosen at "
+    "random, is of this class. Two equally certain classes have 0.5 each, and the longer capsule always has more."
+)
+_ECE = (
+    "On the test images, by which no figure was chosen, the length of the longest capsule differs from the share of "
+    "right answers by {length:.2f} points on average, and its confidence by {confidence:.2f} points (expected "
+    "calibration error in 15 bins of equal width). In {exact:.2f} % of them the present classes are exactly those that "
+    "the image shows."
+)
+_DETECTION = (
+    "**Detection:** the share of the images with no present class, with several, and with one. An image with one is "
+    "suspicious if its margin is less than the threshold or its reconstruction error is larger; else the answer is "
+    'confident. {wanted} Only the kinds with "yes" were shown to the network in its training, as none of the classes. '
+    "The server calls an image of one grey level blank, whatever its capsules say."
+)
+_WANTED_OF_ONE = "Test images are to be confident: what is missing there are false alarms. No other kind is to be."
+_WANTED_OF_SEVERAL = "Test images are to be several, and one object alone confident. All other kinds are to be neither."
+_MAX_SHOWN_CLASSES = 20
 _SHARED = "Some weights of {files} are stored in `{file}` alone: keep these files in the same folder."
 _STORED = "`{file}` stores its weights in 8 bits, with a step for each output, and computes in single precision."
 
@@ -32,11 +56,12 @@ def certificate(
     graphs: Mapping[str, Graph],
     files: Mapping[str, str],
     failures: Mapping[str, str],
+    calibrated: Calibrated | None = None,
 ) -> str:
     """Return the page for graphs that have their figures.
 
     variants: by precision, the graphs that classify. graphs: by name, the other graphs. files: by name, the SHA-256 of
-    each file. failures: by precision, the reason why it is missing.
+    each file. failures: by precision, the reason why it is missing. calibrated: None for a page without a calibration.
     """
     first = next(iter(variants.values()))
     parts = [
@@ -72,6 +97,7 @@ def certificate(
         _table(("graph", "file", "images compared", "largest differences"), others),
         *_shared(variants, graphs),
         *(_STORED.format(file=graph.file) for graph in graphs.values() if graph.precision == "int8"),
+        *(_calibration(calibrated) if calibrated else ()),
         "**Not run:** CUDA and TensorRT. All graphs were compared, and timed, on the CPU alone.",
         _table(("file", "SHA-256"), [(f"`{file}`", f"`{sha256}`") for file, sha256 in files.items()]),
     ]
@@ -86,6 +112,44 @@ def _shared(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> lis
         if graph.weights:
             readers.setdefault(graph.weights, []).append(f"`{graph.file}`")
     return [_SHARED.format(files=" and ".join(files), file=file) for file, files in readers.items()]
+
+
+def _calibration(calibrated: Calibrated) -> list[str]:
+    """Return the figures of a calibration, and what it detects."""
+    found = calibrated.calibration
+    shown = ", ".join(f"{value:g}" for value in found.presence)
+    presence = f"{min(found.presence):g} to {max(found.presence):g}"
+    if len(found.presence) <= _MAX_SHOWN_CLASSES:
+        presence = f"{presence} (by class: {shown})"
+    alarms = f"{found.false_alarms:.0%} of the measured images are beyond it"
+    rows = [
+        ("temperature", f"{found.temperature:g}", "the confidences of an image are softmax(lengths / temperature)"),
+        ("presence", presence, "the least length of a present class; as many images miss a class as have it falsely"),
+        (
+            "margin",
+            f"{found.margin:g}",
+            f"the longest capsule less the second longest, where one class is present; {alarms}",
+        ),
+    ]
+    if found.reconstruction_error:
+        meaning = "mean squared difference of the image from the reconstruction of its present classes, pixels 0 to 1"
+        rows.append(("reconstruction error", f"{found.reconstruction_error:g}", f"{meaning}; {alarms}"))
+    points = {name: 100 * value for name, value in found.ece.items()}
+    kinds = [
+        (kind, "yes" if kind in calibrated.trained else "", *(f"{100 * share:.1f} %" for share in findings.values()))
+        for kind, findings in found.detected.items()
+    ]
+    findings = list(next(iter(found.detected.values())))
+    kinds += [(kind, "", "not run", *[""] * (len(findings) - 1)) for kind in calibrated.missing]
+    return [
+        _CALIBRATION.format(images=found.images, source=found.source),
+        _table(("figure", "value", "meaning"), rows),
+        *([_PAIRS.format(objects=calibrated.objects)] if calibrated.objects > 1 else []),
+        _ECE.format(**points, exact=100 * calibrated.exact),
+        _DETECTION.format(wanted=_WANTED_OF_ONE if calibrated.objects == 1 else _WANTED_OF_SEVERAL),
+        _table(("images", "in training", *findings), kinds),
+        *(f"**{kind}: not run.** {reason}." for kind, reason in calibrated.missing.items()),
+    ]
 
 
 def _doubtful(variants: Mapping[str, Variant], graphs: Mapping[str, Graph]) -> list[str]:

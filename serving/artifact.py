@@ -162,7 +162,9 @@ class Calibration:
     images, source: the number and the kind of the images that it was measured on.
     ece: the expected calibration errors on the test images, from 0 to 1: ``length`` of the winner's length,
         ``confidence`` of its confidence.
-    detected: by kind of images that show none of the classes, and by finding, the share of the images.
+    detected: by kind of images, such as the test images and kinds that show none of the classes, and by finding, the
+        share of the images: ``none`` or ``several`` of the classes are present, or one, and the image is ``suspicious``
+        or the answer ``confident``.
     """
 
     temperature: float

@@ -212,10 +212,17 @@ class Settings:
             )
         if self.tls_client_ca and not self.tls_cert:
             raise ValueError("tls_client_ca: needs tls_cert and tls_key, since clients show certificates in TLS")
-        if not (self.tls_cert or self.tokens or self.insecure or is_loopback(self.host)):
+        if self.insecure or is_loopback(self.host):
+            return
+        if not (self.tls_cert or self.tokens):
             raise ValueError(
                 f"host: {self.host!r}; others could call without TLS and tokens: give tls_cert and tls_key, or tokens, "
                 "or allow it (--insecure)"
+            )
+        if self.admin_port >= 0 and not (self.tls_client_ca or self.tokens):
+            raise ValueError(
+                f"admin_port: {self.admin_port}; others could load and unload models on host {self.host!r}: give "
+                "tokens or tls_client_ca, or allow it (--insecure)"
             )
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving.access.files import AccessError
-from serving.access.tokens import PREDICT, ROLES, TokenEntry, new_token, read_entries, write_entries
+from serving.access.tokens import PREDICT, ROLES, TokenEntry, locked, new_token, read_entries, write_entries
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         match options.command:
             case "add":
-                _add(options)
+                with locked(options.file):
+                    _add(options)
             case "list":
                 for entry in read_entries(options.file):
                     print(_described(entry))
             case "remove":
-                _remove(options.file, options.name)
+                with locked(options.file):
+                    _remove(options.file, options.name)
     except (AccessError, OSError) as error:
         print(f"python -m serving.tokens: {error}", file=sys.stderr)
         return 1
@@ -65,6 +67,8 @@ def _add(options: argparse.Namespace) -> None:
     entries = read_entries(options.file) if options.file.exists() else []
     if any(entry.name == options.name for entry in entries):
         raise AccessError(f"{options.name}: the file has a client of this name; remove it first")
+    if options.certificate and any(entry.certificate == options.certificate for entry in entries):
+        raise AccessError(f"{options.certificate}: the file has a client with this certificate; remove it first")
     token, hash_ = ("", "") if options.certificate else new_token(options.name)
     roles = tuple(dict.fromkeys(options.role or (PREDICT,)))
     entry = TokenEntry(options.name, roles, hash_, options.certificate, options.calls, options.rate)

@@ -2,13 +2,16 @@
 
 import asyncio
 import gc
+import os
 import resource
 import stat
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 import serving.access.files
@@ -23,9 +26,12 @@ from serving.errors import Forbidden, Unauthenticated
 from serving.rpc.status import status_of
 from serving.server import Server, StartError
 from serving.settings import read
-from serving.transport.methods import Peer
+from serving.transport import grpcio_server
+from serving.transport.headers import Status
+from serving.transport.methods import UNDECIDED, CallbackMethod, Peer, peer_of
 from tests.certificates import make_all, make_certificate
 from tests.conftest import settings
+from tests.raw_client import wait_for
 
 PEER = Peer("10.0.0.1")
 
@@ -78,6 +84,44 @@ def test_the_command_makes_lists_and_removes_tokens_and_keeps_no_secret(
     assert command.main(["add", str(file), "a b"]) == 1
     assert "name: 'a b'; expected 1 to 64 letters" in capsys.readouterr().err
     assert sorted(path.name for path in file.parent.iterdir()) == [file.name]
+
+
+def test_commands_at_the_same_time_lose_no_token(file: Path) -> None:
+    barrier = threading.Barrier(4)
+
+    def run(name: str) -> int:
+        barrier.wait(20)
+        return command.main(["add", str(file), name])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, "abcd")) == [0] * 4
+    assert sorted(entry.name for entry in read_entries(file)) == list("abcd")
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_changed_file_keeps_its_permissions_its_owner_and_the_link_to_it(file: Path) -> None:
+    add(file, "alice")
+    file.chmod(0o640)
+    link = file.with_name("link")
+    link.symlink_to(file.name)
+    if os.geteuid() == 0:
+        os.chown(file, 12345, 12346)
+    before = file.stat()
+    assert command.main(["add", str(link), "bob"]) == 0
+    after = file.stat()
+    assert link.is_symlink()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert [entry.name for entry in read_entries(file)] == ["alice", "bob"]
+
+
+def test_a_certificate_belongs_to_one_client(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["add", str(file), "a", "--certificate", "robot"]) == 0
+    assert command.main(["add", str(file), "b", "--role", "admin", "--certificate", "robot"]) == 1
+    assert "robot: the file has a client with this certificate" in capsys.readouterr().err
+    assert command.main(["add", str(file), "b", "--certificate", "robot\nc admin"]) == 1
+    write_entries(file, [TokenEntry(name, ("predict",), certificate="robot") for name in "ab"])
+    with pytest.raises(AccessError, match="a certificate comes twice"):
+        Tokens(str(file))
 
 
 def test_a_token_has_its_identity_and_nothing_else_has_one(file: Path) -> None:
@@ -161,7 +205,11 @@ def test_a_full_disk_keeps_the_previous_tokens(file: Path, capsys: pytest.Captur
         '{"tokens": [{"name": "a", "roles": ["predict"], "hash": 5}]}',
         '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a", "calls": -1}]}',
         '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a", "rate": true}]}',
+        '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a", "rate": Infinity}]}',
+        f'{{"tokens": [{{"name": "a", "roles": ["predict"], "certificate": "a", "rate": {10**400}}}]}}',
         '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a", "rat": 1}]}',
+        f'{{"tokens": [{{"name": "a", "roles": ["predict"], "hash": "scrypt$131072$16$1$AA==${"A" * 43}="}}]}}',
+        f'{{"tokens": [{{"name": "a", "roles": ["predict"], "hash": "scrypt$-2$8$-1$AA==${"A" * 43}="}}]}}',
         '{"tokens": [{"name": "a", "roles": ["predict"], "certificate": "a"}, '
         '{"name": "a", "roles": ["predict"], "certificate": "b"}]}',
         "[" * 10_000,
@@ -196,6 +244,29 @@ def test_many_wrong_tokens_of_one_peer_leave_room_for_another(file: Path, monkey
         assert await tokens.check("x.0", "bad") is None
 
     asyncio.run(main())
+
+
+def test_the_door_begins_the_check_of_a_token_and_takes_no_message_with_one_too_many(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = add(file, "alice")
+    tokens = Tokens(str(file))
+    [method] = guard_of(tokens).protect({"/a/B": CallbackMethod(lambda data, context: None)}, "predict").values()
+
+    def enter(token: str) -> Status | None:
+        assert method.door
+        return method.door(None, (("authorization", f"Bearer {token}"),), 0, PEER)
+
+    assert enter(token) is UNDECIDED
+    [check] = tokens._under_way.values()
+    assert check.result(20)
+    wait_for(lambda: not tokens._under_way)
+    assert enter(token) is None
+    monkeypatch.setattr(tokens_module, "_MAX_CHECKS_OF_PEER", 0)
+    refused = enter("alice.guess")
+    assert refused
+    assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert enter(token) is None
 
 
 def test_the_first_calls_with_a_token_share_one_check_that_none_of_them_ends(
@@ -268,6 +339,31 @@ def test_a_wrong_secret_and_an_unknown_name_get_the_same_answer_after_the_same_w
     assert hashed[0] == hashed[1]
 
 
+def test_unknown_names_take_the_times_of_the_names_that_are_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = {"cheap": 2**4, "dear": 2**12}
+    entries = []
+    for name, n in costs.items():
+        parts = new_token(name)[1].split("$")
+        parts[1] = str(n)
+        entries.append(TokenEntry(name, ("predict",), "$".join(parts)))
+    write_entries(file, entries)
+    tokens = Tokens(str(file))
+    hashed: list[int] = []
+
+    def noted(secret: str, salt: bytes, n: int, r: int, p: int) -> bytes:
+        hashed.append(n)
+        return b""
+
+    monkeypatch.setattr(tokens_module, "_scrypt", noted)
+    found = {}
+    for name in (f"nobody{index}" for index in range(40)):
+        for guess in "ab":
+            assert asyncio.run(tokens.check(f"{name}.{guess}", "peer")) is None
+        assert hashed[-1] == hashed[-2], "one name always takes the same time"
+        found[name] = hashed[-1]
+    assert set(found.values()) == set(costs.values())
+
+
 def test_a_certificate_is_an_identity_with_every_role_or_those_of_the_file(file: Path) -> None:
     known, unknown = Peer("10.0.0.1", "robot"), Peer("10.0.0.1", "stranger")
     alone = guard_of(None, mutual=True)
@@ -296,6 +392,15 @@ def test_a_client_has_its_calls_in_flight_and_its_rate_and_waits_for_no_other() 
     assert [bool(quotas.begin("c", None, 2)) for _ in range(4)] == [False, False, True, True]
     now[0] = 0.5
     assert [bool(quotas.begin("c", None, 2)) for _ in range(2)] == [False, True]
+
+
+def test_a_changed_rate_counts_at_once() -> None:
+    quotas = Quotas(lambda: 0.0)
+    assert [bool(quotas.begin("a", None, 1)) for _ in range(2)] == [False, True]
+    assert [bool(quotas.begin("a", None, 3)) for _ in range(4)] == [False, False, False, True]
+    assert [bool(quotas.begin("a", None, 1)) for _ in range(2)] == [False, True]
+    assert not any(quotas.begin("a", None, None) for _ in range(9))
+    assert [bool(quotas.begin("a", None, 1)) for _ in range(2)] == [False, True]
 
 
 def test_an_anonymous_client_is_its_address_or_its_network_of_ipv6() -> None:
@@ -341,6 +446,17 @@ def test_files_that_cannot_be_read_end_the_start_by_name(tmp_path: Path) -> None
         Server(settings(tls_cert=str(tmp_path / "server.pem"), tls_key=missing))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "large"])
+def test_a_file_that_would_keep_the_calls_waiting_is_refused(file: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        with file.open("wb") as opened:
+            opened.truncate(2**24 + 1)
+    with pytest.raises(AccessError, match=f"the tokens: '{file}'; expected a file of at most 16777216 bytes"):
+        Tokens(str(file))
+
+
 def test_clients_that_have_gone_are_forgotten_and_busy_ones_are_not() -> None:
     quotas = Quotas(lambda: 0.0)
     quotas.begin("busy", 1, None)
@@ -349,6 +465,20 @@ def test_clients_that_have_gone_are_forgotten_and_busy_ones_are_not() -> None:
         quotas.end(str(index))
     assert len(quotas._quotas) <= 10_001
     assert quotas.begin("busy", 1, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [([], ""), (["a"], "a"), (["a", "b"], ""), (["a", "a"], ""), (["x" * 64], "x" * 64), (["x" * 65], "")],
+)
+def test_a_certificate_has_the_only_common_name_or_none(names: list[str], found: str) -> None:
+    subject = (*((("commonName", name),) for name in names), (("organizationName", "o"),))
+    assert peer_of(("10.0.0.1", 5), {"subject": subject}).subject == found
+    properties = {
+        "x509_subject": [",".join(("O=x\\,CN=y", *(f"CN={name}" for name in names))).encode()],
+        "x509_common_name": [name.encode() for name in names[:1]],
+    }
+    assert grpcio_server._subject(properties) == found
 
 
 def test_certificates_are_renewed_and_broken_ones_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -405,6 +535,10 @@ def test_a_host_that_only_this_machine_reaches_needs_none(host: str) -> None:
         (["--tls-key", "k"], "expected both files or neither"),
         (["--tls-client-ca", "a"], "tls_client_ca: needs tls_cert and tls_key"),
         (["--client-rate", "-1"], "client_rate: -1"),
+        (
+            ["--host", "0.0.0.0", "--tls-cert", "c", "--tls-key", "k", "--admin-port", "9"],
+            "admin_port: 9; others could load and unload models on host '0.0.0.0'",
+        ),
     ],
 )
 def test_settings_of_access_that_contradict_each_other_are_refused(

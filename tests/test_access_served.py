@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from protos.capsnet.v1 import capsnet_pb2
 from protos.inference import inference_pb2
 from serving.access.tokens import TokenEntry, new_token, write_entries
 from serving.client.errors import AccessDenied, Unavailable
@@ -30,12 +32,15 @@ from serving.logs import FIELDS
 from serving.transport import frames
 from serving.transport.frames import PREFACE, settings
 from serving.transport.headers import Metadata
+from serving.transport.methods import UNDECIDED_TEXT
 from tests.certificates import make_all, make_certificate
 from tests.conftest import ROOT, Digits, Running
 from tests.raw_client import wait_for
 
 GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
 HEALTH = "/grpc.health.v1.Health/"
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
+HEALTH_PAGES = ("/livez", "/readyz")
 Start = Callable[..., Running]
 
 
@@ -60,11 +65,18 @@ def tls(folder: Path, client_ca: bool = False) -> dict[str, str]:
     return {**chosen, "tls_client_ca": str(folder / "ca.pem")} if client_ca else chosen
 
 
-def methods(running: Running) -> dict[str, bool]:
+def methods(running: Running, port: str = "_grpc") -> dict[str, bool]:
     """Return the path of every method of the port, and whether it streams."""
-    server: Any = running.server._grpc
+    server: Any = getattr(running.server, port)
     table = server._methods if hasattr(server, "_methods") else server._handlers._handlers
     return {path: "Stream" in path or path.endswith(("Watch", "ServerReflectionInfo")) for path in table}
+
+
+def routes(port: int) -> list[str]:
+    """Return the path of every page of the HTTP port, which the answer to another path tells."""
+    status, text = ask(port, "/none")
+    assert status == 404
+    return text.strip().removeprefix("not here; there is: ").split(", ")
 
 
 def unary(channel: grpc.Channel, path: str, metadata: Metadata = ()) -> bytes:
@@ -122,14 +134,21 @@ def test_no_method_answers_without_a_token_or_with_one_of_another_role(
         assert code_of(running.channel, path, streams, tokens["predict"]) not in (
             denied, grpc.StatusCode.PERMISSION_DENIED,
         ), path  # fmt: skip
+    admin = methods(running, "_admin")
+    assert {path.rpartition("/")[2] for path in admin} >= {"RepositoryModelLoad", "RepositoryModelUnload"}
     with grpc.insecure_channel(f"127.0.0.1:{running.server.admin_port}") as channel:
-        for name in ("RepositoryModelLoad", "RepositoryModelUnload"):
-            path = f"/inference.GRPCInferenceService/{name}"
-            assert code_of(channel, path, False) is denied
-            assert code_of(channel, path, False, tokens["predict"]) is grpc.StatusCode.PERMISSION_DENIED
-            assert code_of(channel, path, False, tokens["admin"]) is grpc.StatusCode.INVALID_ARGUMENT
+        for path, streams in admin.items():
+            for wrong in ("", "admin.x", "mallory.x"):
+                assert code_of(channel, path, streams, wrong) is denied, path
+            for wrong in ("predict", "metrics"):
+                assert code_of(channel, path, streams, tokens[wrong]) is grpc.StatusCode.PERMISSION_DENIED, path
+            expected = grpc.StatusCode.OK if path.endswith("Index") else grpc.StatusCode.INVALID_ARGUMENT
+            assert code_of(channel, path, streams, tokens["admin"]) is expected, path
     port = running.server.metrics_port
-    assert ask(port, "/metrics")[0] == 401
+    pages = routes(port)
+    assert {"/metrics", "/livez", "/readyz"} <= set(pages)
+    for path in pages:
+        assert ask(port, path)[0] == (200 if path in HEALTH_PAGES else 401), path
     assert ask(port, "/metrics", token="metrics.x")[0] == 401
     assert ask(port, "/metrics", token=tokens["predict"])[0] == 403
     status, page = ask(port, "/metrics", token=tokens["metrics"])
@@ -148,6 +167,25 @@ def test_no_method_answers_without_a_token_or_with_one_of_another_role(
     assert refused["unauthenticated"] >= 4 * (len(paths) - 3)
     assert refused["forbidden"] >= 2 * (len(paths) - 3)
     assert running.server._edge.under_way == 0
+
+
+def test_each_method_of_the_protocols_is_served_and_denied_without_a_certificate(
+    start: Start, tmp_path: Path, folder: Path, transport: str
+) -> None:
+    path = tmp_path / "socket"
+    running = start(transport=transport, unix_socket=str(path), admin_port=0, **tls(folder, client_ca=True))
+    here = methods(running)
+    declared = {
+        f"/{service.full_name}/{method.name}"
+        for file in (capsnet_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    assert declared <= here.keys() | methods(running, "_admin").keys()
+    with grpc.insecure_channel(f"unix:{path}") as channel:  # the ports end such a client's handshake
+        for method, streams in here.items():
+            expected = grpc.StatusCode.OK if method.startswith(HEALTH) else grpc.StatusCode.UNAUTHENTICATED
+            assert code_of(channel, method, streams) is expected, method
 
 
 def test_clients_with_a_token_are_served_over_tls_and_streams_too(
@@ -264,6 +302,24 @@ def test_too_many_handshakes_end_the_oldest_and_not_the_newest(
         with contextlib.suppress(ConnectionResetError):
             assert silent[0].recv(1) == b""
     assert running.server.metrics.handshakes.labels("crowded").value >= 8
+
+
+def test_a_crowd_of_handshakes_from_one_address_ends_none_of_another(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.transport.handshakes._MAX_HANDSHAKES", 4)
+    running = start(**tls(folder))
+    context = ssl.create_default_context(cafile=folder / "ca.pem")
+    context.set_alpn_protocols(["h2"])
+    with contextlib.ExitStack() as stack:
+        honest = stack.enter_context(socket.create_connection(("127.0.0.1", running.server.port), 20))
+        address = ("127.0.0.1", running.server.port)
+        crowd = [stack.enter_context(socket.create_connection(address, 20, ("127.0.0.2", 0))) for _ in range(12)]
+        with contextlib.suppress(ConnectionResetError):
+            assert crowd[0].recv(1) == b"", "the oldest of the crowd is ended"
+        with context.wrap_socket(honest, server_hostname="127.0.0.1") as secured:
+            secured.sendall(PREFACE + settings({}))
+            assert secured.recv(9)
 
 
 def test_each_failed_handshake_has_its_reason_and_a_line_with_the_client(
@@ -439,6 +495,23 @@ def test_a_client_above_its_limit_is_refused_and_another_is_not(
     )
 
 
+def test_a_token_that_is_not_checked_yet_learns_no_limit_and_no_load(
+    start: Start, tokens: dict[str, str], transport: str
+) -> None:
+    running = start(transport=transport, tokens=tokens["file"], max_bytes_under_way=2**16)
+    classify = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", None, None)
+    texts = []
+    for token in ("predict.guessed", tokens["predict"]):
+        if token == tokens["predict"]:  # then it is known
+            unary(running.channel, GET_MODEL, (("authorization", f"Bearer {token}"),))
+        with pytest.raises(grpc.RpcError) as caught:
+            classify(b"x" * 2**18, metadata=(("authorization", f"Bearer {token}"),), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        texts.append(caught.value.details() or "")
+    assert texts[0] == UNDECIDED_TEXT
+    assert "the limit is 65536 bytes" in texts[1]
+
+
 def test_addresses_have_limits_where_there_are_no_tokens(start: Start, transport: str) -> None:
     running = start(transport=transport, client_rate=1.0)
     unary(running.channel, GET_MODEL)
@@ -517,10 +590,45 @@ def test_tokens_are_renewed_under_load_without_a_lost_call(
     assert not any(outcomes["leaves"][refused:])
 
 
+@pytest.mark.parametrize("method", ["/capsnet.v1.CapsNetService/ClassifyStream", REFLECTION])
+def test_a_stream_does_not_outlive_its_removed_token_for_long(
+    start: Start, tmp_path: Path, transport: str, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    for name in ("guard._LOOK_SECONDS", "guard.REMOVED_SECONDS", "files._CHECK_SECONDS"):
+        monkeypatch.setattr(f"serving.access.{name}", 0.05)
+    made = {name: new_token(name) for name in ("stays", "leaves")}
+    entries = {name: TokenEntry(name, ("predict",), hash_) for name, (_, hash_) in made.items()}
+    write_entries(tmp_path / "tokens", entries.values())
+    running = start(transport=transport, tokens=str(tmp_path / "tokens"))
+    open_stream = running.channel.stream_stream(method, None, None)
+    ended = threading.Event()
+
+    def messages() -> Iterator[bytes]:
+        while not ended.wait(0.02):
+            yield b""
+
+    streams: dict[str, Any] = {
+        name: open_stream(messages(), metadata=(("authorization", f"Bearer {token}"),), timeout=60)
+        for name, (token, _) in made.items()
+    }
+    for stream in streams.values():
+        next(stream)
+    try:
+        write_entries(tmp_path / "tokens", [replace(entries["stays"], calls=50)])
+        with pytest.raises(grpc.RpcError) as caught:
+            list(streams["leaves"])
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        for _ in range(30):
+            next(streams["stays"])
+    finally:
+        ended.set()
+        for stream in streams.values():
+            stream.cancel()
+
+
 def test_reflection_can_be_off(start: Start, transport: str) -> None:
     running = start(transport=transport, reflection=False)
-    path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
-    assert code_of(running.channel, path, True) is grpc.StatusCode.UNIMPLEMENTED
+    assert code_of(running.channel, REFLECTION, True) is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_debug_log_holds_no_token(tmp_path: Path, tokens: dict[str, str], digits: Digits) -> None:

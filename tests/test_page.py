@@ -198,6 +198,13 @@ def test_each_connection_is_closed_after_its_answer(port: int) -> None:
         (b"GET /metrics", 400),
         (b"GET  /metrics HTTP/1.1", 400),
         (b"GET http://[/metrics HTTP/1.1", 400),
+        (b"GET /met\trics HTTP/1.1", 400),
+        (b"GET \x01/metrics HTTP/1.1", 400),
+        (b"GET /metrics\0 HTTP/1.1", 400),
+        (b"GET /\xe4 HTTP/1.1", 400),
+        (b"GET x:/metrics HTTP/1.1", 400),
+        (b"GET http:/metrics HTTP/1.1", 400),
+        (b"GET metrics HTTP/1.1", 400),
         (b"\x16\x03\x01\xff\xff", 400),
         (b"GET /metrics HTTP/1.1\r\nAccept: text/plain\rX: y", 400),
         (b"GET /metrics HTTP/1.1\r\nAccept: text/plain\r\r\nX: y", 400),
@@ -291,6 +298,19 @@ def test_silent_clients_hold_up_nobody_and_are_turned_out(monkeypatch: pytest.Mo
             one.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
         assert b"ours" in ask(found.port, "/metrics").body
         assert [_rest(one) for one in silent] == [b""] * 200
+
+
+def test_a_crowd_from_one_address_ends_no_connection_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "_MAX_CONNECTIONS", 4)
+    with opened() as page, ExitStack() as stack:
+        probe = stack.enter_context(socket.create_connection(("127.0.0.1", page.port), timeout=PATIENCE))
+        crowd = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", page.port), PATIENCE, ("127.0.0.2", 0)))
+            for _ in range(12)
+        ]
+        assert crowd[0].recv(1) == b"", "the oldest of the crowd is closed"
+        probe.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert probe.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_client_that_sends_or_reads_slowly_is_turned_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,7 +220,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
         "epochs": figures["epochs"],
         "batch_size": result["batch"],
         "max_shift": job.max_shift,
-        "none": job.none,
+        "none": job.none and job.dataset != PAIRS,  # pairs are trained without images of none of the classes
         "held_out": 0,
         "precision": "bf16-mixed",
     }

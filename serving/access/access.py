@@ -53,7 +53,10 @@ class Access:
         """Log a warning if others can reach the server, and it does not protect its calls."""
         if is_loopback(host):
             return
+        everyone = not self._tokens and not (self.certificates and self.certificates.mutual)
         if self._tokens and not self.certificates:
             _logger.warning("without TLS, tokens are readable in the network; --tls-cert and --tls-key encrypt")
-        elif not self._tokens and not self.certificates:
+        elif everyone and not self.certificates:
             _logger.warning("everyone who reaches %s may call, and nothing is encrypted (--insecure)", host or "a port")
+        elif everyone:
+            _logger.warning("everyone who reaches %s may call; --tokens and --tls-client-ca limit it", host or "a port")

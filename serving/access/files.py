@@ -2,12 +2,14 @@
 
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 _CHECK_SECONDS = 1.0
+_MAX_FILE_BYTES = 2**24
 
 Content = TypeVar("Content")
 #: The identity of each file's present version: device, inode, size and time of the last change.
@@ -62,4 +64,7 @@ class Renewed(Generic[Content]):
 
     def _present_versions(self) -> _Versions:
         found = [os.stat(path) for path in self._paths]
+        for path, one in zip(self._paths, found, strict=True):  # a pipe would keep every call waiting
+            if not stat.S_ISREG(one.st_mode) or one.st_size > _MAX_FILE_BYTES:
+                raise AccessError(f"{self._name}: {path!r}; expected a file of at most {_MAX_FILE_BYTES} bytes")
         return tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from serving.errors import ClientLimit, Forbidden, ServingError, Unauthenticated
 from serving.transport.call import INTERNAL_TEXT
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import (
+    UNDECIDED,
     Abort,
     CallbackMethod,
     Context,
@@ -30,6 +32,9 @@ from serving.transport.methods import (
 
 _BEARER = re.compile(r"Bearer ([!-~]+)", re.IGNORECASE)
 _AUTHORIZATION = "authorization"
+_LOOK_SECONDS = 1.0  # between looks at the token of an open stream
+#: Seconds in which the stream of a client whose token was removed still takes requests.
+REMOVED_SECONDS = 30.0
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +47,9 @@ class KnownTokens(Protocol):
 
     def remembered(self, token: str, /) -> tuple[bool, Identity | None]:
         """Return if a token was checked before, and its identity, None if it is wrong."""
+
+    def begin_check(self, token: str, client: str, /) -> object:
+        """Begin to check a token, for ``check``. Raises TooManyChecks."""
 
     async def check(self, token: str, client: str, /) -> Identity | None:
         """Return the identity of a token, or None if it is wrong. client: of ``client_of``. Raises TooManyChecks."""
@@ -82,6 +90,10 @@ class Guard:
         self.refused = refused
         self._quotas = Quotas(now)
 
+    @property
+    def has_tokens(self) -> bool:
+        return self._tokens is not None
+
     def protect(self, table: Table, role: str) -> dict[str, Method]:
         """Return the methods so that only clients with this role reach them."""
         if not self._tokens and not self._mutual and self._limits == ClientLimits():
@@ -114,7 +126,9 @@ class Guard:
         """
         if not self._tokens:
             if self._mutual and not peer.subject:
-                raise Unauthenticated("certificate: none came; expected one that this server's authorities signed")
+                raise Unauthenticated(
+                    "certificate: none came with one common name; expected one that this server's authorities signed"
+                )
             return Identity(
                 f"certificate {peer.subject}" if peer.subject else client_of(peer.address), frozenset((role,))
             )
@@ -138,10 +152,22 @@ class Guard:
         try:
             checked = await self._tokens.check(_token_of(authorization), client_of(peer.address))
         except TooManyChecks:
-            raise ClientLimit("authorization: too many new tokens are being checked; try again later") from None
+            raise _too_many() from None
         if checked is None:
             raise _wrong_token()
         return _with_role(checked, role)
+
+    def begin_check(self, metadata: Metadata, peer: Peer) -> None:
+        """Begin to check a token that is not known yet, while the message comes. Raises ClientLimit.
+
+        So nobody sends whole messages with tokens that are too many to be checked.
+        """
+        authorization = authorization_of(metadata)
+        assert self._tokens and authorization
+        try:
+            self._tokens.begin_check(_token_of(authorization), client_of(peer.address))
+        except TooManyChecks:
+            raise _too_many() from None
 
     async def enter(self, context: Context, role: str) -> str:
         """Let a call in, and return the client's name for ``leave``. Raises a ServingError."""
@@ -178,9 +204,12 @@ class _Gate:
         def decide(timeout: float | None, metadata: Metadata, expected: int, peer: Peer) -> Status | None:
             try:
                 identity = self._guard.at_once(authorization_of(metadata), peer, self._role)
+                if identity is None:
+                    self._guard.begin_check(metadata, peer)
+                    return UNDECIDED
             except ServingError as error:
                 return self._guard.refused(self._path, peer, metadata, error)
-            return inner(timeout, metadata, expected, peer._replace(name=identity.name)) if identity and inner else None
+            return inner(timeout, metadata, expected, peer._replace(name=identity.name)) if inner else None
 
         return decide
 
@@ -232,11 +261,14 @@ class _Gate:
 
         async def answers(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
             counted = _Counted(context, self._guard, await self._enter(context))
+            admitted = _Admitted(messages, self._guard, context, self._role) if self._guard.has_tokens else messages
             try:
-                async with aclosing(method.answers(messages, counted)) as inner:  # type: ignore[type-var]
+                async with aclosing(method.answers(admitted, counted)) as inner:  # type: ignore[type-var]
                     async for answer in inner:
                         yield answer
                         del answer  # while the next one is waited for, which may never come
+            except ServingError as error:
+                raise Abort(self._guard.refuse(self._path, context, error)) from None
             finally:
                 counted.leave()
 
@@ -249,11 +281,51 @@ class _Gate:
             raise Abort(self._guard.refuse(self._path, context, error)) from None
 
 
+class _Admitted:
+    """The messages of a stream, until its client may not call and REMOVED_SECONDS have passed.
+
+    The end of the messages is an Unauthenticated or a Forbidden. Answers that are under way still come.
+    """
+
+    def __init__(self, messages: AsyncIterator[bytes], guard: Guard, context: Context, role: str) -> None:
+        self._messages = messages
+        self._guard = guard
+        self._metadata = context.invocation_metadata()
+        self._peer = context.peer
+        self._role = role
+        self._look_at = time.monotonic() + _LOOK_SECONDS
+        self._end_at: float | None = None
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        message = await anext(self._messages)
+        if (now := time.monotonic()) >= self._look_at:
+            self._look(now)
+        return message
+
+    def _look(self, now: float) -> None:
+        self._look_at = now + _LOOK_SECONDS
+        try:
+            if self._guard.at_once(authorization_of(self._metadata), self._peer, self._role):
+                self._end_at = None
+            else:
+                self._guard.begin_check(self._metadata, self._peer)  # the next look has the result
+        except (Unauthenticated, Forbidden):
+            self._end_at = self._end_at or now + REMOVED_SECONDS
+            if now >= self._end_at:
+                raise
+        except ClientLimit:
+            return  # a later look
+
+
 class _Counted:
     """The context of a counted call: its end, whatever ends it, ends the count."""
 
     def __init__(self, context: Context, guard: Guard, name: str) -> None:
         self.given_up: Callable[[], object] | None = None
+        self.undecided = context.undecided = False
         self._context = context
         self._guard = guard
         self._name = name
@@ -326,6 +398,10 @@ def _with_role(identity: Identity, role: str) -> Identity:
     if role not in identity.roles:
         raise Forbidden(f"{identity.name} may not call this method; it needs the role {role}")
     return identity
+
+
+def _too_many() -> ClientLimit:
+    return ClientLimit("authorization: too many new tokens are being checked; try again later")
 
 
 def _wrong_token() -> Unauthenticated:

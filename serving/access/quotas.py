@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 
 from serving.transport.patience import Patience
 
@@ -11,11 +12,19 @@ _MAX_IDLE_CLIENTS = 10_000  # that are remembered without a call in flight
 class Quota:
     """The calls of one client."""
 
-    __slots__ = ("calls", "patience")
+    __slots__ = ("calls", "patience", "rate")
 
-    def __init__(self, patience: Patience | None) -> None:
+    def __init__(self) -> None:
         self.calls = 0
-        self.patience = patience
+        self.patience: Patience | None = None
+        #: The rate of that patience.
+        self.rate: float | None = None
+
+    def limit(self, rate: float | None, now: float) -> None:
+        """Set the most calls a second. None: no limit."""
+        if rate != self.rate:
+            self.rate = rate
+            self.patience = Patience(max(1, round(rate)), rate, now) if rate else None
 
 
 class Quotas:
@@ -33,8 +42,9 @@ class Quotas:
         now = self._now()
         quota = self._quotas.get(client)
         if quota is None:
-            quota = self._quotas[client] = Quota(Patience(max(1, round(rate)), rate, now) if rate else None)
+            quota = self._quotas[client] = Quota()
         self._quotas.move_to_end(client)
+        quota.limit(rate, now)  # it may have changed
         if calls is not None and quota.calls >= calls:
             return f"{quota.calls} calls of this client are in flight; the limit is {calls:g}"
         if quota.patience and not quota.patience.spend(1, now):
@@ -52,6 +62,6 @@ class Quotas:
         """Forget the clients that called longest ago, unless a call is in flight."""
         excess = len(self._quotas) - _MAX_IDLE_CLIENTS
         if excess > 0:
-            idle = [client for client, quota in self._quotas.items() if not quota.calls]
-            for client in idle[:excess]:
+            idle = (client for client, quota in self._quotas.items() if not quota.calls)
+            for client in list(islice(idle, excess)):
                 del self._quotas[client]

@@ -6,15 +6,20 @@ keyed digest is remembered, so that a call costs one digest.
 
 import asyncio
 import base64
+import fcntl
 import hashlib
 import hmac
 import json
+import math
+import os
 import re
 import secrets
+import stat
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,8 @@ _SECRET_BYTES = 32
 _N, _R, _P = 2**13, 8, 1
 _SALT_BYTES = 16
 _HASH_BYTES = 32
+_MAX_COST = 2**19  # N * R * P of a hash in a file: 64 MiB if P is 1, and less than a second
+_MAX_LIMIT = 10**9  # of calls in flight, and of calls a second
 _MAX_WRONG = 4096  # tokens that are remembered
 _MAX_CHECKS = 64  # that wait or run
 _MAX_CHECKS_OF_PEER = 4
@@ -75,9 +82,12 @@ class TokenEntry:
             raise AccessError(f"roles of {self.name}: {', '.join(map(str, self.roles))}; expected some of {ROLES}")
         if bool(self.hash) == bool(self.certificate) or not isinstance(self.certificate, str):
             raise AccessError(f"{self.name}: expected a hash or the common name of a certificate")
+        if not self.certificate.isprintable():
+            raise AccessError(f"certificate of {self.name}: {self.certificate!r}; expected printable characters")
         for field, value in (("calls", self.calls), ("rate", self.rate)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-                raise AccessError(f"{field} of {self.name}: {value!r}; expected a number above 0")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= _MAX_LIMIT):
+                raise AccessError(f"{field} of {self.name}: {value!r}; expected a number above 0, at most {_MAX_LIMIT}")
         if self.hash:
             _parts(self.hash)
 
@@ -98,23 +108,45 @@ def read_entries(path: Path) -> list[TokenEntry]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = str(error) if isinstance(error, AccessError) else "expected what python -m serving.tokens writes"
         raise AccessError(f"tokens: {str(path)!r}: {reason}") from error
-    names = [one.name for one in entries]
-    if len(set(names)) < len(names):
-        raise AccessError(f"tokens: {str(path)!r}: a name comes twice")
+    for what in ("name", "certificate"):  # otherwise a client would have the roles of either entry
+        values = [value for one in entries if (value := getattr(one, what))]
+        if len(set(values)) < len(values):
+            raise AccessError(f"tokens: {str(path)!r}: a {what} comes twice")
     return entries
 
 
 def write_entries(path: Path, entries: Iterable[TokenEntry]) -> None:
-    """Write a token file, readable by its owner alone, in one step. Raises OSError."""
+    """Write a token file in one step. Raises OSError.
+
+    Only its owner can read a new file. An earlier file's owner and permissions stay, so that the server that reads it
+    can read the new one, and a link to it stays a link.
+    """
     kept = [{name: value for name, value in asdict(one).items() if value not in (None, "")} for one in entries]
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     temporary.touch(mode=0o600, exist_ok=False)
     try:
         temporary.write_text(json.dumps({"tokens": kept}, indent=2) + "\n")
+        if path.exists():
+            before, now = path.stat(), temporary.stat()
+            if (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
+                os.chown(temporary, before.st_uid, before.st_gid)
+            temporary.chmod(stat.S_IMODE(before.st_mode))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from changing a token file, between its reading and its writing. Raises OSError."""
+    folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def new_token(name: str) -> tuple[str, str]:
@@ -143,7 +175,7 @@ class Tokens:
         self._lock = threading.Lock()
         self._checks: Counter[str] = Counter()  # that wait or run, by peer
         self._under_way: dict[bytes, Future[TokenEntry | None]] = {}  # the same checks, by the token's digest
-        _, self._unknown_hash = new_token("unknown")
+        _, self._unused_hash = new_token("unknown")
 
     def renew(self) -> None:
         """Read the file now if it has changed."""
@@ -178,11 +210,14 @@ class Tokens:
         known, identity = self.remembered(token)
         if known:
             return identity
-        entry = await asyncio.shield(asyncio.wrap_future(self._checked(token, peer)))
+        entry = await asyncio.shield(asyncio.wrap_future(self.begin_check(token, peer)))
         return entry.identity if entry else None
 
-    def _checked(self, token: str, peer: str) -> "Future[TokenEntry | None]":
-        """Return the check of a token, which all calls with this token share, and which none of them ends."""
+    def begin_check(self, token: str, peer: str) -> "Future[TokenEntry | None]":
+        """Return the check of a token, which all calls with this token share, and which none of them ends.
+
+        Raises TooManyChecks.
+        """
         digest = self._digest(token)
         with self._lock:
             if under_way := self._under_way.get(digest):
@@ -206,7 +241,7 @@ class Tokens:
         name, _, secret = token.partition(".")
         entries, digest = self._entries.content, self._digest(token)
         entry = entries.get(name)
-        n, r, p, salt, expected = _parts(entry.hash if entry and entry.hash else self._unknown_hash)
+        n, r, p, salt, expected = _parts(entry.hash if entry and entry.hash else self._hash_in_place_of(name, entries))
         same = hmac.compare_digest(_scrypt(secret, salt, n, r, p), expected)
         if entry and entry.hash and same:
             self._right[digest] = entry
@@ -216,6 +251,11 @@ class Tokens:
         while len(wrong) > _MAX_WRONG:
             wrong.popitem(last=False)
         return None
+
+    def _hash_in_place_of(self, name: str, entries: Entries) -> str:
+        """Return a hash for a name that has none: with the costs of an entry, always of the same one for a name."""
+        hashes = [entry.hash for entry in entries.values() if entry.hash] or [self._unused_hash]
+        return hashes[int.from_bytes(self._digest(name)) % len(hashes)]
 
     def _digest(self, token: str) -> bytes:
         """Return a digest whose lookup tells nothing about the token by its time, since its key is secret."""
@@ -237,8 +277,8 @@ def _parts(text: str) -> tuple[int, int, int, bytes, bytes]:
         kind, n, r, p, *coded = text.split("$")
         salt, expected = (base64.b64decode(part, validate=True) for part in coded)
         costs = int(n), int(r), int(p)
-        wrong = kind != "scrypt" or not (2 <= costs[0] <= 2**17 and 1 <= costs[1] <= 16 and 1 <= costs[2] <= 4)
-        if wrong or costs[0].bit_count() != 1 or len(expected) != _HASH_BYTES:
+        right = kind == "scrypt" and costs[0] > 1 and min(costs) > 0 and math.prod(costs) <= _MAX_COST
+        if not right or costs[0].bit_count() != 1 or len(expected) != _HASH_BYTES:
             raise ValueError(text)
     except (ValueError, AttributeError) as error:
         raise AccessError("a hash is not scrypt$N$R$P$SALT$HASH") from error

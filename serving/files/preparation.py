@@ -5,6 +5,7 @@ middle of the image (LeCun et al., 1998, section III.A). A person's picture is n
 uneven light, somewhere on a large sheet. Axes: h x w of the picture, H x W of the model, C channels.
 """
 
+from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -26,10 +27,15 @@ _GROUPS_SIDE_PIXELS = 160
 _OVERSAMPLING = 8
 # The smallest difference of ink from ground. A photograph of empty paper has less: its noise.
 _MIN_CONTRAST = 16.0
+# The same for the vote on the polarity.
+_NARROW_SHARES = (0.07, 0.11, 0.17)
 # The grey level of the darkest paper whose ink is not taken for darker than it is.
 _MIN_PAPER_GREY = 40.0
-# The share of the ground's side that a stroke is narrower than.
-_STROKE_SHARE = 0.35
+# A smaller picture is no photograph with shadows, and its strokes have few pixels to be measured by.
+_MIN_SHADOWED_PIXELS = 64
+# The widths of strokes that are tried, as shares of the picture's longer side, and the share of the ink that must show.
+_STROKE_SHARES = (0.04, 0.07, 0.11, 0.17, 0.25, 0.35)
+_ERODED_SHARE = 0.98
 # Groups of less ink than this share of the largest group are specks.
 _SPECK_SHARE = 0.08
 # A group at the picture's edge is a shadow or the end of the paper if others have this share of its ink.
@@ -164,12 +170,33 @@ def _border(pixels: NDArray[Values]) -> NDArray[Values]:
 
 
 def _is_dark_on_bright(grey: Floats) -> bool:
-    """Return True if the object is darker than the border. grey: (h, w).
+    """Return True if the object is darker than its ground. grey: (h, w).
 
-    Light that changes evenly over the sheet is taken away: the plane that fits the border best. The cubes make the
-    large differences of ink outweigh the small ones of an uneven ground.
+    Two observations vote, each from -1 for dark to 1 for bright: the difference of the whole from its border, and the
+    parts that are narrower than strokes may be. The first fails at sharp shadows, the second for broad objects. Their
+    cubes make the large differences of ink outweigh the small ones of an uneven ground.
     """
     grey = _few(grey, _POLARITY_SIDE_PIXELS)
+    votes = [_balance(_above_border(grey))]
+    for share in _NARROW_SHARES:
+        size = _odd(share * max(grey.shape))
+        narrow = np.stack([grey - _opened(grey, size), grey + _opened(-grey, size)])  # bright parts, and dark ones
+        votes.append(_balance(narrow) / len(_NARROW_SHARES))
+    return sum(votes) < 0
+
+
+def _balance(differences: Floats) -> float:
+    """Return the sum of the cubes of differences, from -1 if all are negative to 1."""
+    cubes = differences**3
+    return float(cubes.sum()) / max(1e-6, float(np.abs(cubes).sum()))
+
+
+def _odd(size: float) -> int:
+    return 2 * round(size / 2) + 1
+
+
+def _above_border(grey: Floats) -> Floats:
+    """Return a picture's difference from the plane of light that fits its border best, (h, w)."""
     height, width = grey.shape
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     terms = np.stack([np.ones_like(x), x, y], axis=-1)
@@ -179,7 +206,7 @@ def _is_dark_on_bright(grey: Floats) -> bool:
         factors = np.linalg.lstsq(border[near], values[near], rcond=None)[0]
         away = np.abs(values - border @ factors)
         near = away <= 2 * np.median(away) + 1
-    return bool(((grey - terms @ factors) ** 3).sum() < 0)
+    return np.asarray(grey - terms @ factors, np.float32)
 
 
 def _drawn(ink: Floats, height: int, width: int, look: Look) -> NDArray[np.uint8]:
@@ -209,19 +236,41 @@ def _drawn(ink: Floats, height: int, width: int, look: Look) -> NDArray[np.uint8
 def _ink(grey: Floats, dark: bool) -> Floats:
     """Return the ink of a picture above its ground, 0 to 255, without the light and the shadows of the ground, (h, w).
 
-    The ground is what is left if strokes are eroded. Dark ink is the share of the paper's light that it takes, which is
-    the same in the light and in the shadow.
+    Dark ink is the share of the paper's light that it takes, which is the same in the light and in the shadow.
     """
     height, width = grey.shape
     bright = _MAX_GREY - grey if dark else grey
-    small = _few(bright, _GROUND_SIDE_PIXELS)
-    size = 2 * round(_STROKE_SHARE * max(small.shape) / 2) + 1
-    opened = _extreme(_extreme(small, size, np.minimum), size, np.maximum)
-    ground = np.asarray(Image.fromarray(opened).resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    small = _ground(_few(bright, _GROUND_SIDE_PIXELS))
+    ground = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR), np.float32)
     ink = np.clip(bright - ground, 0, _MAX_GREY)
     if dark:
         ink *= _MAX_GREY / np.maximum(_MAX_GREY - ground, _MIN_PAPER_GREY)
     return np.asarray(ink, np.float32)
+
+
+def _ground(bright: Floats) -> Floats:
+    """Return the ground under bright strokes: what is left if they are eroded, (h, w).
+
+    The erosion reaches as far as the strokes need: if it goes farther, it takes corners of shadows for strokes.
+    """
+    sizes = [_odd(share * max(bright.shape)) for share in _STROKE_SHARES]
+    opened = _opened(bright, sizes[-1])
+    if max(bright.shape) < _MIN_SHADOWED_PIXELS:
+        return opened
+    ink = bright - opened
+    core = ink >= 0.5 * ink.max()
+    for size, larger in pairwise(sizes):
+        if float((bright - _opened(bright, size) > 0.8 * ink)[core].mean()) > _ERODED_SHARE:
+            opened = _opened(bright, larger)  # for what is wider than most of the strokes
+            break
+    if max(bright.shape) < _GROUND_SIDE_PIXELS:
+        return opened
+    # A reduced copy blurs the edges of shadows by a pixel.
+    return np.minimum(_extreme(opened, 3, np.maximum), np.maximum(bright, opened))
+
+
+def _opened(values: Floats, size: int) -> Floats:
+    return _extreme(_extreme(values, size, np.minimum), size, np.maximum)
 
 
 def _few(values: Floats, side: int) -> Floats:
@@ -342,8 +391,7 @@ def _is_prepared(clean: Floats, box: _Box, look: Look) -> bool:
     middle = (
         _centre_of_mass(clean) if look.centred_by_mass else ((box.top + box.bottom) / 2, (box.left + box.right) / 2)
     )
-    away = max(abs(middle[0] - height / 2), abs(middle[1] - width / 2))
-    return away <= _CLOSE_PIXELS
+    return all(abs(place - side / 2) <= _CLOSE_PIXELS for place, side in zip(middle, (height, width), strict=True))
 
 
 def _centre_of_mass(ink: Floats) -> tuple[float, float]:

@@ -23,8 +23,10 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from serving.errors import DENIALS, ServingError
 from serving.logs import RefusalLog
-from serving.transport.methods import Peer, peer_of
+from serving.transport.connection_limits import most_frequent
+from serving.transport.methods import Peer, client_of, peer_of
 
+_OPEN = ("/livez", "/readyz")  # the paths for everyone; any other one is for clients that are admitted
 _MAX_CONNECTIONS = 32
 _BACKLOG = 128  # connections that wait to be accepted
 _MAX_HEAD_BYTES = 8192
@@ -41,6 +43,9 @@ _REASONS = {
 }  # fmt: skip
 # A header (RFC 9110, section 5): a token, and a value without control characters other than tabs.
 _FIELD = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
+# The target of a request (RFC 9112, section 3.2): a path, or a whole URL. No character is dropped, as urlsplit would do
+# with a tab: a proxy that forbids a path would not know it again.
+_TARGET = re.compile(r"(/|https?://)[!-~]*\Z|\*\Z")
 _EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
 # gRPC's codes of denied requests, as HTTP's.
 _DENIED = {
@@ -97,6 +102,8 @@ class _Request(NamedTuple):
         method, target, version = words
         if not version.startswith("HTTP/1."):
             raise _Refusal(505, "this port speaks HTTP/1.1, for metrics and health; gRPC has a port of its own")
+        if not _TARGET.match(target):
+            raise _Refusal(400, "this is no target of a request")
         try:
             url = urlsplit(target)
         except ValueError:
@@ -129,6 +136,11 @@ class Page:
         self._unready = unready
         self._admit = admit
         self._tls = tls
+        self._routes: Mapping[str, Callable[[_Request], Awaitable[_Response]]] = {
+            "/metrics": self._metrics,
+            "/livez": self._liveness,
+            "/readyz": self._readiness,
+        }
         self._log = RefusalLog(events="requests for metrics were denied")
         #: The denied requests by reason.
         self.denied = dict.fromkeys(DENIALS, 0)
@@ -180,20 +192,19 @@ class Page:
     async def _respond(self, request: _Request, peer: Peer) -> _Response:
         if request.method not in ("GET", "HEAD"):
             raise _Refusal(405, f"{request.method[:20]}: expected GET or HEAD", Allow="GET, HEAD")
-        match request.path:
-            case "/metrics":
-                if self._admit:
-                    await self._admit(request.fields.get("authorization"), peer)
-                return self._metrics(request)
-            case "/livez":
-                return await self._liveness()
-            case "/readyz":
-                if reason := self._unready():
-                    raise _Refusal(503, f"not ready: {reason}")
-                return _Response(200, b"ready\n")
-        raise _Refusal(404, "not here; there is: /metrics, /livez, /readyz")
+        answer = self._routes.get(request.path)
+        if answer is None:
+            raise _Refusal(404, f"not here; there is: {', '.join(self._routes)}")
+        if self._admit and request.path not in _OPEN:
+            await self._admit(request.fields.get("authorization"), peer)
+        return await answer(request)
 
-    def _metrics(self, request: _Request) -> _Response:
+    async def _readiness(self, _: _Request) -> _Response:
+        if reason := self._unready():
+            raise _Refusal(503, f"not ready: {reason}")
+        return _Response(200, b"ready\n")
+
+    async def _metrics(self, request: _Request) -> _Response:
         try:
             encode, content_type = choose_encoder(request.fields.get("accept", ""))
         except (TypeError, ValueError):  # too many digits, or other characters
@@ -206,7 +217,7 @@ class Page:
             headers["Content-Encoding"] = "gzip"
         return _Response(200, body, headers)
 
-    async def _liveness(self) -> _Response:
+    async def _liveness(self, _: _Request) -> _Response:
         dead = _Refusal(503, f"not alive: the server has done nothing for {_ALIVE_SECONDS:g} seconds")
         turn = asyncio.sleep(0)
         try:
@@ -236,7 +247,7 @@ class _Acceptor:
         self._listener = listener
         self._answer = answer
         self._tls = tls
-        self._connections: dict[asyncio.Task[None], socket.socket] = {}  # oldest first
+        self._connections: dict[asyncio.Task[None], tuple[socket.socket, str]] = {}  # with their clients, oldest first
         self._reserve: list[int] = []
 
     async def run(self) -> None:
@@ -244,13 +255,13 @@ class _Acceptor:
         self._refill_reserve()
         try:
             while True:
-                connection = await self._accept()
+                connection, address = await self._accept()
                 task = asyncio.create_task(self._serve(connection))
-                self._connections[task] = connection
+                self._connections[task] = connection, client_of(str(address[0]))
                 task.add_done_callback(self._close)
                 await asyncio.sleep(0)  # sock_accept does not yield while connections wait
                 while len(self._connections) > _MAX_CONNECTIONS:
-                    self._end_oldest()
+                    self._end_one()
                     await asyncio.sleep(0)
         finally:
             self._listener.close()
@@ -259,25 +270,24 @@ class _Acceptor:
             await asyncio.gather(*self._connections, return_exceptions=True)
             self._empty_reserve()
 
-    async def _accept(self) -> socket.socket:
-        """Return the next connection.
+    async def _accept(self) -> tuple[socket.socket, tuple[object, ...]]:
+        """Return the next connection, and its address.
 
-        If the process cannot open another file, the connection gets a reserved descriptor, or that of the oldest
+        If the process cannot open another file, the connection gets a reserved descriptor, or that of another
         connection. A port that cannot accept stays readable, so the next attempt comes after a pause.
         """
         loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, _ = await loop.sock_accept(self._listener)
-                return connection
+                return await loop.sock_accept(self._listener)
             except OSError:
                 self._empty_reserve()
             try:
-                connection, _ = self._listener.accept()
+                connection, address = self._listener.accept()
                 connection.setblocking(False)
-                return connection
+                return connection, address
             except OSError:
-                self._end_oldest()
+                self._end_one()
                 await asyncio.sleep(_BACK_OFF_SECONDS)
 
     async def _serve(self, connection: socket.socket) -> None:
@@ -303,14 +313,15 @@ class _Acceptor:
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     def _close(self, task: asyncio.Task[None]) -> None:
-        self._connections.pop(task).close()
+        self._connections.pop(task)[0].close()
         if not self._connections:  # otherwise an answer that is being written may need a file
             self._refill_reserve()
 
-    def _end_oldest(self) -> None:
-        for task in self._connections:
-            task.cancel()
-            return
+    def _end_one(self) -> None:
+        """End the oldest connection of the client with the most."""
+        if self._connections:
+            crowd = most_frequent(client for _, client in self._connections.values())
+            next(task for task, (_, client) in self._connections.items() if client == crowd).cancel()
 
     def _refill_reserve(self) -> None:
         with suppress(OSError):

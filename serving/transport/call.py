@@ -13,7 +13,7 @@ from serving.transport.counts import MEMORY, STALLED
 from serving.transport.frames import ErrorCode
 from serving.transport.headers import Metadata, RequestHead, status_fields
 from serving.transport.messages import PREFIX
-from serving.transport.methods import Abort, Method, Peer
+from serving.transport.methods import UNDECIDED_TEXT, Abort, Method, Peer
 from serving.transport.sending import Sending, only_answer
 from serving.transport.streams import Streams, StreamState
 
@@ -38,6 +38,7 @@ class Call:
     deadline: float | None = None
     expired = False
     given_up: Callable[[], object] | None = None
+    undecided = False
     _headers_sent = False
     _task: asyncio.Task[None] | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -114,7 +115,8 @@ class Call:
         if not self.over and not self._task and not self.given_up:
             self.streams.limits.refused(self._head.path, self.peer, self._head.metadata, code, text)
         self._stop_handler()
-        self.finish(code, text)
+        hidden = self.undecided and code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        self.finish(code, UNDECIDED_TEXT if hidden else text)
 
     def abandon(self) -> None:
         """Note that the client has gone, or must not be sent anything else."""

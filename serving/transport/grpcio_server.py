@@ -3,8 +3,9 @@
 import asyncio
 import errno
 import logging
+import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -14,9 +15,13 @@ from grpc import aio
 from serving.transport import headers
 from serving.transport.call import INTERNAL_TEXT
 from serving.transport.counts import MEMORY, Figures
+from serving.transport.grpcio_messages import MessageInflater
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
+from serving.transport.messages import MessageError
 from serving.transport.methods import (
+    UNDECIDED,
+    UNDECIDED_TEXT,
     UNIX_ADDRESS,
     Abort,
     CallbackMethod,
@@ -26,6 +31,7 @@ from serving.transport.methods import (
     Table,
     TransportLimits,
     UnaryMethod,
+    common_name,
 )
 from serving.transport.sockets import UnixSocket, listen_tcp
 
@@ -37,6 +43,10 @@ _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the req
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
+
+# In the form of RFC 2253, without what _ESCAPED finds.
+_COMMON_NAME = re.compile(rb"(?:\A|[,+])CN=")
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
 
 Outcome = TypeVar("Outcome")
 
@@ -65,6 +75,7 @@ class GrpcioServer:
         options: list[tuple[str, int]] = [
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
+            ("grpc.per_message_decompression", 0),  # see MessageInflater
             ("grpc.max_concurrent_streams", limits.calls_per_connection),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
@@ -153,6 +164,7 @@ class _Context:
         self.timeout: float | None = context.time_remaining()
         self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
         self.given_up: Callable[[], object] | None = None
+        self.undecided = False
         self.metadata: Metadata = tuple(context.invocation_metadata() or ())
         self.outcome: asyncio.Future[bytes | Status] = asyncio.get_running_loop().create_future()
 
@@ -177,9 +189,8 @@ class _Context:
         kind, _, address = str(self._context.peer()).partition(":")
         if kind not in ("ipv4", "ipv6"):
             return Peer(UNIX_ADDRESS, connection=UNIX_ADDRESS)
-        names = self._context.auth_context().get("x509_common_name") or (b"",)
         host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
-        return Peer(host, names[-1].decode(errors="replace"), connection=address)
+        return Peer(host, _subject(self._context.auth_context()), connection=address)
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
@@ -213,6 +224,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
         self._limits = limits
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._inflater = MessageInflater(limits.message_bytes, limits.message_text)
         self._cut_off = False
         self._bytes = 0  # bytes of unary requests in flight
         self.figures = Figures(lambda: len(self._tasks), lambda: self._bytes, limits.bytes_under_way)
@@ -232,6 +244,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
     def cut_off(self) -> None:
         """End the calls in flight."""
         self._cut_off = True
+        self._inflater.close()
         for task in self._tasks:
             task.cancel()
 
@@ -255,18 +268,34 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
     async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
         """Return the answer of a unary method, or the status with which its call ends."""
-        if method.door and (status := method.door(call.timeout, call.metadata, 0, call.peer)):
+        status = method.door(call.timeout, call.metadata, 0, call.peer) if method.door else None
+        if status and status is not UNDECIDED:
             return status
-        limits = self._limits
-        if self._bytes + len(data) > limits.bytes_under_way:
-            self.figures.evicted[MEMORY] += 1
-            text = f"requests of {self._bytes + len(data)} bytes are under way; {limits.memory_text}; try again later"
-            return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        self._bytes += len(data)
+        if refused := self._without_room(len(data), status is UNDECIDED):
+            return refused
+        held = len(data)
+        self._bytes += held
         try:
-            return await self._guarded(_answer(method, data, call), call)
+            inflated = await self._guarded(self._inflater.inflated(data, call.peer.connection), call)
+            if isinstance(inflated, Status):
+                return inflated
+            del data
+            if refused := self._without_room(len(inflated) - held, status is UNDECIDED):
+                return refused
+            self._bytes += len(inflated) - held
+            held = len(inflated)
+            return await self._guarded(_answer(method, inflated, call), call)
         finally:
-            self._bytes -= len(data)
+            self._bytes -= held
+
+    def _without_room(self, more: int, undecided: bool) -> Status | None:
+        """Return the refusal of more bytes of requests, or None if there is room."""
+        limits = self._limits
+        if (held := self._bytes + more) <= limits.bytes_under_way:
+            return None
+        self.figures.evicted[MEMORY] += 1
+        text = f"requests of {held} bytes are under way; {limits.memory_text}; try again later"
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, UNDECIDED_TEXT if undecided else text)
 
     async def _streamed(self, method: StreamMethod, requests: Any, context: Any) -> Status:
         """Send the answers of a stream method, and return the status with which its call ends."""
@@ -274,7 +303,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
 
         async def answer() -> Status:
             async with (
-                aclosing(_messages(requests, call)) as messages,
+                aclosing(_messages(requests, call, self._inflater)) as messages,
                 aclosing(method.answers(messages, call)) as answers,  # type: ignore[type-var]
             ):
                 async for answer in answers:
@@ -294,6 +323,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             return await work
         except Abort as abort:
             return abort.status
+        except MessageError as error:
+            return Status(error.code, str(error))
         except asyncio.CancelledError:
             call.give_up()
             if self._cut_off:
@@ -321,6 +352,13 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
             raise
         except Exception:  # the client has gone, or its deadline has passed, and gRPC has not reported it yet
             raise asyncio.CancelledError from None
+
+
+def _subject(properties: Mapping[str, Iterable[bytes]]) -> str:
+    """Return the common name in a client's certificate, from gRPC's properties, which hold the first one of several."""
+    subject = b"".join(properties.get("x509_subject", ()))  # in the form of RFC 2253
+    names = [one.decode(errors="replace") for one in properties.get("x509_common_name", ())]
+    return common_name(names) if len(_COMMON_NAME.findall(_ESCAPED.sub(b"", subject))) == 1 else ""
 
 
 def _credentials(tls: TlsContexts) -> grpc.ServerCredentials:
@@ -357,13 +395,13 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
     return call.outcome.result()
 
 
-async def _messages(requests: Any, call: _Context) -> AsyncGenerator[bytes]:
-    """Yield the requests of grpc.aio's iterator, which ``anext`` does not accept.
+async def _messages(requests: Any, call: _Context, inflater: MessageInflater) -> AsyncGenerator[bytes]:
+    """Yield the requests of grpc.aio's iterator, which ``anext`` does not accept, as they were before compression.
 
     Raises CancelledError if that iterator ends normally although the client has ended the call.
     """
     async for message in requests:
-        yield message
+        yield await inflater.inflated(message, call.peer.connection)
         del message  # while the next one is waited for, which may never come
     await asyncio.sleep(_END_SECONDS)
     if call.gone or call.expired:

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Protocol, cast
 
 from serving.transport.connection import Connection
-from serving.transport.methods import Peer, TransportLimits
+from serving.transport.connection_limits import most_frequent
+from serving.transport.methods import Peer, TransportLimits, client_of
 
 #: Seconds within which a client must complete its handshake.
 HANDSHAKE_SECONDS = 10.0
 _SHUTDOWN_SECONDS = 2.0
-_MAX_HANDSHAKES = 256  # under way; above this the oldest one ends
+_MAX_HANDSHAKES = 256  # under way; above this the oldest one of the client with the most ends
 _MAX_ACCEPTED_A_TURN = 64  # after which other connections have their turn
 _BACK_OFF_SECONDS = 0.1  # until the next attempt if no file can be opened
 _ALPN = "h2"
@@ -106,10 +107,11 @@ class TlsListener:
         self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _begin(self, accepted: socket.socket, client: Peer) -> None:
-        """Begin a handshake, and end the oldest one if there are too many."""
+        """Begin a handshake, and end the oldest one of the client with the most if there are too many."""
         if len(self._under_way) >= _MAX_HANDSHAKES:
-            oldest, its_client = next(iter(self._under_way.items()))
-            del self._under_way[oldest]
+            crowd = most_frequent(client_of(one.address) for one in self._under_way.values())
+            oldest = next(task for task, one in self._under_way.items() if client_of(one.address) == crowd)
+            its_client = self._under_way.pop(oldest)
             oldest.cancel()
             self._note(CROWDED, its_client)
         task = self._loop.create_task(self._shake_hands(accepted, client))

@@ -4,7 +4,7 @@ A table maps a method's path, ``/service/method``, to one of three kinds of meth
 """
 
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from serving.transport.memory import STALL_SECONDS
 
 #: The address of each client of a Unix socket.
 UNIX_ADDRESS = "unix"
+_MAX_COMMON_NAME_CHARACTERS = 64  # ub-common-name of RFC 5280, appendix A.1
 _IPV6_NETWORK_BITS = 64  # of the network that one subscriber gets
 
 
@@ -30,7 +31,8 @@ class Abort(Exception):
 class Peer(NamedTuple):
     """The client of a connection.
 
-    address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified certificate, or "" without one.
+    address: its IP address, or UNIX_ADDRESS. subject: the common name in its verified certificate (see
+    ``common_name``), or "" without one.
     name: the name by which this server's list of clients knows it, or "" if it is not known, or not yet. connection: a
     key of the connection, which all connections to a Unix socket share.
     """
@@ -52,7 +54,15 @@ def peer_of(address: object, certificate: Mapping[str, Iterable[Iterable[tuple[s
         connection = f"{host} {address[1]}"
     subject = certificate.get("subject", ()) if certificate else ()
     names = [value for part in subject for key, value in part if key == "commonName"]
-    return Peer(host, names[-1] if names else "", connection=connection)
+    return Peer(host, common_name(names), connection=connection)
+
+
+def common_name(names: Sequence[str]) -> str:
+    """Return the common name of a certificate that has these, or "".
+
+    Which of several names counts is not defined, so none does. Neither does one that is longer than RFC 5280 allows.
+    """
+    return names[0] if len(names) == 1 and len(names[0]) <= _MAX_COMMON_NAME_CHARACTERS else ""
 
 
 def client_of(address: str) -> str:
@@ -87,10 +97,12 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 class Context(Protocol):
     """The context of a handler. Only the event loop's thread may use it.
 
-    given_up: called once if nobody waits for the answer before there is one.
+    given_up: called once if nobody waits for the answer before there is one. undecided: True until it is known if the
+    client may call; the handler sets it to False.
     """
 
     given_up: Callable[[], object] | None
+    undecided: bool
 
     @property
     def deadline(self) -> float | None:
@@ -118,9 +130,13 @@ class Context(Protocol):
         """Send the status, after all waiting data."""
 
 
+#: The answer of a door that accepts a call and does not know yet if its client may call.
+UNDECIDED = Status(grpc.StatusCode.OK)
+#: The text with which the transport refuses such a call for its size. It tells a stranger no limit and no load.
+UNDECIDED_TEXT = "request: too large for this server, or for what it has to do now"
 #: A function that is called with the headers of a call: its timeout in seconds or None, its metadata, the number of
-#: calls that were accepted before it but are not complete yet, and its client. It returns the status of a refusal, or
-#: None.
+#: calls that were accepted before it but are not complete yet, and its client. It returns the status of a refusal,
+#: None, or UNDECIDED.
 Door = Callable[[float | None, Metadata, int, Peer], Status | None]
 
 

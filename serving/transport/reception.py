@@ -5,7 +5,7 @@ import grpc
 from serving.transport import headers
 from serving.transport.frames import ErrorCode
 from serving.transport.headers import RequestHead, Status
-from serving.transport.methods import Method, StreamMethod
+from serving.transport.methods import UNDECIDED, Method, StreamMethod
 from serving.transport.receiving import StreamCall, UnaryCall
 from serving.transport.streams import OpenCall, Streams, StreamState
 
@@ -27,16 +27,18 @@ class Reception:
         if not head.acceptable or method is None:
             self._answer(stream, self._turned_away(head), end)
             return
+        status = None
         if method.door:
-            if (
-                status := method.door(head.timeout, head.metadata, len(self._expected), self._streams.client)
-            ) is not None:
+            status = method.door(head.timeout, head.metadata, len(self._expected), self._streams.client)
+            if status is not None and status is not UNDECIDED:
                 self._answer(stream, status.block, end)
                 return
             self._expected.add(stream)
         streams = self._streams
         many = isinstance(method, StreamMethod)
         call = StreamCall(streams, stream, head) if many else UnaryCall(streams, stream, head)
+        if status is UNDECIDED:
+            call.undecided = True
         streams.calls[stream] = call
         self._opened.append(call)
         memory = streams.memory

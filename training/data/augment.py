@@ -138,6 +138,11 @@ class Augmentation:
     elastic: float = 0.0
     erasing: float = 0.0
 
+    @property
+    def changes(self) -> bool:
+        """Return False if every image stays as it is."""
+        return self.name != "none" or any((self.flip, self.elastic, self.erasing))
+
     def __call__(self, images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor:
         """Return changed images; turns: (B,) int64."""
         if self.flip:

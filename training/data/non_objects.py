@@ -28,10 +28,10 @@ def non_objects(images: Tensor, generator: torch.Generator) -> Tensor:
     blobs = (8 * (smooth - 0.3 - 0.4 * threshold)).clamp(0, 1)
     noisy = (level * (1 - strength) + strength * noise).clamp(0, 1)
     made = torch.where(kind == 0, level, torch.where(kind == 1, noisy, blobs)).mul(255).round().to(torch.uint8)
-    return torch.where(kind == 3, _shuffled(images, generator), made)
+    return torch.where(kind == 3, shuffled(images, generator), made)
 
 
-def _shuffled(images: Tensor, generator: torch.Generator) -> Tensor:
+def shuffled(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return images (N, C, H, W) with their patches in random order. Pixels outside whole patches do not change."""
     count, channels, height, width = images.shape
     rows, columns = height // SIDE_PATCHES, width // SIDE_PATCHES

@@ -1,0 +1,368 @@
+"""Calibration: the temperature and the thresholds that say what the lengths of an image's capsules mean.
+
+Axes: N images, B the images of a batch, K objects an image, C H W of an image, J classes, E pose dimension.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.unknown_images import UnknownImages, unknown_images
+from export.verify import Prediction
+from serving.artifact import Calibration
+from serving.runtime import Runtime
+from training.checkpoint import Checkpoint
+from training.data.augment import Augmentation
+from training.data.compose import place, scenes
+from training.data.datasets import Dataset, split
+from training.data.specs import NONE
+from training.evaluate import PRESENT_LENGTH
+from training.model import to_pixels
+from training.recipe import AUGMENTATION_NAMES, HELD_OUT_SHARE, SHIFT_SHARE
+
+IMAGES = 10_000
+#: The most distorted copies of one image in the sample.
+MAX_COPIES = 2
+#: The share of the measured images that margin, and reconstruction_error, each call suspicious.
+FALSE_ALARMS = 0.05
+#: The weight of the threshold of all classes together against that of one class, in mistakes.
+PRIOR_MISTAKES = 10
+ECE_BINS = 15
+#: The images with one object, for a network of several.
+SINGLE_IMAGES = 2_000
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0
+TEST_IMAGES = "test images"
+
+_SEED = 0
+_BATCH_SIZE = 32
+_SEARCH_STEPS = 60
+_DIGITS = 4  # of a threshold, after the decimal point
+_MARGIN_SCALE, _ERROR_SCALE = 10**_DIGITS, 10**6
+
+Floats = NDArray[np.float32]
+
+
+class Sample(NamedTuple):
+    """Images to calibrate on: uint8 (N, C, H, W), and their labels, int64 (N, K), NONE for none of the classes.
+
+    source: says in words which images they are.
+    """
+
+    images: Tensor
+    labels: Tensor
+    source: str
+
+
+class Calibrated(NamedTuple):
+    """A calibration, and what its certificate says beside its figures.
+
+    objects: K, the number of objects in an image. exact: the share of the test images in which the present classes are
+    exactly their labels. trained: the kinds of ``calibration.detected`` that the training has
+    shown to the network as none of the classes. missing: by kind, the reason why it was not measured.
+    """
+
+    calibration: Calibration
+    objects: int
+    exact: float
+    trained: frozenset[str]
+    missing: Mapping[str, str]
+
+
+class Network:
+    """A network's graphs in the server's runtime. decoder: None for a network without one."""
+
+    def __init__(self, runtime: Runtime, decoder: Runtime | None) -> None:
+        self._runtime, self._decoder = runtime, decoder
+
+    def predict(self, images: Tensor) -> Prediction:
+        """Return the answers to uint8 images (N, C, H, W)."""
+        parts = [self._runtime.run({"images": part.numpy()}) for part in images.split(_BATCH_SIZE)]  # type: ignore[no-untyped-call]
+        return Prediction(
+            *(np.concatenate([np.asarray(part[name], np.float32) for part in parts]) for name in Prediction._fields)
+        )
+
+    def reconstruction_errors(self, images: Tensor, found: Prediction, present: NDArray[np.bool_]) -> Floats:
+        """Return the mean squared differences (N,) of images from their reconstructions; zeros without a decoder.
+
+        A reconstruction is the sum, clipped at white, of those of the present classes (N, J), or of the longest
+        capsule's if none is present. Pixels are from 0 to 1.
+        """
+        count = len(images)
+        if self._decoder is None:
+            return np.zeros(count, np.float32)
+        drawn = present.copy()
+        nothing = np.flatnonzero(~present.any(1))
+        drawn[nothing, found.probabilities[nothing].argmax(1)] = True
+        rows, classes = np.nonzero(drawn)
+        result = np.zeros((count, *images.shape[1:]), np.float32)
+        for begin in range(0, len(rows), _BATCH_SIZE):
+            row, category = rows[begin : begin + _BATCH_SIZE], classes[begin : begin + _BATCH_SIZE]
+            pixels = self._decoder.run({"pose": found.poses[row, category], "class": category.astype(np.int64)})
+            np.add.at(result, row, np.asarray(pixels["image"], np.float32))
+        differences = np.minimum(result, 1) - to_pixels(images).numpy()
+        errors: Floats = np.square(differences).reshape(count, -1).mean(1, dtype=np.float32)
+        return errors
+
+
+def calibrate(checkpoint: Checkpoint, dataset: Dataset, network: Network, tested: Prediction) -> Calibrated:
+    """Measure the calibration of a network on images that it has not seen in this form, and what it detects.
+
+    tested: the answers to the test images, from which nothing is chosen; the expected calibration errors and a row of
+    ``detected`` are measured on them.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    sample = calibration_sample(checkpoint, dataset, generator)
+    found = network.predict(sample.images)
+    known = (sample.labels[:, 0] != NONE).numpy()
+    labels = sample.labels.numpy()
+    temperature = fit_temperature(found.probabilities[known], labels[known])
+    presence = balanced_thresholds(found.probabilities, labels)
+    source = sample.source
+    rule = _Rule(network, presence)
+    rule.set_alarms(sample.images[torch.from_numpy(known)], Prediction(*(array[known] for array in found)))
+    if dataset.objects > 1:
+        single = _single_objects(dataset, generator)
+        rule.set_margin(network.predict(single))
+        source += f"; the margin on {len(single):,} images with one object each"
+    kinds = unknown_images(dataset, checkpoint.recipe, generator)
+    calibration = Calibration(
+        temperature=temperature,
+        presence=presence,
+        margin=rule.margin,
+        reconstruction_error=rule.error,
+        false_alarms=FALSE_ALARMS,
+        images=len(labels),
+        source=source,
+        ece=_errors_of_calibration(tested.probabilities, dataset.test_labels, temperature),
+        detected=_detected(rule, dataset, tested, kinds),
+    )
+    trained = frozenset(kind.name for kind in kinds.shown if kind.trained)
+    exact = _exactly_present(tested.probabilities, dataset.test_labels, presence)
+    return Calibrated(calibration, dataset.objects, exact, trained, kinds.missing)
+
+
+def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torch.Generator) -> Sample:
+    """Return about IMAGES images: held out by the training, or its own if it held none out.
+
+    Every second one is distorted as in the training, if that has done so; a distorted image is smoother than the images
+    that users send. An image is taken MAX_COPIES times at most. Composed data sets get new compositions.
+    """
+    recipe = checkpoint.recipe
+    held_out = _held_out(recipe, dataset)
+    pool = held_out if len(held_out) else torch.arange(len(dataset.train_images))
+    copies = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(MAX_COPIES)]
+    chosen = torch.cat(copies)[:IMAGES]
+    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    augment = _augmentation(recipe, dataset)
+    if augment.changes:
+        changed = augment(to_pixels(images[::2]), torch.arange(0, len(images), 2), generator)
+        images[::2] = changed.mul(255).round().clamp(0, 255).to(torch.uint8)
+    said = "training images that were held out" if len(held_out) else "training images, since none were held out"
+    said += ", every second one newly distorted" if augment.changes else ""
+    if not dataset.canvas:
+        return Sample(images, labels.reshape(len(labels), -1), said)
+    images, labels = scenes(images, labels, dataset.objects, dataset.canvas, generator)
+    return Sample(images, labels.reshape(len(labels), -1), f"{said}, in new compositions")
+
+
+def fit_temperature(lengths: Floats, labels: NDArray[np.int64]) -> float:
+    """Return the temperature for which ``softmax(lengths / temperature)`` predicts the labels best.
+
+    It minimises the cross-entropy, which is convex in 1 / temperature. lengths: (N, J); labels: (N, K). With K objects
+    an image, the confidence of a class is the probability that an object of the image, chosen at random, is of this
+    class: each true class has the target 1 / K. A share of 1 / (N + 2) of the targets goes to the other classes
+    (Platt, "Probabilistic Outputs for Support Vector Machines", 1999), so that images without a mistake do not lead
+    to a temperature of 0.
+    """
+    count, classes = lengths.shape
+    others = classes - labels.shape[1]
+    if not count or others < 1:
+        return 1.0
+    targets = np.full(lengths.shape, 1 / (count + 2) / others)
+    np.put_along_axis(targets, labels, (count + 1) / (count + 2) / labels.shape[1], 1)
+    values = lengths.astype(np.float64)
+    linear = float((targets * values).sum(1).mean())
+
+    def loss(inverse: float) -> float:
+        scaled = values * inverse
+        top = scaled.max(1)
+        return float((top + np.log(np.exp(scaled - top[:, None]).sum(1))).mean()) - inverse * linear
+
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(_SEARCH_STEPS):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if loss(left) < loss(right):
+            high = right
+        else:
+            low = left
+    return round(2 / (low + high), _DIGITS)
+
+
+def balanced_thresholds(lengths: Floats, labels: NDArray[np.int64]) -> tuple[float, ...]:
+    """Return the least length of each present class, for which as many images miss the class as have it falsely.
+
+    Where several thresholds are as good, the middle is taken. A threshold that rests on few of these mistakes is drawn
+    to that of all classes together, as if PRIOR_MISTAKES of its mistakes said so. lengths: (N, J); labels: (N, K).
+    """
+    true = (labels[:, :, None] == np.arange(lengths.shape[1])).any(1)  # (N, J)
+    common, _ = _balanced(lengths[true], lengths[~true])
+    result = []
+    for category in range(lengths.shape[1]):
+        own, mistakes = _balanced(lengths[true[:, category], category], lengths[~true[:, category], category])
+        result.append(round((mistakes * own + PRIOR_MISTAKES * common) / (mistakes + PRIOR_MISTAKES), _DIGITS))
+    return tuple(result)
+
+
+def _balanced(true: Floats, false: Floats) -> tuple[float, int]:
+    """Return the threshold between the lengths of images with a class and without it, and the number of mistakes."""
+    if not len(true):
+        return PRESENT_LENGTH, 0
+    edges = np.concatenate(([0.0], np.unique(np.concatenate((true, false))).astype(np.float64), [1.0]))
+    middles = (edges[:-1] + edges[1:]) / 2
+    missed = np.searchsorted(np.sort(true), middles)
+    falsely = len(false) - np.searchsorted(np.sort(false), middles)
+    differences = np.abs(missed - falsely)
+    (best,) = np.nonzero(differences == differences.min())
+    return float((edges[best[0]] + edges[best[-1] + 1]) / 2), int(missed[best[0]] + falsely[best[0]])
+
+
+def confidences(lengths: Floats, temperature: float) -> NDArray[np.float64]:
+    """Return ``softmax(lengths / temperature)``, (N, J)."""
+    scaled = lengths.astype(np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(1, keepdims=True))
+    result: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
+    return result
+
+
+def expected_calibration_error(predicted: NDArray[np.floating], right: NDArray[np.floating]) -> float:
+    """Return the mean distance, over images, between the predictions in a bin and the share of right ones in it.
+
+    predicted: (N,), from 0 to 1, in ECE_BINS bins of equal width. right: (N,), from 0 to 1. Source: Guo et al., "On
+    Calibration of Modern Neural Networks" (2017), section 2.
+    """
+    bins = np.minimum((predicted * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    gaps = np.bincount(bins, weights=right - predicted, minlength=ECE_BINS)
+    return float(np.abs(gaps).sum() / len(predicted))
+
+
+class _Rule:
+    """The rule of the server: which classes are present, and which images of one class are suspicious.
+
+    margin: the least difference between the longest and the second longest capsule of an image that is not suspicious.
+    error: the largest reconstruction error of such an image.
+    """
+
+    def __init__(self, network: Network, presence: tuple[float, ...]) -> None:
+        self._network, self._presence = network, np.array(presence, np.float32)
+        self.margin, self.error = 0.0, 0.0
+
+    def set_alarms(self, images: Tensor, found: Prediction) -> None:
+        """Set both thresholds, each so that it calls FALSE_ALARMS of these images suspicious.
+
+        Images without a present class do not count, and for the margin those with several.
+        """
+        present, _, errors = self._measure(images, found)
+        if present.any():
+            # Rounded to the side that calls fewer images suspicious.
+            error = float(np.quantile(errors[present.any(1)], 1 - FALSE_ALARMS))
+            self.error = math.ceil(error * _ERROR_SCALE) / _ERROR_SCALE
+        self.set_margin(found)
+
+    def set_margin(self, found: Prediction) -> None:
+        """Set the margin as ``set_alarms`` does."""
+        present, margins = self._present(found)
+        one = present.sum(1) == 1
+        if one.any():
+            margin = float(np.quantile(margins[one], FALSE_ALARMS))
+            self.margin = math.floor(margin * _MARGIN_SCALE) / _MARGIN_SCALE
+
+    def findings(self, images: Tensor, found: Prediction | None = None) -> dict[str, float]:
+        """Return the share of images (N, C, H, W) with no class, with several, with one that is suspicious or not."""
+        present, margins, errors = self._measure(images, found or self._network.predict(images))
+        count = present.sum(1)
+        suspicious = (margins < self.margin) | (errors > self.error)
+        shares = {
+            "none": count == 0,
+            "several": count > 1,
+            "suspicious": (count == 1) & suspicious,
+            "confident": (count == 1) & ~suspicious,
+        }
+        return {name: round(float(share.mean()), _DIGITS) for name, share in shares.items()}
+
+    def _measure(self, images: Tensor, found: Prediction) -> tuple[NDArray[np.bool_], Floats, Floats]:
+        """Return the present classes (N, J), the margins (N,) and the reconstruction errors (N,)."""
+        present, margins = self._present(found)
+        return present, margins, self._network.reconstruction_errors(images, found, present)
+
+    def _present(self, found: Prediction) -> tuple[NDArray[np.bool_], Floats]:
+        """Return the present classes (N, J) and the margins (N,)."""
+        longest = np.sort(found.probabilities, 1)
+        margins = longest[:, -1] - longest[:, -2] if longest.shape[1] > 1 else longest[:, -1]
+        return found.probabilities >= self._presence, margins
+
+
+def _held_out(recipe: Mapping[str, object], dataset: Dataset) -> Tensor:
+    """Return the indices of the training images that the training held out; none where the recipe does not say so."""
+    count, seed = len(dataset.train_images), recipe.get("seed", 1)
+    held_out = recipe.get("held_out", 0)
+    if held_out is None:
+        held_out = count // HELD_OUT_SHARE
+    if not isinstance(held_out, int) or not isinstance(seed, int) or not 0 <= held_out < count:
+        held_out, seed = 0, 0
+    return split(count, held_out, seed)[1]
+
+
+def _augmentation(recipe: Mapping[str, object], dataset: Dataset) -> Augmentation:
+    """Return the distortion of the training."""
+    width = dataset.train_images.shape[-1]
+    numbers = {name: value for name, value in recipe.items() if isinstance(value, int | float)}
+    share = numbers.get("shift_share", numbers["max_shift"] / width if "max_shift" in numbers else SHIFT_SHARE)
+    name = recipe.get("augment") or ("none" if dataset.canvas else "affine")
+    return Augmentation(
+        name if isinstance(name, str) and name in AUGMENTATION_NAMES else "none",
+        share,
+        numbers.get("flip", 0.0),
+        numbers.get("elastic", 0.0),
+        numbers.get("erasing", 0.0),
+    )
+
+
+def _single_objects(dataset: Dataset, generator: torch.Generator) -> Tensor:
+    """Return images of one object each for a network of several."""
+    chosen = torch.randperm(len(dataset.train_images), generator=generator)[:SINGLE_IMAGES]
+    return place(dataset.train_images[chosen], dataset.canvas, generator)
+
+
+def _errors_of_calibration(lengths: Floats, labels: Tensor, temperature: float) -> dict[str, float]:
+    """Return the expected calibration errors of the longest capsule's length and of its confidence, on test images.
+
+    With K objects an image, a right class is right as length, and for 1 / K as confidence.
+    """
+    true = labels.reshape(len(labels), -1).numpy()
+    winner = lengths.argmax(1)
+    right = (true == winner[:, None]).any(1).astype(np.float64)
+    confidence = confidences(lengths, temperature)[np.arange(len(lengths)), winner]
+    return {
+        "length": round(expected_calibration_error(np.clip(lengths.max(1), 0, 1).astype(np.float64), right), 6),
+        "confidence": round(expected_calibration_error(confidence, right / true.shape[1]), 6),
+    }
+
+
+def _exactly_present(lengths: Floats, labels: Tensor, presence: tuple[float, ...]) -> float:
+    """Return the share of the images in which the present classes are exactly the labels."""
+    true = np.zeros(lengths.shape, bool)
+    np.put_along_axis(true, labels.reshape(len(labels), -1).numpy(), True, 1)
+    return float(((lengths >= np.array(presence, np.float32)) == true).all(1).mean())
+
+
+def _detected(rule: _Rule, dataset: Dataset, tested: Prediction, kinds: UnknownImages) -> dict[str, dict[str, float]]:
+    """Return the findings on the test images, and on each kind of unknown images."""
+    count = min(IMAGES, len(dataset.test_images))
+    result = {TEST_IMAGES: rule.findings(dataset.test_images[:count], Prediction(*(part[:count] for part in tested)))}
+    return result | {kind.name: rule.findings(kind.images) for kind in kinds.shown}
