@@ -90,13 +90,20 @@ def _arranged(dataset: Dataset, generator: torch.Generator) -> Iterator[Kind]:
     if dataset.objects > 1:
         chosen = torch.randperm(len(dataset.train_images), generator=generator)[:KIND_IMAGES]
         yield Kind("one object alone", place(dataset.train_images[chosen], dataset.canvas, generator))
-    elif len(dataset.labels) > 1 and preparation_of(dataset.name).polarity == "bright-on-dark":
-        chosen = members(dataset.test_labels, 2, generator)[:KIND_IMAGES]
+        return
+    labels = dataset.test_labels
+    if labels.ndim == 1 and labels.unique().numel() > 1 and _adds_up(dataset):
+        chosen = members(labels, 2, generator)[:KIND_IMAGES]
         images = dataset.test_images[chosen.flatten()]
         if not dataset.canvas:
             edge = slice(_MAX_SHIFT, _MAX_SHIFT + images.shape[-1])
             images = place(images, images.shape[-1] + 2 * _MAX_SHIFT, generator)[:, :, edge, edge]
         yield Kind("two objects in one image", combine(images.reshape(*chosen.shape, *images.shape[1:])))
+
+
+def _adds_up(dataset: Dataset) -> bool:
+    """Return True if the sum of two images shows both objects."""
+    return preparation_of(dataset.name).polarity == "bright-on-dark"
 
 
 def _others(name: str, labels: tuple[str, ...] | None, dataset: Dataset, generator: torch.Generator) -> Tensor:

@@ -757,3 +757,35 @@ def test_the_cost_of_a_batch_is_learned_from_any_sizes(sizes: tuple[int, ...]) -
     for images in sizes:
         assert cost(images) == pytest.approx(0.002 * images + 0.004, rel=0.02)
     assert cost(16) > 1.3 * (0.001 * 16 + 0.002), "sizes that do not come any more are known to be slower too"
+
+
+def test_a_batch_gets_derived_outputs_and_shows_only_the_rows_that_clients_sent() -> None:
+    go, observed = threading.Event(), list[float]()
+
+    def run(arrays: Arrays) -> Arrays:
+        assert go.wait(10)
+        return {"doubled": 2 * np.asarray(arrays["numbers"], np.float32)}
+
+    def derive(inputs: Arrays, outputs: Arrays) -> Arrays:
+        return {"sum": np.asarray(inputs["numbers"], np.float32) + np.asarray(outputs["doubled"], np.float32)}
+
+    def observe(outputs: Arrays) -> None:
+        observed.extend(np.asarray(outputs["doubled"], np.float32).tolist())
+
+    async def main() -> None:
+        metrics = ModelMetrics(Metrics(), "m", "1", ["only"])
+        hooks = Hooks(lambda outputs: None, derive, observe)
+        batcher = Batcher(run, hooks, metrics, BatchPolicy(8, 8, 100, 10, 1), QUICK, slots=1)
+        answers: list[asyncio.Future[Share]] = []
+        for numbers, probe in (([1], False), ([2, 3], False), ([4, 5], True), ([6], False)):
+            answers.append(asyncio.get_running_loop().create_future())
+            arrays: Arrays = {"numbers": np.array(numbers, np.float32)}
+            batcher.enqueue(arrays, then=settle(answers[-1]), probe=probe)
+            await asyncio.sleep(0)
+        go.set()
+        sums = [(await answer)["sum"].tolist() for answer in answers]
+        assert sums == [[3], [6, 9], [12, 15], [18]]
+        await batcher.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert sorted(observed) == [2, 4, 6, 12]

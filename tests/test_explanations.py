@@ -1,5 +1,6 @@
 """Tests of the findings in answers, and of Explain, on a server."""
 
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image as PillowImage
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.runtime import Arrays, Runtime
@@ -196,6 +198,21 @@ def test_a_png_file_is_explained_as_its_pixels_are(running: Running, digits: Dig
     one, other = explain(running, file, image(digits.images[0])).results
     assert one.classification == other.classification
     np.testing.assert_allclose(one.classes[0].relevance.values, other.classes[0].relevance.values, atol=1e-6)
+
+
+def test_a_picture_of_any_size_is_prepared_and_explained_as_classify_answers_it(
+    running: Running, digits: Digits
+) -> None:
+    dark = PillowImage.fromarray(255 - digits.images[0]).resize((140, 140))
+    picture = PillowImage.new("L", (300, 200), 255)
+    picture.paste(dark, (90, 30))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    prepared = pb.Image(encoded=buffer.getvalue(), preprocess=pb.PREPROCESS_AUTO)
+    (right,) = classify(running, prepared)
+    (explained,) = explain(running, prepared, parts=[ROUTING]).results
+    assert (right.label, right.verdict) == ("7", pb.VERDICT_OK)
+    assert (explained.classification.label, explained.classification.verdict) == (right.label, right.verdict)
 
 
 WRONG: dict[str, tuple[dict[str, object], str]] = {

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from serving.artifact import Graph, digest, find, load
+from serving.artifact import Graph, Tensor, digest, find, load
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY, Metrics
@@ -257,6 +257,28 @@ def test_a_graph_that_answers_wrongly_is_refused_before_it_serves(tmp_path: Path
         folder=tmp_path,
         files={"odd.onnx": digest(tmp_path / "odd.onnx")},
         graphs={"odd": Graph("odd.onnx")},
+    )
+    with pytest.raises(RuntimeSetupError, match=message):
+        FurtherGraph("odd", artifact, settings()).open(1)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"result": Tensor("float32", (4,))}, r"its output result is \(3,\); its manifest says \(4,\)"),
+        ({"other": Tensor("float32", (3,))}, r"its output other is missing; its manifest says \(3,\)"),
+    ],
+    ids=["another-shape", "another-name"],
+)
+def test_a_graph_whose_outputs_are_not_those_of_its_manifest_is_refused(
+    tmp_path: Path, outputs: dict[str, Tensor], message: str
+) -> None:
+    (tmp_path / "odd.onnx").write_bytes(a_graph("Relu"))
+    artifact = replace(
+        load(find(ROOT / "models", "capsnet-mnist")),
+        folder=tmp_path,
+        files={"odd.onnx": digest(tmp_path / "odd.onnx")},
+        graphs={"odd": Graph("odd.onnx", outputs=outputs)},
     )
     with pytest.raises(RuntimeSetupError, match=message):
         FurtherGraph("odd", artifact, settings()).open(1)

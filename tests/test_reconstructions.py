@@ -258,6 +258,10 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
         "image.pixels: 1 bytes; expected 784 (1 x 28 x 28, one byte a pixel)",
     ),
     "no file": ({"image": pb.Image(encoded=b"text")}, "image.encoded: 4 bytes that are neither a PNG nor a JPEG file"),
+    "prepared pixels": (
+        {"image": pb.Image(pixels=bytes(784), preprocess=pb.PREPROCESS_AUTO)},
+        "image.preprocess: PREPROCESS_AUTO for raw pixels; expected PREPROCESS_NONE, or a PNG or JPEG file in encoded",
+    ),
     "nothing in the image": ({"image": pb.Image()}, "image: has no content; expected pixels or encoded"),
 }
 

@@ -136,12 +136,13 @@ def settle(future: "asyncio.Future[Share]") -> Callable[[Ticket], None]:
     def then(ticket: Ticket) -> None:
         if future.done():
             return
-        try:
-            future.set_result(ticket.result())
-        except asyncio.CancelledError:
+        if ticket.state is State.GIVEN_UP:
             future.cancel()
-        except Exception as error:
-            future.set_exception(error)
+        elif ticket.error:
+            # It is not raised: its traceback would know this frame, the frame the future, and the future the error.
+            future.set_exception(ticket.error)
             future.exception()  # otherwise asyncio would log it if no task awaits the future
+        else:
+            future.set_result(ticket.result())
 
     return then

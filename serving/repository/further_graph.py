@@ -50,7 +50,8 @@ class FurtherGraph:
         for name, tensor in self._outputs.items():
             shape = together[name].shape[1:] if name in together else None
             if shape != tensor.shape:
-                raise RuntimeSetupError(f"{self._file}: its output {name} is {shape}; its manifest says {tensor.shape}")
+                found = "missing" if shape is None else shape
+                raise RuntimeSetupError(f"{self._file}: its output {name} is {found}; its manifest says {tensor.shape}")
         for name, array in together.items():
             if rows({name: array}) != 2 or not np.allclose(array[1:], alone[name], rtol=0, atol=_TOLERANCE):
                 raise RuntimeSetupError(f"{self._file}: in its self-test {name} of a row alone and in a batch differ")

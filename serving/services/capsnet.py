@@ -167,7 +167,7 @@ class _Message(_ClassifyQuery):
     def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self._images = GivenImages(request.images, settings, settings.max_images_per_request)
+        self._images = GivenImages(request.images, settings)
         self.size = self._images.size
         self.slow = self._images.slow
         self._codecs = codecs
@@ -187,7 +187,7 @@ class _Compared(ComputedQuery):
     def __init__(self, request: pb.ClassifyRequest, settings: Settings, codecs: PerModel[CapsNetCodec]) -> None:
         self.model_name = request.model_name
         self.model_version = request.model_version
-        self._images = GivenImages(request.images, settings, settings.max_images_per_request)
+        self._images = GivenImages(request.images, settings)
         self.size = self._images.size
         self._codecs = codecs
 

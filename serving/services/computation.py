@@ -111,6 +111,7 @@ class Computation:
         except BaseException as error:
             if ticket is not None:
                 batcher.give_up(ticket)
+                ticket = None  # it knows the error too
             graph.metrics.failed(error, time.perf_counter() - began)
             self._counted = True
             raise

@@ -18,7 +18,7 @@ from serving.services.computation import Caller, Computation
 from serving.services.decoding import Decoding, in_one_step
 from serving.services.encoded_images import Images
 from serving.services.explanations_codec import ExplanationWriter
-from serving.services.given_images import GivenImages
+from serving.services.given_images import GivenImages, Limit
 from serving.services.graphs import EXPLAIN, check_explains
 from serving.services.occlusion import Masked, Occlusion, ground_of
 from serving.services.per_model import PerModel
@@ -63,10 +63,9 @@ class Explanations:
         Raises InvalidRequest, UnknownModel, Unsupported, and as Computation.run.
         """
         settings = self._settings
-        limit, name = settings.max_explained_images, "max_explained_images"
-        if settings.max_images_per_request < limit:
-            limit, name = settings.max_images_per_request, "max_images_per_request"
-        given = GivenImages(request.images, settings, limit, name)
+        few = settings.max_explained_images < settings.max_images_per_request
+        limit: Limit = "max_explained_images" if few else "max_images_per_request"
+        given = GivenImages(request.images, settings, limit)
         with self._pipeline.computation(request.model_name, request.model_version, caller) as computation:
             model = computation.model
             check_explains(model.artifact)

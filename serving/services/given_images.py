@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from serving.services.encoded_images import Images
 from serving.services.image_messages import ImageReader, check_unprepared
 from serving.settings import Settings
 
+#: The settings that limit the images of a request.
+Limit = Literal["max_images_per_request", "max_explained_images"]
+
 
 class GivenImages:
     """The images of a request. They are read once."""
@@ -24,26 +28,25 @@ class GivenImages:
         self,
         images: Sequence[pb.Image],
         settings: Settings,
-        limit: int,
-        limit_name: str = "max_images_per_request",
+        limit: Limit = "max_images_per_request",
         field: str = "images[{}]",
     ) -> None:
         """Wrap the images, of which there may be too many.
 
-        limit, limit_name: the most images, and the setting with this limit. field: the name of an image's field, with
-        its index in braces.
+        limit: the setting with the most images. field: the name of an image's field, with its index in braces.
         """
         self.size = len(images)
+        self._limit_name = limit
+        few = limit == "max_explained_images"
+        self._limit = settings.max_explained_images if few else settings.max_images_per_request
         # Too many images are not read: a small message may hold millions.
-        self.slow = self.size <= limit and any(image.encoded for image in images)
+        self.slow = self.size <= self._limit and any(image.encoded for image in images)
         self._images: Sequence[pb.Image] | None = images
         self._settings = settings
-        self._limit = limit
-        self._limit_name = limit_name
         self._field = field
 
     def decode(self, artifact: Artifact) -> Arrays:
-        """Return the images, all of the shape of a model's. Raises InvalidRequest."""
+        """Return the images as a model takes them. Raises InvalidRequest."""
         given, shape = self._take(), artifact.image_shape
         pixels = [image.pixels for image in given]
         if set(map(len, pixels)) == {math.prod(shape)}:  # all in one step, in place of one for each
@@ -51,7 +54,7 @@ class GivenImages:
                 check_unprepared(image, self._field.format(index))
             return {IMAGES: np.frombuffer(b"".join(pixels), np.uint8).reshape(self.size, *shape)}
         reader = ImageReader(artifact, self._settings)
-        return {IMAGES: np.stack([reader.read(image, self._field.format(index)) for index, image in enumerate(given)])}
+        return {IMAGES: np.stack([reader.read(image, self._field.format(i)) for i, image in enumerate(given)])}
 
     def decode_slowly(self, artifact: Artifact) -> Decoding:
         """Return the decoding of the images, for a thread. Raises InvalidRequest, as do the steps."""

@@ -42,8 +42,8 @@ LAYER_SHARE = 0.6
 # The most fields besides the poses.
 _MAX_OTHER_FIELDS = 1024
 _FORMATS = pb.FORMAT_UNSPECIFIED, pb.FORMAT_PIXELS, pb.FORMAT_PNG
-
-_FIELDS = Fields({pb.ReconstructRequest.POSES_FIELD_NUMBER: Fields({pb.Poses.POSES_FIELD_NUMBER: FLAT})})
+# The numbers of a pose do not count: they become no objects.
+_FIELDS = Fields({pb.ReconstructRequest.POSES_FIELD_NUMBER: FLAT})
 # The most memory of Pillow for a pixel of a PNG file.
 _WORK_BYTES_A_PIXEL = 8
 
@@ -93,8 +93,8 @@ class Reconstructions:
         """Answer a ReconstructRequest with a ReconstructResponse. Raises as ``answer``."""
         settings = self._settings
         check_size(data, settings.max_request_bytes)
-        # Two fields for each pose, and up to twice the allowed poses get the answer that names the limit.
-        check_fields(data, 4 * settings.max_images_per_request + _MAX_OTHER_FIELDS, _FIELDS)
+        # Up to twice the allowed poses get the answer that names the limit.
+        check_fields(data, 2 * settings.max_images_per_request + _MAX_OTHER_FIELDS, _FIELDS)
         return await self.answer(parse(data, pb.ReconstructRequest, settings.max_request_bytes), call)
 
     async def answer(self, request: pb.ReconstructRequest, caller: Caller) -> bytes:
@@ -133,7 +133,7 @@ class Reconstructions:
     async def _from_image(self, computation: Computation, request: pb.ReconstructRequest, edit: _Edit) -> _Drawn:
         artifact = computation.model.artifact
         classes = check_classes(request.classes, len(artifact.labels))
-        given = GivenImages([request.image], self._settings, 1, field="image")
+        given = GivenImages([request.image], self._settings, field="image")
         images = await given.decode_for(computation)
         share = await computation.run(CLASSIFY, {IMAGES: images})
         found = shown_classes(share, 0)
