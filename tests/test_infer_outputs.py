@@ -80,7 +80,7 @@ def test_every_output_has_the_numbers_of_capsnet_v1(call: str, triton: Ask, runn
     explained = explain(running, *sent).results
     for index, (result, explanation) in enumerate(zip(classify(running, *sent), explained, strict=True)):
         (winner,) = explanation.classes
-        numbers = {
+        numbers: dict[str, Any] = {
             "confidence": [capsule.confidence for capsule in result.capsules],
             "probabilities": [capsule.probability for capsule in result.capsules],
             "relevance": np.reshape(winner.relevance.values, (28, 28)),

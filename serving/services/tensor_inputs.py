@@ -245,7 +245,8 @@ def _files(message: pb.ModelInferRequest, tensor: _Tensor, raw: bytes | None, ty
 
 def _elements(raw: bytes, count: int) -> list[bytes]:
     """Return the elements of BYTES in raw contents, each after its length. Raises InvalidRequest."""
-    elements, at = [], 0
+    elements: list[bytes] = []
+    at = 0
     while at < len(raw) and len(elements) < count:
         if at + _LENGTH_BYTES > len(raw):
             break
