@@ -34,7 +34,7 @@ RUN apt-get update \
         numpy/f2py numpy/random/lib \
         google/api google/cloud google/gapic google/logging google/longrunning google/type \
     && find . -name '*.pyi' -delete \
-    && ORT_DISABLE_TELEMETRY=1 /opt/venv/bin/python -c "import onnxruntime, uvloop; from google.rpc import status_pb2; \
+    && ORT_DISABLE_TELEMETRY=1 /opt/venv/bin/python -c "import onnxruntime, python_multipart, starlette, uvicorn, uvloop; from google.rpc import status_pb2; \
 from opentelemetry.exporter.otlp.proto.grpc import trace_exporter; from PIL import JpegImagePlugin, PngImagePlugin"
 
 COPY . .
@@ -94,7 +94,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 # A number, so that orchestrators can see a non-root user without reading /etc/passwd.
 USER 10001:10001
 
-EXPOSE 8001 8002
+EXPOSE 8000 8001 8002
 
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-c", "import http.client as http, os, ssl; \
@@ -109,7 +109,7 @@ ENTRYPOINT ["python", "-m", "serving"]
 ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="capsnet-serving" \
-      org.opencontainers.image.description="A capsule network served over gRPC, with Prometheus metrics" \
+      org.opencontainers.image.description="A capsule network served over gRPC and HTTP, with Prometheus metrics" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION" \
       org.opencontainers.image.base.name="docker.io/library/python:3.12-slim-bookworm"

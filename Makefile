@@ -26,7 +26,7 @@ help:
 	@awk '/^## / { text = text " " substr($$0, 4); next } \
 		/^[a-z-]+:/ && text { sub(":.*", "", $$1); printf "make %-13s%s\n", $$1, text } { text = "" }' $(MAKEFILE_LIST)
 
-## Install the server and serve the embedded model: gRPC on 8001, metrics on 8002. ARGS='--port 9001' adds flags.
+## Install the server and serve the embedded model: HTTP on 8000, gRPC on 8001, metrics on 8002. ARGS='--port 9001' adds flags.
 serve: $(VENV)/.installed
 	$(VENV)/bin/python -m serving $(ARGS)
 

@@ -124,7 +124,7 @@ def serve(
     log, unix_socket = folder / "server.log", folder / "socket"
     command = [sys.executable, "-m", *program]
     known = subprocess.run([*command, "--help"], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
-    command += ["--port=0", "--metrics-port=0", f"--models={repository}", f"--precision={precision}"]
+    command += ["--port=0", "--metrics-port=0", "--http-port=-1", f"--models={repository}", f"--precision={precision}"]
     has_socket = "--unix-socket" in known
     command += [f"--unix-socket={unix_socket}"] if has_socket else []
     with log.open("wb") as stream:

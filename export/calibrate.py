@@ -252,7 +252,10 @@ def expected_calibration_error(predicted: NDArray[np.floating], right: NDArray[n
 
 
 class _Rule:
-    """The rule of the server: which classes are present, and which images of one class are suspicious.
+    """The rule of the server: which classes are present, and which of these images are suspicious.
+
+    An image with a present class is suspicious if its reconstruction error is large, and an image of one class also if
+    its margin is small.
 
     margin: the least difference between the longest and the second longest capsule of an image that is not suspicious.
     error: the largest reconstruction error of such an image.
@@ -283,15 +286,15 @@ class _Rule:
             self.margin = math.floor(margin * _MARGIN_SCALE) / _MARGIN_SCALE
 
     def findings(self, images: Tensor, found: Prediction | None = None) -> dict[str, float]:
-        """Return the share of images (N, C, H, W) with no class, with several, with one that is suspicious or not."""
+        """Return the shares of images (N, C, H, W): no class, several, suspicious, and one without doubt."""
         present, margins, errors = self._measure(images, found or self._network.predict(images))
         count = present.sum(1)
-        suspicious = (margins < self.margin) | (errors > self.error)
+        strange, close = errors > self.error, margins < self.margin
         shares = {
             "none": count == 0,
-            "several": count > 1,
-            "suspicious": (count == 1) & suspicious,
-            "confident": (count == 1) & ~suspicious,
+            "several": (count > 1) & ~strange,
+            "suspicious": (count > 0) & (strange | ((count == 1) & close)),
+            "confident": (count == 1) & ~strange & ~close,
         }
         return {name: round(float(share.mean()), _DIGITS) for name, share in shares.items()}
 

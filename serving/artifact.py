@@ -284,7 +284,7 @@ def manifest(artifact: Artifact) -> dict[str, Any]:
         "graphs": {name: _graph_content(graph) for name, graph in artifact.graphs.items()},
         "tensorrt": {"batches": asdict(artifact.batches)},
         **({"preparation": asdict(artifact.preparation)} if artifact.preparation != Preparation() else {}),
-        **({"calibration": asdict(artifact.calibration)} if artifact.calibration else {}),
+        **({"calibration": _calibration_content(artifact.calibration)} if artifact.calibration else {}),
         "training": asdict(artifact.training),
     }
 
@@ -295,6 +295,10 @@ def _variant_content(variant: Variant) -> dict[str, Any]:
         if not content[name]:
             del content[name]
     return content
+
+
+def _calibration_content(calibration: Calibration) -> dict[str, Any]:
+    return {**asdict(calibration), "presence": list(calibration.presence)}
 
 
 def _graph_content(graph: Graph) -> dict[str, Any]:

@@ -32,8 +32,10 @@ from serving.services.open_inference import AdminService, InferenceService
 from serving.services.pipeline import Pipeline
 from serving.settings import Settings
 from serving.transport.grpcio_server import GrpcioServer
-from serving.transport.methods import TransportLimits, TransportServer
+from serving.transport.methods import Method, TransportLimits, TransportServer
 from serving.transport.server import GrpcServer
+from serving.web.documents import documents
+from serving.web.server import WebServer, web_server
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -66,7 +68,7 @@ class StartError(RuntimeError):
 
 
 class Server:
-    """The models of a repository behind gRPC, with metrics over HTTP.
+    """The models of a repository behind gRPC and HTTP, with metrics.
 
     spans: the exporter of traces, instead of the collector in the settings.
 
@@ -77,7 +79,7 @@ class Server:
         self.settings = settings
         self.metrics = Metrics()
         self.repository = Repository(settings, self.metrics, {*CapsNetService.GRAPHS, *InferenceService.GRAPHS})
-        self.port = self.metrics_port = self.admin_port = 0
+        self.port = self.metrics_port = self.admin_port = self.http_port = 0
         self._tracing = _tracing(settings.trace_endpoint, spans) if settings.trace_endpoint or spans else None
         self._edge = Edge(self.metrics, self._tracing.request if self._tracing else None)
         try:
@@ -130,13 +132,16 @@ class Server:
         await self._started.aclose()
 
     def _add_services(self) -> None:
+        """Add all methods to the gRPC server, and keep those that HTTP serves too."""
         self._health = Health()
         service = CapsNetService(self._pipeline, self._edge, self.metrics, self.settings)
         inference = InferenceService(self._pipeline, self._edge, self.metrics, self.settings)
         guard = self._access.guard
-        self._grpc.add_methods(guard.protect(service.methods() | inference.methods(), PREDICT))
+        self._methods: dict[str, Method] = guard.protect(service.methods() | inference.methods(), PREDICT)
+        self._grpc.add_methods(self._methods)
         self._grpc.add_methods(health_methods(self._health))
         if self.settings.reflection:
+            self._methods |= guard.protect(documents(metadata.version("capsnet-serving")), PREDICT)
             self._grpc.add_methods(guard.protect(reflection_methods((SERVICE, INFERENCE_SERVICE, HEALTH)), PREDICT))
 
     def _start_tracing(self, started: AsyncExitStack) -> None:
@@ -163,6 +168,14 @@ class Server:
             self._admin.add_methods(self._access.guard.protect(methods, ADMIN))
             started.push_async_callback(self._admin.stop, 0)
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
+        self._web: WebServer | None = None
+        if settings.http_port >= 0:
+            access = self._access
+            self._web = web_server(
+                settings, self.metrics, self._methods, self._limits(), self._unready, access.http_context, access.admit
+            )
+            started.push_async_callback(self._web.stop, 0)
+            self.http_port = await self._listen(self._web, settings.http_port, "HTTP", "--http-port")
         self._serve_metrics(started)
 
     def _serve_metrics(self, started: AsyncExitStack) -> None:
@@ -173,7 +186,7 @@ class Server:
         try:
             self.metrics_port = page.open(self._host, settings.metrics_port)
         except OSError as error:
-            raise self._port_error(error, settings.metrics_port, "metrics", "--metrics-port") from error
+            raise _port_error(settings.host, error, settings.metrics_port, "metrics", "--metrics-port") from error
         started.push_async_callback(asyncio.to_thread, page.close)
 
     async def _take_requests(self, started: AsyncExitStack) -> None:
@@ -181,17 +194,22 @@ class Server:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._edge.ready = True
         await self._grpc.start()
-        if self._admin:
-            await self._admin.start()
+        for other in (self._admin, self._web):
+            if other:
+                await other.start()
         self._scan_beside(self._watch())
 
     async def _drain(self) -> None:
         """Let calls in flight finish until the end of the drain. Refuse calls that come after the clients know."""
         self._pipeline.end_streams()
+        if self._web:
+            self._web.drain()
         await self._grpc.drain(self.settings.drain_seconds)
         self._pipeline.end_streams()  # streams that were on their way
         while self._edge.under_way and time.monotonic() < self._drain_end:
             await asyncio.sleep(_CHECK_SECONDS)
+        if self._web:
+            await self._web.stop(max(0.0, self._drain_end - time.monotonic()))
 
     async def _close_models(self) -> None:
         """Close the models. A batch that still computes at the drain's end hangs; its thread ends with the process."""
@@ -241,12 +259,14 @@ class Server:
             _logger.info("gRPC on unix:%s", self.settings.unix_socket)
         self._access.warn(self._host)
         web = "https" if self._access.certificates else "http"
+        if self.http_port:
+            _logger.info("HTTP on %s://%s:%d", web, host, self.http_port)
         _logger.info("gRPC on %s:%d, metrics on %s://%s:%d/metrics", host, self.port, web, host, self.metrics_port)
 
-    def _new_grpc_server(self, port: str) -> TransportServer:
-        """Return a new server whose metrics have this value of the label ``port``."""
+    def _limits(self) -> TransportLimits:
+        """Return the limits of a port, and the functions that count and log them."""
         settings = self.settings
-        limits = TransportLimits(
+        return TransportLimits(
             message_bytes=_TRANSPORT_LIMIT * settings.max_request_bytes,
             message_text=f"the limit is {settings.max_request_bytes} bytes (max_request_bytes)",
             bytes_under_way=settings.max_bytes_under_way,
@@ -260,28 +280,21 @@ class Server:
             limited=lambda limit: self.metrics.connections_limited.labels(limit).inc(),
             dropped=self._edge.dropped,
         )
+
+    def _new_grpc_server(self, port: str) -> TransportServer:
+        """Return a new server whose metrics have this value of the label ``port``."""
+        settings = self.settings
         # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
-        server = kind(limits, settings.connection_seconds, settings.drain_seconds, self._access.certificates)
+        server = kind(self._limits(), settings.connection_seconds, settings.drain_seconds, self._access.certificates)
         self.metrics.show_transport(server.figures, port)
         return server
 
-    async def _listen(self, server: TransportServer, port: int, purpose: str, flag: str) -> int:
+    async def _listen(self, server: TransportServer | WebServer, port: int, purpose: str, flag: str) -> int:
         try:
             return await server.listen(self._host, port)
         except OSError as error:
-            raise self._port_error(error, port, purpose, flag) from error
-
-    def _port_error(self, error: OSError, port: int, purpose: str, flag: str) -> StartError:
-        """Return the error for a port that cannot be opened, with the reason and the flag to change."""
-        if isinstance(error, socket.gaierror):
-            reason = "the host's name is not known (--host chooses another)"
-        else:
-            reason = _PORT_REASONS.get(error.errno or 0, f"{error.strerror} ({{flag}} chooses another)")
-        host = self.settings.host
-        return StartError(
-            f"port {port} ({purpose}) cannot be opened on host {host!r}: {reason.replace('{flag}', flag)}"
-        )
+            raise _port_error(self.settings.host, error, port, purpose, flag) from error
 
     async def _watch(self) -> None:
         while self.settings.poll_seconds:
@@ -292,6 +305,15 @@ class Server:
     def _host(self) -> str:
         """Return the host without the brackets of an IPv6 address."""
         return self.settings.host.strip("[]")
+
+
+def _port_error(host: str, error: OSError, port: int, purpose: str, flag: str) -> StartError:
+    """Return the error for a port that cannot be opened, with the reason and the flag to change."""
+    if isinstance(error, socket.gaierror):
+        reason = "the host's name is not known (--host chooses another)"
+    else:
+        reason = _PORT_REASONS.get(error.errno or 0, f"{error.strerror} ({{flag}} chooses another)")
+    return StartError(f"port {port} ({purpose}) cannot be opened on host {host!r}: {reason.replace('{flag}', flag)}")
 
 
 def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":

@@ -40,11 +40,14 @@ class Settings:
     """All settings of the server. Raises ValueError for a wrong value, or if settings contradict each other."""
 
     host: str = option(
-        "127.0.0.1", "address to listen on, for gRPC and metrics; 0.0.0.0 for every interface", metavar="ADDRESS"
+        "127.0.0.1", "address to listen on, for gRPC, HTTP and metrics; 0.0.0.0 for every interface", metavar="ADDRESS"
     )
     port: int = option(8001, "port of gRPC; 0 for any free one", minimum=0, maximum=65535)
     metrics_port: int = option(
         8002, "port of the Prometheus metrics (HTTP); 0 for any free one", minimum=0, maximum=65535
+    )
+    http_port: int = option(
+        8000, "port of HTTP: REST and the page; 0 for any free one, -1 for none", minimum=-1, maximum=65535
     )
     models: str = option(
         "",
@@ -73,7 +76,7 @@ class Settings:
     )
     tls_cert: str = option(
         "",
-        "certificate chain (PEM), with which gRPC and metrics are encrypted; read again when it changes",
+        "certificate chain (PEM), with which gRPC, HTTP and metrics are encrypted; read again when it changes",
         metavar="FILE",
     )
     tls_key: str = option("", "private key (PEM) of that certificate", metavar="FILE")
@@ -192,10 +195,13 @@ class Settings:
         check(self)
         if self.metrics_port == self.port > 0:
             raise ValueError(f"metrics_port: {self.metrics_port}; gRPC has that port (--metrics-port chooses another)")
-        if self.admin_port in (self.port, self.metrics_port) and self.admin_port > 0:
-            raise ValueError(
-                f"admin_port: {self.admin_port}; another purpose has that port (--admin-port chooses another)"
-            )
+        taken = [self.port, self.metrics_port]
+        for name in ("http_port", "admin_port"):
+            port = getattr(self, name)
+            if port in taken and port > 0:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{name}: {port}; another purpose has that port ({flag} chooses another)")
+            taken.append(port)
         self._check_access()
         if self.trace_endpoint and not _is_endpoint(self.trace_endpoint):
             raise ValueError(f"trace_endpoint: {self.trace_endpoint!r}; expected a URL such as http://collector:4317")
@@ -294,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         allow_abbrev=False,
-        description="Serve a capsule network over gRPC, with Prometheus metrics.",
+        description="Serve a capsule network over gRPC and HTTP, with Prometheus metrics.",
         epilog=f"Every setting is also an environment variable: --max-batch is {ENVIRONMENT_PREFIX}MAX_BATCH. "
         "A flag wins over its variable.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),

@@ -122,8 +122,9 @@ class Running:
 
 
 def settings(**chosen: object) -> Settings:
-    """Settings with free ports and a fixed plan, so that no start measures one."""
-    return Settings(**{"port": 0, "metrics_port": 0, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
+    """Settings with free ports, without HTTP, and a fixed plan, so that no start measures one."""
+    ports = {"port": 0, "metrics_port": 0, "http_port": -1}
+    return Settings(**{**ports, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
 
 
 class InThread:
@@ -196,7 +197,7 @@ def servers() -> Iterator[Callable[[str], Running]]:
 
         @cache
         def running_on(transport: str) -> Running:
-            thread = InThread(Server(settings(transport=transport)))
+            thread = InThread(Server(settings(transport=transport, http_port=0)))
             server = stack.enter_context(thread)
             channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
             return Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]

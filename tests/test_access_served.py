@@ -636,7 +636,8 @@ def test_a_debug_log_holds_no_token(tmp_path: Path, tokens: dict[str, str], digi
         port = free.getsockname()[1]
     log = tmp_path / "log"
     command = [
-        sys.executable, "-m", "serving", "--port", str(port), "--metrics-port", "0", "--log-level", "debug",
+        sys.executable, "-m", "serving", "--port", str(port), "--metrics-port", "0", "--http-port", "-1",
+        "--log-level", "debug",
         "--tokens", tokens["file"], "--threads", "1", "--runtimes", "1", "--max-batch", "8",
     ]  # fmt: skip
     with log.open("w") as out, subprocess.Popen(command, stderr=out, cwd=ROOT) as process:

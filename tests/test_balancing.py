@@ -29,7 +29,15 @@ REQUEST = pb.ClassifyRequest(images=[pb.Image(encoded=(DATA / "seven.png").read_
 SERVICE_CONFIG = json.loads((ROOT / "deploy" / "kubernetes" / "client-service-config.json").read_text())
 HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
 CALLERS = 12
-FLAGS = ["--port=0", "--metrics-port=0", "--threads=1", "--runtimes=1", "--max-batch=32", "--poll-seconds=0"]
+FLAGS = [
+    "--port=0",
+    "--metrics-port=0",
+    "--http-port=-1",
+    "--threads=1",
+    "--runtimes=1",
+    "--max-batch=32",
+    "--poll-seconds=0",
+]
 
 needs_haproxy = pytest.mark.skipif(HAPROXY is None, reason="HAProxy is not installed")
 

@@ -195,7 +195,7 @@ def test_the_reconstruction_is_that_of_the_present_classes_or_of_the_longest_cap
     drawn: list[int] = []
 
     def decode(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
-        classes = np.asarray(arrays["class"])
+        classes = np.asarray(arrays["class"], np.int64)
         drawn.extend(classes.tolist())
         assert np.asarray(arrays["pose"]).shape == (len(classes), 16)
         return {"image": np.full((len(classes), 1, 2, 2), 0.6, np.float32) * (classes > 0)[:, None, None, None]}

@@ -2,13 +2,13 @@
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import cast
 
 import pytest
 
@@ -16,7 +16,7 @@ from serving.transport import frames
 from serving.transport.connection import Connection
 from serving.transport.connection_limits import CLIENT, FLOOD, FULL, IDLE, REPLACED, UNREAD, ConnectionLimits
 from serving.transport.frames import ErrorCode
-from serving.transport.handshakes import TlsContexts, TlsListener
+from serving.transport.handshakes import TlsListener
 from serving.transport.methods import TransportLimits
 from serving.transport.sockets import listen_tcp
 from tests.raw_client import Raw, data, framed, headers, wait_for
@@ -278,7 +278,7 @@ def test_a_refused_client_of_a_port_with_tls_is_closed_before_its_handshake() ->
             raise AssertionError("no connection is made")
 
         [listening] = listen_tcp("127.0.0.1", 0)
-        listener = TlsListener(listening, cast(TlsContexts, None), connect, TransportLimits(1, "", 1, ""), refuses)
+        listener = TlsListener(listening, ssl.create_default_context, connect, TransportLimits(1, "", 1, ""), refuses)
         await listener.start_serving()
         reader, writer = await asyncio.open_connection(*listening.getsockname())
         assert await reader.read() == b""

@@ -130,6 +130,7 @@ def test_an_explanation_has_the_numbers_of_the_graph(running: Running, digits: D
     assert (response.model_name, response.model_version) == (MNIST, "1")
     assert response.primary_capsules.types == 4
     for index, result in enumerate(response.results):
+        assert result.pixels == chosen[index].tobytes()
         np.testing.assert_allclose(result.primary_lengths, outputs["primary_lengths"][index], atol=1e-6)
         couplings = np.asarray(outputs["couplings"][index], np.float64)
         entropy = -(couplings * np.log(couplings)).sum(1).mean(1) / np.log(10)

@@ -193,7 +193,16 @@ def _served(channel: grpc.Channel) -> bool:
 @pytest.mark.parametrize("format_", ["text", "json"])
 def test_a_full_disk_under_the_log_does_not_stop_the_server(format_: str) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "serving", f"--port={port}", "--metrics-port=0", *PLAN, f"--log-format={format_}"]
+    command = [
+        sys.executable,
+        "-m",
+        "serving",
+        f"--port={port}",
+        "--metrics-port=0",
+        "--http-port=-1",
+        *PLAN,
+        f"--log-format={format_}",
+    ]
     with Path("/dev/full").open("w") as full:
         process = subprocess.Popen(command, stdout=full, stderr=full, cwd=ROOT)
     try:

@@ -179,12 +179,12 @@ def test_prometheus_finds_the_metrics_service_alone_and_calls_its_job_as_the_rul
 def test_ports_are_those_that_the_server_opens() -> None:
     server, settings = _server(), _settings(_server())
     ports = {port["name"]: port["containerPort"] for port in server["ports"]}
-    assert ports == {"grpc": settings.port, "metrics": settings.metrics_port}
+    assert ports == {"grpc": settings.port, "http": settings.http_port, "metrics": settings.metrics_port}
     for name in ("capsnet", "capsnet-metrics"):
         for port in _one("Service", name)["spec"]["ports"]:
             assert port["port"] == ports[port["targetPort"]]
     policy = _one("NetworkPolicy")["spec"]
-    assert [port["port"] for rule in policy["ingress"] for port in rule["ports"]] == ["grpc", "metrics"]
+    assert [port["port"] for rule in policy["ingress"] for port in rule["ports"]] == ["grpc", "http", "metrics"]
     runtime, settings = _runtime_container(), _settings(_runtime_container())
     assert [(port["name"], port["containerPort"]) for port in runtime["ports"]] == [("h2c", settings.port)]
     assert _one("ServingRuntime")["spec"]["annotations"]["prometheus.kserve.io/port"] == str(settings.metrics_port)

@@ -46,7 +46,7 @@ def server_process(
     ``-m serving``.
     """
     module = program or ("-m", "serving")
-    command = [sys.executable, *module, "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
+    command = [sys.executable, *module, "--port", "0", "--metrics-port", "0", "--http-port", "-1", *PLAN, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stderr
@@ -64,9 +64,15 @@ def server_process(
 
 
 def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN, *arguments]
+    command = [sys.executable, "-m", "serving", *("--port", "0", "--metrics-port", "0", "--http-port", "-1"), *PLAN]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=60, check=False
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=60,
+        check=False,
     )
     return result.returncode, result.stderr
 
@@ -146,7 +152,7 @@ def test_requests_under_way_at_sigterm_are_answered(transport: str) -> None:
 def test_a_taken_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = str(taken.getsockname()[1])
-        for flag in ("--port", "--metrics-port"):
+        for flag in ("--port", "--metrics-port", "--http-port"):
             code, text = failed_start(flag, number)
             assert code == 1
             assert f"cannot start: port {number}" in text
@@ -175,7 +181,7 @@ def test_one_port_for_two_purposes_is_refused_by_name() -> None:
 
 def test_of_servers_started_at_the_same_moment_on_one_port_one_serves_and_the_other_says_why_not() -> None:
     port = free_port()
-    flags = ["--port", str(port), "--metrics-port", "0", "--threads", "1", "--runtimes", "1", "--max-batch", "1"]
+    flags = ["--port", str(port), "--metrics-port", "0", "--http-port", "-1", *PLAN]
     both = [
         subprocess.Popen([sys.executable, "-m", "serving", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
         for _ in range(2)
@@ -204,13 +210,13 @@ def refused_start(server: Server) -> Exception:
     return caught.value
 
 
-@pytest.mark.parametrize("purpose", ["gRPC", "admin", "metrics"])
+@pytest.mark.parametrize("purpose", ["gRPC", "HTTP", "admin", "metrics"])
 def test_a_taken_port_is_reported_before_a_model_is_loaded_and_leaves_no_port_open(
     monkeypatch: pytest.MonkeyPatch, purpose: str
 ) -> None:
     monkeypatch.setattr("serving.repository.repository.ServedModel", None)  # a call of it would fail
-    ports = {"port": free_port(), "admin_port": free_port(), "metrics_port": free_port()}
-    name = "port" if purpose == "gRPC" else f"{purpose}_port"
+    ports = {name: free_port() for name in ("port", "http_port", "admin_port", "metrics_port")}
+    name = "port" if purpose == "gRPC" else f"{purpose.lower()}_port"
     with socket.create_server(("127.0.0.1", ports[name])):
         error = refused_start(Server(settings(**ports)))
     flag = name.replace("_", "-")
@@ -230,7 +236,8 @@ def test_a_start_that_fails_once_a_model_is_loaded_leaves_no_port_open_and_no_mo
         raise StartError("no more to be had")
 
     monkeypatch.setattr(Server, "_take_requests", fail)
-    ports, path = {"port": free_port(), "metrics_port": free_port()}, tmp_path / "socket"
+    ports = {"port": free_port(), "metrics_port": free_port(), "http_port": free_port()}
+    path = tmp_path / "socket"
     server, threads = Server(settings(unix_socket=str(path), **ports)), set(threading.enumerate())
     assert str(refused_start(server)) == "no more to be had"
     assert server.repository.models() == []
@@ -271,7 +278,7 @@ def test_an_ipv6_host_is_served_with_brackets_and_without(host: str) -> None:
 
 @pytest.mark.parametrize("library", ["uvloop", "numpy", "onnxruntime"])
 def test_ctrl_c_while_the_server_starts_prints_one_line(library: str) -> None:
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", "--http-port", "-1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=_mind_interrupts)
     loaded, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
     while library not in loaded.read_text():  # a library with a long import
@@ -285,7 +292,7 @@ def test_ctrl_c_while_the_server_starts_prints_one_line(library: str) -> None:
 
 
 def test_a_look_at_the_models_that_is_asked_for_too_early_does_not_end_the_server() -> None:
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", *PLAN]
+    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", "--http-port", "-1", *PLAN]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     loaded, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
     while "uvloop" not in loaded.read_text():  # it is the first to be imported

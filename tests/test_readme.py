@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +65,12 @@ class Served:
 @pytest.fixture(scope="module")
 def served(clone: Path, environment: dict[str, str]) -> Iterator[Served]:
     """The clone, while the README's first command runs in it."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        port, metrics_port = one.getsockname()[1], other.getsockname()[1]
-    ports = {"CAPSNET_PORT": str(port), "CAPSNET_METRICS_PORT": str(metrics_port)}
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        port, metrics_port, http_port = (one.getsockname()[1] for one in free)
+    ports = {
+        "CAPSNET_PORT": str(port), "CAPSNET_METRICS_PORT": str(metrics_port), "CAPSNET_HTTP_PORT": str(http_port),
+    }  # fmt: skip
     log = clone / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(

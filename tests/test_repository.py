@@ -817,7 +817,19 @@ def until_read(process: int, file: Path) -> None:
 
 
 def starting(repository: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "serving", "--port", "0", "--metrics-port", "0", "--models", str(repository)]
+    command = [
+        sys.executable,
+        "-m",
+        "serving",
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--http-port",
+        "-1",
+        "--models",
+        str(repository),
+    ]
     return subprocess.Popen([*command, *HUGE_FLAGS], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 

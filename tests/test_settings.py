@@ -30,6 +30,8 @@ def test_help_names_every_setting_and_its_default(capsys: pytest.CaptureFixture[
     [
         (["--max-batch", "-1"], "max_batch: -1; expected 0 or more"),
         (["--port", "70000"], "port: 70000; expected 65535 or less"),
+        (["--http-port", "8002"], "http_port: 8002; another purpose has that port (--http-port chooses another)"),
+        (["--admin-port", "8000"], "admin_port: 8000; another purpose has that port (--admin-port chooses another)"),
         (["--threads", "1000000"], "threads: 1000000; expected 256 or less"),
         (["--device", "tpu"], "device: 'tpu'; expected one of auto, cpu, cuda"),
         (["--max-queue", "10"], "max_images_per_request: 1024; the queue holds only 10"),
@@ -136,7 +138,8 @@ def test_every_setting_can_be_given_to_compose_but_those_that_the_file_decides()
     text = (ROOT / "docker-compose.yml").read_text()
     environment = text.split("environment: &environment\n")[1].split("\n  # ")[0]
     passed_on = set(re.findall(r"^    (\w+):", environment, re.MULTILINE))
-    decided = {"HOST", "PORT", "METRICS_PORT", "ADMIN_PORT", "MODELS", "UNIX_SOCKET", "DEVICE", "ENGINE_CACHE"}
+    decided = {"HOST", "PORT", "METRICS_PORT", "HTTP_PORT", "ADMIN_PORT", "MODELS", "UNIX_SOCKET"}
+    decided |= {"DEVICE", "ENGINE_CACHE"}
     expected = {f"{ENVIRONMENT_PREFIX}{setting.name.upper()}" for setting in fields(Settings)}
     assert passed_on == expected - {ENVIRONMENT_PREFIX + name for name in decided}
 

@@ -40,7 +40,7 @@ def measure(device: str, flags: Sequence[str], seconds: float, warm_up: int, log
     command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-m", "serving", "--device", device]
     with log.open("w") as output:
         server = subprocess.Popen(
-            [*command, "--port", "0", "--metrics-port", "0", *flags], stderr=output, stdout=output
+            [*command, "--port", "0", "--metrics-port", "0", "--http-port", "-1", *flags], stderr=output, stdout=output
         )
     rows = []
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from serving.access.certificates import Certificates
 from serving.access.files import AccessError
 from serving.access.guard import ClientLimits, Guard, Refused
-from serving.access.tokens import METRICS, Tokens
+from serving.access.tokens import METRICS, PREDICT, Tokens
 from serving.settings import Settings
 from serving.transport.methods import Peer, is_loopback
 
@@ -38,6 +38,10 @@ class Access:
     def http_context(self) -> Callable[[], ssl.SSLContext] | None:
         """Return the function that gives the context of a new HTTP connection; None for no encryption."""
         return self.certificates.http_context if self.certificates else None
+
+    async def admit(self, authorization: str | None, peer: Peer) -> None:
+        """Let a client call methods, or raise a ServingError."""
+        await self.guard.admit(authorization, peer, PREDICT)
 
     async def admit_to_metrics(self, authorization: str | None, peer: Peer) -> None:
         """Let a client read the metrics, or raise a ServingError."""

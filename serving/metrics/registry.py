@@ -38,7 +38,7 @@ CLASSIFY = "classify"
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _STEP_SECONDS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1, 1)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_PORT = ("port",)  # grpc or admin
+_PORT = ("port",)  # grpc, http or admin
 _METHOD = ("grpc_type", "grpc_service", "grpc_method")
 _VERSION = ("model", "version")
 _GRAPH = (*_VERSION, "graph")
@@ -112,9 +112,14 @@ class Metrics(Collector):
         "capsnet_http_denied_total", Kind.COUNTER, ("reason",),
         f"Requests for the metrics that were denied, by reason: {', '.join(DENIALS)}.",
     )  # fmt: skip
+    http_requests: Family[Count] = _counter(
+        "capsnet_http_requests_total", ("route", "code"),
+        "Requests of the HTTP port that ended, by route, empty for none, and status; 499: its client had gone.",
+    )  # fmt: skip
     handshakes: Family[Count] = _counter(
         "capsnet_tls_handshakes_total", ("result",),
-        f"TLS handshakes of gRPC's port, by result: {', '.join(HANDSHAKE_RESULTS)}. The transport grpcio counts none.",
+        f"TLS handshakes of gRPC's and HTTP's ports, by result: {', '.join(HANDSHAKE_RESULTS)}. "
+        "The transport grpcio counts none.",
     )  # fmt: skip
     connections_limited: Family[Count] = _counter(
         "capsnet_connections_limited_total", ("limit",),

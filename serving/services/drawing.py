@@ -49,7 +49,7 @@ def shown_classes(share: Share, index: int) -> list[int]:
 async def with_errors(computation: Computation, images: Images, share: Share) -> Share:
     """Return a share of the classifying graph with the reconstruction errors of its images (B, C, H, W).
 
-    An image whose verdict is OK becomes suspicious if its error is above the calibration's. Raises as Computation.run.
+    An image with a present class becomes suspicious if its error is above the calibration's. Raises as Computation.run.
     """
     shown = [shown_classes(share, index) for index in range(len(share))]
     errors = np.empty(len(share), np.float32)
@@ -79,8 +79,11 @@ def share_with_errors(computation: Computation, share: Share, errors: Numbers) -
     calibration = computation.model.artifact.calibration
     if calibration and CODES in outputs:
         codes = np.asarray(outputs[CODES], np.int64)
-        suspicious = (verdicts(codes) == Verdict.OK) & (errors > np.float32(calibration.reconstruction_error))
-        outputs[CODES] = codes + suspicious * (len(Presence) * (Verdict.SUSPICIOUS - Verdict.OK))
+        found = verdicts(codes)
+        strange = np.isin(found, (Verdict.OK, Verdict.SEVERAL)) & (
+            errors > np.float32(calibration.reconstruction_error)
+        )
+        outputs[CODES] = codes + strange * (len(Presence) * (Verdict.SUSPICIOUS - found))
     return Share(outputs, 0, len(share))
 
 

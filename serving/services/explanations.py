@@ -88,7 +88,7 @@ class Explanations:
             maps = None
             if pb.EXPLANATION_PART_RELEVANCE in parts:
                 maps = await relevance_of(computation, occlusion, image, chosen, "parts")
-            results.append(writer.explanation(Share(outputs, index, index + 1), chosen, parts, maps))
+            results.append(writer.explanation(image, Share(outputs, index, index + 1), chosen, parts, maps))
         return writer.response(results)
 
     def _check_parts(self, parts: Sequence[int], model: ServedModel) -> frozenset[int]:

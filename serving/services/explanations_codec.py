@@ -38,9 +38,14 @@ class ExplanationWriter:
         return b"".join([self._begin, *(delimited(number, one) for one in explanations), self._end])
 
     def explanation(
-        self, share: Share, classes: Sequence[int], parts: frozenset[int], relevance: NDArray[np.float32] | None
+        self,
+        image: NDArray[np.uint8],
+        share: Share,
+        classes: Sequence[int],
+        parts: frozenset[int],
+        relevance: NDArray[np.float32] | None,
     ) -> bytes:
-        """Return the ``Explanation`` of one image.
+        """Return the ``Explanation`` of one image (C, H, W).
 
         share: the outputs of ``explain`` for it, with its findings. relevance: (Q, H, W), or None.
         """
@@ -62,6 +67,7 @@ class ExplanationWriter:
             if relevance is not None:
                 content += delimited(_Class.RELEVANCE_FIELD_NUMBER, _map(relevance[place]))
             fields.append(delimited(_Explanation.CLASSES_FIELD_NUMBER, content))
+        fields.append(delimited(_Explanation.PIXELS_FIELD_NUMBER, image.tobytes()))
         return b"".join(fields)
 
 

@@ -37,12 +37,14 @@ class Fields(NamedTuple):
     """The fields of a kind of message that ``check_fields`` counts.
 
     messages: the fields that hold messages whose fields count too, by number. packed: the number of a field of numbers,
-    each of which counts; 0 for none. apart: the number of a field that ``split`` cuts out; 0 for none.
+    each of which counts; 0 for none. apart: the number of a field that ``split`` cuts out; 0 for none. numbers: False
+    if fields of one number do not count, which take little memory.
     """
 
     messages: "Mapping[int, Fields]" = MappingProxyType({})
     packed: int = 0
     apart: int = 0
+    numbers: bool = True
 
 
 #: Counts the fields of the message itself.
@@ -107,7 +109,7 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
     while at < end and left >= 0:
         try:
             key, at = varint_at(data, at)
-            left -= 1
+            left -= fields.numbers or key & 7 == BYTES
             match key & 7:
                 case 0:
                     _, at = varint_at(data, at)

@@ -3,11 +3,10 @@
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol, cast
 
-from serving.transport.connection import Connection
 from serving.transport.connection_limits import most_frequent
 from serving.transport.methods import Peer, TransportLimits, client_of
 
@@ -51,20 +50,23 @@ class TlsContexts(Protocol):
 class TlsListener:
     """A listening socket whose clients must complete a TLS handshake.
 
-    connect: makes the Connection of a client. limits: told of each result, one of HANDSHAKE_RESULTS. refuses: called
-    with each client's address; returns True if its connection is closed at once.
+    context: returns the context of a new connection. connect: makes the protocol of a client. limits: told of each
+    result, one of HANDSHAKE_RESULTS. refuses: called with each client's address; returns True if its connection is
+    closed at once. protocols: of these a client must have chosen one by ALPN (RFC 7301); None for no choice.
     """
 
     def __init__(
         self,
         listening: socket.socket,
-        contexts: TlsContexts,
-        connect: Callable[[], Connection],
+        context: Callable[[], ssl.SSLContext],
+        connect: Callable[[], asyncio.Protocol],
         limits: TransportLimits,
         refuses: Callable[[str], bool],
+        protocols: Collection[str | None] = (_ALPN,),
     ) -> None:
         self._socket = listening
-        self._contexts = contexts
+        self._context = context
+        self._protocols = protocols
         self._connect = connect
         self._limits = limits
         self._refuses = refuses
@@ -128,7 +130,7 @@ class TlsListener:
             transport, _ = await self._loop.connect_accepted_socket(
                 self._connect,
                 accepted,
-                ssl=self._contexts.grpc_context(),
+                ssl=self._context(),
                 ssl_handshake_timeout=HANDSHAKE_SECONDS,
                 ssl_shutdown_timeout=_SHUTDOWN_SECONDS,
             )
@@ -136,7 +138,7 @@ class TlsListener:
             self._note(_result(error), client)
         else:
             secured = cast(ssl.SSLObject, transport.get_extra_info("ssl_object"))
-            if secured.selected_alpn_protocol() == _ALPN:
+            if secured.selected_alpn_protocol() in self._protocols:
                 self._note(OK, client)
                 return
             self._note(NO_H2, client)

@@ -70,7 +70,7 @@ class GrpcServer:
         bound: int = opened[0].getsockname()[1]
         for one in opened:
             self._listening.append(
-                TlsListener(one, self._tls, self._connection, self._terms.limits, self._refuses)
+                TlsListener(one, self._tls.grpc_context, self._connection, self._terms.limits, self._refuses)
                 if self._tls
                 else await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
             )

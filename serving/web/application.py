@@ -1,0 +1,337 @@
+"""The ASGI application: each request to its route, its method and its answer."""
+
+import asyncio
+import logging
+import math
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from email.utils import formatdate
+from functools import partial
+from typing import TypeVar
+
+import grpc
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Router
+from starlette.routing import Route as StarletteRoute
+from starlette.types import Message, Receive, Scope, Send
+
+from serving.errors import Forbidden, ServingError, Unauthenticated
+from serving.rpc.status import status_of
+from serving.transport.headers import Metadata, Status
+from serving.transport.methods import UNDECIDED, Door, Peer, StreamMethod, Table
+from serving.web.body import BodyReader, Held
+from serving.web.browsers import HEADERS, PAGE_POLICY, check_origin
+from serving.web.exchange import Connected, Exchange, OneAnswer
+from serving.web.incoming import JSON, BodyLimits, Incoming, Reply
+from serving.web.json_messages import write_json
+from serving.web.page import PageFile
+from serving.web.problems import CLIENT_GONE, PROBLEM, Problem, invalid, problem_of
+from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Prepared, Route
+
+#: The header with the seconds after which the client needs no answer.
+TIMEOUT = "x-request-timeout"
+#: The paths of the documentation, their methods and media types.
+DOCUMENTS = (("/openapi.json", DESCRIBE, JSON), ("/docs", DOCUMENT, "text/html; charset=utf-8"))
+_REQUEST_ID, _AUTHORIZATION = "x-request-id", "authorization"
+# The headers that methods see as gRPC's metadata.
+_METADATA = (_AUTHORIZATION, _REQUEST_ID, "traceparent", "tracestate")
+_MAX_ID_CHARACTERS = 64
+_MAX_TIMEOUT_SECONDS = 1e8
+# Larger messages are converted in a thread, since that would delay other requests.
+_SLOW_BYTES = 16384
+_INTERNAL_TEXT = "internal error; the server's log has the details"
+_API_HEADERS = {**HEADERS, "Cache-Control": "no-store"}
+_PAGE_HEADERS = {**HEADERS, "Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+
+Outcome = TypeVar("Outcome")
+Respond = Callable[["Visit"], Awaitable[Response]]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The conditions of requests.
+
+    table: the methods, protected. max_body_bytes, limit_text: the largest body, and the text about it. max_held_bytes:
+    the most bytes of all bodies together. evicted: called for each request that finds no room. local_names: see
+    check_origin. unready: returns the reason why no request is taken now, or "". counted: called with each route, ""
+    for none, and the status. refused: called with the path, client, metadata, code and text of a request that no method
+    has seen. admit: checks a header authorization that no method knows yet; raises ServingError.
+    """
+
+    table: Table
+    limits: BodyLimits
+    max_body_bytes: int
+    limit_text: str
+    max_held_bytes: int
+    evicted: Callable[[], None]
+    local_names: bool
+    unready: Callable[[], str]
+    counted: Callable[[str, int], None]
+    refused: Callable[[str, Peer, Metadata, grpc.StatusCode, str], None]
+    admit: Callable[[str | None, Peer], Awaitable[None]]
+
+
+class Visit:
+    """A request under way: its parts, and what is known of its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, terms: Terms, held: Held) -> None:
+        self.scope = scope
+        self.request = Request(scope, receive)
+        headers = self.request.headers
+        self.identifier = headers.get(_REQUEST_ID, "")[:_MAX_ID_CHARACTERS] or secrets.token_hex(8)
+        named = [(name, value) for name, value in headers.items() if name in _METADATA and name != _REQUEST_ID]
+        self.metadata: Metadata = (*named, (_REQUEST_ID, self.identifier))
+        self.connection: Connected = scope["state"]["connection"]
+        length = headers.get("content-length", "")
+        self.body = BodyReader(receive, length, held, terms.max_body_bytes, terms.limit_text)
+        self.route = ""
+        self.status = CLIENT_GONE
+
+    @property
+    def path(self) -> str:
+        """Return the path, as the client chose it."""
+        path: str = self.scope["path"]
+        return path
+
+    def exchange(self) -> Exchange:
+        """Return the context for a method. Raises Problem."""
+        return Exchange(self.connection, self.metadata, _timeout(self.request.headers))
+
+
+class Application:
+    """The application. page: the files for everyone, by path."""
+
+    def __init__(self, terms: Terms, page: Mapping[str, PageFile]) -> None:
+        self._terms = terms
+        self._threads = ThreadPoolExecutor(1, "web")  # one, since what it reads may take much memory
+        self.held = Held(terms.max_held_bytes, terms.evicted)
+        #: The requests under way.
+        self.under_way = 0
+        self.draining = False
+        routes: list[BaseRoute] = [
+            _route("GET", "/v2/health/live", self._live),
+            _route("GET", "/v2/health/ready", self._ready),
+            *(_route("GET", path, _sender_of(file)) for path, file in page.items()),
+        ]
+        for path, method, media in DOCUMENTS:
+            if method in terms.table:
+                routes.append(_route("GET", path, self._document(method, media)))
+        # A path without parameters goes before the patterns that match it too.
+        for route in sorted(ROUTES, key=lambda one: len(one.places)):
+            routes.append(_route(route.verb, route.path, self._endpoint(route)))
+        self._router = Router(routes, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, by ASGI's protocol."""
+        visit = Visit(scope, receive, self._terms, self.held)
+        scope["app"] = self  # so that the router raises its errors
+        scope["state"]["visit"] = visit
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                visit.status = message["status"]
+                added = [(b"date", formatdate(usegmt=True).encode())]
+                added.append((b"x-request-id", visit.identifier.encode("latin-1", "replace")))
+                if self.draining:
+                    added.append((b"connection", b"close"))
+                message = {**message, "headers": [*added, *message["headers"]]}
+            await send(message)
+
+        self.under_way += 1
+        try:
+            await self._visit(visit, answer)
+        except ClientDisconnect:
+            visit.status = CLIENT_GONE
+        finally:
+            visit.body.release()
+            self.under_way -= 1
+            self._terms.counted(visit.route, visit.status)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _visit(self, visit: Visit, answer: Send) -> None:
+        scope, receive = visit.scope, visit.request.receive
+        try:
+            if scope["http_version"] not in ("1.0", "1.1"):
+                text = "this port speaks HTTP/1.1; gRPC has a port of its own"
+                raise Problem(505, text, headers={"Connection": "close"})
+            if {"transfer-encoding", "content-length"} <= set(visit.request.headers):
+                # A proxy may have taken the other one for the body's end (RFC 9112, section 6.1).
+                text = "transfer-encoding: came with content-length; expected one of the two"
+                raise Problem(400, text, headers={"Connection": "close"})
+            check_origin(scope["method"], visit.request.headers, self._terms.local_names)
+            if self.draining:
+                text = "the server is stopping; send the request to another one"
+                raise Problem(503, text, grpc.StatusCode.UNAVAILABLE)
+            await self._router(scope, receive, answer)
+            return
+        except HTTPException as error:
+            problem = _problem_of_router(error)
+        except Problem as raised:
+            problem = raised
+        except ClientDisconnect:
+            raise
+        except Exception:
+            _logger.exception("a request failed")
+            problem = Problem(500, _INTERNAL_TEXT, grpc.StatusCode.INTERNAL)
+        if not problem.noted:
+            self._terms.refused(visit.path, visit.connection.peer, visit.metadata, problem.code, problem.detail)
+        headers = {**_API_HEADERS, **problem.headers}
+        if not await visit.body.discard():
+            headers["Connection"] = "close"
+        content = problem.body(with_error=visit.path.startswith("/v2"))
+        await Response(content, problem.status, headers, PROBLEM)(scope, receive, answer)
+
+    def _endpoint(self, route: Route) -> Respond:
+        """Return the function that answers the requests of a route."""
+
+        async def respond(visit: Visit) -> Response:
+            exchange, method = visit.exchange(), self._method(route.method)
+            await self._ask_door(method, exchange)
+            body = await visit.body.read(exchange.left)
+            packed = "content-encoding" in visit.request.headers
+            size = math.inf if packed else len(body)  # a small body may be packed from a large one
+            prepared, data = await self._convert(size, partial(self._prepare, route, visit, body))
+            del body
+            visit.body.hold(len(data))
+            outcome = await exchange.call(method, data)
+            if isinstance(outcome, Status):
+                raise problem_of(outcome)
+            reply = await self._convert(len(outcome), partial(prepared.write, outcome))
+            return _response(reply)
+
+        return respond
+
+    def _prepare(self, route: Route, visit: Visit, body: bytes) -> tuple[Prepared, bytes]:
+        """Return a request for its method, and its bytes. Raises Problem."""
+        headers = visit.request.headers
+        unpacked = visit.body.unpack(body, headers.get("content-encoding", "").lower())
+        if unpacked and route.body is Body.NONE:
+            raise invalid("body", f"{len(unpacked)} bytes; expected none")
+        query = visit.request.query_params.multi_items()
+        prepared = route.prepare(Incoming(visit.request.path_params, query, headers, unpacked, self._terms.limits))
+        return prepared, prepared.message.SerializeToString()
+
+    def _document(self, name: str, media: str) -> Respond:
+        """Return the function that answers with a document of this package, protected as its method is."""
+
+        async def respond(visit: Visit) -> Response:
+            exchange, method = visit.exchange(), self._method(name)
+            await self._ask_door(method, exchange)
+            await visit.body.discard()
+            outcome = await exchange.call(method, b"")
+            if isinstance(outcome, Status):
+                raise problem_of(outcome)
+            return Response(outcome, headers=_PAGE_HEADERS, media_type=media)
+
+        return respond
+
+    async def _live(self, visit: Visit) -> Response:
+        await visit.body.discard()
+        return _response(Reply(write_json({"live": True})))
+
+    async def _ready(self, visit: Visit) -> Response:
+        await visit.body.discard()
+        reason = self._terms.unready()
+        return _response(Reply(write_json({"ready": not reason}), status=503 if reason else 200))
+
+    def _method(self, name: str) -> OneAnswer:
+        method = self._terms.table.get(name)
+        if method is None or isinstance(method, StreamMethod):
+            raise Problem(501, f"this server has no {name[1:]}", grpc.StatusCode.UNIMPLEMENTED)
+        return method
+
+    async def _ask_door(self, method: OneAnswer, exchange: Exchange) -> None:
+        """Raise Problem if the method's door refuses a request, before its body is read.
+
+        An unknown token is checked first, so that a stranger does not learn what a body means.
+        """
+        for _ in range(2):
+            if not (method.door and (status := _asked(method.door, exchange))):
+                return
+            if status is not UNDECIDED:
+                raise problem_of(status)
+            try:
+                await self._terms.admit(_authorization(exchange.invocation_metadata()), exchange.peer)
+            except (Unauthenticated, Forbidden):
+                continue  # the door knows it now
+            except ServingError as error:
+                raise problem_of(status_of(error)) from None
+
+    async def _convert(self, size: float, convert: Callable[[], Outcome]) -> Outcome:
+        """Return a conversion's result; of a large message, from the thread."""
+        if size <= _SLOW_BYTES:
+            return convert()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, convert)
+
+
+def _route(verb: str, path: str, respond: Respond) -> StarletteRoute:
+    """Return a route for the router. respond: answers a visit."""
+
+    async def endpoint(request: Request) -> Response:
+        visit: Visit = request.state.visit
+        visit.route = path
+        response = await respond(visit)
+        if not await visit.body.discard():
+            response.headers["Connection"] = "close"
+        return response
+
+    return StarletteRoute(path, endpoint, methods=[verb])
+
+
+def _sender_of(file: PageFile) -> Respond:
+    """Return the function that answers with a file."""
+
+    async def respond(visit: Visit) -> Response:
+        headers = {**_PAGE_HEADERS, "ETag": file.tag}
+        if visit.request.headers.get("if-none-match") == file.tag:
+            return Response(status_code=304, headers=headers)
+        return Response(file.content, headers=headers, media_type=file.media)
+
+    return respond
+
+
+def _asked(door: Door, exchange: Exchange) -> Status | None:
+    """Return a door's answer to a request."""
+    return door(exchange.timeout, exchange.invocation_metadata(), 0, exchange.peer)
+
+
+def _authorization(metadata: Metadata) -> str | None:
+    """Return the authorization header, or None. Several become one that is not valid."""
+    found = [str(value) for name, value in metadata if name == _AUTHORIZATION]
+    return ", ".join(found) if found else None
+
+
+def _response(reply: Reply) -> Response:
+    return Response(reply.body, reply.status, {**_API_HEADERS, **reply.headers}, reply.media)
+
+
+def _problem_of_router(error: HTTPException) -> Problem:
+    if error.status_code == 405:
+        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        headers = {"Allow": allowed}
+        return Problem(405, f"method: expected {allowed}", grpc.StatusCode.UNIMPLEMENTED, headers=headers)
+    return Problem(404, "path: not here; /openapi.json lists the paths", grpc.StatusCode.UNIMPLEMENTED)
+
+
+def _timeout(headers: Headers) -> float | None:
+    """Return the seconds after which the client needs no answer, or None. Raises Problem."""
+    text = headers.get(TIMEOUT)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _MAX_TIMEOUT_SECONDS:  # also if it is no number
+        raise invalid(TIMEOUT, f"{text[:_MAX_ID_CHARACTERS]!r}; expected seconds, more than 0")
+    return seconds

@@ -1,0 +1,140 @@
+"""The body of an HTTP request: read within limits of size, memory and time, and unpacked."""
+
+import asyncio
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import grpc
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from serving.web.problems import Problem
+
+# A body must come within this time, and a second more for each of these bytes that have come.
+_SECONDS, _BYTES_A_SECOND = 20.0, 16384
+# The most bytes of a refused request that are read, so that its client can read the answer and go on.
+_MAX_DISCARDED_BYTES = 2**20
+_DISCARD_SECONDS = 1.0
+_UNPACKERS: dict[str, Callable[[], "zlib._Decompress"]] = {
+    "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    "deflate": zlib.decompressobj,
+}
+
+
+@dataclass
+class Held:
+    """The bytes that the bodies of all requests hold, from their arrival to their answer. refused: called for each
+    request that finds no room.
+    """
+
+    limit: int
+    refused: Callable[[], None]
+    used: int = 0
+
+
+class BodyReader:
+    """The body of one request.
+
+    max_bytes: the largest body, packed and unpacked. limit_text: the text about that limit.
+    """
+
+    def __init__(self, receive: Receive, length: str, held: Held, max_bytes: int, limit_text: str) -> None:
+        self._receive = receive
+        self._length = length
+        self._held = held
+        self._max_bytes = max_bytes
+        self._limit_text = limit_text
+        self._used = 0
+        self._complete = self._abandoned = False
+
+    async def read(self, timeout: float | None) -> bytes:
+        """Return the whole body. timeout: the seconds until the request's deadline, or None.
+
+        Raises Problem, and ClientDisconnect if the client goes.
+        """
+        if self._length.isdecimal() and int(self._length) > self._max_bytes:
+            raise self._too_large(self._length)
+        loop = asyncio.get_running_loop()
+        began, parts = loop.time(), list[bytes]()
+        while not self._complete:
+            patience = began + _SECONDS + self._used / _BYTES_A_SECOND - loop.time()
+            left = None if timeout is None else began + timeout - loop.time()
+            try:
+                async with asyncio.timeout(patience if left is None else min(left, patience)):
+                    part = await self._next()
+            except TimeoutError:
+                self._abandoned = True
+                if left is not None and left < patience:
+                    code = grpc.StatusCode.DEADLINE_EXCEEDED
+                    raise Problem(504, "the deadline has passed before the request had come", code) from None
+                raise Problem(408, "the request has not come in time", grpc.StatusCode.CANCELLED) from None
+            if self._used + len(part) > self._max_bytes:
+                raise self._too_large("more")
+            self.hold(self._used + len(part))
+            parts.append(part)
+        return b"".join(parts)
+
+    def unpack(self, body: bytes, encoding: str) -> bytes:
+        """Return a body without its encoding: gzip, deflate or none. Raises Problem."""
+        if encoding in ("", "identity"):
+            return body
+        if encoding not in _UNPACKERS:
+            raise Problem(
+                415,
+                f"content-encoding: {encoding[:64]!r}; expected gzip or deflate",
+                grpc.StatusCode.UNIMPLEMENTED,
+            )
+        unpacker = _UNPACKERS[encoding]()
+        try:
+            unpacked = unpacker.decompress(body, self._max_bytes + 1)
+        except zlib.error:
+            raise Problem(400, f"body: {len(body)} bytes that cannot be unpacked by {encoding}") from None
+        if len(unpacked) > self._max_bytes:
+            raise self._too_large("unpacked, more")
+        if not unpacker.eof:
+            raise Problem(400, f"body: {len(body)} bytes, which {encoding} does not end")
+        return unpacked
+
+    async def discard(self) -> bool:
+        """Read the rest of the body if it is small. Return True if the whole body has been read."""
+        discarded = 0
+        if self._length.isdecimal() and int(self._length) - self._used > _MAX_DISCARDED_BYTES:
+            return self._complete
+        try:
+            async with asyncio.timeout(_DISCARD_SECONDS):
+                while not (self._complete or self._abandoned) and discarded <= _MAX_DISCARDED_BYTES:
+                    discarded += len(await self._next())
+        except (TimeoutError, ClientDisconnect):
+            pass
+        return self._complete
+
+    def hold(self, size: int) -> None:
+        """Reserve memory for the request, in place of what is reserved for it. Raises Problem if there is no room."""
+        all_used = self._held.used - self._used + size
+        if size > self._used and all_used > self._held.limit:
+            self._held.refused()
+            raise Problem(
+                429,
+                f"requests of {all_used} bytes are under way; the limit is {self._held.limit} bytes "
+                "(max_bytes_under_way); try again later",
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                headers={"Retry-After": "1"},
+            )
+        self._used, self._held.used = size, all_used
+
+    def release(self) -> None:
+        """Note that nobody needs the body now."""
+        self._held.used -= self._used
+        self._used = 0
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self._complete = not message.get("more_body", False)
+        return cast(bytes, message.get("body", b""))
+
+    def _too_large(self, size: str) -> Problem:
+        return Problem(413, f"body: {size} bytes; {self._limit_text}")

@@ -1,0 +1,57 @@
+"""An HTTP request that has been read, and its answer before it is sent."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from email.message import Message as Header
+
+#: The media types of JSON and of bytes.
+JSON, BYTES = "application/json", "application/octet-stream"
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """The limits of a body. images: the most pictures. image_bytes: the largest picture, in bytes."""
+
+    images: int
+    image_bytes: int
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A request.
+
+    place: the parameters in its path. query: the parameters after the question mark, in their order. headers: by name
+    in lower case.
+    """
+
+    place: Mapping[str, str]
+    query: Sequence[tuple[str, str]]
+    headers: Mapping[str, str]
+    body: bytes
+    limits: BodyLimits
+
+    @property
+    def content_type(self) -> tuple[str, str]:
+        """Return the body's media type in lower case, and the boundary of its parts or ""."""
+        header = Header()
+        header["content-type"] = self.headers.get("content-type", "")
+        given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return given, str(header.get_param("boundary", "") or "")
+
+    def accepts(self, media: str) -> bool:
+        """Return True if the client names a media type as one that it takes."""
+        for one in self.headers.get("accept", "").lower().split(","):
+            name, *parameters = (part.strip() for part in one.split(";"))
+            if name == media:
+                return not any(part.replace(" ", "") in ("q=0", "q=0.0", "q=0.00", "q=0.000") for part in parameters)
+        return False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer."""
+
+    body: bytes
+    media: str = JSON
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,137 @@
+"""Protobuf messages in JSON, by protobuf's mapping with the fields' own names. Integers of 64 bits are numbers.
+
+Clients may send anything, so the depth and the number of values of a text are limited before it is read.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterable
+from typing import TypeVar, cast
+
+import numpy as np
+from google.protobuf import json_format
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from serving.web.problems import invalid
+
+#: A value of JSON.
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+_MAX_DEPTH = 32
+# Lists and objects take twenty times their text in memory, so these are limited, and not the text alone.
+_MAX_CONTAINERS = 2**17
+_MAX_ERROR_CHARACTERS = 256
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # which JSON may have alone, and UTF-8 may not
+
+Request = TypeVar("Request", bound=Message)
+
+
+def read_json(text: bytes, field: str = "body") -> Json:
+    """Return the value of a text in JSON (RFC 8259). Raises Problem."""
+    if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS:
+        raise invalid(field, f"expected at most {_MAX_CONTAINERS} lists and objects")
+    try:
+        value: Json = json.loads(text.decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise invalid(field, "lists or objects inside each other; expected fewer levels") from None
+    except ValueError as error:  # also of text that is no UTF-8, and of numbers with thousands of digits
+        raise invalid(field, f"{len(text)} bytes that are no JSON: {_short(error)}") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise invalid(field, "half of a character; expected Unicode text") from None
+    return value
+
+
+def read_object(text: bytes, field: str = "body") -> dict[str, Json]:
+    """Return the object of a text in JSON. Raises Problem."""
+    value = read_json(text, field)
+    if not isinstance(value, dict):
+        raise invalid(field, f"a value of the kind {kind_of(value)}; expected an object")
+    return value
+
+
+def read_message(text: bytes, kind: type[Request]) -> Request:
+    """Return the message in a text. Raises Problem."""
+    message = kind()
+    try:
+        json_format.ParseDict(read_object(text), message, max_recursion_depth=_MAX_DEPTH)
+    except (json_format.ParseError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise invalid("body", f"no {kind.DESCRIPTOR.full_name}: {_short(error)}") from None
+    return message
+
+
+def to_json(message: Message) -> dict[str, Json]:
+    """Return a message as an object. Fields without presence are always there, others where they are set."""
+    found: dict[str, Json] = {}
+    for field in cast(Descriptor, message.DESCRIPTOR).fields:
+        if field.is_repeated or not field.has_presence or message.HasField(field.name):
+            found[field.name] = _field(field, getattr(message, field.name))
+    return found
+
+
+def shortest(numbers: Iterable[float] | NDArray[np.float32]) -> list[float]:
+    """Return the shortest decimal numbers that stand for these numbers of 32 bits."""
+    return [float(text) for text in np.asarray(numbers, np.float32).astype("U")]
+
+
+def write_json(value: Json) -> bytes:
+    """Return the text of a value."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def kind_of(value: Json) -> str:
+    """Return the name of a value's kind in JSON."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case dict():
+            return "object"
+
+
+def _field(field: FieldDescriptor, value: object) -> Json:
+    if not field.is_repeated:
+        return _one(field, value)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        entry = field.message_type.fields_by_name["value"]
+        return {str(key): _one(entry, one) for key, one in cast("dict[str, object]", value).items()}
+    values = cast("list[object]", value)
+    if field.type == FieldDescriptor.TYPE_FLOAT:
+        return cast("list[Json]", shortest(cast("list[float]", values)))
+    return [_one(field, one) for one in values]
+
+
+def _one(field: FieldDescriptor, value: object) -> Json:
+    match field.type:
+        case FieldDescriptor.TYPE_MESSAGE:
+            return to_json(cast(Message, value))
+        case FieldDescriptor.TYPE_ENUM:
+            number = cast(int, value)
+            name = field.enum_type.values_by_number.get(number) if field.enum_type else None
+            return name.name if name else number
+        case FieldDescriptor.TYPE_BYTES:
+            return base64.b64encode(cast(bytes, value)).decode()
+        case FieldDescriptor.TYPE_FLOAT:
+            return shortest([cast(float, value)])[0]
+    return cast("str | int | float | bool", value)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _short(error: Exception) -> str:
+    """Return an error's text on one line, of limited length, since it may repeat the client's words."""
+    return " ".join(str(error).split())[:_MAX_ERROR_CHARACTERS]
