@@ -1,21 +1,31 @@
 """Tests of ModelInfer's messages without a server: the decoding of requests, and the bytes of answers."""
 
+import asyncio
 import struct
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from protos.inference import inference_pb2 as pb
-from serving.artifact import Artifact, Training
+from serving.artifact import Artifact, Graph, ReceptiveField, Tensor, Training
 from serving.batching.ticket import Share
-from serving.errors import InvalidRequest
+from serving.errors import InvalidRequest, QueueFull
+from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
-from serving.services.decoding import Steps
+from serving.services.computation import Computation
+from serving.services.decoding import Decoder, Steps
+from serving.services.infer_outputs import FurtherOutputs
 from serving.services.infer_parameters import schedule
+from serving.services.infer_queries import ComputedInferQuery, InferCodec, infer_query
 from serving.services.open_inference_codec import Output, TensorMessages, Wanted, read_request, refused
+from serving.services.per_model import PerModel
 from serving.services.tensor_inputs import TensorReader
 from serving.settings import Settings
 from serving.tensorrt_options import BatchProfile
@@ -310,6 +320,58 @@ def test_a_model_without_graphs_and_calibration_has_no_further_outputs(name: str
     with pytest.raises(InvalidRequest) as caught:
         MESSAGES.wanted(_asking((name, {})))
     assert str(caught.value) == f"outputs[0].name: {name!r}; expected 'probabilities' or 'poses'"
+
+
+def test_relevance_is_refused_if_the_queue_cannot_hold_its_images() -> None:
+    further = FurtherOutputs(ARTIFACT, Settings(max_queue=20, max_images_per_request=20))
+    further.check({"poses": None, "couplings": None}, 8)
+    with pytest.raises(InvalidRequest) as caught:
+        further.check({"poses": None, "relevance": None}, 1)
+    text = "the relevance takes 21 images at once; the queue holds only 20 (max_queue)"
+    assert str(caught.value) == f"outputs[1].name: {text}"
+
+
+def test_timeout_and_priority_hold_for_each_run_of_a_request() -> None:
+    request = _asking(("relevance", {}))
+    request.parameters["priority"].int64_param = 1
+    request.parameters["timeout"].int64_param = 5_000_000
+    query = infer_query(read_request(request.SerializeToString(), MAX_BYTES), 100, PerModel(_codec))
+    asked: dict[str, Any] = {}
+
+    class Batcher:
+        """A batcher that notes what a run asks for, and refuses it."""
+
+        def enqueue(self, arrays: Arrays, **wishes: Any) -> Any:
+            asked.update(wishes)
+            raise QueueFull("full", 1.0)
+
+    metrics = SimpleNamespace(failed=lambda error, seconds: None)
+    graph = SimpleNamespace(batcher=Batcher(), metrics=metrics)
+    model: Any = _Model()
+    model.graph = lambda name: graph
+    caller: Any = SimpleNamespace(client="c", deadline=time.monotonic() + 60)
+    computation = Computation(model, caller, cast(Decoder, None))
+    assert isinstance(query, ComputedInferQuery)
+    with pytest.raises(QueueFull):
+        asyncio.run(query.answer(computation))
+    assert asked["urgent"] and asked["deadline"] < time.monotonic() + 6
+
+
+class _Model:
+    """A model of the artifact with a graph that explains."""
+
+    artifact = ARTIFACT
+
+
+def _codec(model: ServedModel) -> InferCodec:
+    tensors = {
+        "couplings": Tensor("float32", (3, 4, 6)),
+        "agreements": Tensor("float32", (3, 4, 6)),
+        "contributions": Tensor("float32", (4, 6)),
+        "primary_lengths": Tensor("float32", (6,)),
+    }
+    explain = Graph("explain.onnx", outputs=tensors, receptive_field=ReceptiveField("type", 6, 1, 1, 4))
+    return InferCodec.of(replace(ARTIFACT, graphs={"explain": explain}), Settings())
 
 
 def test_binary_data_output_must_be_true_or_false() -> None:
