@@ -2,8 +2,10 @@
 
 import base64
 import gzip
+import io
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2
@@ -175,6 +178,30 @@ def test_the_most_probable_classes_come_as_text(port: int, digits: Digits) -> No
     output["parameters"]["binary_data"] = True
     answer = infer(port, {"inputs": [tensor], "outputs": [output]})
     assert b":7" in answer.body[int(answer.fields["inference-header-content-length"]) :]
+
+
+def test_floats_files_and_further_outputs_are_those_of_grpc(running: Running, port: int, digits: Digits) -> None:
+    names = ("couplings", "contributions", "relevance", "reconstruction")
+    request = inference_pb2.ModelInferRequest(model_name=MODEL, raw_input_contents=[digits.images[0].tobytes()])
+    request.inputs.add(name="images", datatype="UINT8", shape=(1, 1, 28, 28))
+    for name in names:
+        request.outputs.add(name=name)
+    request.parameters["class"].int64_param = 3
+    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", None, None)
+    response = inference_pb2.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=20))
+    shared: dict[str, Any] = {"outputs": [{"name": name} for name in names], "parameters": {"class": 3}}
+    floats = {"name": "images", "datatype": "FP32", "shape": [1, 1, 28, 28], "data": (digits.images[0] / 255).tolist()}
+    buffer = io.BytesIO()
+    Image.fromarray(digits.images[0]).save(buffer, "PNG")
+    file = struct.pack("<I", len(buffer.getvalue())) + buffer.getvalue()
+    sized = {"name": "images", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(file)}}
+    for answer in (infer(port, {**shared, "inputs": [floats]}), infer(port, {**shared, "inputs": [sized]}, file)):
+        assert answer.status == 200, answer.body
+        for one, described, raw in zip(
+            answer.json["outputs"], response.outputs, response.raw_output_contents, strict=True
+        ):
+            assert (one["name"], one["shape"]) == (described.name, list(described.shape))
+            np.testing.assert_allclose(one["data"], np.frombuffer(raw, "<f4"), rtol=0, atol=1e-6)
 
 
 TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 28, 28]}
