@@ -299,7 +299,7 @@ def test_the_networks_in_the_repository_are_calibrated(name: str) -> None:
     assert found.detected["one grey level"]["confident"] < 0.05
     shoes = found.detected["Fashion-MNIST, shoes"]
     if name == "capsnet-multimnist":
-        assert found.detected["test images"]["several"] > 0.98
+        assert found.detected["test images"]["several"] > 0.94  # and 5 % false alarms
         return
     assert found.ece["confidence"] < 0.005 < 0.05 < found.ece["length"]
     assert found.detected["test images"]["confident"] > 0.85

@@ -285,7 +285,8 @@ def _iterate(
     if routing.normalization == "softmax":
         s = s / j
     v = squash(s if bias is None else s + bias)
-    poses, couplings = [v], list[Tensor]()
+    poses = [v]
+    couplings: list[Tensor] = []
     if routing.iterations == 1:
         return poses, couplings
     weigh = _stored(u, weight, routing) if blocks == 1 else _by_blocks(u, weight, routing, blocks)
