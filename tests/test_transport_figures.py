@@ -73,10 +73,13 @@ def test_the_held_bytes_and_the_calls_that_are_refused_for_them_are_counted(
         held = [wait.future(request, timeout=60) for _ in range(3)]
         wait_for(lambda: page("capsnet_open_calls") == {"": 3} and page("capsnet_held_bytes")[""] >= 3 * len(request))
         held += [wait.future(request, timeout=60) for _ in range(2)]
-        wait_for(lambda: any(call.done() for call in held))
-        codes = [call.code() for call in held if call.done()]
-        assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        assert page("capsnet_evicted_calls_total") == {MEMORY: len(codes), STALLED: 0}
+
+        def all_told() -> bool:
+            ended = sum(call.done() for call in held)
+            return ended > 0 and page("capsnet_evicted_calls_total") == {MEMORY: ended, STALLED: 0}
+
+        wait_for(all_told)
+        assert {call.code() for call in held if call.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         for call in held:
             call.cancel()
         wait_for(lambda: page("capsnet_held_bytes") == {"": 0} == page("capsnet_open_calls"))
