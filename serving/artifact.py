@@ -30,7 +30,7 @@ _FILE_LIMIT = "max_model_bytes"  # the name of the setting, for errors
 _MAX_MANIFEST_BYTES = 2**24
 _MAX_DIGEST_BYTES = 1024  # of the file with the manifest's digest
 _MAX_NAME_CHARACTERS = 128
-# The smallest and the largest temperature of a calibration. Lengths, from 0 to 1, are divided by it in single precision.
+# The smallest and the largest temperature of a calibration, by which lengths are divided in single precision.
 _TEMPERATURES = 1e-6, 1e6
 # The highest version has 18 digits, as in a 64-bit number. A leading zero would give a version two names.
 _VERSION = re.compile("0|[1-9][0-9]{0,17}")
