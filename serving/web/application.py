@@ -161,6 +161,7 @@ class Application:
             visit.status = CLIENT_GONE
         finally:
             visit.body.release()
+            del scope["state"]["visit"]  # which knows the scope
             self.under_way -= 1
             self._terms.counted(visit.route, visit.status)
 
@@ -188,6 +189,8 @@ class Application:
             problem = _problem_of_router(error)
         except Problem as raised:
             problem = raised
+            # Its traceback knows this frame, and those with the body: they would live on until a garbage collection.
+            problem.__traceback__ = problem.__context__ = None
         except ClientDisconnect:
             raise
         except Exception:

@@ -42,7 +42,11 @@ class Conversions:
             raise
         converted = loop.run_in_executor(self._thread, convert)
         converted.add_done_callback(lambda _: self._ended())  # the thread goes on if this task is cancelled
-        return await converted
+        try:
+            return await converted
+        finally:
+            # An error knows this frame by its traceback, and the future knows the error: the cycle would keep the body.
+            del converted, convert
 
     def close(self) -> None:
         """End the thread."""
