@@ -188,9 +188,7 @@ class Application:
         except HTTPException as error:
             problem = _problem_of_router(error)
         except Problem as raised:
-            problem = raised
-            # Its traceback knows this frame, and those with the body: they would live on until a garbage collection.
-            problem.__traceback__ = problem.__context__ = None
+            problem = raised.alone()
         except ClientDisconnect:
             raise
         except Exception:
@@ -285,7 +283,17 @@ class Application:
         """Return a conversion's result; of a large message, from the thread."""
         if cost <= _SLOW_BYTES:
             return convert()
-        return await self._conversions.run(visit.connection.peer.connection, cost, convert)
+
+        def attempt() -> Outcome | Problem:
+            try:
+                return convert()
+            except Problem as problem:
+                return problem.alone()
+
+        outcome = await self._conversions.run(visit.connection.peer.connection, cost, attempt)
+        if isinstance(outcome, Problem):
+            raise outcome
+        return outcome
 
 
 async def _send_in_parts(request: BodyReader, body: bytes, send: Send) -> None:
