@@ -150,7 +150,7 @@ def test_answers_that_nobody_reads_give_their_memory_to_others() -> None:
         for count in range(1, 5):
             client = stack.enter_context(connected(web, receive_bytes=4096))
             client.sendall(ASKED)
-            wait_for(lambda count=count: web.server.accepted == count and memory.used >= min(count, 2) * size)  # type: ignore[misc]
+            wait_for(lambda count=count: web.server.accepted == count and memory.used >= min(count, 2) * size)
             time.sleep(0.05)
             assert memory.used <= limit
         answer = ask(web.port, "/v1/model")

@@ -183,7 +183,7 @@ class _Decoder(json.JSONDecoder):
     def __init__(self) -> None:
         super().__init__(parse_constant=_refuse_constant)
         self.parse_array = _read_list
-        self.scan_once = json.scanner.py_make_scanner(self)
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
 
 def _read_list(place: tuple[str, int], scan_once: Callable[[str, int], tuple[Json, int]]) -> tuple[list[Json], int]:
@@ -205,7 +205,7 @@ def _read_list(place: tuple[str, int], scan_once: Callable[[str, int], tuple[Jso
         if last:
             return values, end + 1
         begin = end + 1
-    rest, end = json.decoder.JSONArray((text, begin), scan_once)
+    rest, end = json.decoder.JSONArray((text, begin), scan_once)  # type: ignore[attr-defined]
     if values and not rest:
         raise json.JSONDecodeError("Expecting value", text, begin)
     return values + rest, end
