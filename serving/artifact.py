@@ -30,6 +30,8 @@ _FILE_LIMIT = "max_model_bytes"  # the name of the setting, for errors
 _MAX_MANIFEST_BYTES = 2**24
 _MAX_DIGEST_BYTES = 1024  # of the file with the manifest's digest
 _MAX_NAME_CHARACTERS = 128
+# The smallest and the largest temperature of a calibration, by which lengths are divided in single precision.
+_TEMPERATURES = 1e-6, 1e6
 # The highest version has 18 digits, as in a 64-bit number. A leading zero would give a version two names.
 _VERSION = re.compile("0|[1-9][0-9]{0,17}")
 _MAX_SHOWN_CHARACTERS = 200  # of a value in an error: a client may get it in a header of limited size
@@ -563,8 +565,8 @@ def _tensor(section: _Section) -> Tensor:
 def _receptive_field(graph: _Section) -> ReceptiveField:
     section = graph.section("receptive_field")
     offset = section.content.get("offset", 0)
-    if type(offset) is not int:
-        raise section.error("offset", offset, "a whole number")
+    if type(offset) is not int or abs(offset) >= 2**31:
+        raise section.error("offset", offset, "a whole number of at most 31 bits")
     return ReceptiveField(
         order=section.text("order"),
         types=section.count("types"),
@@ -600,8 +602,9 @@ def _calibration(content: _Section) -> Calibration:
     presence = section.content.get("presence")
     if not isinstance(presence, list) or len(presence) != classes or not all(map(_is_share, presence)):
         raise section.error("presence", presence, f"{classes} numbers from 0 to 1")
-    if not (temperature := section.number("temperature")) > 0:
-        raise section.error("temperature", temperature, "a number above 0")
+    low, high = _TEMPERATURES
+    if not low <= (temperature := section.number("temperature")) <= high:
+        raise section.error("temperature", temperature, f"a number from {low:g} to {high:g}")
     detected = section.section("detected", {})
     ece = section.section("ece", {})
     return Calibration(

@@ -37,6 +37,9 @@ SHORT_ON_NATIVE = (
     "slow headers",
     "TLS, silent",
     "wrong tokens",
+    "HTTP, tiny chunks",
+    "HTTP, numbers in JSON",
+    "HTTP, explanations, not read",
 )
 SHORT_ON_GRPCIO = (
     "rapid reset, headers",

@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.runtime import Arrays, Runtime
-from serving.services.explanations_codec import entropies
+from serving.services.explanations_codec import ExplanationWriter, entropies
 from tests.calibrated import CALIBRATION, MNIST, PAIRS, calibrated_models, overlapped
 from tests.conftest import DATA, Digits, Running
 
@@ -192,6 +192,21 @@ def test_masked_images_are_no_answers_in_the_quality_figures(running: Running, d
     assert int(metrics.quality.up_to_date.winners.sum()) == before
     classify(running, image(digits.images[1]))
     assert int(metrics.quality.up_to_date.winners.sum()) == before + 1
+
+
+def test_the_event_loop_writes_no_explanation(
+    running: Running, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    write = ExplanationWriter.explanation
+
+    def noted(*arguments: object) -> bytes:
+        threads.append(threading.current_thread().name)
+        return write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ExplanationWriter, "explanation", noted)
+    explain(running, *map(image, digits.images[:3]), parts=[ROUTING, CONTRIBUTIONS])
+    assert len(threads) == 3 and all(name.startswith("decode") for name in threads)
 
 
 def test_a_png_file_is_explained_as_its_pixels_are(running: Running, digits: Digits) -> None:

@@ -1,6 +1,7 @@
 """Tests of Reconstruct, and of the reconstruction error in answers, on a server."""
 
 import io
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.services import reconstructions
 from serving.services.drawing import compare
 from serving.services.reconstructions import layers_of
 from tests.calibrated import CALIBRATION, MNIST, PAIRS, calibrated_models, on_canvas, overlapped
@@ -76,6 +78,21 @@ def test_given_poses_are_drawn_in_their_order(running: Running, digits: Digits) 
         assert (result.label, result.class_index, result.delta, result.layer) == (str(index), index, 0, b"")
         assert list(result.pose) == pose
         assert abs(pixels(result.image) - 255 * right[0]).max() <= 0.5 + 255 * 1e-6
+
+
+def test_the_event_loop_writes_no_crowd_of_results(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set[str]()
+    to_pixels = reconstructions._to_pixels
+
+    def noted(drawn: NDArray[np.float32]) -> NDArray[np.uint8]:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return to_pixels(drawn)
+
+    monkeypatch.setattr(reconstructions, "_to_pixels", noted)
+    given = poses(*[(index, [0.1] * 16) for index in range(10)])
+    sweep = pb.Sweep(dimension=1, first=-1, last=1, steps=64)
+    assert len(reconstruct(running, poses=given, sweep=sweep).results) == 640
+    assert threads == {"decode"}
 
 
 def test_an_image_is_drawn_from_its_own_pose_and_compared(running: Running, digits: Digits) -> None:

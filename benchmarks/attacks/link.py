@@ -41,7 +41,7 @@ class Attack:
 
     script: the bytes of one connection. speaks: the connection opens with HTTP/2's preface, these settings and a wide
     window, and its peer's frames are read. times: connections for each one that is asked for. server: the kind of
-    server that is attacked, one of ``served.KINDS``.
+    server that is attacked, one of ``served.KINDS``. web: the HTTP port is attacked, and not gRPC's.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Attack:
     settings: Mapping[int, int] = field(default_factory=dict)
     times: int = 1
     server: str = "plain"
+    web: bool = False
 
 
 class Link:

@@ -1,5 +1,6 @@
 """The servers that are attacked, and the files that their clients need."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from serving.settings import DEFAULT_MODEL, embedded_models
 KINDS = ("plain", "tls", "tokens")
 PLAN = ("--threads=1", "--runtimes=1", "--max-batch=8")
 _CLIENT_NAME = "good"
+_WEB_PORT = re.compile(r"HTTP on \S+:(\d+)")
 _IN_FLIGHT_METRIC = "capsnet_rpcs_in_flight"
 
 
@@ -39,6 +41,13 @@ class Target:
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
+
+    @property
+    def web_port(self) -> int:
+        """Return the port of HTTP. Raises LoadError if the server has none."""
+        if found := _WEB_PORT.search(self.served.log.read_text(errors="replace")):
+            return int(found[1])
+        raise LoadError("the server has no port of HTTP")
 
     def channel(self) -> grpc.Channel:
         """Return a channel with a connection of its own."""
@@ -65,7 +74,7 @@ class Target:
 @contextmanager
 def target(kind: str, transport: str, folder: Path, flags: Sequence[str] = ()) -> Iterator[Target]:
     """Run a server of one of ``KINDS`` with the embedded model; its files go to ``folder``. Raises LoadError."""
-    flags = [f"--transport={transport}", f"--model={DEFAULT_MODEL}", *PLAN, *flags]
+    flags = [f"--transport={transport}", f"--model={DEFAULT_MODEL}", "--http-port=0", *PLAN, *flags]
     certificate, token, ca = b"", "", None
     if kind == "tls":
         more, ca = encrypted(folder)

@@ -40,6 +40,16 @@ def in_one_step(decode: Callable[[], Arrays]) -> Steps:
     yield  # makes this function a generator
 
 
+def in_one_go(steps: Steps) -> Arrays:
+    """Return the arrays of steps without a pause. Raises the errors of the steps."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        arrays: Arrays = stop.value
+        return arrays
+
+
 class _Job:
     """A decoding that waits for memory or for its next turn, or has a thread.
 

@@ -15,7 +15,7 @@ from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, check_size, parse
 from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.computation import Caller, Computation
-from serving.services.decoding import Decoding, in_one_step
+from serving.services.decoding import Decoding, Steps, in_one_step
 from serving.services.encoded_images import Images
 from serving.services.explanations_codec import ExplanationWriter
 from serving.services.given_images import GivenImages, Limit
@@ -29,6 +29,8 @@ from serving.settings import Settings
 _PARTS = pb.EXPLANATION_PART_ROUTING, pb.EXPLANATION_PART_CONTRIBUTIONS, pb.EXPLANATION_PART_RELEVANCE
 # The most fields besides the images.
 _MAX_OTHER_FIELDS = 1024
+# The memory for writing explanations, by that of the outputs.
+_COPIES = 4
 
 Maps = NDArray[np.float32]
 
@@ -82,14 +84,26 @@ class Explanations:
         outputs = {name: share[name] for name in share.batch}
         if codec.findings:
             outputs |= codec.findings(images, outputs[PROBABILITIES])
-        results = []
-        for index, image in enumerate(images):
-            chosen = classes or [int(outputs[PROBABILITIES][index].argmax())]
-            maps = None
-            if pb.EXPLANATION_PART_RELEVANCE in parts:
-                maps = await relevance_of(computation, occlusion, image, chosen, "parts")
-            results.append(writer.explanation(image, Share(outputs, index, index + 1), chosen, parts, maps))
-        return writer.response(results)
+        chosen = [classes or [int(lengths.argmax())] for lengths in outputs[PROBABILITIES]]
+        maps: list[Maps | None] = [None] * len(images)
+        if pb.EXPLANATION_PART_RELEVANCE in parts:
+            for index, image in enumerate(images):
+                maps[index] = await relevance_of(computation, occlusion, image, chosen[index], "parts")
+
+        def write() -> Steps:
+            """Write one explanation after the other, by the number of its image."""
+            written: dict[str, NDArray[np.uint8]] = {}
+            for index, image in enumerate(images):
+                found = Share(outputs, index, index + 1)
+                explanation = writer.explanation(image, found, chosen[index], parts, maps[index])
+                written[str(index)] = np.frombuffer(explanation, np.uint8)
+                yield
+            return written
+
+        # In a thread: it takes milliseconds, and the event loop would write the explanations of a crowd at once.
+        memory = _COPIES * sum(output.nbytes for output in outputs.values())
+        explanations = await computation.decode(Decoding(write(), memory, "parts"))
+        return writer.response([explanation.tobytes() for explanation in explanations.values()])
 
     def _check_parts(self, parts: Sequence[int], model: ServedModel) -> frozenset[int]:
         """Return the parts to answer. Raises InvalidRequest."""

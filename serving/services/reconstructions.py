@@ -5,7 +5,7 @@ Axes: N poses, S steps of a sweep (1 without one), J classes, E dimensions of a 
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +19,10 @@ from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY
 from serving.repository.classifier import IMAGES, POSES
 from serving.rpc.edge import Call, check_size, parse
+from serving.runtime import Arrays
 from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.computation import Caller, Computation
-from serving.services.decoding import Decoding, Steps
+from serving.services.decoding import Decoding, Steps, in_one_go
 from serving.services.drawing import Numbers, compare, draw, share_with_errors, shown_classes, with_errors
 from serving.services.encoded_images import Images
 from serving.services.explanations import check_classes
@@ -30,7 +31,7 @@ from serving.services.graphs import check_draws
 from serving.services.occlusion import ground_of
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import FLAT, Fields, check_fields
+from serving.services.protobuf_wire import FLAT, Fields, check_fields, delimited
 from serving.settings import Settings
 
 MIN_STEPS, MAX_STEPS = 2, 64
@@ -46,6 +47,8 @@ _FORMATS = pb.FORMAT_UNSPECIFIED, pb.FORMAT_PIXELS, pb.FORMAT_PNG
 _FIELDS = Fields({pb.ReconstructRequest.POSES_FIELD_NUMBER: FLAT})
 # The most memory of Pillow for a pixel of a PNG file.
 _WORK_BYTES_A_PIXEL = 8
+# The most results that the event loop writes itself: less than a millisecond.
+_FEW_RESULTS = 16
 
 
 class _Edit(NamedTuple):
@@ -70,13 +73,13 @@ class _Edit(NamedTuple):
 class _Drawn(NamedTuple):
     """The drawn images.
 
-    classes: of each pose, (N,). poses: with the changes, (N * S, E). images: (N * S, C, H, W). layers: the parts of the
-    sent image, (N, C, H, W), or None. share: the classification of the sent image, or None.
+    classes: of each pose, (N,). poses: with the changes, (N * S, E). images: (N * S, C, H, W), pixels from 0 to 1.
+    layers: the parts of the sent image, (N, C, H, W), or None. share: the classification of the sent image, or None.
     """
 
     classes: list[int]
     poses: Numbers
-    images: Images
+    images: Numbers
     layers: Images | None = None
     share: Share | None = None
 
@@ -115,8 +118,9 @@ class Reconstructions:
                     drawn = await self._from_poses(computation, request, edit)
                 case _:
                     raise InvalidRequest("source", "neither image nor poses; expected one of them")
-            files = await _files(computation, drawn, png=request.format == pb.FORMAT_PNG)
-            return self._response(computation, edit, drawn, files)
+            png = request.format == pb.FORMAT_PNG
+            results = await _results(computation, _write(artifact, edit, drawn, png), drawn, png)
+            return self._response(computation, drawn, results)
 
     async def _from_poses(self, computation: Computation, request: pb.ReconstructRequest, edit: _Edit) -> _Drawn:
         if request.classes:
@@ -128,7 +132,7 @@ class Reconstructions:
         poses, classes = _given_poses(given, computation.model.artifact)
         changed = _changed(poses, edit)
         drawn = await draw(computation, changed, _by_step(classes, edit))
-        return _Drawn(classes, changed, _to_pixels(drawn))
+        return _Drawn(classes, changed, drawn)
 
     async def _from_image(self, computation: Computation, request: pb.ReconstructRequest, edit: _Edit) -> _Drawn:
         artifact = computation.model.artifact
@@ -149,7 +153,7 @@ class Reconstructions:
         layers = None
         if edit.empty and len(classes) > 1:
             layers = layers_of(images[0], drawn, ground_of(images[0], artifact.preparation.polarity))
-        return _Drawn(classes, changed, _to_pixels(drawn), layers, share)
+        return _Drawn(classes, changed, drawn, layers, share)
 
     def _check_count(self, poses: int, edit: _Edit, field: str) -> None:
         """Raise InvalidRequest if poses with a sweep make too many images."""
@@ -161,32 +165,24 @@ class Reconstructions:
                 "(max_images_per_request)",
             )
 
-    def _response(self, computation: Computation, edit: _Edit, drawn: _Drawn, files: Sequence[bytes]) -> bytes:
+    def _response(self, computation: Computation, drawn: _Drawn, results: Arrays) -> bytes:
         artifact = computation.model.artifact
         channels, height, width = artifact.image_shape
-        steps, layers = len(edit.deltas), files[len(drawn.poses) :]
-        response = pb.ReconstructResponse(
-            model_name=artifact.name,
-            model_version=artifact.version,
-            results=[
-                pb.Reconstruction(
-                    label=artifact.labels[drawn.classes[place // steps]],
-                    class_index=drawn.classes[place // steps],
-                    pose=pose.tolist(),
-                    delta=edit.deltas[place % steps],
-                    image=files[place],
-                    layer=layers[place] if layers else b"",
-                )
-                for place, pose in enumerate(drawn.poses)
-            ],
-            image_channels=channels,
-            image_height=height,
-            image_width=width,
-        ).SerializeToString()
-        if drawn.share is None:
-            return response
-        number = pb.ReconstructResponse.CLASSIFICATION_FIELD_NUMBER
-        return response + self._codecs(computation.model).write.field(number, drawn.share)
+        number = pb.ReconstructResponse.RESULTS_FIELD_NUMBER
+        response = [
+            pb.ReconstructResponse(
+                model_name=artifact.name,
+                model_version=artifact.version,
+                image_channels=channels,
+                image_height=height,
+                image_width=width,
+            ).SerializeToString(),
+            *(delimited(number, result.tobytes()) for result in results.values()),
+        ]
+        if drawn.share is not None:
+            number = pb.ReconstructResponse.CLASSIFICATION_FIELD_NUMBER
+            response.append(self._codecs(computation.model).write.field(number, drawn.share))
+        return b"".join(response)
 
 
 def layers_of(image: Images, drawn: Numbers, ground: Images) -> Images:
@@ -264,23 +260,37 @@ def _to_pixels(drawn: Numbers) -> Images:
     return np.rint(255 * np.clip(drawn, 0, 1)).astype(np.uint8)
 
 
-async def _files(computation: Computation, drawn: _Drawn, png: bool) -> list[bytes]:
-    """Return the drawn images and then the layers, as pixels or as PNG files, which a thread makes."""
-    images = drawn.images if drawn.layers is None else np.concatenate([drawn.images, drawn.layers])
-    if not png:
-        return [image.tobytes() for image in images]
+async def _results(computation: Computation, writing: Steps, drawn: _Drawn, png: bool) -> Arrays:
+    """Return the written results. A thread writes PNG files, and many results, which would hold up the event loop."""
+    images = drawn.images
+    if not png and len(images) <= _FEW_RESULTS:
+        return in_one_go(writing)
     memory = 2 * images.nbytes + _WORK_BYTES_A_PIXEL * math.prod(images.shape[1:])
-    files = await computation.decode(Decoding(_png_files(images), memory, "format"))
-    return [file.tobytes() for file in files.values()]
+    return await computation.decode(Decoding(writing, memory, "format"))
 
 
-def _png_files(images: Images) -> Steps:
-    """Make PNG files, one after the other: bytes by the number of the image."""
-    files: dict[str, NDArray[np.uint8]] = {}
-    for index, image in enumerate(images):
-        buffer = io.BytesIO()
-        grey = len(image) == 1
-        Image.fromarray(image[0] if grey else np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG")
-        files[str(index)] = np.frombuffer(buffer.getvalue(), np.uint8)
+def _write(artifact: Artifact, edit: _Edit, drawn: _Drawn, png: bool) -> Steps:
+    """Write the results, one after the other: bytes of a Reconstruction by its number."""
+    steps, results = len(edit.deltas), dict[str, NDArray[np.uint8]]()
+    file: Callable[[Images], bytes] = _png_file if png else np.ndarray.tobytes
+    for place, (pose, image) in enumerate(zip(drawn.poses, drawn.images, strict=True)):
+        index = drawn.classes[place // steps]
+        result = pb.Reconstruction(
+            label=artifact.labels[index],
+            class_index=index,
+            pose=pose.tolist(),
+            delta=edit.deltas[place % steps],
+            image=file(_to_pixels(image)),
+            layer=b"" if drawn.layers is None else file(drawn.layers[place]),
+        )
+        results[str(place)] = np.frombuffer(result.SerializeToString(), np.uint8)
         yield
-    return files
+    return results
+
+
+def _png_file(image: Images) -> bytes:
+    """Return a PNG file of an image (C, H, W)."""
+    buffer = io.BytesIO()
+    grey = len(image) == 1
+    Image.fromarray(image[0] if grey else np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,11 +1,9 @@
 """The ASGI application: each request to its route, its method and its answer."""
 
-import asyncio
 import logging
 import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
@@ -23,9 +21,11 @@ from starlette.types import Message, Receive, Scope, Send
 from serving.errors import Forbidden, ServingError, Unauthenticated
 from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
+from serving.transport.memory import Memory
 from serving.transport.methods import UNDECIDED, Door, Peer, StreamMethod, Table
-from serving.web.body import BodyReader, Held
+from serving.web.body import BodyReader
 from serving.web.browsers import HEADERS, PAGE_POLICY, check_origin
+from serving.web.conversions import Conversions
 from serving.web.exchange import Connected, Exchange, OneAnswer
 from serving.web.incoming import JSON, BodyLimits, Incoming, Reply
 from serving.web.json_messages import write_json
@@ -44,6 +44,10 @@ _MAX_ID_CHARACTERS = 64
 _MAX_TIMEOUT_SECONDS = 1e8
 # Larger messages are converted in a thread, since that would delay other requests.
 _SLOW_BYTES = 16384
+# The cost of a small body's turn in the thread if it is packed, since its size is not known.
+_PACKED_COST = 2**20
+# A longer answer is sent in parts of this size: what its client has not taken stays in the counted memory.
+_PART_BYTES = 16384
 _INTERNAL_TEXT = "internal error; the server's log has the details"
 _API_HEADERS = {**HEADERS, "Cache-Control": "no-store"}
 _PAGE_HEADERS = {**HEADERS, "Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
@@ -59,10 +63,11 @@ class Terms:
     """The conditions of requests.
 
     table: the methods, protected. max_body_bytes, limit_text: the largest body, and the text about it. max_held_bytes:
-    the most bytes of all bodies together. evicted: called for each request that finds no room. local_names: see
-    check_origin. unready: returns the reason why no request is taken now, or "". counted: called with each route, ""
-    for none, and the status. refused: called with the path, client, metadata, code and text of a request that no method
-    has seen. admit: checks a header authorization that no method knows yet; raises ServingError.
+    the most bytes of all bodies and answers together. evicted: called for each request that finds no room, or ends for
+    the sake of others. local_names: see check_origin. unready: returns the reason why no request is taken now, or "".
+    counted: called with each route, "" for none, and the status. refused: called with the path, client, metadata, code
+    and text of a request that no method has seen. admit: checks a header authorization that no method knows yet; raises
+    ServingError.
     """
 
     table: Table
@@ -81,7 +86,7 @@ class Terms:
 class Visit:
     """A request under way: its parts, and what is known of its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, terms: Terms, held: Held) -> None:
+    def __init__(self, scope: Scope, receive: Receive, terms: Terms, memory: Memory) -> None:
         self.scope = scope
         self.request = Request(scope, receive)
         headers = self.request.headers
@@ -90,7 +95,9 @@ class Visit:
         self.metadata: Metadata = (*named, (_REQUEST_ID, self.identifier))
         self.connection: Connected = scope["state"]["connection"]
         length = headers.get("content-length", "")
-        self.body = BodyReader(receive, length, held, terms.max_body_bytes, terms.limit_text)
+        self.body = BodyReader(
+            receive, length, self.connection, memory, terms.evicted, terms.max_body_bytes, terms.limit_text
+        )
         self.route = ""
         self.status = CLIENT_GONE
 
@@ -110,8 +117,8 @@ class Application:
 
     def __init__(self, terms: Terms, page: Mapping[str, PageFile]) -> None:
         self._terms = terms
-        self._threads = ThreadPoolExecutor(1, "web")  # one, since what it reads may take much memory
-        self.held = Held(terms.max_held_bytes, terms.evicted)
+        self._conversions = Conversions()
+        self.memory = Memory(terms.max_held_bytes)
         #: The requests under way.
         self.under_way = 0
         self.draining = False
@@ -130,7 +137,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by ASGI's protocol."""
-        visit = Visit(scope, receive, self._terms, self.held)
+        visit = Visit(scope, receive, self._terms, self.memory)
         scope["app"] = self  # so that the router raises its errors
         scope["state"]["visit"] = visit
 
@@ -142,6 +149,9 @@ class Application:
                 if self.draining:
                     added.append((b"connection", b"close"))
                 message = {**message, "headers": [*added, *message["headers"]]}
+            elif len(message.get("body", b"")) > _PART_BYTES:
+                await _send_in_parts(visit.body, message["body"], send)
+                return
             await send(message)
 
         self.under_way += 1
@@ -151,12 +161,13 @@ class Application:
             visit.status = CLIENT_GONE
         finally:
             visit.body.release()
+            del scope["state"]["visit"]  # which knows the scope
             self.under_way -= 1
             self._terms.counted(visit.route, visit.status)
 
     def close(self) -> None:
         """End the thread."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._conversions.close()
 
     async def _visit(self, visit: Visit, answer: Send) -> None:
         scope, receive = visit.scope, visit.request.receive
@@ -199,14 +210,15 @@ class Application:
             await self._ask_door(method, exchange)
             body = await visit.body.read(exchange.left)
             packed = "content-encoding" in visit.request.headers
-            size = math.inf if packed else len(body)  # a small body may be packed from a large one
-            prepared, data = await self._convert(size, partial(self._prepare, route, visit, body))
+            cost = len(body) + packed * _PACKED_COST  # a small body may be packed from a large one
+            prepared, data = await self._convert(visit, cost, partial(self._prepare, route, visit, body))
             del body
             visit.body.hold(len(data))
             outcome = await exchange.call(method, data)
             if isinstance(outcome, Status):
                 raise problem_of(outcome)
-            reply = await self._convert(len(outcome), partial(prepared.write, outcome))
+            reply = await self._convert(visit, len(outcome), partial(prepared.write, outcome))
+            visit.body.hold(len(reply.body))
             return _response(reply)
 
         return respond
@@ -267,9 +279,9 @@ class Application:
             except ServingError as error:
                 raise problem_of(status_of(error)) from None
 
-    async def _convert(self, size: float, convert: Callable[[], Outcome]) -> Outcome:
+    async def _convert(self, visit: Visit, cost: int, convert: Callable[[], Outcome]) -> Outcome:
         """Return a conversion's result; of a large message, from the thread."""
-        if size <= _SLOW_BYTES:
+        if cost <= _SLOW_BYTES:
             return convert()
 
         def attempt() -> Outcome | Problem:
@@ -278,10 +290,18 @@ class Application:
             except Problem as problem:
                 return problem.alone()
 
-        outcome = await asyncio.get_running_loop().run_in_executor(self._threads, attempt)
+        outcome = await self._conversions.run(visit.connection.peer.connection, cost, attempt)
         if isinstance(outcome, Problem):
             raise outcome
         return outcome
+
+
+async def _send_in_parts(request: BodyReader, body: bytes, send: Send) -> None:
+    """Send an answer, each part when the client has taken most of those before."""
+    for begin in range(0, len(body), _PART_BYTES):
+        request.waits_for_client()
+        await send({"type": "http.response.body", "body": body[begin : begin + _PART_BYTES], "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _route(verb: str, path: str, respond: Respond) -> StarletteRoute:

@@ -1,15 +1,15 @@
-"""The body of an HTTP request: read within limits of size, memory and time, and unpacked."""
+"""The body of an HTTP request: read within limits of size, memory and time, and unpacked; and the answer's memory."""
 
 import asyncio
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import grpc
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from serving.transport.memory import Memory
 from serving.web.problems import Problem
 
 # A body must come within this time, and a second more for each of these bytes that have come.
@@ -23,30 +23,39 @@ _UNPACKERS: dict[str, Callable[[], "zlib._Decompress"]] = {
 }
 
 
-@dataclass
-class Held:
-    """The bytes that the bodies of all requests hold, from their arrival to their answer. refused: called for each
-    request that finds no room.
-    """
+class Owner(Protocol):
+    """The connection of a request."""
 
-    limit: int
-    refused: Callable[[], None]
-    used: int = 0
+    def abort(self) -> None:
+        """Close the connection at once."""
 
 
 class BodyReader:
-    """The body of one request.
+    """The body of one request, and the memory that the request holds until its answer has been sent.
 
-    max_bytes: the largest body, packed and unpacked. limit_text: the text about that limit.
+    memory: of all requests. evicted: called if the request ends, or its connection, for lack of memory. max_bytes: the
+    largest body, packed and unpacked. limit_text: the text about that limit.
     """
 
-    def __init__(self, receive: Receive, length: str, held: Held, max_bytes: int, limit_text: str) -> None:
+    def __init__(
+        self,
+        receive: Receive,
+        length: str,
+        owner: Owner,
+        memory: Memory,
+        evicted: Callable[[], None],
+        max_bytes: int,
+        limit_text: str,
+    ) -> None:
+        #: As of serving.transport.memory.Holder.
+        self.held, self.waits, self.owner = 0, False, owner
         self._receive = receive
         self._length = length
-        self._held = held
+        self._memory = memory
+        self._evicted = evicted
         self._max_bytes = max_bytes
         self._limit_text = limit_text
-        self._used = 0
+        self._asking = self._refused = False
         self._complete = self._abandoned = False
 
     async def read(self, timeout: float | None) -> bytes:
@@ -57,10 +66,11 @@ class BodyReader:
         if self._length.isdecimal() and int(self._length) > self._max_bytes:
             raise self._too_large(self._length)
         loop = asyncio.get_running_loop()
-        began, parts = loop.time(), list[bytes]()
+        began, body = loop.time(), bytearray()
         while not self._complete:
-            patience = began + _SECONDS + self._used / _BYTES_A_SECOND - loop.time()
+            patience = began + _SECONDS + len(body) / _BYTES_A_SECOND - loop.time()
             left = None if timeout is None else began + timeout - loop.time()
+            self.waits_for_client()
             try:
                 async with asyncio.timeout(patience if left is None else min(left, patience)):
                     part = await self._next()
@@ -70,11 +80,12 @@ class BodyReader:
                     code = grpc.StatusCode.DEADLINE_EXCEEDED
                     raise Problem(504, "the deadline has passed before the request had come", code) from None
                 raise Problem(408, "the request has not come in time", grpc.StatusCode.CANCELLED) from None
-            if self._used + len(part) > self._max_bytes:
+            if len(body) + len(part) > self._max_bytes:
                 raise self._too_large("more")
-            self.hold(self._used + len(part))
-            parts.append(part)
-        return b"".join(parts)
+            body += part
+            self.hold(len(body))
+        self._memory.works(self)
+        return bytes(body)
 
     def unpack(self, body: bytes, encoding: str) -> bytes:
         """Return a body without its encoding: gzip, deflate or none. Raises Problem."""
@@ -100,7 +111,7 @@ class BodyReader:
     async def discard(self) -> bool:
         """Read the rest of the body if it is small. Return True if the whole body has been read."""
         discarded = 0
-        if self._length.isdecimal() and int(self._length) - self._used > _MAX_DISCARDED_BYTES:
+        if self._length.isdecimal() and int(self._length) - self.held > _MAX_DISCARDED_BYTES:
             return self._complete
         try:
             async with asyncio.timeout(_DISCARD_SECONDS):
@@ -111,23 +122,41 @@ class BodyReader:
         return self._complete
 
     def hold(self, size: int) -> None:
-        """Reserve memory for the request, in place of what is reserved for it. Raises Problem if there is no room."""
-        all_used = self._held.used - self._used + size
-        if size > self._used and all_used > self._held.limit:
-            self._held.refused()
+        """Reserve memory for the request or its answer, in place of what is reserved for it.
+
+        Requests that wait for their clients may end for its sake. Raises Problem if there is no room.
+        """
+        memory = self._memory
+        used = memory.used - self.held + size
+        memory.hold(self, size - self.held)
+        self._asking = True
+        memory.make_room(self)
+        self._asking = False
+        if self._refused:
             raise Problem(
                 429,
-                f"requests of {all_used} bytes are under way; the limit is {self._held.limit} bytes "
+                f"requests of {used} bytes are under way; the limit is {memory.max_bytes} bytes "
                 "(max_bytes_under_way); try again later",
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 headers={"Retry-After": "1"},
             )
-        self._used, self._held.used = size, all_used
+
+    def waits_for_client(self) -> None:
+        """Note that the request goes on when its client has sent or read more."""
+        if not self._refused:
+            self._memory.waits(self, asyncio.get_running_loop().time())
+
+    def evict(self, stalled: bool) -> None:
+        """Release the memory. If another request needs it, the connection ends."""
+        self.release()
+        self._refused = True
+        self._evicted()
+        if not self._asking:
+            self.owner.abort()
 
     def release(self) -> None:
-        """Note that nobody needs the body now."""
-        self._held.used -= self._used
-        self._used = 0
+        """Note that nobody needs the body or the answer now."""
+        self._memory.leave(self)
 
     async def _next(self) -> bytes:
         message = await self._receive()

@@ -43,11 +43,19 @@ def check_origin(method: str, headers: Mapping[str, str], local_names: bool) -> 
     if site:
         if site in ("same-origin", "none"):
             return
-    elif not origin or (origin != "null" and urlsplit(origin).netloc.lower() == host.lower()):
+    elif not origin or (origin != "null" and host and _place_of(origin) == host.lower()):
         return
     raise Problem(
         403, "origin: another page; expected a request of this server's own pages", grpc.StatusCode.PERMISSION_DENIED
     )
+
+
+def _place_of(origin: str) -> str:
+    """Return the host and port of an origin in lower case, or "" if it has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _is_local(host: str) -> bool:

@@ -1,12 +1,18 @@
-"""A connection of HTTP/1.1: uvicorn's protocol, with the limits of this server."""
+"""A connection of HTTP/1.1: uvicorn's protocol, with the limits of this server.
+
+Bytes are parsed in turns of about a millisecond, so that tiny chunks of one client do not hold up the others, and those
+of later requests wait outside the parser, which would take any number of them.
+"""
 
 import asyncio
+import re
 import sys
 from collections.abc import Callable
 from typing import Protocol
 
 import h11
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -18,8 +24,17 @@ from serving.web.problems import PROBLEM, Problem
 
 #: The most bytes of a request's line and headers.
 MAX_HEAD_BYTES = 16384
+#: The most lines of a head.
+MAX_HEAD_LINES = 128
+#: The most bytes of an answer that are written before the client has taken those before them.
+MAX_UNSENT_BYTES = 16384
 #: Seconds without a request after which a connection is closed.
 KEEP_ALIVE_SECONDS = 75.0
+# The most bytes that wait to be parsed before no more are read, beside those of one read.
+_MAX_ARRIVED_BYTES = 65536
+_TURN_SECONDS = 0.001
+_PIECE_BYTES = 4096  # that are parsed before the clock is looked at
+_HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class Owner(Protocol):
@@ -38,6 +53,27 @@ class Owner(Protocol):
         """Count and log that a limit has ended a connection."""
 
 
+class _Flow(FlowControl):
+    """The flow of a connection. Nothing is read while much waits to be parsed.
+
+    go_on: called when more may be parsed.
+    """
+
+    def __init__(self, transport: asyncio.Transport, arrived: bytearray, go_on: Callable[[], None]) -> None:
+        super().__init__(transport)
+        self._arrived = arrived
+        self._go_on = go_on
+
+    def pause_reading(self) -> None:
+        self.read_paused = True
+        self._transport.pause_reading()  # also if it seems to be paused: uvicorn resumes it by itself
+
+    def resume_reading(self) -> None:
+        if len(self._arrived) < _MAX_ARRIVED_BYTES:
+            super().resume_reading()
+        self._go_on()
+
+
 class WebConnection(H11Protocol):
     """A connection, between uvicorn's parser and its application."""
 
@@ -52,6 +88,8 @@ class WebConnection(H11Protocol):
         self._when_lost: Callable[[], object] | None = None
         self._in_head = True  # since a connection must begin with a request
         self._since = 0.0  # of the present head, or of the end of the last request
+        self._arrived = bytearray()  # the bytes that are not parsed yet
+        self._turn: asyncio.Handle | None = None  # the next one
         self._unsent = (0, 0.0)  # the bytes that wait to be read, and the time since which they are so many
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -64,6 +102,8 @@ class WebConnection(H11Protocol):
             transport.abort()
             return
         super().connection_made(transport)
+        transport.set_write_buffer_limits(MAX_UNSENT_BYTES)
+        self.flow = _Flow(transport, self._arrived, self._go_on)
         self.app_state = {"connection": self}
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -71,17 +111,22 @@ class WebConnection(H11Protocol):
             return
         self._owner.lost(self)
         super().connection_lost(exc)
+        self._arrived.clear()
+        if self._turn:
+            self._turn.cancel()
         self._tell_lost()
         self.app_state = {}
 
     def data_received(self, data: bytes) -> None:
-        if not self._busy and not self._in_head:
-            self._in_head, self._since = True, self.loop.time()
-        super().data_received(data)
+        self._arrived += data
+        if len(self._arrived) >= _MAX_ARRIVED_BYTES:
+            self.flow.pause_reading()
+        if not self._turn:
+            self._take_turn()
 
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
-        self._in_head = bool(self.conn.trailing_data[0])
+        self._in_head = bool(self.conn.trailing_data[0] or self._arrived)
         super().on_response_complete()
 
     def watch(self, lost: Callable[[], object] | None) -> None:
@@ -95,7 +140,10 @@ class WebConnection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer bytes that are no HTTP/1.1, if nothing was answered yet, and close the connection."""
         error = sys.exc_info()[1]
-        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        self._refuse(error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400)
+
+    def _refuse(self, status: int) -> None:
+        self._arrived.clear()
         self._owner.malformed(status, self.peer)
         if self.cycle and not self.cycle.response_complete:  # the end of a body whose request is being handled
             self.cycle.disconnected = True
@@ -105,7 +153,8 @@ class WebConnection(H11Protocol):
             self.transport.abort()
             return
         text = (
-            "this is no request of HTTP/1.1 with at most " + f"{MAX_HEAD_BYTES} bytes of headers; gRPC has its own port"
+            f"this is no request of HTTP/1.1 with at most {MAX_HEAD_BYTES} bytes and {MAX_HEAD_LINES} lines of "
+            "headers; gRPC has its own port"
         )
         body = Problem(status, text).body()
         headers = [("content-type", PROBLEM), ("content-length", str(len(body))), ("connection", "close")]
@@ -140,7 +189,7 @@ class WebConnection(H11Protocol):
         """Close the connection after the request that is under way, or that has begun to come."""
         if self._busy or not self._in_head:
             super().shutdown()
-        elif not self.conn.trailing_data[0]:
+        elif not (self.conn.trailing_data[0] or self._arrived):
             self.transport.close()
 
     def abort(self) -> None:
@@ -150,6 +199,41 @@ class WebConnection(H11Protocol):
     @property
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def _take_turn(self) -> None:
+        """Parse what has arrived, for about a millisecond."""
+        self._turn = None
+        end = self.loop.time() + _TURN_SECONDS
+        while self._arrived and self._takes and not self.transport.is_closing():
+            if (now := self.loop.time()) > end:
+                self._go_on()
+                return
+            if not self._busy and not self._in_head:
+                self._in_head, self._since = True, now
+            piece = bytes(self._arrived[:_PIECE_BYTES])
+            del self._arrived[:_PIECE_BYTES]
+            if not self._busy and self._has_too_many_lines(piece):
+                self._refuse(431)
+                return
+            super().data_received(piece)
+        if self._takes and not self.transport.is_closing():
+            self.flow.resume_reading()
+
+    def _go_on(self) -> None:
+        """Take a turn soon, if there is something to parse."""
+        if self._arrived and not self._turn:
+            self._turn = self.loop.call_soon(self._take_turn)
+
+    @property
+    def _takes(self) -> bool:
+        """Return True if the parser takes bytes: of a head, or of a body that its request's handler reads."""
+        return not self._busy or (self.cycle.more_body and len(self.cycle.body) <= HIGH_WATER_LIMIT)
+
+    def _has_too_many_lines(self, piece: bytes) -> bool:
+        """Return True if the head that goes on in this piece has too many lines."""
+        head = self.conn.trailing_data[0] + piece
+        end = _HEAD_END.search(head)
+        return head.count(b"\n", 0, end.start() if end else len(head)) > MAX_HEAD_LINES
 
     def _tell_lost(self) -> None:
         if lost := self._when_lost:

@@ -32,6 +32,9 @@ class Connected(Protocol):
     def watch(self, lost: Callable[[], object] | None) -> None:
         """Call a function if the client goes, from now on; None for no function."""
 
+    def abort(self) -> None:
+        """Close the connection at once."""
+
 
 class Exchange:
     """A request, from its headers to its answer. timeout: in seconds, or None."""

@@ -1,12 +1,14 @@
 """Protobuf messages in JSON, by protobuf's mapping with the fields' own names. Integers of 64 bits are numbers.
 
-Clients may send anything, so the depth and the number of values of a text are limited before it is read.
+Clients may send anything, so the depth and the number of values of a text are limited before it is read. Long lists
+are read and written in blocks: Python's reader and writer let no other thread run until they have ended.
 """
 
 import base64
 import json
+import json.scanner
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar, cast
 
 import numpy as np
@@ -25,6 +27,10 @@ _MAX_DEPTH = 32
 MAX_CONTAINERS = 2**17
 # The most lists and objects of a message besides its images: each takes protobuf's reader some microseconds.
 _MAX_OTHER_CONTAINERS = 1024
+_MAX_QUOTES = 2**20
+# The characters, or the values, of a block: about a millisecond.
+_BLOCK_CHARACTERS, _BLOCK_VALUES = 2**15, 4096
+_FLAT = re.compile(rf'[^\[\]{{}}"]{{0,{_BLOCK_CHARACTERS}}}')  # numbers, and names such as null
 _MAX_ERROR_CHARACTERS = 256
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # which JSON may have alone, and UTF-8 may not
 
@@ -35,15 +41,21 @@ def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAI
     """Return the value of a text in JSON (RFC 8259). Raises Problem."""
     if text.count(b"[") + text.count(b"{") > max_containers:
         raise invalid(field, f"expected at most {max_containers} lists and objects")
+    if text.count(b'"') > _MAX_QUOTES:
+        raise invalid(field, f"expected at most {_MAX_QUOTES // 2} names and texts")
     try:
-        value: Json = json.loads(text.decode(), parse_constant=_refuse_constant)
+        value: Json = _Decoder().decode(text.decode())
     except RecursionError:
         raise invalid(field, "lists or objects inside each other; expected fewer levels") from None
-    except ValueError as error:  # also of text that is no UTF-8, and of numbers with thousands of digits
-        raise invalid(field, f"{len(text)} bytes that are no JSON: {_short(error)}") from None
+    except UnicodeDecodeError:
+        raise invalid(field, f"{len(text)} bytes that are no JSON: expected UTF-8") from None
+    except ValueError as error:
+        # Python's text about thousands of digits names its own settings.
+        reason = _short(error) if isinstance(error, json.JSONDecodeError | _NoNumber) else "a number of too many digits"
+        raise invalid(field, f"{len(text)} bytes that are no JSON: {reason}") from None
     if _SURROGATE.search(text):
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            write_json(value)
         except UnicodeEncodeError:
             raise invalid(field, "half of a character; expected Unicode text") from None
     return value
@@ -79,12 +91,14 @@ def to_json(message: Message) -> dict[str, Json]:
 
 def shortest(numbers: Iterable[float] | NDArray[np.float32]) -> list[float]:
     """Return the shortest decimal numbers that stand for these numbers of 32 bits."""
-    return [float(text) for text in np.asarray(numbers, np.float32).astype("U")]
+    values = np.asarray(numbers, np.float32)
+    blocks = (values[begin : begin + _BLOCK_VALUES] for begin in range(0, len(values), _BLOCK_VALUES))
+    return [float(text) for block in blocks for text in block.astype("U")]
 
 
 def write_json(value: Json) -> bytes:
     """Return the text of a value."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return "".join(_pieces(value)).encode()
 
 
 def kind_of(value: Json) -> str:
@@ -131,8 +145,74 @@ def _one(field: FieldDescriptor, value: object) -> Json:
     return cast("str | int | float | bool", value)
 
 
+def _pieces(value: Json) -> Iterator[str]:
+    """Yield the pieces of a value's text."""
+    if isinstance(value, dict):
+        before = "{"
+        for name, one in value.items():
+            yield f"{before}{_text(name)}:"
+            yield from _pieces(one)
+            before = ","
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict | list):
+        before = "["
+        for one in value:
+            yield before
+            yield from _pieces(one)
+            before = ","
+        yield "]"
+    elif isinstance(value, list):
+        for begin in range(0, len(value), _BLOCK_VALUES):
+            yield ("," if begin else "[") + _text(value[begin : begin + _BLOCK_VALUES])[1:-1]
+        yield "]" if value else "[]"
+    else:
+        yield _text(value)
+
+
+def _text(value: Json) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class _NoNumber(ValueError):
+    """A name that other readers take for a number."""
+
+
+class _Decoder(json.JSONDecoder):
+    """A reader of JSON that reads lists of numbers in blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=_refuse_constant)
+        self.parse_array = _read_list
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+
+def _read_list(place: tuple[str, int], scan_once: Callable[[str, int], tuple[Json, int]]) -> tuple[list[Json], int]:
+    """Return the list that begins at a place in a text, after its bracket, and the place after it. Raises ValueError.
+
+    Its signature is that of json.decoder.JSONArray.
+    """
+    text, begin = place
+    values: list[Json] = []
+    while match := _FLAT.match(text, begin):
+        end = match.end()
+        last = text[end : end + 1] == "]"
+        if not last and (end - begin < _BLOCK_CHARACTERS or (end := text.rfind(",", begin, end)) < 0):
+            break
+        block: list[Json] = json.loads(f"[{text[begin:end]}]", parse_constant=_refuse_constant)
+        if not block and (values or not last):
+            raise json.JSONDecodeError("Expecting value", text, begin)
+        values += block
+        if last:
+            return values, end + 1
+        begin = end + 1
+    rest, end = json.decoder.JSONArray((text, begin), scan_once)  # type: ignore[attr-defined]
+    if values and not rest:
+        raise json.JSONDecodeError("Expecting value", text, begin)
+    return values + rest, end
+
+
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise _NoNumber(f"{name} is no number of JSON")
 
 
 def _short(error: Exception) -> str:

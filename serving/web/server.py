@@ -225,8 +225,8 @@ def web_server(
     application = Application(terms, page_files())
     malformed = partial(terms.counted, "")
     server = WebServer(application, limits, malformed, tls)
-    held = application.held
-    figures = Figures(lambda: application.under_way, lambda: held.used, settings.max_bytes_under_way, evicted)
+    memory = application.memory
+    figures = Figures(lambda: application.under_way, lambda: memory.used, settings.max_bytes_under_way, evicted)
     metrics.show_transport(figures, "http")
     metrics.connections.labels("http").read(lambda: server.connections)
     metrics.connections_accepted.labels("http").read(lambda: server.accepted)

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -26,6 +27,8 @@ _KIND_NAMES = {str: "string", list: "array", dict: "object", int: "number", bool
 _MAX_TENSORS = 64
 _MAX_RANK = 32
 _MAX_SHOWN_CHARACTERS = 64
+# The elements that are converted at once: NumPy lets no other thread run meanwhile.
+_BLOCK_ELEMENTS = 4096
 
 
 def read_infer(incoming: Incoming, model_name: str, model_version: str) -> pb.ModelInferRequest:
@@ -215,17 +218,22 @@ def _raw(data: Json, datatype: str, field: str) -> bytes:
         expected = ", ".join((*DTYPES, _TEXTS))
         shown = datatype[:_MAX_SHOWN_CHARACTERS]
         raise invalid(field.replace(".data", ".datatype"), f"{shown!r}; as JSON, expected one of {expected}")
-    items = list(_flat(data))
-    kinds = set(map(type, items))
     by_kind: dict[str, set[type]] = {"b": {bool}, "f": {int, float}}
     allowed = by_kind.get(np.dtype(DTYPES[datatype]).kind, {int})
-    if not kinds <= allowed:
-        index = next(index for index, item in enumerate(items) if type(item) not in allowed)
-        raise invalid(f"{field}[{index}]", f"a value of the kind {kind_of(items[index])}, not of {datatype}")
-    return _array(items, datatype, field).tobytes()
+    elements, blocks, begin = _flat(data), list[bytes](), 0
+    while items := list(islice(elements, _BLOCK_ELEMENTS)):
+        if not set(map(type, items)) <= allowed:
+            index = next(index for index, item in enumerate(items) if type(item) not in allowed)
+            raise invalid(
+                f"{field}[{begin + index}]", f"a value of the kind {kind_of(items[index])}, not of {datatype}"
+            )
+        blocks.append(_array(items, datatype, field, begin).tobytes())
+        begin += len(items)
+    return b"".join(blocks)
 
 
-def _array(items: list[Json], datatype: str, field: str) -> "NDArray[np.generic]":
+def _array(items: list[Json], datatype: str, field: str, begin: int) -> "NDArray[np.generic]":
+    """Return elements as an array. begin: the index of the first one. Raises Problem."""
     dtype = np.dtype(DTYPES[datatype])
     try:
         with np.errstate(over="ignore"):
@@ -235,7 +243,7 @@ def _array(items: list[Json], datatype: str, field: str) -> "NDArray[np.generic]
     low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.kind in "iu" else (-(2.0**1023), 2.0**1023)
     for index, item in enumerate(items):
         if not low <= cast(int, item) <= high:
-            raise invalid(f"{field}[{index}]", f"{str(item)[:_MAX_SHOWN_CHARACTERS]}; expected {low} to {high}")
+            raise invalid(f"{field}[{begin + index}]", f"{str(item)[:_MAX_SHOWN_CHARACTERS]}; expected {low} to {high}")
     raise invalid(field, f"numbers that {datatype} cannot hold")
 
 

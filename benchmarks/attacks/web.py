@@ -1,0 +1,141 @@
+"""Attacks on the HTTP port: slow and silent clients, costly heads and bodies, and answers that nobody reads."""
+
+import base64
+import json
+from collections.abc import Callable
+from functools import cache, partial
+
+from benchmarks.attacks.link import SIDE, Attack, Link, Pieces
+
+_CONNECTIONS = 1000
+_FEW_CONNECTIONS = 8
+_REQUESTS_A_PIECE = 500
+_SHORT_HEADERS = 3000
+_TINY_CHUNKS = 8000
+_NUMBERS = 1_800_000
+_CONTAINERS = 3000
+_PARTS = 20_000
+_FORM_BYTES = 4 * 2**20
+_EXPLAINED_IMAGES = 8
+_CLASSES = 10
+#: Bytes of an image, none of which is ground, so that its relevance takes the most images.
+_INK = base64.b64encode(b"\x80" * (SIDE * SIDE - 1) + b"\xff").decode()
+
+
+def head(path: str, length: int | None, *more: str, verb: str = "POST") -> bytes:
+    """Return the head of a request. length: of its body, or None for chunks."""
+    size = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    return "\r\n".join((f"{verb} {path} HTTP/1.1", "Host: localhost", size, *more, "", "")).encode()
+
+
+def post(path: str, body: bytes, media: str = "application/json") -> bytes:
+    """Return a request with a body."""
+    return head(path, len(body), f"Content-Type: {media}") + body
+
+
+def _once(link: Link, start: Callable[[], bytes]) -> Pieces:
+    """Send the start of something, and then nothing."""
+    yield start()
+
+
+def _byte_by_byte(link: Link, start: bytes) -> Pieces:
+    yield start
+    while True:
+        yield b"x"
+        yield 1.0
+
+
+def _again(link: Link, make: Callable[[], bytes]) -> Pieces:
+    """Send one request again and again, without a wait for its answer."""
+    request = make()
+    while True:
+        yield request
+
+
+def _unread(link: Link, make: Callable[[], bytes], count: int) -> Pieces:
+    """Ask for answers, and read none."""
+    link.reads = False
+    for _ in range(count):
+        yield make()
+
+
+def _pipelined() -> bytes:
+    return head("/v1/model", 0, verb="GET") * _REQUESTS_A_PIECE
+
+
+def _short_headers() -> bytes:
+    return head("/v1/model", 0, *["a:"] * _SHORT_HEADERS, verb="GET")
+
+
+def _tiny_chunks() -> bytes:
+    return head("/v1/classify", None, "Content-Type: image/png") + b"1\r\nx\r\n" * _TINY_CHUNKS + b"0\r\n\r\n"
+
+
+@cache
+def _numbers() -> bytes:
+    """Return tensors of millions of numbers in JSON."""
+    tensor = f'{{"name":"images","datatype":"UINT8","shape":[1],"data":[{",".join(["0"] * _NUMBERS)}]}}'
+    return post("/v2/models/capsnet-mnist/infer", f'{{"inputs":[{tensor}]}}'.encode())
+
+
+@cache
+def _containers() -> bytes:
+    return post("/v1/classify", b'{"images":[' + b",".join([b'{"pixels":""}'] * _CONTAINERS) + b"]}")
+
+
+@cache
+def _form(part: bytes) -> bytes:
+    """Return a form of many parts, or of parts that are costly to search for their ends."""
+    body = (part * (_FORM_BYTES // len(part))) + b"--edge--\r\n"
+    return post("/v1/classify", body, "multipart/form-data; boundary=edge")
+
+
+@cache
+def _explain(parts: str) -> bytes:
+    """Return a request for as much of an explanation as the server answers at once."""
+    asked = {
+        "images": [{"pixels": _INK}] * _EXPLAINED_IMAGES,
+        "classes": list(range(_CLASSES)),
+        "parts": [f"EXPLANATION_PART_{part}" for part in parts.split()],
+    }
+    return post("/v1/explain", json.dumps(asked).encode())
+
+
+def _explained_in_part() -> bytes:
+    return _explain("ROUTING CONTRIBUTIONS")
+
+
+def _explained() -> bytes:
+    return _explain("ROUTING CONTRIBUTIONS RELEVANCE")
+
+
+def _gone(link: Link, make: Callable[[], bytes]) -> Pieces:
+    """Hang up as soon as a request is sent."""
+    yield make()
+    yield 0.001
+    link.hang_up()
+
+
+def _web(name: str, script: Callable[[Link], Pieces], times: int = 1) -> Attack:
+    return Attack(f"HTTP, {name}", script, speaks=False, times=times, web=True)
+
+
+_EMPTY_PART = b'--edge\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'
+_LINE_ENDS = b'--edge\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + b"\r\n--edg" * 2**12
+
+WEB = (
+    _web("slow heads", partial(_once, start=lambda: b"GET /v1/model HTTP/1.1\r\nHo"), _CONNECTIONS),
+    _web("slow bodies", partial(_byte_by_byte, start=head("/v1/classify", 1000)), _CONNECTIONS),
+    _web("idle connections", partial(_once, start=lambda: head("/v1/model", 0, verb="GET")), 5 * _CONNECTIONS),
+    _web("pipelined requests", partial(_again, make=_pipelined)),
+    _web("unknown paths", partial(_again, make=lambda: head("/%0aX/" + "y" * 9000, 0, verb="GET") * 20)),
+    _web("many headers", partial(_again, make=_short_headers)),
+    _web("tiny chunks", partial(_again, make=_tiny_chunks)),
+    _web("numbers in JSON", partial(_again, make=_numbers), _FEW_CONNECTIONS),
+    _web("objects in JSON", partial(_again, make=_containers), _FEW_CONNECTIONS),
+    _web("many parts", partial(_again, make=partial(_form, _EMPTY_PART)), _FEW_CONNECTIONS),
+    _web("parts without an end", partial(_again, make=partial(_form, _LINE_ENDS)), _FEW_CONNECTIONS),
+    _web("explanations", partial(_again, make=_explained), _FEW_CONNECTIONS),
+    _web("explanations, hung up", partial(_gone, make=_explained), _FEW_CONNECTIONS),
+    _web("explanations, not read", partial(_unread, make=_explained_in_part, count=2), 100),
+)  # fmt: skip

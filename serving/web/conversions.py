@@ -1,0 +1,64 @@
+"""The conversions of large messages: in one thread, in turns of the clients by the bytes that they convert."""
+
+import asyncio
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from serving.batching.turns import Turns
+
+Outcome = TypeVar("Outcome")
+
+
+class _Job:
+    """A conversion that waits for its turn. cost: of the turn. begun: done when the thread is free for it."""
+
+    __slots__ = ("begun", "cost")
+
+    def __init__(self, cost: float, begun: "asyncio.Future[None]") -> None:
+        self.cost = cost
+        self.begun = begun
+
+
+class Conversions:
+    """A thread for conversions: one, since a conversion may take much memory. Only the event loop may use it."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "web")
+        self._waiting: Turns[_Job] = Turns()
+        self._busy = False
+
+    async def run(self, client: Hashable, cost: float, convert: Callable[[], Outcome]) -> Outcome:
+        """Return the result of a conversion, in the client's turn. Raises the conversion's errors."""
+        loop = asyncio.get_running_loop()
+        job = _Job(cost, loop.create_future())
+        self._waiting.push(client, job)
+        self._go_on()
+        try:
+            await job.begun
+        except asyncio.CancelledError:
+            if not self._waiting.remove(client, job):
+                self._ended()
+            raise
+        converted = loop.run_in_executor(self._thread, convert)
+        converted.add_done_callback(lambda _: self._ended())  # the thread goes on if this task is cancelled
+        try:
+            return await converted
+        finally:
+            # An error knows this frame by its traceback, and the future knows the error: the cycle would keep the body.
+            del converted, convert
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _go_on(self) -> None:
+        while not self._busy and (job := self._waiting.first()):
+            self._waiting.give(job.cost, done=True)
+            if not job.begun.done():
+                self._busy = True
+                job.begun.set_result(None)
+
+    def _ended(self) -> None:
+        self._busy = False
+        self._go_on()

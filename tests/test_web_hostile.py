@@ -1,0 +1,245 @@
+"""Tests of the HTTP port beside clients in bad faith: turns, memory, and texts that take long to read."""
+
+import asyncio
+import json
+import random
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from protos.capsnet.v1 import capsnet_pb2
+from serving.transport.methods import Context, UnaryMethod
+from serving.web import json_messages
+from serving.web.conversions import Conversions
+from serving.web.incoming import BodyLimits, Incoming
+from serving.web.json_messages import read_json, write_json
+from serving.web.problems import Problem
+from serving.web.tensors import read_infer
+from tests.raw_client import wait_for
+from tests.web_client import PATIENCE, Web, ask, serving
+
+GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
+ASKED = b"GET /v1/model HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def describing(dataset: str = "") -> UnaryMethod:
+    """Return a method that answers with a description of this length."""
+    data: bytes = capsnet_pb2.GetModelResponse(dataset=dataset).SerializeToString()
+
+    async def answer(_: bytes, context: Context) -> bytes:
+        return data
+
+    return UnaryMethod(answer)
+
+
+@contextmanager
+def connected(web: Web, receive_bytes: int = 0) -> Iterator[socket.socket]:
+    with socket.socket() as client:
+        client.settimeout(PATIENCE)
+        if receive_bytes:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        client.connect(("127.0.0.1", web.port))
+        yield client
+
+
+@dataclass
+class Pauses:
+    """The times between the ticks of something that wants to run all the time, in seconds."""
+
+    ticks: list[float] = field(default_factory=list)
+
+    def tick(self) -> None:
+        self.ticks.append(time.perf_counter())
+
+    @property
+    def longest_share(self) -> float:
+        """Return the longest time between two ticks, as a share of all the time."""
+        times = np.diff(self.ticks)
+        return float(times.max() / times.sum())
+
+
+def beside_a_thread(work: Callable[[], object]) -> float:
+    """Return the longest pause of another thread beside some work, as a share of the work's time; of three tries."""
+
+    def once() -> float:
+        pauses, ended = Pauses(), threading.Event()
+
+        def run() -> None:
+            while not ended.is_set():
+                pauses.tick()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wait_for(lambda: bool(pauses.ticks))
+        pauses.ticks = pauses.ticks[-1:]
+        try:
+            work()
+        finally:
+            ended.set()
+            thread.join()
+        return pauses.longest_share
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        return min(once() for _ in range(3))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_an_origin_that_is_no_address_is_a_foreign_page(caplog: pytest.LogCaptureFixture) -> None:
+    with serving({}) as web:
+        for origin in ("http://[", "http://]", "//[::1", "null"):
+            assert ask(web.port, "/v1/classify", b"", origin=origin).status == 403
+    assert caplog.records == []
+
+
+def test_requests_that_come_before_their_turn_wait_outside_the_server() -> None:
+    """The parser would take any number of them: one more read with each answer."""
+    with serving({GET_MODEL: describing()}) as web, connected(web) as client:
+        client.setblocking(False)
+        unsent, received, most = memoryview(ASKED * 150_000), 0, 0
+        end = time.monotonic() + PATIENCE
+        while received < 100_000 and time.monotonic() < end:
+            with suppress(BlockingIOError):
+                unsent = unsent[client.send(unsent[: 2**20]) :]
+            with suppress(BlockingIOError):
+                received += len(client.recv(65536))
+            for connection in list(web.server._connections):
+                most = max(most, len(connection._arrived) + len(connection.conn.trailing_data[0]))
+        assert received >= 100_000
+        assert most < 2**20
+
+
+def test_tiny_chunks_of_one_client_do_not_hold_up_the_others() -> None:
+    chunks = b"1\r\nx\r\n" * 30_000
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serving({}) as web, connected(web) as client:
+        client.sendall(head[:-2])
+        wait_for(lambda: web.server.connections == 1)
+        [connection] = web.server._connections
+
+        async def parse() -> float:
+            pauses = Pauses()
+            connection.flow.resume_reading = lambda: None  # type: ignore[method-assign]  # nothing more comes
+            connection.data_received(head[-2:] + chunks)
+            pauses.tick()
+            for _ in range(10_000):
+                await asyncio.sleep(0)
+                pauses.tick()
+                if connection.transport.is_closing() or not connection._arrived:
+                    break
+            return len(pauses.ticks)
+
+        assert asyncio.run_coroutine_threadsafe(parse(), web.loop).result(PATIENCE) > 5
+
+
+def test_answers_that_nobody_reads_give_their_memory_to_others() -> None:
+    size, limit = 6 * 2**20, 2**24
+    with serving({GET_MODEL: describing("x" * size)}, max_bytes_under_way=limit) as web, ExitStack() as stack:
+        memory = web.server._application.memory
+        for count in range(1, 5):
+            client = stack.enter_context(connected(web, receive_bytes=4096))
+            client.sendall(ASKED)
+            wait_for(lambda count=count: web.server.accepted == count and memory.used >= min(count, 2) * size)
+            time.sleep(0.05)
+            assert memory.used <= limit
+        answer = ask(web.port, "/v1/model")
+        assert answer.status == 200 and len(answer.json["dataset"]) == size
+        wait_for(lambda: web.server.connections <= 2)
+    assert memory.used == 0
+
+
+def test_the_conversions_of_a_client_with_many_wait_for_those_of_others() -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        conversions, proceed = Conversions(), threading.Event()
+
+        def convert(name: str) -> str:
+            proceed.wait(PATIENCE)
+            order.append(name)
+            return name
+
+        names = ["many 1", "many 2", "many 3", "few 1"]
+        tasks = [
+            asyncio.create_task(conversions.run(name.split()[0], 100, lambda name=name: convert(name)))  # type: ignore[misc]
+            for name in names
+        ]
+        given_up = asyncio.create_task(conversions.run("few", 100, lambda: convert("never")))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.sleep(0)
+        proceed.set()
+        assert await asyncio.gather(*tasks) == names
+        conversions.close()
+
+    asyncio.run(main())
+    assert order == ["many 1", "few 1", "many 2", "many 3"]
+
+
+def made_up(chance: random.Random, depth: int = 0) -> Any:
+    """Return a value of JSON."""
+    kind = chance.random()
+    if depth > 4 or kind < 0.3:
+        return chance.choice([1, 2.5, None, True, 'a"]x', "é", -3, 1e10, ""])
+    if kind < 0.7:
+        return [made_up(chance, depth + 1) for _ in range(chance.choice([0, 1, 3, 20]))]
+    return {str(index): made_up(chance, depth + 1) for index in range(chance.randint(0, 4))}
+
+
+@pytest.mark.parametrize("block", [7, 30, 2**15])
+def test_json_in_blocks_is_read_and_written_as_python_does_it(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_messages, "_BLOCK_CHARACTERS", block)
+    monkeypatch.setattr(json_messages, "_BLOCK_VALUES", max(2, block // 3))
+    monkeypatch.setattr(json_messages, "_FLAT", re.compile(rf'[^\[\]{{}}"]{{0,{block}}}'))
+    chance = random.Random(block)
+    for _ in range(300):
+        value = made_up(chance)
+        text = json.dumps(value, indent=chance.choice([None, 1])).encode()
+        assert read_json(text) == value
+        assert write_json(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        place = chance.randrange(len(text) + 1)
+        others = [b",", b"]", b"[", b" ", b"1", b"", b"NaN", b"1e999", b"{"]
+        changed = text[:place] + chance.choice(others) + text[place + chance.randint(0, 2) :]
+        assert _read(changed) == _read_by_python(changed), changed
+
+
+def _read(text: bytes) -> object:
+    try:
+        return read_json(text)
+    except Problem:
+        return ValueError
+
+
+def _read_by_python(text: bytes) -> object:
+    try:
+        return json.loads(text, parse_constant=json_messages._refuse_constant)
+    except ValueError:
+        return ValueError
+
+
+def test_long_lists_of_numbers_let_other_threads_run() -> None:
+    numbers = ",".join(["0"] * 1_000_000)
+    tensor = f'{{"name":"images","datatype":"UINT8","shape":[1],"data":[{numbers}]}}'
+    body = f'{{"inputs":[{tensor}]}}'.encode()
+    incoming = Incoming({}, [], {}, body, BodyLimits(1, 1))
+    assert beside_a_thread(lambda: read_infer(incoming, "m", "")) < 0.2
+    floats: list[json_messages.Json] = [0.1] * 1_000_000
+    assert beside_a_thread(lambda: write_json(floats)) < 0.2
+
+
+def test_a_refusal_of_json_tells_nothing_of_python() -> None:
+    for text in (b"9" * 5000, b"\xff", b"[" * 100_000, b"[NaN]", b'"' * 3_000_000):
+        with pytest.raises(Problem) as refused:
+            read_json(text)
+        assert "sys." not in refused.value.detail and "codec" not in refused.value.detail
