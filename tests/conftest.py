@@ -3,6 +3,9 @@
 import asyncio
 import gc
 import inspect
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -30,6 +33,7 @@ from tests.calibrated import calibrated_models
 from tests.raw_client import Raw
 from tests.transport_methods import Serving, serve
 
+Ask = Callable[..., Any]
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
 # Files whose tests use PyTorch's exporter, which takes long to load, and share the graphs that they make (graphs.py).
@@ -247,6 +251,25 @@ def served(transport: str) -> Iterator[Serving]:
     """The tests' methods on each transport in turn."""
     with serve(transport) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def triton() -> Iterator[Ask]:
+    """Return a function that calls a function of triton_calls.py in the client's process."""
+    command = [sys.executable, "-m", "tests.triton_calls"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+
+        def ask(name: str, *arguments: Any, **keywords: Any) -> Any:
+            assert process.stdin and process.stdout
+            process.stdin.write(json.dumps([name, arguments, keywords]) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, "the client's process has ended; it says why"
+            return json.loads(line)
+
+        yield ask
+        process.stdin.close()
 
 
 @pytest.fixture

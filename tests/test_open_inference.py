@@ -4,7 +4,6 @@ The client runs in its own process, see triton_calls.py. Our generated code send
 """
 
 import base64
-import json
 import shutil
 import subprocess
 import sys
@@ -25,31 +24,11 @@ from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
 from serving.server import Server
-from tests.conftest import ROOT, Digits, InThread, Running, settings
+from tests.conftest import ROOT, Ask, Digits, InThread, Running, settings
 
 NAME = "capsnet-mnist"
 INFER = ["infer", "async_infer", "aio_infer"]
 STREAM = ["stream", "aio_stream"]
-Ask = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def triton() -> Iterator[Ask]:
-    """Return a function that calls a function of triton_calls.py in the client's process."""
-    command = [sys.executable, "-m", "tests.triton_calls"]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin and process.stdout
-
-        def ask(name: str, *arguments: Any, **keywords: Any) -> Any:
-            assert process.stdin and process.stdout
-            process.stdin.write(json.dumps([name, arguments, keywords]) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            assert line, "the client's process has ended; it says why"
-            return json.loads(line)
-
-        yield ask
-        process.stdin.close()
 
 
 @pytest.fixture
@@ -197,7 +176,11 @@ def test_elements_may_come_one_by_one(stub: GRPCInferenceServiceStub, digits: Di
         ({"model_name": "other"}, "NOT_FOUND", "model_name, model_version: 'other' is not served; there is: "),
         ({"model_version": "2"}, "NOT_FOUND", "model_name, model_version: 'capsnet-mnist' version '2' is not served"),
         ({"images": [[[0]]]}, "INVALID_ARGUMENT", "inputs[0].shape: [1, 1, 1]; expected [n, 1, 28, 28], n from 1"),
-        ({"outputs": {"scores": 0}}, "INVALID_ARGUMENT", "outputs[0].name: 'scores'; expected 'probabilities' or"),
+        (
+            {"outputs": {"scores": 0}},
+            "INVALID_ARGUMENT",
+            "outputs[0].name: 'scores'; expected 'probabilities', ",
+        ),
         ({"sequence_id": 3}, "INVALID_ARGUMENT", "parameters[\"sequence_id\"]: '3'; expected none"),
         ({"timeout": 1}, "DEADLINE_EXCEEDED", ""),
     ],

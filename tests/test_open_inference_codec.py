@@ -12,28 +12,32 @@ from protos.inference import inference_pb2 as pb
 from serving.artifact import Artifact, Training
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
-from serving.services.open_inference_codec import Output, TensorMessages, read_request, refused, schedule
+from serving.runtime import Arrays
+from serving.services.decoding import Steps
+from serving.services.infer_parameters import schedule
+from serving.services.open_inference_codec import Output, TensorMessages, Wanted, read_request, refused
+from serving.services.tensor_inputs import TensorReader
+from serving.settings import Settings
 from serving.tensorrt_options import BatchProfile
 
 LABELS = ("circle", "a:b", "größe", "")
 MAX_IMAGES = 5
 MAX_BYTES = 2**20
-MESSAGES = TensorMessages(
-    Artifact(
-        folder=Path(),
-        name="shapes",
-        version="7",
-        labels=LABELS,
-        image_shape=(3, 4, 5),
-        pose_size=2,
-        files={},
-        variants={},
-        graphs={},
-        batches=BatchProfile(1, 1, 1),
-        training=Training("shapes"),
-    ),
-    MAX_IMAGES,
+ARTIFACT = Artifact(
+    folder=Path(),
+    name="shapes",
+    version="7",
+    labels=LABELS,
+    image_shape=(3, 4, 5),
+    pose_size=2,
+    files={},
+    variants={},
+    graphs={},
+    batches=BatchProfile(1, 1, 1),
+    training=Training("shapes"),
 )
+MESSAGES = TensorMessages(ARTIFACT)
+READER = TensorReader(ARTIFACT, Settings(max_images_per_request=MAX_IMAGES))
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
 
 
@@ -71,8 +75,7 @@ def _asking(*outputs: tuple[str, dict[str, pb.InferParameter]]) -> pb.ModelInfer
 def test_pixels_arrive_as_they_were_sent(form: Callable[..., pb.ModelInferRequest], images: int) -> None:
     pixels = np.random.default_rng(images).integers(0, 256, (images, 3, 4, 5), np.uint8)
     received = read_request(form(pixels).SerializeToString(), MAX_BYTES)
-    MESSAGES.check_input(received)
-    images_read = MESSAGES.images(received)
+    images_read = READER.images(received)
     assert images_read.dtype == np.uint8
     np.testing.assert_array_equal(images_read, pixels)
 
@@ -86,7 +89,7 @@ def _name(request: pb.ModelInferRequest) -> None:
 
 
 def _datatype(request: pb.ModelInferRequest) -> None:
-    request.inputs[0].datatype = "FP32"
+    request.inputs[0].datatype = "FP16"
 
 
 def _set_shape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
@@ -137,7 +140,7 @@ def _shared_memory(request: pb.ModelInferRequest) -> None:
         (pb.ModelInferRequest.Clear, "inputs", "0 tensors; expected one, 'images'"),
         (_two_inputs, "inputs", "2 tensors; expected one, 'images'"),
         (_name, "inputs[0].name", f"'pixels{'!' * 58}'; expected 'images'"),
-        (_datatype, "inputs[0].datatype", "'FP32'; expected 'UINT8', pixels from 0 to 255 as bytes"),
+        (_datatype, "inputs[0].datatype", "'FP16'; expected 'UINT8', 'FP32' or 'BYTES'"),
         (_set_shape(), "inputs[0].shape", "[]; expected [n, 3, 4, 5], n from 1 to 5 (max_images_per_request)"),
         (_set_shape(3, 4, 5), "inputs[0].shape", "[3, 4, 5]; expected [n, 3, 4, 5], n from 1 to 5"),
         (_set_shape(2, 3, 5, 4), "inputs[0].shape", "[2, 3, 5, 4]; expected [n, 3, 4, 5]"),
@@ -161,26 +164,195 @@ def test_a_wrong_input_is_refused_by_its_field(
     request = _request()
     change(request)
     with pytest.raises(InvalidRequest) as caught:
-        received = read_request(request.SerializeToString(), MAX_BYTES)
-        MESSAGES.check_input(received)
-        MESSAGES.images(received)
+        READER.images(read_request(request.SerializeToString(), MAX_BYTES))
     assert caught.value.field == field
     assert caught.value.description.startswith(description)
 
 
+def _as_floats(numbers: list[float], pixel_max: int = 1, typed: bool = False) -> NDArray[np.uint8]:
+    """Return one image of 60 pixels that begins with these numbers, as it is read from floats."""
+    values = np.zeros((1, 3, 4, 5), np.float32)
+    values.ravel()[: len(numbers)] = numbers
+    request = pb.ModelInferRequest()
+    request.inputs.add(name="images", datatype="FP32", shape=values.shape)
+    if typed:
+        request.inputs[0].contents.fp32_contents.extend(values.ravel().tolist())
+    else:
+        request.raw_input_contents.append(values.tobytes())
+    if pixel_max != 1:
+        request.inputs[0].parameters["pixel_max"].int64_param = pixel_max
+    received = read_request(request.SerializeToString(), MAX_BYTES)
+    decoding = READER.decoding(received)
+    images: NDArray[np.uint8] = READER.images(received)
+    np.testing.assert_array_equal(images, _last(decoding.steps)["images"])
+    return images.ravel()[: len(numbers)]
+
+
+def _last(steps: Steps) -> Arrays:
+    """Return the arrays at the end of a decoding."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            arrays: Arrays = stop.value
+            return arrays
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_floats_are_rounded_to_the_pixels_of_the_network(typed: bool) -> None:
+    every = [value / 255 for value in range(60)]
+    assert _as_floats(every, typed=typed).tolist() == list(range(60))
+    assert _as_floats([0.0, 1.0, 0.4 / 255, 0.6 / 255], typed=typed).tolist() == [0, 255, 0, 1]
+    assert _as_floats([0.4, 0.6, 254.6, 255.0], 255, typed).tolist() == [0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize(("number", "pixel_max"), [(-0.001, 1), (1.001, 1), (255.1, 255), (np.nan, 1), (np.inf, 255)])
+def test_a_float_that_is_no_pixel_is_named_with_its_place(number: float, pixel_max: int, typed: bool) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        _as_floats([0.5, number, -5], pixel_max, typed)
+    field = "inputs[0].contents.fp32_contents" if typed else "raw_input_contents[0]"
+    assert caught.value.field == f"{field}[1]"
+    assert caught.value.description.startswith(f"{number:g}; expected 0 to {pixel_max}")
+
+
+def _files_request(*files: bytes, shape: tuple[int, ...] = (2,)) -> pb.ModelInferRequest:
+    raw = b"".join(struct.pack("<I", len(file)) + file for file in files)
+    request = pb.ModelInferRequest(raw_input_contents=[raw])
+    request.inputs.add(name="images", datatype="BYTES", shape=shape)
+    return request
+
+
+@pytest.mark.parametrize(
+    ("request_", "field", "description"),
+    [
+        (_files_request(b"a"), "raw_input_contents[0]", "5 bytes that are not 2 files; expected each file after its"),
+        (_files_request(b"a", b"b", b"c"), "raw_input_contents[0]", "15 bytes that are not 2 files"),
+        (_files_request(b"a", b"b", shape=(2, 2)), "inputs[0].shape", "[2, 2]; expected [n] or [n, 1], n from 1 to 5"),
+        (_files_request(shape=()), "inputs[0].shape", "[]; expected [n] or [n, 1]"),
+        (
+            _files_request(b"no image", shape=(1, 1)),
+            "raw_input_contents[0][0]",
+            "8 bytes that are neither a PNG nor a JPEG file",
+        ),
+        (
+            pb.ModelInferRequest(raw_input_contents=[b"\xff\xff\xff\xffabc"]),
+            "raw_input_contents[0]",
+            "7 bytes that are",
+        ),
+        (pb.ModelInferRequest(raw_input_contents=[b"\1\0"]), "raw_input_contents[0]", "2 bytes that are not 2 files"),
+        (pb.ModelInferRequest(), "raw_input_contents", "none; expected one, for 'images'"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_its_field(request_: pb.ModelInferRequest, field: str, description: str) -> None:
+    request = pb.ModelInferRequest()
+    request.CopyFrom(request_)
+    if not request.inputs:
+        request.inputs.add(name="images", datatype="BYTES", shape=(2,))
+    with pytest.raises(InvalidRequest) as caught:
+        READER.images(read_request(request.SerializeToString(), MAX_BYTES))
+    assert caught.value.field == field
+    assert caught.value.description.startswith(description)
+
+
+def test_the_number_of_files_in_contents_must_be_that_of_the_shape() -> None:
+    request = pb.ModelInferRequest()
+    request.inputs.add(name="images", datatype="BYTES", shape=(2,)).contents.bytes_contents.extend([b"", b"", b""])
+    with pytest.raises(InvalidRequest, match="3 files; expected 2"):
+        READER.images(read_request(request.SerializeToString(), MAX_BYTES))
+    request.inputs[0].datatype = "FP32"
+    request.inputs[0].shape[:] = (1, 3, 4, 5)
+    with pytest.raises(InvalidRequest, match="not for FP32; expected fp32_contents"):
+        READER.images(read_request(request.SerializeToString(), MAX_BYTES))
+
+
+@pytest.mark.parametrize("of_input", [True, False])
+@pytest.mark.parametrize(
+    ("datatype", "name", "parameter", "description"),
+    [
+        ("FP32", "pixel_max", pb.InferParameter(int64_param=2), "2; expected 1 or 255"),
+        ("FP32", "pixel_max", pb.InferParameter(double_param=0.5), "double_param '0.5'; expected a whole number"),
+        ("FP32", "pixel_max", pb.InferParameter(bool_param=True), "bool_param 'True'; expected a whole number"),
+        ("UINT8", "pixel_max", pb.InferParameter(int64_param=1), "1 for 'UINT8'; expected with 'FP32' alone"),
+        ("UINT8", "preprocess", pb.InferParameter(string_param="auto"), "'auto' for 'UINT8'; expected with 'BYTES'"),
+        ("BYTES", "preprocess", pb.InferParameter(string_param="x" * 99), f"'{'x' * 64}'; expected 'none' or 'auto'"),
+        ("BYTES", "preprocess", pb.InferParameter(bool_param=True), "'True'; expected 'none' or 'auto'"),
+    ],
+)
+def test_a_wrong_parameter_of_the_images_is_refused_by_its_field(
+    datatype: str, name: str, parameter: pb.InferParameter, description: str, of_input: bool
+) -> None:
+    request = _request()
+    request.inputs[0].datatype = datatype
+    if datatype == "BYTES":
+        request.inputs[0].shape[:] = (2,)
+    (request.inputs[0] if of_input else request).parameters[name].CopyFrom(parameter)
+    with pytest.raises(InvalidRequest) as caught:
+        READER.images(read_request(request.SerializeToString(), MAX_BYTES))
+    assert caught.value.field == ("inputs[0]." if of_input else "") + f'parameters["{name}"]'
+    assert caught.value.description.startswith(description)
+
+
+def test_parameters_that_change_nothing_are_taken() -> None:
+    request = _request()
+    request.parameters["pixel_max"].double_param = 255.0
+    request.parameters["preprocess"].string_param = "none"
+    np.testing.assert_array_equal(READER.images(read_request(request.SerializeToString(), MAX_BYTES)), PIXELS)
+
+
+def test_more_classes_than_there_are_give_all() -> None:
+    request = _asking(("probabilities", {"classification": pb.InferParameter(int64_param=5)}))
+    assert MESSAGES.wanted(request) == Wanted((Output("probabilities", 4),))
+
+
+@pytest.mark.parametrize("name", ["confidence", "couplings", "contributions", "relevance", "reconstruction"])
+def test_a_model_without_graphs_and_calibration_has_no_further_outputs(name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        MESSAGES.wanted(_asking((name, {})))
+    assert str(caught.value) == f"outputs[0].name: {name!r}; expected 'probabilities' or 'poses'"
+
+
+def test_binary_data_output_must_be_true_or_false() -> None:
+    request = _request()
+    request.parameters["binary_data_output"].bool_param = False
+    assert MESSAGES.wanted(request) == Wanted((Output("probabilities"), Output("poses")), contents=True)
+    request.parameters["binary_data_output"].int64_param = 0
+    with pytest.raises(InvalidRequest) as caught:
+        MESSAGES.wanted(request)
+    assert str(caught.value) == "parameters[\"binary_data_output\"]: '0'; expected true or false, in bool_param"
+
+
+@pytest.mark.parametrize("outputs", [("probabilities", "poses"), ("poses",)])
+def test_an_answer_in_contents_has_the_same_values(outputs: tuple[str, ...]) -> None:
+    prediction = _prediction(3)
+    wanted = Wanted((*map(Output, outputs), Output("confidence", 2)), contents=True)
+    share = Share({**prediction.batch, "confidences": prediction["probabilities"]}, 0, 3)
+    response = pb.ModelInferResponse.FromString(MESSAGES.encode("7", wanted, share))
+    assert (response.id, len(response.raw_output_contents)) == ("7", 0)
+    *numbers, classified = response.outputs
+    for output in numbers:
+        assert (output.datatype, list(output.shape)) == ("FP32", list(prediction[output.name].shape))
+        assert list(output.contents.fp32_contents) == prediction[output.name].ravel().tolist()
+    expected = _plain("", (Output("probabilities", 2),), prediction)
+    raw = b"".join(struct.pack("<I", len(text)) + text for text in classified.contents.bytes_contents)
+    assert (raw, list(classified.shape)) == (expected.raw_output_contents[0], [3, 2])
+    streamed = pb.ModelStreamInferResponse.FromString(MESSAGES.encode_for_stream("7", wanted, share))
+    assert streamed.infer_response.outputs == response.outputs
+
+
 def test_all_outputs_come_if_none_is_named() -> None:
-    assert MESSAGES.outputs(_request()) == (Output("probabilities"), Output("poses"))
+    assert MESSAGES.wanted(_request()) == Wanted((Output("probabilities"), Output("poses")))
 
 
 def test_named_outputs_come_in_the_order_of_the_request() -> None:
-    assert MESSAGES.outputs(_asking(("poses", {}))) == (Output("poses"),)
+    assert MESSAGES.wanted(_asking(("poses", {}))) == Wanted((Output("poses"),))
     both = _asking(("poses", {}), ("probabilities", {"classification": pb.InferParameter(int64_param=3)}))
-    assert MESSAGES.outputs(both) == (Output("poses"), Output("probabilities", 3))
+    assert MESSAGES.wanted(both) == Wanted((Output("poses"), Output("probabilities", 3)))
 
 
 def test_a_parameter_of_an_output_without_meaning_here_is_ignored() -> None:
     request = _asking(("poses", {"binary_data": pb.InferParameter(bool_param=True)}))
-    assert MESSAGES.outputs(request) == (Output("poses"),)
+    assert MESSAGES.wanted(request) == Wanted((Output("poses"),))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +363,7 @@ def test_a_parameter_of_an_output_without_meaning_here_is_ignored() -> None:
         (
             [("poses", {"classification": pb.InferParameter(int64_param=1)})],
             'outputs[0].parameters["classification"]',
-            "on 'poses'; expected on 'probabilities' alone",
+            "on 'poses'; expected on 'probabilities' or 'confidence' alone",
         ),
         *(
             (
@@ -200,8 +372,7 @@ def test_a_parameter_of_an_output_without_meaning_here_is_ignored() -> None:
                 description,
             )
             for parameter, description in [
-                (pb.InferParameter(int64_param=0), "0; expected 1 to 4, the number of classes"),
-                (pb.InferParameter(int64_param=5), "5; expected 1 to 4, the number of classes"),
+                (pb.InferParameter(int64_param=0), "0; expected 1 or more; all classes come if there are fewer"),
                 (pb.InferParameter(int64_param=-1), "int64_param '-1'; expected a whole number from 0 up"),
                 (pb.InferParameter(bool_param=True), "bool_param 'True'; expected a whole number"),
                 (pb.InferParameter(), "no value; expected a whole number"),
@@ -218,7 +389,7 @@ def test_a_wrong_output_is_refused_by_its_field(
     outputs: list[tuple[str, dict[str, pb.InferParameter]]], field: str, description: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        MESSAGES.outputs(_asking(*outputs))
+        MESSAGES.wanted(_asking(*outputs))
     assert caught.value.field == field
     assert caught.value.description.startswith(description)
 
@@ -243,7 +414,7 @@ def test_a_wrong_output_is_refused_by_its_field(
 def test_timeout_and_priority_are_read(
     parameters: dict[str, pb.InferParameter], timeout: float | None, urgent: bool
 ) -> None:
-    assert schedule(pb.ModelInferRequest(parameters=parameters)) == (timeout, urgent)
+    assert schedule(pb.ModelInferRequest(parameters=parameters).parameters) == (timeout, urgent)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +433,7 @@ def test_timeout_and_priority_are_read(
 )
 def test_a_wrong_parameter_is_refused_by_its_name(name: str, parameter: pb.InferParameter, description: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        schedule(pb.ModelInferRequest(parameters={name: parameter}))
+        schedule(pb.ModelInferRequest(parameters={name: parameter}).parameters)
     assert caught.value.field == f'parameters["{name}"]'
     assert caught.value.description.startswith(description)
 
@@ -308,8 +479,10 @@ def test_an_answers_bytes_are_those_of_the_plain_message(
 ) -> None:
     prediction = _prediction(images, seed=images)
     expected = _plain(identifier, outputs, prediction)
-    assert MESSAGES.encode(identifier, outputs, prediction) == expected.SerializeToString()
-    streamed = pb.ModelStreamInferResponse.FromString(MESSAGES.encode_for_stream(identifier, outputs, prediction))
+    assert MESSAGES.encode(identifier, Wanted(outputs), prediction) == expected.SerializeToString()
+    streamed = pb.ModelStreamInferResponse.FromString(
+        MESSAGES.encode_for_stream(identifier, Wanted(outputs), prediction)
+    )
     expected.parameters["triton_final_response"].bool_param = True
     assert streamed == pb.ModelStreamInferResponse(infer_response=expected)
 
@@ -318,12 +491,13 @@ def test_a_part_of_a_larger_batch_is_answered_as_it_would_be_alone() -> None:
     whole = _prediction(9)
     part = Share(whole.batch, 2, 7)
     alone = Share({name: part[name].copy() for name in whole.batch}, 0, len(part))
-    assert MESSAGES.encode("", SELECTIONS[0], part) == MESSAGES.encode("", SELECTIONS[0], alone)
+    wanted = Wanted(SELECTIONS[0])
+    assert MESSAGES.encode("", wanted, part) == MESSAGES.encode("", wanted, alone)
 
 
 def test_the_most_probable_classes_come_first_and_of_equal_ones_the_lower() -> None:
     prediction = _share(np.array([[0.25, 1, 0.5, 0.5]], np.float32), np.zeros((1, 4, 2), np.float32))
-    response = pb.ModelInferResponse.FromString(MESSAGES.encode("", (Output("probabilities", 4),), prediction))
+    response = pb.ModelInferResponse.FromString(MESSAGES.encode("", Wanted((Output("probabilities", 4),)), prediction))
     (data,) = response.raw_output_contents
     texts = []
     while data:

@@ -93,7 +93,8 @@ def test_every_kind_of_contents_is_found_packed_and_not(name: str) -> None:
     "data",
     [
         b"\x20", b"\x22\5\1", b"\x22\1\x80", b"\x27", b"\x20" + b"\xff" * 10 + b"\1", b"\x7b\x20\1", b"\x7c",
-        b"\x25abc", b"\x21abc", _one_by_one(PIXELS) + b"\x20\x80", _packed(PIXELS)[:-1],
+        b"\x25abc", b"\x21abc", b"\x32\3abc", b"\x35abc", b"\x42\4abc",
+        _one_by_one(PIXELS) + b"\x20\x80", _packed(PIXELS)[:-1],
     ],
 )  # fmt: skip
 def test_what_protobuf_cannot_read_is_refused(data: bytes) -> None:
@@ -115,6 +116,20 @@ def test_a_number_of_too_many_bytes_is_refused() -> None:
         contents = _contents(delimited(4, b"\1" + endless))
         with pytest.raises(InvalidRequest, match="a number of more than 10 bytes; expected 0 to 255"):
             contents.values()
+
+
+def test_floats_and_files_are_read_as_protobuf_reads_them() -> None:
+    floats = np.random.default_rng(0).random(40_000, np.float32)
+    single = b"".join(b"\x35" + number.tobytes() for number in floats[:100])
+    data = delimited(6, floats[100:].tobytes()) + delimited(8, b"one") + single + delimited(8, b"") + b"\x30\1"
+    expected = pb.InferTensorContents.FromString(data)
+    contents = _contents(data)
+    assert contents.kinds == ("fp32_contents", "bytes_contents")
+    assert contents.float_count == len(expected.fp32_contents) == 40_000
+    pieces = list(contents.floats())
+    assert np.concatenate(pieces).tolist() == list(expected.fp32_contents)
+    assert len(pieces) > 100 and max(map(len, pieces)) < 10_000
+    assert contents.elements == list(expected.bytes_contents) == [b"one", b""]
 
 
 def test_numbers_by_the_million_count_little_and_other_fields_each() -> None:

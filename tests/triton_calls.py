@@ -21,17 +21,25 @@ from tritonclient.utils import InferenceServerException
 SECONDS = 20
 
 
-def _inputs(images: Any) -> list[Any]:
-    """Return the client's inputs. images: (n, C, H, W), nested lists of pixels."""
-    pixels = np.array(images, np.uint8)
-    tensor = triton.InferInput("images", pixels.shape, "UINT8")
-    tensor.set_data_from_numpy(pixels)
+def _inputs(images: Any, datatype: str = "UINT8") -> list[Any]:
+    """Return the client's inputs.
+
+    images: pixels, (n, C, H, W), as nested lists; for BYTES, files in base 64, (n,).
+    """
+    if datatype == "BYTES":
+        values = np.array([base64.b64decode(text) for text in images], np.object_)
+    else:
+        values = np.array(images, {"UINT8": np.uint8, "FP32": np.float32}[datatype])
+    tensor = triton.InferInput("images", values.shape, datatype)
+    tensor.set_data_from_numpy(values)
     return [tensor]
 
 
-def _arguments(images: Any, outputs: dict[str, int] | None = None, **request: Any) -> dict[str, Any]:
+def _arguments(
+    images: Any, outputs: dict[str, int] | None = None, datatype: str = "UINT8", **request: Any
+) -> dict[str, Any]:
     """Return a request's arguments for the client. outputs: by name, the number of classes; 0 for the numbers."""
-    arguments = {**request, "inputs": _inputs(images)}
+    arguments = {**request, "inputs": _inputs(images, datatype)}
     if outputs:
         asked = [triton.InferRequestedOutput(name, class_count=classes) for name, classes in outputs.items()]
         arguments["outputs"] = asked

@@ -1,6 +1,7 @@
 """The readers of requests: the project's own messages, Triton's, and images."""
 
 import io
+import struct
 import warnings
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from serving.rpc.edge import Call, Edge
 from serving.runtime import Array
 from serving.services.capsnet import CapsNetService
 from serving.services.capsnet_codec import PixelReader
+from serving.services.computed import ComputedQuery
 from serving.services.encoded_images import from_encoded
 from serving.services.open_inference import InferenceService
 from serving.services.pipeline import Pipeline
@@ -71,8 +73,10 @@ class _Pipeline:
         #: The answer's bytes.
         self.answer = b""
 
-    def begin(self, query: Query, call: Call) -> None:
+    def begin(self, query: Query | ComputedQuery, call: Call) -> None:
         self.images = None
+        if isinstance(query, ComputedQuery):
+            raise InvalidRequest("request", "takes graphs that the model lacks")
         images = query.decode(self.model)[IMAGES]
         assert images.dtype == np.uint8 and images.shape[1:] == _SHAPE and 1 <= len(images) <= _MAX_IMAGES
         outputs = {
@@ -172,9 +176,18 @@ def run_infer(data: bytes) -> None:
         response = inference_pb2.ModelInferResponse.FromString(answer)
     images = services.pipeline.images
     assert response.id == request.id and images is not None
-    assert len(response.outputs) == len(response.raw_output_contents) == (len(request.outputs) or 2)
-    raw = request.raw_input_contents
-    assert images.tobytes() == (raw[0] if raw else bytes(request.inputs[0].contents.uint_contents))
+    in_contents = any(output.HasField("contents") for output in response.outputs)
+    assert len(response.outputs) == (len(request.outputs) or 2)
+    assert len(response.raw_output_contents) == (0 if in_contents else len(response.outputs))
+    raw, tensor = request.raw_input_contents, request.inputs[0]
+    if tensor.datatype == "UINT8":
+        assert images.tobytes() == (raw[0] if raw else bytes(tensor.contents.uint_contents))
+    elif tensor.datatype == "FP32":
+        numbers = np.frombuffer(raw[0], "<f4") if raw else np.array(tensor.contents.fp32_contents, np.float32)
+        factors = [1, 255] if numbers.max() <= 1 else [1]
+        assert any((images.ravel() == np.rint(numbers * np.float32(factor))).all() for factor in factors)
+    else:
+        assert tensor.datatype == "BYTES"
 
 
 def run_image(data: bytes) -> None:
@@ -222,7 +235,21 @@ def _seeds_of_infer() -> list[bytes]:
     chosen.outputs.add(name=POSES)
     chosen.parameters["priority"].string_param = "1"
     chosen.parameters["timeout"].int64_param = 10
-    messages = [one.SerializeToString() for one in (raw, listed, chosen)]
+    floats = inference_pb2.ModelInferRequest(inputs=[tensor], raw_input_contents=[np.ones(6, "<f4").tobytes()])
+    listed_floats = inference_pb2.ModelInferRequest(inputs=[tensor])
+    listed_floats.inputs[0].contents.fp32_contents.extend([0, 1, 0.5, 254, 3, 100])
+    listed_floats.inputs[0].parameters["pixel_max"].int64_param = 255
+    files = inference_pb2.ModelInferRequest(inputs=[tensor])
+    files.inputs[0].contents.bytes_contents.append(_file(_SHAPE, "PNG"))
+    raw_file = struct.pack("<I", len(_file(_SHAPE, "PNG"))) + _file(_SHAPE, "PNG")
+    raw_files = inference_pb2.ModelInferRequest(inputs=[tensor], raw_input_contents=[raw_file])
+    raw_files.parameters["binary_data_output"].bool_param = False
+    for request, datatype in ((floats, "FP32"), (listed_floats, "FP32"), (files, "BYTES"), (raw_files, "BYTES")):
+        request.inputs[0].datatype = datatype
+        if datatype == "BYTES":
+            request.inputs[0].shape[:] = [1]
+    requests = (raw, listed, chosen, floats, listed_floats, files, raw_files)
+    messages = [one.SerializeToString() for one in requests]
     return [bytes((mode,)) + message for message in messages for mode in (0, 1)]
 
 

@@ -31,13 +31,16 @@ class Computation:
     Each run waits in the queue of its graph with the call's deadline, in the client's turn. A cancelled run leaves the
     queue.
 
-    patient: True for a call that waits for room in the queues and is not refused.
+    patient: True for a call that waits for room in the queues and is not refused. urgent: True if it goes before others
+    of its client.
     """
 
     def __init__(self, model: ServedModel, caller: Caller, decoder: Decoder) -> None:
         self.model = model
         self.patient = False
+        self.urgent = False
         self._caller = caller
+        self._deadline = caller.deadline
         self._decoder = decoder
         self._began = time.perf_counter()
         self._decode_time = 0.0  # of what no run has counted yet
@@ -65,6 +68,12 @@ class Computation:
         encode = max(0.0, time.perf_counter() - self._began - computed)
         return Steps(artifact.name, artifact.version, self._images, decode, waited, encode)
 
+    def limit(self, timeout: float | None) -> None:
+        """End the runs of the call this many seconds from now at the latest. None: there is no limit."""
+        if timeout is not None:
+            end = time.monotonic() + timeout
+            self._deadline = end if self._deadline is None else min(self._deadline, end)
+
     async def decode(self, decoding: Decoding) -> Arrays:
         """Return the arrays of a decoding, or other work with pixels, which a thread does. Raises as Decoder.decode."""
         began = time.perf_counter()
@@ -91,7 +100,8 @@ class Computation:
             ticket = batcher.enqueue(
                 arrays,
                 then=settle(future),
-                deadline=self._caller.deadline,
+                deadline=self._deadline,
+                urgent=self.urgent,
                 client=client,
                 patient=self.patient,
                 probe=probe,

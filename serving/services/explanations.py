@@ -87,27 +87,9 @@ class Explanations:
             chosen = classes or [int(outputs[PROBABILITIES][index].argmax())]
             maps = None
             if pb.EXPLANATION_PART_RELEVANCE in parts:
-                maps = await self._relevance(computation, occlusion, image, chosen)
+                maps = await relevance_of(computation, occlusion, image, chosen, "parts")
             results.append(writer.explanation(image, Share(outputs, index, index + 1), chosen, parts, maps))
         return writer.response(results)
-
-    async def _relevance(
-        self, computation: Computation, occlusion: Occlusion, image: Images, classes: list[int]
-    ) -> Maps:
-        """Return the relevance of an image's pixels for classes, (Q, H, W)."""
-        ground = ground_of(image, computation.model.artifact.preparation.polarity)
-        masked: Masked | None = None
-
-        def mask() -> dict[str, Images]:
-            nonlocal masked
-            masked = occlusion.masked(image, ground)
-            return {IMAGES: masked.images}
-
-        decoding = Decoding(in_one_step(mask), occlusion.max_images * image.nbytes, "parts")
-        arrays = await computation.decode(decoding)
-        assert masked is not None
-        share = await computation.run(CLASSIFY, arrays, probe=True)
-        return occlusion.relevance(np.asarray(share[POSES], np.float32), masked.places, classes)
 
     def _check_parts(self, parts: Sequence[int], model: ServedModel) -> frozenset[int]:
         """Return the parts to answer. Raises InvalidRequest."""
@@ -115,17 +97,45 @@ class Explanations:
             if part not in _PARTS:
                 raise InvalidRequest(f"parts[{index}]", f"{part}; expected {_PARTS[0]} to {_PARTS[-1]}")
         chosen = frozenset(parts or _PARTS)
-        needed, limit = self._prepared(model).occlusion.max_images, self._settings.max_queue
-        if pb.EXPLANATION_PART_RELEVANCE in chosen and needed > limit:
-            raise InvalidRequest(
-                "parts", f"the relevance takes {needed} images at once; the queue holds only {limit} (max_queue)"
-            )
+        if pb.EXPLANATION_PART_RELEVANCE in chosen:
+            check_relevance(self._prepared(model).occlusion, self._settings, "parts")
         return chosen
 
     def _prepare(self, model: ServedModel) -> _PreparedModel:
         codec = self._codecs(model)
         _, height, width = model.artifact.image_shape
         return _PreparedModel(codec, ExplanationWriter(model.artifact, codec.write), Occlusion(height, width))
+
+
+async def relevance_of(
+    computation: Computation, occlusion: Occlusion, image: Images, classes: Sequence[int], field: str
+) -> Maps:
+    """Return the relevance of an image's pixels for classes, (Q, H, W).
+
+    field: the request's field, for errors. Raises as Computation.decode and Computation.run.
+    """
+    ground = ground_of(image, computation.model.artifact.preparation.polarity)
+    masked: Masked | None = None
+
+    def mask() -> dict[str, Images]:
+        nonlocal masked
+        masked = occlusion.masked(image, ground)
+        return {IMAGES: masked.images}
+
+    decoding = Decoding(in_one_step(mask), occlusion.max_images * image.nbytes, field)
+    arrays = await computation.decode(decoding)
+    assert masked is not None
+    share = await computation.run(CLASSIFY, arrays, probe=True)
+    return occlusion.relevance(np.asarray(share[POSES], np.float32), masked.places, list(classes))
+
+
+def check_relevance(occlusion: Occlusion, settings: Settings, field: str) -> None:
+    """Raise InvalidRequest if the queue cannot hold the images of a relevance map. field: the request's field."""
+    needed, limit = occlusion.max_images, settings.max_queue
+    if needed > limit:
+        raise InvalidRequest(
+            field, f"the relevance takes {needed} images at once; the queue holds only {limit} (max_queue)"
+        )
 
 
 def check_classes(classes: Sequence[int], count: int) -> list[int]:

@@ -7,25 +7,30 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 from importlib.metadata import version
 
-import grpc
-
 from protos.inference import inference_pb2 as pb
-from serving.batching.ticket import Share
 from serving.errors import InvalidRequest, UnknownModel
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.metrics.triton_statistics import Duration
-from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
+from serving.repository.classifier import IMAGES, PROBABILITIES
 from serving.repository.repository import Repository, State
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge, parse
-from serving.runtime import CPU, Arrays
-from serving.services.decoding import Decoding, Steps
-from serving.services.open_inference_codec import Received, TensorMessages, read_request, refused, schedule
+from serving.runtime import CPU
+from serving.services.graphs import DECODER, EXPLAIN
+from serving.services.infer_outputs import ALWAYS, output_shapes
+from serving.services.infer_queries import (
+    InferCodec,
+    StreamedComputedInferQuery,
+    StreamedInferQuery,
+    infer_query,
+    streamed_infer_query,
+)
+from serving.services.open_inference_codec import read_request
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import check_fields
 from serving.services.stream import StreamRefusals
-from serving.services.typed_contents import READING_BYTES, TypedContents
+from serving.services.tensor_inputs import DATATYPES, UINT8, Received
 from serving.settings import Settings
 from serving.transport.methods import Method, table
 
@@ -33,6 +38,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 NAME = "capsnet-serving"
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 LABELS = "labels.txt"
+#: In a configuration, the beginning of the parameters that name optional outputs, and the parameter with the data types
+#: of the input.
+OPTIONAL_OUTPUT, INPUT_DATATYPES = "optional_output.", "input_datatypes"
 EXTENSIONS = (
     "classification",
     "schedule_policy",
@@ -41,8 +49,6 @@ EXTENSIONS = (
     "parameters",
     "statistics",
 )
-# From this size on, a request whose pixels are not in bytes is decoded in a thread.
-_SLOW_BYTES = 16384
 _MAX_FIELDS = 4096  # the most fields of a RepositoryModelLoadRequest; a usual one has one
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's name in an error
 
@@ -51,7 +57,7 @@ class InferenceService:
     """The protocol's service, without the methods that change the repository."""
 
     #: The graphs of each model that the service needs.
-    GRAPHS = (CLASSIFY,)
+    GRAPHS = (CLASSIFY, EXPLAIN, DECODER)
 
     def __init__(self, pipeline: Pipeline, edge: Edge, metrics: Metrics, settings: Settings) -> None:
         self._pipeline = pipeline
@@ -60,7 +66,7 @@ class InferenceService:
         self._settings = settings
         self._max_bytes = settings.max_request_bytes
         self._version = version(NAME)
-        self._codecs = PerModel(lambda model: TensorMessages(model.artifact, settings.max_images_per_request))
+        self._codecs = PerModel(lambda model: InferCodec.of(model.artifact, settings))
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ModelStreamInfer")
 
     def methods(self) -> dict[str, Method]:
@@ -110,18 +116,18 @@ class InferenceService:
         """Answer a ModelMetadataRequest. Raises InvalidRequest and UnknownModel."""
         request = parse(data, pb.ModelMetadataRequest, self._max_bytes)
         artifact = self._repository.get(request.name, request.version).artifact
-        classes = len(artifact.labels)
+        shapes = output_shapes(artifact)
         response = pb.ModelMetadataResponse(name=artifact.name, versions=self._versions(artifact.name))
         response.platform = PLATFORM
-        response.inputs.add(name=IMAGES, datatype="UINT8", shape=(-1, *artifact.image_shape))
-        response.outputs.add(name=PROBABILITIES, datatype="FP32", shape=(-1, classes))
-        response.outputs.add(name=POSES, datatype="FP32", shape=(-1, classes, artifact.pose_size))
+        response.inputs.add(name=IMAGES, datatype=UINT8, shape=(-1, *artifact.image_shape))
+        for name in ALWAYS:
+            response.outputs.add(name=name, datatype="FP32", shape=(-1, *shapes[name]))
         return response.SerializeToString()
 
     def model_infer(self, data: bytes, call: Call) -> None:
         """Answer a ModelInferRequest. Raises InvalidRequest and UnknownModel."""
         received = read_request(data, self._max_bytes)
-        self._pipeline.begin(_InferQuery(received, len(data), self._codecs), call)
+        self._pipeline.begin(infer_query(received, len(data), self._codecs), call)
 
     def model_stream_infer(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes]:
         """Answer ModelInferRequests with ModelStreamInferResponses."""
@@ -156,7 +162,7 @@ class InferenceService:
 
     def _config(self, model: ServedModel) -> pb.ModelConfig:
         artifact, settings, classify = model.artifact, model.settings, model.classify
-        classes = len(artifact.labels)
+        shapes = output_shapes(artifact)
         config = pb.ModelConfig(
             name=artifact.name,
             platform=PLATFORM,
@@ -166,8 +172,14 @@ class InferenceService:
             max_batch_size=settings.max_images_per_request,
         )
         config.input.add(name=IMAGES, data_type=pb.TYPE_UINT8, dims=artifact.image_shape)
-        config.output.add(name=PROBABILITIES, data_type=pb.TYPE_FP32, dims=(classes,), label_filename=LABELS)
-        config.output.add(name=POSES, data_type=pb.TYPE_FP32, dims=(classes, artifact.pose_size))
+        for name in ALWAYS:
+            labels = LABELS if name == PROBABILITIES else ""
+            config.output.add(name=name, data_type=pb.TYPE_FP32, dims=shapes[name], label_filename=labels)
+        # Not as outputs: Triton's tools ask for all of these, and each map of relevance takes some 200 images.
+        for name, shape in shapes.items():
+            if name not in ALWAYS:
+                config.parameters[OPTIONAL_OUTPUT + name].string_value = f"FP32 {list(shape)}"
+        config.parameters[INPUT_DATATYPES].string_value = ", ".join(DATATYPES)
         on_cpu = classify.runtime.provider == CPU
         kind = pb.ModelInstanceGroup.KIND_CPU if on_cpu else pb.ModelInstanceGroup.KIND_GPU
         config.instance_group.add(kind=kind, count=classify.plan.runtimes)
@@ -176,12 +188,12 @@ class InferenceService:
         config.dynamic_batching.default_priority_level = 2
         return config
 
-    def _parse_streamed(self, data: bytes) -> "_StreamedQuery":
+    def _parse_streamed(self, data: bytes) -> StreamedInferQuery | StreamedComputedInferQuery:
         try:
             received = read_request(data, self._max_bytes)
         except InvalidRequest as error:
-            return _StreamedQuery(Received(pb.ModelInferRequest()), 0, self._codecs, error)
-        return _StreamedQuery(received, len(data), self._codecs)
+            return StreamedInferQuery(Received(pb.ModelInferRequest()), 0, self._codecs, error)
+        return streamed_infer_query(received, len(data), self._codecs)
 
 
 class AdminService:
@@ -222,75 +234,6 @@ class AdminService:
         await self._repository.unload(_model_name(request.model_name))
         call.note(f"the model {request.model_name!r} was unloaded for a client")
         return pb.RepositoryModelUnloadResponse().SerializeToString()
-
-
-class _InferQuery:
-    """A ModelInferRequest. size: its bytes. Raises InvalidRequest."""
-
-    graph = CLASSIFY
-
-    def __init__(self, received: Received, size: int, codecs: PerModel[TensorMessages]) -> None:
-        request = received.message
-        self.model_name = request.model_name
-        self.model_version = request.model_version
-        self.size = request.inputs[0].shape[0] if request.inputs and request.inputs[0].shape else 0
-        self.slow = size >= _SLOW_BYTES and not request.raw_input_contents
-        self._id = request.id
-        self._received = received
-        self._codecs = codecs
-        self.timeout, self.urgent = schedule(request)
-
-    def decode(self, model: ServedModel) -> Arrays:
-        received = self._checked(model)
-        return {IMAGES: self._codec.images(received)}
-
-    def decode_slowly(self, model: ServedModel) -> Decoding:
-        received = self._checked(model)
-        shape, typed = tuple(received.message.inputs[0].shape), received.typed
-        assert typed
-        return Decoding(_steps(typed, shape), typed.count + READING_BYTES, "inputs[0].contents", self.size)
-
-    def _checked(self, model: ServedModel) -> Received:
-        """Return the request, checked up to the values of its pixels, and keep its id alone. Raises InvalidRequest."""
-        self._codec = self._codecs(model)
-        received = self._received
-        del self._received
-        self._outputs = self._codec.outputs(received.message)
-        self._codec.check_input(received)
-        return received
-
-    def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codec.encode(self._id, self._outputs, share)
-
-
-class _StreamedQuery(_InferQuery):
-    """A ModelInferRequest of a stream. error: the error of parsing, or None."""
-
-    def __init__(
-        self,
-        received: Received,
-        size: int,
-        codecs: PerModel[TensorMessages],
-        error: InvalidRequest | None = None,
-    ) -> None:
-        self.error: Exception | None = error
-        try:
-            super().__init__(received, size, codecs)
-        except InvalidRequest as wrong:
-            self.error = wrong
-            self.size = 0
-
-    def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codec.encode_for_stream(self._id, self._outputs, share)
-
-    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
-        return refused(self._id, text)
-
-
-def _steps(typed: TypedContents, shape: tuple[int, ...]) -> Steps:
-    """Decode the images of a request whose pixels came as numbers."""
-    pixels = yield from typed.steps()
-    return {IMAGES: pixels.reshape(shape)}
 
 
 def _index(request: pb.RepositoryIndexRequest, repository: Repository) -> bytes:

@@ -1,4 +1,4 @@
-"""Pixels that came as numbers, in InferTensorContents: read from the message's bytes, in pieces of limited size.
+"""Images that came in InferTensorContents, as numbers or files: read from the message's bytes, in limited pieces.
 
 Protobuf's classes would take 4 to 13 bytes of memory for each byte of a message, before anything of it is checked.
 """
@@ -34,7 +34,8 @@ _WIRE_TYPES = {
 _FIELDS = pb.InferTensorContents.DESCRIPTOR.fields_by_name
 _KINDS = {_FIELDS[name].number: (name, wire_type) for name, wire_type in _WIRE_TYPES.items()}
 _FIELD = "inputs[0].contents.uint_contents"
-_UINT = _FIELDS["uint_contents"].number
+_UINT, _FLOAT, _ELEMENT = (_FIELDS[name].number for name in ("uint_contents", "fp32_contents", "bytes_contents"))
+_FLOAT_BYTES = 4
 
 
 class _Span(NamedTuple):
@@ -52,19 +53,21 @@ class Malformed(Exception):
 class TypedContents:
     """The contents of one tensor.
 
-    kinds: the names of the fields that hold something, in the order of their numbers. count: the number of values of
-    uint_contents.
+    kinds: the names of the fields that hold something, in the order of their numbers. count, float_count: the number of
+    values of uint_contents and of fp32_contents. elements: the values of bytes_contents.
     """
 
     def __init__(self, data: bytes, places: Sequence[slice], max_fields: int) -> None:
         """Find the values. places: the bytes of ``data`` that are the contents, in their order.
 
-        max_fields: the most fields; numbers that follow each other count little. Raises InvalidRequest for more, and
-        Malformed.
+        max_fields: the most fields; whole numbers that follow each other count little. Raises InvalidRequest for more,
+        and Malformed.
         """
         self._data = data
         self._left = max_fields
         self._spans: list[_Span] = []
+        self._float_spans: list[slice] = []
+        self._elements: list[slice] = []
         found: set[int] = set()
         for place in places:
             try:
@@ -73,6 +76,18 @@ class TypedContents:
                 raise Malformed from error
         self.kinds = tuple(_KINDS[number][0] for number in sorted(found))
         self.count = sum(_count(data, span) for span in self._spans)
+        self.float_count = sum(span.stop - span.start for span in self._float_spans) // _FLOAT_BYTES
+
+    @property
+    def elements(self) -> list[bytes]:
+        return [self._data[place] for place in self._elements]
+
+    def floats(self) -> Generator[NDArray[np.float32]]:
+        """Yield the values of fp32_contents in pieces."""
+        for span in self._float_spans:
+            for at in range(span.start, span.stop, _PIECE_BYTES):
+                size = min(_PIECE_BYTES, span.stop - at)
+                yield np.frombuffer(self._data, "<f4", size // _FLOAT_BYTES, at)
 
     def values(self) -> NDArray[np.uint8]:
         """Return the values of uint_contents. Raises InvalidRequest for one above 255."""
@@ -101,7 +116,7 @@ class TypedContents:
         return values
 
     def _scan(self, at: int, end: int, found: set[int]) -> None:
-        """Find the spans of uint_contents, and the numbers of the fields that hold something.
+        """Find the values of the fields that are read, and the numbers of the fields that hold something.
 
         Raises Malformed, IndexError, and InvalidRequest for too many fields.
         """
@@ -142,6 +157,12 @@ class TypedContents:
                 found.add(number)
                 if number == _UINT:
                     self._add(_Span(content, at, False) if packed else _Span(begin, at, True))
+                elif number == _FLOAT:
+                    if (at - content) % _FLOAT_BYTES:
+                        raise Malformed
+                    self._float_spans.append(slice(content, at))
+                elif number == _ELEMENT:
+                    self._elements.append(slice(content, at))
         if groups:
             raise Malformed
 
