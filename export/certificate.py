@@ -30,15 +30,16 @@ _PAIRS = (
     "random, is of this class. Two equally certain classes have 0.5 each, and the longer capsule always has more."
 )
 _ECE = (
-    "On the test images, by which no figure was chosen, the length of the longest capsule differs from the share of "
+    "On the test images, to which no figure was fitted, the length of the longest capsule differs from the share of "
     "right answers by {length:.2f} points on average, and its confidence by {confidence:.2f} points (expected "
     "calibration error in 15 bins of equal width). In {exact:.2f} % of them the present classes are exactly those that "
     "the image shows."
 )
 _DETECTION = (
-    "**Detection:** the share of the images with no present class, with several, and with one. An image with one is "
-    "suspicious if its margin is less than the threshold or its reconstruction error is larger; else the answer is "
-    'confident. {wanted} Only the kinds with "yes" were shown to the network in its training, as none of the classes. '
+    "**Detection:** the share of the images with no present class, with several, and with one. An image with one or "
+    "several is suspicious if its reconstruction error is larger than the threshold, and an image with one also if its "
+    "margin is less; else the answer for one class is confident. {wanted} Only the kinds with "
+    '"yes" were shown to the network in its training, as none of the classes. '
     "The server calls an image of one grey level blank, whatever its capsules say."
 )
 _WANTED_OF_ONE = "Test images are to be confident: what is missing there are false alarms. No other kind is to be."

@@ -163,8 +163,8 @@ class Calibration:
     ece: the expected calibration errors on the test images, from 0 to 1: ``length`` of the winner's length,
         ``confidence`` of its confidence.
     detected: by kind of images, such as the test images and kinds that show none of the classes, and by finding, the
-        share of the images: ``none`` or ``several`` of the classes are present, or one, and the image is ``suspicious``
-        or the answer ``confident``.
+        share of the images: ``none`` of the classes is present, ``several`` are, one is and the answer is
+        ``confident``, or the image is ``suspicious``.
     """
 
     temperature: float

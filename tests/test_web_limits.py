@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import http.client
 import json
 import socket
@@ -22,6 +23,7 @@ from serving.web import body as body_module
 from serving.web import connection as connection_module
 from serving.web import server as server_module
 from serving.web.application import DOCUMENTS
+from serving.web.problems import Problem
 from serving.web.routes import ROUTES
 from tests.certificates import make_all
 from tests.conftest import DATA, Running
@@ -153,6 +155,15 @@ def test_requests_without_room_for_their_bodies_are_told_to_come_again(waiting: 
             waiting.answer()
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert ask(web.port, "/v1/classify", body, content_type=kind).status == 200, "the room is free again"
+
+
+def test_a_refused_request_goes_without_the_garbage_collector(waiting: Waiting, no_collection: None) -> None:
+    """Its error would otherwise keep the frames in which it was raised, and all that the body has become in memory."""
+    bodies = [b'{"images": [%b1]}' % (b'"aa",' * count) for count in (10, 10_000)]  # the second one in a thread
+    with serving(waiting.table) as web:
+        for body in bodies:
+            assert ask(web.port, "/v1/classify", body, content_type="application/json").status == 400
+        wait_for(lambda: not any(isinstance(one, Problem) for one in gc.get_objects()))
 
 
 def test_a_body_that_comes_too_slowly_is_given_up(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:

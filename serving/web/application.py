@@ -177,7 +177,7 @@ class Application:
         except HTTPException as error:
             problem = _problem_of_router(error)
         except Problem as raised:
-            problem = raised
+            problem = raised.alone()
         except ClientDisconnect:
             raise
         except Exception:
@@ -271,7 +271,17 @@ class Application:
         """Return a conversion's result; of a large message, from the thread."""
         if size <= _SLOW_BYTES:
             return convert()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, convert)
+
+        def attempt() -> Outcome | Problem:
+            try:
+                return convert()
+            except Problem as problem:
+                return problem.alone()
+
+        outcome = await asyncio.get_running_loop().run_in_executor(self._threads, attempt)
+        if isinstance(outcome, Problem):
+            raise outcome
+        return outcome
 
 
 def _route(verb: str, path: str, respond: Respond) -> StarletteRoute:

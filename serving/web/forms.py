@@ -56,7 +56,7 @@ def from_pictures(incoming: Incoming, kind: type[Request]) -> Request:
     """Return the message in JSON, or of one or several pictures with parameters. Raises Problem."""
     media, boundary = incoming.content_type
     if media == JSON:
-        message = read_message(incoming.body, kind)
+        message = read_message(incoming.body, kind, incoming.limits.images)
         if incoming.query:
             raise invalid(incoming.query[0][0], "came in the query; with JSON, expected it in the body")
         return message

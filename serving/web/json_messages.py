@@ -22,17 +22,19 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _MAX_DEPTH = 32
 # Lists and objects take twenty times their text in memory, so these are limited, and not the text alone.
-_MAX_CONTAINERS = 2**17
+MAX_CONTAINERS = 2**17
+# The most lists and objects of a message besides its images: each takes protobuf's reader some microseconds.
+_MAX_OTHER_CONTAINERS = 1024
 _MAX_ERROR_CHARACTERS = 256
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # which JSON may have alone, and UTF-8 may not
 
 Request = TypeVar("Request", bound=Message)
 
 
-def read_json(text: bytes, field: str = "body") -> Json:
+def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS) -> Json:
     """Return the value of a text in JSON (RFC 8259). Raises Problem."""
-    if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS:
-        raise invalid(field, f"expected at most {_MAX_CONTAINERS} lists and objects")
+    if text.count(b"[") + text.count(b"{") > max_containers:
+        raise invalid(field, f"expected at most {max_containers} lists and objects")
     try:
         value: Json = json.loads(text.decode(), parse_constant=_refuse_constant)
     except RecursionError:
@@ -47,19 +49,20 @@ def read_json(text: bytes, field: str = "body") -> Json:
     return value
 
 
-def read_object(text: bytes, field: str = "body") -> dict[str, Json]:
+def read_object(text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS) -> dict[str, Json]:
     """Return the object of a text in JSON. Raises Problem."""
-    value = read_json(text, field)
+    value = read_json(text, field, max_containers)
     if not isinstance(value, dict):
         raise invalid(field, f"a value of the kind {kind_of(value)}; expected an object")
     return value
 
 
-def read_message(text: bytes, kind: type[Request]) -> Request:
-    """Return the message in a text. Raises Problem."""
+def read_message(text: bytes, kind: type[Request], max_images: int) -> Request:
+    """Return the message in a text. max_images: the most images in it. Raises Problem."""
     message = kind()
     try:
-        json_format.ParseDict(read_object(text), message, max_recursion_depth=_MAX_DEPTH)
+        content = read_object(text, max_containers=2 * max_images + _MAX_OTHER_CONTAINERS)
+        json_format.ParseDict(content, message, max_recursion_depth=_MAX_DEPTH)
     except (json_format.ParseError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise invalid("body", f"no {kind.DESCRIPTOR.full_name}: {_short(error)}") from None
     return message

@@ -57,6 +57,11 @@ class Problem(Exception):
         self.noted = noted
         self._violations = violations
 
+    def alone(self) -> "Problem":
+        """Return this problem without its frames and cause: they hold what the client has sent."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
     def body(self, with_error: bool = False) -> bytes:
         """Return the problem in JSON. with_error: with the member ``error`` of the Open Inference Protocol."""
         members: dict[str, object] = {

@@ -83,7 +83,7 @@ class Route:
             case Body.NONE:
                 message: Message = from_query(incoming, self.request)
             case Body.MESSAGE:
-                message = read_message(incoming.body or b"{}", self.request)
+                message = read_message(incoming.body or b"{}", self.request, 0)
             case Body.PICTURES:
                 message = from_pictures(incoming, self.request)
             case Body.TENSORS:

@@ -122,13 +122,13 @@ async function askForAnswer() {
     return;
   }
   const size = model.image_width;
-  const { pixels, place } = sheet.image(size, model.preparation);
+  const { pixels, place, layers } = sheet.image(size, model.preparation);
   const channels = new Uint8Array(model.image_channels * pixels.length);
   for (let channel = 0; channel < model.image_channels; channel++) channels.set(pixels, channel * pixels.length);
   const encoded = toBase64(channels);
   const body = { ...named(), images: [{ pixels: encoded }], reconstruction_error: Boolean(model.reconstructs) };
   const { results: [answer] } = await call("v1/classify", body);
-  Object.assign(state, { answer, sent: { encoded, place, size } });
+  Object.assign(state, { answer, sent: { encoded, place, size, layers } });
   element("seen").getContext("2d").putImageData(grey(pixels, size), 0, 0);
   showAnswer(answer);
   takePoses(answer);
@@ -185,7 +185,7 @@ function suspicion(answer) {
   const lengths = answer.capsules.map((capsule) => capsule.probability).sort((a, b) => b - a);
   const { margin } = state.model.calibration;
   return answer.present.length === 1 && lengths[0] - lengths[1] < margin
-    ? "A second class is nearly as long." : "The network cannot draw this image again from its poses.";
+    ? "Its lead over the next class is unusually small." : "The image is unlike what the network draws from its pose.";
 }
 
 async function askForRelevance() {
@@ -250,15 +250,23 @@ async function askForPictures() {
   const answer = await call("v1/reconstruct", { ...named(), poses: { poses } });
   const size = answer.image_width;
   const images = answer.results.map((result) => fromBase64(result.image));
-  const pictures = answer.results.map((result, index) => {
-    const colour = images.length > 1 ? DIGIT_COLOURS[index] : [1, 1, 1];
-    return picture(size, [[images[index], colour]], `${result.label}, drawn from its pose`);
-  });
-  if (images.length > 1) {
-    pictures.push(picture(size, images.map((image, index) => [image, DIGIT_COLOURS[index]]), "both"));
-  }
+  const colours = coloursOf(images);
+  const pictures = answer.results.map((result, index) => (
+    picture(size, [[images[index], colours[index]]], `${result.label}, drawn from its pose`)
+  ));
+  if (images.length > 1) pictures.push(picture(size, images.map((image, index) => [image, colours[index]]), "both"));
   const holder = element("pictures");
   if (state.poses.size) holder.replaceChildren(...pictures);
+}
+
+/** Return the colour of each reconstruction: white for one, else that of the layer that it fits better. */
+function coloursOf(images) {
+  if (images.length < 2) return [[1, 1, 1]];
+  const layers = state.sent?.layers ?? [];
+  const fit = (image, layer) => image.reduce((sum, value, index) => sum + value * layer[index], 0);
+  const swapped = layers.length === 2
+    && fit(images[0], layers[1]) + fit(images[1], layers[0]) > fit(images[0], layers[0]) + fit(images[1], layers[1]);
+  return swapped ? [...DIGIT_COLOURS].reverse() : DIGIT_COLOURS;
 }
 
 /** Return a figure of images that are added up, each with its colour. */

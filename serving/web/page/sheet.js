@@ -57,17 +57,17 @@ export class Sheet {
   /**
    * Return the drawing as the model's pixels, size x size, and its place: model pixel (x, y) covers the sheet from
    * place.x + place.scale * x, place.y + place.scale * y. The object gets the size and the place that training images
-   * have: preparation is GetModel's.
+   * have: preparation is GetModel's. layers has the pixels of each used layer alone.
    */
   image(size, preparation) {
     const inks = this.layers.filter((layer) => layer.used).map(brightness);
     const place = this.layers.some((layer) => layer.fixed) ? whole(size) : placeOf(inks, size, preparation);
+    const layers = inks.map((ink) => sample(ink, size, place));
     const pixels = new Uint8Array(size * size);
-    for (const ink of inks) {
-      const part = sample(ink, size, place);
+    for (const part of layers) {
       for (let index = 0; index < pixels.length; index++) pixels[index] = Math.min(255, pixels[index] + part[index]);
     }
-    return { pixels, place };
+    return { pixels, place, layers };
   }
 
   /** Lay a map of size x size numbers over the drawing: orange for positive ones, blue for negative ones. */
