@@ -218,7 +218,7 @@ class AnswerWriter:
 
 
 class _Written(NamedTuple):
-    """What is written of a batch. source: its probabilities. codes: of its images; winners without a calibration."""
+    """The written bytes of a batch. source: its probabilities. codes: of its images; winners without a calibration."""
 
     source: "weakref.ref[Array]"
     capsules: memoryview
