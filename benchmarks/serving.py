@@ -31,6 +31,7 @@ from benchmarks.load import H2LOAD_MISSING, TLS_PREFIX, LoadError, Sample, h2loa
 from benchmarks.server import Case, Page, Served, encrypted, load, prepare, serve
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
+from serving.metrics.registry import CLASSIFY
 from serving.runtime import usable_cores
 from training.model import CONFIGS
 
@@ -174,7 +175,7 @@ def setup(page: Page, flags: Sequence[str]) -> Setup:
     known.add_argument("--max-batch", type=int, default=32)
     said, _ = known.parse_known_args(list(flags))
     sessions, threads, max_batch = (
-        page.total(f"capsnet_{name}") for name in ("runtimes", "threads", "max_batch_images")
+        page.total(f"capsnet_{name}", graph=CLASSIFY) for name in ("runtimes", "threads", "max_batch_images")
     )
     return Setup(
         int(sessions or 1), int(threads or said.threads or usable_cores()), int(max_batch or said.max_batch or 32)

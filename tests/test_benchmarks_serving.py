@@ -387,3 +387,10 @@ def test_without_h2load_it_is_told_how_to_get_it(
     monkeypatch.setenv("PATH", "")
     assert callable(main) and main([]) == 2
     assert "apt install nghttp2-client" in capsys.readouterr().err
+
+
+def test_the_plan_of_a_server_is_that_of_the_classifying_graph() -> None:
+    names = {"capsnet_runtimes": 2, "capsnet_threads": 1, "capsnet_max_batch_images": 16}
+    graphs = ("classify", "explain", "decoder")
+    samples = tuple((name, {"graph": graph}, float(value)) for name, value in names.items() for graph in graphs)
+    assert serving.setup(Page(samples), []) == serving.Setup(2, 1, 16)

@@ -1,6 +1,7 @@
 """Tests of requests and answers as bytes, read and written directly and through protobuf messages."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -138,6 +139,28 @@ def test_answers_are_the_bytes_that_protobuf_writes(count: int, calibration: Cal
     assert write(Share(arrays, count // 2, count)) == written(part).SerializeToString()
     if calibration and count == 200:
         assert {one.verdict for one in written(arrays).results} == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION], ids=["plain", "calibrated"])
+def test_the_requests_of_several_batches_get_the_bytes_of_their_own_images(calibration: Calibration | None) -> None:
+    images = np.random.default_rng(0).integers(0, 2, (5, 1, 2, 2), np.uint8)
+    write = AnswerWriter(replace(MODEL, calibration=calibration))
+    batches = []
+    for _ in range(2):
+        arrays = {name: np.roll(array, len(batches), 0) for name, array in outputs(5).items()}
+        batches.append(arrays | (Findings(calibration, 5)(images, arrays["probabilities"]) if calibration else {}))
+    for begin, end in ((0, 1), (1, 3), (3, 5)):
+        for arrays in batches:
+            part = {name: array[begin:end] for name, array in arrays.items()}
+            assert write(Share(arrays, begin, end)) == written(part).SerializeToString()
+
+
+def test_a_writer_keeps_no_array_of_a_batch() -> None:
+    write, arrays = AnswerWriter(MODEL), outputs(2)
+    assert write(Share(arrays, 0, 2))
+    kept = [weakref.ref(array) for array in arrays.values()]
+    del arrays
+    assert [reference() for reference in kept] == [None, None]
 
 
 def test_one_classification_is_written_as_a_field_of_another_message() -> None:

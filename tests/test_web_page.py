@@ -5,10 +5,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
+from google.protobuf import json_format
 
+from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.server import Server
-from tests.conftest import ROOT, InThread, settings
+from tests.calibrated import MNIST
+from tests.conftest import DATA, ROOT, InThread, settings
+from tests.test_four_ways import Requests, answers_of, assert_same
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -45,10 +50,15 @@ def browser() -> "Iterator[Browser]":
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """The page of a server of all models."""
-    with InThread(Server(settings(models=str(ROOT / "models"), model="", http_port=0))) as server:
-        yield f"http://127.0.0.1:{server.http_port}/"
+def server() -> Iterator[Server]:
+    """A server of all models."""
+    with InThread(Server(settings(models=str(ROOT / "models"), model="", http_port=0))) as running:
+        yield running
+
+
+@pytest.fixture
+def address(server: Server) -> str:
+    return f"http://127.0.0.1:{server.http_port}/"
 
 
 @pytest.fixture
@@ -172,3 +182,23 @@ def test_a_picture_can_be_opened(page: "Page") -> None:
     choose(page, "capsnet-mnist")
     page.set_input_files("#file", ROOT / "tests" / "data" / "handwritten" / "3a.jpg")
     wait_for_verdict(page, "3")
+
+
+def test_the_page_gets_the_numbers_of_grpc(page: "Page", server: Server) -> None:
+    """Let the page's own code ask for a file, and for a photograph to prepare."""
+    script = """async ([path, body]) => {
+        const { call } = await import(new URL("api.js", document.baseURI).href);
+        return call(path, JSON.parse(body)); }"""
+    photograph = (DATA / "handwritten" / "3a.jpg").read_bytes()
+    images = [
+        pb.Image(encoded=(DATA / "seven.png").read_bytes()),
+        pb.Image(encoded=photograph, preprocess=pb.PREPROCESS_AUTO),
+    ]
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        for image in images:
+            requests = Requests.of(MNIST, image)
+            expected = answers_of(channel, requests)
+            for request, answer in zip(requests, expected, strict=True):
+                path = f"v1/{request.DESCRIPTOR.name.removesuffix('Request').lower()}"
+                found = page.evaluate(script, [path, json_format.MessageToJson(request)])
+                assert_same(found, answer)

@@ -77,21 +77,26 @@ class Findings:
                 for doubtful in (False, True)
             ]
         ).ravel()
-        self._step = int(Code(1, Verdict.UNSPECIFIED, Presence.NONE))
+        # By class, the number that makes a code of class 0 one of this class.
+        self._winners = np.arange(classes) * int(Code(1, Verdict.UNSPECIFIED, Presence.NONE))
 
     def __call__(self, images: Array, probabilities: Array) -> Arrays:
         """Return the findings by name for images (B, C, H, W) and the lengths of their capsules (B, J)."""
+        # Few steps, and none that lets other threads take the interpreter, as sort and argmax do: it would wait.
         lengths = np.asarray(probabilities, np.float32)
-        winners = lengths.argmax(1)
-        ordered = np.sort(lengths, axis=1)
-        longest = ordered[:, -1:]
+        longest = np.maximum.reduce(lengths, 1, keepdims=True)
+        winning = lengths == longest
+        if np.add.reduce(winning, None) != len(lengths):  # equal lengths, of which the first wins, or none is finite
+            winning = np.arange(lengths.shape[1]) == lengths.argmax(1)[:, None]
         confidences = np.exp((lengths - longest) * self._sharpness)
         confidences /= np.add.reduce(confidences, 1, keepdims=True)
         present = lengths >= self._thresholds
+        # A winner is shortened by 1, so that another class is the longest.
+        margins = longest[:, 0] - np.maximum.reduce(lengths - winning, 1)
         index = np.minimum(np.add.reduce(present, 1), _MAX_COUNT)
-        index += 3 * (longest[:, 0] >= self._thresholds[winners])
-        index += 6 * (longest[:, 0] - ordered[:, -2:][:, 0] < self._margin)
-        codes = self._codes[index] + winners * self._step
+        index += 3 * np.logical_or.reduce(present & winning, 1)
+        index += 6 * (margins < self._margin)
+        codes = self._codes[index] + np.add.reduce(winning * self._winners, 1)
         blank = blank_images(images)
         if blank is not None:
             codes[blank] += len(Presence) * (Verdict.BLANK - verdicts(codes[blank]))

@@ -7,6 +7,7 @@ of exactly 0 is written here, and omitted there.
 
 import math
 import struct
+import weakref
 from itertools import groupby
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from serving.artifact import Artifact
 from serving.batching.ticket import Share
 from serving.repository.classifier import POSES, PROBABILITIES
 from serving.repository.findings import CODES, CONFIDENCES, PRESENT, Code, Findings, Presence, Verdict, present_classes
+from serving.runtime import Array
 from serving.services.encoded_images import Images
 from serving.services.protobuf_wire import BYTES, FIXED32, VARINT, delimited, tag, varint
 
@@ -93,12 +95,49 @@ class AnswerWriter:
         self._prepare_capsules(artifact.pose_size)
         # By the code of an image, the bytes before and after its numbers.
         self._frames: dict[int, _Frame] = {}
+        self._written: _Written | None = None
 
     def __call__(self, share: Share) -> bytes:
         """Return the ``ClassifyResponse`` for the images of a share."""
-        probabilities, poses = share[PROBABILITIES], share[POSES]
-        confidences = share[CONFIDENCES] if self._calibrated else None
-        written = bytearray(self._template * len(share))
+        capsules, codes = self._of_batch(share)
+        parts: list[bytes | memoryview] = [self._prefix]
+        width, frames = len(self._template), self._frames
+        errors = share[RECONSTRUCTION_ERRORS].tolist() if RECONSTRUCTION_ERRORS in share.batch else None
+        for index in range(len(share)):
+            row = share.start + index
+            frame = frames.get(codes[row]) if errors is None else None
+            if frame is None:
+                frame = self._frame(share, index, codes[row], errors)
+            begin = row * width
+            place = begin + frame.confidence
+            parts += frame.head, capsules[begin : begin + width], frame.between
+            parts += capsules[place : place + frame.confidence_bytes], frame.tail
+        return b"".join(parts)
+
+    def field(self, number: int, share: Share) -> bytes:
+        """Return a field with the ``Classification`` of a share's only image."""
+        # The number of the field with results takes one byte.
+        return tag(number, BYTES) + self(share)[len(self._prefix) + 1 :]
+
+    def _of_batch(self, share: Share) -> "tuple[memoryview, list[int]]":
+        """Return the capsules of all images of a share's batch, as bytes, and the codes or winners of the images.
+
+        They are written once for the requests of a batch, which are answered one after the other.
+        """
+        probabilities, written = share.batch[PROBABILITIES], self._written
+        # A weak reference: an array of ONNX Runtime keeps all memory of its session.
+        if written is None or written.source() is not probabilities:
+            codes = share.batch[CODES] if self._calibrated else probabilities.argmax(1)
+            written = _Written(weakref.ref(probabilities), self._write(share), codes.tolist())
+            self._written = written
+        return written.capsules, written.codes
+
+    def _write(self, share: Share) -> memoryview:
+        """Return the capsules of all images of a share's batch."""
+        batch = share.batch
+        probabilities, poses = batch[PROBABILITIES], batch[POSES]
+        confidences = batch[CONFIDENCES] if self._calibrated else None
+        written = bytearray(self._template * len(probabilities))
         images = np.frombuffer(written, self._layout)
         for number, classes in enumerate(self._classes):
             capsules = images[str(number)]
@@ -106,36 +145,7 @@ class AnswerWriter:
             capsules["pose"] = poses[:, classes]
             if confidences is not None:
                 capsules["confidence"] = confidences[:, classes]
-        if confidences is None and RECONSTRUCTION_ERRORS not in share.batch:
-            return self._join_plain(probabilities.argmax(1).tolist(), memoryview(written))
-        return self._join(share, memoryview(written))
-
-    def field(self, number: int, share: Share) -> bytes:
-        """Return a field with the ``Classification`` of a share's only image."""
-        # The number of the field with results takes one byte.
-        return tag(number, BYTES) + self(share)[len(self._prefix) + 1 :]
-
-    def _join_plain(self, winners: list[int], capsules: memoryview) -> bytes:
-        parts: list[bytes | memoryview] = [self._prefix]
-        width = len(self._template)
-        for index, winner in enumerate(winners):
-            parts += self._heads[winner], capsules[index * width : (index + 1) * width]
-        return b"".join(parts)
-
-    def _join(self, share: Share, capsules: memoryview) -> bytes:
-        parts: list[bytes | memoryview] = [self._prefix]
-        width, frames = len(self._template), self._frames
-        errors = share[RECONSTRUCTION_ERRORS].tolist() if RECONSTRUCTION_ERRORS in share.batch else None
-        codes = share[CODES].tolist() if self._calibrated else share[PROBABILITIES].argmax(1).tolist()
-        for index, number in enumerate(codes):
-            begin = index * width
-            frame = frames.get(number) if errors is None else None
-            if frame is None:
-                frame = self._frame(share, index, number, errors)
-            place = begin + frame.confidence
-            parts += frame.head, capsules[begin : begin + width], frame.between
-            parts += capsules[place : place + frame.confidence_bytes], frame.tail
-        return b"".join(parts)
+        return memoryview(written)
 
     def _frame(self, share: Share, index: int, number: int, errors: "list[float] | None") -> "_Frame":
         """Return the bytes around the numbers of an image, with this code or, without a calibration, this winner."""
@@ -205,9 +215,14 @@ class AnswerWriter:
                 "itemsize": len(template),
             }
         )
-        # By winner, the bytes before the capsules of an image without findings.
-        heads = [self._head(index) for index in range(len(self._labels))]
-        self._heads = [tag(_RESULTS, BYTES) + varint(len(head) + len(template)) + head for head in heads]
+
+
+class _Written(NamedTuple):
+    """The written bytes of a batch. source: its probabilities. codes: of its images; winners without a calibration."""
+
+    source: "weakref.ref[Array]"
+    capsules: memoryview
+    codes: list[int]
 
 
 class _Frame(NamedTuple):
