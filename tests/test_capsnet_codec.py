@@ -145,14 +145,15 @@ def test_answers_are_the_bytes_that_protobuf_writes(count: int, calibration: Cal
 def test_the_requests_of_several_batches_get_the_bytes_of_their_own_images(calibration: Calibration | None) -> None:
     images = np.random.default_rng(0).integers(0, 2, (5, 1, 2, 2), np.uint8)
     write = AnswerWriter(replace(MODEL, calibration=calibration))
-    batches = []
+    batches: list[Arrays] = []
     for _ in range(2):
         arrays = {name: np.roll(array, len(batches), 0) for name, array in outputs(5).items()}
-        batches.append(arrays | (Findings(calibration, 5)(images, arrays["probabilities"]) if calibration else {}))
+        found = Findings(calibration, 5)(images, arrays["probabilities"]) if calibration else {}
+        batches.append({**arrays, **found})
     for begin, end in ((0, 1), (1, 3), (3, 5)):
-        for arrays in batches:
-            part = {name: array[begin:end] for name, array in arrays.items()}
-            assert write(Share(arrays, begin, end)) == written(part).SerializeToString()
+        for batch in batches:
+            part = {name: array[begin:end] for name, array in batch.items()}
+            assert write(Share(batch, begin, end)) == written(part).SerializeToString()
 
 
 def test_a_writer_keeps_no_array_of_a_batch() -> None:

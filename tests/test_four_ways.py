@@ -212,13 +212,15 @@ def test_the_client_library_has_the_numbers_of_grpc(server: Server, picture: Pic
         "drawn_labels": [one.label for one in drawn],
         "drawn_poses": [one.pose for one in drawn],
         "drawn": np.concatenate([one.image.ravel() for one in drawn]),
-        "layers": np.concatenate([one.layer.ravel() for one in drawn if one.layer is not None] or [np.empty(0)]),
+        "layers": np.concatenate(
+            [one.layer.ravel() for one in drawn if one.layer is not None] or [np.empty(0, np.uint8)]
+        ),
     }
     assert_close(found, numbers_of(expected))
 
 
 def test_the_command_line_has_the_numbers_of_grpc(server: Server, picture: Picture, expected: Answers) -> None:
-    command = [sys.executable, "-m", "serving.client", picture.file, "--json", "--explain", "--reconstruct"]
+    command = [sys.executable, "-m", "serving.client", str(picture.file), "--json", "--explain", "--reconstruct"]
     command += ["--address", f"127.0.0.1:{server.port}", "--model", picture.model]
     command += ["--preprocess", "auto"] if picture.prepared else []
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
