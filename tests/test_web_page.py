@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from PIL import Image
 from google.protobuf import json_format
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
+HANDWRITTEN = ROOT / "tests" / "data" / "handwritten" / "3a.jpg"
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -180,8 +182,24 @@ def test_each_control_has_a_name_for_screen_readers(page: "Page") -> None:
 
 def test_a_picture_can_be_opened(page: "Page") -> None:
     choose(page, "capsnet-mnist")
-    page.set_input_files("#file", ROOT / "tests" / "data" / "handwritten" / "3a.jpg")
+    page.set_input_files("#file", HANDWRITTEN)
     wait_for_verdict(page, "3")
+
+
+def test_a_large_photograph_is_made_small_before_it_is_sent(page: "Page", tmp_path: Path) -> None:
+    photograph = Image.open(HANDWRITTEN).resize((4000, 3000))
+    photograph.save(tmp_path / "large.png", compress_level=1)
+    assert (tmp_path / "large.png").stat().st_size > settings().max_image_bytes
+    choose(page, "capsnet-mnist")
+    page.set_input_files("#file", tmp_path / "large.png")
+    wait_for_verdict(page, "3")
+
+
+def test_what_is_no_picture_is_told(page: "Page", tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    page.set_input_files("#file", tmp_path / "text.png")
+    page.wait_for_selector("#notice:not([hidden])")
+    assert "cannot read this picture" in page.locator("#notice").inner_text()
 
 
 def test_the_page_gets_the_numbers_of_grpc(page: "Page", server: Server) -> None:

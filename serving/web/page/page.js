@@ -5,6 +5,8 @@ import { Sheet, grey } from "./sheet.js";
 
 const DIGIT_COLOURS = [[1, 0.54, 0.24], [0.31, 0.82, 0.88]];
 const RELEVANCE_DELAY = 180; // milliseconds without a stroke before the dear question is asked
+const MAX_SIDE = 1024; // pixels of a picture that is sent; the server refuses much larger ones
+const MAX_BYTES = 2 ** 18; // of a file that is sent as it is
 const POSE_RANGE = 0.35; // how far a slider turns a number of the pose
 const SHELF = [
   ["seven.png", "a 7"], ["attacked.png", "an attacked 7"], ["shoe.png", "a shoe"], ["noise.png", "noise"],
@@ -283,10 +285,28 @@ function picture(size, parts, text) {
   return create("figure", {}, canvas, create("figcaption", { textContent: text }));
 }
 
+/** Return a small PNG or JPEG file of any picture that the browser reads, upright. Throws Refused. */
+async function shrunk(blob) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(blob);
+  } catch {
+    throw new Refused(400, "The browser cannot read this picture.");
+  }
+  const scale = MAX_SIDE / Math.max(bitmap.width, bitmap.height);
+  if (scale >= 1 && blob.size <= MAX_BYTES && ["image/png", "image/jpeg"].includes(blob.type)) return blob;
+  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * Math.min(1, scale))));
+  const canvas = new OffscreenCanvas(width, height);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, 0, 0, width, height);
+  return canvas.convertToBlob({ type: blob.type === "image/jpeg" ? "image/jpeg" : "image/png", quality: 0.95 });
+}
+
 /** Put a picture on the sheet as the server prepares it for the model. */
 async function take(blob) {
-  const encoded = toBase64(new Uint8Array(await blob.arrayBuffer()));
   await guarded(async () => {
+    const encoded = toBase64(new Uint8Array(await (await shrunk(blob)).arrayBuffer()));
     const image = { encoded, preprocess: "PREPROCESS_AUTO" };
     const body = { ...named(), images: [image], parts: ["EXPLANATION_PART_ROUTING"] };
     const { results: [answer] } = await call("v1/explain", body);
