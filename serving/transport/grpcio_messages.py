@@ -8,9 +8,7 @@ from serving.transport.unpacking import Job, Unpacker
 
 # No message of the services begins like a file of gzip, which would be a field of an impossible type, or like one of
 # zlib, which would be a field 15.
-_FIRST_BYTES = {b"\x1f\x8b": "gzip", b"\x78\x01": "deflate", b"\x78\x5e": "deflate", b"\x78\x9c": "deflate"} | {
-    b"\x78\xda": "deflate"
-}
+_FIRST_BYTES = {b"\x1f\x8b": "gzip"} | dict.fromkeys((b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"), "deflate")
 
 
 class MessageInflater:
@@ -25,7 +23,7 @@ class MessageInflater:
     def __init__(self, max_bytes: int, limit_text: str) -> None:
         self._max_bytes = max_bytes
         self._limit_text = limit_text
-        self._unpacker: Unpacker | None = None
+        self._unpacker = Unpacker()
 
     async def inflated(self, data: bytes, connection: Hashable) -> bytes:
         """Return a message as it was before its compression. Raises MessageError."""
@@ -38,13 +36,10 @@ class MessageInflater:
 
     def close(self) -> None:
         """Give up all inflations, and end the threads."""
-        if self._unpacker:
-            self._unpacker.close()
+        self._unpacker.close()
 
     async def _rest(self, inflation: Inflation, connection: Hashable) -> bytes | None:
         """Inflate a large message in a thread. If the caller is cancelled, the thread stops soon."""
-        if self._unpacker is None:
-            self._unpacker = Unpacker()
         outcome: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 
         def done(rest: "asyncio.Future[bytes | None]") -> None:

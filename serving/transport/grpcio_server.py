@@ -153,6 +153,7 @@ class GrpcioServer:
             await asyncio.wait((self._draining,), timeout=_LAST_SECONDS)
             await self._server.stop(0)
         await self._draining
+        self._handlers.close()
 
 
 class _Context:
@@ -244,9 +245,12 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
     def cut_off(self) -> None:
         """End the calls in flight."""
         self._cut_off = True
-        self._inflater.close()
         for task in self._tasks:
             task.cancel()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._inflater.close()
 
     def _handler(self, method: Method) -> Any:
         if isinstance(method, StreamMethod):
