@@ -289,7 +289,7 @@ def test_nothing_is_downloaded_for_the_data_of_other_objects(monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["capsnet-mnist", "capsnet-mnist-fast", "capsnet-multimnist"])
+@pytest.mark.parametrize("name", ["capsnet-mnist", "capsnet-mnist-accurate", "capsnet-multimnist"])
 def test_the_networks_in_the_repository_are_calibrated(name: str) -> None:
     artifact = load(ROOT / "models" / name / "1")
     found = artifact.calibration

@@ -16,7 +16,7 @@ MAX_POINTS = 0.5
 
 
 # The larger network takes twice as long; its certificate has its figure.
-@pytest.mark.parametrize("model", ["capsnet-mnist-fast"])
+@pytest.mark.parametrize("model", ["capsnet-mnist"])
 def test_the_calibration_error_of_the_confidences_is_that_of_the_certificate(model: str, digits: Digits) -> None:
     artifact = load(find(ROOT / "models", model))
     assert artifact.calibration
