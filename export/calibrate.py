@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.unknown_images import UnknownImages, unknown_images
+from export.unknown_images import unknown_images
 from export.verify import Prediction
 from serving.artifact import Calibration
 from serving.confidence import confidences, evidence, log_weight
@@ -63,13 +63,15 @@ class Calibrated(NamedTuple):
     """A calibration, and what its certificate says beside its figures.
 
     objects: K, the number of objects in an image. exact: the share of the test images in which the present classes are
-    exactly their labels. trained: the kinds of ``calibration.detected`` that the training has
-    shown to the network as none of the classes. missing: by kind, the reason why it was not measured.
+    exactly their labels. mean_confidences: by kind of ``calibration.detected``, the mean of the longest capsules'
+    confidences. trained: the kinds that the training has shown to the network as none of the classes. missing: by kind,
+    the reason why it was not measured.
     """
 
     calibration: Calibration
     objects: int
     exact: float
+    mean_confidences: Mapping[str, float]
     trained: frozenset[str]
     missing: Mapping[str, str]
 
@@ -131,7 +133,12 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, network: Network, tested
         rule.set_alarms(single, network.predict(single), rule.error)
         source += f"; the margin on {len(single):,} images with one object each"
     kinds = unknown_images(dataset, checkpoint.recipe, generator)
-    tested_confidences = confidences(evidence(tested.probabilities, arctanh=True), temperature, dataset.objects)
+    shown = {TEST_IMAGES: (dataset.test_images[:IMAGES], Prediction(*(array[:IMAGES] for array in tested)))}
+    shown |= {kind.name: (kind.images, network.predict(kind.images)) for kind in kinds.shown}
+
+    def confidences_of(answers: Prediction) -> NDArray[np.float64]:
+        return confidences(evidence(answers.probabilities, arctanh=True), temperature, dataset.objects)
+
     calibration = Calibration(
         temperature=temperature,
         objects=dataset.objects,
@@ -142,12 +149,17 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, network: Network, tested
         false_alarms=FALSE_ALARMS,
         images=len(labels),
         source=source,
-        ece=_errors_of_calibration(tested.probabilities, tested_confidences, dataset.test_labels),
-        detected=_detected(rule, dataset, tested, kinds),
+        ece=_errors_of_calibration(tested.probabilities, confidences_of(tested), dataset.test_labels),
+        detected={name: rule.findings(images, answers) for name, (images, answers) in shown.items()},
     )
-    trained = frozenset(kind.name for kind in kinds.shown if kind.trained)
-    exact = _exactly_present(tested.probabilities, dataset.test_labels, presence)
-    return Calibrated(calibration, dataset.objects, exact, trained, kinds.missing)
+    return Calibrated(
+        calibration,
+        dataset.objects,
+        exact=_exactly_present(tested.probabilities, dataset.test_labels, presence),
+        mean_confidences={name: float(confidences_of(answers).max(1).mean()) for name, (_, answers) in shown.items()},
+        trained=frozenset(kind.name for kind in kinds.shown if kind.trained),
+        missing=kinds.missing,
+    )
 
 
 def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torch.Generator) -> Sample:
@@ -275,9 +287,9 @@ class _Rule:
         if one.any():
             self.margin = math.floor(float(np.quantile(margins[one], common)) * _MARGIN_SCALE) / _MARGIN_SCALE
 
-    def findings(self, images: Tensor, found: Prediction | None = None) -> dict[str, float]:
+    def findings(self, images: Tensor, found: Prediction) -> dict[str, float]:
         """Return the shares of images (N, C, H, W): no class, several, suspicious, and one without doubt."""
-        present, margins, errors = self._measure(images, found or self._network.predict(images))
+        present, margins, errors = self._measure(images, found)
         count = present.sum(1)
         strange, close = errors > self.error, margins < self.margin
         shares = {
@@ -365,10 +377,3 @@ def _exactly_present(lengths: Floats, labels: Tensor, presence: tuple[float, ...
     true = np.zeros(lengths.shape, bool)
     np.put_along_axis(true, labels.reshape(len(labels), -1).numpy(), True, 1)
     return float(((lengths >= np.array(presence, np.float32)) == true).all(1).mean())
-
-
-def _detected(rule: _Rule, dataset: Dataset, tested: Prediction, kinds: UnknownImages) -> dict[str, dict[str, float]]:
-    """Return the findings on the test images, and on each kind of unknown images."""
-    count = min(IMAGES, len(dataset.test_images))
-    result = {TEST_IMAGES: rule.findings(dataset.test_images[:count], Prediction(*(part[:count] for part in tested)))}
-    return result | {kind.name: rule.findings(kind.images) for kind in kinds.shown}

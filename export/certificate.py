@@ -42,9 +42,9 @@ _ECE = (
     "those that the image shows."
 )
 _RIGHT_OF_SEVERAL = (
-    "Right is each class that the image shows, and it counts as 1 for the length, and as 1 / {objects} for the "
-    "confidence. Over the {objects} longest capsules of each image, their confidences differ by {confidences:.2f} "
-    "points. "
+    "An answer is right if the image shows its class. A right answer counts as 1 against the length, and as "
+    "1 / {objects} against the confidence. The confidences of the {objects} longest capsules of each image, taken "
+    "together, differ by {confidences:.2f} points. "
 )
 _ALARMS = (
     "**False alarms:** with the margin and the reconstruction error together, {share:.0%} of the measured images are "
@@ -54,7 +54,8 @@ _ALARMS_OF_SEVERAL = ", and as many of the images with one object, on which the 
 _DETECTION = (
     "**Detection:** the share of the images with no present class, with several, and with one. An image with one or "
     "several is suspicious if its reconstruction error is larger than the threshold, and an image with one also if its "
-    "margin is less; else the answer for one class is confident. {wanted} Only the kinds with "
+    "margin is less; else the answer for one class is confident. The mean confidence is that of the longest capsules. "
+    "{wanted} Only the kinds with "
     '"yes" were shown to the network in its training, as none of the classes. '
     "The server calls an image of one grey level blank, whatever its capsules say."
 )
@@ -150,10 +151,15 @@ def _calibration(calibrated: Calibrated) -> list[str]:
     points = {name: 100 * value for name, value in found.ece.items()}
     right = _RIGHT_OF_SEVERAL.format(**points, objects=objects) if objects > 1 else ""
     kinds = [
-        (kind, "yes" if kind in calibrated.trained else "", *(f"{100 * share:.1f} %" for share in findings.values()))
+        (
+            kind,
+            "yes" if kind in calibrated.trained else "",
+            *(f"{100 * share:.1f} %" for share in findings.values()),
+            f"{calibrated.mean_confidences[kind]:.3f}",
+        )
         for kind, findings in found.detected.items()
     ]
-    findings = list(next(iter(found.detected.values())))
+    findings = [*next(iter(found.detected.values())), "mean confidence"]
     kinds += [(kind, "", "not run", *[""] * (len(findings) - 1)) for kind in calibrated.missing]
     return [
         _CALIBRATION.format(images=found.images, source=found.source),

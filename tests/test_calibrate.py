@@ -1,5 +1,6 @@
 """Tests of the calibration: its figures, the images that it is measured on, and what it says of unknown images."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -342,6 +343,7 @@ def test_a_data_set_that_is_not_here_is_said_to_be_not_run(monkeypatch: pytest.M
     )
     assert "together, 5% of the measured images are suspicious or have no present class." in page
     assert "training images, since none were held out" in page
+    assert re.search(r"^\| test images \|  \| .* \| 100.0 % \| 0.9\d\d \|$", page, re.MULTILINE), "the mean confidence"
 
 
 def test_a_certificate_says_what_is_right_of_several_objects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,8 +355,8 @@ def test_a_certificate_says_what_is_right_of_several_objects(monkeypatch: pytest
     tolerance = {"difference": None, "mean_difference": None, "labels_changed": None, "more_errors": None}
     variant = Variant("model.onnx", test_images=1, images_per_second={"1": 1.0}, tolerance=tolerance)
     page = certificate("a", "1", Training("multimnist"), {"fp32": variant}, {}, {}, {}, result)
-    assert "expected calibration error in 15 bins of equal width). Right is each class that the image shows" in page
-    assert "as 1 for the length, and as 1 / 2 for the confidence" in page
+    assert "expected calibration error in 15 bins of equal width). An answer is right if the image shows its" in page
+    assert "A right answer counts as 1 against the length, and as 1 / 2 against the confidence." in page
     assert "2 times the confidence is the probability that the class is shown" in page
 
 
