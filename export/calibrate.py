@@ -123,7 +123,8 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, network: Network, tested
     found = network.predict(sample.images)
     known = (sample.labels[:, 0] != NONE).numpy()
     labels = sample.labels.numpy()
-    temperature = fit_temperature(evidence(found.probabilities[known], arctanh=True), labels[known])
+    seen = evidence(found.probabilities[known].astype(np.float64), arctanh=True)
+    temperature = fit_temperature(seen, labels[known])
     presence = balanced_thresholds(found.probabilities, labels)
     source = sample.source
     rule = _Rule(network, presence)
@@ -136,7 +137,7 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, network: Network, tested
     shown = {TEST_IMAGES: (dataset.test_images[:IMAGES], Prediction(*(array[:IMAGES] for array in tested)))}
     shown |= {kind.name: (kind.images, network.predict(kind.images)) for kind in kinds.shown}
 
-    def confidences_of(answers: Prediction) -> NDArray[np.float64]:
+    def confidences_of(answers: Prediction) -> NDArray[np.floating]:
         return confidences(evidence(answers.probabilities, arctanh=True), temperature, dataset.objects)
 
     calibration = Calibration(
@@ -186,7 +187,7 @@ def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torc
     return Sample(images, labels.reshape(len(labels), -1), f"{said}, in new compositions")
 
 
-def fit_temperature(found: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+def fit_temperature(found: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
     """Return the temperature of ``confidences`` for which the sets of the images' labels are the most probable.
 
     It minimises the cross-entropy, which is convex in 1 / temperature. found: the evidence for the classes, (N, J).
@@ -351,7 +352,7 @@ def _single_objects(dataset: Dataset, generator: torch.Generator) -> Tensor:
     return place(dataset.train_images[chosen], dataset.canvas, generator)
 
 
-def _errors_of_calibration(lengths: Floats, found: NDArray[np.float64], labels: Tensor) -> dict[str, float]:
+def _errors_of_calibration(lengths: Floats, found: NDArray[np.floating], labels: Tensor) -> dict[str, float]:
     """Return the expected calibration errors of the longest capsule's length and of its confidence, on test images.
 
     found: the confidences, (N, J). With K objects an image, a right class is right as length, and for 1 / K as

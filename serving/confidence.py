@@ -12,52 +12,54 @@ Axes: B images, J classes.
 import numpy as np
 from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
+#: Numbers in single or double precision.
+Floats = NDArray[np.floating]
 
-# The longest capsule in single precision, and so the largest evidence, 8.7: arctanh(1) is infinite.
+# The longest length below 1 in single precision, and so the largest evidence, 8.7: arctanh(1) is infinite.
 _MAX_LENGTH = 1 - 2.0**-24
-# So far below the largest, logarithms are raised, since the products of K small weights must not all become 0.
-_MAX_LOG_WEIGHT_RANGE = 600.0
+# The largest distance of K weights' logarithms in all, since the products of small weights must not become 0.
+_MAX_LOG_RANGE = 600.0
 
 
-def evidence(lengths: NDArray[np.floating], arctanh: bool) -> Doubles:
+def evidence(lengths: Floats, arctanh: bool) -> Floats:
     """Return what the lengths of capsules (B, J) say for their classes, (B, J): arctanh(length), or the length itself.
 
     Unlike the length, its arctanh has no upper end, so it tells a capsule of 0.95 from one of 0.9 as well as one of 0.5
     from one of 0.2. Softmax of the lengths is surer of images that show no class.
     """
-    values = lengths.astype(np.float64)
-    return np.arctanh(np.minimum(values, _MAX_LENGTH)) if arctanh else values
+    return np.arctanh(np.minimum(lengths, _MAX_LENGTH)) if arctanh else lengths
 
 
-def confidences(found: Doubles, temperature: float, objects: int = 1) -> Doubles:
+def confidences(found: Floats, temperature: float, objects: int = 1) -> Floats:
     """Return the confidences of classes (B, J), which add up to 1, from their evidence. objects: K, up to J."""
     weights = _weights_of_sets(_weights(found, _largest(found), temperature, objects), objects)
     weights /= np.add.reduce(weights, 1, keepdims=True)
     return weights
 
 
-def log_weight(found: Doubles, temperature: float, objects: int = 1) -> Doubles:
+def log_weight(found: Floats, temperature: float, objects: int = 1) -> Floats:
     """Return the logarithm of the sum of the weights exp(evidence / temperature) of all sets of K classes, (B,)."""
     largest = _largest(found)
     weights = _weights_of_sets(_weights(found, largest, temperature, objects), objects)
     # Each set is counted for each of its K classes.
-    result: Doubles = np.log(np.add.reduce(weights, 1) / objects) + objects * largest[:, 0] / temperature
+    result: Floats = np.log(np.add.reduce(weights, 1) / objects) + objects * largest[:, 0] / temperature
     return result
 
 
-def _largest(found: Doubles) -> Doubles:
-    return np.maximum.reduce(found, 1, keepdims=True)
+def _largest(found: Floats) -> Floats:
+    largest: Floats = np.maximum.reduce(found, 1, keepdims=True)
+    return largest
 
 
-def _weights(found: Doubles, largest: Doubles, temperature: float, objects: int) -> Doubles:
-    """Return exp(evidence / temperature) of classes (B, J), divided by the largest."""
+def _weights(found: Floats, largest: Floats, temperature: float, objects: int) -> Floats:
+    """Return exp(evidence / temperature) of classes (B, J), divided by the largest; in double precision for sets."""
     logarithms = (found - largest) * (1 / temperature)
-    result: Doubles = np.exp(np.maximum(logarithms, -_MAX_LOG_WEIGHT_RANGE / objects))
-    return result
+    if objects > 1:
+        logarithms = np.maximum(logarithms, -_MAX_LOG_RANGE / objects).astype(np.float64)
+    return np.exp(logarithms)
 
 
-def _weights_of_sets(weights: Doubles, objects: int) -> Doubles:
+def _weights_of_sets(weights: Floats, objects: int) -> Floats:
     """Return, for each class, the sum of the weights of the sets of K classes that it is in, (B, J).
 
     The weight of a set is the product of its classes' weights (B, J). No sum has a negative part, which would take the
@@ -67,12 +69,12 @@ def _weights_of_sets(weights: Doubles, objects: int) -> Doubles:
         return weights
     before = _sums_before(weights, objects)
     after = [sums[:, ::-1] for sums in _sums_before(weights[:, ::-1], objects)]
-    others: Doubles = np.add.reduce([before[count] * after[objects - 1 - count] for count in range(objects)])
+    others: Floats = np.add.reduce([before[count] * after[objects - 1 - count] for count in range(objects)])
     others *= weights
     return others
 
 
-def _sums_before(weights: Doubles, objects: int) -> list[Doubles]:
+def _sums_before(weights: Floats, objects: int) -> list[Floats]:
     """Return, for each number of classes below K, the sum of the weights of their sets before each class, (B, J)."""
     sums = [np.ones_like(weights)]
     for _ in range(objects - 1):

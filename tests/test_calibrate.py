@@ -109,9 +109,10 @@ def test_the_temperature_of_pairs_is_the_one_that_they_were_drawn_with() -> None
 def test_a_network_without_mistakes_has_a_temperature_and_finite_confidences() -> None:
     classes = list(range(10)) * 10
     lengths = lengths_of(classes)
-    temperature = fit_temperature(evidence(lengths, arctanh=True), labels_of(*classes))
+    seen = evidence(lengths.astype(np.float64), arctanh=True)
+    temperature = fit_temperature(seen, labels_of(*classes))
     assert MIN_TEMPERATURE < temperature < 1
-    found = confidences(evidence(lengths, arctanh=True), temperature)
+    found = confidences(seen, temperature)
     np.testing.assert_allclose(found.sum(1), 1)
     assert found.max() == pytest.approx(1 - 1 / 102, rel=0.01), "one mistake more than it has made"
 

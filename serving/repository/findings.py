@@ -105,7 +105,7 @@ class Findings:
         """Return the calibrated confidences of classes from the lengths of their capsules, both (B, J)."""
         calibration = self._calibration
         found = evidence(lengths, calibration.arctanh)
-        return confidences(found, calibration.temperature, calibration.objects).astype(np.float32)
+        return np.asarray(confidences(found, calibration.temperature, calibration.objects), np.float32)
 
 
 def present_classes(lengths: Array, present: Array) -> list[int]:
