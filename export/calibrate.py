@@ -62,14 +62,12 @@ class Sample(NamedTuple):
 class Calibrated(NamedTuple):
     """A calibration, and what its certificate says beside its figures.
 
-    objects: K, the number of objects in an image. exact: the share of the test images in which the present classes are
-    exactly their labels. mean_confidences: by kind of ``calibration.detected``, the mean of the longest capsules'
-    confidences. trained: the kinds that the training has shown to the network as none of the classes. missing: by kind,
-    the reason why it was not measured.
+    exact: the share of the test images in which the present classes are exactly their labels. mean_confidences: by kind
+    of ``calibration.detected``, the mean of the longest capsules' confidences. trained: the kinds that the training has
+    shown to the network as none of the classes. missing: by kind, the reason why it was not measured.
     """
 
     calibration: Calibration
-    objects: int
     exact: float
     mean_confidences: Mapping[str, float]
     trained: frozenset[str]
@@ -155,7 +153,6 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, network: Network, tested
     )
     return Calibrated(
         calibration,
-        dataset.objects,
         exact=_exactly_present(tested.probabilities, dataset.test_labels, presence),
         mean_confidences={name: float(confidences_of(answers).max(1).mean()) for name, (_, answers) in shown.items()},
         trained=frozenset(kind.name for kind in kinds.shown if kind.trained),
@@ -190,10 +187,10 @@ def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torc
 def fit_temperature(found: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
     """Return the temperature of ``confidences`` for which the sets of the images' labels are the most probable.
 
-    It minimises the cross-entropy, which is convex in 1 / temperature. found: the evidence for the classes, (N, J).
-    labels: (N, K), of K different classes an image. A share of 1 / (N + 2) of the targets goes to the other classes
-    (Platt, "Probabilistic Outputs for Support Vector Machines", 1999), so that images without a mistake do not lead
-    to a temperature of 0.
+    It minimises the cross-entropy of the sets, which is convex in 1 / temperature. found: the evidence for the classes,
+    (N, J). labels: (N, K), of K different classes an image. A share of 1 / (N + 2) of the targets goes to the other
+    classes (Platt, "Probabilistic Outputs for Support Vector Machines", 1999), so that images without a mistake do not
+    lead to a temperature of 0.
     """
     (count, classes), objects = found.shape, labels.shape[1]
     others = classes - objects

@@ -139,7 +139,7 @@ def _calibration(calibrated: Calibrated) -> list[str]:
     presence = f"{min(found.presence):g} to {max(found.presence):g}"
     if len(found.presence) <= _MAX_SHOWN_CLASSES:
         presence = f"{presence} (by class: {shown})"
-    objects = calibrated.objects
+    objects = found.objects
     rows = [
         ("temperature", f"{found.temperature:g}", _ONE if objects == 1 else _SEVERAL.format(objects=objects)),
         ("presence", presence, "the least length of a present class; as many images miss a class as have it falsely"),

@@ -4,7 +4,7 @@ An image is taken to show K objects of different classes. The weight of a set of
 of their evidence, and the confidence of a class is the probability that an object of the image, chosen at random, is of
 this class. With one object this is the softmax of the evidence. With several it is the inclusion probability of
 conditional Poisson sampling, divided by K: two objects that are surely there have 0.5 each, whichever is longer.
-Source: Chen, Dempster and Liu, "Weighted finite population sampling to maximize entropy" (1994), section 2.
+Source: Chen, Dempster and Liu, "Weighted finite population sampling to maximize entropy" (1994).
 
 Axes: B images, J classes.
 """

@@ -166,7 +166,9 @@ def test_a_network_of_pairs_tells_how_much_confidence_one_digit_can_have(page: "
     draw(page, THREE)
     wait_for_verdict(page, "It is 3")
     detail = page.locator("#detail").inner_text()
-    assert re.match(r"Confidence (49\.\d|50\.0) % of at most 50\.0 %, since this network takes an image to show 2 ", detail)
+    assert re.match(
+        r"Confidence (49\.\d|50\.0) % of at most 50\.0 %, since this network takes an image to show 2 ", detail
+    )
 
 
 @pytest.mark.parametrize("width", [360, 768, WIDTH])
