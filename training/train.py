@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,6 +29,7 @@ from training.loss import distillation_loss, margin_loss, presence_loss, reconst
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 from training.optimization import cosine_factor, exponential_factor, parameter_groups
 from training.precision import avoid_matrix_tiles, default_precision
+from training.progress import ShowProgress
 from training.provenance import process_count, provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
 from training.run_folder import BEST_FILE, CHECKPOINT_FILE, RESUME_FILE, checkpoint_path
@@ -401,7 +402,7 @@ def _trainer(
     if keep_best:
         callbacks.append(keep_best)
     if progress:
-        callbacks.append(TQDMProgressBar(leave=True))
+        callbacks.append(ShowProgress())
     csv = CSVLogger(folder, name="logs")
     return lightning.Trainer(
         accelerator=accelerator,
@@ -415,7 +416,7 @@ def _trainer(
         max_epochs=recipe.epochs,
         callbacks=callbacks,
         logger=[csv, TensorBoardLogger(folder, name="logs", version=csv.version)],
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         plugins=[WholeFiles()],
