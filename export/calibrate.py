@@ -22,7 +22,7 @@ from training.data.augment import Augmentation
 from training.data.compose import place, scenes
 from training.data.datasets import Dataset, split
 from training.data.specs import NONE
-from training.evaluate import PRESENT_LENGTH
+from training.evaluate import PRESENT_LENGTH, expected_calibration_error
 from training.model import to_pixels
 from training.recipe import AUGMENTATION_NAMES, HELD_OUT_SHARE, SHIFT_SHARE
 
@@ -33,7 +33,6 @@ MAX_COPIES = 2
 FALSE_ALARMS = 0.05
 #: The weight of the threshold of all classes together against that of one class, in mistakes.
 PRIOR_MISTAKES = 10
-ECE_BINS = 15
 #: The images with one object, for a network of several.
 SINGLE_IMAGES = 2_000
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0
@@ -240,17 +239,6 @@ def _balanced(true: Floats, false: Floats) -> tuple[float, int]:
     differences = np.abs(missed - falsely)
     (best,) = np.nonzero(differences == differences.min())
     return float((edges[best[0]] + edges[best[-1] + 1]) / 2), int(missed[best[0]] + falsely[best[0]])
-
-
-def expected_calibration_error(predicted: NDArray[np.floating], right: NDArray[np.floating]) -> float:
-    """Return the mean distance, over images, between the predictions in a bin and the share of right ones in it.
-
-    predicted: (N,), from 0 to 1, in ECE_BINS bins of equal width. right: (N,), from 0 to 1. Source: Guo et al., "On
-    Calibration of Modern Neural Networks" (2017), section 2.
-    """
-    bins = np.minimum((predicted * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=right - predicted, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(predicted))
 
 
 class _Rule:

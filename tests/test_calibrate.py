@@ -19,7 +19,6 @@ from export.calibrate import (
     balanced_thresholds,
     calibrate,
     calibration_sample,
-    expected_calibration_error,
     fit_temperature,
 )
 from export.certificate import certificate
@@ -34,6 +33,7 @@ from training.data import datasets
 from training.data.datasets import Dataset, split
 from training.data.sources import DatasetError
 from training.data.specs import NONE
+from training.evaluate import expected_calibration_error
 from training.model import CapsNetConfig
 
 LABELS = tuple("0123456789")
