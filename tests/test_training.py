@@ -722,7 +722,7 @@ def test_mistakes_are_the_images_that_get_another_class_than_their_label() -> No
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Set up ``python -m training`` with a tiny network and data set. Return the folder for its run."""
     monkeypatch.setitem(CONFIGS, "compact", CONFIG)
-    monkeypatch.setattr(training.data.datasets, "load", lambda name, folder, **_: replace(DATASET, name=name))
+    monkeypatch.setattr(training.data.datasets, "load", lambda name, *_, **__: replace(DATASET, name=name))
     monkeypatch.setattr(training.report, "write_report", lambda folder, *_: (folder / REPORT_FILE).touch())
     return tmp_path / "runs" / "tiny"
 

@@ -153,7 +153,7 @@ def _train(
         if options.data:
             dataset = datasets.load_folder(options.data, options.image_size, progress=first)
         else:
-            dataset = datasets.load(options.data_name, options.data_dir, progress=first)
+            dataset = datasets.load(options.data_name, options.data_dir, options.source, progress=first)
         for note in dataset.notes if first else ():
             print(f"note: {note}", file=sys.stderr)
         channels, size, _ = dataset.image_shape

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files.options import check, option
+from training.data.sources import PACKAGE_SOURCES
 from training.data.specs import NAMES
 
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
@@ -262,6 +263,12 @@ class RunOptions:
     )
     data_dir: Path | None = option(
         None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
+    )
+    source: str | None = option(
+        None,
+        "a package manager to ask for the dataset's files where no folder and no mirror has them",
+        choices=tuple(PACKAGE_SOURCES),
+        shown="none is asked",
     )
     out: Path | None = option(None, "the run's folder", parse=Path, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED")
     resume: bool = option(False, "continue the interrupted run in the run's folder", shown="")

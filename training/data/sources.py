@@ -144,6 +144,20 @@ class DebianPackage:
             return list(Folder(Path(folder, "content", self.folder)).read(names, progress))
 
 
+#: The sources that are asked only if the user names them, since they run a package manager.
+PACKAGE_SOURCES: dict[str, type[NpmPackage] | type[DebianPackage]] = {"npm": NpmPackage, "apt": DebianPackage}
+
+
+def asked(sources: Iterable[Source], named: str | None) -> list[Source]:
+    """Return the sources without those of PACKAGE_SOURCES, except the one of them that is named."""
+    return [one for one in sources if (name := package_manager(one)) is None or name == named]
+
+
+def package_manager(source: Source) -> str | None:
+    """Return the name in PACKAGE_SOURCES of a source's kind, or None for another kind."""
+    return next((name for name, kind in PACKAGE_SOURCES.items() if isinstance(source, kind)), None)
+
+
 def read_verified(
     source: Source, digests: Mapping[str, str], unpack: Callable[[bytes], bytes], progress: bool
 ) -> dict[str, bytes]:
