@@ -4,6 +4,7 @@ import asyncio
 import errno
 import gc
 import logging
+import platform
 import signal
 import socket
 import time
@@ -244,7 +245,8 @@ class Server:
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log the addresses, and a warning if the settings ask for more threads than cores."""
+        """Log the versions and the addresses, and a warning if the settings ask for more threads than cores."""
+        _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -261,7 +263,18 @@ class Server:
         web = "https" if self._access.certificates else "http"
         if self.http_port:
             _logger.info("HTTP on %s://%s:%d", web, host, self.http_port)
+        _logger.info("try this: %s", self._first_request())
         _logger.info("gRPC on %s:%d, metrics on %s://%s:%d/metrics", host, self.port, web, host, self.metrics_port)
+
+    def _first_request(self) -> str:
+        """Return a way to ask the server from this machine, for the log."""
+        here = "127.0.0.1" if self._host in ("0.0.0.0", "::") else self._host
+        here = f"[{here}]" if ":" in here else here
+        encrypted = self._access.certificates is not None
+        if self.http_port:
+            return f"open {'https' if encrypted else 'http'}://{here}:{self.http_port}/ in a browser"
+        tls = " --tls" if encrypted else ""
+        return f"python -m serving.client --address {here}:{self.port}{tls} IMAGE.png"
 
     def _limits(self) -> TransportLimits:
         """Return the limits of a port, and the functions that count and log them."""
