@@ -85,8 +85,6 @@ def export_checkpoint(
     """
     network = checkpoint.model()
     _check_fit(checkpoint, dataset)
-    batches = choices.batches
-    options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
     triton.check_labels(checkpoint.labels)
     training = _training(checkpoint, dataset)
     with ArtifactWriter(out, name, version) as writer:
@@ -112,16 +110,23 @@ def export_checkpoint(
                 files=writer.files,
                 variants=graphs.variants,
                 graphs=graphs.graphs,
-                batches=batches,
+                batches=choices.batches,
                 training=training,
                 preparation=Preparation(**asdict(preparation_of(dataset.name))),
                 calibration=calibrated.calibration,
             )
         )
-    model_folder = artifact.folder.parent
-    if not any(int(other.name) > int(version) for other in model_folder.iterdir() if other.name.isdecimal()):
-        triton.write(model_folder, artifact.labels, artifact.image_shape, artifact.pose_size, options)
+    _write_for_triton(artifact, choices.batches)
     return Export(artifact, graphs.failures)
+
+
+def _write_for_triton(artifact: Artifact, batches: BatchProfile) -> None:
+    """Write Triton's files beside the versions of a model, if the artifact is the highest of them."""
+    folder = artifact.folder.parent
+    if any(int(other.name) > int(artifact.version) for other in folder.iterdir() if other.name.isdecimal()):
+        return
+    options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
+    triton.write(folder, artifact.labels, artifact.image_shape, artifact.pose_size, options)
 
 
 def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Tensor:
