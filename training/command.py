@@ -17,6 +17,7 @@ from training.data.folder import find_images, require_negatives
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
 from training.run_folder import CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE, SETTINGS_FILE
+from training.tracking import TrackerError, missing
 
 if TYPE_CHECKING:
     from training.data.datasets import Dataset
@@ -26,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The folder of the run cannot be used. The text says why."""
+    """The run cannot start: its folder or a package cannot be used. The text says why."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +56,8 @@ def run_command(arguments: list[str] | None = None) -> int:
     try:
         settings = _settings(options, recipe, changes)
         _check_folder(folder, settings, options.resume)
+        if options.track and (reason := missing(options.track)):
+            raise Refused(reason)
         if options.data is not None:
             require_negatives(options.data, find_images(options.data))
         return _train(command, options, recipe, changes, folder, settings)
@@ -163,8 +166,8 @@ def _train(
             if options.resume and (folder / CHECKPOINT_FILE).exists():
                 _set_aside(folder)
             (folder / SETTINGS_FILE).write_text(settings)
-        result = train.run(config, dataset, recipe, folder, resume=options.resume)
-    except (DatasetError, train.TrainingError, ValueError, OSError) as error:
+        result = train.run(config, dataset, recipe, folder, resume=options.resume, track=options.track)
+    except (DatasetError, TrackerError, train.TrainingError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except Interrupted:

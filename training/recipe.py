@@ -10,6 +10,7 @@ from pathlib import Path
 from serving.files.options import check, option
 from training.data.sources import PACKAGE_SOURCES
 from training.data.specs import NAMES
+from training.tracking import TRACKERS
 
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
 OPTIMIZERS = ("adam", "adamw")
@@ -269,6 +270,12 @@ class RunOptions:
         "a package manager to ask for the dataset's files where no folder and no mirror has them",
         choices=tuple(PACKAGE_SOURCES),
         shown="none is asked",
+    )
+    track: str | None = option(
+        None,
+        "log the figures there too; the extra of the same name installs its package",
+        choices=TRACKERS,
+        shown="none",
     )
     out: Path | None = option(None, "the run's folder", parse=Path, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED")
     resume: bool = option(False, "continue the interrupted run in the run's folder", shown="")
