@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 MIRROR_TIMEOUT_SECONDS = 5.0
 PACKAGE_TIMEOUT_SECONDS = 120.0
-MAX_FILE_BYTES = 2**26
+MAX_FILE_BYTES = 2**28
 CHUNK_BYTES = 2**16
 #: The errors of a source that cannot give its files.
 SOURCE_ERRORS = (
