@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -410,6 +411,10 @@ def test_the_report_of_a_finished_run_is_written_again(
     assert report.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'report.md'}\n"
     assert f"({errors} of " in (tmp_path / "report.md").read_text()
+
+    monkeypatch.setattr("training.report.predict", Mock(side_effect=KeyboardInterrupt))
+    assert report.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
     assert report.main([str(tmp_path / "nowhere")]) == 1
     assert "capsnet.pt: no such file" in capsys.readouterr().err

@@ -995,6 +995,16 @@ def test_ctrl_c_before_the_first_step_is_one_line(
     monkeypatch.undo()
 
 
+def test_ctrl_c_while_the_report_is_written_says_that_the_network_is_trained(
+    command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training.report, "write_report", Mock(side_effect=KeyboardInterrupt))
+    assert main([*FLAGS, f"--out={command}"]) == 130
+    told = f"interrupted; the network is trained, python -m training.report {command} writes its report\n"
+    assert capsys.readouterr().err.endswith(f"\n{told}")
+    assert (command / CHECKPOINT_FILE).exists()
+
+
 def test_the_command_prints_the_notes_on_the_data(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

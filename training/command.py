@@ -68,9 +68,15 @@ def run_command(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        begun = (folder / RESUME_FILE).exists()
-        print("\ninterrupted" + ("; --resume goes on from the last whole epoch" if begun else ""), file=sys.stderr)
+        print("\ninterrupted" + _way_on(folder), file=sys.stderr)
         return 130
+
+
+def _way_on(folder: Path) -> str:
+    """Return the words that tell how to go on after an interruption."""
+    if (folder / CHECKPOINT_FILE).exists():
+        return f"; the network is trained, python -m training.report {folder} writes its report"
+    return "; --resume goes on from the last whole epoch" if (folder / RESUME_FILE).exists() else ""
 
 
 def _settings(options: RunOptions, recipe: Recipe, changes: NetworkChanges) -> str:

@@ -461,6 +461,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, DatasetError, PictureError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     print(f"wrote {options.out}")
     return 0
 
