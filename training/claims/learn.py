@@ -82,6 +82,8 @@ def groups(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
 def _train_group(jobs: Sequence[Job], images: Images, sets: Sets, shop: Workshop) -> bool:
     """Train jobs at once, score and store them; return False if the deadline is too near for it."""
     begin = time.perf_counter()
+    if shop.deadline is not None and begin > shop.deadline:
+        return False
     streams: dict[tuple[int, int], Stream] = {(job.seed, job.per_class): stream(job, images) for job in jobs}
     buffers = {key: Chunk(*(values.clone() for values in fresh())) for key, fresh in streams.items()}
     learners = [_learner(job, buffers[job.seed, job.per_class], shop.device) for job in jobs]
