@@ -86,9 +86,8 @@ def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
     if train_only:
         return 1 if left else 0
     unmeasured = _measured(settings, store, images)
-    write_report(
-        collect(rows(), settings.scale, store, settings.command), _all_jobs(settings.scale), store, settings.report
-    )
+    report = collect(rows(), settings.scale, store, settings.command)
+    write_report(report, jobs_of(rows(), settings.scale), store, settings.report)
     print(f"the report: {settings.report}")
     return 1 if left or unmeasured else 0
 
