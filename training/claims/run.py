@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Never
 
 import torch
 from tqdm import tqdm
@@ -144,7 +145,7 @@ def _trained(settings: Settings, store: Store, images: Images, device: torch.dev
 
 
 @contextmanager
-def _bar(name: str, total: int) -> Iterator["tqdm[None]"]:
+def _bar(name: str, total: int) -> Iterator["tqdm[Never]"]:
     with tqdm(desc=name, total=total, unit=name.removesuffix("s"), dynamic_ncols=True) as bar:
         yield bar
 

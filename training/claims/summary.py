@@ -34,7 +34,7 @@ class Entry:
     @property
     def measuring_minutes(self) -> float:
         """Return the time of the row's measurement."""
-        return self.judged.result.origin["seconds"] / 60 if self.judged else 0.0
+        return float(self.judged.result.origin["seconds"]) / 60 if self.judged else 0.0
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def measure(bench: Bench) -> Evidence:
             "right at the end, %": {kind: [round(float(one.mean()), 3) for one in last[kind]] for kind in KINDS},
         },
         pictures={title: curves(title, "errors on upright digits, %", "right on distorted digits, %", lines)},
-        said=f"Both misread {100 * target:.2f} % of upright digits. Of 100 distorted ones, the capsule network reads"
+        said=f"Both misread at most {100 * target:.2f} % of upright digits. Of 100 distorted ones, the capsule network reads"
         f" {mean(matched['K3']):.1f} and the plain network {mean(matched['C0']):.1f}.",
     )
 

@@ -31,12 +31,14 @@ def jobs(scale: Scale) -> list[Job]:
 
 def both_right(arrays: Arrays) -> Outcomes:
     """Return 100 for each pair of which both digits are the answer, else 0: (N,)."""
-    return 100.0 * (arrays["answers"] == arrays["labels"]).all(1)
+    right: Outcomes = 100.0 * (arrays["answers"] == arrays["labels"]).all(1)
+    return right
 
 
 def digits_right(arrays: Arrays) -> Outcomes:
     """Return the percentage of each pair's two digits that are in the answer: (N,)."""
-    return 50.0 * (arrays["answers"][:, :, None] == arrays["labels"][:, None]).any(1).sum(1)
+    right: Outcomes = 50.0 * (arrays["answers"][:, :, None] == arrays["labels"][:, None]).any(1).sum(1)
+    return right
 
 
 def measure(bench: Bench) -> Evidence:
