@@ -19,7 +19,7 @@ CLAIM = Claim(
     sentence="A capsule network is confused by two equal digits that stand close together: its authors say so.",
     paper="named as a limit without a figure: at one place, a capsule can stand for one object of its kind alone"
     " (Sabour et al. 2017)",
-    counter="",
+    counter="Doerig et al. 2020 (PLOS Computational Biology): of many networks capsules alone explain uncrowding",
     decides="right answers to two equal digits 2 to 14 px apart, plain less capsules, in percentage points",
     enough=1.0,
     limits="The networks were trained on single digits, as in the row of turned and stretched digits.",
