@@ -38,7 +38,7 @@ from training.claims.rows import detection, one_pixel, white_box
 from training.claims.rows.white_box import ATTACKS, CLAIM, SIMPLE, Case
 from training.claims.store import Store, round_weights
 
-EFFORT = Effort(white_box=12, one_pixel=3, detection=8, steps=8, restarts=2)
+EFFORT = Effort(white_box=6, one_pixel=1, detection=4, steps=4, restarts=1)
 ROUNDING = 1e-6
 Net = CapsuleNet | PlainNet
 
@@ -54,31 +54,34 @@ def digits() -> Labelled:
 
 @pytest.fixture(scope="module")
 def nets(digits: Labelled) -> dict[str, Net]:
-    """Return a tiny network of each kind that has learned most digits."""
-    return {kind: learned(kind, digits) for kind in KINDS}
+    """Return a tiny network of each kind. Two have learned most digits; the other kinds have the same weights."""
+    nets: dict[str, Net] = {}
+    for kind, other in (("K3", "K1"), ("C0r", "C0")):
+        nets[kind] = learned(kind, digits)
+        nets[other] = build(NetSpec(other, "tiny")).requires_grad_(False).eval()
+        nets[other].load_state_dict(nets[kind].state_dict(), strict=False)
+    return nets
 
 
 def learned(kind: str, digits: Labelled) -> Net:
     torch.manual_seed(1)
     net = build(NetSpec(kind, "tiny"))
-    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    for step in range(60):
-        part = slice(64 * step % 3000, 64 * step % 3000 + 64)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for start in range(0, 40 * 32, 32):
+        part = slice(start, start + 32)
         images = digits.images[part].float() / 255
         loss = net.loss(images, images.unsqueeze(1), digits.labels[part].unsqueeze(1), 0.0005)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     round_weights(net)
-    for weight in net.parameters():
-        weight.requires_grad_(False)
-    return net.eval()
+    return net.requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
 def few(digits: Labelled) -> tuple[Tensor, Tensor]:
     """Return digits that no network has learned from: pixels and labels."""
-    return digits.images[-48:].float() / 255, digits.labels[-48:]
+    return digits.images[-24:].float() / 255, digits.labels[-24:]
 
 
 @pytest.mark.parametrize("kind", ["K3", "C0"])
@@ -112,8 +115,8 @@ def test_many_small_steps_reach_at_least_as_much_as_one_large_step(
 ) -> None:
     images, labels = few
     aim = by_rival(nets[kind])
-    for bound in (0.03, 0.06, 0.1):
-        one, many = fgsm(aim, images, labels, bound), pgd(aim, images, labels, bound, 1, steps=20, restarts=2)
+    for bound in (0.05, 0.1):
+        one, many = fgsm(aim, images, labels, bound), pgd(aim, images, labels, bound, 1, steps=10, restarts=1)
         assert many.reached.sum() >= one.reached.sum()
     clean = fooled_by(open_scores(nets[kind])(images), labels)
     assert clean.float().mean() < 0.5 < many.reached.float().mean()
@@ -234,7 +237,7 @@ def test_by_the_simple_attack_alone_the_report_would_have_lied_and_says_so(
     found = {
         kind: [
             white_box.attack(Case(net, images, labels, EFFORT, seed), lambda _: None)  # type: ignore[arg-type]
-            for seed in (1, 2)
+            for seed in (1,)
         ]
         for kind, net in nets.items()
     }
@@ -265,10 +268,10 @@ def test_an_image_that_falls_to_a_small_change_falls_to_a_larger_one() -> None:
 
 
 def test_every_pixel_is_tried_black_and_white(nets: dict[str, Net], few: tuple[Tensor, Tensor]) -> None:
-    images, labels = few[0][:3], few[1][:3]
+    images, labels = few[0][:2], few[1][:2]
     scores = nets["C0"].scores
     search = every_pixel(scores, images, labels)
-    assert search.tried.tolist() == [784 * 2] * 3
+    assert search.tried.tolist() == [784 * 2] * 2
     assert ((search.images != images).flatten(1).sum(1) <= 1).all()
     for image, label, worst, turned in zip(images, labels, search.images, search.turned, strict=True):
         changed = image.repeat(784 * 2, 1, 1, 1)
@@ -302,7 +305,7 @@ def test_a_pixel_of_a_colour_image_changes_in_all_channels() -> None:
 
 def test_a_detector_flags_its_share_of_ordinary_images(nets: dict[str, Net], digits: Labelled) -> None:
     net = nets["K3"]
-    ordinary = digits.images[3000:3400].float() / 255
+    ordinary = digits.images[3000:3200].float() / 255
     assert set(detectors(net)) == {"reconstruction", "margin", "length"}
     assert set(detectors(nets["C0"])) == {"margin", "length"}
     for suspicion in detectors(net).values():
@@ -315,19 +318,19 @@ def test_an_attacker_who_knows_the_detector_passes_it(
     nets: dict[str, Net], digits: Labelled, few: tuple[Tensor, Tensor], in_turn: bool
 ) -> None:
     net, (images, labels) = nets["K3"], few
-    detector = Detector.fitted(closeness, net, digits.images[3000:3400].float() / 255)
-    attacked = pgd(evading(net, detector, in_turn), images, labels, 0.3, 1, steps=20, restarts=1)
+    detector = Detector.fitted(closeness, net, digits.images[3000:3200].float() / 255)
+    attacked = pgd(evading(net, detector, in_turn), images, labels, 0.3, 1, steps=10, restarts=1)
     assert (attacked.images - images).abs().max() <= 0.3 + ROUNDING
     wrong = fooled_by(net.scores(attacked.images), labels)
     assert torch.equal(attacked.reached, wrong & ~detector.flags(net, attacked.images))
-    near = pgd(by_rival(net), images, labels, 0.3, 1, steps=20, restarts=1)
+    near = pgd(by_rival(net), images, labels, 0.3, 1, steps=10, restarts=1)
     assert attacked.reached.sum() > (near.reached & ~detector.flags(net, near.images)).sum()
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, nets: dict[str, Net], digits: Labelled) -> Bench:
-    """Return a bench with these networks as those of two seeds."""
-    scale = replace(SCALES["quick"], resamples=100)
+    """Return a bench with these networks as those of a run."""
+    scale = replace(SCALES["quick"], seeds=(1,), resamples=100)
     store = Store(tmp_path_factory.mktemp("claims"))
     for kind, net in nets.items():
         for job in scale.base([kind]):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from training.claims.attacks import by_rival, fooled_by, open_scores, pgd, unending
 from training.claims.bench import Bench
@@ -155,7 +156,7 @@ def evidence(found: Mapping[str, Sequence[Arrays]]) -> Evidence:
     )
 
 
-def _by_bound(silent: Sequence[np.ndarray]) -> dict[str, float]:
+def _by_bound(silent: Sequence[NDArray[np.bool_]]) -> dict[str, float]:
     means = np.mean([np.logical_or.accumulate(one, axis=0) for one in silent], axis=(0, 2))
     return {f"{bound}": round(100 * float(mean), 2) for bound, mean in zip(BOUNDS, means, strict=True)}
 

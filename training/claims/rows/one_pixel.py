@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from training.claims.attacks import every_pixel, open_scores
 from training.claims.bench import Bench
-from training.claims.drawing import NAMES, tiles
+from training.claims.drawing import NAMES, png
 from training.claims.effort import EFFORTS, KINDS, by_network, sample
 from training.claims.evidence import Comparison, Evidence, Outcomes
 from training.claims.jobs import Job, Scale
@@ -25,7 +27,8 @@ CLAIM = Claim(
     enough=1.0,
     limits="All 784 pixels are set to black and to white, not to the greys between.",
 )
-EXAMPLES = 8  # images in the picture
+EXAMPLES = 8  # images of a network in the picture
+WRONG_COLOUR = "#c02020"
 
 
 def jobs(scale: Scale) -> list[Job]:
@@ -53,7 +56,7 @@ def measure(bench: Bench) -> Evidence:
     return evidence(found, labels.numpy())
 
 
-def evidence(found: Mapping[str, Sequence[Arrays]], labels: np.ndarray) -> Evidence:
+def evidence(found: Mapping[str, Sequence[Arrays]], labels: NDArray[np.int64]) -> Evidence:
     """Return the row's evidence from what the search found, by kind of network and seed."""
     firm: dict[str, Outcomes] = {
         kind: np.stack([100.0 * (one["right"] & (one["turned"] == 0)) for one in found[kind]]) for kind in found
@@ -86,17 +89,29 @@ def evidence(found: Mapping[str, Sequence[Arrays]], labels: np.ndarray) -> Evide
     )
 
 
-def _picture(found: Mapping[str, Sequence[Arrays]], labels: np.ndarray) -> bytes:
-    """Draw the digits whose worst pixel turns most changes' answers, with the answers; misread digits come last."""
-    rows, words = [], []
-    for kind in ("K3", "C0"):
+def _picture(found: Mapping[str, Sequence[Arrays]], labels: NDArray[np.int64]) -> bytes:
+    """Draw the digits that most changes turn, each with its most harmful pixel, its label and the answer.
+
+    Digits that are misread without a change come last.
+    """
+    kinds = ("K3", "C0")
+    figure = Figure(figsize=(1.3 + 0.62 * EXAMPLES, 0.7 + 0.8 * len(kinds)), layout="constrained")
+    figure.suptitle("Digits with their most harmful pixel: label → answer", fontsize=10)
+    for kind, panels in zip(kinds, figure.subplots(len(kinds), EXAMPLES, squeeze=False), strict=True):
         one = found[kind][0]
-        order = np.argsort(-(one["turned"] * one["right"]), kind="stable")
-        order = order[one["right"][order]][:EXAMPLES]
-        rows.append([one["images"][place] for place in order])
-        answers = [f"{labels[place]}→{one['answers'][place]}" for place in order]
-        words.append(f"{NAMES[kind]}\n{' '.join(answers)}")
-    return tiles("Digits with their most harmful pixel", rows, words)
+        order = np.lexsort((-one["turned"], ~one["right"]))
+        for panel in panels[len(order) :]:
+            panel.set_axis_off()
+        for place, panel in zip(order, panels, strict=False):
+            wrong = one["answers"][place] != labels[place]
+            panel.imshow(one["images"][place], cmap="gray", vmin=0, vmax=1)
+            panel.set_title(
+                f"{labels[place]} → {one['answers'][place]}", fontsize=8, color=WRONG_COLOUR if wrong else "black"
+            )
+            panel.set_xticks([])
+            panel.set_yticks([])
+        panels[0].set_ylabel(NAMES[kind].replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
+    return png(figure)
 
 
 ROW = Row(CLAIM, jobs, measure)
