@@ -7,18 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Never
 
 import torch
 from tqdm import tqdm
 
+from training.claims.bench import Bench
 from training.claims.images import Images, load_images
 from training.claims.jobs import DIGITS, Job, Scale
 from training.claims.learn import Workshop, chosen_device, train
+from training.claims.report import write_report
+from training.claims.results import Result, read_result, write_result
 from training.claims.row import Row
 from training.claims.rows import rows
 from training.claims.store import Store
+from training.claims.summary import collect
 from training.data.sources import DatasetError
 from training.precision import avoid_matrix_tiles
+from training.provenance import commit, provenance
 
 SCALE_FILE = "scale.json"
 
@@ -44,6 +50,11 @@ class Settings:
         known = {row.claim.number for row in rows()}
         if unknown := set(self.numbers) - known:
             raise ValueError(f"rows {sorted(unknown)}; expected some of 1 to {max(known)}")
+
+    @property
+    def report(self) -> Path:
+        """Return the folder of the report."""
+        return self.folder / "report"
 
     @property
     def rows(self) -> list[Row]:
@@ -75,7 +86,41 @@ def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
         left = _trained(settings, store, images, device)
     if train_only:
         return 1 if left else 0
-    return 0
+    unmeasured = _measured(settings, store, images)
+    report = collect(rows(), settings.scale, store, settings.command)
+    write_report(report, jobs_of(rows(), settings.scale), store, settings.report)
+    print(f"the report: {settings.report}")
+    return 1 if left or unmeasured else 0
+
+
+def _measured(settings: Settings, store: Store, images: Images) -> list[Row]:
+    """Measure the rows that were not measured yet, and return those that lack a network."""
+    missing = []
+    with _bar("rows", len(settings.rows)) as bar:
+        for row in settings.rows:
+            bar.set_postfix_str(row.claim.title)
+            if read_result(row.claim, store.folder) is None and not _measure(row, settings, store, images):
+                missing.append(row)
+                tqdm.write(f"row {row.claim.number}, {row.claim.title}: not run, its networks are not all trained")
+            bar.update()
+    return missing
+
+
+def _measure(row: Row, settings: Settings, store: Store, images: Images) -> bool:
+    """Measure a row and store its result; return False if a network is missing."""
+    if not all(store.finished(job) for job in row.jobs(settings.scale)):
+        return False
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+    evidence = row.measure(Bench(settings.scale, store, images, tqdm.write))
+    origin = provenance(torch.device("cpu"))
+    told = {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "device": origin["device"],
+        "commit": commit() or settings.commit,
+    }
+    write_result(Result(row.claim, evidence, told), store.folder)
+    return True
 
 
 def _trained(settings: Settings, store: Store, images: Images, device: torch.device) -> list[Job]:
@@ -100,7 +145,7 @@ def _trained(settings: Settings, store: Store, images: Images, device: torch.dev
 
 
 @contextmanager
-def _bar(name: str, total: int) -> Iterator["tqdm[None]"]:
+def _bar(name: str, total: int) -> Iterator["tqdm[Never]"]:
     with tqdm(desc=name, total=total, unit=name.removesuffix("s"), dynamic_ncols=True) as bar:
         yield bar
 

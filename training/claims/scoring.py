@@ -54,7 +54,7 @@ class Sets:
         generator = _generator("crowding")
         order = torch.randperm(len(test), generator=generator)
         partner = torch.arange(len(test))
-        for label in test.labels.unique():
+        for label in sorted(set(test.labels.tolist())):
             mine = order[test.labels[order] == label]
             partner[mine] = mine.roll(1)
         side = SHAPES[PLACED][0]
