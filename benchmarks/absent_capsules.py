@@ -6,7 +6,6 @@ Everything is judged on the held-out images. The test images are not looked at.
 import argparse
 import csv
 import logging
-import math
 import sys
 import time
 import warnings
@@ -32,6 +31,7 @@ from training.model import CONFIGS, CapsNetConfig, lengths, to_pixels
 from training.precision import avoid_matrix_tiles, default_precision
 from training.provenance import provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
+from training.routing_figures import coupling_entropies
 from training.train import Training
 
 RESULTS = Path(__file__).parent / "results" / "absent-capsules-cpu.csv"
@@ -132,7 +132,7 @@ def measure(model: ChangedCapsNet, images: Tensor, labels: Tensor, others: Tenso
         each = []
         for count in range(1, iterations + 1):
             poses, couplings = model.routed(u, count)
-            entropies = _entropies(couplings)  # (B, I)
+            entropies = coupling_entropies(couplings)  # (B, I)
             sums[f"entropy_{count}"] += float(entropies.double().sum()) / u.shape[1]
             each.append(lengths(poses).argmax(1))
         sums["largest_coupling"] += float(couplings.amax(1).double().sum()) / u.shape[1]
@@ -173,11 +173,6 @@ def _none_figures(model: ChangedCapsNet, others: Tensor) -> dict[str, float]:
         poses, _ = model.routed(u, model.config.routing_iterations)
         found += int((lengths(poses).amax(1) > PRESENT_LENGTH).sum())
     return {"none_primary_length": total / len(others), "none_found": found / len(others)}
-
-
-def _entropies(couplings: Tensor) -> Tensor:
-    """Return the entropy of couplings (B, J, I) over the parents: (B, I), 1 for all equal, 0 for one parent alone."""
-    return -torch.xlogy(couplings, couplings).sum(1) / math.log(couplings.shape[1])
 
 
 def train(one: Try, name: str, recipe: Recipe, dataset: Dataset, *, progress: bool = False) -> dict[str, Any]:
