@@ -31,13 +31,12 @@ from training.model import CONFIGS, CapsNetConfig, lengths, to_pixels
 from training.precision import avoid_matrix_tiles, default_precision
 from training.provenance import provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
-from training.routing_figures import coupling_entropies
+from training.routing_figures import ABSENT_LENGTH, PRIMARY_PRESENT_LENGTH, coupling_entropies
 from training.train import Training
 
 RESULTS = Path(__file__).parent / "results" / "absent-capsules-cpu.csv"
 RECIPE = Recipe(batch_size=128, optimizer="adamw", learning_rate=3e-3, warmup_epochs=0.5, none=0.125, augment="affine")
 EVALUATION_BATCH_SIZE = 250
-ABSENT, PRESENT = 0.1, 0.9  # a primary capsule's length below and above which it is called absent and present
 SWITCHING_SHARE = 0.05  # a capsule that is absent in so many images, and present in so many others, switches
 
 
@@ -154,7 +153,7 @@ def measure(model: ChangedCapsNet, images: Tensor, labels: Tensor, others: Tenso
 
 def _primary_figures(found: Tensor) -> dict[str, float]:
     """Return the figures of primary lengths (N, I)."""
-    absent, present = found < ABSENT, found > PRESENT
+    absent, present = found < ABSENT_LENGTH, found > PRIMARY_PRESENT_LENGTH
     switching = (absent.float().mean(0) >= SWITCHING_SHARE) & (present.float().mean(0) >= SWITCHING_SHARE)
     return {
         "primary_length": float(found.double().mean()),

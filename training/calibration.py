@@ -58,12 +58,16 @@ def confidences(lengths: Floats, temperature: float) -> NDArray[np.float64]:
     return result
 
 
+def bins_of(predicted: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Return the bin of each prediction from 0 to 1, (N,): ECE_BINS bins of equal width."""
+    return np.minimum((predicted * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+
+
 def expected_calibration_error(predicted: NDArray[np.floating], right: NDArray[np.floating]) -> float:
     """Return the mean distance, over images, between the predictions in a bin and the share of right ones in it.
 
-    predicted: (N,), from 0 to 1, in ECE_BINS bins of equal width. right: (N,), from 0 to 1. Source: Guo et al., "On
+    predicted: (N,), from 0 to 1, in the bins of ``bins_of``. right: (N,), from 0 to 1. Source: Guo et al., "On
     Calibration of Modern Neural Networks" (2017), section 2.
     """
-    bins = np.minimum((predicted * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=right - predicted, minlength=ECE_BINS)
+    gaps = np.bincount(bins_of(predicted), weights=right - predicted, minlength=ECE_BINS)
     return float(np.abs(gaps).sum() / len(predicted))

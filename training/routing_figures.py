@@ -11,6 +11,8 @@ from training.model import CapsNet, lengths, to_pixels
 
 MAX_IMAGES = 2000
 BATCH_SIZE = 100
+#: The length of a primary capsule below which it is called absent, and above which it is called present.
+ABSENT_LENGTH, PRIMARY_PRESENT_LENGTH = 0.1, 0.9
 
 
 @dataclass(frozen=True)
