@@ -11,20 +11,29 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.epochs import Chunk, Digits, Pairs
-from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device, training_device, wait
 from training.checkpoint import Checkpoint, load, save
 from training.data.datasets import Dataset, generate
 from training.data.datasets import load as load_dataset
 from training.evaluate import predict, wrong
-from training.model import CONFIGS, CapsNetConfig
+from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.provenance import commit
+from training.recorded.chunks import Chunk, Digits, Pairs
+from training.recorded.learner import (
+    Hyperparameters,
+    Learner,
+    mean_lengths,
+    on_device,
+    total_loss,
+    training_device,
+    wait,
+)
 
 BATCH = 128
 PAIR_BATCH = 1024
@@ -88,14 +97,12 @@ def run(
     chunks = {seed: buffers(data()) for seed, data in streams.items()}
     targets: dict[int, Tensor | None] = {seed: _targets(teachers, chunk) for seed, chunk in chunks.items()}
     steps = next(iter(streams.values())).steps
-    learners = [
-        Learner(_config(job), job.seed, job.settings, box.epochs * steps, device, compiled=compiled) for job in jobs
-    ]
+    learners = [_learner(job, box.epochs * steps, device, compiled) for job in jobs]
     for job, learner in zip(jobs, learners, strict=True):
         learner.prepare(chunks[job.seed], targets[job.seed], graph=graph)
     _say(f"prepared in {time.perf_counter() - begin:.1f} s")
     epochs = _epochs_that_fit(learners, streams, chunks, teachers, box, steps, begin)
-    learners = [_again(learner, job, epochs * steps, compiled) for learner, job in zip(learners, jobs, strict=True)]
+    learners = [_learner(job, epochs * steps, device, compiled) for job in jobs]
     for job, learner in zip(jobs, learners, strict=True):
         learner.prepare(chunks[job.seed], targets[job.seed], graph=graph)
     started = time.perf_counter()
@@ -133,8 +140,9 @@ def _config(job: Job) -> CapsNetConfig:
     return replace(CONFIGS[job.config], image_size=PAIR_CANVAS) if job.dataset == PAIRS else CONFIGS[job.config]
 
 
-def _again(learner: Learner, job: Job, steps: int, compiled: bool) -> Learner:
-    return Learner(_config(job), job.seed, job.settings, steps, learner.device, compiled=compiled)
+def _learner(job: Job, steps: int, device: torch.device, compiled: bool) -> Learner[CapsNet]:
+    build = partial(CapsNet, _config(job))
+    return Learner(build, total_loss, job.seed, job.settings, steps, device, compiled=compiled)
 
 
 def _targets(teachers: Sequence[nn.Module], chunk: Chunk) -> Tensor | None:
@@ -145,7 +153,7 @@ def _targets(teachers: Sequence[nn.Module], chunk: Chunk) -> Tensor | None:
 
 
 def _epochs_that_fit(
-    learners: Sequence[Learner],
+    learners: Sequence[Learner[CapsNet]],
     streams: dict[int, Digits | Pairs],
     chunks: dict[int, Chunk],
     teachers: Sequence[nn.Module],
@@ -175,7 +183,7 @@ def _epochs_that_fit(
 
 def _finished(
     job: Job,
-    learner: Learner,
+    learner: Learner[CapsNet],
     mnist: Dataset,
     curve: list[float],
     epochs: int,

@@ -1,0 +1,94 @@
+"""Pictures of the report, as PNG files in memory."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+DPI = 110
+SIZE = (5.2, 3.1)  # inches
+#: The colour of each kind of network.
+COLOURS = {
+    "K3": "#1f5fa8",
+    "K3n": "#7fb0e0",
+    "K1": "#2a9d6f",
+    "K1n": "#8fd0b5",
+    "C0": "#d8731a",
+    "C0r": "#f0b070",
+}
+OTHER_COLOUR = "#707070"
+#: The words for the kinds of networks in pictures and tables.
+NAMES = {
+    "K3": "capsules, routing 3x",
+    "K3n": "capsules 3x, no decoder",
+    "K1": "capsules, routing 1x",
+    "K1n": "capsules 1x, no decoder",
+    "C0": "plain",
+    "C0r": "plain with decoder",
+}
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
+    return content.getvalue()
+
+
+def axes(title: str, x: str = "", y: str = "") -> tuple[Figure, Axes]:
+    """Return a figure with one panel."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    panel = figure.add_subplot()
+    panel.set_title(title, fontsize=10)
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure, panel
+
+
+def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
+    """Draw a bar of the mean for each name, with a dot for each of its values."""
+    figure, panel = axes(title, y=y)
+    for place, (name, seen) in enumerate(values.items()):
+        mean = sum(seen) / len(seen)
+        panel.bar(place, mean, color=COLOURS.get(name, OTHER_COLOUR), width=0.65)
+        panel.plot([place] * len(seen), list(seen), "o", color="black", markersize=3.5)
+        panel.text(place, max(seen), f"{mean:.3g}", ha="center", va="bottom", fontsize=9)
+    panel.set_xticks(range(len(values)), [NAMES.get(name, name).replace(", ", ",\n") for name in values], fontsize=7.5)
+    panel.margins(y=0.15)
+    return png(figure)
+
+
+def curves(title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
+    """Draw a line through the points (x values, y values) of each name."""
+    figure, panel = axes(title, x, y)
+    for name, (across, up) in lines.items():
+        panel.plot(across, up, "o-", color=COLOURS.get(name), markersize=3, label=NAMES.get(name, name))
+    panel.legend(fontsize=8, frameon=False)
+    return png(figure)
+
+
+def tiles(
+    title: str, images: Sequence[Sequence[NDArray[Any]]], rows: Sequence[str], columns: Sequence[str] = ()
+) -> bytes:
+    """Draw a table of images, each (H, W) or (H, W, 3) with pixels from 0 to 1, with words for rows and columns."""
+    wide = max(len(row) for row in images)
+    figure = Figure(figsize=(1.3 + 0.62 * wide, 0.5 + 0.62 * len(images)), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(len(images), wide, squeeze=False)
+    for across, one in zip(panels, images, strict=True):
+        for panel in across:
+            panel.set_xticks([])
+            panel.set_yticks([])
+        for panel, image in zip(across, one, strict=False):
+            panel.imshow(image, cmap="gray", vmin=0, vmax=1)
+        for panel in across[len(one) :]:
+            panel.set_axis_off()
+    for panel, word in zip(panels[:, 0], rows, strict=True):
+        panel.set_ylabel(word, rotation=0, ha="right", va="center", fontsize=8)
+    for panel, word in zip(panels[0], columns, strict=False):
+        panel.set_title(word, fontsize=8)
+    return png(figure)
