@@ -34,7 +34,7 @@ class Change:
 
 
 def _moved(images: Tensor, amounts: Tensor, **numbers: Tensor) -> Tensor:
-    """Return images under an affine map, whose numbers (N,) are those of ``affine_matrices`` that differ from 0 or 1."""
+    """Return images under an affine map. numbers: (N,) each, those of ``affine_matrices`` that differ from 0 or 1."""
     zero, one = torch.zeros_like(amounts), torch.ones_like(amounts)
     get = numbers.get
     matrices = affine_matrices(
@@ -75,12 +75,8 @@ def _degrees(images: Tensor, amounts: Tensor) -> Tensor:
 
 #: The changes, as far as the networks learn them from their changed training images; thickness they do not.
 CHANGES = (
-    Change(
-        "shift x", -MAX_SHIFT, MAX_SHIFT, lambda images, amounts: shifted(images, amounts, torch.zeros_like(amounts))
-    ),
-    Change(
-        "shift y", -MAX_SHIFT, MAX_SHIFT, lambda images, amounts: shifted(images, torch.zeros_like(amounts), amounts)
-    ),
+    Change("shift x", -MAX_SHIFT, MAX_SHIFT, lambda images, amounts: shifted(images, amounts, 0 * amounts)),
+    Change("shift y", -MAX_SHIFT, MAX_SHIFT, lambda images, amounts: shifted(images, 0 * amounts, amounts)),
     Change("rotation", -MAX_ROTATION, MAX_ROTATION, _degrees),
     Change("scale x", *SCALE_RANGE, lambda images, amounts: _moved(images, amounts, scale_x=amounts)),
     Change("scale y", *SCALE_RANGE, lambda images, amounts: _moved(images, amounts, scale_y=amounts)),

@@ -73,5 +73,5 @@ def principal(features: Tensor, count: int) -> Components:
     """Return the first principal components of features (N, F), fewer where there are fewer."""
     x = features.double()
     mean = x.mean(0)
-    _, directions = torch.linalg.eigh((x - mean).T @ (x - mean))
-    return Components(mean, directions.flip(1)[:, :count])
+    _, _, directions = torch.linalg.svd(x - mean, full_matrices=False)
+    return Components(mean, directions[:count].T)

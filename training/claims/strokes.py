@@ -3,6 +3,7 @@
 Axes: N images, H W of an image, F features, A attributes.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,9 @@ def attributes(images: Tensor) -> Tensor:
     together = mean((rows - down) * (columns - right))
     lean = together / vertical.clamp_min(_MIN)  # pixels to the right a pixel down
     spread = (horizontal - lean * together).clamp_min(0)
-    return torch.stack([2 * total / _outline(ink).clamp_min(_MIN), (12 * spread).sqrt(), -lean], 1)
+    outline = _outline(ink)
+    thickness = torch.where(outline > 0, 2 * total / outline.clamp_min(_MIN), 0.0)
+    return torch.stack([thickness, (12 * spread).sqrt(), -lean], 1)
 
 
 def _outline(ink: Tensor) -> Tensor:
@@ -50,9 +53,8 @@ def ranks(values: Tensor) -> Tensor:
     """
     result = torch.zeros(values.shape, dtype=torch.float64)
     for column, own in zip(values.unbind(1), result.unbind(1), strict=True):
-        _, place, count = column.unique(return_inverse=True, return_counts=True)
-        last = count.cumsum(0)
-        own.copy_((last - (count + 1) / 2)[place])
+        _, place, count = np.unique(column.numpy(), return_inverse=True, return_counts=True)
+        own.copy_(torch.from_numpy((count.cumsum() - (count + 1) / 2)[place]))
     result -= result.mean(0)
     deviation = result.std(0, correction=0)
     return result / torch.where(deviation > 0, deviation, torch.inf)

@@ -5,12 +5,16 @@ Axes: N images, S seeds, J classes.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+
+from training.calibration import ECE_BINS, bins_of, confidences, expected_calibration_error, fit_temperature
+from training.claims.batches import in_batches
 from training.claims.bench import Bench
 from training.claims.drawing import COLOURS, NAMES, png
 from training.claims.evidence import Comparison, Evidence, Outcomes
@@ -18,9 +22,6 @@ from training.claims.images import Images
 from training.claims.jobs import Job, Scale
 from training.claims.nets import CapsuleNet, PlainNet
 from training.claims.row import Claim, Row
-
-from training.calibration import ECE_BINS, bins_of, confidences, expected_calibration_error, fit_temperature
-from training.claims.batches import in_batches
 from training.data.non_objects import shuffled
 from training.evaluate import PRESENT_LENGTH
 
@@ -88,7 +89,7 @@ def answers(net: CapsuleNet | PlainNet, images: Images, unknown: Mapping[str, Te
 
 
 def calibration_parts(predicted: NDArray[np.float64], right: NDArray[np.float64]) -> Outcomes:
-    """Return each image's part of the expected calibration error with a minus, (N,); their mean is the error's negative.
+    """Return each image's part of the expected calibration error, times -1: (N,), with the mean of minus the error.
 
     The error adds up the distances by bin. In a bin whose predictions are too low on the whole, an image's part is how
     much too low its own is; else how much too high.
@@ -115,73 +116,73 @@ def jobs(scale: Scale) -> list[Job]:
 def measure(bench: Bench) -> Evidence:
     images = bench.images
     unknown = unknown_images(images, min(MAX_UNKNOWN, len(images.test)))
-    found = {
-        kind: [answers(bench.net(bench.base(kind, seed)), images, unknown) for seed in bench.seeds] for kind in KINDS
-    }
-    return evidence(found)
+    nets = {kind: [bench.net(bench.base(kind, seed)) for seed in bench.seeds] for kind in KINDS}
+    return evidence({kind: [answers(net, images, unknown) for net in of_seeds] for kind, of_seeds in nets.items()})
 
 
 def evidence(found: Mapping[str, list[Answers]]) -> Evidence:
     """Return the evidence from the answers of each kind's networks, one for each seed."""
-
-    def outcomes(of: Callable[[Answers], Outcomes]) -> dict[str, Outcomes]:
-        return {kind: np.stack([of(one) for one in of_seeds]) for kind, of_seeds in found.items()}
-
-    def compare(name: str, of: Callable[[Answers], Outcomes], unit: str) -> Comparison:
-        values = outcomes(of)
-        return Comparison(name, *KINDS, *(values[kind] for kind in KINDS), unit)
-
-    def joined(of: Callable[[Answers, NDArray[np.float64]], Outcomes]) -> Callable[[Answers], Outcomes]:
-        return lambda one: np.concatenate([of(one, scores) for scores in one.unknown.values() if len(scores) > 1])
-
-    names = list(found[KINDS[0]][0].unknown)
-    figures = {
-        "calibration error in points by seed, before": _by_seed(found, lambda one: 100 * _error(one, one.scores)),
-        "calibration error in points by seed, after": _by_seed(found, lambda one: 100 * _error(one, one.confidences)),
-        "share above 0.5 in % by seed": {
-            name: _by_seed(found, lambda one, name=name: 100 * float(_present(one.unknown[name]).mean()))
-            for name in names
-        },
-        "AUROC by seed": {
-            name: _by_seed(found, lambda one, name=name: float(ranked_above(one.scores, one.unknown[name]).mean()))
-            for name in names
-        },
-    }
-    before = {kind: np.mean(values) for kind, values in figures["calibration error in points by seed, before"].items()}
-    clothes = {kind: np.mean(values) for kind, values in figures["share above 0.5 in % by seed"]["clothes"].items()}
+    kinds_of_unknown = list(found[KINDS[0]][0].unknown)
+    before, after = (
+        {kind: [100 * _error(one, name) for one in of_seeds] for kind, of_seeds in found.items()}
+        for name in ("scores", "confidences")
+    )
+    above = {name: _by_seed(found, partial(_share_present, name=name)) for name in kinds_of_unknown}
+    areas = {name: _by_seed(found, partial(_area, name=name)) for name in kinds_of_unknown}
+    said = {kind: (float(np.mean(before[kind])), float(np.mean(above["clothes"][kind]))) for kind in KINDS}
     return Evidence(
         comparisons=(
-            compare("error as a probability", lambda one: 100 * calibration_parts(one.scores, one.right), "points"),
-            compare(
-                "error after one temperature", lambda one: 100 * calibration_parts(one.confidences, one.right), "points"
-            ),
-            compare(
-                "images of no digit that are told from digits (AUROC)",
-                joined(lambda one, scores: ranked_above(one.scores, scores)),
-                "AUROC",
-            ),
-            compare(
-                "images of no digit that are called none",
-                joined(lambda _, scores: 100.0 * ~_present(scores)),
-                "%",
-            ),
+            _compare(found, "minus the calibration error", partial(_calibration, name="scores"), "points"),
+            _compare(found, "… after one temperature", partial(_calibration, name="confidences"), "points"),
+            _compare(found, "images of no digit, told from digits", partial(_of_unknown, part=ranked_above), "AUROC"),
+            _compare(found, "images of no digit, called none", partial(_of_unknown, part=_called_none), "%"),
         ),
-        figures=figures,
+        figures={
+            "calibration error in points by seed, before": before,
+            "calibration error in points by seed, after one temperature": after,
+            "share above 0.5 in % by seed": above,
+            "AUROC by seed": areas,
+        },
         pictures={"What is said, and what is true": picture(found)},
         said=(
-            f"The length misses the share of right answers by {before['K3']:.1f} percentage points on average, the "
-            f"plain network's probability by {before['C0']:.1f}; of 100 pictures of clothes, the one finds a digit in "
-            f"{clothes['K3']:.0f}, the other in {clothes['C0']:.0f}."
+            f"The length misses the share of right answers by {said['K3'][0]:.1f} percentage points on average, the "
+            f"plain network's probability by {said['C0'][0]:.1f}; of 100 pictures of clothes, the one finds a digit in "
+            f"{said['K3'][1]:.0f}, the other in {said['C0'][1]:.0f}."
         ),
     )
 
 
+def _compare(found: Mapping[str, list[Answers]], name: str, of: Callable[[Answers], Outcomes], unit: str) -> Comparison:
+    return Comparison.between(name, *KINDS, {kind: np.stack([of(one) for one in found[kind]]) for kind in KINDS}, unit)
+
+
+def _calibration(one: Answers, name: str) -> Outcomes:
+    return 100 * calibration_parts(getattr(one, name), one.right)
+
+
+def _of_unknown(one: Answers, part: Callable[[NDArray[np.float64], NDArray[np.float64]], Outcomes]) -> Outcomes:
+    """Return a part of each unknown image that has others of its kind."""
+    return np.concatenate([part(one.scores, scores) for scores in one.unknown.values() if len(scores) > 1])
+
+
+def _called_none(_: NDArray[np.float64], unknown: NDArray[np.float64]) -> Outcomes:
+    return np.where(_present(unknown), 0.0, 100.0)
+
+
+def _share_present(one: Answers, name: str) -> float:
+    return 100 * float(_present(one.unknown[name]).mean())
+
+
+def _area(one: Answers, name: str) -> float:
+    return float(ranked_above(one.scores, one.unknown[name]).mean())
+
+
+def _error(one: Answers, name: str) -> float:
+    return round(expected_calibration_error(getattr(one, name), one.right), 6)
+
+
 def _present(scores: NDArray[np.float64]) -> NDArray[np.bool_]:
     return scores > PRESENT_LENGTH
-
-
-def _error(one: Answers, predicted: NDArray[np.float64]) -> float:
-    return expected_calibration_error(predicted, one.right)
 
 
 def _by_seed(found: Mapping[str, list[Answers]], of: Callable[[Answers], float]) -> dict[str, list[float]]:

@@ -1,27 +1,29 @@
-"""Row 3: how well known changes of a digit can be read from its pose, and the errors beyond the changes that were learned.
+"""Row 3: the known changes of a digit, read from its pose, and errors beyond the changes that were learned.
 
 Axes: N images, S seeds, F features, A kinds of changes, D distances.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
-from training.claims.bench import Arrays, Bench
+
+from training.claims.batches import in_batches
+from training.claims.bench import Bench
 from training.claims.drawing import COLOURS, NAMES, OTHER_COLOUR, curves, png
 from training.claims.evidence import Comparison, Evidence, Outcomes
 from training.claims.images import Images, Labelled
 from training.claims.jobs import Job, Scale
-from training.claims.nets import CapsuleNet, PlainNet
-from training.claims.row import Claim, Row
-
-from training.claims.batches import in_batches
 from training.claims.known_changes import CHANGES, Change, shifted
+from training.claims.nets import CapsuleNet, PlainNet
 from training.claims.regression import explained, fit, principal
+from training.claims.row import Claim, Row
+from training.claims.store import Arrays
 
 CLAIM = Claim(
     number=3,
@@ -47,17 +49,13 @@ _SEED = 0
 _MIN_IMAGES = 400
 
 #: The numbers that a change is read from.
-POSE, FEATURES, FEATURES_16, PIXELS_16 = (
-    "pose",
-    "plain features",
-    "16 components of them",
-    "16 components of the pixels",
-)
+POSE, FEATURES = "pose", "plain features"
+FEATURES_16, PIXELS_16 = "16 components of them", "16 components of the pixels"
 
 
 @dataclass(frozen=True)
 class Changed:
-    """Digits as they are, labels, and changed: images (A + 1, N, 1, H, W), 0 to 1, the first unchanged; amounts (A, N)."""
+    """Digits as they are and changed: images (A + 1, N, 1, H, W), 0 to 1, labels (N,), and amounts (A, N)."""
 
     images: Tensor
     labels: Tensor
@@ -94,7 +92,7 @@ def readings(
     own. components: the number of the class's principal components that is read instead of the features; 0 for all.
     """
     still, moved = (torch.zeros(len(judging.amounts), len(judging), dtype=torch.float64) for _ in range(2))
-    for label in fitting.labels.unique():
+    for label in sorted(set(fitting.labels.tolist())):
         own, others = fitting.labels == label, judging.labels == label
         x, y = fitted[:, own].double(), judged[:, others].double()
         if components:
@@ -147,7 +145,7 @@ def measure(bench: Bench) -> Evidence:
         return measured(net, fitting, judging, bench.images.test.first(len(judging)))
 
     found = {
-        kind: [bench.kept(f"equivariance-{kind}-{seed}", lambda: of_net(kind, seed)) for seed in bench.seeds]
+        kind: [bench.kept(f"equivariance-{kind}-{seed}", partial(of_net, kind, seed)) for seed in bench.seeds]
         for kind in KINDS
     }
     return evidence(found, bench.kept("equivariance-pixels", lambda: of_pixels(fitting, judging)))
@@ -188,10 +186,12 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
         return np.stack([one[prefix + name] for one in parts[name]]).astype(np.float64)  # (S, A, N)
 
     def compare(title: str, other: str, prefix: str = "") -> Comparison:
-        return Comparison(title, POSE, other, *(outcomes(one, prefix).mean(1) for one in (POSE, other)), "R^2")
+        means = {name: outcomes(name, prefix).mean(1) for name in (POSE, other)}
+        return Comparison.between(title, POSE, other, means, "R^2")
 
     right = {kind: np.stack([one["right"] for one in of_seeds]).astype(np.float64) for kind, of_seeds in found.items()}
     far = [number for number, distance in enumerate(DISTANCES) if distance > LEARNED_DISTANCE]
+    right_beyond = {kind: values[:, far].mean(1) for kind, values in right.items()}
     figures = {
         f"R^2 from the {prefix}": {
             name: {
@@ -214,12 +214,7 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
             compare("read from the pose, and from 128 plain features", FEATURES),
             compare("read from as many numbers", FEATURES_16),
             compare("read from the pose, and from the pixels", PIXELS_16),
-            Comparison(
-                "right beyond the learned shifts, 3 to 6 pixels",
-                *KINDS,
-                *(right[kind][:, far].mean(1) for kind in KINDS),
-                "% right",
-            ),
+            Comparison.between("right beyond the learned shifts, 3 to 6 pixels", *KINDS, right_beyond, "% right"),
         ),
         figures=figures,
         pictures={
@@ -233,8 +228,8 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
         },
         said=(
             f"From the pose, {100 * moved[POSE]:.0f} % of a change can be read, from the plain network's 128 features "
-            f"{100 * moved[FEATURES]:.0f} %, from 16 of their components {100 * moved[FEATURES_16]:.0f} %; moved by 5 "
-            f"pixels, {errors['K3'][5]:.0f} % of the digits are misread by capsules and {errors['C0'][5]:.0f} % without."
+            f"{100 * moved[FEATURES]:.0f} %, from 16 of their components {100 * moved[FEATURES_16]:.0f} %; of digits "
+            f"moved by 5 pixels, capsules misread {errors['K3'][5]:.0f} %, the plain network {errors['C0'][5]:.0f} %."
         ),
     )
 

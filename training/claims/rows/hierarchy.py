@@ -6,14 +6,15 @@ Axes: B N images, S seeds, I primary capsules, J classes.
 import numpy as np
 import torch
 from torch import Tensor
-from training.claims.bench import Arrays, Bench
+
+from training.claims.batches import in_batches
+from training.claims.bench import Bench
 from training.claims.drawing import COLOURS, axes, png
 from training.claims.evidence import Comparison, Evidence
 from training.claims.jobs import Job, Scale
 from training.claims.nets import CapsuleNet
 from training.claims.row import Claim, Row
-
-from training.claims.batches import in_batches
+from training.claims.store import Arrays
 from training.evaluate import PRESENT_LENGTH
 from training.model import lengths
 from training.routing_figures import ABSENT_LENGTH, PRIMARY_PRESENT_LENGTH

@@ -5,21 +5,23 @@ Axes: N images, S seeds, J classes, F numbers of a representation, A attributes,
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from training.claims.bench import Arrays, Bench
+
+from training.claims.batches import in_batches
+from training.claims.bench import Bench
 from training.claims.drawing import tiles
 from training.claims.evidence import Comparison, Evidence, Outcomes
 from training.claims.images import Labelled
 from training.claims.jobs import Job, Scale
 from training.claims.nets import CapsuleNet, PlainNet
-from training.claims.row import Claim, Row
-
-from training.claims.batches import in_batches
 from training.claims.regression import principal
+from training.claims.row import Claim, Row
+from training.claims.store import Arrays
 from training.claims.strokes import ATTRIBUTES, attributes, ranks
 
 CLAIM = Claim(
@@ -31,8 +33,8 @@ CLAIM = Claim(
     decides="rank correlation of the best single number with thickness, width and slant, pose less plain network",
     enough=0.05,
     limits=(
-        "The best number is chosen for each digit class on held-out digits, from 16 of a pose and from 128 of the plain "
-        "network, which has the same decoder."
+        "The best number is chosen for each digit class on held-out digits, from 16 of a pose, and from 128 of the "
+        "plain network, which has the same decoder."
     ),
 )
 KINDS = ("K3", "C0r")
@@ -79,7 +81,7 @@ def agreement(chosen: Chosen, numbers: Tensor, measured: Tensor, labels: Tensor)
     The mean over the images of a class is the correlation there, with the sign that was chosen.
     """
     result = np.zeros((measured.shape[1], len(labels)))
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.tolist())):
         own = labels == label
         true = ranks(measured[own])
         seen = ranks(numbers[own][:, chosen.number[label]]) * torch.from_numpy(chosen.sign[label])
@@ -160,7 +162,7 @@ def measure(bench: Bench) -> Evidence:
         return measured_of(net, judge, held_out, test, few)
 
     found = {
-        kind: [bench.kept(f"readable-poses-{kind}-{seed}", lambda: of_net(kind, seed)) for seed in bench.seeds]
+        kind: [bench.kept(f"readable-poses-{kind}-{seed}", partial(of_net, kind, seed)) for seed in bench.seeds]
         for kind in KINDS
     }
     return evidence(found, bench.kept("readable-poses-pixels", lambda: of_pixels(held_out, test)))
@@ -173,8 +175,9 @@ def of_pixels(held_out: Labelled, test: Labelled) -> Arrays:
     for label in range(classes):
         own, others = held_out.labels == label, test.labels == label
         project = principal(held_out.pixels[own].flatten(1), COMPONENTS)
-        fitted[own] = project(held_out.pixels[own].flatten(1))
-        judged[others] = project(test.pixels[others].flatten(1))
+        for result, digits, mine in ((fitted, held_out, own), (judged, test, others)):
+            found = project(digits.pixels[mine].flatten(1))
+            result[mine, : found.shape[1]] = found
     chosen = choose(fitted, attributes(held_out.pixels), held_out.labels, classes)
     return {"agreement": agreement(chosen, judged, attributes(test.pixels), test.labels)}
 
@@ -184,9 +187,9 @@ def measured_of(
 ) -> Arrays:
     """Return what is measured of one network.
 
-    agreement: (A, N) as ``agreement``. followed: (A, M) of the M few digits. kept, of a capsule network alone: the share
-    of the drawings of every slider that are read as the digit by the network itself, and by the judge, (2, MAX_KEPT).
-    chosen: (J, A). shown: drawings of one digit, (A, O, H, W).
+    agreement: (A, N) as ``agreement``. followed: (A, M) of the M few digits. kept, of a capsule network alone: the
+    share of the drawings of every slider that are read as the digit by the network itself, and by the judge,
+    (2, MAX_KEPT). chosen: (J, A). shown: drawings of one digit, (A, O, H, W).
     """
     classes = net.spec.config.classes
     numbers = numbers_of(net, held_out)
@@ -199,7 +202,8 @@ def measured_of(
     for attribute in range(len(ATTRIBUTES)):
         which = torch.from_numpy(chosen.number[at.numpy(), attribute])
         sliders = slide(drawn_from, which, low[at, which], high[at, which])
-        drawn = draw(net, sliders.flatten(0, 1), at.repeat_interleave(STEPS)).unflatten(0, (-1, STEPS))
+        drawn = draw(net, sliders.flatten(0, 1), at.repeat_interleave(STEPS))
+        drawn = drawn.reshape(-1, STEPS, *drawn.shape[1:])
         sign = torch.from_numpy(chosen.sign[at.numpy(), attribute])
         correlations.append(followed(drawn, attribute, sign))
         shown.append(drawn[index, :, 0] if sign[index] > 0 else drawn[index, :, 0].flip(0))
@@ -249,6 +253,7 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
     read = {ours: outcomes(ours, "agreement"), plain: outcomes(plain, "agreement"), PIXELS: by_pixels}
     followed_by = {kind: outcomes(kind, "followed") for kind in KINDS}
     own, other = outcomes(ours, "kept").mean((0, 2)).round(2).tolist()
+    agreed, drawn = ({name: one.mean(1) for name, one in side.items()} for side in (read, followed_by))
     figures = {
         "rank correlation of the best single number": {
             name: dict(zip(ATTRIBUTES, values.mean((0, 2)).round(4).tolist(), strict=True))
@@ -269,15 +274,9 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
     best = {name: values.mean((0, 2)) for name, values in read.items()}
     return Evidence(
         comparisons=(
-            Comparison("the best single number", ours, plain, *(read[kind].mean(1) for kind in KINDS), "correlation"),
-            Comparison("… against the pixels", ours, PIXELS, read[ours].mean(1), read[PIXELS].mean(1), "correlation"),
-            Comparison(
-                "the drawing follows the slider",
-                ours,
-                plain,
-                *(followed_by[kind].mean(1) for kind in KINDS),
-                "correlation",
-            ),
+            Comparison.between("the best single number", ours, plain, agreed, "correlation"),
+            Comparison.between("… against the pixels", ours, PIXELS, agreed, "correlation"),
+            Comparison.between("the drawing follows the slider", ours, plain, drawn, "correlation"),
         ),
         figures=figures,
         pictures={"Sliders for thickness, width and slant": picture(found)},

@@ -4,20 +4,23 @@ Axes: B N images, S seeds, I primary capsules, T their types, G their grid, D th
 dimension, H W of an image.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from training.claims.bench import Arrays, Bench
+
+from serving.files.occlusion import Occlusion, drops_of
+from training.claims.batches import in_batches
+from training.claims.bench import Bench
 from training.claims.drawing import tiles
 from training.claims.evidence import Comparison, Evidence, Outcomes
 from training.claims.images import Labelled
 from training.claims.jobs import Job, Scale
 from training.claims.nets import CapsuleNet
 from training.claims.row import Claim, Row
-
-from serving.files.occlusion import Occlusion, drops_of
-from training.claims.batches import in_batches
+from training.claims.store import Arrays
 from training.model import lengths, to_pixels, votes
 from training.relevance import Map, Pixels, capsule_map, without_ink
 from training.routing_figures import routing_figures
@@ -55,16 +58,15 @@ def scores_of_capsules(net: CapsuleNet, images: Tensor) -> Tensor:
     """
     u = net.primary_capsules(images)
     u_hat = votes(u, net.weight)  # (B, J, I, E)
-    rows = torch.arange(len(u))
-    result = []
-    for iterations in (net.config.routing_iterations, 1):
-        poses, couplings = net.routed(u, iterations)
-        if not result:
-            winner = lengths(poses).argmax(1)
-        direction = unit(poses[rows, winner])  # (B, E)
-        coupling = couplings[rows, winner]  # (B, I)
-        result += [coupling, coupling * (u_hat[rows, winner] @ direction.unsqueeze(2)).squeeze(2)]
-    return torch.stack([result[0], result[1], result[3]], 1)
+    poses, couplings = net.routed(u, net.config.routing_iterations)
+    alone, _ = net.routed(u, 1)
+    rows, winner = torch.arange(len(u)), lengths(poses).argmax(1)
+    mine = u_hat[rows, winner]  # (B, I, E)
+    along, along_alone = (
+        (mine @ unit(one[rows, winner]).unsqueeze(2)).squeeze(2) for one in (poses, alone)
+    )  # (B, I) each
+    coupling = couplings[rows, winner]
+    return torch.stack([coupling, coupling * along, along_alone], 1)
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def deletions(net: CapsuleNet, images: Tensor) -> Arrays:
 
 
 def maps_of(net: CapsuleNet, image: Pixels, numbers: NDArray[np.float32], occlusion: Occlusion) -> dict[str, Map]:
-    """Return maps of relevance (H, W) for the winner of an image (1, H, W). numbers: a row of ``scores_of_capsules``."""
+    """Return maps of relevance (H, W) for an image's winner. image: (1, H, W); numbers: of ``scores_of_capsules``."""
     masked = occlusion.masked(image, np.zeros(len(image), np.uint8))
     poses = poses_of(net, masked.images)
     winner = int(np.linalg.norm(poses[0], axis=-1).argmax())
@@ -142,7 +144,8 @@ def inked(net: CapsuleNet, image: Pixels, maps: dict[str, Map], generator: np.ra
     poses = poses_of(net, np.stack([image, *(without_ink(image, order, generator) for order in orders)]))
     winner = int(np.linalg.norm(poses[0], axis=-1).argmax())
     drops = drops_of(poses, [winner])[:, 0].astype(np.float64)
-    return drops[: len(maps)] - drops[len(maps) :].mean()
+    beyond: NDArray[np.float64] = drops[: len(maps)] - drops[len(maps) :].mean()
+    return beyond
 
 
 def jobs(scale: Scale) -> list[Job]:
@@ -158,7 +161,7 @@ def measure(bench: Bench) -> Evidence:
         assert isinstance(net, CapsuleNet)
         return measured(net, test, bench.scale.costly)
 
-    return evidence([bench.kept(f"routing-parts-{seed}", lambda: of_net(seed)) for seed in bench.seeds])
+    return evidence([bench.kept(f"routing-parts-{seed}", partial(of_net, seed)) for seed in bench.seeds])
 
 
 def measured(net: CapsuleNet, test: Labelled, costly: int) -> Arrays:
@@ -187,7 +190,9 @@ def measured(net: CapsuleNet, test: Labelled, costly: int) -> Arrays:
     numbers = in_batches(lambda part: scores_of_capsules(net, to_pixels(part)), mapped).numpy()
     occlusion = Occlusion(*mapped.shape[2:])
     generator = np.random.default_rng(_SEED)
-    alike, ink, shown = [], [], []
+    alike: list[list[float]] = []
+    ink: list[NDArray[np.float64]] = []
+    shown: list[NDArray[np.float32]] = []
     for image, row in zip(mapped.numpy(), numbers, strict=True):
         maps = maps_of(net, image, row, occlusion)
         alike.append([correlation(maps[name], maps[OCCLUSION]) for name in (INK, COUPLINGS, CONTRIBUTIONS)])
@@ -208,20 +213,21 @@ def evidence(found: list[Arrays]) -> Evidence:
     right = all_of("right")
     choices = {name: all_of(name) for name in (BY_COUPLING, BY_CONTRIBUTION, BY_VOTE, AT_RANDOM)}
     lost: dict[str, Outcomes] = {name: values[:, :, 0] for name, values in choices.items()}
-
-    def compare(name: str, values: dict[str, Outcomes], first: str, second: str, unit: str) -> Comparison:
-        return Comparison(name, first, second, values[first], values[second], unit)
-
+    iterated = {"three iterations": right[:, 1], "one": right[:, 0]}
     entropies = all_of("entropies").mean(0).round(5).tolist()
     changed = all_of("changed").mean()
     return Evidence(
         comparisons=(
-            compare("map that is like that of occlusion", alike, COUPLINGS, INK, "correlation"),
-            compare("… by contributions", alike, CONTRIBUTIONS, INK, "correlation"),
-            compare("pose that is lost without a fifth of the capsules", lost, BY_COUPLING, AT_RANDOM, "of the length"),
-            compare("… chosen with and without routing", lost, BY_CONTRIBUTION, BY_VOTE, "of the length"),
-            compare("pose that is lost without a tenth of the ink, beyond random ink", ink, COUPLINGS, INK, "length"),
-            Comparison("answers with three iterations and with one", "3", "1", right[:, 1], right[:, 0], "% right"),
+            Comparison.between("map that is like that of occlusion", COUPLINGS, INK, alike, "correlation"),
+            Comparison.between("… by contributions", CONTRIBUTIONS, INK, alike, "correlation"),
+            Comparison.between(
+                "pose that is lost without a fifth of the capsules", BY_COUPLING, AT_RANDOM, lost, "of the length"
+            ),
+            Comparison.between("… chosen with and without routing", BY_CONTRIBUTION, BY_VOTE, lost, "of the length"),
+            Comparison.between(
+                "pose that is lost without a tenth of the ink, beyond random ink", COUPLINGS, INK, ink, "length"
+            ),
+            Comparison.between("answers of the same networks", "three iterations", "one", iterated, "% right"),
         ),
         figures={
             "entropy of the couplings by iteration; 1 if all are equal": entropies,
@@ -239,8 +245,8 @@ def evidence(found: list[Arrays]) -> Evidence:
         },
         pictures={"Where the answer comes from": picture(found[0]["shown"])},
         said=(
-            f"The couplings agree with what really matters in the image by {alike[COUPLINGS].mean():.2f}, the plain ink "
-            f"by {alike[INK].mean():.2f} (1 would be exactly); routing changes {changed:.2f} % of the answers."
+            f"The couplings agree with what matters in the image by {alike[COUPLINGS].mean():.2f}, the plain ink by "
+            f"{alike[INK].mean():.2f} (1 would be exactly); routing changes {changed:.2f} % of the answers."
         ),
     )
 
@@ -248,17 +254,14 @@ def evidence(found: list[Arrays]) -> Evidence:
 def picture(shown: NDArray[np.generic]) -> bytes:
     """Draw some digits with their maps, each from its own smallest to its own largest number. shown: (K, 4, H, W)."""
     occlusion, ink, couplings, contributions = np.swapaxes(shown, 0, 1).astype(np.float64)
-    rows = {
-        "digit": ink,
-        "occlusion\n(what matters)": occlusion,
-        "couplings": couplings,
-        "contributions": contributions,
-    }
-    return tiles("Where the answer comes from", [list(map(_stretched, row)) for row in rows.values()], list(rows))
+    names = ("digit", "what matters\n(occlusion)", "couplings", "contributions")
+    rows = [list(map(_stretched, row)) for row in (ink, occlusion, couplings, contributions)]
+    return tiles("Where the answer comes from", rows, names)
 
 
 def _stretched(one: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (one - one.min()) / max(1e-9, float(np.ptp(one)))
+    result: NDArray[np.float64] = (one - one.min()) / max(1e-9, float(np.ptp(one)))
+    return result
 
 
 ROW = Row(CLAIM, jobs, measure)
