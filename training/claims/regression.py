@@ -8,45 +8,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The penalties of a reading, against the variance of the features; the best one on the images of the fit is taken.
+#: The penalties of a reading, against the mean variance of the features; the best one on the images of the fit is
+#: taken.
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-_MIN_DEVIATION = 1e-9  # of a feature; one that never changes says nothing
+_TINY = 1e-30  # for features that never change
 
 
 class Reading(NamedTuple):
-    """A linear function of features: ``(features - middle) / scale @ weights + offset``."""
+    """A linear function of features: ``(features - middle) @ weights + offset``."""
 
     middle: Tensor
-    scale: Tensor
     weights: Tensor
     offset: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return the numbers (N, P) that are read from features (N, F), in double precision."""
-        return (features.double() - self.middle) / self.scale @ self.weights + self.offset
+        return (features.double() - self.middle) @ self.weights + self.offset
 
 
 def fit(features: Tensor, numbers: Tensor) -> Reading:
     """Return the ridge regression of numbers (N, P) on features (N, F).
 
     The penalty is the one of PENALTIES with the smallest squared error when each image in turn is left out, computed in
-    closed form (Allen, "The relationship between variable selection and data augmentation", 1974).
+    closed form (Allen, "The relationship between variable selection and data augmentation", 1974). All features keep
+    their scale: one that is 0 for nearly all images of the fit would else count too much for others.
     """
     x, y = features.double(), numbers.double()
-    middle, deviation = x.mean(0), x.std(0, correction=0)
-    scale = torch.where(deviation > _MIN_DEVIATION, deviation, torch.inf)
-    offset = y.mean(0)
-    left, singular, right = torch.linalg.svd((x - middle) / scale, full_matrices=False)
+    middle, offset = x.mean(0), y.mean(0)
+    left, singular, right = torch.linalg.svd(x - middle, full_matrices=False)
+    unit = float(singular.square().sum()) / x.shape[1]  # so much belongs to a feature on average
     rotated = left.T @ (y - offset)  # (min(N, F), P)
     best, chosen = torch.inf, singular
     for penalty in PENALTIES:
-        kept = singular.square() / (singular.square() + penalty * len(x))
+        kept = singular.square() / (singular.square() + penalty * unit + _TINY)
         fitted = left @ (kept.unsqueeze(1) * rotated)
         leverage = (left.square() @ kept + 1 / len(x)).clamp(max=1 - 1e-9)
         error = float(((y - offset - fitted) / (1 - leverage).unsqueeze(1)).square().sum())
         if error < best:
-            best, chosen = error, singular / (singular.square() + penalty * len(x))
-    return Reading(middle, scale, right.T @ (chosen.unsqueeze(1) * rotated), offset)
+            best, chosen = error, singular / (singular.square() + penalty * unit + _TINY)
+    return Reading(middle, right.T @ (chosen.unsqueeze(1) * rotated), offset)
 
 
 def explained(read: Tensor, numbers: Tensor) -> Tensor:

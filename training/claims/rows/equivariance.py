@@ -152,8 +152,8 @@ def measure(bench: Bench) -> Evidence:
 
 
 def sides(images: Images, count: int) -> tuple[Changed, Changed]:
-    """Return changed held-out digits, to fit on, and changed test digits, to judge on."""
-    return changed(images.held_out.first(count), CHANGES, _SEED), changed(images.test.first(count), CHANGES, _SEED + 1)
+    """Return changed held-out digits, to fit on, and so many changed test digits, to judge on."""
+    return changed(images.held_out, CHANGES, _SEED), changed(images.test.first(count), CHANGES, _SEED + 1)
 
 
 def measured(net: CapsuleNet | PlainNet, fitting: Changed, judging: Changed, digits: Labelled) -> Arrays:
@@ -206,7 +206,7 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
     figures["errors in % by shift in pixels"] = {
         kind: dict(zip(map(str, DISTANCES), values.round(3).tolist(), strict=True)) for kind, values in errors.items()
     }
-    moved = {name: float(outcomes(name, "change of ").mean()) for name in parts}
+    moved = {name: max(0.0, float(outcomes(name, "change of ").mean())) for name in parts}
     return Evidence(
         comparisons=(
             compare("read from the change of the pose, and of 128 plain features", FEATURES, "change of "),
