@@ -62,11 +62,15 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
     return png(figure)
 
 
-def curves(title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
-    """Draw a line through the points (x values, y values) of each name."""
+def curves(
+    title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], logarithmic: bool = False
+) -> bytes:
+    """Draw a line through the points (x values, y values) of each name. logarithmic: the x axis."""
     figure, panel = axes(title, x, y)
     for name, (across, up) in lines.items():
         panel.plot(across, up, "o-", color=COLOURS.get(name), markersize=3, label=NAMES.get(name, name))
+    if logarithmic:
+        panel.set_xscale("log")
     panel.legend(fontsize=8, frameon=False)
     return png(figure)
 

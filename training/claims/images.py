@@ -88,8 +88,13 @@ def load_images(scale: Scale, digits: Path | None = None, clothes: Path | None =
         Labelled(pool.images[chosen], pool.labels[chosen])
         for chosen in split(len(pool), min(scale.held_out, len(pool) // 5), HELD_OUT_SEED)
     )
+    clothes_train, clothes_test = others
     return Images(
-        train.first(scale.train), held_out, test.first(scale.test), *(one.first(scale.train) for one in others)
+        train.first(scale.train),
+        held_out,
+        test.first(scale.test),
+        clothes_train.first(scale.train),
+        clothes_test.first(scale.test),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 #: The kinds of training images; see ``training.claims.images``.
 DIGITS, PLACED, PAIRS, BACKGROUND, ONE_CLASS = "digits", "placed", "pairs", "background", "one-class"
+FEW = "few"  # the steps of networks with little data or of other sizes
 #: By kind of images: the side of the canvas, the channels, and the classes.
 SHAPES = {DIGITS: (28, 1, 10), PLACED: (40, 1, 10), PAIRS: (36, 1, 10), BACKGROUND: (28, 3, 10), ONE_CLASS: (28, 1, 1)}
 
@@ -66,8 +67,25 @@ class Scale:
             for kind in kinds
         ]
 
+    def special(self, images: str, kinds: Iterable[str]) -> list[Job]:
+        """Return the jobs of networks of these kinds on other images, with the first seed's weights, for pictures."""
+        batch = self.pair_batch if images == PAIRS else self.batch
+        return [
+            Job(kind, seed, self.steps[images], images, self.size, batch=batch, keep=seed == self.seeds[0])
+            for seed in self.seeds
+            for kind in kinds
+        ]
 
-FEW = "few"
+    def few(self, kinds: Iterable[str], size: str | None = None, per_class: int = 0) -> list[Job]:
+        """Return the jobs of networks of another size on all digits, or of the usual size on a few of each class."""
+        steps = self.steps[FEW]
+        return [
+            Job(kind, seed, steps, size=size or self.size, per_class=per_class, batch=self.batch)
+            for seed in self.seeds
+            for kind in kinds
+        ]
+
+
 SCALES = {
     "quick": Scale(
         name="quick",
@@ -88,7 +106,7 @@ SCALES = {
     "full": Scale(
         name="full",
         seeds=(1, 2, 3),
-        steps={DIGITS: 12_000, PLACED: 5000, PAIRS: 6000, BACKGROUND: 4000, ONE_CLASS: 2000, FEW: 4000},
+        steps={DIGITS: 5000, PLACED: 2500, PAIRS: 2000, BACKGROUND: 1500, ONE_CLASS: 800, FEW: 1500},
         size="200K",
         sizes=("50K", "200K", "700K"),
         per_class=(10, 100, 1000),

@@ -160,7 +160,7 @@ class PlainNet(nn.Module):
         """Return the reconstruction from the class's part of the features; see Net."""
         if self.decoder is None:
             raise ValueError(f"{self.spec.kind} has no decoder")
-        pixels: Tensor = self.decoder(self._part(self.features(images), classes))
+        pixels: Tensor = self.decoder(self._part(self.features(images), present_classes(classes, self.spec.classes)))
         return pixels.float().reshape(-1, *self.spec.config.image_shape)
 
     def loss(self, images: Tensor, parts: Tensor, labels: Tensor, pixel_weight: float) -> Tensor:
@@ -173,14 +173,13 @@ class PlainNet(nn.Module):
         else:
             loss = -(shown.mean(1) * logits.log_softmax(1)).sum(1).mean()
         if self.decoder is not None:
-            classes = labels.clamp_min(0)  # of NONE, whose errors do not count
-            seen = self._part(units.unsqueeze(1), classes).flatten(0, 1)  # (B*K, 128)
+            seen = self._part(units.unsqueeze(1), shown).flatten(0, 1)  # (B*K, 128)
             loss = loss + pixel_weight * pixel_errors(self.decoder(seen), parts, labels)
         return loss
 
-    def _part(self, units: Tensor, classes: Tensor) -> Tensor:
-        """Return the units times their weights for the class."""
-        return units * self.output.weight[classes]
+    def _part(self, units: Tensor, shown: Tensor) -> Tensor:
+        """Return the units (..., 128) times their weights for the class that ``shown`` (..., J) marks with 1."""
+        return units * (shown @ self.output.weight)
 
 
 def build(spec: NetSpec) -> CapsuleNet | PlainNet:

@@ -4,6 +4,7 @@ A step of a small network is hundreds of kernels of a few microseconds each: lau
 The data of many steps lie on the device, and the step itself counts which of them is next.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class Learner(Generic[Net]):
         half: bool = True,
     ) -> None:
         torch.manual_seed(seed)
-        self._build, self.settings, self.steps, self.device, self._half = build, settings, steps, device, half
+        self.settings, self.steps, self.device, self._half = settings, steps, device, half
         self.model = on_device(build(), device)
         self._loss = torch.compile(loss) if compiled else loss
         self._rate = torch.zeros((), device=device)
@@ -210,7 +211,7 @@ class Learner(Generic[Net]):
 
     def averaged(self) -> Net:
         """Return a copy of the network with the averaged weights, in evaluation mode."""
-        model = on_device(self._build(), self.device)
+        model = copy.deepcopy(self.model)
         floating = [value for value in model.state_dict().values() if value.is_floating_point()]
         with torch.no_grad():
             for value, average in zip(floating, self._average, strict=True):

@@ -1,0 +1,160 @@
+"""A run of the claims: train the networks that the rows need, measure the rows, write the report."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Never
+
+import torch
+from tqdm import tqdm
+
+from training.claims.bench import Bench
+from training.claims.images import Images, load_images
+from training.claims.jobs import DIGITS, Job, Scale
+from training.claims.learn import Workshop, chosen_device, train
+from training.claims.report import write_report
+from training.claims.results import Result, read_result, write_result
+from training.claims.row import Row
+from training.claims.rows import rows
+from training.claims.store import Store
+from training.claims.summary import collect
+from training.data.sources import DatasetError
+from training.precision import avoid_matrix_tiles
+from training.provenance import commit, provenance
+
+SCALE_FILE = "scale.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run.
+
+    numbers: of the rows; none for all. digits, clothes: folders of the data sets. deadline: of ``time.perf_counter``,
+    for the training. command: the words that repeat the run. Raises ValueError for a number that no row has.
+    """
+
+    scale: Scale
+    folder: Path
+    numbers: tuple[int, ...] = ()
+    digits: Path | None = None
+    clothes: Path | None = None
+    deadline: float | None = None
+    commit: str = ""
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        known = {row.claim.number for row in rows()}
+        if unknown := set(self.numbers) - known:
+            raise ValueError(f"rows {sorted(unknown)}; expected some of 1 to {max(known)}")
+
+    @property
+    def report(self) -> Path:
+        """Return the folder of the report."""
+        return self.folder / "report"
+
+    @property
+    def rows(self) -> list[Row]:
+        """Return the rows that are asked for."""
+        return [row for row in rows() if not self.numbers or row.claim.number in self.numbers]
+
+
+def jobs_of(asked: list[Row], scale: Scale) -> list[Job]:
+    """Return the networks that these rows need, each once; first those that several rows measure."""
+    needed = dict.fromkeys(job for row in asked for job in row.jobs(scale))
+    return sorted(needed, key=lambda job: not (job.images == DIGITS and job.keep))
+
+
+def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
+    """Train, measure and report; return the exit status, 1 if something was left out or is missing."""
+    avoid_matrix_tiles()
+    device = chosen_device()
+    if settings.scale.name == "quick":
+        torch.set_num_threads(1)  # tiny networks gain nothing from more, and sums come out alike on every machine
+    try:
+        _check_scale(settings)
+        images = load_images(settings.scale, settings.digits, settings.clothes)
+    except (DatasetError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    store = Store(settings.folder)
+    left: list[Job] = []
+    if not no_training:
+        left = _trained(settings, store, images, device)
+    if train_only:
+        return 1 if left else 0
+    unmeasured = _measured(settings, store, images)
+    report = collect(rows(), settings.scale, store, settings.command)
+    write_report(report, jobs_of(rows(), settings.scale), store, settings.report)
+    print(f"the report: {settings.report}")
+    return 1 if left or unmeasured else 0
+
+
+def _measured(settings: Settings, store: Store, images: Images) -> list[Row]:
+    """Measure the rows that were not measured yet, and return those that lack a network."""
+    missing = []
+    with _bar("rows", len(settings.rows)) as bar:
+        for row in settings.rows:
+            bar.set_postfix_str(row.claim.title)
+            if read_result(row.claim, store.folder) is None and not _measure(row, settings, store, images):
+                missing.append(row)
+                tqdm.write(f"row {row.claim.number}, {row.claim.title}: not run, its networks are not all trained")
+            bar.update()
+    return missing
+
+
+def _measure(row: Row, settings: Settings, store: Store, images: Images) -> bool:
+    """Measure a row and store its result; return False if a network is missing."""
+    if not all(store.finished(job) for job in row.jobs(settings.scale)):
+        return False
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+    evidence = row.measure(Bench(settings.scale, store, images, tqdm.write))
+    origin = provenance(torch.device("cpu"))
+    told = {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "device": origin["device"],
+        "commit": commit() or settings.commit,
+    }
+    write_result(Result(row.claim, evidence, told), store.folder)
+    return True
+
+
+def _trained(settings: Settings, store: Store, images: Images, device: torch.device) -> list[Job]:
+    """Train the networks and return those that the deadline left out."""
+    jobs = jobs_of(settings.rows, settings.scale)
+    begin = time.perf_counter()
+    with _bar("networks", len(jobs)) as bar:
+        bar.update(sum(store.finished(job) for job in jobs))
+        shop = Workshop(
+            store,
+            images,
+            settings.scale,
+            device,
+            tqdm.write,
+            lambda: bar.update() and None,
+            settings.deadline,
+            settings.commit,
+        )
+        left = train(jobs, shop)
+    print(f"{len(jobs) - len(left)} of {len(jobs)} networks are trained, {time.perf_counter() - begin:.0f} s")
+    return left
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator["tqdm[Never]"]:
+    with tqdm(desc=name, total=total, unit=name.removesuffix("s"), dynamic_ncols=True) as bar:
+        yield bar
+
+
+def _check_scale(settings: Settings) -> None:
+    """Store the sizes of the run in its folder. Raises ValueError if the folder has a run of other sizes."""
+    file = settings.folder / SCALE_FILE
+    text = json.dumps(asdict(settings.scale), indent=1)
+    if file.exists() and file.read_text() != text:
+        raise ValueError(f"{settings.folder} has a run of other sizes; give another --out")
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
