@@ -59,7 +59,8 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
         mean = sum(seen) / len(seen)
         panel.bar(place, mean, color=COLOURS.get(name, OTHER_COLOUR), width=0.65)
         panel.plot([place] * len(seen), list(seen), "o", color="black", markersize=3.5)
-        panel.text(place, max(seen), f"{mean:.3g}", ha="center", va="bottom", fontsize=9)
+        top = (place, max(mean, *seen))
+        panel.annotate(f"{mean:.3g}", top, (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9)
     panel.set_xticks(range(len(values)), [NAMES.get(name, name).replace(", ", ",\n") for name in values], fontsize=7.5)
     panel.margins(y=0.15)
     return png(figure)
@@ -68,12 +69,18 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
 def curves(
     title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], logarithmic: bool = False
 ) -> bytes:
-    """Draw a line through the points (x values, y values) of each name. logarithmic: the x axis."""
+    """Draw a line through the points (x values, y values) of each name.
+
+    logarithmic: the x axis is, and has the points of the first line.
+    """
     figure, panel = axes(title, x, y)
     for name, (across, up) in lines.items():
         panel.plot(across, up, "o-", color=COLOURS.get(name), markersize=3, label=NAMES.get(name, name))
     if logarithmic:
         panel.set_xscale("log")
+        points = next(iter(lines.values()))[0]
+        panel.set_xticks(points, [f"{point:,}" for point in points])
+        panel.minorticks_off()
     panel.legend(fontsize=8, frameon=False)
     return png(figure)
 
