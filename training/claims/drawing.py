@@ -4,12 +4,15 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 DPI = 110
 SIZE = (5.2, 3.1)  # inches
+TILE_INCHES = 0.62
+GAP_PIXELS = 2  # between the images of a table
 #: The colour of each kind of network.
 COLOURS = {
     "K3": "#1f5fa8",
@@ -78,21 +81,20 @@ def curves(
 def tiles(
     title: str, images: Sequence[Sequence[NDArray[Any]]], rows: Sequence[str], columns: Sequence[str] = ()
 ) -> bytes:
-    """Draw a table of images, each (H, W) or (H, W, 3) with pixels from 0 to 1, with words for rows and columns."""
-    wide = max(len(row) for row in images)
-    figure = Figure(figsize=(1.3 + 0.62 * wide, 0.5 + 0.62 * len(images)), layout="constrained")
+    """Draw a table of images, each (H, W) or (H, W, 3) with pixels from 0 to 1, with words for rows and columns.
+
+    All rows have equally many images, and all images the same shape.
+    """
+    height, width = images[0][0].shape[:2]
+    rims = ((0, GAP_PIXELS), (0, GAP_PIXELS), *((0, 0),) * (images[0][0].ndim - 2))
+    lines = [np.concatenate([np.pad(one, rims, constant_values=1) for one in line], 1) for line in images]
+    whole = np.concatenate(lines, 0)[:-GAP_PIXELS, :-GAP_PIXELS]
+    figure = Figure(figsize=(1.4 + TILE_INCHES * len(images[0]), 0.7 + TILE_INCHES * len(images)), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    panels = figure.subplots(len(images), wide, squeeze=False)
-    for across, one in zip(panels, images, strict=True):
-        for panel in across:
-            panel.set_xticks([])
-            panel.set_yticks([])
-        for panel, image in zip(across, one, strict=False):
-            panel.imshow(image, cmap="gray", vmin=0, vmax=1)
-        for panel in across[len(one) :]:
-            panel.set_axis_off()
-    for panel, word in zip(panels[:, 0], rows, strict=True):
-        panel.set_ylabel(word, rotation=0, ha="right", va="center", fontsize=8)
-    for panel, word in zip(panels[0], columns, strict=False):
-        panel.set_title(word, fontsize=8)
+    panel = figure.add_subplot()
+    panel.imshow(whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    panel.set_yticks([height / 2 + number * (height + GAP_PIXELS) for number in range(len(rows))], rows)
+    panel.set_xticks([width / 2 + number * (width + GAP_PIXELS) for number in range(len(columns))], columns)
     return png(figure)

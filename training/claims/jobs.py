@@ -106,7 +106,7 @@ SCALES = {
     "full": Scale(
         name="full",
         seeds=(1, 2, 3),
-        steps={DIGITS: 5000, PLACED: 2500, PAIRS: 2000, BACKGROUND: 1500, ONE_CLASS: 800, FEW: 1500},
+        steps={DIGITS: 9000, PLACED: 2500, PAIRS: 2000, BACKGROUND: 1500, ONE_CLASS: 800, FEW: 1500},
         size="200K",
         sizes=("50K", "200K", "700K"),
         per_class=(10, 100, 1000),
