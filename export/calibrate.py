@@ -16,6 +16,7 @@ from export.unknown_images import UnknownImages, unknown_images
 from export.verify import Prediction
 from serving.artifact import Calibration
 from serving.runtime import Runtime
+from training.calibration import confidences, expected_calibration_error, fit_temperature
 from training.checkpoint import Checkpoint
 from training.data.augment import Augmentation
 from training.data.compose import place, scenes
@@ -32,15 +33,12 @@ MAX_COPIES = 2
 FALSE_ALARMS = 0.05
 #: The weight of the threshold of all classes together against that of one class, in mistakes.
 PRIOR_MISTAKES = 10
-ECE_BINS = 15
 #: The images with one object, for a network of several.
 SINGLE_IMAGES = 2_000
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0
 TEST_IMAGES = "test images"
 
 _SEED = 0
 _BATCH_SIZE = 32
-_SEARCH_STEPS = 60
 _DIGITS = 4  # of a threshold, after the decimal point
 _MARGIN_SCALE, _ERROR_SCALE = 10**_DIGITS, 10**6
 
@@ -170,40 +168,6 @@ def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torc
     return Sample(images, labels.reshape(len(labels), -1), f"{said}, in new compositions")
 
 
-def fit_temperature(lengths: Floats, labels: NDArray[np.int64]) -> float:
-    """Return the temperature for which ``softmax(lengths / temperature)`` predicts the labels best.
-
-    It minimises the cross-entropy, which is convex in 1 / temperature. lengths: (N, J); labels: (N, K). With K objects
-    an image, the confidence of a class is the probability that an object of the image, chosen at random, is of this
-    class: each true class has the target 1 / K. A share of 1 / (N + 2) of the targets goes to the other classes
-    (Platt, "Probabilistic Outputs for Support Vector Machines", 1999), so that images without a mistake do not lead
-    to a temperature of 0.
-    """
-    count, classes = lengths.shape
-    others = classes - labels.shape[1]
-    if not count or others < 1:
-        return 1.0
-    targets = np.full(lengths.shape, 1 / (count + 2) / others)
-    np.put_along_axis(targets, labels, (count + 1) / (count + 2) / labels.shape[1], 1)
-    values = lengths.astype(np.float64)
-    linear = float((targets * values).sum(1).mean())
-
-    def loss(inverse: float) -> float:
-        scaled = values * inverse
-        top = scaled.max(1)
-        return float((top + np.log(np.exp(scaled - top[:, None]).sum(1))).mean()) - inverse * linear
-
-    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(_SEARCH_STEPS):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if loss(left) < loss(right):
-            high = right
-        else:
-            low = left
-    return round(2 / (low + high), _DIGITS)
-
-
 def balanced_thresholds(lengths: Floats, labels: NDArray[np.int64]) -> tuple[float, ...]:
     """Return the least length of each present class, for which as many images miss the class as have it falsely.
 
@@ -230,25 +194,6 @@ def _balanced(true: Floats, false: Floats) -> tuple[float, int]:
     differences = np.abs(missed - falsely)
     (best,) = np.nonzero(differences == differences.min())
     return float((edges[best[0]] + edges[best[-1] + 1]) / 2), int(missed[best[0]] + falsely[best[0]])
-
-
-def confidences(lengths: Floats, temperature: float) -> NDArray[np.float64]:
-    """Return ``softmax(lengths / temperature)``, (N, J)."""
-    scaled = lengths.astype(np.float64) / temperature
-    powers = np.exp(scaled - scaled.max(1, keepdims=True))
-    result: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
-    return result
-
-
-def expected_calibration_error(predicted: NDArray[np.floating], right: NDArray[np.floating]) -> float:
-    """Return the mean distance, over images, between the predictions in a bin and the share of right ones in it.
-
-    predicted: (N,), from 0 to 1, in ECE_BINS bins of equal width. right: (N,), from 0 to 1. Source: Guo et al., "On
-    Calibration of Modern Neural Networks" (2017), section 2.
-    """
-    bins = np.minimum((predicted * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=right - predicted, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(predicted))
 
 
 class _Rule:

@@ -13,14 +13,10 @@ from torch import Tensor
 from export import calibrate as calibration
 from export.calibrate import (
     IMAGES,
-    MIN_TEMPERATURE,
     Network,
     balanced_thresholds,
     calibrate,
     calibration_sample,
-    confidences,
-    expected_calibration_error,
-    fit_temperature,
 )
 from export.certificate import certificate
 from export.unknown_images import OTHERS, unknown_images
@@ -28,6 +24,7 @@ from export.verify import Prediction
 from serving.artifact import Training, Variant, load
 from serving.runtime import Arrays, Runtime
 from tests.conftest import ROOT
+from training.calibration import MIN_TEMPERATURE, confidences, expected_calibration_error, fit_temperature
 from training.checkpoint import Checkpoint
 from training.data import datasets
 from training.data.datasets import Dataset, split

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The import of PyTorch takes seconds, so the flags are checked before.
     from training.claims import run
 
-    words = ["python", "-m", "training.claims", *(sys.argv[1:] if arguments is None else arguments)]
+    words = ["python", "-m", "training.claims", options.scale]
     try:
         settings = run.Settings(
             SCALES[options.scale],

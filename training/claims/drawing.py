@@ -4,12 +4,15 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 DPI = 110
 SIZE = (5.2, 3.1)  # inches
+TILE_INCHES = 0.62
+GAP_PIXELS = 2  # between the images of a table
 #: The colour of each kind of network.
 COLOURS = {
     "K3": "#1f5fa8",
@@ -57,7 +60,8 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
         mean = sum(seen) / len(seen)
         panel.bar(place, mean, color=COLOURS.get(name, OTHER_COLOUR), width=0.65)
         panel.plot([place] * len(seen), list(seen), "o", color="black", markersize=3.5)
-        panel.text(place, max(seen), f"{mean:.3g}", ha="center", va="bottom", fontsize=9)
+        top = (place, max(mean, *seen))
+        panel.annotate(f"{mean:.3g}", top, (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9)
     panel.set_xticks(range(len(values)), [NAMES.get(name, name).replace(", ", ",\n") for name in values], fontsize=7.5)
     panel.margins(y=0.15)
     return png(figure)
@@ -66,12 +70,18 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
 def curves(
     title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], logarithmic: bool = False
 ) -> bytes:
-    """Draw a line through the points (x values, y values) of each name. logarithmic: the x axis."""
+    """Draw a line through the points (x values, y values) of each name.
+
+    logarithmic: the x axis is, and has the points of the first line.
+    """
     figure, panel = axes(title, x, y)
     for name, (across, up) in lines.items():
         panel.plot(across, up, "o-", color=COLOURS.get(name), markersize=3, label=NAMES.get(name, name))
     if logarithmic:
         panel.set_xscale("log")
+        points = next(iter(lines.values()))[0]
+        panel.set_xticks(points, [f"{point:,}" for point in points])
+        panel.minorticks_off()
     panel.legend(fontsize=8, frameon=False)
     return png(figure)
 
@@ -79,23 +89,22 @@ def curves(
 def tiles(
     title: str, images: Sequence[Sequence[NDArray[Any]]], rows: Sequence[str], columns: Sequence[str] = ()
 ) -> bytes:
-    """Draw a table of images, each (H, W) or (H, W, 3) with pixels from 0 to 1, with words for rows and columns."""
-    wide = max(len(row) for row in images)
-    figure = Figure(figsize=(1.3 + 0.62 * wide, 0.5 + 0.62 * len(images)), layout="constrained")
+    """Draw a table of images, each (H, W) or (H, W, 3) with pixels from 0 to 1, with words for rows and columns.
+
+    All rows have equally many images, and all images the same shape.
+    """
+    height, width = images[0][0].shape[:2]
+    rims = ((0, GAP_PIXELS), (0, GAP_PIXELS), *((0, 0),) * (images[0][0].ndim - 2))
+    lines = [np.concatenate([np.pad(one, rims, constant_values=1) for one in line], 1) for line in images]
+    whole = np.concatenate(lines, 0)[:-GAP_PIXELS, :-GAP_PIXELS]
+    figure = Figure(figsize=(1.4 + TILE_INCHES * len(images[0]), 0.7 + TILE_INCHES * len(images)), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    panels = figure.subplots(len(images), wide, squeeze=False)
-    for across, one in zip(panels, images, strict=True):
-        for panel in across:
-            panel.set_xticks([])
-            panel.set_yticks([])
-        for panel, image in zip(across, one, strict=False):
-            panel.imshow(image, cmap="gray", vmin=0, vmax=1)
-        for panel in across[len(one) :]:
-            panel.set_axis_off()
-    for panel, word in zip(panels[:, 0], rows, strict=True):
-        panel.set_ylabel(word, rotation=0, ha="right", va="center", fontsize=8)
-    for panel, word in zip(panels[0], columns, strict=False):
-        panel.set_title(word, fontsize=8)
+    panel = figure.add_subplot()
+    panel.imshow(whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    panel.set_yticks([height / 2 + number * (height + GAP_PIXELS) for number in range(len(rows))], rows)
+    panel.set_xticks([width / 2 + number * (width + GAP_PIXELS) for number in range(len(columns))], columns)
     return png(figure)
 
 

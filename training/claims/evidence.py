@@ -3,6 +3,7 @@
 Axes: S seeds, N images, R resamples.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -43,6 +44,13 @@ class Comparison:
             raise ValueError(f"{self.name}: outcomes of shapes {self.a.shape} and {self.b.shape}; expected (S, N) both")
         if not (np.isfinite(self.a).all() and np.isfinite(self.b).all()):
             raise ValueError(f"{self.name}: an outcome is not finite")
+
+    @classmethod
+    def between(
+        cls, name: str, first: str, second: str, outcomes: Mapping[str, Outcomes], unit: str = ""
+    ) -> "Comparison":
+        """Return the comparison of two sides from the outcomes (S, N) of each side by name."""
+        return cls(name, first, second, outcomes[first], outcomes[second], unit)
 
     @classmethod
     def to_value(cls, name: str, first: str, a: Outcomes, value: float, unit: str = "") -> "Comparison":

@@ -25,7 +25,7 @@ from training.recorded.chunks import Chunk
 from training.recorded.learner import Hyperparameters, Learner, wait
 
 SETTINGS = Hyperparameters(ema_decay=0.999)
-MAX_AT_ONCE = 18  # networks on one GPU
+AT_ONCE_ON_GPU, AT_ONCE_ON_CPU = 18, 1  # networks; on a processor, an interruption then loses one at most
 POINTS = 12  # of a training at which the affine set is answered
 SPARE_SHARE = 0.05  # of a group's expected time, for its scores
 
@@ -65,7 +65,7 @@ def train(jobs: Iterable[Job], shop: Workshop) -> list[Job]:
     sets = Sets(shop.images, shop.scale)
     images = shop.images.to(shop.device)
     left: list[Job] = []
-    for group in groups(waiting, MAX_AT_ONCE if shop.device.type == "cuda" else 1):
+    for group in groups(waiting, AT_ONCE_ON_GPU if shop.device.type == "cuda" else AT_ONCE_ON_CPU):
         if not _train_group(group, images, sets, shop):
             left += group
     return left

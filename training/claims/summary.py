@@ -99,6 +99,8 @@ def made(report: Report) -> list[str]:
     return [
         f"command: `{report.command}`",
         f"seeds: {', '.join(map(str, report.scale.seeds))}; {len(trained)} networks",
+        f"steps: {', '.join(f'{count} ({name})' for name, count in report.scale.steps.items())},"
+        f" of {report.scale.batch} images, or {report.scale.pair_batch} pairs",
         f"training: {sum(trained.values()) / 60:.1f} minutes; measurements: {measured:.1f} minutes",
         *report.origins,
     ]

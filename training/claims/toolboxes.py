@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from training.claims.attacks import PARALLEL_IMAGES, Scores, within
+from training.claims.row import CannotMeasure
 
 EXTRA = "capsnet-serving[claims]"
 PACKAGES = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox"}
 APGD_STEP_BOUNDS = 2.0  # its first step, in bounds, as its authors have it; it halves the step itself
 
 
-class MissingToolboxError(RuntimeError):
+class MissingToolboxError(CannotMeasure):
     """A toolbox is not installed. The text says which, and how to install it."""
 
 
