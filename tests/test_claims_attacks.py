@@ -393,7 +393,7 @@ def test_the_attacks_of_the_toolboxes_stay_within_their_bounds_and_repeat(
     pytest.importorskip("foolbox")
     images, labels = few[0][:12], few[1][:12]
     scores = open_scores(nets["K3"])
-    before = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr, index]
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]
     attacks: dict[str, Callable[[], Tensor]] = {
         "APGD": lambda: toolboxes.apgd(scores, images, labels, 0.2, 1, steps=5, restarts=1),
         "Square": lambda: toolboxes.square(scores, images, labels, 0.2, 1, queries=10),
@@ -407,7 +407,7 @@ def test_the_attacks_of_the_toolboxes_stay_within_their_bounds_and_repeat(
         if name != "DDN":
             assert (changed - images).abs().max() <= 0.2 + ROUNDING
     assert fooled_by(scores(changed), labels).float().mean() > 0.5
-    assert np.random.get_state()[1].tolist() == before[0]  # type: ignore[union-attr, index]
+    assert np.random.get_state()[1].tolist() == before[0]  # type: ignore[index]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 

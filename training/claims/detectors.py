@@ -98,7 +98,7 @@ class Detector:
 @torch.no_grad()
 def suspicions(suspicion: Suspicion, net: CapsuleNet | PlainNet, pixels: Tensor) -> Tensor:
     """Return the suspicions of many images, (B,)."""
-    return torch.cat([suspicion(view(net, part)) for part in pixels.split(PARALLEL_IMAGES)])
+    return torch.cat([suspicion(view(net, part)) for part in torch.split(pixels, PARALLEL_IMAGES)])
 
 
 def evading(net: CapsuleNet | PlainNet, detector: Detector) -> Pursuit:

@@ -56,7 +56,8 @@ def attack(
     by detector, (D, N) bool, whether each attacker makes it wrong unnoticed: ``DETECTOR: does not know`` and
     ``DETECTOR: knows``. The one who knows also has the images of the other.
     """
-    fooled, silent = [], {f"{name}: {who}": [] for name in fitted for who in (UNAWARE, AWARE)}
+    fooled: list[torch.Tensor] = []
+    silent: dict[str, list[torch.Tensor]] = {f"{name}: {who}": [] for name in fitted for who in (UNAWARE, AWARE)}
     for bound in BOUNDS:
         progress(f"changes of {bound}")
         pursue = unending(by_rival(net))
@@ -106,7 +107,8 @@ def safe(found: Sequence[Arrays], detector: str, attacker: str) -> Outcomes:
     An image that a change within a bound makes wrong unnoticed is so within every larger bound.
     """
     silent = np.stack([np.logical_or.accumulate(one[f"{detector}: {attacker}"], axis=0) for one in found])
-    return 100.0 * (~silent).mean(1)
+    outcomes: Outcomes = 100.0 * (~silent).mean(1)
+    return outcomes
 
 
 def evidence(found: Mapping[str, Sequence[Arrays]]) -> Evidence:
