@@ -44,14 +44,17 @@ CLAIM = Claim(
 KIND = "K3"
 DELETED_SHARE = 0.2  # of the primary capsules: 58 of the 288 of an earlier network
 RANDOM_DRAWS = 5
-OCCLUSION, INK, COUPLINGS, CONTRIBUTIONS = "occlusion", "ink", "couplings", "contributions"
-COMPARED = (INK, COUPLINGS, CONTRIBUTIONS)
+OCCLUSION, INK = "occlusion", "ink"
+#: Maps of the primary capsules' last couplings, of what they add to the pose, and of what they would add if all
+#: couplings were equal.
+COUPLINGS, CONTRIBUTIONS, VOTES = "couplings", "contributions", "votes, without routing"
+COMPARED = (INK, COUPLINGS, CONTRIBUTIONS, VOTES)
 #: How primary capsules are chosen for deletion: by the last couplings, by what they add to the pose, by what they would
 #: add if all couplings were equal, and at random.
 BY_COUPLING, BY_CONTRIBUTION, BY_VOTE, AT_RANDOM = "coupling", "contribution", "vote, without routing", "at random"
 _SEED = 0
 _SHOWN = 6  # digits in the picture
-_MAPS_SHARE = 5  # one in so many of the costly images gets maps
+_MAPS_SHARE = 2  # one in so many of the costly images gets maps
 
 
 def scores_of_capsules(net: CapsuleNet, images: Tensor) -> Tensor:
@@ -116,14 +119,11 @@ def maps_of(net: CapsuleNet, image: Pixels, numbers: NDArray[np.float32], occlus
     winner = int(np.linalg.norm(poses[0], axis=-1).argmax())
     config, side = net.config, image.shape[-1]
     grid = (config.primary_types, config.primary_grid, config.primary_grid)
-    couplings, contributions = (
-        capsule_map(values.reshape(grid), config.receptive_field, side) for values in numbers[:2]
-    )
+    capsules = [capsule_map(values.reshape(grid), config.receptive_field, side) for values in numbers]
     return {
         OCCLUSION: occlusion.relevance(poses, masked.places, [winner])[0],
         INK: image[0].astype(np.float32),
-        COUPLINGS: couplings,
-        CONTRIBUTIONS: contributions,
+        **dict(zip((COUPLINGS, CONTRIBUTIONS, VOTES), capsules, strict=True)),
     }
 
 
@@ -173,7 +173,8 @@ def measured(net: CapsuleNet, test: Labelled, costly: int) -> Arrays:
 
     entropies: by iteration, (R,). changed: answers changed by routing, in %, (1,). right: 100 for a right answer with
     one iteration and with all, (2, N). By way of choosing, deletions (M, 3). alike: correlations with occlusion of the
-    other maps, (3, K), on_ink: the same on the ink alone, and ink: drops as ``inked``, (4, K), in the order of ``maps_of``. shown: maps (_SHOWN, 4, H, W).
+    COMPARED maps, (4, K); on_ink: the same on the ink alone. ink: as ``inked``, (5, K), in the order of ``maps_of``.
+    shown: maps (_SHOWN, 5, H, W).
     """
     known = routing_figures(net, test.images)
 
@@ -217,7 +218,7 @@ def evidence(found: list[Arrays]) -> Evidence:
         return np.stack([one[name] for one in found]).astype(np.float64)
 
     alike, on_ink = (dict(zip(COMPARED, all_of(name).swapaxes(0, 1), strict=True)) for name in ("alike", "on_ink"))
-    ink = dict(zip((OCCLUSION, INK, COUPLINGS, CONTRIBUTIONS), all_of("ink").swapaxes(0, 1), strict=True))
+    ink = dict(zip((OCCLUSION, *COMPARED), all_of("ink").swapaxes(0, 1), strict=True))
     right = all_of("right")
     choices = {name: all_of(name) for name in (BY_COUPLING, BY_CONTRIBUTION, BY_VOTE, AT_RANDOM)}
     lost: dict[str, Outcomes] = {name: values[:, :, 0] for name, values in choices.items()}
@@ -227,7 +228,7 @@ def evidence(found: list[Arrays]) -> Evidence:
     return Evidence(
         comparisons=(
             Comparison.between("map like that of occlusion, on the ink", COUPLINGS, INK, on_ink, "correlation"),
-            Comparison.between("… by contributions", CONTRIBUTIONS, INK, on_ink, "correlation"),
+            Comparison.between("… with and without routing", CONTRIBUTIONS, VOTES, on_ink, "correlation"),
             Comparison.between("map like that of occlusion, on all pixels", COUPLINGS, INK, alike, "correlation"),
             Comparison.between(
                 "pose that is lost without a fifth of the capsules", BY_COUPLING, AT_RANDOM, lost, "of the length"
@@ -257,17 +258,18 @@ def evidence(found: list[Arrays]) -> Evidence:
         },
         pictures={"Where the answer comes from": picture(found[0]["shown"])},
         said=(
-            f"The couplings agree with what matters in a digit by {on_ink[COUPLINGS].mean():.2f}, the ink's mere "
-            f"brightness by {on_ink[INK].mean():.2f} (1 would be exactly); routing changes {changed:.2f} % of the answers."
+            f"The couplings agree with what matters in a digit by {on_ink[COUPLINGS].mean():.2f}, the mere brightness "
+            f"of its ink by {on_ink[INK].mean():.2f}, votes without any routing by {on_ink[VOTES].mean():.2f} (1 would "
+            f"be exactly); routing changes {changed:.2f} % of the answers."
         ),
     )
 
 
 def picture(shown: NDArray[np.generic]) -> bytes:
-    """Draw some digits with their maps, each from its own smallest to its own largest number. shown: (K, 4, H, W)."""
-    occlusion, ink, couplings, contributions = np.swapaxes(shown, 0, 1).astype(np.float64)
-    names = ("digit", "what matters\n(occlusion)", "couplings", "contributions")
-    rows = [list(map(_stretched, row)) for row in (ink, occlusion, couplings, contributions)]
+    """Draw some digits with their maps, each from its own smallest to its own largest number. shown: (K, 5, H, W)."""
+    occlusion, ink, couplings, _, alone = np.swapaxes(shown, 0, 1).astype(np.float64)
+    names = ("digit", "what matters\n(occlusion)", "couplings", "votes,\nno routing")
+    rows = [list(map(_stretched, row)) for row in (ink, occlusion, couplings, alone)]
     return tiles("Where the answer comes from", rows, names)
 
 
