@@ -106,7 +106,7 @@ def evading(net: CapsuleNet | PlainNet, detector: Detector) -> Pursuit:
 
     The attacker looks for a wrong answer while the answer is right, and lowers the suspicion while it is wrong. So do
     the reconstructive attack (arXiv 1907.02957) and selective steps (arXiv 2106.15023). The sum of both aims was
-    weaker here: between two classes the suspicion by margin or length is highest.
+    weaker when it was tried: between two classes the suspicion by margin or length is highest.
     """
 
     def pursue(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

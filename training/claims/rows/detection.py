@@ -32,7 +32,8 @@ CLAIM = Claim(
     decides="share of digits that an attacker who knows of the detection cannot make wrong unnoticed, capsules less a "
     "plain network with the same decoder, in percentage points, mean of changes up to 0.1, 0.2 and 0.3",
     enough=10.0,
-    limits="Thresholds from held-out digits. The attacker has the gradient of the network and of the decoder.",
+    limits="Thresholds from held-out digits. Both attackers follow the gradient (PGD); the one who knows also that of "
+    "the decoder. The one who does not know starts once and goes on to the end.",
 )
 UNAWARE, AWARE = "does not know", "knows"
 
@@ -121,6 +122,7 @@ def evidence(found: Mapping[str, Sequence[Arrays]]) -> Evidence:
     deciding = compare("by reconstruction", "C0r", "reconstruction", AWARE)
     unaware = compare("by reconstruction", "C0r", "reconstruction", UNAWARE)
     figures = {
+        "digits": found["K3"][0]["fooled"].shape[1],
         "wrong and unnoticed in %, by change": {
             f"{NAMES[kind]}, {name}, the attacker {who}": _by_bound([one[f"{name}: {who}"] for one in found[kind]])
             for kind in found

@@ -36,7 +36,7 @@ CLAIM = Claim(
     limits="Neither network was trained against attacks. APGD and Square are given the images that the attacks before "
     "them left; DDN counts where none of its changes is above the bound.",
 )
-#: The attack that most reports of capsule networks use: one step along the gradient of the margin loss.
+#: The attack that most reports of capsule networks use: one step along the gradient of the loss of the training.
 SIMPLE = "FGSM on the loss"
 #: The attacks by name, in their order. Each is given all images.
 ATTACKS = (SIMPLE, "FGSM on the margin", "PGD on the loss", "PGD on the margin")
@@ -173,6 +173,7 @@ def evidence(found: Mapping[str, Sequence[Arrays]], labels: Tensor, resamples: i
         for bound in BOUNDS
     ]
     figures = {
+        "digits": len(labels),
         "right after the worst attack in %, by change": _by_bound(found, (*ATTACKS, *FURTHER)),
         **{f"right after {name} in %, by change": _by_bound(found, [name]) for name in (*ATTACKS, "DDN")},
         "turned by APGD or Square alone, in %, by change": {
@@ -205,8 +206,8 @@ def _said(deciding: Comparison, simple: Comparison, verdict: Verdict, claimed: V
     """Return the figures in words, and what the simple attack alone would have made of them."""
     text = (
         f"After the worst attack the capsule network still reads {deciding.a.mean():.0f} of 100 digits and the plain "
-        f"network {deciding.b.mean():.0f}. The simple attack that is often reported (FGSM on the margin loss) leaves "
-        f"{simple.a.mean():.0f} and {simple.b.mean():.0f}"
+        f"network {deciding.b.mean():.0f}. The simple attack that is often reported, one step along the gradient of "
+        f"the training's loss (FGSM), leaves {simple.a.mean():.0f} and {simple.b.mean():.0f}"
     )
     if claimed == verdict:
         return f"{text}; by it alone the verdict would have been the same."
