@@ -158,9 +158,13 @@ class PlainNet(nn.Module):
 
     def decode(self, images: Tensor, classes: Tensor) -> Tensor:
         """Return the reconstruction from the class's part of the features; see Net."""
+        return self.decode_features(self.features(images), classes)
+
+    def decode_features(self, units: Tensor, classes: Tensor) -> Tensor:
+        """Return the reconstruction, (B, C, H, W), from features (B, 128), of which the class's part alone is seen."""
         if self.decoder is None:
             raise ValueError(f"{self.spec.kind} has no decoder")
-        pixels: Tensor = self.decoder(self._part(self.features(images), present_classes(classes, self.spec.classes)))
+        pixels: Tensor = self.decoder(self._part(units, present_classes(classes, self.spec.classes)))
         return pixels.float().reshape(-1, *self.spec.config.image_shape)
 
     def loss(self, images: Tensor, parts: Tensor, labels: Tensor, pixel_weight: Tensor | float) -> Tensor:
