@@ -85,6 +85,10 @@ class CapsuleNet(CapsNet):
         poses: Tensor = self(images)
         return poses.float()
 
+    def class_poses(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Return the pose of each image's class, (B, E). classes: (B,)."""
+        return self.poses(images)[torch.arange(len(classes), device=classes.device), classes]
+
     def scores(self, images: Tensor) -> Tensor:
         """Return the lengths of the poses, (B, J)."""
         return lengths(self.poses(images))

@@ -218,7 +218,7 @@ def picture(found: Mapping[str, list[Answers]]) -> bytes:
         right.bar_label(drawn, [f"{share:.0f}" for share in shares], fontsize=8)
     right.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=8)
     right.set_ylim(0, 115)
-    right.set_ylabel("%")
+    right.set_ylabel("% of the images above 0.5")
     right.set_title("Sure of a digit where there is none", fontsize=10)
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)

@@ -29,7 +29,7 @@ CLAIM = Claim(
     number=3,
     title="Equivariance",
     sentence="If a digit moves, turns or grows, its pose changes in step; a plain network loses this.",
-    paper="No figure: a change of the viewpoint leads to a matching change of the pose (Sabour et al. 2017, section 7)",
+    paper="No figure: position and other properties are in the numbers of a capsule's vector (Sabour et al. 2017)",
     counter=(
         "Building Deep Equivariant Capsule Networks (Venkataraman et al. 2020): capsule networks generally lack "
         "provable guarantees of equivariance"
@@ -38,7 +38,8 @@ CLAIM = Claim(
     enough=0.02,
     limits=(
         "One change at a time, read by linear regression for each digit class by itself. Thickness was not changed in "
-        "training; the other changes stay within those of the training. Digits reach the edge at a shift of 4 pixels."
+        "training; the other changes stay within those of the training. Digits reach the edge at a shift of 4 pixels. "
+        "The plain network has strides instead of pooling, and so keeps more of the position than one that pools."
     ),
 )
 KINDS = ("K3", "C0")
@@ -105,16 +106,13 @@ def readings(
     return still.numpy(), moved.numpy()
 
 
-def pose_of(net: CapsuleNet | PlainNet, images: Tensor, labels: Tensor) -> Tensor:
-    """Return the pose of each image's class, (B, E), or all features (B, F) of a plain network."""
-    if isinstance(net, PlainNet):
-        return net.features(images)
-    return net.poses(images)[torch.arange(len(labels)), labels]
-
-
 def features_of(net: CapsuleNet | PlainNet, digits: Changed) -> Tensor:
-    """Return ``pose_of`` for all changed digits, (A + 1, N, F)."""
-    return torch.stack([in_batches(lambda *part: pose_of(net, *part), one, digits.labels) for one in digits.images])
+    """Return the poses of the digits' classes, or a plain network's features, of all changed digits, (A + 1, N, F)."""
+
+    def of(images: Tensor, labels: Tensor) -> Tensor:
+        return net.features(images) if isinstance(net, PlainNet) else net.class_poses(images, labels)
+
+    return torch.stack([in_batches(of, one, digits.labels) for one in digits.images])
 
 
 def beyond(net: CapsuleNet | PlainNet, digits: Labelled) -> Outcomes:

@@ -38,7 +38,7 @@ CLAIM = Claim(
     ),
 )
 KINDS = ("K3", "C0r")
-JUDGE = "C0"  # reads the drawings of the others
+JUDGE = "C0"  # reads the drawings too
 COMPONENTS = 16
 STEPS = 11  # of a slider
 MAX_KEPT = 200  # digits whose sliders are all turned
@@ -94,13 +94,13 @@ def numbers_of(net: CapsuleNet | PlainNet, digits: Labelled) -> Tensor:
 
     They are the pose of its class, or a plain network's features times their weights for the class.
     """
-    return in_batches(lambda *part: _numbers(net, *part), digits.pixels, digits.labels)
 
+    def of(images: Tensor, labels: Tensor) -> Tensor:
+        if isinstance(net, PlainNet):
+            return net.features(images) * net.output.weight[labels]
+        return net.class_poses(images, labels)
 
-def _numbers(net: CapsuleNet | PlainNet, images: Tensor, labels: Tensor) -> Tensor:
-    if isinstance(net, PlainNet):
-        return net.features(images) * net.output.weight[labels]
-    return net.poses(images)[torch.arange(len(labels)), labels]
+    return in_batches(of, digits.pixels, digits.labels)
 
 
 def draw(net: CapsuleNet | PlainNet, numbers: Tensor, labels: Tensor) -> Tensor:

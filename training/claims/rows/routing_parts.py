@@ -29,7 +29,7 @@ CLAIM = Claim(
     number=8,
     title="Routing as parts",
     sentence="Routing by agreement finds the parts of the image that make up a digit.",
-    paper="No figure: a part is routed to the whole that agrees with it, a parallel attention (Sabour et al. 2017, 1)",
+    paper="No figure: a part is sent to the whole that its vote agrees with, a parallel attention (Sabour et al. 2017)",
     counter=(
         "Gu and Tresp 2020: routing contributes neither to generalization nor to affine robustness; Paik et al. 2019: "
         "routing is often no better than equal couplings"
