@@ -195,6 +195,21 @@ def test_a_finished_network_is_not_trained_again_and_its_weights_give_its_scores
     assert np.array_equal(found.half().numpy(), stored)
 
 
+def test_a_kept_measurement_is_made_once_and_its_time_counts_in_later_runs(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def compute() -> dict[str, Any]:
+        made.append(1)
+        return {"a": np.arange(3)}
+
+    benches = [Bench(TINY, Store(tmp_path), IMAGES) for _ in range(2)]
+    for bench in benches:
+        found = bench.kept("row-K3-1", compute)
+        assert list(found) == ["a"] and found["a"].tolist() == [0, 1, 2]
+    assert len(made) == 1
+    assert benches[0].earlier == [0.0] and benches[1].earlier[0] > 0
+
+
 def test_no_training_begins_after_the_deadline(tmp_path: Path) -> None:
     job = Job("K3", 1, 3, DIGITS, "tiny", batch=4)
     assert train([job], shop(tmp_path, deadline=0.0)) == [job]

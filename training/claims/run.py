@@ -115,10 +115,11 @@ def _measure(row: Row, settings: Settings, store: Store, images: Images) -> None
         raise CannotMeasure("its networks are not all trained")
     begin = time.perf_counter()
     torch.manual_seed(0)
-    evidence = row.measure(Bench(settings.scale, store, images, tqdm.write))
+    bench = Bench(settings.scale, store, images, tqdm.write)
+    evidence = row.measure(bench)
     origin = provenance(torch.device("cpu"))
     told = {
-        "seconds": round(time.perf_counter() - begin, 1),
+        "seconds": round(time.perf_counter() - begin + sum(bench.earlier), 1),
         "device": origin["device"],
         "commit": commit() or settings.commit,
     }
