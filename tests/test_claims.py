@@ -14,7 +14,7 @@ import torch
 from tests.trainings import process_state
 from training.claims.bench import Bench
 from training.claims.evidence import Comparison, Evidence, Interval, Verdict, bootstrap, judge
-from training.claims.images import Images, Labelled
+from training.claims.images import Images, Labelled, load_images
 from training.claims.jobs import BACKGROUND, DIGITS, ONE_CLASS, PAIRS, PLACED, SCALES, SHAPES, Job
 from training.claims.learn import Workshop, train
 from training.claims.nets import KINDS, SIZES, NetSpec, build, parameters
@@ -26,6 +26,7 @@ from training.claims.scoring import DISTANCES, Sets, scores
 from training.claims.store import Store, round_weights, spec_of
 from training.claims.streams import CHUNK_STEPS, ONE_CLASS_DIGIT, stream
 from training.claims.summary import NOT_RUN, collect
+from training.data.sources import DatasetError
 from training.data.specs import NONE
 
 __all__ = ["process_state"]
@@ -52,6 +53,23 @@ def labelled(count: int, seed: int) -> Labelled:
 
 
 IMAGES = Images(labelled(60, 1), labelled(20, 2), labelled(60, 3), labelled(60, 4), labelled(60, 5))
+
+
+def no_files(*_: object, **__: object) -> None:
+    raise DatasetError("no source has the files")
+
+
+def test_a_quick_run_without_network_takes_the_clones_digits_and_a_full_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("training.claims.images.load", no_files)
+    images = load_images(TINY)
+    digits = {one.numpy().tobytes() for one in images.test.images}
+    assert [len(images.train), len(images.held_out), len(images.test), len(images.other_test)] == [60, 20, 60, 60]
+    assert not any(one.numpy().tobytes() in digits for one in (*images.train.images, *images.held_out.images))
+    assert not any(one.numpy().tobytes() in digits for one in images.other_test.images)
+    with pytest.raises(DatasetError):
+        load_images(SCALES["full"])
 
 
 def shop(folder: Path, **changes: Any) -> Workshop:
@@ -175,6 +193,21 @@ def test_a_finished_network_is_not_trained_again_and_its_weights_give_its_scores
     found = scores(Bench(TINY, place.store, IMAGES).net(job), IMAGES.test.images)
     stored = place.store.arrays(job, "test")["scores"]
     assert np.array_equal(found.half().numpy(), stored)
+
+
+def test_a_kept_measurement_is_made_once_and_its_time_counts_in_later_runs(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def compute() -> dict[str, Any]:
+        made.append(1)
+        return {"a": np.arange(3)}
+
+    benches = [Bench(TINY, Store(tmp_path), IMAGES) for _ in range(2)]
+    for bench in benches:
+        found = bench.kept("row-K3-1", compute)
+        assert list(found) == ["a"] and found["a"].tolist() == [0, 1, 2]
+    assert len(made) == 1
+    assert benches[0].earlier == [0.0] and benches[1].earlier[0] > 0
 
 
 def test_no_training_begins_after_the_deadline(tmp_path: Path) -> None:

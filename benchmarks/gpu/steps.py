@@ -15,7 +15,7 @@ from benchmarks.figures import write
 from benchmarks.gpu.training import PAIR_CANVAS, buffers
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit, processor
-from training.recorded.chunks import Digits
+from training.recorded.chunks import Digits, Distortion
 from training.recorded.learner import Hyperparameters, Learner, total_loss, training_device, wait
 
 WAYS = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled graph": (True, True)}
@@ -29,7 +29,7 @@ def measure(name: str, batch: int, way: str, steps: int, device: torch.device) -
     if CONFIGS[name].image_size == PAIR_CANVAS:
         images = torch.nn.functional.pad(images, (4, 4, 4, 4))
     config = replace(CONFIGS[name], image_size=images.shape[-1])
-    chunk = buffers(Digits(images, labels, batch, 1, 2.0, False)())
+    chunk = buffers(Digits(images, labels, batch, 1, Distortion(), False)())
     begin = time.perf_counter()
     learner = Learner(partial(CapsNet, config), total_loss, 1, Hyperparameters(), 10_000, device, compiled=compiled)
     learner.prepare(chunk, graph=graph)

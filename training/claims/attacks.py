@@ -108,6 +108,11 @@ def unending(pursue: Pursuit) -> Pursuit:
     return go_on
 
 
+def parts(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield as many images and labels as are computed at once."""
+    return zip(torch.split(images, PARALLEL_IMAGES), torch.split(labels, PARALLEL_IMAGES), strict=True)
+
+
 def within(images: Tensor, centers: Tensor, bound: float) -> Tensor:
     """Return the nearest images to ``images`` from 0 to 1 whose pixels differ by at most ``bound`` from ``centers``."""
     return torch.minimum(torch.maximum(images, centers - bound), centers + bound).clamp(0, 1)
@@ -115,14 +120,14 @@ def within(images: Tensor, centers: Tensor, bound: float) -> Tensor:
 
 def still(pursue: Pursuit, images: Tensor, labels: Tensor) -> Tensor:
     """Return whether the gradient of the pursuit is exactly 0 in every pixel of an image: (B,) bool."""
-    slopes = [_slope(pursue, *part)[0] for part in _parts(images, labels)]
+    slopes = [_slope(pursue, *part)[0] for part in parts(images, labels)]
     return ~_moves(torch.cat(slopes))
 
 
 def fgsm(pursue: Pursuit, images: Tensor, labels: Tensor, bound: float) -> Attacked:
     """Change each pixel once by ``bound`` in the direction of the gradient's sign (arXiv 1412.6572)."""
     changed, reached = [], []
-    for part, answers in _parts(images, labels):
+    for part, answers in parts(images, labels):
         slope, _, before = _slope(pursue, part, answers)
         moved = within(part + bound * slope.sign(), part, bound)
         changed.append(moved)
@@ -146,8 +151,8 @@ def pgd(
     the one of the largest value is. The random starts of an image depend on the seed and its place alone.
     """
     with torch.no_grad():
-        found = [pursue(*part) for part in _parts(images, labels)]
-    values, reached = (torch.cat(parts) for parts in zip(*found, strict=True))
+        found = [pursue(*part) for part in parts(images, labels)]
+    values, reached = (torch.cat(values) for values in zip(*found, strict=True))
     changed = images.clone()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(restarts):
@@ -155,7 +160,7 @@ def pgd(
             break
         noise = torch.rand(images.shape, generator=generator).to(images.device)
         starts = within(images + bound * (2 * noise - 1), images, bound)
-        for rows in (~reached).nonzero().flatten().split(PARALLEL_IMAGES):
+        for rows in torch.split((~reached).nonzero().flatten(), PARALLEL_IMAGES):
             best = _climb(pursue, starts[rows], images[rows], labels[rows], bound, steps)
             better = best.reached | (best.values > values[rows])
             chosen = rows[better]
@@ -225,7 +230,7 @@ def _each_pixel_of(scores: Scores, image: Tensor, label: Tensor) -> tuple[Tensor
     worst, result = image, scores(image.unsqueeze(0))
     highest = rivalries(result, answer)
     turned = same * int(fooled_by(result, answer))
-    for part in different.nonzero().flatten().split(PARALLEL_IMAGES):
+    for part in torch.split(different.nonzero().flatten(), PARALLEL_IMAGES):
         changed = flat.repeat(len(part), 1, 1)
         changed[torch.arange(len(part)), :, places[part]] = values[part].unsqueeze(1)
         changed = changed.reshape(-1, *image.shape)
@@ -249,7 +254,3 @@ def _slope(pursue: Pursuit, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
         values, reached = pursue(pixels, labels)
         (slope,) = torch.autograd.grad(values.sum(), pixels)
     return slope, values.detach(), reached
-
-
-def _parts(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(images.split(PARALLEL_IMAGES), labels.split(PARALLEL_IMAGES), strict=True)

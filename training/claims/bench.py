@@ -1,7 +1,7 @@
 """The networks, scores and images that a row's measurement takes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from training.claims.images import Images
 from training.claims.jobs import Job, Scale
@@ -13,13 +13,15 @@ from training.claims.store import Arrays, Store
 class Bench:
     """The measuring bench of a run: its sizes, its stored networks, and the images.
 
-    progress: is told each step of a long measurement, in a few words.
+    progress: is told each step of a long measurement, in a few words. earlier: the seconds that earlier runs spent on
+    what ``kept`` returned.
     """
 
     scale: Scale
     store: Store
     images: Images
     progress: Callable[[str], None] = lambda _: None
+    earlier: list[float] = field(default_factory=list)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -51,4 +53,6 @@ class Bench:
         A measurement that takes minutes for each network is kept by network, so that an interrupted row goes on there.
         The key must name the row and all that the arrays depend on beyond the run's scale.
         """
-        return self.store.kept(key, compute)
+        arrays, seconds = self.store.kept(key, compute)
+        self.earlier.append(seconds)
+        return arrays

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ COLOURS = {
     "C0r": "#f0b070",
 }
 OTHER_COLOUR = "#707070"
+WRONG_COLOUR = "#c02020"
 #: The words for the kinds of networks in pictures and tables.
 NAMES = {
     "K3": "capsules, routing 3x",
@@ -59,7 +60,8 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
         mean = sum(seen) / len(seen)
         panel.bar(place, mean, color=COLOURS.get(name, OTHER_COLOUR), width=0.65)
         panel.plot([place] * len(seen), list(seen), "o", color="black", markersize=3.5)
-        panel.text(place, max(seen), f"{mean:.3g}", ha="center", va="bottom", fontsize=9)
+        top = (place, max(mean, *seen))
+        panel.annotate(f"{mean:.3g}", top, (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9)
     panel.set_xticks(range(len(values)), [NAMES.get(name, name).replace(", ", ",\n") for name in values], fontsize=7.5)
     panel.margins(y=0.15)
     return png(figure)
@@ -68,12 +70,18 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
 def curves(
     title: str, x: str, y: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], logarithmic: bool = False
 ) -> bytes:
-    """Draw a line through the points (x values, y values) of each name. logarithmic: the x axis."""
+    """Draw a line through the points (x values, y values) of each name.
+
+    logarithmic: the x axis is, and has the points of the first line.
+    """
     figure, panel = axes(title, x, y)
     for name, (across, up) in lines.items():
         panel.plot(across, up, "o-", color=COLOURS.get(name), markersize=3, label=NAMES.get(name, name))
     if logarithmic:
         panel.set_xscale("log")
+        points = next(iter(lines.values()))[0]
+        panel.set_xticks(points, [f"{point:,}" for point in points])
+        panel.minorticks_off()
     panel.legend(fontsize=8, frameon=False)
     return png(figure)
 
@@ -97,4 +105,30 @@ def tiles(
     panel.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
     panel.set_yticks([height / 2 + number * (height + GAP_PIXELS) for number in range(len(rows))], rows)
     panel.set_xticks([width / 2 + number * (width + GAP_PIXELS) for number in range(len(columns))], columns)
+    return png(figure)
+
+
+class Answered(NamedTuple):
+    """An image (H, W), 0 to 1, with its label and a network's answer."""
+
+    image: NDArray[Any]
+    label: int
+    answer: int
+
+
+def answers(title: str, rows: Mapping[str, Sequence[Answered]]) -> bytes:
+    """Draw images in a row for each kind of network, each with label and answer above it, in red if they differ."""
+    wide = max(len(row) for row in rows.values())
+    figure = Figure(figsize=(1.3 + 0.62 * wide, 0.5 + 0.8 * len(rows)), layout="constrained")
+    figure.suptitle(f"{title}: label → answer", fontsize=10)
+    for (kind, row), panels in zip(rows.items(), figure.subplots(len(rows), wide, squeeze=False), strict=True):
+        for panel in panels[len(row) :]:
+            panel.set_axis_off()
+        for one, panel in zip(row, panels, strict=False):
+            panel.imshow(one.image, cmap="gray", vmin=0, vmax=1)
+            colour = "black" if one.label == one.answer else WRONG_COLOUR
+            panel.set_title(f"{one.label} → {one.answer}", fontsize=8, color=colour)
+            panel.set_xticks([])
+            panel.set_yticks([])
+        panels[0].set_ylabel(NAMES[kind].replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
     return png(figure)

@@ -41,7 +41,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort(40, 10, 20, steps=10, restarts=2, apgd_steps=10, queries=30, ddn_steps=20),
-    "full": Effort(400, 200, 100),
+    "full": Effort(150, 80, 50),
 }
 
 

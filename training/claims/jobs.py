@@ -90,7 +90,7 @@ SCALES = {
     "quick": Scale(
         name="quick",
         seeds=(1, 2),
-        steps={DIGITS: 300, PLACED: 200, PAIRS: 100, BACKGROUND: 100, ONE_CLASS: 60, FEW: 60},
+        steps={DIGITS: 200, PLACED: 100, PAIRS: 60, BACKGROUND: 60, ONE_CLASS: 40, FEW: 40},
         size="tiny",
         sizes=("tiny", "50K"),
         per_class=(10, 100),

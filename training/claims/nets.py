@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.loss import margin_loss, presence_loss, present_classes
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
-from training.recorded.learner import Hyperparameters, pixel_errors, pose_errors
+from training.recorded.learner import pixel_errors, pose_errors
 
 #: The kinds of networks: the iterations of routing, 0 for a plain network, and True if it learns to reconstruct.
 KINDS = {"K3": (3, True), "K3n": (3, False), "K1": (1, True), "K1n": (1, False), "C0": (0, False), "C0r": (0, True)}
@@ -108,7 +108,7 @@ class CapsuleNet(CapsNet):
         pixels: Tensor = self.decoder(poses, classes)
         return pixels.float()
 
-    def loss(self, images: Tensor, parts: Tensor, labels: Tensor, pixel_weight: float) -> Tensor:
+    def loss(self, images: Tensor, parts: Tensor, labels: Tensor, pixel_weight: Tensor | float) -> Tensor:
         """Return the loss of a batch, a scalar; images (B, C, H, W) and parts (B, K, C, H, W), 0 to 1."""
         poses = self(images).float()
         probabilities = lengths(poses)
@@ -162,12 +162,16 @@ class PlainNet(nn.Module):
 
     def decode(self, images: Tensor, classes: Tensor) -> Tensor:
         """Return the reconstruction from the class's part of the features; see Net."""
+        return self.decode_features(self.features(images), classes)
+
+    def decode_features(self, units: Tensor, classes: Tensor) -> Tensor:
+        """Return the reconstruction, (B, C, H, W), from features (B, 128), of which the class's part alone is seen."""
         if self.decoder is None:
             raise ValueError(f"{self.spec.kind} has no decoder")
-        pixels: Tensor = self.decoder(self._part(self.features(images), present_classes(classes, self.spec.classes)))
+        pixels: Tensor = self.decoder(self._part(units, present_classes(classes, self.spec.classes)))
         return pixels.float().reshape(-1, *self.spec.config.image_shape)
 
-    def loss(self, images: Tensor, parts: Tensor, labels: Tensor, pixel_weight: float) -> Tensor:
+    def loss(self, images: Tensor, parts: Tensor, labels: Tensor, pixel_weight: Tensor | float) -> Tensor:
         """Return the loss of a batch, a scalar: cross-entropy, with equal probabilities for each of several objects."""
         units = self.features(images)
         logits = self.output(units).float()
@@ -211,10 +215,10 @@ def batch_loss(
     parts: Tensor,
     labels: Tensor,
     targets: Tensor | None,
-    settings: Hyperparameters,
+    weights: Tensor,
 ) -> Tensor:
     """Return a batch's loss, as a Learner takes it: uint8 images and parts; there are no targets."""
-    return net.loss(to_pixels(images), to_pixels(parts), labels, settings.pixel_weight)
+    return net.loss(to_pixels(images), to_pixels(parts), labels, weights[0])
 
 
 def _decoder(widths: Sequence[int], config: CapsNetConfig) -> nn.Sequential:

@@ -6,22 +6,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from training.claims.jobs import Job
 from training.claims.page import html_page
 from training.claims.store import Store
 from training.claims.summary import Entry, Report, comparison_cells, facts, in_words, intro, made
 
 HTML_FILE, MARKDOWN_FILE, RUNS_FILE, COMPARISONS_FILE = "claims.html", "README.md", "runs.csv", "comparisons.csv"
+PICTURES, OUTCOMES = "pictures", "outcomes"
 
 
 def write_report(report: Report, jobs: Sequence[Job], store: Store, folder: Path) -> None:
-    """Write the report's files into a folder."""
+    """Write the report's files into a folder, with the outcomes of each deciding comparison, (S, N) for both sides."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    for name in (PICTURES, OUTCOMES):
+        (folder / name).mkdir(exist_ok=True)
     for entry in report.entries:
-        for number, content in enumerate(entry.judged.result.evidence.pictures.values() if entry.judged else ()):
-            (pictures / f"{entry.claim.number:02}-{number}.png").write_bytes(content)
+        if entry.judged is None:
+            continue
+        evidence = entry.judged.result.evidence
+        for number, content in enumerate(evidence.pictures.values()):
+            (folder / PICTURES / f"{entry.claim.number:02}-{number}.png").write_bytes(content)
+        deciding = evidence.comparisons[0]
+        np.savez_compressed(folder / OUTCOMES / f"{entry.claim.number:02}.npz", a=deciding.a, b=deciding.b)
     (folder / HTML_FILE).write_text(html_page(report))
     (folder / MARKDOWN_FILE).write_text(markdown(report))
     _write_csv(folder / RUNS_FILE, [_run_line(job, store) for job in jobs if store.finished(job)])
@@ -64,7 +72,7 @@ def _section(entry: Entry) -> list[str]:
         lines += ["", "| figure | value |", "|---|---|"]
         lines += [f"| {name} | {in_words(value)} |" for name, value in evidence.figures.items()]
     for number, title in enumerate(evidence.pictures):
-        lines += ["", f"![{title}](pictures/{claim.number:02}-{number}.png)"]
+        lines += ["", f"![{title}]({PICTURES}/{claim.number:02}-{number}.png)"]
     return lines
 
 

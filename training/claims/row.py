@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from training.claims.bench import Bench
 
 
+class CannotMeasure(RuntimeError):
+    """A row cannot be measured on this machine. The text says why."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """The fixed facts of a row.

@@ -18,7 +18,7 @@ from training.claims.jobs import DIGITS, Job, Scale
 from training.claims.learn import Workshop, chosen_device, train
 from training.claims.report import write_report
 from training.claims.results import Result, read_result, write_result
-from training.claims.row import Row
+from training.claims.row import CannotMeasure, Row
 from training.claims.rows import rows
 from training.claims.store import Store
 from training.claims.summary import collect
@@ -94,33 +94,36 @@ def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
 
 
 def _measured(settings: Settings, store: Store, images: Images) -> list[Row]:
-    """Measure the rows that were not measured yet, and return those that lack a network."""
+    """Measure the rows that were not measured yet, and return those that cannot be."""
     missing = []
     with _bar("rows", len(settings.rows)) as bar:
         for row in settings.rows:
             bar.set_postfix_str(row.claim.title)
-            if read_result(row.claim, store.folder) is None and not _measure(row, settings, store, images):
+            try:
+                if read_result(row.claim, store.folder) is None:
+                    _measure(row, settings, store, images)
+            except CannotMeasure as reason:
                 missing.append(row)
-                tqdm.write(f"row {row.claim.number}, {row.claim.title}: not run, its networks are not all trained")
+                tqdm.write(f"row {row.claim.number}, {row.claim.title}: not run. {reason}")
             bar.update()
     return missing
 
 
-def _measure(row: Row, settings: Settings, store: Store, images: Images) -> bool:
-    """Measure a row and store its result; return False if a network is missing."""
+def _measure(row: Row, settings: Settings, store: Store, images: Images) -> None:
+    """Measure a row and store its result. Raises CannotMeasure if a network or a package is missing."""
     if not all(store.finished(job) for job in row.jobs(settings.scale)):
-        return False
+        raise CannotMeasure("its networks are not all trained")
     begin = time.perf_counter()
     torch.manual_seed(0)
-    evidence = row.measure(Bench(settings.scale, store, images, tqdm.write))
+    bench = Bench(settings.scale, store, images, tqdm.write)
+    evidence = row.measure(bench)
     origin = provenance(torch.device("cpu"))
     told = {
-        "seconds": round(time.perf_counter() - begin, 1),
+        "seconds": round(time.perf_counter() - begin + sum(bench.earlier), 1),
         "device": origin["device"],
         "commit": commit() or settings.commit,
     }
     write_result(Result(row.claim, evidence, told), store.folder)
-    return True
 
 
 def _trained(settings: Settings, store: Store, images: Images, device: torch.device) -> list[Job]:

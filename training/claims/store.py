@@ -5,6 +5,7 @@
 
 import io
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from training.claims.nets import CapsuleNet, NetSpec, PlainNet, build
 Arrays = dict[str, NDArray[Any]]
 
 _FIGURES = "figures.json"
+_SECONDS = "_seconds"  # the name of the time that kept arrays took
 _WEIGHTS = "weights.safetensors"
 
 
@@ -69,13 +71,20 @@ class Store:
         figures: dict[str, Any] = json.loads((self._run(job) / _FIGURES).read_text())
         return figures
 
-    def kept(self, key: str, compute: Callable[[], Arrays]) -> Arrays:
-        """Return the arrays of ``measured/KEY.npz``, computed and written first if there is no such file."""
+    def kept(self, key: str, compute: Callable[[], Arrays]) -> tuple[Arrays, float]:
+        """Return the arrays of ``measured/KEY.npz``, and the seconds that an earlier run spent on them.
+
+        They are computed and written first if there is no such file; then the seconds are 0.
+        """
         file = self.folder / "measured" / f"{key}.npz"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write_arrays(file, compute())
-        return _read_arrays(file)
+        if file.exists():
+            arrays = _read_arrays(file)
+            return arrays, float(arrays.pop(_SECONDS, 0.0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        found = compute()
+        _write_arrays(file, found | {_SECONDS: np.array(time.perf_counter() - begin)})
+        return found, 0.0
 
     def _run(self, job: Job) -> Path:
         return self.folder / "runs" / job.name

@@ -29,7 +29,7 @@ class Entry:
     @property
     def training_minutes(self) -> float:
         """Return the time that the training of the row's networks took, those that it shares with others included."""
-        return sum(one["seconds"] for one in self.runs.values()) / 60
+        return sum(float(one["seconds"]) for one in self.runs.values()) / 60
 
     @property
     def measuring_minutes(self) -> float:

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.claims.attacks import PARALLEL_IMAGES, Scores, within
+from training.claims.attacks import PARALLEL_IMAGES, Scores, parts, within
+from training.claims.row import CannotMeasure
 
 EXTRA = "capsnet-serving[claims]"
 PACKAGES = {"art": "adversarial-robustness-toolbox", "foolbox": "foolbox"}
 APGD_STEP_BOUNDS = 2.0  # its first step, in bounds, as its authors have it; it halves the step itself
 
 
-class MissingToolboxError(RuntimeError):
+class MissingToolboxError(CannotMeasure):
     """A toolbox is not installed. The text says which, and how to install it."""
 
 
@@ -43,32 +44,34 @@ def check_toolboxes() -> None:
 
 def apgd(scores: Scores, images: Tensor, labels: Tensor, bound: float, seed: int, steps: int, restarts: int) -> Tensor:
     """Return images (B, C, H, W) changed by APGD on the ratio of logit differences (DLR); scores without saturation."""
-    attack = toolbox("art.attacks.evasion").AutoProjectedGradientDescent(
-        _classifier(scores, images),
-        norm=np.inf,
-        eps=bound,
-        eps_step=APGD_STEP_BOUNDS * bound,
-        max_iter=steps,
-        nb_random_init=restarts,
-        batch_size=PARALLEL_IMAGES,
-        loss_type="difference_logits_ratio",
-        verbose=False,
-    )
-    return _generated(attack, images, labels, bound, seed)
+    with _seeded(seed):
+        attack = toolbox("art.attacks.evasion").AutoProjectedGradientDescent(
+            _classifier(scores, images),
+            norm=np.inf,
+            eps=bound,
+            eps_step=APGD_STEP_BOUNDS * bound,
+            max_iter=steps,
+            nb_random_init=restarts,
+            batch_size=PARALLEL_IMAGES,
+            loss_type="difference_logits_ratio",
+            verbose=False,
+        )
+        return _generated(attack, images, labels, bound)
 
 
 def square(scores: Scores, images: Tensor, labels: Tensor, bound: float, seed: int, queries: int) -> Tensor:
     """Return images (B, C, H, W) changed by the Square attack after so many queries, without any gradient."""
-    attack = toolbox("art.attacks.evasion").SquareAttack(
-        _classifier(scores, images),
-        norm=np.inf,
-        eps=bound,
-        max_iter=queries,
-        nb_restarts=1,
-        batch_size=PARALLEL_IMAGES,
-        verbose=False,
-    )
-    return _generated(attack, images, labels, bound, seed)
+    with _seeded(seed):
+        attack = toolbox("art.attacks.evasion").SquareAttack(
+            _classifier(scores, images),
+            norm=np.inf,
+            eps=bound,
+            max_iter=queries,
+            nb_restarts=1,
+            batch_size=PARALLEL_IMAGES,
+            verbose=False,
+        )
+        return _generated(attack, images, labels, bound)
 
 
 def ddn(scores: Scores, images: Tensor, labels: Tensor, seed: int, steps: int) -> Tensor:
@@ -77,7 +80,7 @@ def ddn(scores: Scores, images: Tensor, labels: Tensor, seed: int, steps: int) -
     model = foolbox.PyTorchModel(_Scorer(scores).eval(), bounds=(0, 1), device=images.device)
     changed = []
     with _seeded(seed):
-        for part, answers in zip(images.split(PARALLEL_IMAGES), labels.split(PARALLEL_IMAGES), strict=True):
+        for part, answers in parts(images, labels):
             found, _, _ = foolbox.attacks.DDNAttack(steps=steps)(model, part, answers, epsilons=None)
             changed.append(found)
     return torch.cat(changed).detach()
@@ -107,9 +110,8 @@ def _classifier(scores: Scores, images: Tensor) -> Any:
     )
 
 
-def _generated(attack: Any, images: Tensor, labels: Tensor, bound: float, seed: int) -> Tensor:
-    with _seeded(seed):
-        changed = attack.generate(images.cpu().numpy(), labels.cpu().numpy())
+def _generated(attack: Any, images: Tensor, labels: Tensor, bound: float) -> Tensor:
+    changed = attack.generate(images.cpu().numpy(), labels.cpu().numpy())
     # The toolbox rounds the bound to single precision at other places than we do.
     return within(torch.from_numpy(changed).to(images), images, bound)
 

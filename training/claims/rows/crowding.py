@@ -41,7 +41,7 @@ def measure(bench: Bench) -> Evidence:
     close: dict[str, Outcomes] = {kind: one[:, near].mean(1) for kind, one in right.items()}
     explained = {kind: _stacked(one, "explained") for kind, one in arrays.items() if "explained" in one[0]}
     reads = "Two equal digits: right answers by their distance"
-    draws = "Two equal digits: share of the image that one reconstruction explains"
+    draws = "Two equal digits: share of the image in one reconstruction"
     samples = [0, len(DISTANCES) // 2, len(DISTANCES) - 1]
     return Evidence(
         comparisons=(

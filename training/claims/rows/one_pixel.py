@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from training.claims.attacks import every_pixel, open_scores
 from training.claims.bench import Bench
-from training.claims.drawing import NAMES, png
+from training.claims.drawing import NAMES, Answered, answers
 from training.claims.effort import EFFORTS, KINDS, by_network, sample
 from training.claims.evidence import Comparison, Evidence, Outcomes
 from training.claims.jobs import Job, Scale
@@ -28,7 +27,6 @@ CLAIM = Claim(
     limits="All 784 pixels are set to black and to white, not to the greys between.",
 )
 EXAMPLES = 8  # images of a network in the picture
-WRONG_COLOUR = "#c02020"
 
 
 def jobs(scale: Scale) -> list[Job]:
@@ -43,13 +41,13 @@ def measure(bench: Bench) -> Evidence:
         scores = open_scores(bench.net(bench.base(kind, seed)))
         found = every_pixel(scores, images, labels)
         with torch.no_grad():
-            clean, answers = scores(images).argmax(1), scores(found.images).argmax(1)
+            clean, changed = scores(images).argmax(1), scores(found.images).argmax(1)
         return {
             "images": found.images[:, 0].numpy(),
             "tried": found.tried.numpy(),
             "turned": found.turned.numpy(),
             "right": (clean == labels).numpy(),
-            "answers": answers.numpy(),
+            "answers": changed.numpy(),
         }
 
     found = by_network(bench, "one-pixel", searched)
@@ -83,35 +81,20 @@ def evidence(found: Mapping[str, Sequence[Arrays]], labels: NDArray[np.int64]) -
                 for kind in found
             },
         },
-        pictures={"The most harmful pixel of a digit": _picture(found, labels)},
+        pictures={
+            "The most harmful pixel of a digit": answers(
+                "Digits with their most harmful pixel", {kind: _shown(found[kind][0], labels) for kind in ("K3", "C0")}
+            )
+        },
         said=f"Some single pixel misleads the capsule network on {mean['K3']:.1f} of 100 digits, "
         f"and the plain network on {mean['C0']:.1f}.",
     )
 
 
-def _picture(found: Mapping[str, Sequence[Arrays]], labels: NDArray[np.int64]) -> bytes:
-    """Draw the digits that most changes turn, each with its most harmful pixel, its label and the answer.
-
-    Digits that are misread without a change come last.
-    """
-    kinds = ("K3", "C0")
-    figure = Figure(figsize=(1.3 + 0.62 * EXAMPLES, 0.7 + 0.8 * len(kinds)), layout="constrained")
-    figure.suptitle("Digits with their most harmful pixel: label → answer", fontsize=10)
-    for kind, panels in zip(kinds, figure.subplots(len(kinds), EXAMPLES, squeeze=False), strict=True):
-        one = found[kind][0]
-        order = np.lexsort((-one["turned"], ~one["right"]))
-        for panel in panels[len(order) :]:
-            panel.set_axis_off()
-        for place, panel in zip(order, panels, strict=False):
-            wrong = one["answers"][place] != labels[place]
-            panel.imshow(one["images"][place], cmap="gray", vmin=0, vmax=1)
-            panel.set_title(
-                f"{labels[place]} → {one['answers'][place]}", fontsize=8, color=WRONG_COLOUR if wrong else "black"
-            )
-            panel.set_xticks([])
-            panel.set_yticks([])
-        panels[0].set_ylabel(NAMES[kind].replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
-    return png(figure)
+def _shown(one: Arrays, labels: NDArray[np.int64]) -> list[Answered]:
+    """Return the digits that most changes turn with their most harmful pixel; digits misread without it come last."""
+    order = np.lexsort((-one["turned"], ~one["right"]))[:EXAMPLES]
+    return [Answered(one["images"][place], int(labels[place]), int(one["answers"][place])) for place in order]
 
 
 ROW = Row(CLAIM, jobs, measure)

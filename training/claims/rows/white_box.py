@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.claims.attacks import by_own_loss, by_rival, fgsm, fooled_by, open_scores, pgd, still
 from training.claims.bench import Bench
-from training.claims.drawing import COLOURS, NAMES, axes, png, tiles
+from training.claims.drawing import COLOURS, NAMES, Answered, answers, axes, png
 from training.claims.effort import BOUNDS, EFFORTS, KINDS, Effort, by_network, sample
 from training.claims.evidence import Comparison, Evidence, Outcomes, Verdict, bootstrap, judge
 from training.claims.jobs import Job, Scale
@@ -36,7 +36,7 @@ CLAIM = Claim(
     limits="Neither network was trained against attacks. APGD and Square are given the images that the attacks before "
     "them left; DDN counts where none of its changes is above the bound.",
 )
-#: The attack that most reports of capsule networks use: one step along the gradient of the margin loss.
+#: The attack that most reports of capsule networks use: one step along the gradient of the loss of the training.
 SIMPLE = "FGSM on the loss"
 #: The attacks by name, in their order. Each is given all images.
 ATTACKS = (SIMPLE, "FGSM on the margin", "PGD on the loss", "PGD on the margin")
@@ -64,9 +64,10 @@ def jobs(scale: Scale) -> list[Job]:
 def attack(case: Case, progress: Callable[[str], None]) -> Arrays:
     """Attack a network, and return what fell.
 
-    By attack, (D, N) bool: whether an image is wrong; of APGD and Square, whether they turned it. ``still``: (N,) bool,
-    whether the gradient of the loss is exactly 0. ``distance``: (N,), the norm of DDN's change, infinite if it found
-    none. ``examples``: (EXAMPLES, 28, 28), images of PGD on the margin with the smallest bound.
+    By attack, (D, N) bool: whether an image is wrong; of APGD and Square, whether they turned it. ``wrong``: (N,) bool,
+    without an attack. ``still``: (N,) bool, whether the gradient of the loss is exactly 0. ``distance``: (N,), the norm
+    of DDN's change, infinite if it found none. ``examples``, ``answers``: the first images (28, 28) of PGD on the
+    margin with the smallest bound, and what they are taken for.
     """
     net, images, labels, effort = case.net, case.images, case.labels, case.effort
     loss, margin = by_own_loss(net), by_rival(net)
@@ -74,8 +75,11 @@ def attack(case: Case, progress: Callable[[str], None]) -> Arrays:
     progress("DDN")
     moved = ddn(open_scores(net), images, labels, case.seed, effort.ddn_steps)
     changes = (moved - images).flatten(1)
-    turned = fooled_by(open_scores(net)(moved), labels)
+    with torch.no_grad():
+        turned = fooled_by(open_scores(net)(moved), labels)
+        wrong = fooled_by(open_scores(net)(images), labels)
     found: Arrays = {
+        "wrong": wrong.numpy(),
         "still": still(loss, images, labels).numpy(),
         "distance": torch.where(turned, torch.linalg.vector_norm(changes, dim=1), torch.inf).numpy(),
     }
@@ -84,6 +88,8 @@ def attack(case: Case, progress: Callable[[str], None]) -> Arrays:
         done = pgd(margin, images, labels, bound, case.seed, effort.steps, effort.restarts)
         if bound == BOUNDS[0]:
             found["examples"] = done.images[:EXAMPLES, 0].numpy()
+            with torch.no_grad():
+                found["answers"] = open_scores(net)(done.images[:EXAMPLES]).argmax(1).numpy()
         seen = {
             SIMPLE: fgsm(loss, images, labels, bound).reached,
             "FGSM on the margin": fgsm(margin, images, labels, bound).reached,
@@ -109,7 +115,8 @@ def _further(case: Case, bound: float, fallen: Tensor) -> dict[str, Tensor]:
                 changed = apgd(scores, images, labels, bound, case.seed, case.effort.apgd_steps, restarts=1)
             else:
                 changed = square(scores, images, labels, bound, case.seed, case.effort.queries)
-            turned[left] = fooled_by(scores(changed), labels)
+            with torch.no_grad():
+                turned[left] = fooled_by(scores(changed), labels)
         seen[name], fallen = turned, fallen | turned
     return seen
 
@@ -145,10 +152,10 @@ def measure(bench: Bench) -> Evidence:
         return attack(case, lambda words: bench.progress(f"{kind} of seed {seed}: {words}"))
 
     found = by_network(bench, "white-box", attacked)
-    return evidence(found, images, bench.scale.resamples)
+    return evidence(found, labels, bench.scale.resamples)
 
 
-def evidence(found: Mapping[str, Sequence[Arrays]], images: Tensor, resamples: int) -> Evidence:
+def evidence(found: Mapping[str, Sequence[Arrays]], labels: Tensor, resamples: int) -> Evidence:
     """Return the row's evidence from what ``attack`` found, by kind of network and seed."""
     overall = {kind: standing(found[kind]).mean(1) for kind in found}
 
@@ -166,6 +173,7 @@ def evidence(found: Mapping[str, Sequence[Arrays]], images: Tensor, resamples: i
         for bound in BOUNDS
     ]
     figures = {
+        "digits": len(labels),
         "right after the worst attack in %, by change": _by_bound(found, (*ATTACKS, *FURTHER)),
         **{f"right after {name} in %, by change": _by_bound(found, [name]) for name in (*ATTACKS, "DDN")},
         "turned by APGD or Square alone, in %, by change": {
@@ -188,7 +196,7 @@ def evidence(found: Mapping[str, Sequence[Arrays]], images: Tensor, resamples: i
         figures=figures,
         pictures={
             "Digits still right after the worst attack": _curves(found),
-            "Attacked digits": _attacked(found, images),
+            "Attacked digits": _attacked(found, labels),
         },
         said=_said(deciding, simple, verdict, claimed),
     )
@@ -198,8 +206,8 @@ def _said(deciding: Comparison, simple: Comparison, verdict: Verdict, claimed: V
     """Return the figures in words, and what the simple attack alone would have made of them."""
     text = (
         f"After the worst attack the capsule network still reads {deciding.a.mean():.0f} of 100 digits and the plain "
-        f"network {deciding.b.mean():.0f}. The simple attack that is often reported (FGSM on the margin loss) leaves "
-        f"{simple.a.mean():.0f} and {simple.b.mean():.0f}"
+        f"network {deciding.b.mean():.0f}. The simple attack that is often reported, one step along the gradient of "
+        f"the training's loss (FGSM), leaves {simple.a.mean():.0f} and {simple.b.mean():.0f}"
     )
     if claimed == verdict:
         return f"{text}; by it alone the verdict would have been the same."
@@ -222,26 +230,32 @@ def _by_bound(found: Mapping[str, Sequence[Arrays]], attacks: Sequence[str]) -> 
 def _curves(found: Mapping[str, Sequence[Arrays]]) -> bytes:
     """Draw the share of right answers by bound, after all attacks as a line, after the simple one dashed."""
     figure, panel = axes("Digits still right after an attack", "largest change of a pixel (0 to 1)", "right, %")
+
+    def draw(kind: str, attacks: Sequence[str], line: str, words: str) -> None:
+        clean = 100 - _mean([one["wrong"] for one in found[kind]])
+        up = [clean, *standing(found[kind], attacks).mean((0, 2))]
+        panel.plot((0, *BOUNDS), up, f"o{line}", color=COLOURS[kind], markersize=3, label=f"{NAMES[kind]}{words}")
+
     for kind in found:
-        panel.plot(BOUNDS, standing(found[kind]).mean((0, 2)), "o-", color=COLOURS[kind], label=NAMES[kind])
+        draw(kind, (*ATTACKS, *FURTHER), "-", "")
     for kind in ("K3", "C0"):
-        panel.plot(
-            BOUNDS,
-            standing(found[kind], [SIMPLE]).mean((0, 2)),
-            "o--",
-            color=COLOURS[kind],
-            label=f"{NAMES[kind]}, simple attack only",
-        )
-    panel.set_xticks(BOUNDS)
+        draw(kind, [SIMPLE], "--", ", simple attack alone")
+    panel.set_xticks((0, *BOUNDS))
     panel.set_ylim(-3, 103)
     panel.legend(fontsize=7, frameon=False)
     return png(figure)
 
 
-def _attacked(found: Mapping[str, Sequence[Arrays]], images: Tensor) -> bytes:
-    """Draw the first digits, and what PGD on the margin made of them with the smallest bound."""
-    rows = [images[:EXAMPLES, 0].numpy(), *(found[kind][0]["examples"] for kind in ("K3", "C0"))]
-    return tiles(f"Changed by at most {BOUNDS[0]}", rows, ("digit", *(NAMES[kind] for kind in ("K3", "C0"))))
+def _attacked(found: Mapping[str, Sequence[Arrays]], labels: Tensor) -> bytes:
+    """Draw the first digits as PGD on the margin changed them with the smallest bound."""
+    rows = {
+        kind: [
+            Answered(image, label, int(answer))
+            for image, label, answer in zip(one["examples"], labels.tolist(), one["answers"], strict=False)
+        ]
+        for kind, one in ((kind, found[kind][0]) for kind in ("K3", "C0"))
+    }
+    return answers(f"Digits changed by at most {BOUNDS[0]}", rows)
 
 
 ROW = Row(CLAIM, jobs, measure)
