@@ -207,7 +207,8 @@ def measured(value: float) -> dict[str, np.ndarray]:
 def test_equivariance_is_confirmed_for_the_side_that_holds_the_changes() -> None:
     pixels = {name: np.full((7, 50), 0.5) for name in (equivariance.PIXELS_16, f"change of {equivariance.PIXELS_16}")}
     for ours, plain in ((0.9, 0.6), (0.6, 0.9)):
-        found = equivariance.evidence({"K3": [measured(ours)] * 2, "C0": [measured(plain)] * 2}, pixels)
+        kinds = {kind: [measured(ours if kind == "K3" else plain)] * 2 for kind in equivariance.KINDS}
+        found = equivariance.evidence(kinds, pixels)
         first = bootstrap(found.comparisons[0], 50)
         assert first.mean == pytest.approx(ours - plain) and (first.low > 0) == (ours > plain)
     assert found.figures["errors in % by shift in pixels"]["C0"]["6"] == pytest.approx(10)

@@ -40,6 +40,7 @@ CLAIM = Claim(
 )
 KINDS = ("K3", "C0")
 MAX_UNKNOWN = 2000  # images of each kind that shows no digit
+MIN_DRAWN = 10  # answers; the share of right ones among fewer says little
 _SEED = 0
 
 
@@ -190,10 +191,10 @@ def _by_seed(found: Mapping[str, list[Answers]], of: Callable[[Answers], float])
 
 
 def reliability(predicted: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[list[float], list[float]]:
-    """Return the mean prediction and the share of right answers of each bin that has an image."""
+    """Return the mean prediction and the share of right answers of each bin that has MIN_DRAWN images."""
     bins = bins_of(predicted)
     counts = np.bincount(bins, minlength=ECE_BINS)
-    used = counts > 0
+    used = counts >= MIN_DRAWN
     said, true = (np.bincount(bins, weights=one, minlength=ECE_BINS)[used] / counts[used] for one in (predicted, right))
     return said.tolist(), true.tolist()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.claims.batches import in_batches
 from training.claims.bench import Bench
-from training.claims.drawing import COLOURS, NAMES, OTHER_COLOUR, curves, png
+from training.claims.drawing import COLOURS, OTHER_COLOUR, curves, png
 from training.claims.evidence import Comparison, Evidence, Outcomes
 from training.claims.images import Images, Labelled
 from training.claims.jobs import Job, Scale
@@ -42,7 +42,7 @@ CLAIM = Claim(
         "The plain network has strides instead of pooling, and so keeps more of the position than one that pools."
     ),
 )
-KINDS = ("K3", "C0")
+KINDS = ("K3", "C0", "C0r", "K1")
 COMPONENTS = 16  # as many numbers as a pose has
 DISTANCES = (0, 1, 2, 3, 4, 5, 6)  # pixels of a shift
 LEARNED_DISTANCE = 2
@@ -52,6 +52,15 @@ _MIN_IMAGES = 400
 #: The numbers that a change is read from.
 POSE, FEATURES = "pose", "plain features"
 FEATURES_16, PIXELS_16 = "16 components of them", "16 components of the pixels"
+RECONSTRUCTING, ONCE = "features with our decoder", "pose, routed once"
+#: By name, the kind of network that has the numbers, and what they are there.
+SOURCES = {
+    POSE: ("K3", POSE),
+    FEATURES: ("C0", FEATURES),
+    FEATURES_16: ("C0", FEATURES_16),
+    RECONSTRUCTING: ("C0r", FEATURES),
+    ONCE: ("K1", POSE),
+}
 
 
 @dataclass(frozen=True)
@@ -172,51 +181,45 @@ def of_pixels(fitting: Changed, judging: Changed) -> Arrays:
 
 def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
     """Return the evidence from the measured arrays of each kind's networks, one for each seed, and of the pixels."""
-    count = len(found["K3"])
-    parts = {
-        POSE: found["K3"],
-        FEATURES: found["C0"],
-        FEATURES_16: found["C0"],
-        PIXELS_16: [pixels] * count,
-    }
+    still, moved = (_parts(found, pixels, prefix) for prefix in ("", "change of "))
+    right = {kind: np.stack([one["right"] for one in of_seeds]).astype(np.float64) for kind, of_seeds in found.items()}
 
-    def outcomes(name: str, prefix: str = "") -> NDArray[np.float64]:
-        return np.stack([one[prefix + name] for one in parts[name]]).astype(np.float64)  # (S, A, N)
-
-    def compare(title: str, other: str, prefix: str = "") -> Comparison:
-        means = {name: outcomes(name, prefix).mean(1) for name in (POSE, other)}
+    def compare(title: str, other: str, parts: Mapping[str, NDArray[np.float64]]) -> Comparison:
+        means = {name: parts[name].mean(1) for name in (POSE, other)}
         return Comparison.between(title, POSE, other, means, "R^2")
 
-    right = {kind: np.stack([one["right"] for one in of_seeds]).astype(np.float64) for kind, of_seeds in found.items()}
     far = [number for number, distance in enumerate(DISTANCES) if distance > LEARNED_DISTANCE]
     right_beyond = {kind: values[:, far].mean(1) for kind, values in right.items()}
-    figures = {
-        f"R^2 from the {prefix}": {
-            name: {
-                change.name: round(float(value), 4)
-                for change, value in zip(CHANGES, outcomes(name, start).mean((0, 2)), strict=True)
-            }
-            for name in parts
-        }
-        for prefix, start in (("features themselves", ""), ("change of the features", "change of "))
-    }
     errors = {kind: 100 - values.mean((0, 2)) for kind, values in right.items()}
-    figures["errors in % by shift in pixels"] = {
-        kind: dict(zip(map(str, DISTANCES), values.round(3).tolist(), strict=True)) for kind, values in errors.items()
+    by_change = {
+        words: {
+            name: dict(zip((one.name for one in CHANGES), values.mean((0, 2)).round(4).tolist(), strict=True))
+            for name, values in parts.items()
+        }
+        for words, parts in (("R^2 from the change of the numbers", moved), ("R^2 from the numbers themselves", still))
     }
-    moved = {name: max(0.0, float(outcomes(name, "change of ").mean())) for name in parts}
+    shares = {name: 100 * max(0.0, float(values.mean())) for name, values in moved.items()}
     return Evidence(
         comparisons=(
-            compare("read from the change of the pose, and of 128 plain features", FEATURES, "change of "),
-            compare("read from the change of as many numbers", FEATURES_16, "change of "),
-            compare("read from the pose, and from 128 plain features", FEATURES),
-            compare("read from as many numbers", FEATURES_16),
-            compare("read from the pose, and from the pixels", PIXELS_16),
-            Comparison.between("right beyond the learned shifts, 3 to 6 pixels", *KINDS, right_beyond, "% right"),
+            compare("read from the change of the pose, and of 128 plain features", FEATURES, moved),
+            compare("… and of as many numbers", FEATURES_16, moved),
+            compare("… and of 128 features of a plain network with our decoder", RECONSTRUCTING, moved),
+            compare("… with three iterations of routing, and with one", ONCE, moved),
+            compare("read from the pose, and from 128 plain features", FEATURES, still),
+            compare("… and from 128 features of a plain network with our decoder", RECONSTRUCTING, still),
+            compare("… and from the pixels", PIXELS_16, still),
+            Comparison.between("right beyond the learned shifts, 3 to 6 pixels", "K3", "C0", right_beyond, "% right"),
+            Comparison.between("… and a plain network with our decoder", "K3", "C0r", right_beyond, "% right"),
         ),
-        figures=figures,
+        figures=by_change
+        | {
+            "errors in % by shift in pixels": {
+                kind: dict(zip(map(str, DISTANCES), values.round(3).tolist(), strict=True))
+                for kind, values in errors.items()
+            }
+        },
         pictures={
-            "How exactly a change can be read": picture(figures["R^2 from the change of the features"]),
+            "How exactly a change can be read": picture(by_change["R^2 from the change of the numbers"]),
             "Errors beyond the learned shifts": curves(
                 "Errors on moved digits (learned: up to 2 pixels)",
                 "shift, pixels",
@@ -225,28 +228,36 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
             ),
         },
         said=(
-            f"From the pose, {100 * moved[POSE]:.0f} % of a change can be read, from the plain network's 128 features "
-            f"{100 * moved[FEATURES]:.0f} %, from 16 of their components {100 * moved[FEATURES_16]:.0f} %; of digits "
-            f"moved by 5 pixels, capsules misread {errors['K3'][5]:.0f} %, the plain network {errors['C0'][5]:.0f} %."
+            f"From the pose, {shares[POSE]:.0f} % of a change can be read, from the plain network's 128 features "
+            f"{shares[FEATURES]:.0f} %, and with our decoder {shares[RECONSTRUCTING]:.0f} %; of digits moved by 5 "
+            f"pixels, capsules misread {errors['K3'][5]:.0f} %, the plain network {errors['C0'][5]:.0f} %."
         ),
     )
 
 
+def _parts(found: Mapping[str, list[Arrays]], pixels: Arrays, prefix: str) -> dict[str, NDArray[np.float64]]:
+    """Return the parts of R^2 by what they are read from, (S, A, N) each."""
+    seeds = len(found["K3"])
+    result = {
+        name: np.stack([one[prefix + numbers] for one in found[kind]]) for name, (kind, numbers) in SOURCES.items()
+    }
+    return result | {PIXELS_16: np.stack([pixels[prefix + PIXELS_16]] * seeds)}
+
+
 def picture(values: Mapping[str, Mapping[str, float]]) -> bytes:
     """Draw R^2 by change and by what it is read from."""
-    colours = {POSE: COLOURS["K3"], FEATURES: COLOURS["C0"], FEATURES_16: COLOURS["C0r"], PIXELS_16: OTHER_COLOUR}
-    words = {
-        POSE: f"pose, 16 numbers ({NAMES['K3']})",
-        FEATURES: f"128 features ({NAMES['C0']})",
-        FEATURES_16: f"16 components of them ({NAMES['C0']})",
-        PIXELS_16: "16 components of the pixels",
+    looks = {
+        POSE: ("K3", "pose, 16 numbers"),
+        FEATURES: ("C0", "plain, 128 features"),
+        RECONSTRUCTING: ("C0r", "plain with our decoder, 128 features"),
+        PIXELS_16: ("", "16 components of the pixels"),
     }
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     panel = figure.add_subplot()
-    for place, (name, by_change) in enumerate(values.items()):
-        positions = np.arange(len(by_change)) + 0.2 * (place - 1.5)
-        shown = [max(0.0, value) for value in by_change.values()]
-        panel.bar(positions, shown, width=0.19, color=colours[name], label=words[name])
+    for place, (name, (kind, words)) in enumerate(looks.items()):
+        positions = np.arange(len(CHANGES)) + 0.2 * (place - 1.5)
+        shown = [max(0.0, value) for value in values[name].values()]
+        panel.bar(positions, shown, width=0.19, color=COLOURS.get(kind, OTHER_COLOUR), label=words)
     panel.set_xticks(range(len(CHANGES)), [change.name for change in CHANGES], fontsize=8.5)
     panel.set_ylim(0, 1)
     panel.set_ylabel("share that can be read (R²)")

@@ -28,8 +28,8 @@ CLAIM = Claim(
     number=7,
     title="Readable poses",
     sentence="Single numbers of a pose mean something that a person can name, such as the thickness of the stroke.",
-    paper="No figure: one of the 16 numbers almost always stands for the width of the digit (Sabour et al. 2017, 5.1)",
-    counter="No paper known to us measures single numbers; the evidence are drawings of six digits (figure 4 there)",
+    paper="No figure: one of 16 numbers almost always stands for the digit's width (Sabour et al. 2017, section 5.1)",
+    counter="No paper known to us measures single numbers; the paper shows drawings of six digits (figure 4)",
     decides="rank correlation of the best single number with thickness, width and slant, pose less plain network",
     enough=0.05,
     limits=(
@@ -283,7 +283,8 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
         said=(
             f"The best single number of a pose goes along with thickness by {best[ours][0]:.2f}, with width by "
             f"{best[ours][1]:.2f} and with slant by {best[ours][2]:.2f} (1 would be exactly); the plain network's by "
-            f"{best[plain][0]:.2f}, {best[plain][1]:.2f} and {best[plain][2]:.2f}."
+            f"{best[plain][0]:.2f}, {best[plain][1]:.2f} and {best[plain][2]:.2f}, and the pixels' best component by "
+            f"{best[PIXELS][0]:.2f}, {best[PIXELS][1]:.2f} and {best[PIXELS][2]:.2f}."
         ),
     )
 
