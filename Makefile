@@ -41,7 +41,7 @@ train: $(DEV_VENV)/.installed
 export: $(DEV_VENV)/.installed
 	$(DEV)/python -m export $(ARGS)
 
-## Measure the claims made for capsule networks on a tiny scale. ARGS=full takes two nights, or an hour of a GPU.
+## Measure the claims made for capsule networks on a tiny scale. ARGS=full takes a night, or an hour with a GPU.
 claims: $(DEV_VENV)/.claims
 	$(DEV)/python -m training.claims $(ARGS)
 
