@@ -210,17 +210,15 @@ class UnaryCall(ReceivingCall):
     def _take_end(self) -> None:
         if self._message is None:
             self.refuse(grpc.StatusCode.UNIMPLEMENTED, "no message; expected one")
+        elif isinstance(self._head.method, CallbackMethod):
+            self._begin(self._head.method)
         else:
-            self._begin(self._message)
-
-    def _begin(self, message: bytes) -> None:
-        """Run the handler with the complete request."""
-        method = self._head.method
-        if not isinstance(method, CallbackMethod):
             self._start_task()
-            return
+
+    def _begin(self, method: CallbackMethod) -> None:
+        """Run a handler that needs no task."""
         try:
-            returned: object = method.begin(message, self)  # type: ignore[func-returns-value]
+            returned: object = method.begin(self._hand_over(), self)  # type: ignore[func-returns-value]
             if returned is not None:  # a coroutine would never run
                 raise TypeError(f"a handler has returned {type(returned).__name__}; expected nothing")
         except Abort as abort:
@@ -230,12 +228,18 @@ class UnaryCall(ReceivingCall):
 
     async def _handle(self) -> None:
         method = self._head.method
-        assert isinstance(method, UnaryMethod) and self._message is not None
-        answer = await method.answer(self._message, self)
+        assert isinstance(method, UnaryMethod)
+        answer = await method.answer(self._hand_over(), self)
         if answer is not None:
             self.answer(answer)
         elif not self.over:
             raise TypeError("a handler has ended without an answer")
+
+    def _hand_over(self) -> bytes:
+        """Return the complete request, and keep no reference: its handler has a parsed copy."""
+        message, self._message = self._message, None
+        assert message is not None
+        return message
 
 
 class StreamCall(ReceivingCall):
