@@ -248,6 +248,7 @@ class StreamCall(ReceivingCall):
     needs_all = False
     _reading: asyncio.Future[None] | None = None  # set while the handler waits for a message
     _room: asyncio.Future[None] | None = None  # set while the handler waits for the client to read
+    _handed_over = 0  # the bytes of the message that the handler has
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         super().__init__(streams, stream, head)
@@ -261,6 +262,10 @@ class StreamCall(ReceivingCall):
         return self
 
     async def __anext__(self) -> bytes:
+        """Return the next message. The one before it counts as held until then: its handler may wait with it."""
+        self.held -= self._handed_over
+        self.streams.memory.used -= self._handed_over
+        self._handed_over = 0
         while not self._messages:
             inflating = self._reader is not None and self._reader.inflation
             if self.state is StreamState.CLOSED or (self.state is StreamState.HALF_CLOSED_REMOTE and not inflating):
@@ -268,9 +273,7 @@ class StreamCall(ReceivingCall):
             self._reading = self.streams.loop.create_future()
             await self._reading
         message = self._messages.popleft()
-        released = len(message) + _MESSAGE_BYTES_WITH_PREFIX
-        self.held -= released
-        self.streams.memory.used -= released
+        self._handed_over = len(message) + _MESSAGE_BYTES_WITH_PREFIX
         if self._may_receive < _LOW_WINDOW:
             self._let_send()
         return message
@@ -329,6 +332,7 @@ class StreamCall(ReceivingCall):
         self._stop_unpacking()  # if the handler has ended before the request
         super()._close()
         self._messages.clear()  # a reader that is already awake must not release them again
+        self._handed_over = 0
         self._wake_reader()
         self.wake_writer()
 
