@@ -198,8 +198,9 @@ class Call:
         self.finish(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 
     def _stop_handler(self) -> None:
-        if self._task:
-            self._task.cancel()
+        if task := self._task:
+            self._task = None  # it will know an error, whose traceback knows this object: a cycle would live on
+            task.cancel()
         if given_up := self.given_up:
             self.given_up = None
             given_up()

@@ -184,6 +184,10 @@ class ReceivingCall(Call):
         self._stop_unpacking()
         super()._stop_handler()
 
+    def _close(self) -> None:
+        super()._close()
+        self._reader = None  # with what has come of a message: the errors of a cancelled handler may keep this object
+
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
         if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
@@ -234,6 +238,10 @@ class UnaryCall(ReceivingCall):
             self.answer(answer)
         elif not self.over:
             raise TypeError("a handler has ended without an answer")
+
+    def _close(self) -> None:
+        super()._close()
+        self._message = None
 
     def _hand_over(self) -> bytes:
         """Return the complete request, and keep no reference: its handler has a parsed copy."""
