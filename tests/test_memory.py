@@ -109,6 +109,18 @@ def test_who_works_is_not_evicted_and_who_asks_goes_last() -> None:
     assert memory.used == 900
 
 
+def test_who_works_gives_way_to_an_owner_that_holds_less_if_nobody_waits() -> None:
+    memory = Memory(1000)
+    first, second = (Holder(memory, name, 400, "much") for name in ("first", "second"))
+    other = Holder(memory, "other", 150, "some")
+    few = Holder(memory, "few", 100, "few")
+    memory.make_room(few)
+    assert [one.evicted for one in (first, second, other, few)] == [None, False, None, None], "the newest goes"
+    more = Holder(memory, "more", 500, "few")
+    memory.make_room(more)
+    assert [one.evicted for one in (first, other, few, more)] == [None, None, None, False], "it holds the most itself"
+
+
 def test_who_asks_may_be_who_has_waited_longest() -> None:
     memory = Memory(1000)
     new, other = Holder(memory, "new", 600), Holder(memory, "other", 600)

@@ -18,6 +18,7 @@ class Holder:
         self.waits = False
         self.owner = owner
         self.slow = slow
+        self.waited = False  # until it works or is evicted
         self.since = 0.0
         self.waiting_bytes = 0
         self.evicted: bool | None = None
@@ -28,6 +29,7 @@ class Holder:
         assert self.evicted is None and not self.waits
         memory = self._machine.memory
         self._machine.check_choice(self, stalled)
+        self.waited = False
         if self.slow and self is not self._machine.asking:  # who asks has just been measured
             self.slow = False
             memory.hold(self, -(self.held // 2))
@@ -50,7 +52,7 @@ class Policy(RuleBasedStateMachine):
 
     def wait(self, holder: Holder) -> None:
         self.memory.waits(holder, self.now)
-        holder.since, holder.waiting_bytes = self.now, holder.held
+        holder.waited, holder.since, holder.waiting_bytes = True, self.now, holder.held
 
     def check_choice(self, victim: Holder, stalled: bool) -> None:
         """Check that a victim is the one that the policy names."""
@@ -58,16 +60,25 @@ class Policy(RuleBasedStateMachine):
             assert self.now - victim.since >= STALL_SECONDS
             return
         assert self.memory.used > MAX_BYTES, "there was room"
-        waiting = [one for one in self.holders if one.waits or one is victim is not self.asking]
+        waiting = [one for one in self.holders if one.waited]
+        if not waiting:
+            self.check_working_choice(victim)
+            return
         by_owner: dict[str, int] = {}
         for one in waiting:
             by_owner[one.owner] = by_owner.get(one.owner, 0) + one.waiting_bytes
-        if victim is self.asking and not victim.waits and not waiting:
-            return
-        if victim not in waiting:  # asked, and has waited for longest
-            by_owner[victim.owner] = by_owner.get(victim.owner, 0) + victim.waiting_bytes
+        assert victim in waiting
         assert by_owner[victim.owner] == max(by_owner.values())
-        assert victim.since == min(one.since for one in [*waiting, victim] if one.owner == victim.owner)
+        assert victim.since == min(one.since for one in waiting if one.owner == victim.owner)
+
+    def check_working_choice(self, victim: Holder) -> None:
+        """Check the choice of a victim while nobody waits for its peer."""
+        assert self.asking
+        held = {owner: sum(one.held for one in self.holders if one.owner == owner) for owner in "abc"}
+        assert held[victim.owner] == max(held.values())
+        if victim is not self.asking:
+            assert held[victim.owner] > held[self.asking.owner]
+            assert victim is [one for one in self.holders if one.owner == victim.owner and one.held][-1]
 
     @rule(owner=st.sampled_from("abc"), size=SIZES, slow=st.booleans(), waits=st.booleans())
     def come(self, owner: str, size: int, slow: bool, waits: bool) -> None:
@@ -105,7 +116,9 @@ class Policy(RuleBasedStateMachine):
     @precondition(lambda self: self.holders)
     @rule(choice=st.integers(0, 50))
     def come_in_full(self, choice: int) -> None:
-        self.memory.works(self.chosen(choice))
+        holder = self.chosen(choice)
+        self.memory.works(holder)
+        holder.waited = False
 
     @precondition(lambda self: self.holders)
     @rule(choice=st.integers(0, 50))
@@ -132,7 +145,7 @@ class Policy(RuleBasedStateMachine):
         for holder in list(self.holders):
             self.memory.leave(holder)
         assert self.memory.used == 0
-        assert not self.memory._waiting, "a holder that has left is remembered"
+        assert not self.memory._owners, "a holder that has left is remembered"
 
 
 def test_no_order_of_events_breaks_the_memory_policy() -> None:

@@ -204,6 +204,7 @@ class UnaryCall(ReceivingCall):
     """A call with one request and one answer."""
 
     needs_all = True
+    own_bytes = 4096
     _message: bytes | None = None
 
     def _take(self, message: bytes) -> None:
@@ -254,6 +255,7 @@ class StreamCall(ReceivingCall):
     """A call with any number of requests and answers. It is also the iterator of its requests."""
 
     needs_all = False
+    own_bytes = 12288
     _reading: asyncio.Future[None] | None = None  # set while the handler waits for a message
     _room: asyncio.Future[None] | None = None  # set while the handler waits for the client to read
     _handed_over = 0  # the bytes of the message that the handler has
@@ -271,9 +273,9 @@ class StreamCall(ReceivingCall):
 
     async def __anext__(self) -> bytes:
         """Return the next message. The one before it counts as held until then: its handler may wait with it."""
-        self.held -= self._handed_over
-        self.streams.memory.used -= self._handed_over
-        self._handed_over = 0
+        if self._handed_over:
+            self.streams.memory.hold(self, -self._handed_over)
+            self._handed_over = 0
         while not self._messages:
             inflating = self._reader is not None and self._reader.inflation
             if self.state is StreamState.CLOSED or (self.state is StreamState.HALF_CLOSED_REMOTE and not inflating):
