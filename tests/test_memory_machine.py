@@ -10,10 +10,18 @@ MAX_BYTES, STALL_SECONDS = 1000, 60.0
 SIZES = st.sampled_from((0, 1, 10, 100, 300, 600, 1000, 2500))
 
 
+class Owner:
+    """A connection."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.holders: list[Holder] = []
+
+
 class Holder:
     """A call or a connection that holds bytes. slow: it has released bytes unseen, so its first eviction spares it."""
 
-    def __init__(self, machine: "Policy", owner: str, slow: bool) -> None:
+    def __init__(self, machine: "Policy", owner: Owner, slow: bool) -> None:
         self.held = 0
         self.waits = False
         self.owner = owner
@@ -23,6 +31,7 @@ class Holder:
         self.waiting_bytes = 0
         self.evicted: bool | None = None
         self._machine = machine
+        owner.holders.append(self)
 
     def evict(self, stalled: bool) -> None:
         """Leave, or release half of the bytes and wait again."""
@@ -37,7 +46,7 @@ class Holder:
         else:
             self.evicted = stalled
             memory.leave(self)
-            self._machine.holders.remove(self)
+            self._machine.remove(self)
 
 
 class Policy(RuleBasedStateMachine):
@@ -46,6 +55,7 @@ class Policy(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.memory = Memory(MAX_BYTES, STALL_SECONDS)
+        self.owners = {name: Owner() for name in "abc"}
         self.holders: list[Holder] = []
         self.now = 0.0
         self.asking: Holder | None = None
@@ -64,25 +74,25 @@ class Policy(RuleBasedStateMachine):
         if not waiting:
             self.check_working_choice(victim)
             return
-        by_owner: dict[str, int] = {}
+        by_owner: dict[Owner, int] = {}
         for one in waiting:
             by_owner[one.owner] = by_owner.get(one.owner, 0) + one.waiting_bytes
         assert victim in waiting
         assert by_owner[victim.owner] == max(by_owner.values())
-        assert victim.since == min(one.since for one in waiting if one.owner == victim.owner)
+        assert victim.since == min(one.since for one in waiting if one.owner is victim.owner)
 
     def check_working_choice(self, victim: Holder) -> None:
         """Check the choice of a victim while nobody waits for its peer."""
         assert self.asking
-        held = {owner: sum(one.held for one in self.holders if one.owner == owner) for owner in "abc"}
+        held = {owner: sum(one.held for one in self.holders if one.owner is owner) for owner in self.owners.values()}
         assert held[victim.owner] == max(held.values())
         if victim is not self.asking:
             assert held[victim.owner] > held[self.asking.owner]
-            assert victim is [one for one in self.holders if one.owner == victim.owner and one.held][-1]
+            assert victim is [one for one in self.holders if one.owner is victim.owner and one.held][-1]
 
     @rule(owner=st.sampled_from("abc"), size=SIZES, slow=st.booleans(), waits=st.booleans())
     def come(self, owner: str, size: int, slow: bool, waits: bool) -> None:
-        holder = Holder(self, owner, slow)
+        holder = Holder(self, self.owners[owner], slow)
         self.holders.append(holder)
         self.grow_by(holder, size, waits)
 
@@ -125,7 +135,7 @@ class Policy(RuleBasedStateMachine):
     def end(self, choice: int) -> None:
         holder = self.chosen(choice)
         self.memory.leave(holder)
-        self.holders.remove(holder)
+        self.remove(holder)
 
     @rule(seconds=st.sampled_from((0.0, 1.0, 20.0, 59.0, 60.0)))
     def look_around(self, seconds: float) -> None:
@@ -138,6 +148,10 @@ class Policy(RuleBasedStateMachine):
         assert all(one.held >= 0 for one in self.holders)
         assert self.memory.used == sum(one.held for one in self.holders) <= MAX_BYTES
 
+    def remove(self, holder: Holder) -> None:
+        self.holders.remove(holder)
+        holder.owner.holders.remove(holder)
+
     def chosen(self, choice: int) -> Holder:
         return self.holders[choice % len(self.holders)]
 
@@ -145,7 +159,8 @@ class Policy(RuleBasedStateMachine):
         for holder in list(self.holders):
             self.memory.leave(holder)
         assert self.memory.used == 0
-        assert not self.memory._owners, "a holder that has left is remembered"
+        assert not (self.memory._owners or self.memory._waiting), "a holder that has left is remembered"
+        assert not any(owner.held for owner in self.owners.values())
 
 
 def test_no_order_of_events_breaks_the_memory_policy() -> None:

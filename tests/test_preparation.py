@@ -324,7 +324,7 @@ def test_a_large_picture_is_reduced_in_strips_as_it_would_be_at_once(
     reduced = shrink(image)
     assert largest <= 2**18, "no copy of the whole in another mode"
     monkeypatch.undo()
-    assert np.array_equal(reduced, whole.reduce(2))
+    assert np.array_equal(np.asarray(reduced), np.asarray(whole.reduce(2)))
 
 
 def test_a_digit_of_mnist_hardly_changes_by_preparation(prepared: Running, digits: Digits) -> None:

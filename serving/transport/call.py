@@ -47,7 +47,8 @@ class Call:
     _timer: asyncio.TimerHandle | None = None
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
-        self.streams = streams
+        #: The connection. Memory knows it as the owner.
+        self.streams = self.owner = streams
         self.stream = stream
         self._head = head
         streams.memory.hold(self, head.size + self.own_bytes)
@@ -71,11 +72,6 @@ class Call:
     def peer(self) -> Peer:
         """Return the client of the connection."""
         return self.streams.client
-
-    @property
-    def owner(self) -> Streams:
-        """Return the connection, for Memory."""
-        return self.streams
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""

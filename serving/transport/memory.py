@@ -3,6 +3,7 @@
 Pure: the caller gives the time, and the policy calls only ``evict`` of a holder.
 """
 
+from collections.abc import Reversible
 from operator import attrgetter
 from typing import Protocol
 
@@ -20,27 +21,38 @@ class Holder(Protocol):
     waits: bool
 
     @property
-    def owner(self) -> object:
-        """Return the call's connection. Connections are compared by identity."""
+    def owner(self) -> "Owner":
+        """Return the call's connection."""
 
     def evict(self, stalled: bool, /) -> None:
         """End the call, and release its bytes. stalled: True for lack of progress, False for lack of memory."""
 
 
-class _Owned:
-    """The holders of one owner.
+class Owner(Protocol):
+    """The part of a connection that the policy uses. Connections are compared by identity.
 
-    holders: all of them, in the order in which they came. held: their bytes. progress: of those that wait for their
-    peers, the time of the last progress, and the bytes they held then; oldest first. waiting: those bytes together.
+    held: the bytes of all its holders; only Memory sets it.
     """
 
-    __slots__ = ("held", "holders", "progress", "waiting")
+    held: int
+
+    @property
+    def holders(self) -> Reversible[Holder]:
+        """Return the holders that may be evicted while they work, in the order in which they came."""
+
+
+class _Waiting:
+    """The holders of one owner that wait for their peers.
+
+    progress: the time of each holder's last progress, and the bytes it held then; oldest first. held: those bytes of
+    all of them together.
+    """
+
+    __slots__ = ("held", "progress")
 
     def __init__(self) -> None:
-        self.holders: dict[Holder, None] = {}
-        self.held = 0
         self.progress: dict[Holder, tuple[float, int]] = {}
-        self.waiting = 0
+        self.held = 0
 
 
 class Memory:
@@ -55,50 +67,55 @@ class Memory:
     is evicted even if there is room.
     """
 
-    __slots__ = ("_owners", "max_bytes", "stall_seconds", "used")
+    __slots__ = ("_owners", "_waiting", "max_bytes", "stall_seconds", "used")
 
     def __init__(self, max_bytes: int, stall_seconds: float = STALL_SECONDS) -> None:
         self.max_bytes = max_bytes
         self.stall_seconds = stall_seconds
         #: Bytes that are held now.
         self.used = 0
-        self._owners: dict[object, _Owned] = {}
+        self._owners: dict[Owner, None] = {}  # that hold anything
+        self._waiting: dict[Owner, _Waiting] = {}  # by owner
 
     def hold(self, holder: Holder, size: int) -> None:
         """Count bytes as held, or a negative number of them as released."""
-        owned = self._owned(holder)
-        owned.held += size
+        owner = holder.owner
+        if not owner.held:
+            self._owners[owner] = None
+        owner.held += size
         holder.held += size
         self.used += size
 
     def waits(self, holder: Holder, now: float) -> None:
         """Note that a holder waits for its peer, and has made progress now. now: seconds of any clock."""
-        owned = self._owned(holder)
-        if holder.waits:
-            owned.waiting -= owned.progress.pop(holder)[1]
-        owned.progress[holder] = (now, holder.held)
-        owned.waiting += holder.held
+        waiting = self._waiting.get(holder.owner)
+        if waiting is None:
+            waiting = self._waiting[holder.owner] = _Waiting()
+        elif holder.waits:
+            waiting.held -= waiting.progress.pop(holder)[1]
+        waiting.progress[holder] = (now, holder.held)
+        waiting.held += holder.held
         holder.waits = True
 
     def works(self, holder: Holder) -> None:
         """Note that a holder does not wait for its peer."""
         if holder.waits:
             holder.waits = False
-            owned = self._owners[holder.owner]
-            owned.waiting -= owned.progress.pop(holder)[1]
+            waiting = self._waiting[holder.owner]
+            waiting.held -= waiting.progress.pop(holder)[1]
+            if not waiting.progress:
+                del self._waiting[holder.owner]
 
     def leave(self, holder: Holder) -> None:
         """Release all bytes of a holder."""
-        owned = self._owners.get(holder.owner)
-        if owned is None or holder not in owned.holders:
-            return
-        self.works(holder)
-        self.used -= holder.held
-        owned.held -= holder.held
+        if holder.waits:
+            self.works(holder)
+        owner, size = holder.owner, holder.held
+        self.used -= size
+        owner.held -= size
         holder.held = 0
-        del owned.holders[holder]
-        if not owned.holders:
-            del self._owners[holder.owner]
+        if not owner.held:
+            self._owners.pop(owner, None)
 
     def make_room(self, asking: Holder) -> None:
         """Evict holders until the rest fits, ``asking`` last.
@@ -116,8 +133,8 @@ class Memory:
     def evict_stalled(self, now: float) -> None:
         """Evict each holder that waits for its peer and has made no progress for ``stall_seconds``."""
         stalled = []
-        for owned in self._owners.values():
-            for holder, (since, _) in owned.progress.items():
+        for waiting in self._waiting.values():
+            for holder, (since, _) in waiting.progress.items():
                 if now - since < self.stall_seconds:
                     break
                 stalled.append(holder)
@@ -126,18 +143,13 @@ class Memory:
                 self.works(holder)
                 holder.evict(True)
 
-    def _owned(self, holder: Holder) -> _Owned:
-        """Return the holders of a holder's owner, of which it is one."""
-        owned = self._owners.get(holder.owner)
-        if owned is None:
-            owned = self._owners[holder.owner] = _Owned()
-        owned.holders[holder] = None
-        return owned
-
     def _victim(self, asking: Holder) -> Holder:
-        if waiting := [owned for owned in self._owners.values() if owned.progress]:
-            return next(iter(max(waiting, key=attrgetter("waiting")).progress))
-        largest = max(self._owners.values(), key=attrgetter("held"))
-        if largest.held <= self._owned(asking).held:
+        if self._waiting:
+            return next(iter(max(self._waiting.values(), key=_held).progress))
+        largest = max(self._owners, key=_held, default=asking.owner)
+        if largest.held <= asking.owner.held:
             return asking
-        return next(one for one in reversed(largest.holders) if one.held)
+        return next((one for one in reversed(largest.holders) if one.held), asking)
+
+
+_held = attrgetter("held")
