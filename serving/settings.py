@@ -270,7 +270,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
             parser.error(f"environment variable {variable} is no setting{_suggestion(variable, _variable)}")
     given = values | vars(flags)
     try:
-        return Settings(**_from_file(given.get("settings_file", "")) | given)
+        return Settings(**_from_file(str(given.get("settings_file", ""))) | given)
     except ValueError as error:
         parser.error(str(error))
 
