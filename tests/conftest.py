@@ -343,7 +343,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if isinstance(item, pytest.Function):
-            for marker in _whole_parts(item):
+            fixtures = item._fixtureinfo.name2fixturedefs.values()
+            functions = (item.function, *(one.func for definitions in fixtures for one in definitions))
+            for marker in _whole_parts(functions):
                 item.add_marker(marker)
 
 
@@ -362,13 +364,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def _whole_parts(item: pytest.Function) -> set[str]:
+@cache
+def _whole_parts(functions: tuple[object, ...]) -> set[str]:
     """Return "server" if a test, or a fixture of it, starts a server, and "training" if one trains a network.
 
-    A test also counts if it does so through other functions and classes of the tests, in this process or another.
+    functions: the test's own function, and those of its fixtures. A test also counts if it does so through other
+    functions and classes of the tests, in this process or another.
     """
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]
+    pending = list(functions)
     seen: set[int] = set()
     parts = set[str]()
     while pending:
