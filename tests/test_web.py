@@ -205,6 +205,9 @@ def test_floats_files_and_further_outputs_are_those_of_grpc(running: Running, po
 
 
 TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 28, 28]}
+FILES = {"name": "images", "datatype": "BYTES", "shape": [1]}
+IN_BASE64 = {"parameters": {"content_type": "base64"}}
+CHOSEN = {"name": "probabilities", "parameters": {"classification": 1}}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +231,9 @@ TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 28, 28]}
         ({"inputs": [[]]}, "inputs[0]"),
         ({"inputs": [{**TENSOR, "data": [0] * 784}], "outputs": [{"name": "x"}]}, "outputs[0].name"),
         ({"inputs": [], "id": 5}, "id"),
+        ({"inputs": [{**FILES, "data": ["/9j/4AAQ"]}]}, "inputs[0].data[0]"),
+        ({"inputs": [{**FILES, "data": ["iVBO", "é"], **IN_BASE64}]}, "inputs[0].data[1]"),
+        ({"inputs": [{**FILES, "data": ["iVB"], **IN_BASE64}]}, "inputs[0].data[0]"),
     ],
 )
 def test_a_wrong_tensor_is_named(port: int, content: Any, field: str) -> None:
@@ -236,6 +242,14 @@ def test_a_wrong_tensor_is_named(port: int, content: Any, field: str) -> None:
     shown = answer.json
     assert shown["field_violations"][0]["field"] == field
     assert shown["error"] == shown["detail"], "as the Open Inference Protocol calls it"
+
+
+def test_a_picture_in_json_is_base64_and_an_error_says_so(port: int) -> None:
+    data = [[base64.b64encode(SEVEN).decode()]]
+    [answered] = infer(port, {"inputs": [{**FILES, "data": data, **IN_BASE64}], "outputs": [CHOSEN]}).json["outputs"]
+    assert answered["data"][0].endswith(":7")
+    detail = infer(port, {"inputs": [{**FILES, "data": data}]}).json["detail"]
+    assert 'expected the parameter "content_type" of "base64" beside it, or "binary_data_size" and binary' in detail
 
 
 def test_binary_data_must_be_as_long_as_its_header_says(port: int) -> None:
@@ -309,10 +323,12 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b'{"x": NaN}', {"content_type": "application/json"}, 400, "NaN is no number"),
         ("/v1/classify", b'{"\\ud800": 1}', {"content_type": "application/json"}, 400, "half of a character"),
         ("/v1/classify", b"\xff", {"content_type": "application/json"}, 400, "no JSON"),
+        ("/v1/classify", b"," * 1_600_001, {"content_type": "application/json"}, 400, "at most 1600000 values"),
+        ("/v1/classify", b" " * 2**23 + b"\xc3\xa9", {"content_type": "application/json"}, 400, "ASCII alone"),
         ("/v1/classify?preprocess=auto", b"{}", {"content_type": "application/json"}, 400, "with JSON, expected it in"),
         ("/v1/classify", b"x", {"content_encoding": "br"}, 415, "content-encoding: 'br'"),
         ("/v1/classify", b"xyz" * 9, {"content_encoding": "gzip"}, 400, "cannot be unpacked by gzip"),
-        ("/v1/classify", gzip.compress(bytes(9_000_000)), {"content_encoding": "gzip"}, 413, "max_request_bytes"),
+        ("/v1/classify", gzip.compress(bytes(13_000_000)), {"content_encoding": "gzip"}, 413, "max_request_bytes"),
         ("/v1/classify", b"x", {"content_type": "multipart/form-data"}, 400, "cannot be read as a form"),
         ("/v1/classify", b"x", {"x_request_timeout": "soon"}, 400, "x-request-timeout: 'soon'"),
         ("/v1/classify", b"x", {"x_request_timeout": "nan"}, 400, "x-request-timeout: 'nan'"),
