@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -567,6 +568,9 @@ def test_the_documents_need_nothing_from_elsewhere_and_name_every_path(port: int
     assert all(route.path in text for route in ROUTES)
     style = ask(port, "/documentation.css")
     assert style.fields["content-type"] == "text/css; charset=utf-8" and b"url(" not in style.body
+    [icon] = re.findall(r'rel="icon" href="([^"]+)"', text)
+    icons = [ask(port, path) for path in (icon, "/favicon.ico")]  # for which browsers ask beside other documents
+    assert [(one.status, one.fields["content-type"]) for one in icons] == [(200, "image/svg+xml")] * 2
     again = ask(port, "/documentation.css", if_none_match=style.fields["etag"])
     assert (again.status, again.body) == (304, b"")
 
