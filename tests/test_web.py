@@ -19,13 +19,13 @@ from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2
-from serving.errors import QueueFull
+from serving.errors import QueueFull, Unauthenticated
 from serving.rpc.status import status_of
 from serving.transport.headers import Status
-from serving.transport.methods import Abort, CallbackMethod, Context, Table, UnaryMethod
+from serving.transport.methods import UNDECIDED, Abort, CallbackMethod, Context, Table, UnaryMethod
 from serving.web import documents
 from serving.web.forms import from_pictures, from_query
-from serving.web.incoming import BodyLimits, Incoming
+from serving.web.incoming import JSON, BodyLimits, Incoming
 from serving.web.json_messages import read_message, to_json
 from serving.web.page import read_page
 from serving.web.problems import Problem, problem_of
@@ -553,6 +553,14 @@ def test_a_fault_of_a_method_reaches_no_client_with_its_text(caplog: pytest.LogC
             assert (answer.status, answer.json["code"]) == (500, "INTERNAL")
             assert b"secret" not in answer.body
     assert "secret" in caplog.text and "ended without an answer" in caplog.text
+
+
+def test_a_token_that_a_door_has_forgotten_again_is_refused_before_the_body_is_looked_at() -> None:
+    door = lambda timeout, metadata, expected, peer: UNDECIDED  # noqa: E731
+    method = UnaryMethod(lambda data, context: pytest.fail("a stranger has reached the method"), door)
+    with serving({EXPLAIN: method}, Unauthenticated("authorization: the token is not valid")) as web:
+        answer = ask(web.port, "/v1/explain", b"{", content_type=JSON, authorization="Bearer a.b")
+    assert (answer.status, answer.json["code"]) == (401, "UNAUTHENTICATED")
 
 
 def test_the_documents_need_nothing_from_elsewhere_and_name_every_path(port: int) -> None:

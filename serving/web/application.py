@@ -267,6 +267,7 @@ class Application:
 
         An unknown token is checked first, so that a stranger does not learn what a body means.
         """
+        refusal: ServingError | None = None
         for _ in range(2):
             if not (method.door and (status := _asked(method.door, exchange))):
                 return
@@ -274,10 +275,12 @@ class Application:
                 raise problem_of(status)
             try:
                 await self._terms.admit(_authorization(exchange.invocation_metadata()), exchange.peer)
-            except (Unauthenticated, Forbidden):
-                continue  # the door knows it now
+            except (Unauthenticated, Forbidden) as error:
+                refusal = error  # which the door knows now, and counts
             except ServingError as error:
                 raise problem_of(status_of(error)) from None
+        if refusal:  # the tokens have changed meanwhile, and the door has forgotten it
+            raise problem_of(status_of(refusal))
 
     async def _convert(self, visit: Visit, cost: int, convert: Callable[[], Outcome]) -> Outcome:
         """Return a conversion's result; of a large message, from the thread."""
