@@ -21,8 +21,9 @@ def explains(artifact: Artifact) -> bool:
 
 
 def draws(artifact: Artifact) -> bool:
-    """Return True if a model has a decoder."""
-    return DECODER in artifact.graphs
+    """Return True if a model has a decoder. The manifests of older ones name no tensors."""
+    graph = artifact.graphs.get(DECODER)
+    return graph is not None and (not graph.inputs or (graph.inputs.keys() == {POSE, CLASS} and IMAGE in graph.outputs))
 
 
 def check_explains(artifact: Artifact) -> None:
