@@ -1,5 +1,6 @@
 """Tests of the HTTP port: its routes, and the same answers as gRPC's."""
 
+import asyncio
 import base64
 import gzip
 import io
@@ -7,6 +8,7 @@ import json
 import random
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -561,6 +563,25 @@ def test_a_token_that_a_door_has_forgotten_again_is_refused_before_the_body_is_l
     with serving({EXPLAIN: method}, Unauthenticated("authorization: the token is not valid")) as web:
         answer = ask(web.port, "/v1/explain", b"{", content_type=JSON, authorization="Bearer a.b")
     assert (answer.status, answer.json["code"]) == (401, "UNAUTHENTICATED")
+
+
+def test_a_request_that_waits_is_held_by_its_method_alone() -> None:
+    asked: list[bytes] = []
+    others: list[int] = []
+
+    def begin(data: bytes, context: Context) -> None:
+        asked.append(data)
+
+        def answer() -> None:
+            others.append(sys.getrefcount(asked[0]) - sys.getrefcount(object()) - 1)
+            context.answer(b"")
+
+        asyncio.get_running_loop().call_soon(answer)
+
+    with serving({CLASSIFY: CallbackMethod(begin)}) as web:
+        assert ask(web.port, "/v1/classify", SEVEN * 100, content_type="image/png").status == 200
+    assert asked[0] == pb.ClassifyRequest(images=[pb.Image(encoded=SEVEN * 100)]).SerializeToString()
+    assert others == [0], "besides the list above"
 
 
 def test_the_documents_need_nothing_from_elsewhere_and_name_every_path(port: int) -> None:

@@ -87,6 +87,7 @@ class Exchange:
                 self._begin(method, data)
             else:
                 self._task = self._loop.create_task(self._run(method, data))
+            del data  # which the method has read, or holds itself
             await asyncio.wait((self._outcome,))  # and not the future itself, which a cancelled task would cancel
             return self._outcome.result()
         finally:
