@@ -289,9 +289,12 @@ def test_what_a_decoder_keeps_of_a_jpeg_file_of_several_scans_is_reserved() -> N
     image = Image.new("RGB", (4000, 3000))
     plain, progressive = (_file(image, "JPEG", progressive=kind) for kind in (False, True))
     more = 3 * (len(progressive) - len(plain))
-    assert picture_bytes(progressive, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * 3 * 12_000_000 + more
+    coefficients = 250 * 188 * 16 * 16 * 3 // 2  # of 16 x 16 pixels each, in which two components have one of four
+    assert picture_bytes(progressive, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * coefficients + more
     apart = _first_component_alone(plain)
-    assert picture_bytes(apart, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * 3 * 12_000_000
+    assert picture_bytes(apart, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * coefficients
+    whole = _file(image, "JPEG", progressive=True, subsampling=0)
+    assert picture_bytes(whole, LIMITS[1]) - 3 * len(whole) > picture_bytes(plain, LIMITS[1]) + 2 * 3 * 11_000_000
 
 
 def _first_component_alone(data: bytes) -> bytes:

@@ -43,6 +43,7 @@ _UNIQUE = frozenset((b"iCCP", b"eXIf"))  # chunks that Pillow unpacks or parses 
 _PNG_SIZE = struct.Struct(">II")
 # Of a segment: its length, the precision, the height, the width and the number of components.
 _JPEG_SIZE = struct.Struct(">HxHHB")
+_COMPONENT_BYTES = 3  # after it: the number of each, its sampling factors and its table
 _EXIF = b"Exif\0\0"
 # The second of each is wrong, and some cameras write it.
 _BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {
@@ -75,14 +76,13 @@ class BadImage(ValueError):
 class ImageHeader(NamedTuple):
     """The format of an image file, ``PNG`` or ``JPEG``, and its size in pixels.
 
-    kept_components: the components of a JPEG file of several scans, whose coefficients a decoder keeps for all pixels;
-    0 for other files.
+    coefficients: those of a JPEG file of several scans, all of which a decoder keeps; 0 for other files.
     """
 
     format: str
     width: int
     height: int
-    kept_components: int = 0
+    coefficients: int = 0
 
 
 def read_header(data: bytes) -> ImageHeader:
@@ -171,7 +171,7 @@ def _read_jpeg(data: bytes) -> ImageHeader:
     """Go over the segments before the first scan (JPEG, B.1.1.4 and B.2.2)."""
     header: ImageHeader | None = None
     exif = b""  # Pillow reads all such segments as one
-    components = 0
+    components, progressive = 0, False
     position, small = 2, 0
     while small <= MAX_SMALL_PARTS:
         if position + 5 > len(data) or data[position] != 0xFF:
@@ -195,13 +195,22 @@ def _read_jpeg(data: bytes) -> ImageHeader:
             if position + 2 + _JPEG_SIZE.size > len(data):
                 raise damaged("JPEG", data)
             _, height, width, components = _JPEG_SIZE.unpack_from(data, position + 2)
-            header = ImageHeader("JPEG", width, height, components * (marker in _PROGRESSIVE_FRAMES))
+            sampling = data[position + 2 + _JPEG_SIZE.size + 1 : position + 2 + length : _COMPONENT_BYTES]
+            header = ImageHeader("JPEG", width, height, _coefficients(width, height, sampling))
+            progressive = marker in _PROGRESSIVE_FRAMES
         position += 2 + length
         small += length < SMALL_PART_BYTES
     else:
         raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
     if header is None:
         raise damaged("JPEG", data)
-    if data[position + 4] != components:  # the components of the first scan
-        header = header._replace(kept_components=components)
-    return header
+    in_one_scan = not progressive and data[position + 4] == components
+    return header._replace(coefficients=0) if in_one_scan else header
+
+
+def _coefficients(width: int, height: int, sampling: bytes) -> int:
+    """Return the number of coefficients of a JPEG image. sampling: of each component, its factors (JPEG, A.1.1)."""
+    factors = [(one >> 4, one & 15) for one in sampling]
+    across, down = (max(1, *several) for several in zip(*factors, strict=True)) if factors else (1, 1)
+    units = -(-width // (8 * across)) * -(-height // (8 * down))
+    return 64 * units * sum(horizontal * vertical for horizontal, vertical in factors)

@@ -31,8 +31,7 @@ _WORK_BYTES_A_PIXEL = 32
 # The same for a decoded pixel of a picture that is prepared, and for the preparation, which reduces it first.
 _WORK_BYTES_A_PICTURE_PIXEL = 14
 _PREPARATION_BYTES = 2**25
-# The same for each pixel and component of a JPEG file that must be read whole before its first pixel is known.
-_COEFFICIENT_BYTES = 2
+_COEFFICIENT_BYTES = 2  # in libjpeg
 # The copies of a file's bytes besides the file: its segments or chunks, what Pillow makes of them, and their parts.
 # Those of a small file are not counted.
 _FILE_COPIES = 3
@@ -91,7 +90,7 @@ def picture_bytes(data: bytes, max_pixels: int) -> int:
         _check_picture(header, max_pixels)
     except BadImage:
         return 0
-    coefficients = header.width * header.height * header.kept_components * _COEFFICIENT_BYTES
+    coefficients = header.coefficients * _COEFFICIENT_BYTES
     decoded = _decoded_pixels(header) * _WORK_BYTES_A_PICTURE_PIXEL
     return coefficients + decoded + _PREPARATION_BYTES + file_bytes(data)
 
