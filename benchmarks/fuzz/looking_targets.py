@@ -25,6 +25,7 @@ from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
 from serving.repository.findings import Findings
+from serving.repository.further_graph import AGREEMENTS, CONTRIBUTIONS, COUPLINGS, IMAGE, PRIMARY_LENGTHS
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Call, Edge
 from serving.runtime import Arrays, rows
@@ -33,15 +34,7 @@ from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.computed import ComputedQuery
 from serving.services.decoding import Decoding, in_one_go
 from serving.services.explanations import Explanations
-from serving.services.graphs import (
-    AGREEMENTS,
-    CONTRIBUTIONS,
-    COUPLINGS,
-    DECODER,
-    EXPLAIN,
-    IMAGE,
-    PRIMARY_LENGTHS,
-)
+from serving.services.graphs import DECODER, EXPLAIN
 from serving.services.open_inference import InferenceService
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline

@@ -10,9 +10,17 @@ import numpy as np
 from serving.artifact import Artifact, Graph
 from serving.batching.batch import Hooks
 from serving.metrics.registry import ModelMetrics
+from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
 from serving.repository.served_graph import all_finite
 from serving.runtime import Runtime, RuntimeSetupError, example, rows
 from serving.settings import Settings
+
+#: Outputs of ``explain``, with R iterations, J classes and I primary capsules: the couplings and agreements of all
+#: iterations, (B, R, J, I) each; the contributions, (B, J, I); and the lengths of the primary capsules, (B, I).
+COUPLINGS, AGREEMENTS, CONTRIBUTIONS, PRIMARY_LENGTHS = "couplings", "agreements", "contributions", "primary_lengths"
+#: Inputs of ``decoder``: poses (B, E) float32, and their classes (B,) int64; its output: pixels from 0 to 1,
+#: (B, C, H, W) float32.
+POSE, CLASS, IMAGE = "pose", "class", "image"
 
 #: The largest allowed difference between the outputs of a row alone and in a batch.
 _TOLERANCE = 0.01
@@ -75,16 +83,16 @@ def _shapes_of_model(artifact: Artifact, graph: Graph) -> Mapping[str, _Shape]:
     classes, pose, field = len(artifact.labels), artifact.pose_size, graph.receptive_field
     primary = field.types * field.grid**2 if field else None
     shapes: dict[str, _Shape] = {
-        "images": artifact.image_shape, "image": artifact.image_shape, "class": (), "pose": (pose,),
-        "poses": (classes, pose), "probabilities": (classes,),
+        IMAGES: artifact.image_shape, IMAGE: artifact.image_shape, CLASS: (), POSE: (pose,),
+        POSES: (classes, pose), PROBABILITIES: (classes,),
     }  # fmt: skip
-    if "agreements" in graph.outputs:  # older graphs have couplings of another form alone
+    if AGREEMENTS in graph.outputs:  # older graphs have couplings of another form alone
         routed = (None, classes, primary)
         shapes |= {
-            "couplings": routed,
-            "agreements": routed,
-            "contributions": routed[1:],
-            "primary_lengths": (primary,),
+            COUPLINGS: routed,
+            AGREEMENTS: routed,
+            CONTRIBUTIONS: routed[1:],
+            PRIMARY_LENGTHS: (primary,),
         }
     return shapes
 

@@ -150,7 +150,7 @@ def _decoded_pixels(header: ImageHeader) -> int:
 
 def _of_wrong_size(header: ImageHeader, shape: Shape) -> BadImage:
     text = f"a {header.format} image of {header.width} x {header.height} pixels; expected {shape[2]} x {shape[1]}"
-    return BadImage(SIZE, text)
+    return BadImage(SIZE, f"{text}, or a preparation of it (preprocess)")
 
 
 def _from_file(

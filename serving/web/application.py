@@ -268,7 +268,7 @@ class Application:
 
         An unknown token is checked first, so that a stranger does not learn what a body means.
         """
-        refusal: ServingError | None = None
+        refusal: Status | None = None
         for _ in range(2):
             if not (method.door and (status := _asked(method.door, exchange))):
                 return
@@ -277,11 +277,11 @@ class Application:
             try:
                 await self._terms.admit(_authorization(exchange.invocation_metadata()), exchange.peer)
             except (Unauthenticated, Forbidden) as error:
-                refusal = error  # which the door knows now, and counts
+                refusal = status_of(error)  # the door knows the token now, and counts the refusal
             except ServingError as error:
                 raise problem_of(status_of(error)) from None
         if refusal:  # the tokens have changed meanwhile, and the door has forgotten it
-            raise problem_of(status_of(refusal))
+            raise problem_of(refusal)
 
     async def _convert(self, visit: Visit, cost: int, convert: Callable[[], Outcome]) -> Outcome:
         """Return a conversion's result; of a large message, from the thread."""
