@@ -53,7 +53,7 @@ class Process:
     address: str
     metrics_url: str
     channel: grpc.Channel
-    web_port: int
+    web_port: int = 0
 
     @property
     def port(self) -> int:

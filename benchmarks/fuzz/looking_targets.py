@@ -50,12 +50,16 @@ from serving.web.tensors import HEADER_LENGTH
 
 _SHAPE = _, _HEIGHT, _WIDTH = (1, 4, 4)
 _CLASSES, _POSE, _ITERATIONS, _PRIMARY = 3, 2, 2, 4
-_EXPLAINED = {
+_EXPLAINED: dict[str, tuple[int, ...]] = {
     COUPLINGS: (_ITERATIONS, _CLASSES, _PRIMARY), AGREEMENTS: (_ITERATIONS, _CLASSES, _PRIMARY),
     CONTRIBUTIONS: (_CLASSES, _PRIMARY), PRIMARY_LENGTHS: (_PRIMARY,),
 }  # fmt: skip
-_CLASSIFIED = {PROBABILITIES: (_CLASSES,), POSES: (_CLASSES, _POSE)}
-_OUTPUTS = {CLASSIFY: _CLASSIFIED, EXPLAIN: _CLASSIFIED | _EXPLAINED, DECODER: {IMAGE: _SHAPE}}
+_CLASSIFIED: dict[str, tuple[int, ...]] = {PROBABILITIES: (_CLASSES,), POSES: (_CLASSES, _POSE)}
+_OUTPUTS: dict[str, dict[str, tuple[int, ...]]] = {
+    CLASSIFY: _CLASSIFIED,
+    EXPLAIN: _CLASSIFIED | _EXPLAINED,
+    DECODER: {IMAGE: _SHAPE},
+}
 _ARTIFACT = Artifact(
     folder=Path(),
     name="m",

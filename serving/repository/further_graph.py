@@ -68,11 +68,13 @@ class FurtherGraph:
             if shape != tensor.shape:
                 found = "missing" if shape is None else shape
                 raise RuntimeSetupError(f"{self._file}: its output {name} is {found}; its manifest says {tensor.shape}")
-        found = {name: shape for name, (_, shape) in runtime.inputs.items()}
-        found |= {name: array.shape[1:] for name, array in together.items()}
+        shapes: dict[str, _Shape] = {name: spec.shape for name, spec in runtime.inputs.items()}
+        shapes |= {name: array.shape[1:] for name, array in together.items()}
         for name, expected in self._model_shapes.items():
-            if name in found and not _fits(found[name], expected):
-                raise RuntimeSetupError(f"{self._file}: its {name} is {found[name]}; expected {expected} of this model")
+            if name in shapes and not _fits(shapes[name], expected):
+                raise RuntimeSetupError(
+                    f"{self._file}: its {name} is {shapes[name]}; expected {expected} of this model"
+                )
         for name, array in together.items():
             if rows({name: array}) != 2 or not np.allclose(array[1:], alone[name], rtol=0, atol=_TOLERANCE):
                 raise RuntimeSetupError(f"{self._file}: in its self-test {name} of a row alone and in a batch differ")
