@@ -161,7 +161,7 @@ class Application:
             visit.status = CLIENT_GONE
         finally:
             visit.body.release()
-            del scope["state"]["visit"]  # which knows the scope
+            scope["state"].clear()  # of what knows the scope
             self.under_way -= 1
             self._terms.counted(visit.route, visit.status)
 
