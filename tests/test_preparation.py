@@ -37,7 +37,7 @@ from tests.web_client import ask, form
 
 Images = NDArray[np.uint8]
 
-NAMES = ("capsnet-mnist", "capsnet-mnist-fast")
+NAMES = ("capsnet-mnist", "capsnet-mnist-accurate")
 MNIST = Preparation("bright-on-dark", 20, True)
 ON_PAPER = Preparation("dark-on-bright", 20, True)
 SHAPE = (1, 28, 28)
