@@ -7,10 +7,8 @@ import http.client
 import json
 import socket
 import ssl
-import struct
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,7 +23,6 @@ from serving.web import body as body_module
 from serving.web import connection as connection_module
 from serving.web import server as server_module
 from serving.web.application import DOCUMENTS
-from serving.web.connection import WebConnection
 from serving.web.problems import Problem
 from serving.web.routes import ROUTES
 from tests.certificates import make_all
@@ -167,31 +164,6 @@ def test_a_refused_request_goes_without_the_garbage_collector(waiting: Waiting, 
         for body in bodies:
             assert ask(web.port, "/v1/classify", body, content_type="application/json").status == 400
         wait_for(lambda: not any(isinstance(one, Problem) for one in gc.get_objects()))
-
-
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-@pytest.mark.parametrize("request_bytes", [b"", b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20])
-def test_nothing_of_a_connection_stays_until_a_garbage_collection(
-    reset: bool, request_bytes: bytes, monkeypatch: pytest.MonkeyPatch, no_collection: None
-) -> None:
-    made: list[weakref.ref[WebConnection]] = []
-    connect = server_module.WebServer._connect
-
-    def connected(server: server_module.WebServer) -> WebConnection:
-        connection = connect(server)
-        made.append(weakref.ref(connection))
-        return connection
-
-    monkeypatch.setattr(server_module.WebServer, "_connect", connected)
-    with serving({}) as web, closing(socket.create_connection(("127.0.0.1", web.port), PATIENCE)) as link:
-        link.sendall(request_bytes)
-        if request_bytes:
-            link.recv(1)
-        if reset:
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        wait_for(lambda: made)
-        link.close()
-        wait_for(lambda: made[0]() is None)
 
 
 def test_a_body_that_comes_too_slowly_is_given_up(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:

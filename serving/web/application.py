@@ -31,7 +31,7 @@ from serving.web.incoming import JSON, BodyLimits, Incoming, Reply
 from serving.web.json_messages import write_json
 from serving.web.page import PageFile
 from serving.web.problems import CLIENT_GONE, PROBLEM, Problem, invalid, problem_of
-from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Route, Writer
+from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Route
 
 #: The header with the seconds after which the client needs no answer.
 TIMEOUT = "x-request-timeout"
@@ -211,10 +211,11 @@ class Application:
             body = await visit.body.read(exchange.left)
             packed = "content-encoding" in visit.request.headers
             cost = len(body) + packed * _PACKED_COST  # a small body may be packed from a large one
-            write, message = await self._convert(visit, cost, partial(self._prepare, route, visit, body))
-            visit.body.hold(len(message))
-            calling = exchange.call(method, message)
-            del body, message  # a request that waits keeps nothing but what its method has made of it
+            write, data = await self._convert(visit, cost, partial(self._prepare, route, visit, body))
+            del body
+            visit.body.hold(len(data))
+            calling = exchange.call(method, data)
+            del data  # which the method may free once it is parsed
             outcome = await calling
             if isinstance(outcome, Status):
                 raise problem_of(outcome)
@@ -224,8 +225,8 @@ class Application:
 
         return respond
 
-    def _prepare(self, route: Route, visit: Visit, body: bytes) -> tuple[Writer, bytes]:
-        """Return the writer of a request's answer, and the request's bytes for its method. Raises Problem."""
+    def _prepare(self, route: Route, visit: Visit, body: bytes) -> tuple[Callable[[bytes], Reply], bytes]:
+        """Return the writer of a request's answer, and the bytes for its method. Raises Problem."""
         headers = visit.request.headers
         unpacked = visit.body.unpack(body, headers.get("content-encoding", "").lower())
         if unpacked and route.body is Body.NONE:

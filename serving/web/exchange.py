@@ -87,7 +87,7 @@ class Exchange:
                 self._begin(method, data)
             else:
                 self._task = self._loop.create_task(self._run(method, data))
-            del data  # which the method has read, or holds itself
+            del data  # which the method may free once it is parsed
             await asyncio.wait((self._outcome,))  # and not the future itself, which a cancelled task would cancel
             return self._outcome.result()
         finally:
@@ -107,7 +107,9 @@ class Exchange:
 
     async def _run(self, method: UnaryMethod, data: bytes) -> None:
         try:
-            answer = await method.answer(data, self)
+            answering = method.answer(data, self)
+            del data
+            answer = await answering
             if answer is not None:
                 self._end(answer)
             elif not self.over:

@@ -1,7 +1,7 @@
 """The route table: each path of HTTP, the method of gRPC behind it, and the conversions of its messages."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -22,15 +22,11 @@ DESCRIBE, DOCUMENT = "/http/OpenApi", "/http/Documentation"
 _PNG = PICTURES[0]
 
 
-#: A function that makes the answer of the method's bytes. It does not hold the request.
-Writer = Callable[[bytes], Reply]
-
-
 class Prepared(NamedTuple):
-    """A request that is ready for its method, and the writer of its answer."""
+    """A request that is ready for its method. write: makes the answer of the method's bytes."""
 
     message: Message
-    write: Writer
+    write: Callable[[bytes], Reply]
 
 
 class Body(Enum):
@@ -94,7 +90,8 @@ class Route:
                 return _prepare_infer(incoming)
         if self.answer is Answer.PICTURE:
             return _prepare_picture(message, incoming)
-        return Prepared(message, partial(_WRITERS[self.answer], self.response, incoming.place))
+        bodiless = replace(incoming, body=b"")  # since the body's memory is needed until then
+        return Prepared(message, partial(_WRITERS[self.answer], self.response, bodiless))
 
 
 def _prepare_infer(incoming: Incoming) -> Prepared:
@@ -121,25 +118,25 @@ def _prepare_picture(message: Message, incoming: Incoming) -> Prepared:
     return Prepared(message, write)
 
 
-def _message(kind: type[Message], place: Mapping[str, str], data: bytes) -> Reply:
+def _message(kind: type[Message], incoming: Incoming, data: bytes) -> Reply:
     return Reply(write_json(to_json(kind.FromString(data))))
 
 
-def _index(kind: type[Message], place: Mapping[str, str], data: bytes) -> Reply:
+def _index(kind: type[Message], incoming: Incoming, data: bytes) -> Reply:
     models: list[Json] = [to_json(model) for model in inference.RepositoryIndexResponse.FromString(data).models]
     return Reply(write_json(models))
 
 
-def _configuration(kind: type[Message], place: Mapping[str, str], data: bytes) -> Reply:
+def _configuration(kind: type[Message], incoming: Incoming, data: bytes) -> Reply:
     return Reply(write_json(to_json(inference.ModelConfigResponse.FromString(data).config)))
 
 
-def _readiness(kind: type[Message], place: Mapping[str, str], data: bytes) -> Reply:
+def _readiness(kind: type[Message], incoming: Incoming, data: bytes) -> Reply:
     ready = inference.ModelReadyResponse.FromString(data).ready
-    return Reply(write_json({"name": place["name"], "ready": ready}), status=200 if ready else 503)
+    return Reply(write_json({"name": incoming.place["name"], "ready": ready}), status=200 if ready else 503)
 
 
-_WRITERS: dict[Answer, Callable[[type[Message], Mapping[str, str], bytes], Reply]] = {
+_WRITERS: dict[Answer, Callable[[type[Message], Incoming, bytes], Reply]] = {
     Answer.MESSAGE: _message,
     Answer.INDEX: _index,
     Answer.CONFIGURATION: _configuration,
