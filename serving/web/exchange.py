@@ -10,6 +10,7 @@ import grpc
 
 from serving.transport.call import INTERNAL_TEXT
 from serving.transport.headers import Metadata, Status
+from serving.transport.memory import Owner
 from serving.transport.methods import Abort, CallbackMethod, Peer, UnaryMethod
 
 #: The methods that HTTP can call.
@@ -22,7 +23,7 @@ _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 _logger = logging.getLogger(__name__)
 
 
-class Connected(Protocol):
+class Connected(Owner, Protocol):
     """The connection of a client."""
 
     @property
