@@ -218,7 +218,7 @@ class _Context:
             self.outcome.set_result(outcome)
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its stubs are generic
+class _Handlers(grpc.GenericRpcHandler):
     """The method table for grpc.aio, and the calls in flight."""
 
     def __init__(self, limits: TransportLimits) -> None:
