@@ -34,6 +34,12 @@ def test_the_check_lints_and_leaves_out_tests_that_start_a_server() -> None:
     assert '-m "not server and not training and not attack and not install"' in commands
 
 
+def test_the_packages_are_built_and_tested_by_a_target_of_their_own_that_ci_runs() -> None:
+    commands = make("--dry-run", "dist")
+    assert "-m install tests/test_installed.py" in commands and "--require-hashes" in commands
+    assert "\nmake dist\n" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_the_attacks_have_a_target_of_their_own_that_ci_runs() -> None:
     assert '-m "not attack and not install"' in make("--dry-run", "test")
     assert "-m attack tests/test_attacks.py" in make("--dry-run", "attacks")
