@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.epochs import Digits, Pairs
+from benchmarks.gpu.epochs import Digits, Distortion, Pairs
 from benchmarks.gpu.learner import Hyperparameters, Learner
 from training.data.non_objects import non_objects
 from training.data.specs import NONE
@@ -30,7 +30,7 @@ def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_one_image_in_eight_of_an_epoch_shows_none_of_the_classes() -> None:
     images, labels = digits(140)
-    chunk = Digits(images, labels, batch=16, seed=1, max_shift=2.0, none=True)()
+    chunk = Digits(images, labels, batch=16, seed=1, distortion=Distortion(), none=True)()
     assert chunk.images.shape == (10, 16, 1, 28, 28)
     assert ((chunk.labels == NONE).sum(1) == 2).all()
     assert sorted(chunk.labels[chunk.labels != NONE].tolist()) == sorted(labels.tolist())
@@ -56,7 +56,7 @@ def test_images_of_no_class_are_of_four_kinds_and_keep_shape_and_type() -> None:
 
 def test_a_learner_lowers_its_loss_and_averages_its_weights() -> None:
     images, labels = digits(64)
-    chunk = Digits(images, labels, batch=16, seed=1, max_shift=0.0, none=False)()
+    chunk = Digits(images, labels, batch=16, seed=1, distortion=Distortion(shift=0.0), none=False)()
     learner = Learner(TINY, 1, Hyperparameters(), 100, torch.device("cpu"), compiled=False)
     learner.prepare(chunk)
     losses = []

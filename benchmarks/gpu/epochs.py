@@ -3,12 +3,13 @@
 Axes: S steps, B images a step, K objects an image, C channels, H W height and width.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from training.data.augment import distort
+from training.data.augment import MAX_ROTATION, MAX_SHEAR, SCALE_RANGE, distort, erase
 from training.data.compose import combine, members, place
 from training.data.non_objects import non_objects
 from training.data.specs import NONE
@@ -24,14 +25,37 @@ class Chunk(NamedTuple):
     labels: Tensor
 
 
-class Digits:
-    """Epochs of single digits, each rotated, sheared, scaled and shifted again, with images of none of the classes."""
+@dataclass(frozen=True)
+class Distortion:
+    """The largest changes of a training image; the arguments of ``distort`` and ``erase``.
 
-    def __init__(self, images: Tensor, labels: Tensor, batch: int, seed: int, max_shift: float, none: bool) -> None:
+    shift: pixels each way. erasing: share of the images in which a square of 4x4 pixels becomes black.
+    """
+
+    shift: float = 2.5
+    rotation: float = MAX_ROTATION
+    shear: float = MAX_SHEAR
+    scale: tuple[float, float] = SCALE_RANGE
+    elastic: float = 0.0
+    erasing: float = 0.0
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return changed images: (B, C, H, W) uint8 in, the same shape and type out."""
+        warped = distort(images.float(), generator, self.rotation, self.shear, self.scale, self.shift, self.elastic)
+        warped = warped.round().clamp(0, 255).to(torch.uint8)
+        return erase(warped, self.erasing, generator) if self.erasing else warped
+
+
+class Digits:
+    """Epochs of single digits, each distorted again, with images of none of the classes."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch: int, seed: int, distortion: Distortion, none: bool
+    ) -> None:
         self._images, self._labels = images, labels
         self._none = batch // NONE_SHARE if none else 0
         self._digits = batch - self._none
-        self._shift = max_shift
+        self._distortion = distortion
         self._generator = torch.Generator(images.device).manual_seed(seed)
         self.steps = len(images) // self._digits
 
@@ -40,7 +64,7 @@ class Digits:
         order = torch.randperm(len(self._images), generator=generator, device=self._images.device)
         chosen = order[: steps * self._digits]
         source = self._images[chosen]
-        warped = distort(source.float(), generator, shift=self._shift).round().clamp(0, 255).to(torch.uint8)
+        warped = self._distortion(source, generator)
         images = warped.reshape(steps, self._digits, *source.shape[1:])
         labels = self._labels[chosen].reshape(steps, self._digits, 1)
         if self._none:

@@ -37,24 +37,25 @@ class Hyperparameters:
 
 
 def total_loss(
-    model: CapsNet, images: Tensor, parts: Tensor, labels: Tensor, targets: Tensor | None, settings: Hyperparameters
+    model: CapsNet, images: Tensor, parts: Tensor, labels: Tensor, targets: Tensor | None, weights: Tensor
 ) -> Tensor:
     """Return the margin, reconstruction and distillation losses of a batch, added.
 
     images: (B, C, H, W) uint8; parts: (B, K, C, H, W) uint8; labels: (B, K), NONE for an image of none of the classes;
-    targets: (B, J), the lengths that the teachers give.
+    targets: (B, J), the lengths that the teachers give. weights: (2,), of the squared pixel errors and of the squared
+    differences to the targets; a tensor, so that one compiled function serves all weights.
     """
     poses = model(to_pixels(images)).float()
     probabilities = lengths(poses)  # (B, J)
     loss = margin_loss(probabilities, labels)
     if targets is not None:
-        loss = loss + settings.distil * distillation_loss(probabilities, targets)
+        loss = loss + weights[1] * distillation_loss(probabilities, targets)
     if model.decoder is not None:
         one_hot = present_classes(labels, model.config.classes)  # (B, K, J)
         masked = (poses.unsqueeze(1) * one_hot.unsqueeze(-1)).flatten(0, 1).flatten(1)  # (B*K, J*E)
         pixels = model.decoder.layers(masked).float()
         errors = (pixels - to_pixels(parts).flatten(0, 1).flatten(1)).square().sum(1)
-        loss = loss + settings.pixel_weight * (errors * (labels != NONE).flatten()).sum() / len(images)
+        loss = loss + weights[0] * (errors * (labels != NONE).flatten()).sum() / len(images)
     return loss
 
 
@@ -100,23 +101,34 @@ class Learner:
         self.model = on_device(CapsNet(config), device)
         self._loss = torch.compile(total_loss) if compiled else total_loss
         self._rate = torch.zeros((), device=device)
+        self._weights = torch.tensor([settings.pixel_weight, settings.distil], device=device)
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay),
             lr=self._rate,
             fused=True,
             capturable=device.type == "cuda",
         )
-        warmup = max(1, round(settings.warmup_share * steps))
-        number = torch.arange(steps + 1, device=device)
-        cosine = 0.5 + 0.5 * torch.cos(math.pi * (number - warmup).clamp(min=0) / max(1, steps - warmup))
-        self._rates = settings.learning_rate * torch.minimum((number + 1) / warmup, cosine)
+        self._rates = self._schedule(steps)
         self._state = [value for value in self.model.state_dict().values() if value.is_floating_point()]
         self._average = [value.clone() for value in self._state]
+        self._first = [value.clone() for value in self._state]
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)  # which batch of the chunk is next
         self.loss = torch.zeros((), device=device)  # the sum since it was last set to 0
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _schedule(self, steps: int) -> Tensor:
+        warmup = max(1, round(self.settings.warmup_share * steps))
+        number = torch.arange(steps + 1, device=self.device)
+        cosine = 0.5 + 0.5 * torch.cos(math.pi * (number - warmup).clamp(min=0) / max(1, steps - warmup))
+        return self.settings.learning_rate * torch.minimum((number + 1) / warmup, cosine)
+
+    def shorten(self, steps: int) -> None:
+        """Let the learning rate end at 0 after fewer steps than were planned."""
+        rates = self._schedule(min(steps, self.steps))
+        self._rates.zero_()
+        self._rates[: len(rates)].copy_(rates)
 
     def prepare(self, chunk: Chunk, targets: Tensor | None = None, *, graph: bool = True) -> None:
         """Take the buffers whose content the steps will read, and record the step.
@@ -125,7 +137,6 @@ class Learner:
         """
         self._chunk, self._targets = chunk, targets
         self.batch = chunk.images.shape[1]
-        before = [value.clone() for value in (*self._state, *self._average)]
         if self.device.type != "cuda":
             return
         assert self.stream
@@ -140,15 +151,32 @@ class Learner:
             with torch.cuda.graph(self._graph, stream=self.stream):
                 self._run()
         torch.cuda.synchronize()
+        self.restart(self.steps)
+        torch.cuda.synchronize()
+
+    def restart(self, steps: int) -> None:
+        """Begin again from the first weights, with at most as many steps as were planned."""
+        self.shorten(steps)
         with torch.no_grad():
-            for value, old in zip((*self._state, *self._average), before, strict=True):
-                value.copy_(old)
+            for value, average, first in zip(self._state, self._average, self._first, strict=True):
+                value.copy_(first)
+                average.copy_(first)
             for slots in self._optimizer.state.values():
                 for slot in slots.values():
                     slot.zero_()
         for counter in (self._step, self._next, self.loss):
             counter.zero_()
-        torch.cuda.synchronize()
+
+    def refill(self, chunk: Chunk) -> None:
+        """Put new batches into the buffers of ``prepare``, and start again with the first one."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        for buffer, values in zip(self._chunk, chunk, strict=True):
+            buffer.copy_(values)
+        self.begin_chunk()
+        self.loss.zero_()
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
 
     def begin_chunk(self) -> None:
         """Start again with the first batch of the chunk, whose content is new."""
@@ -171,7 +199,7 @@ class Learner:
         targets = None if self._targets is None else self._targets.index_select(0, self._next)[0]
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self._loss(self.model, images, parts, labels, targets, self.settings)
+            loss = self._loss(self.model, images, parts, labels, targets, self._weights)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         with torch.no_grad():

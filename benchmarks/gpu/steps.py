@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.figures import write
-from benchmarks.gpu.epochs import Digits
+from benchmarks.gpu.epochs import Digits, Distortion
 from benchmarks.gpu.learner import Hyperparameters, Learner, training_device, wait
 from benchmarks.gpu.training import PAIR_CANVAS, buffers
 from training.model import CONFIGS
@@ -28,7 +28,7 @@ def measure(name: str, batch: int, way: str, steps: int, device: torch.device) -
     if CONFIGS[name].image_size == PAIR_CANVAS:
         images = torch.nn.functional.pad(images, (4, 4, 4, 4))
     config = replace(CONFIGS[name], image_size=images.shape[-1])
-    chunk = buffers(Digits(images, labels, batch, 1, 2.0, False)())
+    chunk = buffers(Digits(images, labels, batch, 1, Distortion(), False)())
     begin = time.perf_counter()
     learner = Learner(config, 1, Hyperparameters(), 10_000, device, compiled=compiled)
     learner.prepare(chunk, graph=graph)

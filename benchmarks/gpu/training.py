@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.epochs import Chunk, Digits, Pairs
+from benchmarks.gpu.epochs import Chunk, Digits, Distortion, Pairs
 from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device, training_device, wait
+from benchmarks.gpu.recipes import RECIPES, Recipe
 from training.checkpoint import Checkpoint, load, save
 from training.data.datasets import Dataset, generate
 from training.data.datasets import load as load_dataset
@@ -30,8 +31,10 @@ BATCH = 128
 PAIR_BATCH = 1024
 PAIR_CANVAS = 36
 PAIRS = "multimnist"
+MNIST = "mnist"
+PHASES = ("teachers", "students", "fast-students", "fast", "pairs", "paper")
+DISTORTION = Distortion()
 PAIR_CHUNK_STEPS = 64
-MAX_SHIFT_PIXELS = 2.5
 PROBE_STEPS = 60  # their time decides how many epochs fit into the budget
 
 
@@ -43,8 +46,8 @@ class Job:
     config: str
     seed: int
     settings: Hyperparameters
-    dataset: str = "mnist"
-    max_shift: float = MAX_SHIFT_PIXELS
+    dataset: str = MNIST
+    distortion: Distortion = DISTORTION
     none: bool = True
 
 
@@ -60,7 +63,7 @@ def data_of(job: Job, mnist: Dataset, device: torch.device, batch: int, pair_bat
     images, labels = mnist.train_images.to(device), mnist.train_labels.to(device)
     if job.dataset == PAIRS:
         return Pairs(images, labels, pair_batch, job.seed, PAIR_CANVAS, PAIR_CHUNK_STEPS)
-    return Digits(images, labels, batch, job.seed, job.max_shift, job.none)
+    return Digits(images, labels, batch, job.seed, job.distortion, job.none)
 
 
 def buffers(chunk: Chunk) -> Chunk:
@@ -95,9 +98,8 @@ def run(
         learner.prepare(chunks[job.seed], targets[job.seed], graph=graph)
     _say(f"prepared in {time.perf_counter() - begin:.1f} s")
     epochs = _epochs_that_fit(learners, streams, chunks, teachers, box, steps, begin)
-    learners = [_again(learner, job, epochs * steps, compiled) for learner, job in zip(learners, jobs, strict=True)]
-    for job, learner in zip(jobs, learners, strict=True):
-        learner.prepare(chunks[job.seed], targets[job.seed], graph=graph)
+    for learner in learners:
+        learner.restart(epochs * steps)
     started = time.perf_counter()
     curves: list[list[float]] = [[] for _ in jobs]
     for epoch in range(epochs):
@@ -131,10 +133,6 @@ def run(
 
 def _config(job: Job) -> CapsNetConfig:
     return replace(CONFIGS[job.config], image_size=PAIR_CANVAS) if job.dataset == PAIRS else CONFIGS[job.config]
-
-
-def _again(learner: Learner, job: Job, steps: int, compiled: bool) -> Learner:
-    return Learner(_config(job), job.seed, job.settings, steps, learner.device, compiled=compiled)
 
 
 def _targets(teachers: Sequence[nn.Module], chunk: Chunk) -> Tensor | None:
@@ -219,7 +217,8 @@ def write(result: dict[str, Any], folder: Path) -> None:
         "seed": job.seed,
         "epochs": figures["epochs"],
         "batch_size": result["batch"],
-        "max_shift": job.max_shift,
+        "max_shift": job.distortion.shift,
+        **{name: value for name, value in asdict(job.distortion).items() if name != "shift"},
         "none": job.none and job.dataset != PAIRS,  # pairs are trained without images of none of the classes
         "held_out": 0,
         "precision": "bf16-mixed",
@@ -231,36 +230,39 @@ def write(result: dict[str, Any], folder: Path) -> None:
     (folder / f"{job.name}.json").write_text(json.dumps(line))
 
 
-def jobs_of(phase: str, seeds: Sequence[int]) -> list[Job]:
-    """Return the jobs of each phase. The students also learn from the teachers."""
+def jobs_of(phase: str, seeds: Sequence[int], recipe: Recipe = RECIPES["plain"]) -> list[Job]:
+    """Return the jobs of each phase. The students also learn from the teachers. recipe: of single digits."""
     paper = Hyperparameters(learning_rate=1e-3, weight_decay=0.0, warmup_share=0.02, ema_decay=0.999)
-    student = Hyperparameters(distil=1.0)
+    student = replace(recipe.settings, distil=1.0)
     match phase:
         case "teachers":
-            return [Job(f"accurate-{seed}", "accurate", seed, Hyperparameters()) for seed in seeds]
-        case "students":
             return [
-                Job(f"{config}-distilled-{seed}", config, seed, student)
+                Job(f"accurate-{seed}", "accurate", seed, recipe.settings, MNIST, recipe.distortion) for seed in seeds
+            ]
+        case "students" | "fast-students":
+            return [
+                Job(f"{config}-distilled-{seed}", config, seed, student, MNIST, recipe.distortion)
                 for seed in (10 * seed for seed in seeds)
-                for config in ("accurate", "fast")
+                for config in (("accurate", "fast") if phase == "students" else ("fast",))
             ]
         case "fast":
-            return [Job(f"fast-{seed}", "fast", seed, Hyperparameters()) for seed in seeds]
+            return [Job(f"fast-{seed}", "fast", seed, recipe.settings, MNIST, recipe.distortion) for seed in seeds]
         case "pairs":
             return [
                 Job(f"pairs-{seed}", "pairs", seed, Hyperparameters(warmup_share=0.02), PAIRS) for seed in seeds[:1]
             ]
         case "paper":
             return [
-                Job(f"{config}-{seeds[0]}", config, seeds[0], paper, max_shift=2.0, none=False)
+                Job(f"{config}-{seeds[0]}", config, seeds[0], paper, distortion=Distortion(shift=2.0), none=False)
                 for config in ("paper", "authors")
             ]
-    raise ValueError(f"phase: {phase!r}; expected teachers, students, fast, pairs or paper")
+    raise ValueError(f"phase: {phase!r}; expected one of {', '.join(PHASES)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", allow_abbrev=False)
-    parser.add_argument("phase", choices=("teachers", "students", "fast", "pairs", "paper"))
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--recipe", choices=RECIPES, default="plain", help="of single digits (default: plain)")
     parser.add_argument("--seconds", type=float, required=True, help="time to train in, preparation included")
     parser.add_argument("--epochs", type=int, default=100, help="at most (default: 100); for pairs, chunks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -284,11 +286,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             test_labels=mnist.test_labels[: options.limit],
         )
     teachers: list[nn.Module] = []
-    if options.phase == "students":
+    if options.phase in ("students", "fast-students"):
         files = [options.out / f"accurate-{seed}.pt" for seed in options.seeds]
         teachers = [on_device(load(file).model(), device) for file in files]
     results = run(
-        jobs_of(options.phase, options.seeds),
+        jobs_of(options.phase, options.seeds, RECIPES[options.recipe]),
         mnist,
         Box(options.seconds, options.epochs),
         device,
