@@ -143,7 +143,7 @@ def test_a_users_checker_finds_the_types(light: Environment) -> None:
         "from serving.client import CapsNetClient\n\nwith CapsNetClient('127.0.0.1:1') as client:\n"
         "    reveal_type(client.classify('seven.png'))\n"
     )
-    command = [sys.executable, "-m", "mypy", "--python-executable", light.bin / "python", "--strict", script.name]
+    command = [sys.executable, "-m", "mypy", "--python-executable", str(light.bin / "python"), "--strict", script.name]
     checked = subprocess.run(command, cwd=light.folder, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
     assert "list[serving.client.results.Classification]" in checked.stdout
@@ -153,7 +153,7 @@ def test_a_users_checker_finds_the_types(light: Environment) -> None:
 def address(full: Environment) -> Iterator[str]:
     """The address of the installed server, with the network that the wheel brings."""
     command = [
-        full.bin / "capsnet-server", "--port", "0", "--metrics-port", "0", "--http-port", "-1", "--threads", "1",
+        str(full.bin / "capsnet-server"), "--port", "0", "--metrics-port", "0", "--http-port", "-1", "--threads", "1",
         "--runtimes", "1", "--max-batch", "8",
     ]  # fmt: skip
     environment = _clean_environment()
@@ -188,7 +188,9 @@ def resolved(wheel: Path) -> dict[str, dict[str, str]]:
     The resolver waits for the registry most of the time, so all questions are asked together.
     """
     client = f"capsnet-serving @ {wheel.as_uri()}"
-    questions = {platform: (client, "--python-platform", platform, "--only-binary", ":all:") for platform in PLATFORMS}
+    questions: dict[str, tuple[str, ...]] = {
+        platform: (client, "--python-platform", platform, "--only-binary", ":all:") for platform in PLATFORMS
+    }
     questions |= {other: (f"{client}\n{other}",) for other in OTHERS}
     with ThreadPoolExecutor(len(questions)) as pool:
         return dict(zip(questions, pool.map(lambda question: _resolve(*question), questions.values()), strict=True))

@@ -34,7 +34,7 @@ def test_each_network_has_the_card_of_its_manifest(folder: Path) -> None:
 
 def test_the_parameters_of_network_and_decoder_are_counted_apart(artifact: Artifact) -> None:
     assert "| parameters | 398,720, and 1,411,344 of the decoder |" in card(artifact)
-    config = artifact.training.config | {"decoder_widths": []}
+    config = {**artifact.training.config, "decoder_widths": []}
     without = replace(artifact, training=replace(artifact.training, config=config))
     assert "| parameters | 1,810,064, and 0 of the decoder |" in card(without)
 
