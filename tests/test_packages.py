@@ -111,7 +111,6 @@ def test_the_client_needs_nothing_that_only_the_server_uses() -> None:
     assert server >= SERVER_ONLY
     for build in ("cpu", "gpu"):
         assert requirement(EXTRAS[build], PROJECT["name"]).extras == {"server"}
-    assert str(requirement(EXTRAS["server"], "uvloop").marker) == 'sys_platform != "win32"'
 
 
 def test_the_client_takes_the_oldest_protobuf_and_grpcio_that_its_code_works_with() -> None:
