@@ -135,10 +135,11 @@ def _calibration_parts(calibration: Calibration) -> list[str]:
         for kind, shares in calibration.detected.items()
     ]
     return [
-        "## Calibration\n\nA capsule's length is no probability. Confidences are softmax(lengths / "
-        f"{calibration.temperature:g}). On the test images a confidence is wrong by {confidence:.1f} points on "
-        f"average, and a length by {length:.1f} (expected calibration error). The temperature and the thresholds were "
-        f"measured on {calibration.images:,} images: {calibration.source}.",
+        "## Calibration\n\nA capsule's length is no probability. The server computes confidences from the lengths, "
+        f"with a temperature of {calibration.temperature:g}; the certificate has the formula. On the test images a "
+        f"confidence is wrong by {confidence:.2f} points on average, and a length by {length:.2f} (expected "
+        f"calibration error). The temperature and the thresholds were measured on {calibration.images:,} images: "
+        f"{calibration.source}.",
         "## Other images\n\nThe share of the images with no present class, with several, with a suspicious answer, and "
         "with a confident one:",
         _table(("images", *findings), rows),

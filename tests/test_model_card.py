@@ -15,7 +15,7 @@ SECTIONS = ["Use", "Limits", "Data", "Training", "Metrics", "Calibration", "Othe
 
 @pytest.fixture(scope="module")
 def artifact() -> Artifact:
-    return load(ROOT / "models" / "capsnet-mnist" / "1")
+    return load(ROOT / "models" / "capsnet-mnist-accurate" / "1")
 
 
 def sections(text: str) -> list[str]:

@@ -33,7 +33,7 @@ from tests.photographs import photograph
 
 Images = NDArray[np.uint8]
 
-NAMES = ("capsnet-mnist", "capsnet-mnist-fast")
+NAMES = ("capsnet-mnist", "capsnet-mnist-accurate")
 MNIST = Preparation("bright-on-dark", 20, True)
 ON_PAPER = Preparation("dark-on-bright", 20, True)
 SHAPE = (1, 28, 28)
