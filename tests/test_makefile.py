@@ -40,6 +40,11 @@ def test_the_packages_are_built_and_tested_by_a_target_of_their_own_that_ci_runs
     assert "\nmake dist\n" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_ci_measures_the_claims_on_a_tiny_scale() -> None:
+    assert make("--dry-run", "claims", "ARGS=full").strip().endswith("-m training.claims full")
+    assert "\nmake claims\n" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_the_attacks_have_a_target_of_their_own_that_ci_runs() -> None:
     assert '-m "not attack and not install"' in make("--dry-run", "test")
     assert "-m attack tests/test_attacks.py" in make("--dry-run", "attacks")

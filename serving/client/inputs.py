@@ -259,10 +259,10 @@ def _picture(content: bytes | Image.Image) -> bytes:
 def _is_small(data: bytes) -> bool:
     """Return True for a PNG or JPEG file that can be sent as it is."""
     try:
-        _, width, height = read_header(data)
+        header = read_header(data)
     except BadImage:
         return False
-    return len(data) <= _MAX_PICTURE_BYTES and width * height <= _MAX_PICTURE_PIXELS
+    return len(data) <= _MAX_PICTURE_BYTES and header.width * header.height <= _MAX_PICTURE_PIXELS
 
 
 def _file_of(image: Image.Image) -> bytes:
