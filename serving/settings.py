@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from serving.artifact import MAX_FILE_BYTES, PRECISIONS
 from serving.files.image_headers import MAX_IMAGE_BYTES
 from serving.files.options import add_flags, check, option, option_of
+from serving.files.program import add_version
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
 from serving.transport.methods import DEFAULT_CALLS, TRANSPORTS, is_loopback
@@ -339,6 +340,7 @@ def _parser() -> argparse.ArgumentParser:
         "A flag wins over its variable, and a variable over the settings file.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
+    add_version(parser)
     add_flags(parser, Settings)
     return parser
 

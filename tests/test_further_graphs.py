@@ -93,8 +93,8 @@ class Serving:
     def __init__(self, repository: Repository, metrics: Metrics, channel: grpc.aio.Channel) -> None:
         self.model = repository.get("", "")
         self.metrics = metrics
-        self.explain = channel.unary_unary(f"/{SERVICE}/Explain", None, None)
-        self.explain_stream = channel.stream_stream(f"/{SERVICE}/ExplainStream", None, None)
+        self.explain = channel.unary_unary(f"/{SERVICE}/Explain", bytes, bytes)
+        self.explain_stream = channel.stream_stream(f"/{SERVICE}/ExplainStream", bytes, bytes)
 
     def value(self, name: str, graph: str) -> float | None:
         labels = {"model": "capsnet-mnist", "version": "1", "graph": graph}

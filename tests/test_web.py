@@ -55,7 +55,7 @@ def incoming(body: bytes = b"", content_type: str = "", query: str = "", **heade
 
 def called(running: Running, route: Route, message: Message) -> dict[str, Any]:
     """Return the answer of the route's method over gRPC, in JSON."""
-    data = running.channel.unary_unary(route.method, None, None)(message.SerializeToString(), timeout=20)
+    data = running.channel.unary_unary(route.method, bytes, bytes)(message.SerializeToString(), timeout=20)
     return to_json(route.response.FromString(data))
 
 
@@ -128,7 +128,7 @@ def inferred(running: Running, digits: Digits) -> dict[str, Any]:
     """Return what gRPC answers to two digits: probabilities and poses."""
     request = inference_pb2.ModelInferRequest(model_name=MODEL, raw_input_contents=[digits.images[:2].tobytes()])
     request.inputs.add(name="images", datatype="UINT8", shape=(2, 1, 28, 28))
-    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", None, None)
+    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", bytes, bytes)
     response = inference_pb2.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=20))
     raws = zip(response.outputs, response.raw_output_contents, strict=True)
     return {one.name: np.frombuffer(raw, "<f4") for one, raw in raws}
@@ -190,7 +190,7 @@ def test_floats_files_and_further_outputs_are_those_of_grpc(running: Running, po
     for name in names:
         request.outputs.add(name=name)
     request.parameters["class"].int64_param = 3
-    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", None, None)
+    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", bytes, bytes)
     response = inference_pb2.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=20))
     shared: dict[str, Any] = {"outputs": [{"name": name} for name in names], "parameters": {"class": 3}}
     floats = {"name": "images", "datatype": "FP32", "shape": [1, 1, 28, 28], "data": (digits.images[0] / 255).tolist()}

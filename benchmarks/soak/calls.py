@@ -252,7 +252,7 @@ async def wrong_request(client: Client) -> str:
     wrong = client.random.choice(_wrong_requests(client))
     metadata = client.metadata if wrong.metadata is None else wrong.metadata
     try:
-        await client.channel.unary_unary(wrong.path, None, None)(
+        await client.channel.unary_unary(wrong.path, bytes, bytes)(
             wrong.message, timeout=PATIENCE_SECONDS, metadata=metadata
         )
     except grpc.aio.AioRpcError as error:
@@ -269,7 +269,7 @@ async def wrong_reflection(client: Client) -> str:
     async def requests() -> AsyncIterator[bytes]:
         yield b"\xff" * 8
 
-    method = client.channel.stream_stream(REFLECTION, None, None)
+    method = client.channel.stream_stream(REFLECTION, bytes, bytes)
     try:
         async for _ in method(requests(), timeout=PATIENCE_SECONDS, metadata=client.metadata):
             pass

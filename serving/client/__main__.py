@@ -23,6 +23,7 @@ from serving.client.reconstructions import Sweep
 from serving.client.results import Classification
 from serving.client.sync import CapsNetClient
 from serving.client.texts import classification_lines, classification_numbers
+from serving.files.program import add_version
 
 _PROGRESS_DELAY_SECONDS = 0.5  # a shorter run shows no progress bar
 _INTERRUPTED_EXIT_CODE = 130  # a shell's exit code for a process that SIGINT ended
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
         description="Classify images with a running server: the length of each class's capsule, the winner's pose, and "
         "what lies behind them.",
     )
+    add_version(result)
     result.add_argument("files", nargs="+", type=Path, metavar="FILE", help="PNG, JPEG or IDX file")
     result.add_argument(
         "--address", default="127.0.0.1:8001", help="HOST:PORT of the server, or unix:PATH (default: %(default)s)"

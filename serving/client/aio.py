@@ -431,7 +431,7 @@ class _Stream:
         call = self._open_stream()
         sender = asyncio.create_task(self._send(call))
         try:
-            while (message := await call.read()) is not aio.EOF:  # type: ignore[attr-defined]  # its stubs lack it
+            while (message := await call.read()) is not aio.EOF:
                 self._window.answer(message)
                 self._to_send.set()
                 self._ready.set()
