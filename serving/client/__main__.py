@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from serving.client.channel import is_local
+from serving.client.addresses import is_local
 from serving.client.errors import CapsNetError, Unavailable
 from serving.client.inputs import Preprocess
 from serving.client.listed_files import ListedFiles

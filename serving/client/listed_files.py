@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from serving.client.errors import CapsNetError, InvalidRequest
-from serving.client.inputs import ItemError, parse
+from serving.client.errors import CapsNetError, InvalidRequest, ItemError
+from serving.client.sources import parse
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,23 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
 from serving.client.channel import FIRST_BACKOFF_SECONDS
-from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
+from serving.client.errors import (
+    STREAM_LOST,
+    CapsNetError,
+    Failure,
+    InvalidRequest,
+    ItemError,
+    ShapeError,
+    brief,
+    failure_of_call,
+)
 from serving.client.explanations import Class, Explanation, ExplanationOptions, Part, decode_explanation
 from serving.client.inputs import (
     Fitting,
     Images,
     Item,
-    ItemError,
     Preprocess,
     RequestLimits,
-    ShapeError,
     items_of,
     located,
     messages,
@@ -94,10 +101,14 @@ class _Calls(ClientBase):
 
     def _call(self, method: Any, request: Any, deadline: Deadline, indices: Sequence[int] = ()) -> Any:
         """Make a unary call and return its response. indices: the number, in the input, of each of its images."""
+        self._check_open()
         try:
             return method(request, timeout=deadline.left(), metadata=self._channel_settings.metadata())
         except grpc.RpcError as error:
             raise self._error(error, indices) from error
+        except ValueError as error:  # grpc's for a channel that another thread has closed meanwhile
+            self._check_open()
+            raise InvalidRequest(f"{self._address}: {brief(str(error))}") from error
 
     def _encode(self, item: Item | pb.Image, fitting: Fitting, deadline: Deadline) -> Iterator[pb.Image]:
         """Return an item's images, encoded for a request. Raises ItemError."""

@@ -21,6 +21,7 @@ from serving.files.image_headers import (
     count_scans,
     damaged,
     read_header,
+    without_unread_texts,
 )
 from serving.files.images import to_pixels
 from serving.files.preparation import Look, prepare
@@ -152,7 +153,7 @@ def _decode(
     """Return the pixels of a file whose header was checked. Raises BadImage."""
     try:
         # The class of the format: Image.open would warn of large images on the server's terminal.
-        with _OPENERS[header.format](io.BytesIO(data)) as image:
+        with _OPENERS[header.format](io.BytesIO(without_unread_texts(data))) as image:
             # Pillow reads the size by itself, and a second header in the file may give it another one.
             check(header._replace(width=image.width, height=image.height))
             if raw := image.info.get("Raw profile type exif"):  # ImageMagick's text, from which Pillow reads EXIF too
