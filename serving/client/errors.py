@@ -205,8 +205,8 @@ def _explained(text: str) -> str:
     """Return what keeps a connection from being made. text: gRPC's words."""
     if "http1" in text:
         return "an HTTP server answers there, perhaps with the metrics; expected the port of gRPC, by default 8001"
-    if "WRONG_VERSION_NUMBER" in text:
-        return f"the server there does not encrypt; expected a client without TLS ({text})"
+    if "andshake" in text:
+        return f"TLS fails there: perhaps the server does not encrypt, or is not trusted ({text})"
     return f"no server answers there ({text})"
 
 

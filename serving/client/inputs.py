@@ -98,11 +98,13 @@ def _read(item: Item | pb.Image) -> Content:
             raise ItemError(f"{os.fspath(item)}: {error}") from error.__cause__
     if isinstance(item, pb.Image | Image.Image):
         return item
-    if is_array(item) or is_nested(item):
+    if is_array(item):
         return array_of(item)
     if _is_buffer(item):
         view = memoryview(item)  # type: ignore[arg-type]
         return parse(view.tobytes()) if (view.ndim, view.itemsize) == (1, 1) else np.asarray(view)
+    if is_nested(item):
+        return array_of(item)
     if is_file(item):
         return parse(read_file(item))
     raise ItemError(f"{type(item).__name__}; expected {_EXPECTED_ITEM}")

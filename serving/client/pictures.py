@@ -13,7 +13,7 @@ from PIL import Image
 
 from serving.client.errors import ItemError, ShapeError
 from serving.client.results import Model
-from serving.client.sources import FORMATS
+from serving.client.sources import FORMATS, MAGICS
 from serving.files.image_headers import BadImage, read_header, without_unread_texts
 from serving.files.images import UnknownRange, to_pixels
 from serving.files.preparation import shrink
@@ -55,11 +55,11 @@ def is_known_to_server(data: bytes) -> bool:
     """
     if data.startswith(_SERVED_MAGICS):
         return True
+    if data.startswith(MAGICS):
+        return False
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS):
             return False
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return False
     except Exception:  # Pillow raises many kinds of errors for damaged files
         return True
 

@@ -23,7 +23,7 @@ _MIN_BASE64_CHARACTERS = 32
 _ADDRESS_PATTERN = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _BASE64_PATTERN = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 # The beginnings of image files: PNG, JPEG, GIF, BMP, WebP, TIFF in both byte orders, and gzipped IDX.
-_MAGICS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", GZIP_MAGIC)
+MAGICS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", GZIP_MAGIC)
 # The beginnings of files that are none of these, and their names.
 _OTHER_FILES = (
     (re.compile(rb"....ftyp(heic|heix|mif1|msf1|hevc)", re.DOTALL), "a HEIC photograph"),
@@ -107,7 +107,7 @@ def _mistaken_text(text: str) -> str:
 
 def _mistaken_bytes(data: bytes) -> str:
     """Return what bytes are instead of an image file, or "" if they may be one."""
-    if data.startswith(_MAGICS):
+    if data.startswith(MAGICS):
         return ""
     head = data[:_MAX_HEAD_BYTES]
     for pattern, name in _OTHER_FILES:
@@ -131,4 +131,4 @@ def _is_base64(text: str) -> bool:
         begin = base64.b64decode(start[:_MIN_BASE64_CHARACTERS], altchars=b"-_" if set("-_") & set(start) else b"+/")
     except binascii.Error:
         return False
-    return begin.startswith(_MAGICS)
+    return begin.startswith(MAGICS)

@@ -40,6 +40,7 @@ from serving.client.reconstructions import Poses, Reconstruction, Reconstruction
 from serving.client.results import Classification, Model
 from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
+Metadata = tuple[tuple[str, str], ...]
 _Open = Callable[[Iterator[pb.ClassifyStreamRequest]], Any]
 
 
@@ -101,12 +102,17 @@ class _Calls(ClientBase):
 
     def _call(self, method: Any, request: Any, deadline: Deadline, indices: Sequence[int] = ()) -> Any:
         """Make a unary call and return its response. indices: the number, in the input, of each of its images."""
+        return self._begun(lambda metadata: method(request, timeout=deadline.left(), metadata=metadata), indices)
+
+    def _begun(self, begin: Callable[[Metadata], Any], indices: Sequence[int] = ()) -> Any:
+        """Begin a call with its metadata. Raises CapsNetError, and nothing else."""
         self._check_open()
+        metadata = self._channel_settings.metadata()
         try:
-            return method(request, timeout=deadline.left(), metadata=self._channel_settings.metadata())
+            return begin(metadata)
         except grpc.RpcError as error:
             raise self._error(error, indices) from error
-        except ValueError as error:  # grpc's for a channel that another thread has closed meanwhile
+        except ValueError as error:  # grpc's, for a channel that another thread has closed meanwhile
             self._check_open()
             raise InvalidRequest(f"{self._address}: {brief(str(error))}") from error
 
@@ -315,9 +321,8 @@ class CapsNetClient(_Calls):
         window = self._window(template, self._get_model(False, call_deadline), window_size)
 
         def open_stream(requests: Iterator[pb.ClassifyStreamRequest]) -> Any:
-            self._check_open()
-            return self._stub.ClassifyStream(
-                requests, timeout=deadline.left(), metadata=self._channel_settings.metadata()
+            return self._begun(
+                lambda metadata: self._stub.ClassifyStream(requests, timeout=deadline.left(), metadata=metadata)
             )
 
         def encode(item: Item | pb.Image) -> Iterator[pb.Image]:
