@@ -7,10 +7,12 @@ format, gzipped or not); folders and patterns of these; and one file on the stan
 import argparse
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from PIL import Image
 from tqdm import tqdm
 
 from serving.client.addresses import is_local, target_of
@@ -214,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # its encoding may lack characters of a file's name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the user's own files; larger ones are refused
     options = _parse(arguments)
     # Results that go to the same terminal show the progress already.
     shown = sys.stderr.isatty() and not sys.stdout.isatty()

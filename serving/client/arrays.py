@@ -1,6 +1,5 @@
 """Conversion of arrays of any library to uint8, from 0 to 255."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,10 @@ def is_array(item: object) -> bool:
 
 def is_nested(item: object) -> bool:
     """Return True for numbers in lists of lists, which are one array."""
-    while isinstance(item, Sequence) and not isinstance(item, str | bytes | bytearray | memoryview) and len(item):
-        first = item[0]
-        if isinstance(first, int | float | np.number):
+    while isinstance(item, list | tuple) and item:
+        item = item[0]
+        if isinstance(item, int | float | np.number):
             return True
-        if not isinstance(first, list | tuple):
-            return False
-        item = first
     return False
 
 

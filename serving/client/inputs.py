@@ -15,7 +15,7 @@ from serving.client.arrays import array_of, array_of_names, is_array, is_nested,
 from serving.client.errors import InvalidImage, InvalidRequest, ItemError, ShapeError, brief
 from serving.client.pictures import is_known_to_server, picture_of, pixels_of
 from serving.client.results import Model
-from serving.client.sources import FORMAT_NAMES, is_file, parse, read_file, read_path
+from serving.client.sources import FORMAT_NAMES, is_file, named, parse, read_file, read_path
 
 
 class ArrayLike(Protocol):
@@ -95,14 +95,14 @@ def _read(item: Item | pb.Image) -> Content:
         try:
             return parse(data)
         except ItemError as error:
-            raise ItemError(f"{os.fspath(item)}: {error}") from error.__cause__
+            raise ItemError(f"{named(os.fspath(item))}: {error}") from error.__cause__
     if isinstance(item, pb.Image | Image.Image):
         return item
     if is_array(item):
         return array_of(item)
     if _is_buffer(item):
-        view = memoryview(item)  # type: ignore[arg-type]
-        return parse(view.tobytes()) if (view.ndim, view.itemsize) == (1, 1) else np.asarray(view)
+        with memoryview(item) as view:  # type: ignore[arg-type]
+            return parse(view.tobytes()) if (view.ndim, view.itemsize) == (1, 1) else np.array(view)
     if is_nested(item):
         return array_of(item)
     if is_file(item):

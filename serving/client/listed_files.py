@@ -16,6 +16,9 @@ from serving.client.found_files import Found
 from serving.client.sources import parse
 from serving.client.texts import shown
 
+_RESIZE_HINT = "resize=True scales it"
+_RESIZE_OPTION_HINT = "--resize scales it, --preprocess auto finds the object in it"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -98,7 +101,7 @@ class ListedFiles:
     def tell_error(self, place: Place, error: CapsNetError) -> None:
         """Tell why an image got no result."""
         reason = error.reason if isinstance(error, InvalidRequest) else str(error)
-        self._tell(place, reason.replace("resize=True scales it", "--resize scales it"))
+        self._tell(place, reason.replace(_RESIZE_HINT, _RESIZE_OPTION_HINT))
 
     def _tell(self, place: Place, error: str) -> None:
         self.failures += 1

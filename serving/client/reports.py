@@ -48,8 +48,8 @@ class Report:
         self._waiting.clear()
         if self._is_table or self._labels:
             lines = self._tally.lines(failures, time.monotonic() - self._begin, self._labels is not None)
-            # The lines of JSON stay alone on the standard output.
-            print("\n".join(lines), file=sys.stderr if self._as_json else sys.stdout)
+            for line in lines:  # those of JSON stay alone on the standard output
+                print(line, file=sys.stderr if self._as_json else sys.stdout)
 
     def _print_rows(self) -> None:
         if not self._is_table:

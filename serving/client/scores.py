@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from serving.client.found_files import STANDARD_INPUT
 from serving.client.results import Classification, Verdict
 from serving.files.idx import GZIP_MAGIC, is_idx, read_idx
 
@@ -47,7 +48,7 @@ class TrueLabels:
     def of(self, name: str, path: Path, number: int) -> str | None:
         """Return an image's label, or None. name: as it is shown. number: of the image among all, from 0."""
         if self._folders:
-            return path.absolute().parent.name
+            return None if str(path) == STANDARD_INPUT else path.absolute().parent.name
         if self._by_name:
             return self._by_name.get(name, self._by_name.get(path.name))
         return self._in_order[number] if number < len(self._in_order) else None
@@ -60,10 +61,10 @@ def is_right(result: Classification, true_label: str) -> bool:
 
 def label_of(result: Classification, true_label: str) -> str:
     """Return a true label as the model's own, if it has it."""
-    if true_label not in result.labels and true_label.isascii() and true_label.isdecimal():
-        index = int(true_label)
-        return result.labels[index] if index < len(result.labels) else true_label
-    return true_label
+    if true_label in result.labels:
+        return true_label
+    labels_by_index = {str(index): label for index, label in enumerate(result.labels)}
+    return labels_by_index.get(true_label, true_label)
 
 
 class Tally:
@@ -98,7 +99,9 @@ class Tally:
         """Return the summary. failures: the images without a result. seconds: the time for all."""
         images = self._results + failures
         failed = f", {failures:,} without an answer" if failures else ""
-        lines = [f"{images:,} images in {seconds:.1f} s{failed}"]
+        if not images:
+            return []
+        lines = [f"{images:,} image{'s' if images > 1 else ''} in {seconds:.1f} s{failed}"]
         if self._results:
             lines.append(f"  labels: {_counts(self._labels)}")
         if self._verdicts:

@@ -20,6 +20,7 @@ FORMAT_NAMES = "PNG, JPEG, GIF, BMP, WebP, TIFF, PPM or IDX"
 
 _MAX_HEAD_BYTES = 512
 _MIN_BASE64_CHARACTERS = 32
+_MAX_PATH_CHARACTERS = 200
 _ADDRESS_PATTERN = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _BASE64_PATTERN = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 # The beginnings of image files: PNG, JPEG, GIF, BMP, WebP, TIFF in both byte orders, and gzipped IDX.
@@ -52,8 +53,13 @@ def read_path(path: str | os.PathLike[str]) -> bytes:
             raise ItemError(mistake) from error
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = "; expected files, such as sorted(folder.glob('*.png'))" if isinstance(error, IsADirectoryError) else ""
-        shown = brief(name) if name.isprintable() else brief(repr(name))
-        raise ItemError(f"{shown}: {reason}{hint}") from error
+        raise ItemError(f"{named(name)}: {reason}{hint}") from error
+
+
+def named(path: str) -> str:
+    """Return a path for an error, in one line and not too long."""
+    shown = path if path.isprintable() else repr(path)
+    return shown if len(shown) <= _MAX_PATH_CHARACTERS else brief(shown)
 
 
 def read_file(file: Any) -> bytes:

@@ -40,7 +40,7 @@ from serving.client.reconstructions import Poses, Reconstruction, Reconstruction
 from serving.client.results import Classification, Model
 from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
-Metadata = tuple[tuple[str, str], ...]
+_Metadata = tuple[tuple[str, str], ...]
 _Open = Callable[[Iterator[pb.ClassifyStreamRequest]], Any]
 
 
@@ -104,7 +104,7 @@ class _Calls(ClientBase):
         """Make a unary call and return its response. indices: the number, in the input, of each of its images."""
         return self._begun(lambda metadata: method(request, timeout=deadline.left(), metadata=metadata), indices)
 
-    def _begun(self, begin: Callable[[Metadata], Any], indices: Sequence[int] = ()) -> Any:
+    def _begun(self, begin: Callable[[_Metadata], Any], indices: Sequence[int] = ()) -> Any:
         """Begin a call with its metadata. Raises CapsNetError, and nothing else."""
         self._check_open()
         metadata = self._channel_settings.metadata()
@@ -167,10 +167,10 @@ class CapsNetClient(_Calls):
     ) -> list[Classification]:
         """Return the results of all images in order. If one image fails, the whole call raises its error.
 
-        images: an array of uint8 from 0 to 255, (H, W), (C, H, W), (n, H, W) or (n, C, H, W); a PNG, JPEG or IDX
-            file, by path or as bytes; or an iterable of these. Images beyond the server's limit for one request go
-            out in several requests.
-        resize: scale PNG and JPEG files to the model's size.
+        images: an array of any library, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), of uint8 from 0 to 255 or floats
+            from 0 to 1; an image or IDX file, by path, as bytes or opened; an image that Pillow has opened; or an
+            iterable of these. Images beyond the server's limit for one request go out in several requests.
+        resize: scale image files and opened images to the model's size.
         preprocess: "auto" lets the server prepare files and opened images of any size as the training images were: it
             finds the object, its polarity, size and place. Arrays and IDX files are sent as they are.
         reconstruction_error: also reconstruct each image from its poses, and return the error. It costs a run of the
