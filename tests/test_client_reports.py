@@ -1,5 +1,6 @@
 """Tests of many images on the command line: where they come from, the table, the summary and the scores."""
 
+import base64
 import io
 import json
 import shutil
@@ -143,6 +144,16 @@ def test_labels_that_are_none_are_told_before_a_call(
     assert main([str(SEVEN), "--labels", str(tmp_path / "labels"), "--address", "127.0.0.1:1"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert text in line
+
+
+def test_what_is_no_path_is_told_in_one_short_line(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["https://example.org/7.png", base64.b64encode(SEVEN.read_bytes() * 30).decode(), "x" * 5000]
+    assert main([*given, "--address", running.address]) == 1
+    url, text, name = capsys.readouterr().err.splitlines()
+    assert "a URL; expected a path, or - to read the file from the standard input" in url
+    assert "10000 characters of base64; expected a path, or -" in text
+    assert name.endswith("...: File name too long")
+    assert max(map(len, (url, text, name))) < 300
 
 
 def test_labels_are_for_classifications_alone(capsys: pytest.CaptureFixture[str]) -> None:

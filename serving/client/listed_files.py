@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from serving.client.errors import CapsNetError, InvalidRequest, ItemError
 from serving.client.found_files import Found
-from serving.client.sources import parse
+from serving.client.sources import mistaken_text, named, parse
 from serving.client.texts import shown
 
+_EXPECTED = "expected a path, or - to read the file from the standard input"
 _RESIZE_HINT = "resize=True scales it"
 _RESIZE_OPTION_HINT = "--resize scales it, --preprocess auto finds the object in it"
 
@@ -62,8 +63,9 @@ class ListedFiles:
                     raise ItemError(file.error)
                 content = parse(file.read())
             except (OSError, ValueError) as error:
-                text = getattr(error, "strerror", None) or str(error)
-                self.places.append(Place(file.name, stem, path, self._number, text))
+                mistake = mistaken_text(file.name) if isinstance(error, OSError) else None
+                reason = f"{mistake.found}; {_EXPECTED}" if mistake else getattr(error, "strerror", None) or str(error)
+                self.places.append(Place(file.name, stem, path, self._number, reason))
                 self._number += not file.error
                 continue
             if isinstance(content, bytes):
@@ -105,7 +107,7 @@ class ListedFiles:
 
     def _tell(self, place: Place, error: str) -> None:
         self.failures += 1
-        self.tell_line(f"{place.name}: {error}")
+        self.tell_line(f"{named(shown(place.name))}: {error}")
         self._progress.update()
 
     def tell_line(self, line: str) -> None:

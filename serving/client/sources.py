@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +49,8 @@ def read_path(path: str | os.PathLike[str]) -> bytes:
     try:
         return Path(name).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        if mistake := _mistaken_text(name):
-            raise ItemError(mistake) from error
+        if mistake := mistaken_text(name):
+            raise ItemError(f"{mistake.found}; expected {mistake.expected}") from error
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = "; expected files, such as sorted(folder.glob('*.png'))" if isinstance(error, IsADirectoryError) else ""
         raise ItemError(f"{named(name)}: {reason}{hint}") from error
@@ -96,19 +96,26 @@ def parse(data: bytes) -> bytes | NDArray[np.uint8]:
     return images[:, np.newaxis] if images.ndim == 3 else images
 
 
-def _mistaken_text(text: str) -> str:
-    """Return what a path is instead of a path, or "" if it may be one."""
+class Mistake(NamedTuple):
+    """Another thing than a path: what it is, and what a program should give instead."""
+
+    found: str
+    expected: str
+
+
+def mistaken_text(text: str) -> Mistake | None:
+    """Return what a path is instead of a path, or None if it may be one."""
     if text[:5].lower() == "data:":
-        return "a data URL; expected its bytes: base64.b64decode(url.partition(',')[2])"
+        return Mistake("a data URL", "its bytes: base64.b64decode(url.partition(',')[2])")
     if _ADDRESS_PATTERN.match(text):
-        return f"{brief(text)}: a URL; expected a path, or the bytes: urllib.request.urlopen(url).read()"
+        return Mistake(f"{brief(text)}: a URL", "a path, or the bytes: urllib.request.urlopen(url).read()")
     if _is_base64(text):
-        return f"{len(text)} characters of base64; expected a path, or the bytes: base64.b64decode(text)"
+        return Mistake(f"{len(text)} characters of base64", "a path, or the bytes: base64.b64decode(text)")
     if text.startswith("<") and text.endswith(">"):
-        return f"{brief(text)}: the text of an object; expected the object itself"
+        return Mistake(f"{brief(text)}: the text of an object", "the object itself")
     if text.count("\n") > 1:
-        return f"a text of {len(text)} characters; expected a path"
-    return ""
+        return Mistake(f"a text of {len(text)} characters", "a path")
+    return None
 
 
 def _mistaken_bytes(data: bytes) -> str:
@@ -125,7 +132,8 @@ def _mistaken_bytes(data: bytes) -> str:
         return ""
     if len(text) < _MAX_HEAD_BYTES and text.isprintable() and os.path.isfile(text):
         return f"the bytes of a path; expected the path as str: {brief(text)!r}"
-    return _mistaken_text(text)
+    mistake = mistaken_text(text)
+    return f"{mistake.found}; expected {mistake.expected}" if mistake else ""
 
 
 def _is_base64(text: str) -> bool:
