@@ -9,6 +9,7 @@ import json
 import mmap
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ TAKEN: dict[str, Callable[[], Any]] = {
     "a reader of a bytearray": lambda: Reader(bytearray(FILE)),
     "bytearray": lambda: bytearray(FILE),
     "memoryview": lambda: memoryview(FILE),
-    "a memoryview of pixels": lambda: memoryview(np.ascontiguousarray(SEVEN)),
+    "a memoryview of pixels": lambda: memoryview(SEVEN.tobytes()).cast("B", (28, 28)),
     "mmap": _mapped,
     "array.array": lambda: array.array("B", FILE),
     "ctypes": lambda: (ctypes.c_ubyte * len(FILE)).from_buffer_copy(FILE),
@@ -138,7 +139,7 @@ TAKEN: dict[str, Callable[[], Any]] = {
     "an array of paths": lambda: np.array([str(PATH)]),
     "an array of objects": lambda: np.array([PATH], object),
     "a set of paths": lambda: {PATH},
-    **{kind: lambda kind=kind: _file(UPRIGHT, kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG", "PNG")},
+    **{kind: partial(_file, UPRIGHT, kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG", "PNG")},
     "WebP": lambda: _file(UPRIGHT.convert("RGB"), "WEBP", lossless=True),
     "an animated GIF": lambda: _file(UPRIGHT, "GIF", save_all=True, append_images=[Image.new("L", (28, 28))]),
     "a TIFF of 16 bits": lambda: _file(Image.fromarray(SEVEN.astype(np.uint16) * 257), "TIFF"),

@@ -64,14 +64,12 @@ class Fitting(NamedTuple):
 
 def items_of(images: Images) -> Iterable[Item]:
     """Return the items of an input, which may itself be an item. Raises InvalidImage for any other object."""
-    if is_array(images) and not isinstance(images, Image.Image):
-        listed = array_of_names(images)
-        return (images,) if listed is None else listed  # type: ignore[return-value]
-    if isinstance(images, str | os.PathLike) or _is_buffer(images) or is_file(images) or is_nested(images):
+    if (listed := array_of_names(images)) is not None:
+        return listed
+    is_item = isinstance(images, str | os.PathLike | Image.Image) or is_array(images) or is_nested(images)
+    if is_item or _is_buffer(images) or is_file(images):
         return (images,)  # type: ignore[return-value]
-    if isinstance(images, Image.Image):
-        return (images,)
-    if not isinstance(images, Iterable):
+    if isinstance(images, bytes) or not isinstance(images, Iterable):
         raise InvalidImage(f"images: {type(images).__name__}; expected {_EXPECTED_ITEM}, or an iterable of these")
     return images
 

@@ -79,7 +79,7 @@ def _read(content: bytes | Image.Image, convert: Callable[[Image.Image], _Read])
         pixels = limit if isinstance(error, Image.DecompressionBombWarning) else 2 * limit
         raise ItemError(f"an image of more than {pixels} pixels, Pillow's limit; expected a smaller one") from error
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        if isinstance(content, Image.Image) and "closed" in str(error):
+        if isinstance(content, Image.Image) and (getattr(content, "fp", content) is None or "closed" in str(error)):
             raise ItemError("an opened image whose file was closed before image.load() read it") from error
         raise ItemError("not an image, or a damaged one") from error
 
