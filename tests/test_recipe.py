@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import training.train
-from benchmarks.gpu.learner import Hyperparameters, total_loss
+from benchmarks.gpu.learner import total_loss
 from tests.trainings import (
     CONFIG,
     DATASET,
@@ -218,6 +218,6 @@ def test_both_trainers_have_the_same_loss() -> None:
 
     images = (255 * seen[0]).round().to(torch.uint8)
     with_none = torch.cat([labels, torch.full((2,), NONE)])[:, None]
-    settings = Hyperparameters(distil=0.5, pixel_weight=RECIPE.pixel_weight)
-    other = total_loss(module.model, images, images[:, None], with_none, module.targets(seen[0]), settings)
+    weights = torch.tensor([RECIPE.pixel_weight, 0.5])
+    other = total_loss(module.model, images, images[:, None], with_none, module.targets(seen[0]), weights)
     torch.testing.assert_close(other, logged["loss"])
