@@ -72,7 +72,7 @@ class ClientBase:
         retries: further attempts, 0 to 4, while the server is overloaded or unavailable. Before each, the client waits
             as long as the server asks, or else for a time that doubles.
 
-        Raises InvalidRequest if settings contradict each other, and OSError if a certificate cannot be read.
+        Raises InvalidRequest, a ValueError, if a setting is wrong or contradicts another, and OSError if a certificate cannot be read.
         """
         self._timeout = Deadline(timeout).seconds
         self._retries = retries
@@ -188,11 +188,11 @@ def _text(name: str, value: str) -> str:
 
 
 def check_stream(errors: str, window: int) -> None:
-    """Raise InvalidRequest for invalid settings of a stream."""
+    """Raise ValueError for invalid settings of a stream."""
     if errors not in ("raise", "yield"):
-        raise InvalidRequest(f"errors: {errors!r}; expected 'raise' or 'yield'")
+        raise ValueError(f"errors: {errors!r}; expected 'raise' or 'yield'")
     if window < 1:
-        raise InvalidRequest(f"window: {window}; expected 1 or more")
+        raise ValueError(f"window: {window}; expected 1 or more")
 
 
 class Patience:

@@ -96,12 +96,12 @@ class ExplanationOptions:
 
     @classmethod
     def of(cls, classes: Iterable[Class] | None, parts: Iterable[Part] | None) -> Self:
-        """Check the options of a call. Raises InvalidRequest."""
+        """Check the options of a call. Raises ValueError."""
         if isinstance(parts, str):
-            raise InvalidRequest(f"parts: {parts!r}; expected a list of parts, or None for all")
+            raise ValueError(f"parts: {parts!r}; expected a list of parts, or None for all")
         chosen = () if parts is None else tuple(parts)
         if parts is not None and not (chosen and set(chosen) <= _PARTS.keys()):
-            raise InvalidRequest(f"parts: {chosen}; expected some of {', '.join(get_args(Part))}, or None for all")
+            raise ValueError(f"parts: {chosen}; expected some of {', '.join(get_args(Part))}, or None for all")
         return cls(checked_classes(classes), chosen)
 
     def request(self, model: Model, asked: pb.GetModelRequest) -> pb.ExplainRequest:
@@ -115,15 +115,15 @@ class ExplanationOptions:
 
 
 def checked_classes(classes: Iterable[Class] | None) -> tuple[Class, ...]:
-    """Return the classes of a call, none for None. Raises InvalidRequest for an empty list and for a negative index."""
+    """Return the classes of a call, none for None. Raises ValueError for an empty list and for a negative index."""
     if classes is None:
         return ()
     chosen = (classes,) if isinstance(classes, str | int) else tuple(classes)
     if not chosen:
-        raise InvalidRequest("classes: none; expected one at least, or None for the model's own choice")
+        raise ValueError("classes: none; expected one at least, or None for the model's own choice")
     for one in chosen:
         if not isinstance(one, str) and one < 0:
-            raise InvalidRequest(f"classes: {one}; expected labels, or indices from 0")
+            raise ValueError(f"classes: {one}; expected labels, or indices from 0")
     return chosen
 
 

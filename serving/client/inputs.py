@@ -12,7 +12,7 @@ from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.arrays import array_of, array_of_names, is_array, is_nested, to_uint8
-from serving.client.errors import InvalidImage, InvalidRequest, ItemError, ShapeError, brief
+from serving.client.errors import InvalidImage, ItemError, ShapeError, brief
 from serving.client.pictures import is_known_to_server, picture_of, pixels_of
 from serving.client.results import Model
 from serving.client.sources import FORMAT_NAMES, is_file, named, parse, read_file, read_path
@@ -54,11 +54,11 @@ class Fitting(NamedTuple):
 
     @classmethod
     def of(cls, resize: bool, preprocess: Preprocess) -> Self:
-        """Check the options of a call. Raises InvalidRequest."""
+        """Check the options of a call. Raises ValueError."""
         if preprocess not in ("none", "auto"):
-            raise InvalidRequest(f"preprocess: {preprocess!r}; expected 'none' or 'auto'")
+            raise ValueError(f"preprocess: {preprocess!r}; expected 'none' or 'auto'")
         if resize and preprocess == "auto":
-            raise InvalidRequest("resize and preprocess='auto': both; expected one, since 'auto' takes any size")
+            raise ValueError("resize and preprocess='auto': both; expected one, since 'auto' takes any size")
         return cls(resize, preprocess == "auto")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.errors import InvalidRequest, ServerFault
+from serving.client.errors import ServerFault
 from serving.client.explanations import Class, checked_classes, class_indices, pixels_of
 from serving.client.results import Classification, Model, decode_results
 
@@ -85,15 +85,13 @@ class ReconstructionOptions:
         changes: Mapping[int, float] | None,
         sweep: Sweep | tuple[int, float, float, int] | None,
     ) -> Self:
-        """Check the options of a call. is_fitted: True if it has options for an image. Raises InvalidRequest."""
+        """Check the options of a call. is_fitted: True if it has options for an image. Raises ValueError."""
         if has_image == (poses is not None):
-            raise InvalidRequest(f"image and poses: {'both' if has_image else 'neither'}; expected one of them")
+            raise ValueError(f"image and poses: {'both' if has_image else 'neither'}; expected one of them")
         if poses is not None and is_fitted:
-            raise InvalidRequest("resize and preprocess: given with poses; expected with an image alone")
+            raise ValueError("resize and preprocess: given with poses; expected with an image alone")
         if poses is not None and classes is not None:
-            raise InvalidRequest(
-                "classes with poses: poses have their own classes; expected classes with an image alone"
-            )
+            raise ValueError("classes with poses: poses have their own classes; expected classes with an image alone")
         for dimension, delta in (changes or {}).items():
             _check_dimension(dimension, "changes")
             _check_delta(delta, "changes")
@@ -151,36 +149,36 @@ def decode_reconstructions(response: pb.ReconstructResponse) -> list[Reconstruct
 
 
 def _pairs(poses: Poses) -> tuple[tuple[Class, tuple[float, ...]], ...]:
-    """Return poses as pairs. Raises InvalidRequest unless each is one vector of numbers."""
+    """Return poses as pairs. Raises ValueError unless each is one vector of numbers."""
     result = []
     for one, pose in poses.items() if isinstance(poses, Mapping) else poses:
         numbers = np.asarray(pose, np.float64)
         if numbers.ndim != 1:
-            raise InvalidRequest(f"poses: an array of shape {numbers.shape} for class {one!r}; expected (E,)")
+            raise ValueError(f"poses: an array of shape {numbers.shape} for class {one!r}; expected (E,)")
         result.append((one, tuple(numbers.tolist())))
     if not result:
-        raise InvalidRequest("poses: none; expected one at least")
+        raise ValueError("poses: none; expected one at least")
     checked_classes([one for one, _ in result])
     return tuple(result)
 
 
 def _sweep(sweep: Sweep | tuple[int, float, float, int]) -> Sweep:
     if len(sweep) != len(Sweep._fields):
-        raise InvalidRequest(f"sweep: {len(sweep)} values; expected {', '.join(Sweep._fields)}")
+        raise ValueError(f"sweep: {len(sweep)} values; expected {', '.join(Sweep._fields)}")
     result = Sweep(*sweep)
     _check_dimension(result.dimension, "sweep")
     _check_delta(result.first, "sweep")
     _check_delta(result.last, "sweep")
     if not _MIN_STEPS <= result.steps <= _MAX_NUMBER:
-        raise InvalidRequest(f"sweep: {result.steps} steps; expected {_MIN_STEPS} or more")
+        raise ValueError(f"sweep: {result.steps} steps; expected {_MIN_STEPS} or more")
     return result
 
 
 def _check_dimension(dimension: int, name: str) -> None:
     if not 0 <= dimension <= _MAX_NUMBER:
-        raise InvalidRequest(f"{name}: dimension {dimension}; expected 0 or more")
+        raise ValueError(f"{name}: dimension {dimension}; expected 0 or more")
 
 
 def _check_delta(delta: float, name: str) -> None:
     if not math.isfinite(delta):
-        raise InvalidRequest(f"{name}: {delta}; expected a finite number")
+        raise ValueError(f"{name}: {delta}; expected a finite number")
