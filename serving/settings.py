@@ -296,7 +296,7 @@ def _from_file(path: str) -> dict[str, Any]:
         if type(value) is not expected and not (expected is float and type(value) is int):
             raise ValueError(f"settings_file: {name}: {value!r}; expected {_TOML_TYPES[expected]}")
         if parse := option_of(known[name]).parse:
-            content[name] = parse(value)
+            content[name] = parse(str(value))
     return content
 
 
