@@ -72,7 +72,8 @@ class ClientBase:
         retries: further attempts, 0 to 4, while the server is overloaded or unavailable. Before each, the client waits
             as long as the server asks, or else for a time that doubles.
 
-        Raises InvalidRequest, a ValueError, if a setting is wrong or contradicts another, and OSError if a certificate cannot be read.
+        Raises InvalidRequest, which is a ValueError, if a setting is wrong or contradicts another, and OSError if a
+        certificate cannot be read.
         """
         self._timeout = Deadline(timeout).seconds
         self._retries = retries
