@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from serving.client.__main__ import main
 from serving.client.scores import TrueLabels
@@ -177,6 +178,20 @@ def test_a_name_is_printed_without_the_characters_that_a_terminal_obeys(
     assert captured.err.endswith("e\\x07.png: No such file or directory\n")
     assert main([str(names[1]), "--json", "--address", running.address]) == 0
     assert _names(capsys.readouterr().out) == [str(names[1])]
+
+
+def test_a_dark_digit_on_paper_is_no_digit_until_it_is_prepared(
+    running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with Image.open(SEVEN) as image:
+        Image.eval(image.convert("L"), lambda value: 255 - value).save(tmp_path / "paper.png")
+    assert main([str(tmp_path / "paper.png"), "--address", running.address]) == 0
+    captured = capsys.readouterr()
+    assert "verdict: NONE_OF_THESE" in captured.out
+    assert captured.err.startswith("try --preprocess auto for images that differ")
+    assert main([str(tmp_path / "paper.png"), "--preprocess", "auto", "--address", running.address]) == 0
+    captured = capsys.readouterr()
+    assert ("paper.png: 7\n" in captured.out, captured.err) == (True, "")
 
 
 def test_an_image_of_another_size_is_told_of_the_options(running: Running, capsys: pytest.CaptureFixture[str]) -> None:

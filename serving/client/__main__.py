@@ -203,7 +203,7 @@ def _run(
     if options.explain or options.reconstruct:
         Looking(client, options, bar).look(files)
     else:
-        report = Report(options.json, labels, bar)
+        report = Report(options.json, labels, bar, options.preprocess == "auto")
         try:
             _classify(client, options, files, report)
         finally:

@@ -12,20 +12,22 @@ from serving.client.texts import classification_lines, shown
 #: The most images whose lengths and pose are printed one below the other.
 MAX_DETAILED_IMAGES = 4
 _MAX_NAME_CHARACTERS = 48
+_PREPARATION_HINT = "try --preprocess auto for images that differ from the training images in colour, size or place, such as photographs"
 _HEADINGS = ("image", "label", "confidence", "verdict")
 
 
 class Report:
     """Prints results as they come. The first few wait until it is clear whether there are many."""
 
-    def __init__(self, as_json: bool, labels: TrueLabels | None, bar: str) -> None:
-        """Prepare a report. bar: the character of the bars."""
+    def __init__(self, as_json: bool, labels: TrueLabels | None, bar: str, is_prepared: bool) -> None:
+        """Prepare a report. bar: the character of the bars. is_prepared: True if the server prepares the images."""
         self._tally = Tally()
         self._as_json = as_json
         self._labels = labels
         self._bar = bar
         self._waiting: list[tuple[Place, Classification]] = []
         self._is_table = False
+        self._is_prepared = is_prepared
         self._begin = time.monotonic()
 
     def add(self, place: Place, result: Classification) -> None:
@@ -50,6 +52,8 @@ class Report:
             lines = self._tally.lines(failures, time.monotonic() - self._begin, self._labels is not None)
             for line in lines:  # those of JSON stay alone on the standard output
                 print(line, file=sys.stderr if self._as_json else sys.stdout)
+        if self._tally.has_strange_images and not (self._is_prepared or self._as_json):
+            print(_PREPARATION_HINT, file=sys.stderr)
 
     def _print_rows(self) -> None:
         if not self._is_table:

@@ -79,6 +79,11 @@ class Tally:
         self._unknown: set[str] = set()
         self._confusions: Counter[tuple[str, str]] = Counter()
 
+    @property
+    def has_strange_images(self) -> bool:
+        """Return True if an image shows none of the model's classes."""
+        return self._verdicts[str(Verdict.NONE_OF_THESE)] > 0
+
     def add(self, result: Classification, true_label: str | None) -> None:
         """Count a result."""
         self._results += 1
