@@ -13,7 +13,7 @@ from PIL import Image
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.arrays import array_of, array_of_names, is_array, is_nested, to_uint8
 from serving.client.errors import InvalidImage, ItemError, ShapeError, brief
-from serving.client.pictures import is_known_to_server, picture_of, pixels_of
+from serving.client.pictures import file_to_send, is_known_to_server, pixels_of
 from serving.client.results import Model
 from serving.client.sources import FORMAT_NAMES, is_file, named, parse, read_file, read_path
 
@@ -119,7 +119,7 @@ def messages(content: Content, model: Model, fitting: Fitting) -> Iterator[pb.Im
     if not isinstance(content, bytes | Image.Image):
         return _pixels(_stacked(content, model))
     if fitting.auto:
-        return iter((pb.Image(encoded=picture_of(content), preprocess=pb.PREPROCESS_AUTO),))
+        return iter((pb.Image(encoded=file_to_send(content), preprocess=pb.PREPROCESS_AUTO),))
     if isinstance(content, Image.Image) or fitting.resize or not is_known_to_server(content):
         return _pixels(pixels_of(content, model, fitting.resize)[np.newaxis])
     return iter((pb.Image(encoded=content),))

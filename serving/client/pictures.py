@@ -41,7 +41,7 @@ def pixels_of(content: bytes | Image.Image, model: Model, resize: bool) -> NDArr
     return pixels
 
 
-def picture_of(content: bytes | Image.Image) -> bytes:
+def file_to_send(content: bytes | Image.Image) -> bytes:
     """Return a picture as a PNG or JPEG file that is not too large to be sent. Raises ItemError."""
     if isinstance(content, bytes) and _is_small(content):
         return content

@@ -12,7 +12,9 @@ from serving.client.texts import classification_lines, shown
 #: The most images whose lengths and pose are printed one below the other.
 MAX_DETAILED_IMAGES = 4
 _MAX_NAME_CHARACTERS = 48
-_PREPARATION_HINT = "try --preprocess auto for images that differ from the training images in colour, size or place, such as photographs"
+_PREPARATION_HINT = (
+    "try --preprocess auto for images that differ from the training images, such as photographs of paper"
+)
 _HEADINGS = ("image", "label", "confidence", "verdict")
 
 
