@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from benchmarks.figures import origin, write
 from serving.artifact import Artifact, ReceptiveField, find, load
 from serving.files.idx import read_idx
+from serving.repository.further_graph import CONTRIBUTIONS, COUPLINGS
 from serving.runtime import Arrays, Runtime
-from serving.services.graphs import CONTRIBUTIONS, COUPLINGS, EXPLAIN
+from serving.services.graphs import EXPLAIN
 from serving.services.occlusion import PATCH_SHARE, Occlusion, drops_of, ground_of
 
 ROOT = Path(__file__).parent.parent

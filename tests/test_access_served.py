@@ -512,14 +512,17 @@ def test_a_token_that_is_not_checked_yet_learns_no_limit_and_no_load(
     assert "the limit is 65536 bytes" in texts[1]
 
 
-def test_addresses_have_limits_where_there_are_no_tokens(start: Start, transport: str) -> None:
-    running = start(transport=transport, client_rate=1.0)
+def test_addresses_have_limits_over_all_ports_where_there_are_no_tokens(start: Start, transport: str) -> None:
+    running = start(transport=transport, client_rate=1.0, http_port=0)
     unary(running.channel, GET_MODEL)
     with pytest.raises(grpc.RpcError) as caught:
         for _ in range(20):
             unary(running.channel, GET_MODEL)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "this client has made too many calls; the limit is 1 a second" in (caught.value.details() or "")
+    text = "this client has made too many calls; the limit is 1 a second"
+    assert text in (caught.value.details() or "")
+    answers = [ask(running.server.http_port, "/v1/model") for _ in range(2)]  # in case a second has passed
+    assert answers[1][0] == 429 and text in answers[1][1]
     assert code_of(running.channel, HEALTH + "Check", False) is grpc.StatusCode.OK
 
 

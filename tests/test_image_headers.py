@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from serving.errors import InvalidRequest
-from serving.files.image_headers import IMAGE_CAUSES, ImageHeader, read_header
+from serving.files.image_headers import IMAGE_CAUSES, MAX_IMAGE_BYTES, ImageHeader, read_header
 from serving.files.images import limit_metadata
 from serving.services.encoded_images import RefusedImage, decoding_bytes, from_encoded
 from tests.inflating import inflating
@@ -104,7 +104,9 @@ HOSTILE = {
         with_chunks(chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))), SIDE, "size",
         "a PNG image of 30000 x 30000 pixels; expected 28 x 28",
     ),
-    "a megabyte": (with_chunks(chunk(b"abCd", bytes(2**20))), SIDE, "bytes", r"1048576 bytes \(max_image_bytes"),
+    "eight megabytes": (
+        with_chunks(chunk(b"abCd", bytes(MAX_IMAGE_BYTES))), SIDE, "bytes", r"8388608 bytes \(max_image_bytes"
+    ),
     "no image": (b"GIF89a" + bytes(100), SIDE, "format", "106 bytes that are neither a PNG nor a JPEG file"),
 }  # fmt: skip
 

@@ -14,8 +14,12 @@ _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _FIELD_PATTERN = re.compile(r"[a-z][a-z_0-9]*(\[\d+\])?(\.[a-z][a-z_0-9]*)*(?=: )")
 _IMAGE_PATTERN = re.compile(r"images\[(\d+)\]")
 _ONLY_IMAGE_PATTERN = re.compile(r"image(\.|$)")
-# The end of the server's words on a file of another size than the model's.
-_SIZE_PATTERN = re.compile(r" image of \d+ x \d+ pixels; expected \d+ x \d+$")
+#: The end of an error of an image that has another size than the model's.
+SIZE_HINT = "(resize=True scales it, preprocess='auto' finds the object in it)"
+# The server's words on such an image.
+_SIZE_PATTERN = re.compile(
+    r"( image of \d+ x \d+ pixels; expected \d+ x \d+)(, or a preparation of it \(preprocess\))?$"
+)
 _MAX_BRIEF_CHARACTERS = 100
 _STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -152,8 +156,7 @@ class Failure:
 
     def _invalid(self, indices: Sequence[int]) -> InvalidRequest:
         text, name = self.text, self.field
-        if _SIZE_PATTERN.search(text):
-            text += " (resize=True scales it)"
+        text = _SIZE_PATTERN.sub(rf"\g<0> {SIZE_HINT}", text)
         found = _IMAGE_PATTERN.match(name)
         if not found:
             kind = InvalidImage if _ONLY_IMAGE_PATTERN.match(name) else InvalidRequest

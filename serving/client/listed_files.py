@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from serving.client.errors import CapsNetError, InvalidRequest, ItemError
+from serving.client.errors import SIZE_HINT, CapsNetError, InvalidRequest, ItemError
 from serving.client.found_files import Found
 from serving.client.sources import mistaken_text, named, parse
 from serving.client.texts import shown
 
 _EXPECTED = "expected a path, or - to read the file from the standard input"
-_RESIZE_HINT = "resize=True scales it"
-_RESIZE_OPTION_HINT = "--resize scales it, --preprocess auto finds the object in it"
+_SIZE_OPTIONS_HINT = "(--resize scales it, --preprocess auto finds the object in it)"
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class ListedFiles:
     def tell_error(self, place: Place, error: CapsNetError) -> None:
         """Tell why an image got no result."""
         reason = error.reason if isinstance(error, InvalidRequest) else str(error)
-        self._tell(place, reason.replace(_RESIZE_HINT, _RESIZE_OPTION_HINT))
+        self._tell(place, reason.replace(SIZE_HINT, _SIZE_OPTIONS_HINT))
 
     def _tell(self, place: Place, error: str) -> None:
         self.failures += 1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serving.client.errors import ItemError, ShapeError
+from serving.client.errors import SIZE_HINT, ItemError, ShapeError
 from serving.client.results import Model
 from serving.client.sources import FORMATS, MAGICS
 from serving.files.image_headers import BadImage, read_header, without_unread_texts
@@ -37,7 +37,7 @@ def pixels_of(content: bytes | Image.Image, model: Model, resize: bool) -> NDArr
     pixels = _read(content, lambda image: to_pixels(image, channels, size))
     if pixels.shape != model.image_shape:
         found = f"{pixels.shape[2]} x {pixels.shape[1]}"
-        raise ShapeError(f"an image of {found} pixels; {model.name} takes {width} x {height} (resize=True scales it)")
+        raise ShapeError(f"an image of {found} pixels; {model.name} takes {width} x {height} {SIZE_HINT}")
     return pixels
 
 
@@ -87,10 +87,10 @@ def _read(content: bytes | Image.Image, convert: Callable[[Image.Image], _Read])
 def _is_small(data: bytes) -> bool:
     """Return True for a PNG or JPEG file that can be sent as it is."""
     try:
-        _, width, height = read_header(data)
+        header = read_header(data)
     except BadImage:
         return False
-    return len(data) <= _MAX_PICTURE_BYTES and width * height <= _MAX_PICTURE_PIXELS
+    return len(data) <= _MAX_PICTURE_BYTES and header.width * header.height <= _MAX_PICTURE_PIXELS
 
 
 def _file_of(image: Image.Image) -> bytes:
