@@ -181,7 +181,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a pointer of Git LFS": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
     "a GIF that is cut off": (lambda: _file(UPRIGHT, "GIF")[:100], "not an image, or a damaged one"),
     "a large GIF": (lambda: _file(UPRIGHT.resize((56, 56)), "GIF"), r"56 x 56 pixels; .* \(resize=True scales it, p"),
-    "a large PNG": (lambda: _file(UPRIGHT.resize((56, 56)), "PNG"), r"expected 28 x 28, or a .*\(resize=True scales it, p"),
+    "a large PNG": (lambda: _file(UPRIGHT.resize((56, 56)), "PNG"), r"expected 28 x 28.* \(resize=True scales it, p"),
     "floats of 0 to 255": (lambda: SEVEN * 1.0, "float64 from 0 to 255; expected uint8 from 0 to 255, or floats from"),
     "floats that are none": (lambda: SEVEN * np.nan, "float64 from nan to nan"),
     "a mask of integers": (lambda: (SEVEN > 100).astype(int), r"int64 from 0 to 1; .*\(a mask: 255 \* images\)"),

@@ -97,12 +97,17 @@ def read_header(data: bytes) -> ImageHeader:
     raise BadImage(FORMAT, f"{len(data)} bytes that are neither a PNG nor a JPEG file")
 
 
+def is_png(data: bytes) -> bool:
+    """Return True for a file that begins as PNG."""
+    return data.startswith(_PNG)
+
+
 def without_unread_texts(data: bytes) -> bytes:
     """Return a PNG file without its colour profile and the texts that nothing here reads; other files unchanged.
 
     Pillow unpacks them all, and refuses the file if they are large.
     """
-    if not data.startswith(_PNG):
+    if not is_png(data):
         return data
     kept, begin, position = list[memoryview](), 0, len(_PNG)
     view = memoryview(data)

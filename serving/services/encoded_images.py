@@ -20,6 +20,7 @@ from serving.files.image_headers import (
     check_exif,
     check_scans,
     damaged,
+    is_png,
     read_header,
     without_unread_texts,
 )
@@ -33,9 +34,9 @@ _WORK_BYTES_A_PIXEL = 32
 _WORK_BYTES_A_PICTURE_PIXEL = 14
 _PREPARATION_BYTES = 2**25
 _COEFFICIENT_BYTES = 2  # in libjpeg
-# The copies of a file's bytes besides the file: one without unread texts, its segments or chunks, what Pillow makes of
-# them, and their parts. Those of a small file are not counted.
-_FILE_COPIES = 4
+# The copies of a file's bytes besides the file: its segments or chunks, what Pillow makes of them, and their parts; of a
+# PNG file also one without the texts that nothing reads. Those of a small file are not counted.
+_FILE_COPIES, _PNG_FILE_COPIES = 3, 4
 _SMALL_FILE_BYTES = 2**16
 # The most pixels of a JPEG file, of which at most a sixty-fourth is decoded, and of all scans of a picture. Encoders
 # write up to 18 scans, and phones take up to 50 million pixels.
@@ -78,7 +79,8 @@ def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
 
 def file_bytes(data: bytes) -> int:
     """Return the most memory that the decoding of a file takes for copies of its bytes."""
-    return _FILE_COPIES * max(0, len(data) - _SMALL_FILE_BYTES)
+    copies = _PNG_FILE_COPIES if is_png(data) else _FILE_COPIES
+    return copies * max(0, len(data) - _SMALL_FILE_BYTES)
 
 
 def picture_bytes(data: bytes, max_pixels: int) -> int:
