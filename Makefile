@@ -19,7 +19,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 BASE ?= main
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export check quick test attacks soak lint format protos requirements sbom audit scan clean
+.PHONY: help serve dev train export claims check quick test attacks soak lint format protos requirements sbom audit scan clean
 
 ## List the targets.
 help:
@@ -40,6 +40,10 @@ train: $(DEV_VENV)/.installed
 ## Export a trained network to ONNX. ARGS='runs/NAME/capsnet.pt runs/models' sets its arguments, ARGS=--help lists them.
 export: $(DEV_VENV)/.installed
 	$(DEV)/python -m export $(ARGS)
+
+## Measure the claims made for capsule networks on a tiny scale. ARGS=full takes a night, or an hour with a GPU.
+claims: $(DEV_VENV)/.claims
+	$(DEV)/python -m training.claims $(ARGS)
 
 ## Run lint and the quick tests: those that start no server, training or export. ARGS='-k NAME' chooses tests.
 check: $(DEV_VENV)/.installed
@@ -125,6 +129,11 @@ $(DEV_VENV)/.installed: pyproject.toml
 	@echo "installing the packages for training, export and tests into $(DEV_VENV) (once)"
 	$(PYTHON) -m venv $(DEV_VENV)
 	$(DEV_VENV)/bin/python $(PIP) --editable '.[cpu,export,tracing,dev]'
+	@touch $@
+
+$(DEV_VENV)/.claims: $(DEV_VENV)/.installed
+	@echo "installing the toolboxes of attacks into $(DEV_VENV) (once)"
+	$(DEV_VENV)/bin/python $(PIP) --editable '.[cpu,export,tracing,dev,claims]'
 	@touch $@
 
 $(AUDIT_VENV)/.installed:

@@ -4,6 +4,7 @@ import runpy
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.epochs import Digits, Distortion, Pairs
-from benchmarks.gpu.learner import Hyperparameters, Learner
 from training.data.non_objects import non_objects
 from training.data.specs import NONE
-from training.model import CapsNetConfig
+from training.model import CapsNet, CapsNetConfig
+from training.recorded.chunks import Digits, Distortion, Pairs
+from training.recorded.learner import Hyperparameters, Learner, total_loss
 
 TINY = CapsNetConfig(
     stem=((4, 5, 2, 2), (8, 3, 2, 1)), primary_types=1, primary_kernel=3, primary_stride=1, decoder_widths=(8,)
@@ -57,7 +58,9 @@ def test_images_of_no_class_are_of_four_kinds_and_keep_shape_and_type() -> None:
 def test_a_learner_lowers_its_loss_and_averages_its_weights() -> None:
     images, labels = digits(64)
     chunk = Digits(images, labels, batch=16, seed=1, distortion=Distortion(shift=0.0), none=False)()
-    learner = Learner(TINY, 1, Hyperparameters(), 100, torch.device("cpu"), compiled=False)
+    learner = Learner(
+        partial(CapsNet, TINY), total_loss, 1, Hyperparameters(), 100, torch.device("cpu"), compiled=False
+    )
     learner.prepare(chunk)
     losses = []
     for _ in range(10):

@@ -34,6 +34,11 @@ def test_the_check_lints_and_leaves_out_tests_that_start_a_server_a_training_or_
     assert '-m "not server and not training and not exporter and not attack"' in commands
 
 
+def test_ci_measures_the_claims_on_a_tiny_scale() -> None:
+    assert make("--dry-run", "claims", "ARGS=full").strip().endswith("-m training.claims full")
+    assert "\nmake claims\n" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_the_attacks_have_a_target_of_their_own_that_ci_runs() -> None:
     assert '-m "not attack"' in make("--dry-run", "test")
     assert "-m attack tests/test_attacks.py" in make("--dry-run", "attacks")
