@@ -34,8 +34,8 @@ _WORK_BYTES_A_PIXEL = 32
 _WORK_BYTES_A_PICTURE_PIXEL = 14
 _PREPARATION_BYTES = 2**25
 _COEFFICIENT_BYTES = 2  # in libjpeg
-# The copies of a file's bytes besides the file: its segments or chunks, what Pillow makes of them, and their parts. A PNG
-# file has one more, without the texts that nothing reads. Those of a small file are not counted.
+# The copies of a file's bytes besides the file: its segments or chunks, what Pillow makes of them, and their parts.
+# A PNG file has one more, without the texts that nothing reads. Those of a small file are not counted.
 _FILE_COPIES, _PNG_FILE_COPIES = 3, 4
 _SMALL_FILE_BYTES = 2**16
 # The most pixels of a JPEG file, of which at most a sixty-fourth is decoded, and of all scans of a picture. Encoders
