@@ -105,8 +105,11 @@ def test_arrays_and_files_are_taken_in_all_their_shapes(
 @pytest.mark.parametrize(
     ("item", "text"),
     [
-        (np.zeros((28, 28), np.float32), r"images\[1\]: an array of float32; expected uint8.*\(255 \* images\)"),
-        (np.zeros((28, 28), np.int64), r"images\[1\]: an array of int64; expected uint8, from 0 to 255$"),
+        (
+            np.full((28, 28), -0.5, np.float32),
+            r"images\[1\]: an array of float32 from -0.5 to -0.5; expected uint8 from",
+        ),
+        (np.full((28, 28), 256), r"images\[1\]: an array of int64 from 256 to 256; expected uint8 from 0 to 255, or"),
         (np.zeros((28, 27), np.uint8), r"images\[1\]: .*\(28, 27\); capsnet-mnist takes \(28, 28\) or \(1, 28, 28\)"),
         (np.zeros((28, 28, 1), np.uint8), r"images\[1\]: .*channels come last"),
         (np.zeros((3, 28, 28, 1), np.uint8), r"images\[1\]: .*channels come last"),

@@ -33,7 +33,7 @@ from serving.client import (
     Unavailable,
     Unsupported,
 )
-from serving.client.channel import is_local
+from serving.client.addresses import is_local
 from tests.certificates import make_all
 from tests.fake_server import FakeServer, Step, answer, end, numbered
 

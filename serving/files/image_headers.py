@@ -40,6 +40,9 @@ _JPEG = b"\xff\xd8\xff"
 _CHUNK_HEAD = struct.Struct(">I4s")
 _CHECKSUM_BYTES = 4
 _UNIQUE = frozenset((b"iCCP", b"eXIf"))  # chunks that Pillow unpacks or parses each time
+# The texts from which Pillow takes the orientation; nothing here reads others, nor colour profiles.
+_ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_TEXTS = frozenset((b"tEXt", b"zTXt", b"iTXt", b"iCCP"))
 _PNG_SIZE = struct.Struct(">II")
 # Of a segment: its length, the precision, the height, the width and the number of components.
 _JPEG_SIZE = struct.Struct(">HxHHB")
@@ -92,6 +95,32 @@ def read_header(data: bytes) -> ImageHeader:
     if data.startswith(_JPEG):
         return _read_jpeg(data)
     raise BadImage(FORMAT, f"{len(data)} bytes that are neither a PNG nor a JPEG file")
+
+
+def is_png(data: bytes) -> bool:
+    """Return True for a file that begins as PNG."""
+    return data.startswith(_PNG)
+
+
+def without_unread_texts(data: bytes) -> bytes:
+    """Return a PNG file without its colour profile and the texts that nothing here reads; other files unchanged.
+
+    Pillow unpacks them all, and refuses the file if they are large.
+    """
+    if not is_png(data):
+        return data
+    kept, begin, position = list[memoryview](), 0, len(_PNG)
+    view = memoryview(data)
+    while position + _CHUNK_HEAD.size <= len(data):
+        length, kind = _CHUNK_HEAD.unpack_from(data, position)
+        end = position + _CHUNK_HEAD.size + length + _CHECKSUM_BYTES
+        if kind in _TEXTS and not data.startswith(_ORIENTATION_TEXTS, position + _CHUNK_HEAD.size):
+            kept.append(view[begin:position])
+            begin = end
+        if kind == b"IEND":
+            break
+        position = end
+    return b"".join([*kept, view[begin:]]) if begin else data
 
 
 def check_exif(name: str, exif: bytes) -> None:

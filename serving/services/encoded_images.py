@@ -20,7 +20,9 @@ from serving.files.image_headers import (
     check_exif,
     check_scans,
     damaged,
+    is_png,
     read_header,
+    without_unread_texts,
 )
 from serving.files.images import to_pixels
 from serving.files.preparation import Look, drafted_size, prepare
@@ -33,8 +35,8 @@ _WORK_BYTES_A_PICTURE_PIXEL = 14
 _PREPARATION_BYTES = 2**25
 _COEFFICIENT_BYTES = 2  # in libjpeg
 # The copies of a file's bytes besides the file: its segments or chunks, what Pillow makes of them, and their parts.
-# Those of a small file are not counted.
-_FILE_COPIES = 3
+# A PNG file has one more, without the texts that nothing reads. Those of a small file are not counted.
+_FILE_COPIES, _PNG_FILE_COPIES = 3, 4
 _SMALL_FILE_BYTES = 2**16
 # The most pixels of a JPEG file, of which at most a sixty-fourth is decoded, and of all scans of a picture. Encoders
 # write up to 18 scans, and phones take up to 50 million pixels.
@@ -77,7 +79,8 @@ def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
 
 def file_bytes(data: bytes) -> int:
     """Return the most memory that the decoding of a file takes for copies of its bytes."""
-    return _FILE_COPIES * max(0, len(data) - _SMALL_FILE_BYTES)
+    copies = _PNG_FILE_COPIES if is_png(data) else _FILE_COPIES
+    return copies * max(0, len(data) - _SMALL_FILE_BYTES)
 
 
 def picture_bytes(data: bytes, max_pixels: int) -> int:
@@ -180,7 +183,7 @@ def _decode(
     """Return the pixels of a file whose header was checked. Raises BadImage."""
     try:
         # The class of the format: Image.open would warn of large images on the server's terminal.
-        with _OPENERS[header.format](io.BytesIO(data)) as image:
+        with _OPENERS[header.format](io.BytesIO(without_unread_texts(data))) as image:
             # Pillow reads the size by itself, and a second header in the file may give it another one.
             check(header._replace(width=image.width, height=image.height))
             if raw := image.info.get("Raw profile type exif"):  # ImageMagick's text, from which Pillow reads EXIF too
