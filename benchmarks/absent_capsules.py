@@ -6,7 +6,6 @@ Everything is judged on the held-out images. The test images are not looked at.
 import argparse
 import csv
 import logging
-import math
 import sys
 import time
 import warnings
@@ -32,12 +31,12 @@ from training.model import CONFIGS, CapsNetConfig, lengths, to_pixels
 from training.precision import avoid_matrix_tiles, default_precision
 from training.provenance import provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
+from training.routing_figures import ABSENT_LENGTH, PRIMARY_PRESENT_LENGTH, coupling_entropies
 from training.train import Training
 
 RESULTS = Path(__file__).parent / "results" / "absent-capsules-cpu.csv"
 RECIPE = Recipe(batch_size=128, optimizer="adamw", learning_rate=3e-3, warmup_epochs=0.5, none=0.125, augment="affine")
 EVALUATION_BATCH_SIZE = 250
-ABSENT, PRESENT = 0.1, 0.9  # a primary capsule's length below and above which it is called absent and present
 SWITCHING_SHARE = 0.05  # a capsule that is absent in so many images, and present in so many others, switches
 
 
@@ -132,7 +131,7 @@ def measure(model: ChangedCapsNet, images: Tensor, labels: Tensor, others: Tenso
         each = []
         for count in range(1, iterations + 1):
             poses, couplings = model.routed(u, count)
-            entropies = _entropies(couplings)  # (B, I)
+            entropies = coupling_entropies(couplings)  # (B, I)
             sums[f"entropy_{count}"] += float(entropies.double().sum()) / u.shape[1]
             each.append(lengths(poses).argmax(1))
         sums["largest_coupling"] += float(couplings.amax(1).double().sum()) / u.shape[1]
@@ -154,7 +153,7 @@ def measure(model: ChangedCapsNet, images: Tensor, labels: Tensor, others: Tenso
 
 def _primary_figures(found: Tensor) -> dict[str, float]:
     """Return the figures of primary lengths (N, I)."""
-    absent, present = found < ABSENT, found > PRESENT
+    absent, present = found < ABSENT_LENGTH, found > PRIMARY_PRESENT_LENGTH
     switching = (absent.float().mean(0) >= SWITCHING_SHARE) & (present.float().mean(0) >= SWITCHING_SHARE)
     return {
         "primary_length": float(found.double().mean()),
@@ -173,11 +172,6 @@ def _none_figures(model: ChangedCapsNet, others: Tensor) -> dict[str, float]:
         poses, _ = model.routed(u, model.config.routing_iterations)
         found += int((lengths(poses).amax(1) > PRESENT_LENGTH).sum())
     return {"none_primary_length": total / len(others), "none_found": found / len(others)}
-
-
-def _entropies(couplings: Tensor) -> Tensor:
-    """Return the entropy of couplings (B, J, I) over the parents: (B, I), 1 for all equal, 0 for one parent alone."""
-    return -torch.xlogy(couplings, couplings).sum(1) / math.log(couplings.shape[1])
 
 
 def train(one: Try, name: str, recipe: Recipe, dataset: Dataset, *, progress: bool = False) -> dict[str, Any]:

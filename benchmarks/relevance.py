@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from benchmarks.figures import origin, write
 from serving.artifact import Artifact, ReceptiveField, find, load
 from serving.files.idx import read_idx
+from serving.files.occlusion import PATCH_SHARE, Occlusion, drops_of, ground_of
+from serving.repository.further_graph import CONTRIBUTIONS, COUPLINGS
 from serving.runtime import Arrays, Runtime
-from serving.services.graphs import CONTRIBUTIONS, COUPLINGS, EXPLAIN
-from serving.services.occlusion import PATCH_SHARE, Occlusion, drops_of, ground_of
+from serving.services.graphs import EXPLAIN
+from training.model import Field
+from training.relevance import DELETED_SHARE, Map, Pixels, capsule_map, without_ink
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "relevance-cpu.csv"
 DIGITS = ROOT / "tests" / "data" / "t10k-images-idx3-ubyte.gz"
 MODEL = "capsnet-mnist"
-#: The share of the ink that is deleted.
-DELETED_SHARE = 0.1
 #: Sides of a patch that are compared, in pixels of a digit.
 PATCHES = (3, 4, 5, 7)
 # The digits that choose the patch are others than those of the result.
@@ -38,9 +39,6 @@ _RANDOM_DRAWS = 10
 _RESAMPLES = 10_000
 _SIDE = 28
 _BATCH = 64
-
-Map = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
 
 
 class Digit(NamedTuple):
@@ -93,15 +91,6 @@ def occlusion_map(networks: Networks, patch: float) -> Callable[[Digit], Map]:
     return make
 
 
-def capsule_map(values: NDArray[np.float32], field: ReceptiveField) -> Map:
-    """Return a map (H, W) of the primary capsules' numbers (I,), added over types and joined between their middles."""
-    sums = values.reshape(field.types, field.grid, field.grid).sum(0)
-    middles = field.offset + field.stride * np.arange(field.grid) + (field.size - 1) / 2
-    places = np.arange(_SIDE)
-    rows = np.stack([np.interp(places, middles, column) for column in sums.T], 1)
-    return np.stack([np.interp(places, middles, row) for row in rows]).astype(np.float32)
-
-
 def deletion(networks: Networks, digits: Sequence[Digit], make: Callable[[Digit], Map]) -> Drops:
     """Delete the ink that a map names, and random ink, of each digit."""
     generator = np.random.default_rng(0)
@@ -113,15 +102,6 @@ def deletion(networks: Networks, digits: Sequence[Digit], make: Callable[[Digit]
         named.append(float(drops[0]))
         random.append(float(drops[1:].mean()))
     return Drops(np.array(named), np.array(random))
-
-
-def without_ink(image: Pixels, order: Map, generator: np.random.Generator) -> Pixels:
-    """Return an image (1, H, W) without the ink that has the largest numbers in a map; equal numbers fall at random."""
-    ink = np.flatnonzero(image[0])
-    by_rank = ink[np.lexsort((generator.random(len(ink)), -order.ravel()[ink]))]
-    result = image.copy()
-    result.reshape(-1)[by_rank[: round(DELETED_SHARE * len(ink))]] = 0
-    return result
 
 
 def row(name: str, patch: int | str, drops: Drops) -> dict[str, Any]:
@@ -160,13 +140,19 @@ def measure(networks: Networks, images: Pixels, count: int, choosing: int) -> li
     maps: dict[str, Callable[[Digit], Map]] = {
         "relevance": occlusion_map(networks, PATCH_SHARE),
         "ink": lambda digit: digit.image[0].astype(np.float32),
-        "contributions": lambda digit: capsule_map(_of_winner(digit, CONTRIBUTIONS), field),
-        "couplings": lambda digit: capsule_map(_of_winner(digit, COUPLINGS), field),
+        "contributions": lambda digit: _of_capsules(_of_winner(digit, CONTRIBUTIONS), field),
+        "couplings": lambda digit: _of_capsules(_of_winner(digit, COUPLINGS), field),
     }
     for name, make in maps.items():
         patch = round(PATCH_SHARE * _SIDE) if name == "relevance" else ""
         rows.append(row(name, patch, deletion(networks, digits, make)))
     return rows
+
+
+def _of_capsules(values: NDArray[np.float32], field: ReceptiveField) -> Map:
+    """Return the map of the primary capsules' numbers (I,)."""
+    grid = values.reshape(field.types, field.grid, field.grid)
+    return capsule_map(grid, Field(field.stride, field.size, field.offset), _SIDE)
 
 
 def _of_winner(digit: Digit, name: str) -> NDArray[np.float32]:

@@ -17,6 +17,8 @@ from export.verify import Prediction
 from serving.artifact import Calibration
 from serving.confidence import confidences, evidence, log_weight
 from serving.runtime import Runtime
+from training import calibration
+from training.calibration import expected_calibration_error
 from training.checkpoint import Checkpoint
 from training.data.augment import Augmentation
 from training.data.compose import place, scenes
@@ -35,12 +37,10 @@ FALSE_ALARMS = 0.05
 PRIOR_MISTAKES = 10
 #: The images with one object, for a network of several.
 SINGLE_IMAGES = 2_000
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0
 TEST_IMAGES = "test images"
 
 _SEED = 0
 _BATCH_SIZE = 32
-_SEARCH_STEPS = 60
 _DIGITS = 4  # of a threshold, after the decimal point
 _MARGIN_SCALE, _ERROR_SCALE = 10**_DIGITS, 10**6
 
@@ -186,31 +186,9 @@ def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torc
 def fit_temperature(found: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
     """Return the temperature of ``confidences`` for which the sets of the images' labels are the most probable.
 
-    It minimises the cross-entropy of the sets, which is convex in 1 / temperature. found: the evidence for the classes,
-    (N, J). labels: (N, K), of K different classes an image. A share of 1 / (N + 2) of the targets goes to the other
-    classes (Platt, "Probabilistic Outputs for Support Vector Machines", 1999), so that images without a mistake do not
-    lead to a temperature of 0.
+    found: the evidence for the classes, (N, J). labels: (N, K), of K different classes an image.
     """
-    (count, classes), objects = found.shape, labels.shape[1]
-    others = classes - objects
-    if not count or others < 1:
-        return 1.0
-    targets = np.full(found.shape, objects / (count + 2) / others)
-    np.put_along_axis(targets, labels, (count + 1) / (count + 2), 1)
-    linear = float((targets * found).sum(1).mean())
-
-    def loss(inverse: float) -> float:
-        return float(log_weight(found, 1 / inverse, objects).mean()) - inverse * linear
-
-    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(_SEARCH_STEPS):
-        left, right = high - golden * (high - low), low + golden * (high - low)
-        if loss(left) < loss(right):
-            high = right
-        else:
-            low = left
-    return round(2 / (low + high), _DIGITS)
+    return calibration.fit_temperature(found, labels, log_weight)
 
 
 def balanced_thresholds(lengths: Floats, labels: NDArray[np.int64]) -> tuple[float, ...]:

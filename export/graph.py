@@ -167,18 +167,11 @@ class LiveDecoder(nn.Module):
 
 def receptive_field(config: CapsNetConfig) -> ReceptiveField:
     """Return the pixels that each primary capsule sees, to interpret couplings."""
-    size, step, offset = 1, 1, 0
-    for _, kernel, stride, padding in (*config.convolutions, (0, config.primary_kernel, config.primary_stride, 0)):
-        size += (kernel - 1) * step
-        offset -= padding * step
-        step *= stride
     return ReceptiveField(
         order="type, row, column",
         types=config.primary_types,
         grid=config.primary_grid,
-        stride=step,
-        size=size,
-        offset=offset,
+        **config.receptive_field._asdict(),
     )
 
 

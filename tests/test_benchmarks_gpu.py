@@ -4,6 +4,7 @@ import runpy
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.epochs import Digits, Distortion, Pairs
-from benchmarks.gpu.learner import Hyperparameters, Learner
 from training.data.non_objects import non_objects
 from training.data.specs import NONE
-from training.model import CapsNetConfig
+from training.model import CapsNet, CapsNetConfig
+from training.recorded.chunks import Digits, Distortion, Pairs
+from training.recorded.learner import Hyperparameters, Learner, total_loss
 
 TINY = CapsNetConfig(
     stem=((4, 5, 2, 2), (8, 3, 2, 1)), primary_types=1, primary_kernel=3, primary_stride=1, decoder_widths=(8,)
@@ -57,7 +58,9 @@ def test_images_of_no_class_are_of_four_kinds_and_keep_shape_and_type() -> None:
 def test_a_learner_lowers_its_loss_and_averages_its_weights() -> None:
     images, labels = digits(64)
     chunk = Digits(images, labels, batch=16, seed=1, distortion=Distortion(shift=0.0), none=False)()
-    learner = Learner(TINY, 1, Hyperparameters(), 100, torch.device("cpu"), compiled=False)
+    learner = Learner(
+        partial(CapsNet, TINY), total_loss, 1, Hyperparameters(), 100, torch.device("cpu"), compiled=False
+    )
     learner.prepare(chunk)
     losses = []
     for _ in range(10):
@@ -116,12 +119,9 @@ def torch_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_all_parts_run_in_miniature_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_state: None
 ) -> None:
-    """Run one part as a process, and the others in this one, which has already loaded PyTorch and its exporter."""
-    as_process = gpu.run
+    """Run each part in this process, which has already loaded PyTorch and its exporter."""
 
     def run(part: gpu.Part, seconds: float, out: Path) -> str:
-        if part.name == "served":
-            return as_process(part, seconds, out)
         monkeypatch.setattr(sys, "argv", part.command)
         with pytest.raises(SystemExit) as ended:
             runpy.run_module(part.command[0], run_name="__main__", alter_sys=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import relevance
-from serving.artifact import ReceptiveField
+from training.model import Field
+from training.relevance import capsule_map, without_ink
 
 
 def test_the_ink_with_the_largest_numbers_is_deleted_and_ties_fall_at_random() -> None:
@@ -15,18 +16,17 @@ def test_the_ink_with_the_largest_numbers_is_deleted_and_ties_fall_at_random() -
     order = image[0].astype(np.float32)
     order[0] = 1000
     generator = np.random.default_rng(0)
-    left = relevance.without_ink(image, order, generator)
+    left = without_ink(image, order, generator)
     np.testing.assert_array_equal(left[0, 19, 10:20], 0)
     assert (left > 0).sum() == 90 and (image > 0).sum() == 100
-    equal = [relevance.without_ink(image, np.zeros((28, 28), np.float32), generator) for _ in range(2)]
+    equal = [without_ink(image, np.zeros((28, 28), np.float32), generator) for _ in range(2)]
     assert [(one > 0).sum() for one in equal] == [90, 90] and (equal[0] != equal[1]).any()
 
 
 def test_a_capsules_number_lies_in_the_middle_of_its_pixels() -> None:
-    field = ReceptiveField("type, row, column", types=2, grid=3, stride=8, size=5, offset=2)
     values = np.zeros((2, 3, 3), np.float32)
     values[:, 1, 2] = 1, 3
-    pixels = relevance.capsule_map(values.ravel(), field)
+    pixels = capsule_map(values, Field(stride=8, size=5, offset=2), 28)
     assert pixels.shape == (28, 28) and pixels.argmax() == 12 * 28 + 20
     assert pixels[12, 20] == 4 and pixels[12, 16] == 2 and pixels[4, 20] == 0
 

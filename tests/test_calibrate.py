@@ -14,7 +14,6 @@ from torch import Tensor
 from export import calibrate as calibration
 from export.calibrate import (
     IMAGES,
-    MIN_TEMPERATURE,
     Network,
     balanced_thresholds,
     calibrate,
@@ -28,6 +27,7 @@ from serving.artifact import Training, Variant, load
 from serving.confidence import confidences, evidence
 from serving.runtime import Arrays, Runtime
 from tests.conftest import ROOT
+from training.calibration import MIN_TEMPERATURE, expected_calibration_error
 from training.checkpoint import Checkpoint
 from training.data import datasets
 from training.data.datasets import Dataset, split

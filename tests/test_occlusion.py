@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.services.occlusion import Occlusion, drops_of, ground_of
+from serving.files.occlusion import Occlusion, drops_of, ground_of
 
 
 def poses_of(images: NDArray[np.uint8], weight: NDArray[np.float32]) -> NDArray[np.float32]:

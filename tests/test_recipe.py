@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import training.train
-from benchmarks.gpu.learner import total_loss
 from tests.trainings import (
     CONFIG,
     DATASET,
@@ -27,6 +26,7 @@ from training.data.specs import NONE
 from training.evaluate import predict
 from training.loss import margin_loss
 from training.model import lengths, to_pixels
+from training.recorded.learner import total_loss
 from training.run_folder import CHECKPOINT_FILE, RESUME_FILE
 from training.train import Training, TrainingError, load_teachers
 

@@ -23,11 +23,16 @@ def margin_loss(probabilities: Tensor, labels: Tensor) -> Tensor:
     classes; NONE for an image of none of the classes, whose ``T_k`` are all 0. Summed over classes, averaged over
     images.
     """
+    return margin_losses(probabilities, labels).mean()
+
+
+def margin_losses(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the ``margin_loss`` of each image, (B,)."""
     one_hot = present_classes(labels.reshape(len(labels), -1), probabilities.shape[1])  # (B, K, J)
     present = one_hot.sum(1).to(probabilities.dtype)  # (B, J)
     short = torch.relu(PRESENT - probabilities).square()
     long = torch.relu(probabilities - ABSENT).square()
-    return (present * short + DOWN_WEIGHT * (1 - present) * long).sum(1).mean()
+    return (present * short + DOWN_WEIGHT * (1 - present) * long).sum(1)
 
 
 def presence_loss(probabilities: Tensor, labels: Tensor) -> Tensor:

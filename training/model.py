@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,17 @@ class Routing:
     normalization: str = "softmax"
     gradient: bool = True
     scale: float = 1.0
+
+
+class Field(NamedTuple):
+    """The ``size`` x ``size`` pixels of a primary capsule: from ``stride`` times its row and column, plus ``offset``.
+
+    A negative offset starts in the padding.
+    """
+
+    stride: int
+    size: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,16 @@ class CapsNetConfig:
     def primary_capsules(self) -> int:
         """Return I, the number of primary capsules."""
         return self.primary_types * self.primary_grid**2
+
+    @property
+    def receptive_field(self) -> Field:
+        """Return the pixels that each primary capsule sees."""
+        size, step, offset = 1, 1, 0
+        for _, kernel, stride, padding in (*self.convolutions, (0, self.primary_kernel, self.primary_stride, 0)):
+            size += (kernel - 1) * step
+            offset -= padding * step
+            step *= stride
+        return Field(step, size, offset)
 
     def routing(self, iterations: int) -> Routing:
         """Return the choices of routing for this number of iterations."""

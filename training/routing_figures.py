@@ -11,6 +11,8 @@ from training.model import CapsNet, lengths, to_pixels
 
 MAX_IMAGES = 2000
 BATCH_SIZE = 100
+#: The length of a primary capsule below which it is called absent, and above which it is called present.
+ABSENT_LENGTH, PRIMARY_PRESENT_LENGTH = 0.1, 0.9
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,17 @@ def routing_figures(model: CapsNet, images: Tensor, objects: int = 1) -> Routing
         answers = []
         for count in range(1, iterations + 1):
             poses, couplings = model.routed(u, count)
-            entropies[count - 1] += _entropy(couplings).double().sum()
+            entropies[count - 1] += coupling_entropies(couplings).mean(1).double().sum()
             answers.append(most_probable(lengths(poses), objects))
         changed += int((answers[0] != answers[-1]).any(1).sum())
     shares = tuple(float(entropy) / len(images) for entropy in entropies) if model.config.classes > 1 else ()
     return RoutingFigures(len(images), length / len(images), shares, changed)
 
 
-def _entropy(couplings: Tensor) -> Tensor:
-    """Return the entropy of each image's couplings (B, J, I), divided by their sum over the parents, (B,).
+def coupling_entropies(couplings: Tensor) -> Tensor:
+    """Return the entropy of couplings (B, J, I) over their parents, (B, I), from 0 (one parent alone) to 1 (all equal).
 
-    Mean over the primary capsules, in units of the logarithm of the number of parents.
+    The couplings of a primary capsule are divided by their sum first.
     """
     shares = couplings / couplings.sum(1, keepdim=True)
-    entropy = -torch.xlogy(shares, shares).sum(1).mean(1)
-    return entropy / math.log(max(2, couplings.shape[1]))
+    return -torch.xlogy(shares, shares).sum(1) / math.log(max(2, couplings.shape[1]))

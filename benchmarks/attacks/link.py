@@ -2,6 +2,7 @@
 
 import gzip
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -69,9 +70,14 @@ class Link:
         self.settled = self.silent = self.closed = self.hung_up = False
         self.reads = True
         self.sent = 0
+        #: The bytes that the server takes on each stream of ``open``.
+        self.windows: dict[int, int] = {}
         self._stream = -1
         self._received = b""
-        self._unsent = memoryview(_opening(attack.settings) if attack.speaks else b"")
+        # The handshakes of gRPC's port are attacks of their own; only HTTP's attacks speak inside of TLS.
+        self._encryption = _Encryption() if attack.web and attack.server == "tls" else None
+        opening = _opening(attack.settings) if attack.speaks else b""
+        self._unsent = memoryview(self._encryption.receive(b"") if self._encryption else opening)
         self._replies = b""
         self._pieces = attack.script(self)
         self.socket = socket.socket()
@@ -82,6 +88,12 @@ class Link:
     def next_stream(self) -> int:
         self._stream += 2
         return self._stream
+
+    def open(self) -> int:
+        """Return the next stream, whose window is kept in ``windows`` until the server ends it."""
+        stream = self.next_stream()
+        self.windows[stream] = self.stream_window
+        return stream
 
     def hang_up(self) -> None:
         """End the connection, so that a new one takes its place at once."""
@@ -99,12 +111,14 @@ class Link:
         if not self._unsent:
             if self._replies:
                 self._unsent, self._replies = memoryview(self._replies), b""
+            elif self._encryption and not self._encryption.ready:
+                return WAIT_SECONDS
             else:
                 piece = next(self._pieces, None)
                 if not isinstance(piece, bytes):
                     self.silent = piece is None
                     return piece
-                self._unsent = memoryview(piece)
+                self._unsent = memoryview(self._encryption.encrypted(piece) if self._encryption else piece)
         try:
             count = self.socket.send(self._unsent)
         except BlockingIOError:
@@ -126,6 +140,8 @@ class Link:
             read = b""
         if not read:
             self.closed = True
+        elif self._encryption:
+            self._replies += self._encryption.receive(read)
         elif self.attack.speaks:
             self._received = self._read_frames(self._received + read)
 
@@ -139,18 +155,28 @@ class Link:
                 break
             if kind in (frames.SETTINGS, frames.PING, frames.WINDOW_UPDATE):
                 self._control(kind, flags, stream, data[at + frames.HEAD.size : end])
+            elif kind == frames.RST_STREAM or (kind in (frames.HEADERS, frames.DATA) and flags & frames.END_STREAM):
+                self.windows.pop(stream, None)
             at = end
         return data[at:]
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == frames.WINDOW_UPDATE:
+            more = frames.read_number(payload, "WINDOW_UPDATE")
             if stream == 0:
-                self.window += frames.read_number(payload, "WINDOW_UPDATE")
+                self.window += more
+            elif stream in self.windows:
+                self.windows[stream] += more
         elif not flags & frames.ACK:
             self._replies += frames.frame(kind, frames.ACK, 0, payload if kind == frames.PING else b"")
             if kind == frames.SETTINGS:
                 values = dict(frames.read_settings(payload))
-                self.stream_window = values.get(frames.INITIAL_WINDOW_SIZE, self.stream_window)
+                before, self.stream_window = (
+                    self.stream_window,
+                    values.get(frames.INITIAL_WINDOW_SIZE, self.stream_window),
+                )
+                for one in self.windows:
+                    self.windows[one] += self.stream_window - before
                 self.max_streams = values.get(frames.MAX_CONCURRENT_STREAMS, self.max_streams)
                 self.settled = True
 
@@ -164,6 +190,36 @@ class Link:
         while self.window < size:
             yield WAIT_SECONDS
         self.window -= size
+
+
+class _Encryption:
+    """The client's side of TLS, without a socket. ready: True once the handshake has ended."""
+
+    def __init__(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["http/1.1"])
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing)
+        self.ready = False
+
+    def receive(self, data: bytes) -> bytes:
+        """Take the peer's bytes, whose content is left out. Return what is to be sent."""
+        self._incoming.write(data)
+        try:
+            if not self.ready:
+                self._tls.do_handshake()
+                self.ready = True
+            while self._tls.read(_READ_BYTES):
+                pass
+        except ssl.SSLError:  # mostly since more must come; the peer ends a connection that is broken
+            pass
+        return self._outgoing.read()
+
+    def encrypted(self, data: bytes) -> bytes:
+        """Return bytes as they are sent."""
+        self._tls.write(data)
+        return self._outgoing.read()
 
 
 def _opening(settings: Mapping[int, int]) -> bytes:

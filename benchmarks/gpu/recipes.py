@@ -11,18 +11,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.epochs import Digits, Distortion
-from benchmarks.gpu.learner import Hyperparameters, Learner, training_device, wait
 from training.data.datasets import load as load_dataset
 from training.evaluate import predict, wrong
-from training.model import CONFIGS
+from training.model import CONFIGS, CapsNet
 from training.provenance import commit
+from training.recorded.chunks import Digits, Distortion
+from training.recorded.learner import Hyperparameters, Learner, total_loss, training_device, wait
 
 PROBED_EPOCHS = 2  # their time decides how many fit
 FOLD = 10_000  # images; the first fold is the data set's first images, the second the next ones
@@ -60,7 +61,7 @@ class Trial:
     name: str
     fold: int
     data: Digits
-    learner: Learner
+    learner: Learner[CapsNet]
 
 
 def compare(
@@ -88,9 +89,9 @@ def compare(
         for name in names:
             recipe = RECIPES[name]
             data = Digits(images[kept], labels[kept], batch, fold, recipe.distortion, True)
-            learner = Learner(
-                CONFIGS[config], fold + 1, recipe.settings, epochs * data.steps, device, compiled=compiled
-            )
+            build = partial(CapsNet, CONFIGS[config])
+            steps = epochs * data.steps
+            learner = Learner(build, total_loss, fold + 1, recipe.settings, steps, device, compiled=compiled)
             learner.prepare(data(), graph=compiled)
             trials.append(Trial(name, fold, data, learner))
             print(f"{name} {fold} prepared", flush=True)

@@ -5,17 +5,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.figures import write
-from benchmarks.gpu.epochs import Digits, Distortion
-from benchmarks.gpu.learner import Hyperparameters, Learner, training_device, wait
 from benchmarks.gpu.training import PAIR_CANVAS, buffers
-from training.model import CONFIGS
+from training.model import CONFIGS, CapsNet
 from training.provenance import commit, processor
+from training.recorded.chunks import Digits, Distortion
+from training.recorded.learner import Hyperparameters, Learner, total_loss, training_device, wait
 
 WAYS = {"eager": (False, False), "compiled": (True, False), "graph": (False, True), "compiled graph": (True, True)}
 
@@ -30,7 +31,7 @@ def measure(name: str, batch: int, way: str, steps: int, device: torch.device) -
     config = replace(CONFIGS[name], image_size=images.shape[-1])
     chunk = buffers(Digits(images, labels, batch, 1, Distortion(), False)())
     begin = time.perf_counter()
-    learner = Learner(config, 1, Hyperparameters(), 10_000, device, compiled=compiled)
+    learner = Learner(partial(CapsNet, config), total_loss, 1, Hyperparameters(), 10_000, device, compiled=compiled)
     learner.prepare(chunk, graph=graph)
     for _ in range(3):
         learner.step()

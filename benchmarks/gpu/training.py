@@ -11,21 +11,30 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.epochs import Chunk, Digits, Distortion, Pairs
-from benchmarks.gpu.learner import Hyperparameters, Learner, mean_lengths, on_device, training_device, wait
 from benchmarks.gpu.recipes import RECIPES, Recipe
 from training.checkpoint import Checkpoint, load, save
 from training.data.datasets import Dataset, generate
 from training.data.datasets import load as load_dataset
 from training.evaluate import predict, wrong
-from training.model import CONFIGS, CapsNetConfig
+from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.provenance import commit
+from training.recorded.chunks import Chunk, Digits, Distortion, Pairs
+from training.recorded.learner import (
+    Hyperparameters,
+    Learner,
+    mean_lengths,
+    on_device,
+    total_loss,
+    training_device,
+    wait,
+)
 
 BATCH = 128
 PAIR_BATCH = 1024
@@ -91,8 +100,10 @@ def run(
     chunks = {seed: buffers(data()) for seed, data in streams.items()}
     targets: dict[int, Tensor | None] = {seed: _targets(teachers, chunk) for seed, chunk in chunks.items()}
     steps = next(iter(streams.values())).steps
+    most = box.epochs * steps
     learners = [
-        Learner(_config(job), job.seed, job.settings, box.epochs * steps, device, compiled=compiled) for job in jobs
+        Learner(partial(CapsNet, _config(job)), total_loss, job.seed, job.settings, most, device, compiled=compiled)
+        for job in jobs
     ]
     for job, learner in zip(jobs, learners, strict=True):
         learner.prepare(chunks[job.seed], targets[job.seed], graph=graph)
@@ -143,7 +154,7 @@ def _targets(teachers: Sequence[nn.Module], chunk: Chunk) -> Tensor | None:
 
 
 def _epochs_that_fit(
-    learners: Sequence[Learner],
+    learners: Sequence[Learner[CapsNet]],
     streams: dict[int, Digits | Pairs],
     chunks: dict[int, Chunk],
     teachers: Sequence[nn.Module],
@@ -173,7 +184,7 @@ def _epochs_that_fit(
 
 def _finished(
     job: Job,
-    learner: Learner,
+    learner: Learner[CapsNet],
     mnist: Dataset,
     curve: list[float],
     epochs: int,

@@ -1,1 +1,1 @@
-"""Code that server, client, training and export share: file formats, folders, and options."""
+"""Code that server, client, training and export share: file formats, folders, options, and occlusion."""

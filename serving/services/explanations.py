@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
+from serving.files.occlusion import Masked, Occlusion, ground_of
 from serving.metrics.registry import CLASSIFY
 from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
 from serving.repository.served_model import ServedModel
@@ -20,7 +21,6 @@ from serving.services.encoded_images import Images
 from serving.services.explanations_codec import ExplanationWriter
 from serving.services.given_images import GivenImages, Limit
 from serving.services.graphs import EXPLAIN, check_explains
-from serving.services.occlusion import Masked, Occlusion, ground_of
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import check_fields
@@ -57,7 +57,9 @@ class Explanations:
         settings = self._settings
         check_size(data, settings.max_request_bytes)
         check_fields(data, 2 * settings.max_explained_images + _MAX_OTHER_FIELDS)
-        return await self.answer(parse(data, pb.ExplainRequest, settings.max_request_bytes), call)
+        request = parse(data, pb.ExplainRequest, settings.max_request_bytes)
+        del data  # which would double the request's memory until the answer
+        return await self.answer(request, call)
 
     async def answer(self, request: pb.ExplainRequest, caller: Caller) -> bytes:
         """Return the bytes of an ExplainResponse.

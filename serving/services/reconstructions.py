@@ -16,6 +16,7 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.batching.ticket import Share
 from serving.errors import InvalidRequest
+from serving.files.occlusion import ground_of
 from serving.metrics.registry import CLASSIFY
 from serving.repository.classifier import IMAGES, POSES
 from serving.rpc.edge import Call, check_size, parse
@@ -28,7 +29,6 @@ from serving.services.encoded_images import Images
 from serving.services.explanations import check_classes
 from serving.services.given_images import GivenImages
 from serving.services.graphs import check_draws
-from serving.services.occlusion import ground_of
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import FLAT, Fields, check_fields, delimited
@@ -98,7 +98,9 @@ class Reconstructions:
         check_size(data, settings.max_request_bytes)
         # Up to twice the allowed poses get the answer that names the limit.
         check_fields(data, 2 * settings.max_images_per_request + _MAX_OTHER_FIELDS, _FIELDS)
-        return await self.answer(parse(data, pb.ReconstructRequest, settings.max_request_bytes), call)
+        request = parse(data, pb.ReconstructRequest, settings.max_request_bytes)
+        del data  # which would double the request's memory until the answer
+        return await self.answer(request, call)
 
     async def answer(self, request: pb.ReconstructRequest, caller: Caller) -> bytes:
         """Return the bytes of a ReconstructResponse.

@@ -23,7 +23,7 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
     return torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
 
 
-def _warp(images: Tensor, matrices: Tensor, displacement: Tensor | None = None) -> Tensor:
+def warp(images: Tensor, matrices: Tensor, displacement: Tensor | None = None) -> Tensor:
     """Sample images (B, C, H, W) at positions moved by matrices (B, 2, 3), zeros outside; one interpolation for all.
 
     displacement: (B, H, W, 2), right and down in units of half an image, added to the moved positions.
@@ -42,7 +42,7 @@ def _shift_matrices(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _elastic(images: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    """Return random smooth displacements for images (B, C, H, W), as ``_warp`` takes them.
+    """Return random smooth displacements for images (B, C, H, W), as ``warp`` takes them.
 
     deviation: standard deviation of the knots' displacement, in pixels.
     """
@@ -91,7 +91,7 @@ def distort(
     elastic: the standard deviation of a smooth deformation's knots, in pixels.
     """
     matrices = _affine_matrices(images, generator, rotation, shear, scale, (shift, shift))
-    return _warp(images, matrices, _elastic(images, elastic, generator) if elastic else None)
+    return warp(images, matrices, _elastic(images, elastic, generator) if elastic else None)
 
 
 def _affine_matrices(
@@ -109,6 +109,16 @@ def _affine_matrices(
     scale_x, scale_y = (_uniform(count, *scale, generator) for _ in range(2))
     shift_x = _uniform(count, -shift[0], shift[0], generator) * 2 / width
     shift_y = _uniform(count, -shift[1], shift[1], generator) * 2 / height
+    return affine_matrices(angle, slant, (scale_x, scale_y), (shift_x, shift_y))
+
+
+def affine_matrices(angle: Tensor, slant: Tensor, scale: tuple[Tensor, Tensor], shift: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the matrices (B, 2, 3) that ``warp`` takes, from numbers (B,) for each image.
+
+    angle: radians. slant: the shear. scale: the enlargement of x and y. shift: how far left and up the content moves,
+    in halves of the image, before it is turned.
+    """
+    (scale_x, scale_y), (shift_x, shift_y) = scale, shift
     cos, sin = angle.cos(), angle.sin()
     rows = [
         torch.stack([cos / scale_x, (slant * cos - sin) / scale_y, shift_x], 1),
@@ -150,9 +160,9 @@ class Augmentation:
         matrices = self._matrices(images, turns, generator)
         if self.elastic:
             still = torch.eye(2, 3).repeat(len(images), 1, 1)
-            images = _warp(images, still if matrices is None else matrices, _elastic(images, self.elastic, generator))
+            images = warp(images, still if matrices is None else matrices, _elastic(images, self.elastic, generator))
         elif matrices is not None:
-            images = _warp(images, matrices)
+            images = warp(images, matrices)
         return erase(images, self.erasing, generator) if self.erasing else images
 
     def _matrices(self, images: Tensor, turns: Tensor, generator: torch.Generator) -> Tensor | None:

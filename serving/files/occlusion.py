@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.services.encoded_images import Images
+Images = NDArray[np.uint8]
 
 # The patches along an axis: 196 in all. benchmarks/relevance.py compares sizes of a patch.
 _PLACES = 14

@@ -4,18 +4,25 @@ A step of a small network is hundreds of kernels of a few microseconds each: lau
 The data of many steps lie on the device, and the step itself counts which of them is next.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.epochs import Chunk
 from training.data.specs import NONE
 from training.evaluate import mean_lengths as lengths_of
 from training.loss import distillation_loss, margin_loss, present_classes
-from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
+from training.model import CapsNet, lengths, to_pixels
 from training.optimization import ema_decay, parameter_groups
+from training.recorded.chunks import Chunk
+
+Net = TypeVar("Net", bound=nn.Module)
+#: The loss of a batch, a scalar, from a network and the other arguments of ``total_loss``.
+Loss = Callable[[Net, Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 WARMUP_STEPS = 3  # before a graph is recorded: they build all kernels and allocate all memory
 
@@ -50,13 +57,28 @@ def total_loss(
     loss = margin_loss(probabilities, labels)
     if targets is not None:
         loss = loss + weights[1] * distillation_loss(probabilities, targets)
-    if model.decoder is not None:
-        one_hot = present_classes(labels, model.config.classes)  # (B, K, J)
-        masked = (poses.unsqueeze(1) * one_hot.unsqueeze(-1)).flatten(0, 1).flatten(1)  # (B*K, J*E)
-        pixels = model.decoder.layers(masked).float()
-        errors = (pixels - to_pixels(parts).flatten(0, 1).flatten(1)).square().sum(1)
-        loss = loss + weights[0] * (errors * (labels != NONE).flatten()).sum() / len(images)
-    return loss
+    return loss + weights[0] * pose_errors(model, poses, to_pixels(parts), labels)
+
+
+def pose_errors(model: CapsNet, poses: Tensor, parts: Tensor, labels: Tensor) -> Tensor:
+    """Return the pixel errors, as ``pixel_errors``, of the reconstructions from the poses of the objects' classes.
+
+    poses: (B, J, E); parts: (B, K, C, H, W), 0 to 1; labels: (B, K). Without a decoder there are none.
+    """
+    if model.decoder is None:
+        return poses.new_zeros(())
+    one_hot = present_classes(labels, model.config.classes)  # (B, K, J)
+    masked = (poses.unsqueeze(1) * one_hot.unsqueeze(-1)).flatten(0, 1).flatten(1)  # (B*K, J*E)
+    return pixel_errors(model.decoder.layers(masked), parts, labels)
+
+
+def pixel_errors(reconstructions: Tensor, parts: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of squared pixel errors of each image's objects, averaged over images: a scalar.
+
+    reconstructions: (B*K, C*H*W); parts: (B, K, C, H, W), 0 to 1; labels: (B, K). NONE has nothing to reconstruct.
+    """
+    errors = (reconstructions.float() - parts.flatten(0, 1).flatten(1)).square().sum(1)
+    return (errors * (labels != NONE).flatten()).sum() / len(parts)
 
 
 def training_device() -> torch.device:
@@ -73,33 +95,36 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def on_device(model: CapsNet, device: torch.device) -> CapsNet:
+def on_device(model: Net, device: torch.device) -> Net:
     """Move a network to the device, with the channels of its convolutions last, as tensor cores need them."""
-    moved: CapsNet = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    moved: Net = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
 
 
-class Learner:
+class Learner(Generic[Net]):
     """A network, its optimizer, its averaged weights and its recorded step.
 
     Learning rate: linear from 0, then half a cosine down to 0 at ``steps``. ``model`` has the newest weights;
-    ``averaged`` returns the network with the averaged ones.
+    ``averaged`` returns the network with the averaged ones. build: makes the network, with random weights. compiled:
+    the loss is compiled. half: the arithmetic is that of bfloat16 where PyTorch's automatic casting says so.
     """
 
     def __init__(
         self,
-        config: CapsNetConfig,
+        build: Callable[[], Net],
+        loss: Loss[Net],
         seed: int,
         settings: Hyperparameters,
         steps: int,
         device: torch.device,
         *,
         compiled: bool = True,
+        half: bool = True,
     ) -> None:
         torch.manual_seed(seed)
-        self.config, self.settings, self.steps, self.device = config, settings, steps, device
-        self.model = on_device(CapsNet(config), device)
-        self._loss = torch.compile(total_loss) if compiled else total_loss
+        self.settings, self.steps, self.device, self._half = settings, steps, device, half
+        self.model = on_device(build(), device)
+        self._loss = torch.compile(loss) if compiled else loss
         self._rate = torch.zeros((), device=device)
         self._weights = torch.tensor([settings.pixel_weight, settings.distil], device=device)
         self._optimizer = torch.optim.AdamW(
@@ -198,7 +223,7 @@ class Learner:
         images, parts, labels = (values.index_select(0, self._next)[0] for values in self._chunk)
         targets = None if self._targets is None else self._targets.index_select(0, self._next)[0]
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
             loss = self._loss(self.model, images, parts, labels, targets, self._weights)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -212,9 +237,9 @@ class Learner:
             torch._foreach_mul_(change, weight)
             torch._foreach_add_(self._average, change)
 
-    def averaged(self) -> CapsNet:
+    def averaged(self) -> Net:
         """Return a copy of the network with the averaged weights, in evaluation mode."""
-        model = on_device(CapsNet(self.config), self.device)
+        model = copy.deepcopy(self.model)
         floating = [value for value in model.state_dict().values() if value.is_floating_point()]
         with torch.no_grad():
             for value, average in zip(floating, self._average, strict=True):

@@ -1,0 +1,61 @@
+"""``python -m training.claims [quick|full] [--rows 1 4 ...]``: measure the claims made for capsule networks.
+
+Networks are trained first, and then the rows are measured. Both are kept in the folder of the run, so that the next
+call goes on where the last one ended. The report at the end has all rows that were measured so far.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.claims.jobs import SCALES
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(prog="python -m training.claims", description=__doc__, allow_abbrev=False)
+    command.add_argument("scale", nargs="?", choices=SCALES, default="quick", help="(default: %(default)s)")
+    command.add_argument("--rows", type=int, nargs="+", metavar="N", help="numbers of rows, 1 to 16 (default: all)")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/claims-SCALE)")
+    command.add_argument("--data-dir", type=Path, metavar="FOLDER", help="folder with MNIST's files")
+    command.add_argument("--clothes-dir", type=Path, metavar="FOLDER", help="folder with Fashion-MNIST's files")
+    command.add_argument("--train-only", action="store_true", help="train the networks, and measure no row")
+    command.add_argument("--no-training", action="store_true", help="measure the rows whose networks are trained")
+    command.add_argument("--seconds", type=float, help="begin no training that would end later than this")
+    command.add_argument("--commit", default="", help="the commit of the source, where git cannot tell it")
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 1 if a network or a row was left out."""
+    begin = time.perf_counter()
+    command = parser()
+    options = command.parse_args(arguments)
+    # The import of PyTorch takes seconds, so the flags are checked before.
+    from training.claims import run
+
+    words = ["python", "-m", "training.claims", options.scale]
+    try:
+        settings = run.Settings(
+            SCALES[options.scale],
+            options.out or Path("runs") / f"claims-{options.scale}",
+            tuple(options.rows or ()),
+            options.data_dir,
+            options.clothes_dir,
+            begin + options.seconds if options.seconds else None,
+            options.commit,
+            shlex.join(words),
+        )
+    except ValueError as error:
+        command.error(str(error))
+    try:
+        return run.run(settings, train_only=options.train_only, no_training=options.no_training)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the next call goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

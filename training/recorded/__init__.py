@@ -1,0 +1,1 @@
+"""Training with steps that a GPU records once and replays, for many small networks side by side."""
