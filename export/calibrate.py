@@ -24,7 +24,7 @@ from training.data.augment import Augmentation
 from training.data.compose import place, scenes
 from training.data.datasets import Dataset, split
 from training.data.specs import NONE
-from training.evaluate import PRESENT_LENGTH, expected_calibration_error
+from training.evaluate import PRESENT_LENGTH
 from training.model import to_pixels
 from training.recipe import AUGMENTATION_NAMES, HELD_OUT_SHARE, SHIFT_SHARE
 

@@ -266,18 +266,8 @@ class Server:
         web = "https" if self._access.certificates else "http"
         if self.http_port:
             _logger.info("HTTP on %s://%s:%d", web, host, self.http_port)
-        _logger.info("try this: %s", self._first_request())
+        _logger.info("try this: %s", _first_request(self._host, self.port, self.http_port, web == "https"))
         _logger.info("gRPC on %s:%d, metrics on %s://%s:%d/metrics", host, self.port, web, host, self.metrics_port)
-
-    def _first_request(self) -> str:
-        """Return a way to ask the server from this machine, for the log."""
-        here = "127.0.0.1" if self._host in ("0.0.0.0", "::") else self._host
-        here = f"[{here}]" if ":" in here else here
-        encrypted = self._access.certificates is not None
-        if self.http_port:
-            return f"open {'https' if encrypted else 'http'}://{here}:{self.http_port}/ in a browser"
-        tls = " --tls" if encrypted else ""
-        return f"python -m serving.client --address {here}:{self.port}{tls} IMAGE.png"
 
     def _limits(self) -> TransportLimits:
         """Return the limits of a port, and the functions that count and log them."""
@@ -321,6 +311,16 @@ class Server:
     def _host(self) -> str:
         """Return the host without the brackets of an IPv6 address."""
         return self.settings.host.strip("[]")
+
+
+def _first_request(host: str, port: int, http_port: int, encrypted: bool) -> str:
+    """Return a way to ask the server from this machine, for the log. http_port: 0 for none."""
+    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    here = f"[{here}]" if ":" in here else here
+    if http_port:
+        return f"open {'https' if encrypted else 'http'}://{here}:{http_port}/ in a browser"
+    tls = " --tls" if encrypted else ""
+    return f"python -m serving.client --address {here}:{port}{tls} IMAGE.png"
 
 
 def _port_error(host: str, error: OSError, port: int, purpose: str, flag: str) -> StartError:

@@ -33,7 +33,6 @@ from training.data import datasets
 from training.data.datasets import Dataset, split
 from training.data.sources import DatasetError
 from training.data.specs import NONE
-from training.evaluate import expected_calibration_error
 from training.model import CapsNetConfig
 
 LABELS = tuple("0123456789")

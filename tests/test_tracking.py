@@ -1,6 +1,7 @@
 """Tests of the services that a training logs to beside its folder."""
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import lightning.pytorch.loggers
@@ -33,7 +34,8 @@ def test_a_tracker_gets_the_name_of_the_run_and_its_settings(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     made = Mock()
     monkeypatch.setattr(lightning.pytorch.loggers, kind, made)
-    assert tracking.tracker(name, tmp_path / "my-run", {"epochs": 3}) is made.return_value
+    logged: Any = tracking.tracker(name, tmp_path / "my-run", {"epochs": 3})
+    assert logged is made.return_value
     assert "my-run" in made.call_args.kwargs.values()
     assert made.return_value.log_hyperparams.call_args.args == ({"epochs": 3},)
 

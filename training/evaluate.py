@@ -3,16 +3,13 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.data.specs import NONE
 from training.model import CapsNet, lengths, to_pixels
 
 PRESENT_LENGTH = 0.5  # a longer capsule says that its class is there
-ECE_BINS = 15
 
 
 @torch.inference_mode()
@@ -92,24 +89,3 @@ def by_confidence(probabilities: Tensor, labels: Tensor) -> list[int]:
     order = margins[indices].argsort(descending=True, stable=True)
     worst: list[int] = indices[order].tolist()
     return worst
-
-
-def expected_calibration_error(predicted: NDArray[np.floating], right: NDArray[np.floating]) -> float:
-    """Return the mean distance, over images, between the predictions in a bin and the share of right ones in it.
-
-    predicted: (N,), from 0 to 1, in ECE_BINS bins of equal width. right: (N,), from 0 to 1. Source: Guo et al., "On
-    Calibration of Modern Neural Networks" (2017), section 2.
-    """
-    bins = np.minimum((predicted * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=right - predicted, minlength=ECE_BINS)
-    return float(np.abs(gaps).sum() / len(predicted))
-
-
-def length_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
-    """Return the expected calibration error of the longest capsule's length.
-
-    probabilities: (M, J); labels: (M,), or (M, K). An answer is right if the image shows its class.
-    """
-    lengths, answers = probabilities.max(1)
-    right = (labels.reshape(len(labels), -1) == answers[:, None]).any(1)
-    return expected_calibration_error(lengths.clamp(0, 1).double().numpy(), right.double().numpy())

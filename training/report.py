@@ -15,11 +15,12 @@ from statistics import NormalDist
 
 from torch import Tensor
 
+from training.calibration import ECE_BINS, expected_calibration_error
 from training.checkpoint import Checkpoint, CheckpointError, load
 from training.data.datasets import Dataset
 from training.data.matching import load_matching
 from training.data.sources import DatasetError
-from training.evaluate import ECE_BINS, confusion, length_calibration_error, predict, wrong
+from training.evaluate import confusion, predict, wrong
 from training.model import CONFIGS
 from training.pictures import (
     CURVES,
@@ -182,8 +183,18 @@ _PICTURES = {
 }
 
 
+def _length_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Return the expected calibration error of the longest capsule's length.
+
+    probabilities: (M, J); labels: (M,), or (M, K). An answer is right if the image shows its class.
+    """
+    lengths, answers = probabilities.max(1)
+    right = (labels.reshape(len(labels), -1) == answers[:, None]).any(1)
+    return expected_calibration_error(lengths.clamp(0, 1).double().numpy(), right.double().numpy())
+
+
 def _calibration(probabilities: Tensor, labels: Tensor) -> str:
-    error = 100 * length_calibration_error(probabilities, labels)
+    error = 100 * _length_calibration_error(probabilities, labels)
     return (
         f"**Calibration:** on the test images, the length of the longest capsule differs from the share of right "
         f"answers by {error:.2f} points on average (expected calibration error in {ECE_BINS} bins of equal width). "
