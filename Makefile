@@ -41,17 +41,17 @@ train: $(DEV_VENV)/.installed
 export: $(DEV_VENV)/.installed
 	$(DEV)/python -m export $(ARGS)
 
-## Measure the claims made for capsule networks on a tiny scale. ARGS=full takes two nights, or an hour of a GPU.
+## Measure the claims made for capsule networks on a tiny scale. ARGS=full takes a night, or an hour with a GPU.
 claims: $(DEV_VENV)/.claims
 	$(DEV)/python -m training.claims $(ARGS)
 
-## Run lint and the quick tests: those that start no server and no training. ARGS='-k NAME' chooses tests.
+## Run lint and the quick tests: those that start no server, training or export. ARGS='-k NAME' chooses tests.
 check: $(DEV_VENV)/.installed
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint quick
 
 ## Run the quick tests without lint. ARGS='-k NAME' chooses tests.
 quick: $(DEV_VENV)/.installed
-	$(PYTEST) $(PARALLEL) -m "not server and not training and not attack" $(LINTERS) $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not server and not training and not exporter and not attack" $(LINTERS) $(ARGS)
 
 ## Run all tests but the attacks. ARGS='-k NAME' chooses tests, JOBS=1 runs one at a time.
 test: $(DEV_VENV)/.installed

@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.unknown_images import UnknownImages, unknown_images
+from export.unknown_images import unknown_images
 from export.verify import Prediction
 from serving.artifact import Calibration
+from serving.confidence import confidences, evidence, log_weight
 from serving.runtime import Runtime
-from training.calibration import confidences, expected_calibration_error, fit_temperature
+from training import calibration
+from training.calibration import expected_calibration_error
 from training.checkpoint import Checkpoint
 from training.data.augment import Augmentation
 from training.data.compose import place, scenes
@@ -29,7 +31,7 @@ from training.recipe import AUGMENTATION_NAMES, HELD_OUT_SHARE, SHIFT_SHARE
 IMAGES = 10_000
 #: The most distorted copies of one image in the sample.
 MAX_COPIES = 2
-#: The share of the measured images that margin, and reconstruction_error, each call suspicious.
+#: The share of the measured images of known classes that get the verdict SUSPICIOUS or NONE_OF_THESE.
 FALSE_ALARMS = 0.05
 #: The weight of the threshold of all classes together against that of one class, in mistakes.
 PRIOR_MISTAKES = 10
@@ -59,14 +61,14 @@ class Sample(NamedTuple):
 class Calibrated(NamedTuple):
     """A calibration, and what its certificate says beside its figures.
 
-    objects: K, the number of objects in an image. exact: the share of the test images in which the present classes are
-    exactly their labels. trained: the kinds of ``calibration.detected`` that the training has
+    exact: the share of the test images in which the present classes are exactly their labels. mean_confidences: by kind
+    of ``calibration.detected``, the mean of the longest capsules' confidences. trained: the kinds that the training has
     shown to the network as none of the classes. missing: by kind, the reason why it was not measured.
     """
 
     calibration: Calibration
-    objects: int
     exact: float
+    mean_confidences: Mapping[str, float]
     trained: frozenset[str]
     missing: Mapping[str, str]
 
@@ -118,30 +120,43 @@ def calibrate(checkpoint: Checkpoint, dataset: Dataset, network: Network, tested
     found = network.predict(sample.images)
     known = (sample.labels[:, 0] != NONE).numpy()
     labels = sample.labels.numpy()
-    temperature = fit_temperature(found.probabilities[known], labels[known])
+    seen = evidence(found.probabilities[known].astype(np.float64), arctanh=True)
+    temperature = fit_temperature(seen, labels[known])
     presence = balanced_thresholds(found.probabilities, labels)
     source = sample.source
     rule = _Rule(network, presence)
     rule.set_alarms(sample.images[torch.from_numpy(known)], Prediction(*(array[known] for array in found)))
     if dataset.objects > 1:
         single = _single_objects(dataset, generator)
-        rule.set_margin(network.predict(single))
+        rule.set_alarms(single, network.predict(single), rule.error)
         source += f"; the margin on {len(single):,} images with one object each"
     kinds = unknown_images(dataset, checkpoint.recipe, generator)
+    shown = {TEST_IMAGES: (dataset.test_images[:IMAGES], Prediction(*(array[:IMAGES] for array in tested)))}
+    shown |= {kind.name: (kind.images, network.predict(kind.images)) for kind in kinds.shown}
+
+    def confidences_of(answers: Prediction) -> NDArray[np.floating]:
+        return confidences(evidence(answers.probabilities, arctanh=True), temperature, dataset.objects)
+
     calibration = Calibration(
         temperature=temperature,
+        objects=dataset.objects,
+        arctanh=True,
         presence=presence,
         margin=rule.margin,
         reconstruction_error=rule.error,
         false_alarms=FALSE_ALARMS,
         images=len(labels),
         source=source,
-        ece=_errors_of_calibration(tested.probabilities, dataset.test_labels, temperature),
-        detected=_detected(rule, dataset, tested, kinds),
+        ece=_errors_of_calibration(tested.probabilities, confidences_of(tested), dataset.test_labels),
+        detected={name: rule.findings(images, answers) for name, (images, answers) in shown.items()},
     )
-    trained = frozenset(kind.name for kind in kinds.shown if kind.trained)
-    exact = _exactly_present(tested.probabilities, dataset.test_labels, presence)
-    return Calibrated(calibration, dataset.objects, exact, trained, kinds.missing)
+    return Calibrated(
+        calibration,
+        exact=_exactly_present(tested.probabilities, dataset.test_labels, presence),
+        mean_confidences={name: float(confidences_of(answers).max(1).mean()) for name, (_, answers) in shown.items()},
+        trained=frozenset(kind.name for kind in kinds.shown if kind.trained),
+        missing=kinds.missing,
+    )
 
 
 def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torch.Generator) -> Sample:
@@ -166,6 +181,14 @@ def calibration_sample(checkpoint: Checkpoint, dataset: Dataset, generator: torc
         return Sample(images, labels.reshape(len(labels), -1), said)
     images, labels = scenes(images, labels, dataset.objects, dataset.canvas, generator)
     return Sample(images, labels.reshape(len(labels), -1), f"{said}, in new compositions")
+
+
+def fit_temperature(found: NDArray[np.floating], labels: NDArray[np.int64]) -> float:
+    """Return the temperature of ``confidences`` for which the sets of the images' labels are the most probable.
+
+    found: the evidence for the classes, (N, J). labels: (N, K), of K different classes an image.
+    """
+    return calibration.fit_temperature(found, labels, log_weight)
 
 
 def balanced_thresholds(lengths: Floats, labels: NDArray[np.int64]) -> tuple[float, ...]:
@@ -210,29 +233,27 @@ class _Rule:
         self._network, self._presence = network, np.array(presence, np.float32)
         self.margin, self.error = 0.0, 0.0
 
-    def set_alarms(self, images: Tensor, found: Prediction) -> None:
-        """Set both thresholds, each so that it calls FALSE_ALARMS of these images suspicious.
+    def set_alarms(self, images: Tensor, found: Prediction, error: float | None = None) -> None:
+        """Set both thresholds, so that FALSE_ALARMS of these images are suspicious or show no class.
 
-        Images without a present class do not count, and for the margin those with several.
+        Both then call the same share of the images suspicious that they judge. error: the threshold of the
+        reconstruction error if it is not to be set, but the margin alone.
         """
-        present, _, errors = self._measure(images, found)
-        if present.any():
-            # Rounded to the side that calls fewer images suspicious.
-            error = float(np.quantile(errors[present.any(1)], 1 - FALSE_ALARMS))
-            self.error = math.ceil(error * _ERROR_SCALE) / _ERROR_SCALE
-        self.set_margin(found)
-
-    def set_margin(self, found: Prediction) -> None:
-        """Set the margin as ``set_alarms`` does."""
-        present, margins = self._present(found)
-        one = present.sum(1) == 1
+        present, margins, errors = self._measure(images, found)
+        count = present.sum(1)
+        some, one = count > 0, count == 1
+        by_error = _levels(-errors, some) if error is None else np.where(errors > error, 0, 1)
+        level = np.minimum(_levels(margins, one), np.where(some, by_error, 0))
+        common = float(np.quantile(level, FALSE_ALARMS, method="lower"))
+        # Rounded to the side that calls fewer images suspicious.
+        if some.any() and error is None:
+            self.error = math.ceil(float(np.quantile(errors[some], 1 - common)) * _ERROR_SCALE) / _ERROR_SCALE
         if one.any():
-            margin = float(np.quantile(margins[one], FALSE_ALARMS))
-            self.margin = math.floor(margin * _MARGIN_SCALE) / _MARGIN_SCALE
+            self.margin = math.floor(float(np.quantile(margins[one], common)) * _MARGIN_SCALE) / _MARGIN_SCALE
 
-    def findings(self, images: Tensor, found: Prediction | None = None) -> dict[str, float]:
+    def findings(self, images: Tensor, found: Prediction) -> dict[str, float]:
         """Return the shares of images (N, C, H, W): no class, several, suspicious, and one without doubt."""
-        present, margins, errors = self._measure(images, found or self._network.predict(images))
+        present, margins, errors = self._measure(images, found)
         count = present.sum(1)
         strange, close = errors > self.error, margins < self.margin
         shares = {
@@ -253,6 +274,13 @@ class _Rule:
         longest = np.sort(found.probabilities, 1)
         margins = longest[:, -1] - longest[:, -2] if longest.shape[1] > 1 else longest[:, -1]
         return found.probabilities >= self._presence, margins
+
+
+def _levels(values: Floats, judged: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return, for each value (N,), the share of the judged values that are not above it; 1 for those not judged."""
+    own = np.sort(values[judged])
+    shares = np.searchsorted(own, values, "right") / max(1, len(own))
+    return np.where(judged, shares, 1.0)
 
 
 def _held_out(recipe: Mapping[str, object], dataset: Dataset) -> Tensor:
@@ -287,19 +315,25 @@ def _single_objects(dataset: Dataset, generator: torch.Generator) -> Tensor:
     return place(dataset.train_images[chosen], dataset.canvas, generator)
 
 
-def _errors_of_calibration(lengths: Floats, labels: Tensor, temperature: float) -> dict[str, float]:
+def _errors_of_calibration(lengths: Floats, found: NDArray[np.floating], labels: Tensor) -> dict[str, float]:
     """Return the expected calibration errors of the longest capsule's length and of its confidence, on test images.
 
-    With K objects an image, a right class is right as length, and for 1 / K as confidence.
+    found: the confidences, (N, J). With K objects an image, a right class is right as length, and for 1 / K as
+    confidence; the error of the K longest capsules' confidences is there too.
     """
     true = labels.reshape(len(labels), -1).numpy()
-    winner = lengths.argmax(1)
-    right = (true == winner[:, None]).any(1).astype(np.float64)
-    confidence = confidences(lengths, temperature)[np.arange(len(lengths)), winner]
-    return {
-        "length": round(expected_calibration_error(np.clip(lengths.max(1), 0, 1).astype(np.float64), right), 6),
-        "confidence": round(expected_calibration_error(confidence, right / true.shape[1]), 6),
+    objects = true.shape[1]
+    longest = np.argsort(-lengths, 1, kind="stable")[:, :objects]
+    right = (true[:, None, :] == longest[:, :, None]).any(2).astype(np.float64)
+    chosen = np.take_along_axis(found, longest, 1)
+    winners = np.clip(lengths.max(1), 0, 1).astype(np.float64)
+    errors = {
+        "length": expected_calibration_error(winners, right[:, 0]),
+        "confidence": expected_calibration_error(chosen[:, 0], right[:, 0] / objects),
     }
+    if objects > 1:
+        errors["confidences"] = expected_calibration_error(chosen.ravel(), right.ravel() / objects)
+    return {name: round(error, 6) for name, error in errors.items()}
 
 
 def _exactly_present(lengths: Floats, labels: Tensor, presence: tuple[float, ...]) -> float:
@@ -307,10 +341,3 @@ def _exactly_present(lengths: Floats, labels: Tensor, presence: tuple[float, ...
     true = np.zeros(lengths.shape, bool)
     np.put_along_axis(true, labels.reshape(len(labels), -1).numpy(), True, 1)
     return float(((lengths >= np.array(presence, np.float32)) == true).all(1).mean())
-
-
-def _detected(rule: _Rule, dataset: Dataset, tested: Prediction, kinds: UnknownImages) -> dict[str, dict[str, float]]:
-    """Return the findings on the test images, and on each kind of unknown images."""
-    count = min(IMAGES, len(dataset.test_images))
-    result = {TEST_IMAGES: rule.findings(dataset.test_images[:count], Prediction(*(part[:count] for part in tested)))}
-    return result | {kind.name: rule.findings(kind.images) for kind in kinds.shown}

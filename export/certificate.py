@@ -25,20 +25,37 @@ _CALIBRATION = (
     "**Calibration:** a capsule's length is no probability. These figures say what the lengths mean. They were "
     "measured with `model.onnx` on {images:,} images: {source}."
 )
-_PAIRS = (
-    "An image shows {objects} objects: the confidence of a class is the probability that one of them, chosen at "
-    "random, is of this class. Two equally certain classes have 0.5 each, and the longer capsule always has more."
+_ONE = "the confidences of an image are softmax(arctanh(lengths) / temperature)"
+_SEVERAL = (
+    "the weight of a set of {objects} classes is exp(sum of their arctanh(length) / temperature); the confidence of a "
+    "class is the weight of the sets that it is in, divided by {objects} times the weight of all sets"
+)
+_OBJECTS = (
+    "An image is taken to show {objects} objects of different classes: the confidence of a class is the probability "
+    "that one of them, chosen at random, is of this class. So it is at most 1 / {objects}, which each class has that "
+    "is surely shown, and {objects} times the confidence is the probability that the class is shown."
 )
 _ECE = (
     "On the test images, to which no figure was fitted, the length of the longest capsule differs from the share of "
     "right answers by {length:.2f} points on average, and its confidence by {confidence:.2f} points (expected "
-    "calibration error in 15 bins of equal width). In {exact:.2f} % of them the present classes are exactly those that "
-    "the image shows."
+    "calibration error in 15 bins of equal width). {right}In {exact:.2f} % of them the present classes are exactly "
+    "those that the image shows."
 )
+_RIGHT_OF_SEVERAL = (
+    "An answer is right if the image shows its class. A right answer counts as 1 against the length, and as "
+    "1 / {objects} against the confidence. The confidences of the {objects} longest capsules of each image, taken "
+    "together, differ by {confidences:.2f} points. "
+)
+_ALARMS = (
+    "**False alarms:** with the margin and the reconstruction error together, {share:.0%} of the measured images are "
+    "suspicious or have no present class{several}."
+)
+_ALARMS_OF_SEVERAL = ", and as many of the images with one object, on which the margin was measured"
 _DETECTION = (
     "**Detection:** the share of the images with no present class, with several, and with one. An image with one or "
     "several is suspicious if its reconstruction error is larger than the threshold, and an image with one also if its "
-    "margin is less; else the answer for one class is confident. {wanted} Only the kinds with "
+    "margin is less; else the answer for one class is confident. The mean confidence is that of the longest capsules. "
+    "{wanted} Only the kinds with "
     '"yes" were shown to the network in its training, as none of the classes. '
     "The server calls an image of one grey level blank, whatever its capsules say."
 )
@@ -122,32 +139,35 @@ def _calibration(calibrated: Calibrated) -> list[str]:
     presence = f"{min(found.presence):g} to {max(found.presence):g}"
     if len(found.presence) <= _MAX_SHOWN_CLASSES:
         presence = f"{presence} (by class: {shown})"
-    alarms = f"{found.false_alarms:.0%} of the measured images are beyond it"
+    objects = found.objects
     rows = [
-        ("temperature", f"{found.temperature:g}", "the confidences of an image are softmax(lengths / temperature)"),
+        ("temperature", f"{found.temperature:g}", _ONE if objects == 1 else _SEVERAL.format(objects=objects)),
         ("presence", presence, "the least length of a present class; as many images miss a class as have it falsely"),
-        (
-            "margin",
-            f"{found.margin:g}",
-            f"the longest capsule less the second longest, where one class is present; {alarms}",
-        ),
+        ("margin", f"{found.margin:g}", "the longest capsule less the second longest, where one class is present"),
     ]
     if found.reconstruction_error:
         meaning = "mean squared difference of the image from the reconstruction of its present classes, pixels 0 to 1"
-        rows.append(("reconstruction error", f"{found.reconstruction_error:g}", f"{meaning}; {alarms}"))
+        rows.append(("reconstruction error", f"{found.reconstruction_error:g}", meaning))
     points = {name: 100 * value for name, value in found.ece.items()}
+    right = _RIGHT_OF_SEVERAL.format(**points, objects=objects) if objects > 1 else ""
     kinds = [
-        (kind, "yes" if kind in calibrated.trained else "", *(f"{100 * share:.1f} %" for share in findings.values()))
+        (
+            kind,
+            "yes" if kind in calibrated.trained else "",
+            *(f"{100 * share:.1f} %" for share in findings.values()),
+            f"{calibrated.mean_confidences[kind]:.3f}",
+        )
         for kind, findings in found.detected.items()
     ]
-    findings = list(next(iter(found.detected.values())))
+    findings = [*next(iter(found.detected.values())), "mean confidence"]
     kinds += [(kind, "", "not run", *[""] * (len(findings) - 1)) for kind in calibrated.missing]
     return [
         _CALIBRATION.format(images=found.images, source=found.source),
         _table(("figure", "value", "meaning"), rows),
-        *([_PAIRS.format(objects=calibrated.objects)] if calibrated.objects > 1 else []),
-        _ECE.format(**points, exact=100 * calibrated.exact),
-        _DETECTION.format(wanted=_WANTED_OF_ONE if calibrated.objects == 1 else _WANTED_OF_SEVERAL),
+        _ALARMS.format(share=found.false_alarms, several=_ALARMS_OF_SEVERAL if objects > 1 else ""),
+        *([_OBJECTS.format(objects=objects)] if objects > 1 else []),
+        _ECE.format(**points, right=right, exact=100 * calibrated.exact),
+        _DETECTION.format(wanted=_WANTED_OF_ONE if objects == 1 else _WANTED_OF_SEVERAL),
         _table(("images", "in training", *findings), kinds),
         *(f"**{kind}: not run.** {reason}." for kind, reason in calibrated.missing.items()),
     ]

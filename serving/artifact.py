@@ -155,15 +155,19 @@ class Preparation:
 class Calibration:
     """The figures that say what the lengths of an image's capsules mean, measured at export.
 
-    temperature: confidences are ``softmax(lengths / temperature)``.
+    temperature, objects, arctanh: confidences are ``serving.confidence.confidences`` of ``evidence(lengths, arctanh)``.
+        Older artifacts have no ``objects`` and no ``arctanh``: theirs are ``softmax(lengths / temperature)``.
+    objects: the number of objects that an image is taken to show, as the training images do.
+    arctanh: True if the evidence for a class is the arctanh of its length; False if it is the length.
     presence: by class, the least length of a present class.
     margin: the least difference between the longest and the second longest capsule of an image that is not suspicious.
     reconstruction_error: the largest mean squared error of an image that is not suspicious, with pixels from 0 to 1;
         0 without a decoder.
-    false_alarms: the share of the images that margin, and reconstruction_error, each call suspicious.
+    false_alarms: the share of the images of known classes that get the verdict SUSPICIOUS or NONE_OF_THESE; in older
+        artifacts, the share that margin, and reconstruction_error, each call suspicious.
     images, source: the number and the kind of the images that it was measured on.
     ece: the expected calibration errors on the test images, from 0 to 1: ``length`` of the winner's length,
-        ``confidence`` of its confidence.
+        ``confidence`` of its confidence, and with several objects ``confidences`` of those of as many longest capsules.
     detected: by kind of images, such as the test images and kinds that show none of the classes, and by finding, the
         share of the images: ``none`` of the classes is present, ``several`` are, one is and the answer is
         ``confident``, or the image is ``suspicious``.
@@ -176,6 +180,8 @@ class Calibration:
     false_alarms: float = 0.05
     images: int = 0
     source: str = ""
+    objects: int = 1
+    arctanh: bool = False
     ece: Mapping[str, float] = field(default_factory=dict)
     detected: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -449,6 +455,11 @@ class _Section:
             raise self.error(field, value, "a number from 0 to 1")
         return value
 
+    def truth(self, field: str, default: bool) -> bool:
+        if not isinstance(value := self.content.get(field, default), bool):
+            raise self.error(field, value, "true or false")
+        return value
+
     def shape(self, field: str, axes: int) -> list[object]:
         """Return the unchecked sizes after the batch axis of a tensor with this number of axes."""
         value = self.section(field).content.get("shape")
@@ -591,9 +602,7 @@ def _preparation(section: _Section) -> Preparation:
     polarity = section.text("polarity", "")
     if polarity not in POLARITIES:
         raise section.error("polarity", polarity, " or ".join(map(repr, POLARITIES)))
-    by_mass = section.content.get("centred_by_mass", False)
-    if not isinstance(by_mass, bool):
-        raise section.error("centred_by_mass", by_mass, "true or false")
+    by_mass = section.truth("centred_by_mass", False)
     return Preparation(polarity, section.count_or_zero("object_size", 0), by_mass)
 
 
@@ -605,6 +614,9 @@ def _calibration(content: _Section) -> Calibration:
     low, high = _TEMPERATURES
     if not low <= (temperature := section.number("temperature")) <= high:
         raise section.error("temperature", temperature, f"a number from {low:g} to {high:g}")
+    objects = section.count("objects", 1)
+    if objects > classes:
+        raise section.error("objects", objects, f"a whole number up to the number of classes, {classes}")
     detected = section.section("detected", {})
     ece = section.section("ece", {})
     return Calibration(
@@ -615,6 +627,8 @@ def _calibration(content: _Section) -> Calibration:
         false_alarms=section.share("false_alarms"),
         images=section.count_or_zero("images", 0),
         source=section.text("source", ""),
+        objects=objects,
+        arctanh=section.truth("arctanh", False),
         ece={name: ece.share(name) for name in ece.content},
         detected={
             name: {finding: kind.share(finding) for finding in kind.content}

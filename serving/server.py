@@ -35,12 +35,12 @@ from serving.transport.grpcio_server import GrpcioServer
 from serving.transport.methods import Method, TransportLimits, TransportServer
 from serving.transport.server import GrpcServer
 from serving.web.documents import documents
-from serving.web.server import WebServer, web_server
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from serving.rpc.tracing import Tracing
+    from serving.web.server import WebServer
 
 # The transport refuses messages above this multiple of max_request_bytes. A service refuses smaller ones, so that the
 # error keeps its place in a stream.
@@ -170,6 +170,9 @@ class Server:
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
         self._web: WebServer | None = None
         if settings.http_port >= 0:
+            # Imported only now, since a server of gRPC alone does without Uvicorn.
+            from serving.web.server import web_server
+
             access = self._access
             self._web = web_server(
                 settings, self.metrics, self._methods, self._limits(), self._unready, access.http_context, access.admit
@@ -290,7 +293,7 @@ class Server:
         self.metrics.show_transport(server.figures, port)
         return server
 
-    async def _listen(self, server: TransportServer | WebServer, port: int, purpose: str, flag: str) -> int:
+    async def _listen(self, server: "TransportServer | WebServer", port: int, purpose: str, flag: str) -> int:
         try:
             return await server.listen(self._host, port)
         except OSError as error:

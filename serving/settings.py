@@ -1,8 +1,9 @@
-"""The server's settings: each is one field, set by flag, environment variable or default."""
+"""The server's settings: each is one field, set by flag, environment variable, file or default."""
 
 import argparse
 import os
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ ENVIRONMENT_PREFIX = "CAPSNET_"
 # Variables of docker-compose.yml. They may also be set for a server that starts without it.
 _OTHER_VARIABLES = ("CAPSNET_CPUS", "CAPSNET_TRAINING_")
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT|PORT_\w+)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
+_TOML_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _HOST = re.compile(r"[\w.-]+|[0-9a-f:.]+(%\w+)?")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
@@ -191,6 +193,10 @@ class Settings:
         30.0, "most seconds that requests under way get to finish at a stop", minimum=0, metavar="SECONDS"
     )
 
+    settings_file: str = option(
+        "", "TOML file of settings by their names, such as max_batch = 16; flags and variables win", metavar="FILE"
+    )
+
     def __post_init__(self) -> None:
         check(self)
         if self.metrics_port == self.port > 0:
@@ -242,7 +248,7 @@ class Settings:
 
 
 def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> Settings:
-    """Return the settings from command line and environment. A flag overrides its variable.
+    """Return the settings from command line, environment and file. A flag overrides its variable, and that the file.
 
     A wrong or unknown setting ends the process with a message, as in argparse.
     """
@@ -262,10 +268,36 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
                 values[names[variable].name] = _value(parser, names[variable], variable, text)
         elif not variable.startswith(_OTHER_VARIABLES):
             parser.error(f"environment variable {variable} is no setting{_suggestion(variable, _variable)}")
+    given = values | vars(flags)
     try:
-        return Settings(**values | vars(flags))
+        return Settings(**_from_file(str(given.get("settings_file", ""))) | given)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    """Return the settings of a TOML file, none without one.
+
+    Raises ValueError for a file that is not TOML, and for an unknown name or a value of another type in it.
+    """
+    if not path:
+        return {}
+    try:
+        content = tomllib.loads(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise ValueError(f"settings_file: {path!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of TOML or of UTF-8
+        raise ValueError(f"settings_file: {path!r} is not TOML: {error}") from error
+    known = {setting.name: setting for setting in fields(Settings) if setting.name != "settings_file"}
+    for name, value in content.items():
+        if name not in known:
+            raise ValueError(f"settings_file: {name} is no setting{_suggestion(name, lambda setting: setting.name)}")
+        expected = type(known[name].default)
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            raise ValueError(f"settings_file: {name}: {value!r}; expected {_TOML_TYPES[expected]}")
+        if parse := option_of(known[name]).parse:
+            content[name] = parse(str(value))
+    return content
 
 
 def service_links(environment: Mapping[str, str]) -> list[str]:
@@ -302,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Serve a capsule network over gRPC and HTTP, with Prometheus metrics.",
         epilog=f"Every setting is also an environment variable: --max-batch is {ENVIRONMENT_PREFIX}MAX_BATCH. "
-        "A flag wins over its variable.",
+        "A flag wins over its variable, and a variable over the settings file.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
     add_flags(parser, Settings)

@@ -42,18 +42,24 @@ EXPORTING = {
     "test_export": "exporter",
     "test_to_fp16": "exporter",
     "test_to_int8": "exporter",
+    "test_folding": "exporter",
     "test_triton": "exporter",
     "test_benchmarks_serving": "exporting benchmarks",
     "test_benchmarks_gpu": "exporting benchmarks",
     "test_benchmarks": "exporting benchmarks",
-    "test_folding": "exporting benchmarks",
     "test_folder": "exporting benchmarks",
     "test_conversions": "exporting benchmarks",
     "test_tensorrt": "exporting benchmarks",
 }
 # The markers of tests that run a package as a process, and of tests that run it in their own process.
 PROCESSES = {"serving": "server", "training": "training"}
-IN_PROCESS = {("serving.server", "Server"): "server", ("training.train", "run"): "training"}
+IN_PROCESS = {
+    ("serving.server", "Server"): "server",
+    ("training.train", "run"): "training",
+    ("export.build", "export_checkpoint"): "exporter",
+    ("export.to_onnx", "explanation_to_onnx"): "exporter",
+    ("export.to_onnx", "to_onnx"): "exporter",
+}
 # These files run first, so that no process still runs one of them when the others are done. Those that mostly wait for
 # a clock come early, while other processes have the most work: mypy, and the exporter.
 LONGEST = (
@@ -339,11 +345,13 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest tests first, and mark the tests that ``make check`` leaves out: servers and trainings."""
+    """Run the longest tests first, and mark those that ``make check`` leaves out: servers, trainings, exports."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if isinstance(item, pytest.Function):
-            for marker in _whole_parts(item):
+            fixtures = item._fixtureinfo.name2fixturedefs.values()
+            functions = (item.function, *(one.func for definitions in fixtures for one in definitions))
+            for marker in _whole_parts(functions):
                 item.add_marker(marker)
 
 
@@ -362,13 +370,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def _whole_parts(item: pytest.Function) -> set[str]:
-    """Return "server" if a test, or a fixture of it, starts a server, and "training" if one trains a network.
+@cache
+def _whole_parts(functions: tuple[object, ...]) -> set[str]:
+    """Return the markers of a test: "server" if it starts one, "training" if it trains, "exporter" if it exports.
 
-    A test also counts if it does so through other functions and classes of the tests, in this process or another.
+    functions: the test's own function, and those of its fixtures. A test also counts if it does so through other
+    functions and classes of the tests, in this process or another.
     """
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    pending: list[object] = [item.function, *(one.func for definitions in fixtures for one in definitions)]
+    pending = list(functions)
     seen: set[int] = set()
     parts = set[str]()
     while pending:

@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
 from export.options import OPSET
-from export.to_onnx import to_onnx
+from export.to_onnx import explanation_to_onnx, to_onnx
 from serving.runtime import onnxruntime, saturates
 from training.model import CapsNet, CapsNetConfig
 
@@ -56,6 +56,24 @@ def exported(config: CapsNetConfig, opset: int = OPSET) -> ModelProto:
 @cache
 def _exported(config: CapsNetConfig, opset: int) -> ModelProto:
     return to_onnx(random_network(config), opset)
+
+
+@cache
+def explained(config: CapsNetConfig) -> ModelProto:
+    """Return the graph that also shows the routing of a random network, made once. A test must not change it."""
+    return explanation_to_onnx(random_network(config))
+
+
+def with_weights(model: ModelProto, network: CapsNet) -> ModelProto:
+    """Return a graph with a network's weights in place of its own, since the exporter takes seconds."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    weights = {f"network.{name}": value for name, value in network.state_dict().items() if "decoder." not in name}
+    stored = [tensor for tensor in result.graph.initializer if tensor.name in weights]
+    assert {tensor.name for tensor in stored} == weights.keys()
+    for tensor in stored:
+        tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name].numpy(), tensor.name))
+    return result
 
 
 def by_hand() -> ModelProto:

@@ -111,6 +111,11 @@ def test_the_embedded_model_is_sound(copy: Path) -> None:
         (["calibration", "margin"], float("nan"), "calibration.margin is nan; expected a number from 0 to 1"),
         (["calibration", "presence"], [0.5] * 9, "expected 10 numbers from 0 to 1"),
         (["calibration", "presence"], [float("nan")] * 10, "expected 10 numbers from 0 to 1"),
+        (["calibration", "objects"], 0, "calibration.objects is 0; expected a whole number above 0"),
+        (["calibration", "objects"], 11, "calibration.objects is 11; expected a whole number up to the number of clas"),
+        (["calibration", "objects"], 1.5, "calibration.objects is 1.5; expected a whole number above 0"),
+        (["calibration", "arctanh"], 1, "calibration.arctanh is 1; expected true or false"),
+        (["preparation", "centred_by_mass"], 1, "preparation.centred_by_mass is 1; expected true or false"),
         (["preparation", "polarity"], "bright", "preparation.polarity is 'bright'"),
         (["preparation", "object_size"], 2**40, "preparation.object_size is 1099511627776"),
         (["training", "figures"], [], "training.figures is []; expected an object"),
@@ -152,11 +157,15 @@ def test_an_older_manifest_and_one_with_fields_that_are_not_known_are_read(copy:
     }
     content["graphs"] = {"explain": {"file": "explain.onnx", "colour": "red"}}
     content["training"] = {"dataset": "mnist", "teacher": {"name": "x"}}
+    content["calibration"] = {
+        name: content["calibration"][name] for name in ("temperature", "presence", "margin", "false_alarms")
+    }
     content["more"] = [1]
     write(copy, json.dumps(content))
     artifact = load(copy)
-    assert artifact.test_error("int8") == "0.27 % (27 of 10000)"
+    assert artifact.test_error("int8") == "0.26 % (26 of 10000)"
     assert artifact.graphs == {"explain": Graph("explain.onnx")}
+    assert artifact.calibration and (artifact.calibration.objects, artifact.calibration.arctanh) == (1, False)
     assert artifact.training == Training("mnist")
 
 

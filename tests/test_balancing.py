@@ -29,10 +29,12 @@ REQUEST = pb.ClassifyRequest(images=[pb.Image(encoded=(DATA / "seven.png").read_
 SERVICE_CONFIG = json.loads((ROOT / "deploy" / "kubernetes" / "client-service-config.json").read_text())
 HAPROXY = shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin")
 CALLERS = 12
+PAUSE_SECONDS = 0.02  # of a caller between two calls: so many calls a second that some are in flight at any moment
 FLAGS = [
     "--port=0",
     "--metrics-port=0",
     "--http-port=-1",
+    "--model=capsnet-mnist-fast",
     "--threads=1",
     "--runtimes=1",
     "--max-batch=32",
@@ -132,6 +134,7 @@ async def _call(target: str, options: list[tuple[str, Any]], disturb: Callable[[
             else:
                 assert response.results[0].label == "7"
                 outcome.answered += 1
+                await asyncio.sleep(PAUSE_SECONDS)
 
     async with grpc.aio.insecure_channel(
         target, options=[("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1), *options]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -289,8 +290,16 @@ def test_a_scrape_that_fails_ends_the_measurement(running: Running) -> None:
 @pytest.mark.server
 @needs_h2load
 def test_scraping_is_measured_beside_nobody_scraping(
-    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    measured: list[scrape.Collected] = []
+    honest = scrape.measure
+
+    def measure_once(*given: Any) -> scrape.Collected:
+        measured[:] = measured or [honest(*given)]
+        return measured[0]
+
+    monkeypatch.setattr(scrape, "measure", measure_once)
     out = tmp_path / "scrape.csv"
     arguments = ["--configs=tiny", "--rounds=1", "--seconds=0.2", "--intervals", "0.1", SETTINGS, f"--out={out}"]
     assert scrape.main([*arguments, "--most=100"]) == 0

@@ -1,5 +1,6 @@
 """Tests of the calibration: its figures, the images that it is measured on, and what it says of unknown images."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,14 +18,16 @@ from export.calibrate import (
     balanced_thresholds,
     calibrate,
     calibration_sample,
+    fit_temperature,
 )
 from export.certificate import certificate
 from export.unknown_images import OTHERS, unknown_images
 from export.verify import Prediction
 from serving.artifact import Training, Variant, load
+from serving.confidence import confidences, evidence
 from serving.runtime import Arrays, Runtime
 from tests.conftest import ROOT
-from training.calibration import MIN_TEMPERATURE, confidences, expected_calibration_error, fit_temperature
+from training.calibration import MIN_TEMPERATURE, expected_calibration_error
 from training.checkpoint import Checkpoint
 from training.data import datasets
 from training.data.datasets import Dataset, split
@@ -88,16 +91,27 @@ def seeing(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
 def test_the_temperature_is_the_one_that_the_answers_were_drawn_with() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.random((20_000, 10), np.float32)
-    drawn = np.array([generator.choice(10, p=row / row.sum()) for row in confidences(lengths, 0.2)])
-    assert fit_temperature(lengths, drawn[:, None]) == pytest.approx(0.2, rel=0.03)
+    found = evidence(lengths, arctanh=True)
+    drawn = np.array([generator.choice(10, p=row / row.sum()) for row in confidences(found, 0.2)])
+    assert fit_temperature(found, drawn[:, None]) == pytest.approx(0.2, rel=0.03)
+
+
+def test_the_temperature_of_pairs_is_the_one_that_they_were_drawn_with() -> None:
+    generator = np.random.default_rng(0)
+    found = generator.random((4_000, 5))
+    pairs = np.array([(first, second) for second in range(5) for first in range(second)])
+    weights = np.exp(found[:, pairs].sum(2) / 0.2)
+    drawn = [generator.choice(len(pairs), p=row / row.sum()) for row in weights]
+    assert fit_temperature(found, pairs[drawn]) == pytest.approx(0.2, rel=0.03)
 
 
 def test_a_network_without_mistakes_has_a_temperature_and_finite_confidences() -> None:
     classes = list(range(10)) * 10
     lengths = lengths_of(classes)
-    temperature = fit_temperature(lengths, labels_of(*classes))
+    seen = evidence(lengths.astype(np.float64), arctanh=True)
+    temperature = fit_temperature(seen, labels_of(*classes))
     assert MIN_TEMPERATURE < temperature < 1
-    found = confidences(lengths, temperature)
+    found = confidences(seen, temperature)
     np.testing.assert_allclose(found.sum(1), 1)
     assert found.max() == pytest.approx(1 - 1 / 102, rel=0.01), "one mistake more than it has made"
 
@@ -106,12 +120,24 @@ def test_both_objects_of_an_image_share_its_confidence() -> None:
     labels = [(first, (first + 1) % 10) for first in range(10)]
     lengths = np.full((10, 10), 0.1, np.float32)
     np.put_along_axis(lengths, labels_of(*labels), 0.9, 1)
-    found = confidences(lengths, fit_temperature(lengths, labels_of(*labels)))
+    seen = evidence(lengths, arctanh=True)
+    found = confidences(seen, fit_temperature(seen, labels_of(*labels)), objects=2)
     np.testing.assert_allclose(np.take_along_axis(found, labels_of(*labels), 1), 0.5, atol=0.06)
 
 
+def test_the_calibration_error_of_pairs_counts_a_shown_class_as_a_half() -> None:
+    lengths = lengths_of([0] * 4)
+    lengths[:, 1] = 0.8
+    found = np.zeros((4, 10))
+    found[:, 0], found[:, 1] = 0.5, 0.45
+    labels = torch.tensor([[0, 1], [1, 0], [0, 2], [3, 0]])
+    errors = calibration._errors_of_calibration(lengths, found, labels)
+    # The longest capsule is always right, the second one in two of four. The eight confidences fall into two bins.
+    assert errors == {"length": pytest.approx(0.1), "confidence": 0, "confidences": pytest.approx(0.1)}
+
+
 def test_a_network_of_one_class_needs_no_temperature() -> None:
-    assert fit_temperature(np.ones((5, 1), np.float32), np.zeros((5, 1), np.int64)) == 1
+    assert fit_temperature(np.ones((5, 1)), np.zeros((5, 1), np.int64)) == 1
 
 
 def test_the_calibration_error_is_the_mean_gap_of_its_bins() -> None:
@@ -245,6 +271,43 @@ def test_a_small_margin_or_a_large_error_is_suspicious(monkeypatch: pytest.Monke
     assert found.detected["test images"] == {"none": 0, "several": 0, "suspicious": 0.75, "confident": 0.25}
 
 
+def rule_on(lengths: NDArray[np.float32], errors: NDArray[np.float32]) -> tuple[calibration._Rule, Tensor, Prediction]:
+    """Return a rule, and images with these lengths and reconstruction errors."""
+    seen = network(seeing, lambda arrays: {})
+    seen.reconstruction_errors = lambda images, found, present: errors  # type: ignore[method-assign]
+    return calibration._Rule(seen, (0.5,) * 10), torch.zeros(len(lengths), 1), Prediction(lengths, lengths[:, :, None])
+
+
+@pytest.mark.parametrize("missing", [0, 300])
+def test_margin_and_error_together_make_the_false_alarms(missing: int) -> None:
+    generator = np.random.default_rng(0)
+    lengths = lengths_of([0] * 10_000)
+    lengths[:, 1] = generator.uniform(0.1, 0.45, 10_000)
+    lengths[:missing, 0] = 0.48
+    rule, images, found = rule_on(lengths, generator.random(10_000, np.float32))
+    rule.set_alarms(images, found)
+    shares = rule.findings(images, found)
+    assert shares["none"] == missing / 10_000
+    assert shares["none"] + shares["suspicious"] == pytest.approx(0.05, abs=0.001)
+    close, strange = float(np.mean(0.9 - lengths[missing:, 1] < rule.margin)), 1 - rule.error
+    assert close == pytest.approx(strange, abs=0.005), "each alone calls the same share suspicious"
+    assert close == pytest.approx(0.0253 if not missing else 0.0104, abs=0.002)
+
+
+def test_the_margin_leaves_the_alarms_of_the_error_their_part() -> None:
+    generator = np.random.default_rng(0)
+    lengths = lengths_of([0] * 10_000)
+    lengths[:, 1] = generator.uniform(0.1, 0.45, 10_000)
+    errors = generator.random(10_000).astype(np.float32)
+    rule, images, found = rule_on(lengths, errors)
+    rule.error = 0.97
+    rule.set_alarms(images, found, rule.error)
+    assert rule.error == 0.97
+    assert rule.findings(images, found)["suspicious"] == pytest.approx(0.05, abs=0.001)
+    rule.set_alarms(images, found, 0.5)
+    assert np.all(0.9 - lengths[:, 1] >= rule.margin), "the error alone calls more suspicious than that"
+
+
 @pytest.mark.parametrize(
     ("recipe", "objects", "trained"),
     [({"none": 0.125}, 1, True), ({"none": 0.125}, 2, True), ({"none": True}, 1, True), ({"none": True}, 2, False),
@@ -275,8 +338,26 @@ def test_a_data_set_that_is_not_here_is_said_to_be_not_run(monkeypatch: pytest.M
     page = certificate("a", "1", Training("mnist"), {"fp32": variant}, {}, {}, {}, result)
     assert "| Fashion-MNIST, shoes |  | not run |" in page
     assert "**Fashion-MNIST, shoes: not run.** the data set fashion-mnist is not on this machine." in page
-    assert f"| temperature | {result.calibration.temperature:g} |" in page
+    assert (
+        f"| temperature | {result.calibration.temperature:g} | the confidences of an image are softmax(arctanh(" in page
+    )
+    assert "together, 5% of the measured images are suspicious or have no present class." in page
     assert "training images, since none were held out" in page
+    assert re.search(r"^\| test images \|  \| .* \| 100.0 % \| 0.9\d\d \|$", page, re.MULTILINE), "the mean confidence"
+
+
+def test_a_certificate_says_what_is_right_of_several_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.unknown_images.OTHERS", {})
+    tested = Prediction(lengths_of([*range(10)] * 2), np.ones((20, 10, 16), np.float32))
+    result = calibrate(a_checkpoint(), a_dataset(objects=2, canvas=36), network(seeing), tested)
+    assert (result.calibration.objects, result.calibration.arctanh) == (2, True)
+    assert result.calibration.ece.keys() == {"length", "confidence", "confidences"}
+    tolerance = {"difference": None, "mean_difference": None, "labels_changed": None, "more_errors": None}
+    variant = Variant("model.onnx", test_images=1, images_per_second={"1": 1.0}, tolerance=tolerance)
+    page = certificate("a", "1", Training("multimnist"), {"fp32": variant}, {}, {}, {}, result)
+    assert "expected calibration error in 15 bins of equal width). An answer is right if the image shows its" in page
+    assert "A right answer counts as 1 against the length, and as 1 / 2 against the confidence." in page
+    assert "2 times the confidence is the probability that the class is shown" in page
 
 
 def test_nothing_is_downloaded_for_the_data_of_other_objects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -286,7 +367,7 @@ def test_nothing_is_downloaded_for_the_data_of_other_objects(monkeypatch: pytest
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["capsnet-mnist", "capsnet-mnist-fast", "capsnet-multimnist"])
+@pytest.mark.parametrize("name", ["capsnet-mnist", "capsnet-mnist-accurate", "capsnet-multimnist"])
 def test_the_networks_in_the_repository_are_calibrated(name: str) -> None:
     artifact = load(ROOT / "models" / name / "1")
     found = artifact.calibration
@@ -295,11 +376,13 @@ def test_the_networks_in_the_repository_are_calibrated(name: str) -> None:
     assert found.images == 10_000 and "none were held out" in found.source
     assert found.detected["one grey level"]["confident"] < 0.05
     shoes = found.detected["Fashion-MNIST, shoes"]
+    assert found.arctanh and found.ece["confidence"] < 0.005 < found.ece["length"]
     if name == "capsnet-multimnist":
+        assert found.objects == 2 and found.ece["confidences"] < 0.005
         assert found.detected["test images"]["several"] > 0.94  # and 5 % false alarms
         return
-    assert found.ece["confidence"] < 0.005 < 0.05 < found.ece["length"]
-    assert found.detected["test images"]["confident"] > 0.85
+    assert found.objects == 1 and found.ece["length"] > 0.05
+    assert found.detected["test images"]["confident"] > 0.93  # and 5 % false alarms
     assert shoes["confident"] < 0.01
     for kind in ("uniform noise", "black and white noise", "test images, inverted"):
         assert found.detected[kind]["none"] > 0.99

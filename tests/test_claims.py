@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from tests.trainings import process_state
 from training.claims.bench import Bench
 from training.claims.evidence import Comparison, Evidence, Interval, Verdict, bootstrap, judge
@@ -18,7 +19,7 @@ from training.claims.images import Images, Labelled, load_images
 from training.claims.jobs import BACKGROUND, DIGITS, ONE_CLASS, PAIRS, PLACED, SCALES, SHAPES, Job
 from training.claims.learn import Workshop, train
 from training.claims.nets import KINDS, SIZES, NetSpec, build, parameters
-from training.claims.report import COMPARISONS_FILE, HTML_FILE, MARKDOWN_FILE, write_report
+from training.claims.report import COMPARISONS_FILE, HTML_FILE, MARKDOWN_FILE, OUTCOMES, write_report
 from training.claims.results import Result, read_result, write_result
 from training.claims.rows import rows
 from training.claims.run import Settings, jobs_of
@@ -31,6 +32,7 @@ from training.data.specs import NONE
 
 __all__ = ["process_state"]
 
+DOCS = ROOT / "docs" / "claims"
 SCORED_ROWS = (1, 4, 5, 6, 10, 14, 15, 16)  # measured from stored answers, and not from weights
 TINY = replace(
     SCALES["quick"],
@@ -348,6 +350,37 @@ def test_the_report_says_which_rows_were_not_run_and_asks_for_nothing_from_outsi
     with (tmp_path / "report" / COMPARISONS_FILE).open() as file:
         lines = list(csv.DictReader(file))
     assert [line["verdict"] for line in lines] == ["CONFIRMED"] * 2
+
+
+def committed_verdicts() -> dict[int, str]:
+    """Return the verdicts of the report in docs/claims, by row."""
+    with (DOCS / COMPARISONS_FILE).open() as file:
+        return {int(line["row"]): line["verdict"] for line in csv.DictReader(file) if line["verdict"]}
+
+
+@pytest.mark.parametrize("number", [row.claim.number for row in rows()])
+def test_the_verdicts_of_the_report_in_the_documentation_follow_from_its_outcomes(number: int) -> None:
+    [claim] = [row.claim for row in rows() if row.claim.number == number]
+    with np.load(DOCS / OUTCOMES / f"{number:02}.npz") as stored:
+        a, b = stored["a"], stored["b"]
+    verdict = judge(bootstrap(Comparison("", "", "", a, b), 100), claim.enough)
+    assert verdict.value == committed_verdicts()[number]
+    if verdict is not Verdict.NOT_CONFIRMED:
+        assert judge(bootstrap(Comparison("", "", "", b, a), 100), claim.enough) is Verdict.NOT_CONFIRMED
+
+
+def test_the_readme_says_of_each_claim_what_the_report_says() -> None:
+    line = re.compile(r"^\| \[(\d+)\]\(docs/claims/README\.md#row-(\d+)\) \| .* \| ([A-Z ]+) \|$", re.MULTILINE)
+    found = line.findall((ROOT / "README.md").read_text())
+    assert {int(number): verdict for number, _, verdict in found} == committed_verdicts()
+    assert all(number == anchor for number, anchor, _ in found)
+
+
+def test_every_link_to_a_row_of_the_report_leads_to_one() -> None:
+    anchors = set(re.findall(r'<a id="(row-\d+)"></a>', (DOCS / MARKDOWN_FILE).read_text()))
+    assert len(anchors) == len(rows())
+    for name in ("README.md", "docs/operations.md", "training/README.md", "models/README.md", "benchmarks/README.md"):
+        assert set(re.findall(r"claims/README\.md#([\w-]+)", (ROOT / name).read_text())) <= anchors, name
 
 
 def test_every_claim_has_its_words_and_a_number_of_its_own() -> None:

@@ -128,6 +128,7 @@ def test_the_model_tells_calibration_preparation_and_places(running: Running, as
     model = ask(running.address, "get_model", settings=_of(MNIST))
     assert model.calibration.presence == (0.5,) * 10
     assert model.calibration.temperature == pytest.approx(0.1)
+    assert (model.calibration.objects, model.calibration.arctanh) == (1, False)
     assert model.preparation.polarity == "bright-on-dark"
     assert model.primary_capsules.shape == (4, model.primary_capsules.rows, model.primary_capsules.columns)
     assert model.reconstructs

@@ -111,6 +111,7 @@ def test_get_model_tells_calibration_preparation_and_primary_capsules(running: R
     assert list(model.calibration.presence) == [0.5] * 10
     numbers = model.calibration.temperature, model.calibration.margin, model.calibration.reconstruction_error
     np.testing.assert_allclose(numbers, (0.1, 0.1, 0.06), rtol=1e-6)
+    assert (model.calibration.objects, model.calibration.arctanh) == (1, False)
     assert model.HasField("preparation") and model.reconstructs
     field = artifact.graphs["explain"].receptive_field
     assert field and model.primary_capsules == pb.PrimaryCapsules(

@@ -36,7 +36,7 @@ from export.graph import (
 )
 from export.options import Choices
 from export.to_int8_weights import to_int8_weights
-from export.to_onnx import explanation_to_onnx, to_onnx
+from export.to_onnx import to_onnx
 from export.to_tensorrt import TensorRTMissing
 from export.triton import TritonError
 from export.verify import (
@@ -232,7 +232,7 @@ def test_the_weights_of_an_artifact_are_stored_once(exported: Artifact, graph: o
 
 
 def test_a_graph_with_shared_weights_answers_as_the_one_with_its_own(exported: Artifact, trained: Checkpoint) -> None:
-    whole = explanation_to_onnx(trained.model())
+    whole = graphs.with_weights(graphs.explained(BARE), trained.model())
     session = onnxruntime().InferenceSession(whole.SerializeToString())
     names = list(explain_signature(TINY).outputs)
     images = {"images": IMAGES.numpy()}
@@ -883,7 +883,7 @@ def routed_by_hand(network: CapsNet, pixels: Tensor) -> dict[str, NDArray[np.flo
 def test_the_explanation_of_any_network_is_the_routing_as_the_paper_writes_it(config: CapsNetConfig) -> None:
     network = graphs.random_network(config)
     images = graphs.random_images(config, 3)
-    found = graphs.run(explanation_to_onnx(network), images)
+    found = graphs.run(graphs.explained(config), images)
     expected = routed_by_hand(network, to_pixels(images))
     signature = explain_signature(config)
     for array, (name, value), right in zip(found, signature.outputs.items(), expected.values(), strict=True):
@@ -899,7 +899,7 @@ def test_a_zero_pose_has_no_contributions_and_nothing_that_is_not_finite() -> No
     network = graphs.random_network(BARE)
     with torch.no_grad():
         network.weight[:, :, 4] = 0
-    outputs = graphs.run(explanation_to_onnx(network), graphs.random_images(BARE, 2))
+    outputs = graphs.run(graphs.with_weights(graphs.explained(BARE), network), graphs.random_images(BARE, 2))
     assert all(np.isfinite(array).all() for array in outputs)
     assert not outputs[4][:, 4].any()
     assert outputs[4][:, 5].any()
@@ -980,7 +980,7 @@ def test_half_precision_that_differs_once_it_is_rounded_is_not_written(
     with torch.no_grad():
         other = random_network(TINY)
         other.weight.mul_(2)
-    onnx.save_model(to_onnx(other), tmp_path / "other.onnx")
+    onnx.save_model(graphs.with_weights(graphs.exported(BARE), other), tmp_path / "other.onnx")
     artifact, failures = export_checkpoint(trained, DATASET, tmp_path / "models", NAME, "1")
     assert failures["fp16"].startswith("each operation rounded to half precision: fp16 and PyTorch differ")
     assert set(artifact.variants) == {"fp32", "int8"}

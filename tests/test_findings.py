@@ -53,6 +53,13 @@ def test_the_confidences_are_the_softmax_of_the_lengths_by_the_temperature() -> 
     np.testing.assert_allclose(numbers, exponentials / exponentials.sum(1, keepdims=True), rtol=1e-5)
 
 
+def test_the_calibration_says_how_many_objects_share_the_confidence() -> None:
+    pairs = replace(CALIBRATION, objects=2, arctanh=True)
+    confidences = found([0.95, 0.9, 0.1], [0.9, 0.1, 0.1], calibration=pairs)[CONFIDENCES]
+    assert confidences.dtype == np.float32
+    np.testing.assert_allclose(np.asarray(confidences, np.float32), [[0.5, 0.5, 0], [0.5, 0.25, 0.25]], atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("lengths", "verdict", "presence"),
     [

@@ -14,9 +14,8 @@ from torch import nn
 from export import folding
 from export.build import export_checkpoint
 from export.folding import fold, folded
-from export.to_onnx import explanation_to_onnx
 from export.verify import ParityError
-from tests.graphs import STEM, TINY, exported, random_images, random_network, run
+from tests.graphs import STEM, TINY, explained, exported, random_images, random_network, run, with_weights
 from training.checkpoint import Checkpoint
 from training.data.datasets import Dataset
 from training.evaluate import predict
@@ -30,11 +29,6 @@ DATASET = Dataset("mnist", tuple("0123456789"), random_images(STEM, 40), torch.a
 @pytest.fixture(scope="module")
 def network() -> CapsNet:
     return random_network(STEM)
-
-
-@pytest.fixture(scope="module")
-def explanation(network: CapsNet) -> onnx.ModelProto:
-    return explanation_to_onnx(network)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +70,8 @@ def test_training_statistics_are_folded_and_not_those_of_a_batch(network: CapsNe
     assert training.training
 
 
-def test_the_graphs_of_a_stem_hold_convolutions_with_bias_and_relu_alone(
-    network: CapsNet, explanation: onnx.ModelProto
-) -> None:
-    for model in (exported(STEM), explanation):
+def test_the_graphs_of_a_stem_hold_convolutions_with_bias_and_relu_alone(network: CapsNet) -> None:
+    for model in (exported(STEM), explained(STEM)):
         # The explanation begins with the size of the batch.
         operators = [node.op_type for node in model.graph.node if node.op_type != "Shape"]
         assert operators[:10] == ["Cast", "Div", *["Conv", "Relu"] * len(STEM.stem), "Conv", "Reshape"]
@@ -131,15 +123,8 @@ def without_mean(convolution: nn.Conv2d, normalisation: nn.BatchNorm2d) -> nn.Co
 
 
 def of_weights(network: CapsNet) -> onnx.ModelProto:
-    """Return the graph of a folded network: another's graph with its weights, since the exporter takes seconds."""
-    model = onnx.ModelProto()
-    model.CopyFrom(exported(STEM))
-    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
-    stored = [tensor for tensor in model.graph.initializer if tensor.name in weights]
-    assert {tensor.name for tensor in stored} == weights.keys()
-    for tensor in stored:
-        tensor.CopyFrom(onnx.numpy_helper.from_array(weights[tensor.name].numpy(), tensor.name))
-    return model
+    """Return the graph of a folded network: another's graph with its weights."""
+    return with_weights(exported(STEM), network)
 
 
 def test_a_graph_with_the_weights_of_a_fold_is_the_one_that_is_exported(network: CapsNet) -> None:
@@ -150,10 +135,10 @@ def test_a_graph_with_the_weights_of_a_fold_is_the_one_that_is_exported(network:
 
 
 def test_a_right_fold_passes_the_exports_comparison(
-    trained: Checkpoint, explanation: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    trained: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("export.build.to_onnx", lambda network, opset: of_weights(folded(network)))
-    monkeypatch.setattr("export.build.explanation_to_onnx", lambda network, opset: explanation)
+    monkeypatch.setattr("export.build.explanation_to_onnx", lambda network, opset: explained(STEM))
     artifact, failures = export_checkpoint(trained, DATASET, tmp_path, "capsnet", "1")
     assert not failures
     assert artifact.variants["fp32"].max_pose_difference < 1e-5

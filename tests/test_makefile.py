@@ -28,10 +28,10 @@ def test_training_and_export_take_their_arguments() -> None:
         assert make("--dry-run", target, "ARGS=--epochs 2").strip().endswith(command)
 
 
-def test_the_check_lints_and_leaves_out_tests_that_start_a_server() -> None:
+def test_the_check_lints_and_leaves_out_tests_that_start_a_server_a_training_or_an_export() -> None:
     commands = make("--dry-run", "check")
     assert "mypy" in commands
-    assert '-m "not server and not training and not attack"' in commands
+    assert '-m "not server and not training and not exporter and not attack"' in commands
 
 
 def test_ci_measures_the_claims_on_a_tiny_scale() -> None:

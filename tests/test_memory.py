@@ -1,6 +1,7 @@
 """The memory policy, and a server's patience: who is evicted and when, without a socket or a clock."""
 
 from asyncio import WriteTransport
+from collections import defaultdict
 from typing import cast
 
 from serving.transport.connection_limits import UNREAD
@@ -11,12 +12,29 @@ from serving.transport.streams import Streams
 from serving.transport.unsent import Unsent
 
 
+class Owner:
+    """A connection."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.holders: list[Holder] = []
+
+
+class Named(Memory):
+    """A memory whose owners have names."""
+
+    def __init__(self, max_bytes: int, stall_seconds: float = 60.0) -> None:
+        super().__init__(max_bytes, stall_seconds)
+        self.names: defaultdict[str, Owner] = defaultdict(Owner)
+
+
 class Holder:
     """Releases all when it is evicted; evicted: whether for want of progress, or None."""
 
-    def __init__(self, memory: Memory, name: str, size: int = 0, owner: object = "a client") -> None:
+    def __init__(self, memory: Named, name: str, size: int = 0, owner: str = "a client") -> None:
         self.held = 0
-        self.owner = owner
+        self.owner = memory.names[owner]
+        self.owner.holders.append(self)
         self.waits = False
         self.name = name
         self.evicted: bool | None = None
@@ -30,7 +48,7 @@ class Holder:
 
 
 def test_what_is_held_is_counted_to_the_byte() -> None:
-    memory = Memory(1000)
+    memory = Named(1000)
     one, other = Holder(memory, "one", 100), Holder(memory, "other", 50)
     memory.hold(one, 30)
     memory.hold(one, -10)
@@ -42,7 +60,7 @@ def test_what_is_held_is_counted_to_the_byte() -> None:
 
 
 def test_room_is_made_by_those_that_have_waited_longest_for_their_peer() -> None:
-    memory = Memory(1000)
+    memory = Named(1000)
     holders = [Holder(memory, name, 300) for name in "abc"]
     for now, holder in enumerate(holders):
         memory.waits(holder, float(now))
@@ -54,7 +72,7 @@ def test_room_is_made_by_those_that_have_waited_longest_for_their_peer() -> None
 
 
 def test_a_flood_of_one_client_does_not_evict_the_slow_upload_of_another() -> None:
-    memory = Memory(1000)
+    memory = Named(1000)
     upload = Holder(memory, "upload", 400, "honest")
     memory.waits(upload, 0.0)
     flood = []
@@ -70,7 +88,7 @@ def test_a_flood_of_one_client_does_not_evict_the_slow_upload_of_another() -> No
 
 
 def test_what_an_owner_holds_follows_the_progress_of_its_calls() -> None:
-    memory = Memory(1000)
+    memory = Named(1000)
     one = Holder(memory, "one", 100, "a")
     other = Holder(memory, "other", 300, "b")
     memory.waits(one, 0.0)
@@ -89,7 +107,7 @@ def test_what_an_owner_holds_follows_the_progress_of_its_calls() -> None:
 
 
 def test_nobody_is_evicted_where_there_is_room() -> None:
-    memory = Memory(1000)
+    memory = Named(1000)
     holder = Holder(memory, "a", 1000)
     memory.waits(holder, 0.0)
     memory.make_room(Holder(memory, "new"))
@@ -97,7 +115,7 @@ def test_nobody_is_evicted_where_there_is_room() -> None:
 
 
 def test_who_works_is_not_evicted_and_who_asks_goes_last() -> None:
-    memory = Memory(1000)
+    memory = Named(1000)
     working = Holder(memory, "working", 900)
     memory.waits(working, 0.0)
     memory.works(working)
@@ -109,8 +127,20 @@ def test_who_works_is_not_evicted_and_who_asks_goes_last() -> None:
     assert memory.used == 900
 
 
+def test_who_works_gives_way_to_an_owner_that_holds_less_if_nobody_waits() -> None:
+    memory = Named(1000)
+    first, second = (Holder(memory, name, 400, "much") for name in ("first", "second"))
+    other = Holder(memory, "other", 150, "some")
+    few = Holder(memory, "few", 100, "few")
+    memory.make_room(few)
+    assert [one.evicted for one in (first, second, other, few)] == [None, False, None, None], "the newest goes"
+    more = Holder(memory, "more", 500, "few")
+    memory.make_room(more)
+    assert [one.evicted for one in (first, other, few, more)] == [None, None, None, False], "it holds the most itself"
+
+
 def test_who_asks_may_be_who_has_waited_longest() -> None:
-    memory = Memory(1000)
+    memory = Named(1000)
     new, other = Holder(memory, "new", 600), Holder(memory, "other", 600)
     memory.waits(new, 0.0)
     memory.waits(other, 1.0)
@@ -119,7 +149,7 @@ def test_who_asks_may_be_who_has_waited_longest() -> None:
 
 
 def test_who_makes_no_progress_for_a_time_is_evicted_even_where_there_is_room() -> None:
-    memory = Memory(1000, stall_seconds=60)
+    memory = Named(1000, stall_seconds=60)
     stalled, alive, working = (Holder(memory, name, 10) for name in ("stalled", "alive", "working"))
     for holder in (stalled, alive, working):
         memory.waits(holder, 0.0)
@@ -135,7 +165,7 @@ def test_who_makes_no_progress_for_a_time_is_evicted_even_where_there_is_room() 
 
 
 def test_who_has_left_is_not_evicted_and_may_end_others() -> None:
-    memory = Memory(1000, stall_seconds=1)
+    memory = Named(1000, stall_seconds=1)
     first, second = Holder(memory, "first", 10), Holder(memory, "second", 10)
     memory.waits(first, 0.0)
     memory.waits(second, 0.0)
@@ -165,6 +195,9 @@ class FakeSocket:
 
 
 class FakeStreams:
+    held = 0
+    holders = ()
+
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.limited: list[str] = []
@@ -178,7 +211,7 @@ class FakeStreams:
 
 
 def test_bytes_that_a_clients_system_does_not_take_count_until_it_takes_them() -> None:
-    memory, socket = Memory(1000, stall_seconds=60), FakeSocket()
+    memory, socket = Named(1000, stall_seconds=60), FakeSocket()
     streams = FakeStreams(memory)
     unsent = Unsent(cast(Streams, streams), cast(WriteTransport, socket))
     for size in (300, 500, 200, 0, 0, 100):
@@ -198,7 +231,7 @@ def test_bytes_that_a_clients_system_does_not_take_count_until_it_takes_them() -
 
 
 def test_unsent_bytes_give_way_to_others() -> None:
-    memory, socket = Memory(1000), FakeSocket()
+    memory, socket = Named(1000), FakeSocket()
     unsent = Unsent(cast(Streams, FakeStreams(memory)), cast(WriteTransport, socket))
     socket.size = 900
     unsent.measure()

@@ -10,24 +10,35 @@ MAX_BYTES, STALL_SECONDS = 1000, 60.0
 SIZES = st.sampled_from((0, 1, 10, 100, 300, 600, 1000, 2500))
 
 
+class Owner:
+    """A connection."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.holders: list[Holder] = []
+
+
 class Holder:
     """A call or a connection that holds bytes. slow: it has released bytes unseen, so its first eviction spares it."""
 
-    def __init__(self, machine: "Policy", owner: str, slow: bool) -> None:
+    def __init__(self, machine: "Policy", owner: Owner, slow: bool) -> None:
         self.held = 0
         self.waits = False
         self.owner = owner
         self.slow = slow
+        self.waited = False  # until it works or is evicted
         self.since = 0.0
         self.waiting_bytes = 0
         self.evicted: bool | None = None
         self._machine = machine
+        owner.holders.append(self)
 
     def evict(self, stalled: bool) -> None:
         """Leave, or release half of the bytes and wait again."""
         assert self.evicted is None and not self.waits
         memory = self._machine.memory
         self._machine.check_choice(self, stalled)
+        self.waited = False
         if self.slow and self is not self._machine.asking:  # who asks has just been measured
             self.slow = False
             memory.hold(self, -(self.held // 2))
@@ -35,7 +46,7 @@ class Holder:
         else:
             self.evicted = stalled
             memory.leave(self)
-            self._machine.holders.remove(self)
+            self._machine.remove(self)
 
 
 class Policy(RuleBasedStateMachine):
@@ -44,13 +55,14 @@ class Policy(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.memory = Memory(MAX_BYTES, STALL_SECONDS)
+        self.owners = {name: Owner() for name in "abc"}
         self.holders: list[Holder] = []
         self.now = 0.0
         self.asking: Holder | None = None
 
     def wait(self, holder: Holder) -> None:
         self.memory.waits(holder, self.now)
-        holder.since, holder.waiting_bytes = self.now, holder.held
+        holder.waited, holder.since, holder.waiting_bytes = True, self.now, holder.held
 
     def check_choice(self, victim: Holder, stalled: bool) -> None:
         """Check that a victim is the one that the policy names."""
@@ -58,20 +70,29 @@ class Policy(RuleBasedStateMachine):
             assert self.now - victim.since >= STALL_SECONDS
             return
         assert self.memory.used > MAX_BYTES, "there was room"
-        waiting = [one for one in self.holders if one.waits or one is victim is not self.asking]
-        by_owner: dict[str, int] = {}
+        waiting = [one for one in self.holders if one.waited]
+        if not waiting:
+            self.check_working_choice(victim)
+            return
+        by_owner: dict[Owner, int] = {}
         for one in waiting:
             by_owner[one.owner] = by_owner.get(one.owner, 0) + one.waiting_bytes
-        if victim is self.asking and not victim.waits and not waiting:
-            return
-        if victim not in waiting:  # asked, and has waited for longest
-            by_owner[victim.owner] = by_owner.get(victim.owner, 0) + victim.waiting_bytes
+        assert victim in waiting
         assert by_owner[victim.owner] == max(by_owner.values())
-        assert victim.since == min(one.since for one in [*waiting, victim] if one.owner == victim.owner)
+        assert victim.since == min(one.since for one in waiting if one.owner is victim.owner)
+
+    def check_working_choice(self, victim: Holder) -> None:
+        """Check the choice of a victim while nobody waits for its peer."""
+        assert self.asking
+        held = {owner: sum(one.held for one in self.holders if one.owner is owner) for owner in self.owners.values()}
+        assert held[victim.owner] == max(held.values())
+        if victim is not self.asking:
+            assert held[victim.owner] > held[self.asking.owner]
+            assert victim is [one for one in self.holders if one.owner is victim.owner and one.held][-1]
 
     @rule(owner=st.sampled_from("abc"), size=SIZES, slow=st.booleans(), waits=st.booleans())
     def come(self, owner: str, size: int, slow: bool, waits: bool) -> None:
-        holder = Holder(self, owner, slow)
+        holder = Holder(self, self.owners[owner], slow)
         self.holders.append(holder)
         self.grow_by(holder, size, waits)
 
@@ -105,14 +126,16 @@ class Policy(RuleBasedStateMachine):
     @precondition(lambda self: self.holders)
     @rule(choice=st.integers(0, 50))
     def come_in_full(self, choice: int) -> None:
-        self.memory.works(self.chosen(choice))
+        holder = self.chosen(choice)
+        self.memory.works(holder)
+        holder.waited = False
 
     @precondition(lambda self: self.holders)
     @rule(choice=st.integers(0, 50))
     def end(self, choice: int) -> None:
         holder = self.chosen(choice)
         self.memory.leave(holder)
-        self.holders.remove(holder)
+        self.remove(holder)
 
     @rule(seconds=st.sampled_from((0.0, 1.0, 20.0, 59.0, 60.0)))
     def look_around(self, seconds: float) -> None:
@@ -125,6 +148,10 @@ class Policy(RuleBasedStateMachine):
         assert all(one.held >= 0 for one in self.holders)
         assert self.memory.used == sum(one.held for one in self.holders) <= MAX_BYTES
 
+    def remove(self, holder: Holder) -> None:
+        self.holders.remove(holder)
+        holder.owner.holders.remove(holder)
+
     def chosen(self, choice: int) -> Holder:
         return self.holders[choice % len(self.holders)]
 
@@ -132,7 +159,8 @@ class Policy(RuleBasedStateMachine):
         for holder in list(self.holders):
             self.memory.leave(holder)
         assert self.memory.used == 0
-        assert not self.memory._waiting, "a holder that has left is remembered"
+        assert not (self.memory._owners or self.memory._waiting), "a holder that has left is remembered"
+        assert not any(owner.held for owner in self.owners.values())
 
 
 def test_no_order_of_events_breaks_the_memory_policy() -> None:

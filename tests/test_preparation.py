@@ -33,7 +33,7 @@ from tests.photographs import photograph
 
 Images = NDArray[np.uint8]
 
-NAMES = ("capsnet-mnist", "capsnet-mnist-fast")
+NAMES = ("capsnet-mnist", "capsnet-mnist-accurate")
 MNIST = Preparation("bright-on-dark", 20, True)
 ON_PAPER = Preparation("dark-on-bright", 20, True)
 SHAPE = (1, 28, 28)
@@ -297,6 +297,34 @@ def test_a_shrunk_picture_is_prepared_alike() -> None:
     small = shrink(large.copy())
     assert max(small.size) < 768
     assert _alike(_prepared(small), _prepared(large))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_large_picture_is_reduced_in_strips_as_it_would_be_at_once(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colours = np.random.default_rng(1).integers(0, 256, (801, 903, 4), np.uint8)
+    grey = Image.fromarray(colours).convert("L")
+    if mode == "I;16":
+        image, whole = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256), grey
+    else:
+        image = Image.fromarray(colours).convert(mode)
+        if mode == "P":
+            image.info["transparency"] = 3
+        whole = image.convert({"1": "L", "L": "L", "RGB": "RGB", "CMYK": "RGB"}.get(mode, "RGBA"))
+    largest = 0
+    convert = Image.Image.convert
+
+    def measured(self: Image.Image, *arguments: object, **options: object) -> Image.Image:
+        nonlocal largest
+        largest = max(largest, self.width * self.height)
+        return convert(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "convert", measured)
+    reduced = shrink(image)
+    assert largest <= 2**18, "no copy of the whole in another mode"
+    monkeypatch.undo()
+    assert np.array_equal(np.asarray(reduced), np.asarray(whole.reduce(2)))
 
 
 def test_a_digit_of_mnist_hardly_changes_by_preparation(prepared: Running, digits: Digits) -> None:

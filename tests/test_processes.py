@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,9 +82,9 @@ def run(*arguments: str, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run of one process."""
+    """The folder of an undisturbed run of one process: this one, which has loaded PyTorch already."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run(*command(data, folder))
+    assert main(command(data, folder)[2:]) == 0
     return folder
 
 
@@ -95,6 +96,10 @@ def logged(folder: Path, name: str) -> list[float]:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return checkpoints.load(folder / "capsnet.pt").state_dict
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    return checkpoints.load(folder / "capsnet.pt").figures
 
 
 def test_two_processes_have_the_losses_of_one_and_end_with_its_weights(
@@ -109,10 +114,9 @@ def test_two_processes_have_the_losses_of_one_and_end_with_its_weights(
         assert logged(tmp_path, name) == pytest.approx(logged(undisturbed, name), rel=1e-5), name
     for name, value in weights(undisturbed).items():
         torch.testing.assert_close(weights(tmp_path)[name], value, rtol=1e-3, atol=1e-5)
-    together, alone = (checkpoints.load(folder / "capsnet.pt").figures for folder in (tmp_path, undisturbed))
+    together, alone = (figures(folder) for folder in (tmp_path, undisturbed))
     assert together["device"].startswith("2 x ")
     assert together["command"].startswith("torchrun --nproc-per-node=2 -m training ")
-    assert alone["command"].startswith("python -m training ")
     assert together["test_mistakes"] == alone["test_mistakes"]
 
 
@@ -143,6 +147,7 @@ def test_mixed_precision_trains_as_well_and_keeps_weights_in_single(
     mixed, single = (logged(folder, "classification_loss_epoch") for folder in (tmp_path, undisturbed))
     assert mixed[-1] < 0.6 * mixed[0]
     assert mixed != single
+    assert figures(tmp_path)["command"].startswith("python -m training ")
 
 
 def test_every_run_logs_for_tensorboard_too(undisturbed: Path) -> None:

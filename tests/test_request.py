@@ -222,6 +222,21 @@ def test_slow_requests_of_a_client_give_places_to_those_of_another() -> None:
     run(test)
 
 
+def test_what_there_is_no_room_to_decode_is_refused_before_anything_else_is_read() -> None:
+    async def test(model: FakeModel) -> None:
+        queries = [NumberQuery(1, slow=True) for _ in range(65)]
+        replies = [Note() for _ in queries]
+        for query, reply in zip(queries, replies, strict=True):
+            request(model, query, reply).begin()
+        assert [bool(reply.told) for reply in replies] == [False] * 64 + [True]
+        assert isinstance(await replies[-1].wait(), QueueFull)
+        for query in queries:
+            query.decoding.set()
+        await asyncio.gather(*(reply.wait() for reply in replies))
+
+    run(test)
+
+
 def test_a_graph_that_is_not_there_is_no_use_of_the_model() -> None:
     async def test(model: FakeModel) -> None:
         with pytest.raises(UnknownModel):

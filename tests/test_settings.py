@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,44 @@ def test_choices_are_taken_in_any_case() -> None:
 
 def test_an_empty_variable_is_as_none() -> None:
     assert read([], {"CAPSNET_PRECISION": "", "CAPSNET_MAX_BATCH": ""}) == Settings()
+
+
+def test_a_file_has_settings_that_variables_and_flags_override(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        'max_batch = 16\nport = 9000\nhttp_port = 9001\nlog_level = "INFO"\ndrain_delay = 2\ninsecure = true\n'
+    )
+    settings = read(["--settings-file", str(file), "--port", "9002"], {"CAPSNET_HTTP_PORT": "9003"})
+    assert (settings.max_batch, settings.port, settings.http_port) == (16, 9002, 9003)
+    assert (settings.log_level, settings.drain_delay, settings.insecure) == ("info", 2, True)
+    assert read([], {"CAPSNET_SETTINGS_FILE": str(file)}).max_batch == 16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("max_btach = 1", "settings_file: max_btach is no setting; did you mean max_batch?"),
+        ("max_batch = true", "settings_file: max_batch: True; expected a whole number"),
+        ("max_batch = 1.5", "settings_file: max_batch: 1.5; expected a whole number"),
+        ("insecure = 1", "settings_file: insecure: 1; expected true or false"),
+        ("drain_delay = 'long'", "settings_file: drain_delay: 'long'; expected a number"),
+        ("[server]\nport = 1", "settings_file: server is no setting"),
+        ("settings_file = 'x'", "settings_file: settings_file is no setting"),
+        ("max_batch = -1", "max_batch: -1; expected 0 or more"),
+        ("max_batch", "is not TOML: "),
+        ("\xff", "is not TOML: "),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_refused_by_name(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.toml"
+    if content is not None:
+        file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(SystemExit):
+        read(["--settings-file", str(file)], {})
+    assert message in capsys.readouterr().err
 
 
 def test_variables_that_kubernetes_sets_for_services_are_ignored() -> None:

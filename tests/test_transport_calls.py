@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from serving.transport.grpcio_server import _Handlers
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import TransportLimits
-from tests.raw_client import Raw, failure
+from tests.raw_client import Raw, failure, wait_for
 from tests.transport_methods import MAX_BYTES, Serving
 
 
@@ -149,6 +150,20 @@ def test_a_client_that_reads_slowly_holds_up_its_own_stream_alone(served: Servin
         time.sleep(0.3)
         assert other.unary_unary("/test.Test/Echo")(b"a", timeout=5) == b"a"
         assert sum(1 for _ in answers) == 399
+
+
+@pytest.mark.parametrize("method", ["Keep", "KeepAtOnce", "KeepOne"])
+def test_a_request_counts_until_its_handler_ends_and_the_handler_alone_keeps_its_bytes(
+    served: Serving, method: str
+) -> None:
+    handlers, held = served.handlers, served.server.figures.held_bytes
+    with served.channel as channel:
+        call = channel.stream_stream(f"/test.Test/{method}")(iter([bytes(100_000)]))
+        assert handlers.started.wait(10)
+        assert held() >= 100_000
+        wait_for(lambda: sys.getrefcount(handlers.kept[0]) == 2)
+        call.cancel()
+        wait_for(lambda: held() == 0)
 
 
 def test_a_thousand_calls_at_once_on_one_connection_are_answered(served: Serving) -> None:

@@ -4,6 +4,7 @@ import gzip
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import grpc
@@ -12,7 +13,7 @@ import pytest
 from serving.transport import frames
 from serving.transport.frames import ErrorCode
 from serving.transport.messages import Inflation
-from serving.transport.receiving import WINDOW
+from serving.transport.receiving import WINDOW, StreamCall
 from tests.raw_client import Raw, data, failure, framed, headers, wait_for
 from tests.transport_methods import BYTES_UNDER_WAY, MAX_BYTES, Serving, serve
 
@@ -110,6 +111,40 @@ def test_what_is_read_after_a_call_is_over_is_not_released_twice(serving: Servin
     raw.call(101, b"a")
     assert raw.read(101).messages == [b"a"]
     wait_for(lambda: serving.memory.used == 0)
+
+
+def test_a_call_that_is_over_keeps_no_half_message(serving: Serving, raw: Raw) -> None:
+    half = framed(bytes(WINDOW - 5))[:-1]
+    for stream, method in ((1, "NeverRead"), (3, "Echo")):
+        raw.send(headers(stream, raw.block(f"/test.Test/{method}")))
+        raw.send_data(stream, half, last=False)
+    wait_for(lambda: serving.memory.used > 2 * len(half))
+    (connection,) = serving.server._connections
+    calls = list(connection.calls.values())
+    raw.send(frames.reset(1, ErrorCode.CANCEL) + frames.reset(3, ErrorCode.CANCEL))
+    wait_for(lambda: [call._reader for call in calls] == [None, None])
+
+
+@pytest.mark.parametrize("after_a_step", [True, False])
+def test_a_stream_that_is_cancelled_lives_on_in_no_cycle(
+    serving: Serving, raw: Raw, no_collection: None, after_a_step: bool
+) -> None:
+    opening, end = headers(1, raw.block("/test.Test/NeverRead")), frames.reset(1, ErrorCode.CANCEL)
+    calls: list[weakref.ref[StreamCall]] = []
+    original = StreamCall.begin
+
+    def begin(call: StreamCall) -> None:
+        calls.append(weakref.ref(call))
+        original(call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamCall, "begin", begin)
+        raw.send(opening if after_a_step else opening + end)
+        wait_for(lambda: calls)
+        if after_a_step:
+            time.sleep(0.05)
+            raw.send(end)
+        wait_for(lambda: calls[0]() is None)
 
 
 def test_headers_count_as_well(serving: Serving, raw: Raw) -> None:

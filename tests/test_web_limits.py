@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -119,6 +120,35 @@ def test_a_request_whose_client_goes_ends_with_its_handler(waiting: Waiting) -> 
         wait_for(lambda: len(waiting.ended) == 2)
         assert waiting.ended == ["given up", "cancelled"]
         wait_for(lambda: web.requests().get(("/v1/model", "499")) == 1)
+
+
+@pytest.mark.parametrize("with_task", [False, True])
+def test_a_request_keeps_no_bytes_while_its_handler_works_with_what_it_has_parsed(with_task: bool) -> None:
+    began, proceed = threading.Event(), threading.Event()
+
+    def begin(data: bytes, context: Context) -> None:
+        del data
+        began.set()
+        asyncio.get_running_loop().run_in_executor(None, proceed.wait).add_done_callback(lambda _: context.answer(b""))
+
+    async def answer(data: bytes, context: Context) -> bytes:
+        del data
+        began.set()
+        await asyncio.to_thread(proceed.wait)
+        return b""
+
+    method = UnaryMethod(answer) if with_task else CallbackMethod(begin)
+    body = SEVEN + bytes(2**20 - len(SEVEN))
+    with serving({CLASSIFY: method}) as web, ThreadPoolExecutor(1) as client:
+        tracemalloc.start()
+        try:
+            answered = client.submit(ask, web.port, "/v1/classify", body, content_type="image/png")
+            assert began.wait(PATIENCE)
+            wait_for(lambda: tracemalloc.get_traced_memory()[0] < len(body) // 2)
+        finally:
+            tracemalloc.stop()
+            proceed.set()
+        assert answered.result().status == 200
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(waiting: Waiting) -> None:

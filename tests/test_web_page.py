@@ -161,6 +161,16 @@ def test_two_digits_over_each_other_are_both_found_and_drawn(page: "Page") -> No
     assert page.locator("#pictures figure").count() == 3, "each digit, and both"
 
 
+def test_a_network_of_pairs_tells_how_much_confidence_one_digit_can_have(page: "Page") -> None:
+    choose(page, "capsnet-multimnist")
+    draw(page, THREE)
+    wait_for_verdict(page, "It is 3")
+    detail = page.locator("#detail").inner_text()
+    assert re.match(
+        r"Confidence (49\.\d|50\.0) % of at most 50\.0 %, since this network takes an image to show 2 ", detail
+    )
+
+
 @pytest.mark.parametrize("width", [360, 768, WIDTH])
 def test_nothing_is_wider_than_the_screen(page: "Page", width: int) -> None:
     page.set_viewport_size({"width": width, "height": 740})

@@ -172,7 +172,7 @@ class Windows(RuleBasedStateMachine):
 
     @invariant()
     def what_is_held_is_counted(self) -> None:
-        held = sum(call.held for call in self.reader.streams)  # type: ignore[attr-defined]
+        held = sum(call.held for call in self.reader.streams)
         assert self.memory.used == held >= 0
         assert len(self.reader.streams.calls) == len(self.open_streams())
 

@@ -45,6 +45,8 @@ class Handlers:
         self.remaining: float | None = None
         self.door: Status | None = None
         self.expected: list[int] = []
+        #: Requests of calls that do not end.
+        self.kept: list[bytes] = []
 
     async def echo(self, request: bytes, context: Context) -> bytes:
         self.metadata = dict(context.invocation_metadata())
@@ -116,6 +118,24 @@ class Handlers:
         finally:
             self.ended.set()
 
+    async def keep(self, request: bytes, context: Context) -> bytes:
+        self.kept.append(request)
+        del request
+        self.started.set()
+        await asyncio.sleep(60)
+        return b""
+
+    def keep_at_once(self, request: bytes, context: Context) -> None:
+        context.given_up = self.cancelled.set
+        self.kept.append(request)
+        self.started.set()
+
+    async def keep_one(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        self.kept.append(await anext(requests))
+        self.started.set()
+        await asyncio.sleep(60)
+        yield b""
+
     async def never_read(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         await asyncio.sleep(60)
         yield b""
@@ -161,6 +181,9 @@ class Handlers:
                 "Repeat": StreamMethod(self.repeat),
                 "Join": StreamMethod(self.join),
                 "EchoAll": StreamMethod(self.echo_all),
+                "Keep": UnaryMethod(self.keep),
+                "KeepAtOnce": CallbackMethod(self.keep_at_once),
+                "KeepOne": StreamMethod(self.keep_one),
                 "NeverRead": StreamMethod(self.never_read),
             },
         )

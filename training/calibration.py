@@ -4,6 +4,7 @@ Axes: N images, K objects an image, J classes.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,28 +17,45 @@ _DIGITS = 4  # of a temperature, after the decimal point
 Floats = NDArray[np.float32]
 
 
-def fit_temperature(lengths: Floats, labels: NDArray[np.int64]) -> float:
-    """Return the temperature for which ``softmax(lengths / temperature)`` predicts the labels best.
+#: From numbers (N, J), a temperature and K, to the logarithm (N,) of the sum of the weights
+#: exp(number / temperature), added over the classes of a set, of all sets of K classes.
+LogWeight = Callable[[NDArray[np.floating], float, int], NDArray[np.floating]]
 
-    It minimises the cross-entropy, which is convex in 1 / temperature. lengths: (N, J); labels: (N, K). With K objects
-    an image, the confidence of a class is the probability that an object of the image, chosen at random, is of this
-    class: each true class has the target 1 / K. A share of 1 / (N + 2) of the targets goes to the other classes
-    (Platt, "Probabilistic Outputs for Support Vector Machines", 1999), so that images without a mistake do not lead
-    to a temperature of 0.
+
+def log_weight(found: NDArray[np.floating], temperature: float, objects: int) -> NDArray[np.floating]:
+    """Return the logarithm of the sum of ``exp(found / temperature)`` over the classes, (N,); see LogWeight.
+
+    Raises ValueError for more than one object.
     """
-    count, classes = lengths.shape
-    others = classes - labels.shape[1]
+    if objects != 1:
+        raise ValueError(f"objects: {objects}; expected 1")
+    scaled = found.astype(np.float64) / temperature
+    top = scaled.max(1)
+    total: NDArray[np.float64] = top + np.log(np.exp(scaled - top[:, None]).sum(1))
+    return total
+
+
+def fit_temperature(
+    found: NDArray[np.floating], labels: NDArray[np.int64], log_weight: LogWeight = log_weight
+) -> float:
+    """Return the temperature for which the sets of the images' labels are the most probable.
+
+    It minimises the cross-entropy of the sets, which is convex in 1 / temperature. found: (N, J), lengths, logits or
+    other evidence for the classes. labels: (N, K), of K different classes an image. log_weight: by default for K = 1,
+    where the temperature is that of ``softmax(found / temperature)``. A share of 1 / (N + 2) of the targets goes to the
+    other classes (Platt, "Probabilistic Outputs for Support Vector Machines", 1999), so that images without a mistake
+    do not lead to a temperature of 0.
+    """
+    (count, classes), objects = found.shape, labels.shape[1]
+    others = classes - objects
     if not count or others < 1:
         return 1.0
-    targets = np.full(lengths.shape, 1 / (count + 2) / others)
-    np.put_along_axis(targets, labels, (count + 1) / (count + 2) / labels.shape[1], 1)
-    values = lengths.astype(np.float64)
-    linear = float((targets * values).sum(1).mean())
+    targets = np.full(found.shape, objects / (count + 2) / others)
+    np.put_along_axis(targets, labels, (count + 1) / (count + 2), 1)
+    linear = float((targets * found).sum(1).mean())
 
     def loss(inverse: float) -> float:
-        scaled = values * inverse
-        top = scaled.max(1)
-        return float((top + np.log(np.exp(scaled - top[:, None]).sum(1))).mean()) - inverse * linear
+        return float(log_weight(found, 1 / inverse, objects).mean()) - inverse * linear
 
     low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     golden = (math.sqrt(5) - 1) / 2

@@ -1,16 +1,13 @@
 """Attacks by calls: without an end, without a reader, costly to unpack, or not to be answered."""
 
 import gzip
-import struct
-import zlib
-from functools import cache, partial
+from functools import partial
 
 from benchmarks.attacks.link import (
     CLASSIFY,
     CLASSIFY_STREAM,
     INFER,
     REFLECTION,
-    SIDE,
     WATCH,
     Attack,
     Link,
@@ -23,7 +20,6 @@ from benchmarks.attacks.link import (
     request,
     zipped,
 )
-from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as pb_oip
 from serving.services.protobuf_wire import delimited
 from serving.transport import frames
@@ -55,22 +51,6 @@ def _calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Piec
 
 def _bombs(link: Link, repeated: bytes) -> Pieces:
     yield from _calls(link, CLASSIFY, partial(zipped, repeated, _BOMB_BYTES), ("grpc-encoding", "gzip"))
-
-
-@cache
-def _costly_images(repeated: int = 64) -> bytes:
-    """Return a request of PNG files that each cost the most that the server's limits on their parts allow."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    exif = b"MM\0*" + struct.pack(">IH", 8, 64) + struct.pack(">HHII", 0x0112, 4, 1, 6) * 64 + bytes(4)
-    unpacked = b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)
-    parts = chunk(b"eXIf", exif) + chunk(b"iCCP", unpacked) + chunk(b"zTXt", unpacked) + chunk(b"teSt", b"") * 50
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 4, 0, 0, 0))  # grey and transparency
-    pixels = chunk(b"IDAT", zlib.compress(bytes((2 * SIDE + 1) * SIDE)))
-    image = pb.Image(encoded=b"\x89PNG\r\n\x1a\n" + header + parts + pixels + chunk(b"IEND", b""))
-    return framed(pb.ClassifyRequest(images=[image] * repeated).SerializeToString())
 
 
 def _unparsable() -> bytes:
@@ -159,7 +139,6 @@ CALLS = (
     Attack("large right requests", partial(_calls, path=CLASSIFY, make=partial(request, _IMAGES_OF_A_LARGE_REQUEST))),
     Attack("empty messages in streams", partial(_small_messages, path=CLASSIFY_STREAM, message=b"")),
     Attack("reflection lists", partial(_small_messages, path=REFLECTION, message=b"\x3a\0")),
-    Attack("costly images", partial(_calls, path=CLASSIFY, make=_costly_images)),
     Attack("unknown methods", partial(_calls, path="/no.Service/Method", make=request)),
     Attack("unparsable reflection", partial(_calls, path=REFLECTION, make=_unparsable)),
     Attack("unparsable requests", partial(_calls, path=CLASSIFY, make=_unparsable)),

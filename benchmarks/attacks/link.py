@@ -69,6 +69,8 @@ class Link:
         self.settled = self.silent = self.closed = self.hung_up = False
         self.reads = True
         self.sent = 0
+        #: The bytes that the server takes on each stream of ``open``.
+        self.windows: dict[int, int] = {}
         self._stream = -1
         self._received = b""
         self._unsent = memoryview(_opening(attack.settings) if attack.speaks else b"")
@@ -82,6 +84,12 @@ class Link:
     def next_stream(self) -> int:
         self._stream += 2
         return self._stream
+
+    def open(self) -> int:
+        """Return the next stream, whose window is kept in ``windows`` until the server ends it."""
+        stream = self.next_stream()
+        self.windows[stream] = self.stream_window
+        return stream
 
     def hang_up(self) -> None:
         """End the connection, so that a new one takes its place at once."""
@@ -139,18 +147,28 @@ class Link:
                 break
             if kind in (frames.SETTINGS, frames.PING, frames.WINDOW_UPDATE):
                 self._control(kind, flags, stream, data[at + frames.HEAD.size : end])
+            elif kind == frames.RST_STREAM or (kind in (frames.HEADERS, frames.DATA) and flags & frames.END_STREAM):
+                self.windows.pop(stream, None)
             at = end
         return data[at:]
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == frames.WINDOW_UPDATE:
+            more = frames.read_number(payload, "WINDOW_UPDATE")
             if stream == 0:
-                self.window += frames.read_number(payload, "WINDOW_UPDATE")
+                self.window += more
+            elif stream in self.windows:
+                self.windows[stream] += more
         elif not flags & frames.ACK:
             self._replies += frames.frame(kind, frames.ACK, 0, payload if kind == frames.PING else b"")
             if kind == frames.SETTINGS:
                 values = dict(frames.read_settings(payload))
-                self.stream_window = values.get(frames.INITIAL_WINDOW_SIZE, self.stream_window)
+                before, self.stream_window = (
+                    self.stream_window,
+                    values.get(frames.INITIAL_WINDOW_SIZE, self.stream_window),
+                )
+                for one in self.windows:
+                    self.windows[one] += self.stream_window - before
                 self.max_streams = values.get(frames.MAX_CONCURRENT_STREAMS, self.max_streams)
                 self.settled = True
 

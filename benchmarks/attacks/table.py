@@ -5,11 +5,12 @@ from benchmarks.attacks.connections import CONNECTIONS
 from benchmarks.attacks.floods import FLOODS
 from benchmarks.attacks.header_blocks import HEADER_BLOCKS
 from benchmarks.attacks.link import Attack
+from benchmarks.attacks.pictures import PICTURES
 from benchmarks.attacks.resets import RESETS
 from benchmarks.attacks.web import WEB
 
 ATTACKS: dict[str, Attack] = {
-    attack.name: attack for attack in (*RESETS, *HEADER_BLOCKS, *FLOODS, *CALLS, *CONNECTIONS, *WEB)
+    attack.name: attack for attack in (*RESETS, *HEADER_BLOCKS, *FLOODS, *CALLS, *PICTURES, *CONNECTIONS, *WEB)
 }
 #: The most connections of one attack.
 MAX_CONNECTIONS = 5000

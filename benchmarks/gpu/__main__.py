@@ -41,7 +41,7 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
     ]
     files = ["--data-dir", str(data)] if data else []
     trained = out / "trained"
-    small = ["--limit=32", "--epochs=1", "--eager", "--batch=16", "--pair-batch=2"] if miniature else []
+    small = ["--limit=16", "--epochs=1", "--eager", "--batch=16", "--pair-batch=2"] if miniature else []
 
     def training(phase: str, share: float, *flags: str) -> Part:
         given = [phase, "--seconds", f"{share * seconds:.0f}", "--out", str(trained), *files, *flags, *small]

@@ -32,7 +32,7 @@ JUDGED_SEED = 123  # of the distorted copies of the held-out images
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe changes: the distortion of the images, and the settings of the training."""
+    """A training recipe: the distortion of the images, and the settings of the training."""
 
     distortion: Distortion
     settings: Hyperparameters

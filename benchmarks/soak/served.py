@@ -23,9 +23,9 @@ SWAPPED = "digits"
 #: The model that is unloaded and loaded again.
 UNLOADED = "other"
 _NETWORKS = {
-    (SWAPPED, "1"): "capsnet-mnist-fast",
-    (SWAPPED, "2"): "capsnet-mnist",
-    (UNLOADED, "1"): "capsnet-mnist-fast",
+    (SWAPPED, "1"): "capsnet-mnist",
+    (SWAPPED, "2"): "capsnet-mnist-accurate",
+    (UNLOADED, "1"): "capsnet-mnist",
 }
 _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
 _ADMIN_ADDRESS = re.compile(r"loading and unloading of models on (\S+:\d+)")

@@ -249,8 +249,10 @@ class _Gate:
 
         async def answer(data: bytes, context: Context) -> bytes | None:
             counted = _Counted(context, self._guard, await self._enter(context))
+            answering = method.answer(data, counted)
+            del data  # which the method may free once it is parsed
             try:
-                return await method.answer(data, counted)
+                return await answering
             finally:
                 counted.leave()
 

@@ -53,7 +53,8 @@ class Classification:
     poses: (J, E) float32, the class capsules' pose vectors.
     labels: the J class names.
     confidence: the calibrated confidence of label, from 0 to 1; 0 if the verdict is UNKNOWN.
-    confidences: (J,) float32, those of all classes, given that the image shows one of them. They add up to 1.
+    confidences: (J,) float32, those of all classes, given that the image shows as many objects of these classes as
+        ``Calibration.objects`` says. They add up to 1, so those of K objects are at most 1 / K.
     present: the classes whose capsule is long enough, the longest first; none if the verdict is UNKNOWN.
     verdict: what the lengths say about the image.
     reconstruction_error: the mean squared difference of the image, its pixels from 0 to 1, from its reconstruction;
@@ -99,11 +100,15 @@ class Preparation:
 class Calibration:
     """The figures behind confidence, present and verdict, measured at export.
 
-    temperature: the confidences are softmax(lengths / temperature).
+    temperature, objects, arctanh: the confidences are softmax(evidence / temperature), where an image shows one object,
+        and the evidence is arctanh(length) or, if ``arctanh`` is False, the length. For several objects see
+        ``Calibration`` in ``capsnet.proto``.
     presence: the least length of a present class, by class.
     margin: the least difference between the two longest capsules of an image that is not suspicious.
     reconstruction_error: the largest one of an image that is not suspicious; 0 if the model has no decoder.
-    false_alarms: the share of the measured images that margin, and reconstruction_error, each call suspicious.
+    false_alarms: the share of the measured images of known classes that are called suspicious, or none of the classes.
+    objects: the number K of objects that an image is taken to show. Then ``K * confidence`` is the probability that a
+        class is shown.
     """
 
     temperature: float
@@ -111,6 +116,8 @@ class Calibration:
     margin: float
     reconstruction_error: float
     false_alarms: float
+    objects: int
+    arctanh: bool
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,8 @@ def _calibration(message: pb.Calibration) -> Calibration:
         margin=message.margin,
         reconstruction_error=message.reconstruction_error,
         false_alarms=message.false_alarms,
+        objects=message.objects or 1,
+        arctanh=message.arctanh,
     )
 
 

@@ -19,6 +19,8 @@ BRIGHT_ON_DARK, DARK_ON_BRIGHT = "bright-on-dark", "dark-on-bright"
 
 # Pictures are reduced to a longer side below twice this, in which a digit of a tenth of a photo's height has 40 pixels.
 _WORK_SIDE_PIXELS = 384
+# Pixels of a picture that are converted at once before they are reduced.
+_STRIP_PIXELS = 2**18
 # The longer side of the copies in which polarity, ground and groups of ink are found.
 _POLARITY_SIDE_PIXELS = 96
 _GROUND_SIDE_PIXELS = 192
@@ -117,15 +119,35 @@ def _upright_of_few_pixels(image: Image.Image, channels: int) -> Image.Image:
     """Return a picture of the mode L, RGB or RGBA, whose longer side is below 2 x _WORK_SIDE_PIXELS."""
     turn = turn_of(image)
     image.draft(MODES_BY_CHANNELS[channels], (_WORK_SIDE_PIXELS, _WORK_SIDE_PIXELS))  # JPEG files only
+    factor = max(image.size) // _WORK_SIDE_PIXELS
+    picture = _reduced(image, factor) if factor > 1 else _with_few_modes(image)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """Return a picture of the mode L, RGB or RGBA, reduced by a factor.
+
+    It is converted and reduced in strips, since a copy of the whole would take four bytes for each pixel.
+    """
+    width, height = image.size
+    strip = factor * max(1, _STRIP_PIXELS // (factor * width))
+    rows = [(top, min(height, top + strip)) for top in range(0, height, strip)]
+    parts = [_with_few_modes(image.crop((0, top, width, bottom))).reduce(factor) for top, bottom in rows]
+    whole = Image.new(parts[0].mode, (parts[0].width, sum(part.height for part in parts)))
+    for (top, _), part in zip(rows, parts, strict=True):
+        whole.paste(part, (0, top // factor))
+    return whole
+
+
+def _with_few_modes(image: Image.Image) -> Image.Image:
+    """Return a picture of the mode L, RGB or RGBA. Raises UnknownRange."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = with_mode(image, "L")
-    elif image.has_transparency_data or image.mode in ("La", "RGBa"):
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    elif image.mode not in ("L", "RGB"):
-        image = with_mode(image, "L" if image.mode == "1" else "RGB")
-    if (factor := max(image.size) // _WORK_SIDE_PIXELS) > 1:
-        image = image.reduce(factor)
-    return image if turn is None else image.transpose(turn)
+        return with_mode(image, "L")
+    if image.has_transparency_data or image.mode in ("La", "RGBa"):
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if image.mode not in ("L", "RGB"):
+        return with_mode(image, "L" if image.mode == "1" else "RGB")
+    return image
 
 
 def _opaque(picture: Image.Image, look: Look) -> Image.Image:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.artifact import Calibration
+from serving.confidence import confidences, evidence
 from serving.runtime import Array, Arrays
 
 #: The calibrated confidences, (B, J) float32; True for each present class, (B, J) bool; and the codes, (B,), see Code.
@@ -69,7 +70,7 @@ class Findings:
         """Prepare the findings for a number of classes, J."""
         self._thresholds = np.array(calibration.presence, np.float32)
         self._margin = np.float32(calibration.margin if classes > 1 else -np.inf)
-        self._sharpness = np.float32(1 / calibration.temperature)
+        self._calibration = calibration
         # The code of class 0 by: is the margin small, is the winner present, and how many classes are present.
         self._codes = np.array(
             [
@@ -88,8 +89,6 @@ class Findings:
         winning = lengths == longest
         if np.add.reduce(winning, None) != len(lengths):  # equal lengths, of which the first wins, or none is finite
             winning = np.arange(lengths.shape[1]) == lengths.argmax(1)[:, None]
-        confidences = np.exp((lengths - longest) * self._sharpness)
-        confidences /= np.add.reduce(confidences, 1, keepdims=True)
         present = lengths >= self._thresholds
         # A winner is shortened by 1, so that another class is the longest.
         margins = longest[:, 0] - np.maximum.reduce(lengths - winning, 1)
@@ -100,7 +99,13 @@ class Findings:
         blank = blank_images(images)
         if blank is not None:
             codes[blank] += len(Presence) * (Verdict.BLANK - verdicts(codes[blank]))
-        return {CONFIDENCES: confidences, PRESENT: present, CODES: codes}
+        return {CONFIDENCES: self._confidences(lengths), PRESENT: present, CODES: codes}
+
+    def _confidences(self, lengths: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the calibrated confidences of classes from the lengths of their capsules, both (B, J)."""
+        calibration = self._calibration
+        found = evidence(lengths, calibration.arctanh)
+        return np.asarray(confidences(found, calibration.temperature, calibration.objects), np.float32)
 
 
 def present_classes(lengths: Array, present: Array) -> list[int]:

@@ -255,8 +255,10 @@ class Edge:
 
         async def handle(data: bytes, context: Context) -> None:
             call = Call(self, record, context)
+            answering = answer(data, call)
+            del data  # which the service may free once it is parsed
             try:
-                response = await answer(data, call)
+                response = await answering
             except asyncio.CancelledError:
                 call.end()
                 raise

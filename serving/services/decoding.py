@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from traceback import clear_frames
 from typing import NamedTuple
 
@@ -50,29 +51,33 @@ def in_one_go(steps: Steps) -> Arrays:
         return arrays
 
 
-class _Job:
+#: The end of a decoding: its arrays, or its error.
+Outcome = Arrays | Exception
+
+
+class Job:
     """A decoding that waits for memory or for its next turn, or has a thread.
 
-    counted: its images while they count towards the limit of all that wait.
+    then: called once with the outcome, unless the job is given up. counted: its images while they count towards the
+    limit of all that wait.
     """
 
-    __slots__ = ("bytes", "client", "counted", "given_up", "outcome", "over", "seconds", "started", "steps")
+    __slots__ = ("bytes", "client", "counted", "given_up", "seconds", "started", "steps", "then", "timer")
 
-    def __init__(self, decoding: Decoding, outcome: "asyncio.Future[Arrays]", client: Hashable, counted: int) -> None:
+    def __init__(self, decoding: Decoding, then: Callable[[Outcome], object], client: Hashable, counted: int) -> None:
         self.steps = decoding.steps
         self.bytes = decoding.bytes
-        #: None once nobody waits for it: an error in it refers to the job by its traceback.
-        self.outcome: asyncio.Future[Arrays] | None = outcome
+        #: None once nobody waits for the outcome.
+        self.then: Callable[[Outcome], object] | None = then
         self.client = client
         self.counted = counted
+        self.timer: asyncio.TimerHandle | None = None
         #: True from its first turn on.
         self.started = False
         #: The seconds of its last turn.
         self.seconds = 0.0
-        #: True if nobody waits for the outcome.
+        #: True if a thread that has it must stop after its image.
         self.given_up = False
-        #: True after its last turn.
-        self.over = False
 
 
 class Decoder:
@@ -98,8 +103,8 @@ class Decoder:
         self._max_images = max_images
         self._images = Shares()  # of the decodings that have not ended and are not patient
         self._refused = refused
-        self._waiting: Turns[_Job] = Turns()  # for memory
-        self._begun: Turns[_Job] = Turns()  # for threads
+        self._waiting: Turns[Job] = Turns()  # for memory
+        self._begun: Turns[Job] = Turns()  # for threads
         self._reserved = Shares()
         self._holders = 0  # decodings that have reserved their memory
         #: The number of decodings that have not ended.
@@ -110,15 +115,18 @@ class Decoder:
         """Return the memory that decodings have reserved, in bytes."""
         return self._reserved.total
 
-    async def decode(self, decoding: Decoding, patient: bool = False, client: Hashable = "") -> Arrays:
-        """Return the arrays of a decoding. If the caller is cancelled, a thread stops after its image.
+    def begin(
+        self, decoding: Decoding, then: Callable[[Outcome], object], patient: bool = False, client: Hashable = ""
+    ) -> Job:
+        """Begin a decoding, now or when there is room. Return it for ``give_up``.
 
+        then: called once with the arrays, a DecodingTooSlow, a QueueFull if the decoding has lost its place, or an
+            error of its steps. It must not raise anything.
         patient: True for a stream, which decodes one request at a time and waits instead of being refused.
         client: if too many images wait, a client that has less than its share takes the places of the newest decodings
             of the client that has most, unless a thread has begun with them.
 
-        Raises QueueFull, InvalidRequest if the decoding needs more memory than there is, DecodingTooSlow, and the
-        errors of its steps.
+        Raises QueueFull, and InvalidRequest if the decoding needs more memory than there is.
         """
         if decoding.bytes > self._max_bytes:
             self._refused(MEMORY)
@@ -129,32 +137,35 @@ class Decoder:
             )
         if not patient:
             self._make_room(client, decoding.images)
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[Arrays] = loop.create_future()
-        job = _Job(decoding, outcome, client, 0 if patient else decoding.images)
+        job = Job(decoding, then, client, 0 if patient else decoding.images)
         text = f"{decoding.field}: not decoded within {self._timeout:g} seconds (image_timeout)"
-        timer = loop.call_later(self._timeout, _expire, job, text)
+        job.timer = asyncio.get_running_loop().call_later(self._timeout, self._expire, job, text)
         self.under_way += 1
         self._images.add(client, job.counted)
         self._waiting.push(client, job)
         self._go_on()
+        return job
+
+    def give_up(self, job: Job) -> None:
+        """Forget a decoding. If a thread has it, that thread stops after its image."""
+        if job.then:
+            self._forget(job)
+            self._stop(job)
+
+    async def decode(self, decoding: Decoding, patient: bool = False, client: Hashable = "") -> Arrays:
+        """Return the arrays of a decoding. If the caller is cancelled, it is given up.
+
+        As ``begin`` otherwise. Raises the errors of ``begin`` and those that it reports.
+        """
+        outcome: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
+        job = self.begin(decoding, partial(_settle, outcome), patient, client)
         try:
             return await outcome
-        except RefusedImage as refusal:
-            self._refused(refusal.cause)
-            raise
-        except DecodingTooSlow:
-            self._refused(TIMEOUT)
-            raise
         finally:
-            timer.cancel()
-            job.outcome = None
-            self.under_way -= 1
-            self._uncount(job)
-            if not job.over:
-                self._give_up(job)
-            # An error knows this frame by its traceback, and these know the error: the cycle would keep the request.
-            del outcome, timer, job, decoding
+            self.give_up(job)
+            # An error knows this frame by its traceback, and the future knows the error: the cycle would keep the
+            # request.
+            del outcome, job, decoding
 
     def close(self) -> None:
         """End the threads. A decoding that still waits ends with its timeout or its caller."""
@@ -166,7 +177,7 @@ class Decoder:
         waiting = self._images.total
         if not waiting or waiting + images <= self._max_images:
             return
-        displaced: list[_Job] = []
+        displaced: list[Job] = []
         if self._images.allow(client, images, self._max_images):
             queues = (self._waiting, self._begun)
             excess = waiting + images - self._max_images
@@ -178,9 +189,7 @@ class Decoder:
                 _RETRY_SECONDS,
             )
         for job in displaced:
-            self._uncount(job)
-            self._give_up(job)
-            _fail(job, QueueFull(_DISPLACED, _RETRY_SECONDS))
+            self._end_early(job, QueueFull(_DISPLACED, _RETRY_SECONDS))
 
     def _go_on(self) -> None:
         """Reserve memory for the next decodings, and give the free threads to the next turns."""
@@ -192,12 +201,12 @@ class Decoder:
         while self._free and not self._closed and (job := self._begun.first()):
             self._take_turn(job, self._begun.give(0, done=True))
 
-    def _has_memory(self, job: _Job) -> bool:
+    def _has_memory(self, job: Job) -> bool:
         if self._reserved.total + job.bytes > self._max_bytes:
             return False
         return self._holders < self._threads or self._reserved[job.client] + job.bytes <= self._max_bytes // 2
 
-    def _take_turn(self, job: _Job, turn: float) -> None:
+    def _take_turn(self, job: Job, turn: float) -> None:
         self._free -= 1
         job.started = True
 
@@ -207,46 +216,67 @@ class Decoder:
             if error := asyncio.CancelledError() if result.cancelled() else result.exception():
                 self._leave(job)
                 clear_frames(error.__traceback__)  # they hold the request, and the job, which will hold the error
-                _fail(job, error)
+                self._end(job, error if isinstance(error, Exception) else RuntimeError(repr(error)))
             elif (arrays := result.result()) is None and not job.given_up:
                 self._begun.push(job.client, job)
             else:
                 self._leave(job)
-                if arrays is not None and job.outcome and not job.outcome.done():
-                    job.outcome.set_result(arrays)
+                if arrays is not None:
+                    self._end(job, arrays)
             self._go_on()
 
         asyncio.get_running_loop().run_in_executor(self._executor, _run_turn, job).add_done_callback(ended)
 
-    def _give_up(self, job: _Job) -> None:
-        """Forget a decoding that has ended for its caller. If a thread has it, that thread stops after its image."""
+    def _expire(self, job: Job, text: str) -> None:
+        self._end_early(job, DecodingTooSlow(text))
+
+    def _end_early(self, job: Job, error: Exception) -> None:
+        """End a decoding that has not been done."""
+        self._stop(job)
+        self._end(job, error)
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        """Tell the outcome of a decoding, unless nobody waits for it."""
+        if isinstance(outcome, RefusedImage | DecodingTooSlow) and job.then:
+            self._refused(outcome.cause if isinstance(outcome, RefusedImage) else TIMEOUT)
+        if then := job.then:
+            self._forget(job)
+            then(outcome)
+
+    def _forget(self, job: Job) -> None:
+        """Note that nobody waits for the outcome of a decoding."""
+        job.then = None
+        assert job.timer
+        job.timer.cancel()
+        self.under_way -= 1
+        self._images.add(job.client, -job.counted)
+        job.counted = 0
+
+    def _stop(self, job: Job) -> None:
+        """Take a decoding from the queues. If a thread has it, that thread stops after its image."""
         job.given_up = True
         self._waiting.remove(job.client, job)
         if self._begun.remove(job.client, job):
             self._leave(job)
         self._go_on()
 
-    def _uncount(self, job: _Job) -> None:
-        self._images.add(job.client, -job.counted)
-        job.counted = 0
-
-    def _leave(self, job: _Job) -> None:
-        job.over = True
+    def _leave(self, job: Job) -> None:
         self._reserved.add(job.client, -job.bytes)
         self._holders -= 1
         job.steps.close()
 
 
-def _fail(job: _Job, error: BaseException | None) -> None:
-    if error and job.outcome and not job.outcome.done():
-        job.outcome.set_exception(error)
+def _settle(future: "asyncio.Future[Arrays]", outcome: Outcome) -> None:
+    """Set the outcome of a decoding, unless its waiter is gone."""
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
 
 
-def _expire(job: _Job, text: str) -> None:
-    _fail(job, DecodingTooSlow(text))
-
-
-def _run_turn(job: _Job) -> Arrays | None:
+def _run_turn(job: Job) -> Arrays | None:
     """Decode images for the time of a turn. Return the arrays, or None if images are left."""
     begin = time.perf_counter()
     try:

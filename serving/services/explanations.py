@@ -57,7 +57,9 @@ class Explanations:
         settings = self._settings
         check_size(data, settings.max_request_bytes)
         check_fields(data, 2 * settings.max_explained_images + _MAX_OTHER_FIELDS)
-        return await self.answer(parse(data, pb.ExplainRequest, settings.max_request_bytes), call)
+        request = parse(data, pb.ExplainRequest, settings.max_request_bytes)
+        del data  # which would double the request's memory until the answer
+        return await self.answer(request, call)
 
     async def answer(self, request: pb.ExplainRequest, caller: Caller) -> bytes:
         """Return the bytes of an ExplainResponse.

@@ -18,7 +18,7 @@ from serving.services.computed import ComputedQuery, ComputedStreamQuery
 from serving.services.decoding import Decoding
 from serving.services.infer_outputs import COMPUTED, FurtherOutputs
 from serving.services.infer_parameters import schedule
-from serving.services.open_inference_codec import TensorMessages, Wanted, refused
+from serving.services.open_inference_codec import TensorMessages, refused
 from serving.services.per_model import PerModel
 from serving.services.tensor_inputs import BYTES, UINT8, Received, TensorReader
 from serving.settings import Settings
@@ -77,10 +77,8 @@ def _weight(request: pb.ModelInferRequest, size: int) -> tuple[int, bool]:
     return shape[0] if shape else 0, slow
 
 
-class InferQuery:
-    """A ModelInferRequest for the classifying graph. Raises InvalidRequest."""
-
-    graph = CLASSIFY
+class _Query:
+    """A ModelInferRequest. Raises InvalidRequest."""
 
     def __init__(self, received: Received, size: int, codecs: Codecs) -> None:
         request = received.message
@@ -92,6 +90,34 @@ class InferQuery:
         self._codecs = codecs
         self.timeout, self.urgent = schedule(request.parameters)
 
+    def _take(self, model: ServedModel) -> Received:
+        """Return the request, and keep its id and its outputs alone. Raises InvalidRequest."""
+        self._codec = self._codecs(model)
+        received = self._received
+        del self._received
+        self._wanted = self._codec.messages.wanted(received.message)
+        return received
+
+    def _encode(self, share: Share) -> bytes:
+        """Return the answer's bytes. Called after ``_take``."""
+        return self._codec.messages.encode(self._id, self._wanted, share)
+
+
+class _Streamed(_Query):
+    """A ModelInferRequest of a stream."""
+
+    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
+        return refused(self._id, text)
+
+    def _encode(self, share: Share) -> bytes:
+        return self._codec.messages.encode_for_stream(self._id, self._wanted, share)
+
+
+class InferQuery(_Query):
+    """A ModelInferRequest for the classifying graph. Raises InvalidRequest."""
+
+    graph = CLASSIFY
+
     def decode(self, model: ServedModel) -> Arrays:
         received = self._take(model)
         return {IMAGES: self._codec.inputs.images(received)}
@@ -101,19 +127,11 @@ class InferQuery:
         return self._codec.inputs.decoding(received)
 
     def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codec.messages.encode(self._id, self._wanted, share)
-
-    def _take(self, model: ServedModel) -> Received:
-        """Return the request, and keep its id and its outputs alone. Raises InvalidRequest."""
-        self._codec = self._codecs(model)
-        received = self._received
-        del self._received
-        self._wanted = self._codec.messages.wanted(received.message)
-        return received
+        return self._encode(share)
 
 
-class StreamedInferQuery(InferQuery):
-    """A ModelInferRequest of a stream. error: the error of parsing, or None."""
+class StreamedInferQuery(_Streamed, InferQuery):
+    """Such a request of a stream. error: the error of parsing, or None."""
 
     def __init__(self, received: Received, size: int, codecs: Codecs, error: InvalidRequest | None = None) -> None:
         self.error: Exception | None = error
@@ -123,52 +141,25 @@ class StreamedInferQuery(InferQuery):
             self.error = wrong
             self.size = 0
 
-    def encode(self, model: ServedModel, share: Share) -> bytes:
-        return self._codec.messages.encode_for_stream(self._id, self._wanted, share)
 
-    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
-        return refused(self._id, text)
-
-
-class ComputedInferQuery(ComputedQuery):
+class ComputedInferQuery(_Query, ComputedQuery):
     """A ModelInferRequest for outputs that take several graphs. Raises InvalidRequest."""
 
-    def __init__(self, received: Received, size: int, codecs: Codecs) -> None:
-        request = received.message
-        self.model_name = request.model_name
-        self.model_version = request.model_version
-        self.size, self._slow = _weight(request, size)
-        self._id = request.id
-        self._received = received
-        self._codecs = codecs
-        self._timeout, self._urgent = schedule(request.parameters)
-
     async def answer(self, computation: Computation) -> bytes:
-        inputs, messages, further = self._codecs(computation.model)
-        received = self._received
-        del self._received
-        wanted = messages.wanted(received.message)
-        chosen = {output.name: output.class_index for output in wanted.outputs}
+        received = self._take(computation.model)
+        inputs, _, further = self._codec
+        chosen = {output.name: output.class_index for output in self._wanted.outputs}
         further.check(chosen, self.size)
-        computation.urgent = self._urgent
-        computation.limit(self._timeout)
-        if self._slow:
+        computation.urgent = self.urgent
+        computation.limit(self.timeout)
+        if self.slow:
             decoding = inputs.decoding(received)
             del received  # while others are decoded, since files may be a thousand times as large as their pixels
             images = np.asarray((await computation.decode(decoding))[IMAGES], np.uint8)
         else:
             images = inputs.images(received)
-        return self._encode(messages, wanted, await further.compute(computation, images, chosen))
-
-    def _encode(self, messages: TensorMessages, wanted: Wanted, share: Share) -> bytes:
-        return messages.encode(self._id, wanted, share)
+        return self._encode(await further.compute(computation, images, chosen))
 
 
-class StreamedComputedInferQuery(ComputedInferQuery, ComputedStreamQuery):
+class StreamedComputedInferQuery(_Streamed, ComputedInferQuery, ComputedStreamQuery):
     """Such a request of a stream. Raises InvalidRequest."""
-
-    def encode_error(self, code: grpc.StatusCode, text: str) -> bytes:
-        return refused(self._id, text)
-
-    def _encode(self, messages: TensorMessages, wanted: Wanted, share: Share) -> bytes:
-        return messages.encode_for_stream(self._id, wanted, share)

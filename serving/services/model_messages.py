@@ -74,4 +74,6 @@ def _calibration(calibration: Calibration) -> pb.Calibration:
         margin=calibration.margin,
         reconstruction_error=calibration.reconstruction_error,
         false_alarms=calibration.false_alarms,
+        objects=calibration.objects,
+        arctanh=calibration.arctanh,
     )

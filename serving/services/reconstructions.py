@@ -98,7 +98,9 @@ class Reconstructions:
         check_size(data, settings.max_request_bytes)
         # Up to twice the allowed poses get the answer that names the limit.
         check_fields(data, 2 * settings.max_images_per_request + _MAX_OTHER_FIELDS, _FIELDS)
-        return await self.answer(parse(data, pb.ReconstructRequest, settings.max_request_bytes), call)
+        request = parse(data, pb.ReconstructRequest, settings.max_request_bytes)
+        del data  # which would double the request's memory until the answer
+        return await self.answer(request, call)
 
     async def answer(self, request: pb.ReconstructRequest, caller: Caller) -> bytes:
         """Return the bytes of a ReconstructResponse.

@@ -10,7 +10,7 @@ from serving.batching.ticket import Share, Ticket
 from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Steps
 from serving.runtime import Arrays
-from serving.services.decoding import Decoder, Decoding
+from serving.services.decoding import Decoder, Decoding, Job, Outcome
 
 
 class Query(Protocol):
@@ -87,20 +87,18 @@ class Request:
         model.acquire()
 
     def begin(self) -> None:
-        """Decode and queue the request now, or in a task if decoding is slow."""
+        """Queue the request once it is decoded: now, or in a thread if decoding is slow."""
         try:
             if not self._query.slow:
                 self._queue(self._decode())
                 return
-            # Now and not in the task, since a wrong request would wait for it, and may take much memory.
+            # Refused at once if there is no room: a request that waited for its refusal would hold its memory.
             decoding = self._query.decode_slowly(self._model)
+            job = self._decoder.begin(decoding, self._decoded, client=self._reply.client)
         except Exception as error:
             self._fail(error)
             return
-        task = asyncio.get_running_loop().create_task(self._decode_and_queue(decoding, patient=False))
-        # A task that is cancelled before its first step runs none of its code, so the task cannot note its end.
-        task.add_done_callback(self._begun)
-        self._reply.when_given_up(task.cancel)
+        self._reply.when_given_up(partial(self._give_up_decoding, job))
 
     async def begin_slowly(self) -> None:
         """Decode and queue the request, and wait for slow decoding and for room in the queue.
@@ -108,37 +106,39 @@ class Request:
         For streams, which are patient, since they can be read more slowly. Raises only asyncio.CancelledError.
         """
         try:
-            decoding = self._query.decode_slowly(self._model) if self._query.slow else None
-            await self._decode_and_queue(decoding, patient=True)
+            query, client = self._query, self._reply.client
+            if query.slow:
+                arrays = await self._decoder.decode(query.decode_slowly(self._model), True, client)
+                self._decode_time = time.perf_counter() - self._began
+            else:
+                arrays = self._decode()
+            await self._graph.batcher.room_for(arrays, client)
+            self._queue(arrays, patient=True)
         except asyncio.CancelledError:
             self._give_up()
             raise
         except Exception as error:
             self._fail(error)
 
-    async def _decode_and_queue(self, decoding: Decoding | None, patient: bool) -> None:
-        """Decode and queue the request. patient: wait for room. Raises only asyncio.CancelledError."""
-        try:
-            arrays = await self._decode_slowly(decoding, patient) if decoding else self._decode()
-            if patient:
-                await self._graph.batcher.room_for(arrays, self._reply.client)
-            self._queue(arrays, patient)
-        except Exception as error:
-            self._fail(error)
-
-    def _begun(self, task: "asyncio.Task[None]") -> None:
-        if task.cancelled():
-            self._give_up()
-
     def _decode(self) -> Arrays:
         arrays = self._query.decode(self._model)
         self._decode_time = time.perf_counter() - self._began
         return arrays
 
-    async def _decode_slowly(self, decoding: Decoding, patient: bool) -> Arrays:
-        arrays = await self._decoder.decode(decoding, patient, self._reply.client)
+    def _decoded(self, outcome: Outcome) -> None:
+        """Queue the request that a thread has decoded."""
         self._decode_time = time.perf_counter() - self._began
-        return arrays
+        if isinstance(outcome, Exception):
+            self._fail(outcome)
+            return
+        try:
+            self._queue(outcome)
+        except Exception as error:
+            self._fail(error)
+
+    def _give_up_decoding(self, job: Job) -> None:
+        self._decoder.give_up(job)
+        self._give_up()
 
     def _queue(self, arrays: Arrays, patient: bool = False) -> None:
         batcher, query, reply = self._graph.batcher, self._query, self._reply

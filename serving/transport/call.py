@@ -5,6 +5,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import grpc
 
@@ -20,8 +21,6 @@ from serving.transport.streams import Streams, StreamState
 #: The text for clients after a fault of this server.
 INTERNAL_TEXT = "internal error; the server's log has the details"
 
-_CALL_BYTES = 4096  # memory of a call and its task, without its data
-
 _logger = logging.getLogger(__name__)
 
 
@@ -31,6 +30,10 @@ class Call:
     This class is the answering half. Only the event loop's thread may use it.
     """
 
+    #: The memory of a call and its tasks, without its data.
+    own_bytes: ClassVar[int]
+    #: The bytes that this call holds; kept by Memory.
+    held = 0
     #: Whether what is held waits for the client; kept by Memory.
     waits = False
     _sending: Sending | None = None
@@ -44,12 +47,11 @@ class Call:
     _timer: asyncio.TimerHandle | None = None
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
-        self.streams = streams
+        #: The connection. Memory knows it as the owner.
+        self.streams = self.owner = streams
         self.stream = stream
-        #: Bytes that this call holds, at first those of its headers and of its own objects.
-        self.held = head.size + _CALL_BYTES
         self._head = head
-        streams.memory.used += self.held
+        streams.memory.hold(self, head.size + self.own_bytes)
         if (timeout := head.timeout) is not None:
             self.deadline = time.monotonic() + timeout
             self._timer = streams.loop.call_later(timeout, self._expire)
@@ -70,11 +72,6 @@ class Call:
     def peer(self) -> Peer:
         """Return the client of the connection."""
         return self.streams.client
-
-    @property
-    def owner(self) -> Streams:
-        """Return the connection, for Memory."""
-        return self.streams
 
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
@@ -198,8 +195,9 @@ class Call:
         self.finish(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 
     def _stop_handler(self) -> None:
-        if self._task:
-            self._task.cancel()
+        if task := self._task:
+            self._task = None  # it will know an error, whose traceback knows this object: a cycle would live on
+            task.cancel()
         if given_up := self.given_up:
             self.given_up = None
             given_up()

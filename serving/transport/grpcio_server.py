@@ -5,7 +5,7 @@ import errno
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python
 _READ_BYTES = 2**16  # at once from a connection; by default it may be 4 MiB, whatever the message takes
 _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the requests was the end of the call
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
+_NO_MESSAGE = Status(grpc.StatusCode.UNIMPLEMENTED, "no message; expected one")
 _OK = Status(grpc.StatusCode.OK)
 _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 
@@ -81,6 +82,7 @@ class GrpcioServer:
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
             ("grpc.experimental.tcp_max_read_chunk_size", _READ_BYTES),
+            ("grpc.http2.bdp_probe", 0),  # otherwise a fast client may send any number of bytes that nobody reads
             ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
         if limits.idle_seconds:
@@ -161,6 +163,7 @@ class _Context:
 
     def __init__(self, context: Any) -> None:
         self._context = context
+        self.read: Callable[[], Awaitable[Any]] = context.read
         #: The seconds that are left until the deadline.
         self.timeout: float | None = context.time_remaining()
         self.deadline = None if self.timeout is None else time.monotonic() + self.timeout
@@ -255,68 +258,69 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its s
     def _handler(self, method: Method) -> Any:
         if isinstance(method, StreamMethod):
 
-            async def stream(requests: Any, context: Any) -> None:
-                await self._end(context, await self._streamed(method, requests, context))
+            async def stream(_: object, context: Any) -> None:
+                await self._end(context, await self._streamed(method, context))
 
             return grpc.stream_stream_rpc_method_handler(stream)
 
-        async def unary(data: bytes, context: Any) -> bytes:
-            outcome = await self._answered(method, data, _Context(context))
-            del data  # grpc.aio keeps the frame of a call that was aborted until garbage is collected
+        async def unary(_: object, context: Any) -> bytes:
+            outcome = await self._answered(method, _Context(context))
             if isinstance(outcome, Status):
                 await self._end(context, outcome)
                 return b""
             return outcome
 
-        return grpc.unary_unary_rpc_method_handler(unary)
+        # As a stream of requests, the only one is read after the door, and grpc.aio does not keep it until the answer.
+        return grpc.stream_unary_rpc_method_handler(unary)
 
-    async def _answered(self, method: UnaryMethod | CallbackMethod, data: bytes, call: _Context) -> bytes | Status:
+    async def _answered(self, method: UnaryMethod | CallbackMethod, call: _Context) -> bytes | Status:
         """Return the answer of a unary method, or the status with which its call ends."""
         status = method.door(call.timeout, call.metadata, 0, call.peer) if method.door else None
         if status and status is not UNDECIDED:
             return status
-        if refused := self._without_room(len(data), status is UNDECIDED):
-            return refused
-        held = len(data)
-        self._bytes += held
+        call.undecided = status is UNDECIDED
+        messages = _Messages(call, self._inflater, self._hold)
+
+        async def answer() -> bytes | Status:
+            message = await messages.next()
+            if message is None:
+                return _NO_MESSAGE
+            answering = _answer(method, message, call)
+            del message  # which the method may free once it is parsed
+            return await answering
+
         try:
-            inflated = await self._guarded(self._inflater.inflated(data, call.peer.connection), call)
-            if isinstance(inflated, Status):
-                return inflated
-            del data
-            if refused := self._without_room(len(inflated) - held, status is UNDECIDED):
-                return refused
-            self._bytes += len(inflated) - held
-            held = len(inflated)
-            return await self._guarded(_answer(method, inflated, call), call)
+            return await self._guarded(answer(), call)
         finally:
-            self._bytes -= held
+            messages.close()
 
-    def _without_room(self, more: int, undecided: bool) -> Status | None:
-        """Return the refusal of more bytes of requests, or None if there is room."""
+    def _hold(self, more: int, undecided: bool) -> None:
+        """Count more bytes of requests as held, or a negative number as released. Raises MessageError."""
         limits = self._limits
-        if (held := self._bytes + more) <= limits.bytes_under_way:
-            return None
-        self.figures.evicted[MEMORY] += 1
-        text = f"requests of {held} bytes are under way; {limits.memory_text}; try again later"
-        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, UNDECIDED_TEXT if undecided else text)
+        held = self._bytes + more
+        if more > 0 and held > limits.bytes_under_way:
+            self.figures.evicted[MEMORY] += 1
+            text = f"requests of {held} bytes are under way; {limits.memory_text}; try again later"
+            raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNDECIDED_TEXT if undecided else text)
+        self._bytes = held
 
-    async def _streamed(self, method: StreamMethod, requests: Any, context: Any) -> Status:
+    async def _streamed(self, method: StreamMethod, context: Any) -> Status:
         """Send the answers of a stream method, and return the status with which its call ends."""
         call = _Context(context)
+        messages = _Messages(call, self._inflater, self._hold)
 
         async def answer() -> Status:
-            async with (
-                aclosing(_messages(requests, call, self._inflater)) as messages,
-                aclosing(method.answers(messages, call)) as answers,  # type: ignore[type-var]
-            ):
+            async with aclosing(method.answers(messages, call)) as answers:  # type: ignore[type-var]
                 async for answer in answers:
                     await context.write(answer)
                     del answer  # while the next one is waited for, which may never come
             outcome = call.outcome.result() if call.outcome.done() else None
             return outcome if isinstance(outcome, Status) else _OK
 
-        return await self._guarded(answer(), call)
+        try:
+            return await self._guarded(answer(), call)
+        finally:
+            messages.close()
 
     async def _guarded(self, work: Awaitable[Outcome], call: _Context) -> Outcome | Status:
         """Return the result of a handler, or a status for any exception, unless grpc.aio itself has ended the call."""
@@ -388,10 +392,13 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
     """Return the outcome of a unary call. Raises any exception of its handler."""
     if isinstance(method, CallbackMethod):
         returned: object = method.begin(data, call)  # type: ignore[func-returns-value]
+        del data  # which the method may free once it is parsed
         if returned is not None:  # a coroutine would never run
             raise TypeError(f"a handler has returned {type(returned).__name__}; expected nothing")
         return await call.outcome
-    answer = await method.answer(data, call)
+    answering = method.answer(data, call)
+    del data
+    answer = await answering
     if answer is not None:
         return answer
     if not call.over:
@@ -399,14 +406,47 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
     return call.outcome.result()
 
 
-async def _messages(requests: Any, call: _Context, inflater: MessageInflater) -> AsyncGenerator[bytes]:
-    """Yield the requests of grpc.aio's iterator, which ``anext`` does not accept, as they were before compression.
+class _Messages:
+    """The requests of a call, as they were before compression.
 
-    Raises CancelledError if that iterator ends normally although the client has ended the call.
+    hold: counts the bytes of the latest one, as _Handlers._hold does, until the next one is asked for.
     """
-    async for message in requests:
-        yield await inflater.inflated(message, call.peer.connection)
-        del message  # while the next one is waited for, which may never come
-    await asyncio.sleep(_END_SECONDS)
-    if call.gone or call.expired:
-        raise asyncio.CancelledError
+
+    def __init__(self, call: _Context, inflater: MessageInflater, hold: Callable[[int, bool], None]) -> None:
+        self._call = call
+        self._inflater = inflater
+        self._hold = hold
+        self._held = 0
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """Return the next request. Raises CancelledError if there is none because the client has ended the call."""
+        message = await self.next()
+        if message is not None:
+            return message
+        await asyncio.sleep(_END_SECONDS)
+        if self._call.gone or self._call.expired:
+            raise asyncio.CancelledError
+        raise StopAsyncIteration
+
+    async def next(self) -> bytes | None:
+        """Return the next request, or None. Raises MessageError."""
+        self._count(0)
+        message = await self._call.read()
+        if message is aio.EOF:  # type: ignore[attr-defined]  # its stubs lack it
+            return None
+        self._count(len(message))
+        inflated = await self._inflater.inflated(message, self._call.peer.connection)
+        del message
+        self._count(len(inflated))
+        return inflated
+
+    def close(self) -> None:
+        """Note that the call has ended."""
+        self._count(0)
+
+    def _count(self, size: int) -> None:
+        self._hold(size - self._held, self._call.undecided)
+        self._held = size

@@ -3,6 +3,8 @@
 Pure: the caller gives the time, and the policy calls only ``evict`` of a holder.
 """
 
+from collections.abc import Reversible
+from operator import attrgetter
 from typing import Protocol
 
 #: Seconds without progress after which a call that waits for its peer is given up.
@@ -19,11 +21,24 @@ class Holder(Protocol):
     waits: bool
 
     @property
-    def owner(self) -> object:
-        """Return the call's connection. Connections are compared by identity."""
+    def owner(self) -> "Owner":
+        """Return the call's connection."""
 
     def evict(self, stalled: bool, /) -> None:
         """End the call, and release its bytes. stalled: True for lack of progress, False for lack of memory."""
+
+
+class Owner(Protocol):
+    """The part of a connection that the policy uses. Connections are compared by identity.
+
+    held: the bytes of all its holders; only Memory sets it.
+    """
+
+    held: int
+
+    @property
+    def holders(self) -> Reversible[Holder]:
+        """Return the holders that may be evicted while they work, in the order in which they came."""
 
 
 class _Waiting:
@@ -43,25 +58,31 @@ class _Waiting:
 class Memory:
     """The bytes of requests in flight and of unread answers, of all clients of a server.
 
-    A holder that waits for its peer (with an incomplete message, or an unread answer) can be evicted. A holder that
-    waits for the server cannot, since the delay is not its client's fault. The owner with the most bytes of waiting
-    holders loses one first, so that a flood on one connection does not end the slow upload on another.
+    A holder that waits for its peer (with an incomplete message, or an unread answer) can be evicted. The owner with
+    the most bytes of waiting holders loses one first, so that a flood on one connection does not end the slow upload on
+    another. A holder that waits for the server is evicted only if no holder waits for its peer, and if its owner holds
+    the most, and more than the owner that needs room.
 
     max_bytes: the most bytes of all holders together. stall_seconds: time without progress after which a waiting holder
     is evicted even if there is room.
     """
 
-    __slots__ = ("_waiting", "max_bytes", "stall_seconds", "used")
+    __slots__ = ("_owners", "_waiting", "max_bytes", "stall_seconds", "used")
 
     def __init__(self, max_bytes: int, stall_seconds: float = STALL_SECONDS) -> None:
         self.max_bytes = max_bytes
         self.stall_seconds = stall_seconds
         #: Bytes that are held now.
         self.used = 0
-        self._waiting: dict[object, _Waiting] = {}  # by owner
+        self._owners: dict[Owner, None] = {}  # that hold anything
+        self._waiting: dict[Owner, _Waiting] = {}  # by owner
 
     def hold(self, holder: Holder, size: int) -> None:
         """Count bytes as held, or a negative number of them as released."""
+        owner = holder.owner
+        if not owner.held:
+            self._owners[owner] = None
+        owner.held += size
         holder.held += size
         self.used += size
 
@@ -89,19 +110,21 @@ class Memory:
         """Release all bytes of a holder."""
         if holder.waits:
             self.works(holder)
-        self.used -= holder.held
+        owner, size = holder.owner, holder.held
+        self.used -= size
+        owner.held -= size
         holder.held = 0
+        if not owner.held:
+            self._owners.pop(owner, None)
 
     def make_room(self, asking: Holder) -> None:
         """Evict holders until the rest fits, ``asking`` last.
 
-        The owner with the most waiting bytes loses the holder with the oldest progress.
+        The owner with the most waiting bytes loses the holder with the oldest progress. If nothing waits, the owner
+        with the most bytes loses its newest holder.
         """
         while self.used > self.max_bytes:
-            victim = asking
-            if self._waiting:
-                largest = max(self._waiting.values(), key=_held)
-                victim = next(iter(largest.progress))
+            victim = self._victim(asking)
             self.works(victim)
             victim.evict(False)
             if victim is asking:
@@ -120,6 +143,13 @@ class Memory:
                 self.works(holder)
                 holder.evict(True)
 
+    def _victim(self, asking: Holder) -> Holder:
+        if self._waiting:
+            return next(iter(max(self._waiting.values(), key=_held).progress))
+        largest = max(self._owners, key=_held, default=asking.owner)
+        if largest.held <= asking.owner.held:
+            return asking
+        return next((one for one in reversed(largest.holders) if one.held), asking)
 
-def _held(waiting: _Waiting) -> int:
-    return waiting.held
+
+_held = attrgetter("held")

@@ -184,6 +184,10 @@ class ReceivingCall(Call):
         self._stop_unpacking()
         super()._stop_handler()
 
+    def _close(self) -> None:
+        super()._close()
+        self._reader = None  # with what has come of a message: the errors of a cancelled handler may keep this object
+
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
         if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
@@ -200,6 +204,7 @@ class UnaryCall(ReceivingCall):
     """A call with one request and one answer."""
 
     needs_all = True
+    own_bytes = 4096
     _message: bytes | None = None
 
     def _take(self, message: bytes) -> None:
@@ -210,17 +215,15 @@ class UnaryCall(ReceivingCall):
     def _take_end(self) -> None:
         if self._message is None:
             self.refuse(grpc.StatusCode.UNIMPLEMENTED, "no message; expected one")
+        elif isinstance(self._head.method, CallbackMethod):
+            self._begin(self._head.method)
         else:
-            self._begin(self._message)
-
-    def _begin(self, message: bytes) -> None:
-        """Run the handler with the complete request."""
-        method = self._head.method
-        if not isinstance(method, CallbackMethod):
             self._start_task()
-            return
+
+    def _begin(self, method: CallbackMethod) -> None:
+        """Run a handler that needs no task."""
         try:
-            returned: object = method.begin(message, self)  # type: ignore[func-returns-value]
+            returned: object = method.begin(self._hand_over(), self)  # type: ignore[func-returns-value]
             if returned is not None:  # a coroutine would never run
                 raise TypeError(f"a handler has returned {type(returned).__name__}; expected nothing")
         except Abort as abort:
@@ -230,20 +233,32 @@ class UnaryCall(ReceivingCall):
 
     async def _handle(self) -> None:
         method = self._head.method
-        assert isinstance(method, UnaryMethod) and self._message is not None
-        answer = await method.answer(self._message, self)
+        assert isinstance(method, UnaryMethod)
+        answer = await method.answer(self._hand_over(), self)
         if answer is not None:
             self.answer(answer)
         elif not self.over:
             raise TypeError("a handler has ended without an answer")
+
+    def _close(self) -> None:
+        super()._close()
+        self._message = None
+
+    def _hand_over(self) -> bytes:
+        """Return the complete request, and keep no reference: its handler has a parsed copy."""
+        message, self._message = self._message, None
+        assert message is not None
+        return message
 
 
 class StreamCall(ReceivingCall):
     """A call with any number of requests and answers. It is also the iterator of its requests."""
 
     needs_all = False
+    own_bytes = 12288
     _reading: asyncio.Future[None] | None = None  # set while the handler waits for a message
     _room: asyncio.Future[None] | None = None  # set while the handler waits for the client to read
+    _handed_over = 0  # the bytes of the message that the handler has
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         super().__init__(streams, stream, head)
@@ -257,6 +272,10 @@ class StreamCall(ReceivingCall):
         return self
 
     async def __anext__(self) -> bytes:
+        """Return the next message. The one before it counts as held until then: its handler may wait with it."""
+        if self._handed_over:
+            self.streams.memory.hold(self, -self._handed_over)
+            self._handed_over = 0
         while not self._messages:
             inflating = self._reader is not None and self._reader.inflation
             if self.state is StreamState.CLOSED or (self.state is StreamState.HALF_CLOSED_REMOTE and not inflating):
@@ -264,9 +283,7 @@ class StreamCall(ReceivingCall):
             self._reading = self.streams.loop.create_future()
             await self._reading
         message = self._messages.popleft()
-        released = len(message) + _MESSAGE_BYTES_WITH_PREFIX
-        self.held -= released
-        self.streams.memory.used -= released
+        self._handed_over = len(message) + _MESSAGE_BYTES_WITH_PREFIX
         if self._may_receive < _LOW_WINDOW:
             self._let_send()
         return message
@@ -325,6 +342,7 @@ class StreamCall(ReceivingCall):
         self._stop_unpacking()  # if the handler has ended before the request
         super()._close()
         self._messages.clear()  # a reader that is already awake must not release them again
+        self._handed_over = 0
         self._wake_reader()
         self.wake_writer()
 

@@ -1,7 +1,7 @@
 """The calls of one connection, their sending, and the limits for useless frames of their client."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Reversible
 from enum import Enum
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import grpc
 from serving.transport import frames, headers
 from serving.transport.counts import Counts
 from serving.transport.frames import ConnectionFault, ErrorCode
-from serving.transport.memory import Memory
+from serving.transport.memory import Holder, Memory
 from serving.transport.methods import Peer, TransportLimits
 from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
@@ -90,7 +90,7 @@ class SendingCall(Protocol):
         """Note that the client has gone, or must not be sent anything else."""
 
 
-class OpenCall(SendingCall, Protocol):
+class OpenCall(SendingCall, Holder, Protocol):
     """The part of an open call that its connection uses."""
 
     state: StreamState
@@ -131,6 +131,8 @@ class Streams:
         #: The highest stream that the client has opened.
         self.last_stream = 0
         self.calls: dict[int, OpenCall] = {}
+        #: The bytes that they hold; kept by Memory.
+        self.held = 0
         #: Set while the client's system takes no bytes.
         self.paused = False
         #: The bytes of streamed answers that were sent in this turn of the event loop.
@@ -149,6 +151,11 @@ class Streams:
         self.sent_bytes = 0
         self._answered = 0  # all messages and calls so far
         self._counted = [0, 0]  # the value of _answered at the last idle frame, and at the last cancelled call
+
+    @property
+    def holders(self) -> Reversible[OpenCall]:
+        """Return the open calls, for Memory."""
+        return self.calls.values()
 
     def __iter__(self) -> Iterator[OpenCall]:
         """Yield the calls that are open now. They may end during the iteration."""

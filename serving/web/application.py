@@ -31,7 +31,7 @@ from serving.web.incoming import JSON, BodyLimits, Incoming, Reply
 from serving.web.json_messages import write_json
 from serving.web.page import PageFile
 from serving.web.problems import CLIENT_GONE, PROBLEM, Problem, invalid, problem_of
-from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Prepared, Route
+from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Route
 
 #: The header with the seconds after which the client needs no answer.
 TIMEOUT = "x-request-timeout"
@@ -211,27 +211,29 @@ class Application:
             body = await visit.body.read(exchange.left)
             packed = "content-encoding" in visit.request.headers
             cost = len(body) + packed * _PACKED_COST  # a small body may be packed from a large one
-            prepared, data = await self._convert(visit, cost, partial(self._prepare, route, visit, body))
+            write, data = await self._convert(visit, cost, partial(self._prepare, route, visit, body))
             del body
             visit.body.hold(len(data))
-            outcome = await exchange.call(method, data)
+            calling = exchange.call(method, data)
+            del data  # which the method may free once it is parsed
+            outcome = await calling
             if isinstance(outcome, Status):
                 raise problem_of(outcome)
-            reply = await self._convert(visit, len(outcome), partial(prepared.write, outcome))
+            reply = await self._convert(visit, len(outcome), partial(write, outcome))
             visit.body.hold(len(reply.body))
             return _response(reply)
 
         return respond
 
-    def _prepare(self, route: Route, visit: Visit, body: bytes) -> tuple[Prepared, bytes]:
-        """Return a request for its method, and its bytes. Raises Problem."""
+    def _prepare(self, route: Route, visit: Visit, body: bytes) -> tuple[Callable[[bytes], Reply], bytes]:
+        """Return the writer of a request's answer, and the bytes for its method. Raises Problem."""
         headers = visit.request.headers
         unpacked = visit.body.unpack(body, headers.get("content-encoding", "").lower())
         if unpacked and route.body is Body.NONE:
             raise invalid("body", f"{len(unpacked)} bytes; expected none")
         query = visit.request.query_params.multi_items()
         prepared = route.prepare(Incoming(visit.request.path_params, query, headers, unpacked, self._terms.limits))
-        return prepared, prepared.message.SerializeToString()
+        return prepared.write, prepared.message.SerializeToString()
 
     def _document(self, name: str, media: str) -> Respond:
         """Return the function that answers with a document of this package, protected as its method is."""

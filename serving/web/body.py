@@ -9,7 +9,7 @@ import grpc
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from serving.transport.memory import Memory
+from serving.transport.memory import Memory, Owner
 from serving.web.problems import Problem
 
 # A body must come within this time, and a second more for each of these bytes that have come.
@@ -23,7 +23,7 @@ _UNPACKERS: dict[str, Callable[[], "zlib._Decompress"]] = {
 }
 
 
-class Owner(Protocol):
+class Connected(Owner, Protocol):
     """The connection of a request."""
 
     def abort(self) -> None:
@@ -41,7 +41,7 @@ class BodyReader:
         self,
         receive: Receive,
         length: str,
-        owner: Owner,
+        owner: Connected,
         memory: Memory,
         evicted: Callable[[], None],
         max_bytes: int,

@@ -82,6 +82,8 @@ class WebConnection(H11Protocol):
         self._owner = owner
         self.peer = Peer("")
         self.client_key = ""
+        #: As of serving.transport.memory.Owner. It has one request at a time, which is not ended for another client's.
+        self.held, self.holders = 0, ()
         #: True if the connection ends for the sake of a new one.
         self.replaced = False
         self._counted = False

@@ -10,6 +10,7 @@ import grpc
 
 from serving.transport.call import INTERNAL_TEXT
 from serving.transport.headers import Metadata, Status
+from serving.transport.memory import Owner
 from serving.transport.methods import Abort, CallbackMethod, Peer, UnaryMethod
 
 #: The methods that HTTP can call.
@@ -22,7 +23,7 @@ _INTERNAL = Status(grpc.StatusCode.INTERNAL, INTERNAL_TEXT)
 _logger = logging.getLogger(__name__)
 
 
-class Connected(Protocol):
+class Connected(Owner, Protocol):
     """The connection of a client."""
 
     @property
@@ -87,6 +88,7 @@ class Exchange:
                 self._begin(method, data)
             else:
                 self._task = self._loop.create_task(self._run(method, data))
+            del data  # which the method may free once it is parsed
             await asyncio.wait((self._outcome,))  # and not the future itself, which a cancelled task would cancel
             return self._outcome.result()
         finally:
@@ -106,7 +108,9 @@ class Exchange:
 
     async def _run(self, method: UnaryMethod, data: bytes) -> None:
         try:
-            answer = await method.answer(data, self)
+            answering = method.answer(data, self)
+            del data
+            answer = await answering
             if answer is not None:
                 self._end(answer)
             elif not self.over:

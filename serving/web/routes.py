@@ -1,7 +1,7 @@
 """The route table: each path of HTTP, the method of gRPC behind it, and the conversions of its messages."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -90,7 +90,8 @@ class Route:
                 return _prepare_infer(incoming)
         if self.answer is Answer.PICTURE:
             return _prepare_picture(message, incoming)
-        return Prepared(message, partial(_WRITERS[self.answer], self.response, incoming))
+        bodiless = replace(incoming, body=b"")  # since the body's memory is needed until then
+        return Prepared(message, partial(_WRITERS[self.answer], self.response, bodiless))
 
 
 def _prepare_infer(incoming: Incoming) -> Prepared:

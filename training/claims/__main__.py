@@ -1,7 +1,7 @@
 """``python -m training.claims [quick|full] [--rows 1 4 ...]``: measure the claims made for capsule networks.
 
 Networks are trained first, and then the rows are measured. Both are kept in the folder of the run, so that the next
-call goes on where the last one ended. The report is written again after each row.
+call goes on where the last one ended. The report at the end has all rows that were measured so far.
 """
 
 import argparse

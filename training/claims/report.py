@@ -41,7 +41,7 @@ def markdown(report: Report) -> str:
     lines = [
         "# Sixteen claims made for capsule networks, measured",
         "",
-        *intro(report),
+        "\n\n".join(intro(report)),
         "",
         f"The same report with all pictures in one file is [{HTML_FILE}]({HTML_FILE}).",
         "",

@@ -3,11 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Never
 
 import torch
 from tqdm import tqdm
@@ -96,7 +93,7 @@ def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
 def _measured(settings: Settings, store: Store, images: Images) -> list[Row]:
     """Measure the rows that were not measured yet, and return those that cannot be."""
     missing = []
-    with _bar("rows", len(settings.rows)) as bar:
+    with tqdm(desc="rows", total=len(settings.rows), unit="row", dynamic_ncols=True) as bar:
         for row in settings.rows:
             bar.set_postfix_str(row.claim.title)
             try:
@@ -130,27 +127,12 @@ def _trained(settings: Settings, store: Store, images: Images, device: torch.dev
     """Train the networks and return those that the deadline left out."""
     jobs = jobs_of(settings.rows, settings.scale)
     begin = time.perf_counter()
-    with _bar("networks", len(jobs)) as bar:
+    with tqdm(desc="networks", total=len(jobs), unit="network", dynamic_ncols=True) as bar:
         bar.update(sum(store.finished(job) for job in jobs))
-        shop = Workshop(
-            store,
-            images,
-            settings.scale,
-            device,
-            tqdm.write,
-            lambda: bar.update() and None,
-            settings.deadline,
-            settings.commit,
-        )
-        left = train(jobs, shop)
+        told = (tqdm.write, bar.update, settings.deadline, settings.commit)
+        left = train(jobs, Workshop(store, images, settings.scale, device, *told))
     print(f"{len(jobs) - len(left)} of {len(jobs)} networks are trained, {time.perf_counter() - begin:.0f} s")
     return left
-
-
-@contextmanager
-def _bar(name: str, total: int) -> Iterator["tqdm[Never]"]:
-    with tqdm(desc=name, total=total, unit=name.removesuffix("s"), dynamic_ncols=True) as bar:
-        yield bar
 
 
 def _check_scale(settings: Settings) -> None:

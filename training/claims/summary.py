@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.claims.drawing import NAMES
+from training.claims.evidence import Verdict
 from training.claims.jobs import Scale
 from training.claims.results import Judged, judged, read_result
 from training.claims.row import Claim, Row
@@ -47,9 +48,10 @@ class Report:
 
     @property
     def tally(self) -> dict[str, int]:
-        """Return the number of rows by verdict."""
+        """Return the number of rows by verdict, without the verdicts of none."""
         verdicts = [entry.verdict for entry in self.entries]
-        return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(sorted(verdicts))}
+        order = (*(one.value for one in Verdict), NOT_RUN)
+        return {verdict: verdicts.count(verdict) for verdict in order if verdict in verdicts}
 
     @property
     def origins(self) -> list[str]:

@@ -211,18 +211,22 @@ class Preparation(_message.Message):
     def __init__(self, polarity: _Optional[_Union[Polarity, str]] = ..., object_size: _Optional[int] = ..., centred_by_mass: _Optional[bool] = ...) -> None: ...
 
 class Calibration(_message.Message):
-    __slots__ = ("temperature", "presence", "margin", "reconstruction_error", "false_alarms")
+    __slots__ = ("temperature", "presence", "margin", "reconstruction_error", "false_alarms", "objects", "arctanh")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     MARGIN_FIELD_NUMBER: _ClassVar[int]
     RECONSTRUCTION_ERROR_FIELD_NUMBER: _ClassVar[int]
     FALSE_ALARMS_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    ARCTANH_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     presence: _containers.RepeatedScalarFieldContainer[float]
     margin: float
     reconstruction_error: float
     false_alarms: float
-    def __init__(self, temperature: _Optional[float] = ..., presence: _Optional[_Iterable[float]] = ..., margin: _Optional[float] = ..., reconstruction_error: _Optional[float] = ..., false_alarms: _Optional[float] = ...) -> None: ...
+    objects: int
+    arctanh: bool
+    def __init__(self, temperature: _Optional[float] = ..., presence: _Optional[_Iterable[float]] = ..., margin: _Optional[float] = ..., reconstruction_error: _Optional[float] = ..., false_alarms: _Optional[float] = ..., objects: _Optional[int] = ..., arctanh: _Optional[bool] = ...) -> None: ...
 
 class PrimaryCapsules(_message.Message):
     __slots__ = ("types", "rows", "columns", "offset", "stride", "size")

@@ -164,9 +164,11 @@ function fillBar(row, length, number, present) {
 
 function showAnswer(answer) {
   const rate = (value) => `${(100 * value).toFixed(1)} %`;
+  const objects = state.model.calibration?.objects || 1;
+  const share = objects > 1 ? ` of at most ${rate(1 / objects)}, since this network takes an image to show ${objects} objects` : "";
   const longest = `The longest capsule is ${answer.label}.`;
   const [text, kind, detail] = {
-    VERDICT_OK: [`It is ${answer.label}.`, "good", `Confidence ${rate(answer.confidence)}.`],
+    VERDICT_OK: [`It is ${answer.label}.`, "good", `Confidence ${rate(answer.confidence)}${share}.`],
     VERDICT_SEVERAL: [`${answer.present.join(" and ")} together.`, "good", "Several classes are present."],
     VERDICT_NONE_OF_THESE: ["None of these.", "warn", longest],
     VERDICT_SUSPICIOUS: [`Perhaps ${answer.present.join(" and ")}.`, "warn", suspicion(answer)],

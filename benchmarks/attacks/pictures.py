@@ -1,0 +1,162 @@
+"""Attacks by image files: costly to decode, large, and in messages that wait for a thread, over gRPC and HTTP."""
+
+import struct
+import zlib
+from collections.abc import Callable
+from functools import cache, partial
+
+from benchmarks.attacks.link import (
+    CLASSIFY,
+    CLASSIFY_STREAM,
+    SIDE,
+    WAIT_SECONDS,
+    Attack,
+    Link,
+    Message,
+    Pieces,
+    data,
+    framed,
+    headers,
+)
+from benchmarks.attacks.web import post
+from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.settings import Settings
+from serving.transport import frames
+
+_MAX_PIECE_BYTES = 2**16
+_IMAGES = 64
+_WEB_CONNECTIONS = 8
+#: Bytes of a file beside its largest part.
+_OTHER_BYTES = 1024
+_GREY_AND_TRANSPARENCY, _COLOURS_AND_TRANSPARENCY = (4, 2), (6, 4)  # PNG's number, and the bytes of a pixel
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png(width: int, height: int, colours: tuple[int, int], more: bytes = b"") -> bytes:
+    """Return a file of black pixels. more: chunks before them."""
+    kind, pixel_bytes = colours
+    packer = zlib.compressobj(9)
+    row = bytes(1 + pixel_bytes * width)
+    pixels = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + more + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+
+
+@cache
+def _costly() -> bytes:
+    """Return a file that costs the most that the server's limits on its parts allow."""
+    exif = b"MM\0*" + struct.pack(">IH", 8, 64) + struct.pack(">HHII", 0x0112, 4, 1, 6) * 64 + bytes(4)
+    unpacked = b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)
+    parts = _chunk(b"eXIf", exif) + _chunk(b"iCCP", unpacked) + _chunk(b"zTXt", unpacked) + _chunk(b"teSt", b"") * 50
+    return _png(SIDE, SIDE, _GREY_AND_TRANSPARENCY, parts)
+
+
+@cache
+def _large() -> bytes:
+    """Return a file of nearly the most bytes, which is quickly decoded."""
+    return _png(SIDE, SIDE, _GREY_AND_TRANSPARENCY, _chunk(b"teSt", bytes(Settings.max_image_bytes - _OTHER_BYTES)))
+
+
+@cache
+def _bomb() -> bytes:
+    """Return a picture of few bytes and nearly the most pixels."""
+    side = int(Settings.max_picture_pixels**0.5)
+    return _png(side, side, _COLOURS_AND_TRANSPARENCY)
+
+
+def _request(file: bytes, count: int = 1, preprocess: pb.Preprocess = pb.PREPROCESS_NONE) -> pb.ClassifyRequest:
+    return pb.ClassifyRequest(images=[pb.Image(encoded=file, preprocess=preprocess)] * count)
+
+
+def _costly_images() -> bytes:
+    return framed(_request(_costly(), _IMAGES).SerializeToString())
+
+
+def _large_images() -> bytes:
+    return framed(_request(_large()).SerializeToString())
+
+
+def _bombs() -> bytes:
+    return framed(_request(_bomb(), preprocess=pb.PREPROCESS_AUTO).SerializeToString())
+
+
+def _streamed(file: bytes, count: int) -> bytes:
+    return framed(pb.ClassifyStreamRequest(request=_request(file, count)).SerializeToString())
+
+
+def _large_streamed() -> bytes:
+    """Return a message of nearly the most bytes."""
+    return _streamed(_large(), (Settings.max_request_bytes - _OTHER_BYTES) // len(_large()))
+
+
+def _costly_streamed() -> bytes:
+    """Return a message of the most images, each of which takes long to decode."""
+    return _streamed(_costly(), Settings.max_images_per_request)
+
+
+def _uploads(link: Link, path: str, make: Message) -> Pieces:
+    """Send large messages on as many streams as the server allows, as fast as it takes them.
+
+    The calls of CLASSIFY_STREAM do not end: each gets one message after the other.
+    """
+    yield from link.ready()
+    message, endless = make(), path == CLASSIFY_STREAM
+    sent: dict[int, int] = {}  # by stream, the bytes of its message
+    while True:
+        piece = b""
+        while len(sent) < link.max_streams and len(piece) < _MAX_PIECE_BYTES:
+            stream = link.open()
+            sent[stream] = 0
+            piece += headers(stream, path)
+        for stream, begin in list(sent.items()):
+            size = min(len(message) - begin, link.windows.get(stream, 0), link.window, frames.MAX_FRAME_BYTES)
+            if size > 0:
+                complete = begin + size == len(message)
+                link.window -= size
+                link.windows[stream] -= size
+                piece += data(stream, message[begin : begin + size], complete and not endless)
+                sent[stream] = 0 if complete else begin + size
+            if stream not in link.windows or (size > 0 and complete and not endless):
+                del sent[stream]
+            if len(piece) >= _MAX_PIECE_BYTES:
+                break
+        yield piece or WAIT_SECONDS
+
+
+def _posts(link: Link, make: Callable[[], bytes]) -> Pieces:
+    """Post a body again and again, without a wait for its answer."""
+    request = make()
+    while True:
+        yield request
+
+
+def _post_costly() -> bytes:
+    part = b'--edge\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + _costly() + b"\r\n"
+    return post("/v1/classify", part * _IMAGES + b"--edge--\r\n", "multipart/form-data; boundary=edge")
+
+
+def _post_large() -> bytes:
+    return post("/v1/classify", _large(), "image/png")
+
+
+def _post_bomb() -> bytes:
+    return post("/v1/classify?preprocess=auto", _bomb(), "image/png")
+
+
+def _web(name: str, make: Callable[[], bytes]) -> Attack:
+    return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, times=_WEB_CONNECTIONS, web=True)
+
+
+PICTURES = (
+    Attack("costly images", partial(_uploads, path=CLASSIFY, make=_costly_images)),
+    Attack("large images", partial(_uploads, path=CLASSIFY, make=_large_images)),
+    Attack("picture bombs", partial(_uploads, path=CLASSIFY, make=_bombs)),
+    Attack("large messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_large_streamed)),
+    Attack("costly messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_costly_streamed)),
+    _web("costly images", _post_costly),
+    _web("large images", _post_large),
+    _web("picture bombs", _post_bomb),
+)
