@@ -4,8 +4,12 @@ DEV_VENV := .venv-dev
 DEV := $(DEV_VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 AUDIT_VENV := .venv-audit
-LOCKED := build cpu gpu training
+# The generator of protos/. Its own dependencies are left out: it needs none of them, and they are older than the server's.
+# Its version decides which versions of grpcio and protobuf the client can work with.
+PROTOC := grpcio-tools==1.81.1
+LOCKED := build cpu gpu installer training torch-cuda
 IMAGE := capsnet-serving
+TORCH := deploy/requirements/torch.in
 LOCK := $(DEV)/uv pip compile --quiet --upgrade --generate-hashes --python-version 3.12 \
 	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
@@ -19,7 +23,8 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 BASE ?= main
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export claims check quick test attacks soak lint format protos requirements sbom audit scan clean
+.PHONY: help serve dev train export claims check quick test attacks soak dist image lint format protos cards requirements sbom audit \
+	scan clean
 
 ## List the targets.
 help:
@@ -51,11 +56,11 @@ check: $(DEV_VENV)/.installed
 
 ## Run the quick tests without lint. ARGS='-k NAME' chooses tests.
 quick: $(DEV_VENV)/.installed
-	$(PYTEST) $(PARALLEL) -m "not server and not training and not exporter and not attack" $(LINTERS) $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not server and not training and not exporter and not attack and not install" $(LINTERS) $(ARGS)
 
-## Run all tests but the attacks. ARGS='-k NAME' chooses tests, JOBS=1 runs one at a time.
+## Run all tests but those of `make attacks` and `make dist`. ARGS='-k NAME' chooses tests, JOBS=1 runs one at a time.
 test: $(DEV_VENV)/.installed
-	$(PYTEST) $(PARALLEL) -m "not attack" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not attack and not install" $(ARGS)
 
 ## Attack the server on both transports, and check that it serves others meanwhile. ARGS='--attacks all' takes longer.
 attacks: $(DEV_VENV)/.installed
@@ -64,6 +69,18 @@ attacks: $(DEV_VENV)/.installed
 ## Run both transports for a minute under mixed load, with every answer compared. ARGS='--minutes 30' sets flags.
 soak: $(DEV_VENV)/.installed
 	$(DEV)/python -m benchmarks.soak $(ARGS)
+
+## Build the wheel, the source distribution and their lists of packages into dist/, and test them as installed packages.
+dist: $(DEV_VENV)/.installed
+	rm -rf dist
+	$(DEV)/uv build --quiet --build-constraints deploy/requirements/build.txt --require-hashes --out-dir dist
+	$(DEV)/python deploy/sbom.py --wheel dist/*.whl
+	$(PYTEST) -m install tests/test_installed.py $(ARGS)
+
+## Build the server's image, labelled with version and commit. ARGS=training builds another one of docker-compose.yml.
+image: $(DEV_VENV)/.installed
+	docker compose build --build-arg VERSION="$$($(DEV)/python -m setuptools_scm)" \
+		--build-arg REVISION="$$(git rev-parse HEAD)" $(or $(ARGS),capsnet)
 
 ## Check format, lint, types, import rules and .proto files.
 lint: $(DEV_VENV)/.installed
@@ -84,14 +101,22 @@ format: $(DEV_VENV)/.installed
 
 ## Generate the code from the .proto files.
 protos: $(DEV_VENV)/.installed
-	$(DEV)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. \
+	PYTHONPATH=$(DEV_VENV)/protoc $(DEV)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. \
 		protos/capsnet/v1/*.proto protos/inference/*.proto
+
+## Write the model cards of the networks in models/ from their manifests.
+cards: $(DEV_VENV)/.installed
+	$(DEV)/python -m export.model_card models/*/*/
 
 ## Update the versions and digests that the images install, and the lists of packages.
 requirements: $(DEV_VENV)/.installed
 	$(LOCK) pyproject.toml --extra cpu --extra tracing --output-file deploy/requirements/cpu.txt
 	$(LOCK) pyproject.toml --extra gpu --extra tracing --output-file deploy/requirements/gpu.txt
-	$(LOCK) pyproject.toml --extra cpu --extra export --output-file deploy/requirements/training.txt
+	$(LOCK) pyproject.toml --extra cpu --extra export --constraints $(TORCH) --excludes deploy/requirements/cuda.in \
+		--no-emit-package torch --output-file deploy/requirements/training.txt
+	sed 's/^torch==.*/&+cpu/' $(TORCH) | $(LOCK) - --no-deps --torch-backend cpu --output-file deploy/requirements/torch-cpu.txt
+	$(LOCK) $(TORCH) --constraints deploy/requirements/training.txt --output-file deploy/requirements/torch-cuda.txt
+	echo uv | $(LOCK) - --output-file deploy/requirements/installer.txt
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 		| $(LOCK) - --output-file deploy/requirements/build.txt
 	$(PYTHON) deploy/sbom.py
@@ -129,6 +154,7 @@ $(DEV_VENV)/.installed: pyproject.toml
 	@echo "installing the packages for training, export and tests into $(DEV_VENV) (once)"
 	$(PYTHON) -m venv $(DEV_VENV)
 	$(DEV_VENV)/bin/python $(PIP) --editable '.[cpu,export,tracing,dev]'
+	$(DEV_VENV)/bin/python $(PIP) --no-deps --upgrade --target $(DEV_VENV)/protoc '$(PROTOC)'
 	@touch $@
 
 $(DEV_VENV)/.claims: $(DEV_VENV)/.installed

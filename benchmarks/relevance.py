@@ -20,8 +20,9 @@ from benchmarks.figures import origin, write
 from serving.artifact import Artifact, ReceptiveField, find, load
 from serving.files.idx import read_idx
 from serving.files.occlusion import PATCH_SHARE, Occlusion, drops_of, ground_of
+from serving.repository.further_graph import CONTRIBUTIONS, COUPLINGS
 from serving.runtime import Arrays, Runtime
-from serving.services.graphs import CONTRIBUTIONS, COUPLINGS, EXPLAIN
+from serving.services.graphs import EXPLAIN
 from training.model import Field
 from training.relevance import DELETED_SHARE, Map, Pixels, capsule_map, without_ink
 

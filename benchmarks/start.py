@@ -29,7 +29,7 @@ TUNED, FIXED = "by measurement", "by settings"
 
 _ROOT = Path(__file__).parent.parent
 _IMPORTS_CODE = """import time
-import serving.__main__
+import serving.server
 from serving.runtime import onnxruntime
 onnxruntime()
 print(time.time())

@@ -1,27 +1,39 @@
 """Software bill of materials (SBOM) of each image, in CycloneDX 1.6: written, or compared with ``--check``.
 
+``python deploy/sbom.py --wheel dist/NAME.whl`` writes them beside a wheel, with its version and digest.
 ``python deploy/sbom.py --compare cpu`` reads lines ``NAME==VERSION`` of an image's Python packages from standard input,
 as ``pip freeze`` writes them, and fails if they are not those of the SBOM.
 """
 
 import argparse
+import email
 import hashlib
 import json
 import re
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ROOT / "deploy" / "requirements"
 FOLDER = ROOT / "deploy" / "sbom"
 #: For each SBOM, the requirements that the image's stage installs, in this order; later versions replace earlier ones.
-IMAGES = {"cpu": ("cpu",), "gpu": ("gpu",), "training": ("cpu", "training")}
+IMAGES = {"cpu": ("cpu",), "gpu": ("gpu",), "training": ("cpu", "torch-cpu", "training")}
+_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;\\]+)", re.MULTILINE)
 _BASE = re.compile(r"^FROM (\S+):(\S+) AS serving$", re.MULTILINE)
 # Packages that come with the interpreter and are no part of the image's environment.
 _IGNORED = frozenset({"pip"})
+
+
+class Wheel(NamedTuple):
+    """The version of a wheel of the project, and the SHA-256 of its file."""
+
+    version: str
+    sha256: str
 
 
 def pinned(name: str) -> dict[str, str]:
@@ -38,11 +50,13 @@ def packages(image: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def sbom(image: str) -> dict[str, Any]:
-    """Return an image's SBOM. It has neither a date nor a serial number, so the same packages give the same bytes."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+def sbom(image: str, wheel: Wheel | None = None) -> dict[str, Any]:
+    """Return an image's SBOM. It has neither a date nor a serial number, so the same packages give the same bytes.
+
+    wheel: the project's wheel; None leaves out its version and digest.
+    """
     base, tag = _BASE.findall((ROOT / "Dockerfile").read_text())[0]
-    application = f"{project['name']}@{project['version']}"
+    application = f"{_PROJECT['name']}@{wheel.version}" if wheel else _PROJECT["name"]
     components = [
         {
             "type": "library",
@@ -66,10 +80,11 @@ def sbom(image: str) -> dict[str, Any]:
             "component": {
                 "type": "application",
                 "bom-ref": application,
-                "name": project["name"],
-                "version": project["version"],
-                "description": project["description"],
-            },
+                "name": _PROJECT["name"],
+                "description": _PROJECT["description"],
+                "licenses": [{"license": {"id": _PROJECT["license"]}}],
+            }
+            | ({"version": wheel.version, "hashes": [{"alg": "SHA-256", "content": wheel.sha256}]} if wheel else {}),
             "properties": [
                 {"name": f"capsnet:requirements:{name}.txt:sha256", "value": _sha256(REQUIREMENTS / f"{name}.txt")}
                 for name in IMAGES[image]
@@ -80,9 +95,19 @@ def sbom(image: str) -> dict[str, Any]:
     }
 
 
-def text_of(image: str) -> str:
+def text_of(image: str, wheel: Wheel | None = None) -> str:
     """Return the content of an image's SBOM file."""
-    return json.dumps(sbom(image), indent=1) + "\n"
+    return json.dumps(sbom(image, wheel), indent=1) + "\n"
+
+
+def write_beside(path: Path) -> None:
+    """Write the SBOM of each image beside a wheel of the project."""
+    with zipfile.ZipFile(path) as archive:
+        [name] = [one for one in archive.namelist() if one.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    wheel = Wheel(metadata["Version"], _sha256(path))
+    for image in IMAGES:
+        path.with_name(f"{_PROJECT['name']}-{wheel.version}-{image}.cdx.json").write_text(text_of(image, wheel))
 
 
 def differences(image: str, installed: str) -> list[str]:
@@ -90,8 +115,7 @@ def differences(image: str, installed: str) -> list[str]:
 
     installed: lines ``NAME==VERSION``. The project's own line and lines of other forms are ignored.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    ignored = _IGNORED | {_normal(project["name"])}
+    ignored = _IGNORED | {_normal(_PROJECT["name"])}
     found = {_normal(name): version for name, version in _PINNED.findall(installed)}
     expected = packages(image)
     return [
@@ -105,12 +129,16 @@ def main() -> int:
     """Write, check or compare, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not up to date")
+    parser.add_argument("--wheel", type=Path, help="write the files beside this wheel, with its version and digest")
     parser.add_argument("--compare", choices=IMAGES, help="compare standard input with this image's SBOM")
     arguments = parser.parse_args()
     if arguments.compare:
         found = differences(arguments.compare, sys.stdin.read())
         print("\n".join(found) or f"the packages are those of deploy/sbom/{arguments.compare}.json")
         return bool(found)
+    if arguments.wheel:
+        write_beside(arguments.wheel)
+        return 0
     stale = [image for image in IMAGES if not _is_current(image)]
     for image in stale if arguments.check else IMAGES:
         if arguments.check:
@@ -131,7 +159,7 @@ def _normal(name: str) -> str:
 
 
 def _purl(name: str, version: str) -> str:
-    return f"pkg:pypi/{name}@{version}"
+    return f"pkg:pypi/{name}@{quote(version)}"
 
 
 def _sha256(path: Path) -> str:

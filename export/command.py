@@ -10,6 +10,7 @@ from pathlib import Path
 
 from export.options import ExportOptions
 from serving.files.options import add_flags, read
+from serving.files.program import add_version
 from training.data.folder import find_images
 from training.data.sources import DatasetError
 from training.run_folder import checkpoint_path
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint", type=Path, help="the run's folder, or its checkpoint (capsnet.pt or .safetensors)"
     )
     result.add_argument("out", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION")
+    add_version(result)
     add_flags(result, ExportOptions)
     return result
 
@@ -71,7 +73,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
         except (checkpoint.CheckpointError, DatasetError) as error:
             raise type(error)(f"{path}: {error}") from error
         name = options.name or _default_name(trained.dataset)
-        version = options.version or _next_version(out / name)
+        version = options.model_version or _next_version(out / name)
         artifact, failures = export_checkpoint(trained, dataset, out, name, version, options.chosen)
     except (
         checkpoint.CheckpointError, DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
@@ -79,7 +81,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
     ) as error:  # fmt: skip
         print(error, file=sys.stderr)
         return 1
-    if options.version is None and version != "1":
+    if options.model_version is None and version != "1":
         print(f"{name} has a version {int(version) - 1} already, so this is version {version}")
     print(f"wrote {artifact.folder}: {', '.join(artifact.files)}")
     for precision, variant in artifact.variants.items():

@@ -60,8 +60,8 @@ class ExportOptions:
     """
 
     name: str | None = option(None, "the model's name", parse=parse_name, metavar="NAME", shown="capsnet-DATASET")
-    version: str | None = option(
-        None, "the version", parse=parse_version, metavar="N", shown="one more than the highest there"
+    model_version: str | None = option(
+        None, "the version of the artifact", parse=parse_version, metavar="N", shown="one more than the highest there"
     )
     data_dir: Path | None = option(
         None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""

@@ -18,16 +18,22 @@ def main() -> int:
     import asyncio
     import warnings
 
-    import uvloop
+    from serving.files.program import missing_package
 
-    from serving.artifact import ArtifactError
-    from serving.files.images import limit_metadata
-    from serving.logs import set_up
-    from serving.runtime import RuntimeSetupError, keep_little_free_memory
-    from serving.server import StartError, serve
-    from serving.settings import read, service_links
+    try:
+        from serving.settings import read, service_links
 
-    settings = read(sys.argv[1:])
+        settings = read(sys.argv[1:])
+        import uvloop
+
+        from serving.artifact import ArtifactError
+        from serving.files.images import limit_metadata
+        from serving.logs import set_up
+        from serving.runtime import RuntimeSetupError, keep_little_free_memory
+        from serving.server import StartError, serve
+    except ModuleNotFoundError as error:
+        print(f"cannot start: {missing_package(error, 'cpu')}", file=sys.stderr)
+        return 1
     warnings.filterwarnings("ignore", module="PIL")  # about clients' files, with text that clients choose
     limit_metadata()
     if settings.transport == "grpcio":  # whose messages from large requests would triple the memory

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from serving.artifact import MAX_FILE_BYTES, PRECISIONS
 from serving.files.image_headers import MAX_IMAGE_BYTES
 from serving.files.options import add_flags, check, option, option_of
+from serving.files.program import add_version
 from serving.logs import FORMATS, LEVELS
 from serving.runtime import DEVICES
 from serving.transport.methods import DEFAULT_CALLS, TRANSPORTS, is_loopback
@@ -156,7 +157,7 @@ class Settings:
     max_explained_images: int = option(
         8, "most images in one request for explanations, each of which takes about 200 images", minimum=1
     )
-    max_request_bytes: int = option(4 * 2**20, "largest request, in bytes", minimum=1024, maximum=2**29)
+    max_request_bytes: int = option(9 * 2**20, "largest request, in bytes", minimum=1024, maximum=2**29)
     max_bytes_under_way: int = option(
         2**26, "most bytes of all requests under way; what does not fit gets RESOURCE_EXHAUSTED", minimum=2**16
     )
@@ -165,7 +166,9 @@ class Settings:
         2**20, "most pixels of a model's images; a model with larger ones is not loaded", minimum=1
     )
     max_picture_pixels: int = option(
-        2**23, "most pixels of a picture that is prepared for the model (PREPROCESS_AUTO)", minimum=1
+        2**23,
+        "most pixels to which a picture is decoded before it is prepared for the model (PREPROCESS_AUTO)",
+        minimum=1,
     )
     max_image_memory: int = option(
         2**28, "most bytes of memory for decoding images; further requests wait", minimum=2**16
@@ -337,6 +340,7 @@ def _parser() -> argparse.ArgumentParser:
         "A flag wins over its variable, and a variable over the settings file.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
+    add_version(parser)
     add_flags(parser, Settings)
     return parser
 

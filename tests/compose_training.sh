@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains two short epochs with `docker compose --profile training`, beside the services that `docker compose up -d`
 # started, and waits until the server answers by the version that came of it, without having been started again.
-# CAPSNET_DATA, a folder with MNIST's four files, is for where the containers reach none of its mirrors.
+# CAPSNET_DATA, a folder with MNIST's four files, is for where the containers reach none of its mirrors, and TORCH=cuda
+# for where they do not reach PyTorch's own index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +28,7 @@ before=$(version)
 since=$(started)
 echo "serving version $before"
 
-training build training
+training build --build-arg TORCH="${TORCH:-cpu}" training
 if [ -n "${CAPSNET_DATA:-}" ]; then
     training run --rm --no-deps --volume "$(realpath "$CAPSNET_DATA"):/data:ro" --entrypoint sh training \
         -c 'mkdir -p /work/cache/capsnet/mnist && cp /data/* /work/cache/capsnet/mnist/'

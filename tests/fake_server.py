@@ -67,7 +67,7 @@ class FakeServer:
         self.stopping.set()
         self._server.stop(0).wait()
 
-    def _handler(self) -> "grpc.GenericRpcHandler[Any, Any]":
+    def _handler(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {

@@ -81,7 +81,7 @@ def routes(port: int) -> list[str]:
 
 def unary(channel: grpc.Channel, path: str, metadata: Metadata = ()) -> bytes:
     """Call a unary method with an empty message."""
-    answer: bytes = channel.unary_unary(path, None, None)(b"", metadata=metadata, timeout=20)
+    answer: bytes = channel.unary_unary(path, bytes, bytes)(b"", metadata=metadata, timeout=20)
     return answer
 
 
@@ -90,7 +90,7 @@ def code_of(channel: grpc.Channel, path: str, streams: bool, token: str = "") ->
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     try:
         if streams:
-            answers: Any = channel.stream_stream(path, None, None)(iter([b""]), metadata=metadata, timeout=20)
+            answers: Any = channel.stream_stream(path, bytes, bytes)(iter([b""]), metadata=metadata, timeout=20)
             next(answers, None)
             answers.cancel()
         else:
@@ -401,7 +401,7 @@ def test_the_log_names_the_client_that_loads_or_unloads_a_model(
             path = f"/inference.GRPCInferenceService/RepositoryModel{act}"
             request = inference_pb2.RepositoryModelLoadRequest(model_name=name).SerializeToString()
             metadata = (("authorization", f"Bearer {tokens['admin']}"), ("x-request-id", "mine"))
-            channel.unary_unary(path, None, None)(request, metadata=metadata, timeout=60)
+            channel.unary_unary(path, bytes, bytes)(request, metadata=metadata, timeout=60)
     who = {"request_id": "mine", "peer": "127.0.0.1", "client": "admin"}
     assert [(record.getMessage(), getattr(record, FIELDS)) for record in caplog.records if hasattr(record, FIELDS)] == [
         (f"the model '{name}' was {act}ed for a client", {"method": f"inference.GRPCInferenceService/{method}", **who})
@@ -414,9 +414,9 @@ def code_of_wrong(channel: grpc.Channel, path: str, streams: bool, token: str) -
     metadata = (("authorization", f"Bearer {token}"),)
     with contextlib.suppress(grpc.RpcError):
         if streams:
-            list(channel.stream_stream(path, None, None)(iter([b"\xff"]), metadata=metadata, timeout=20))
+            list(channel.stream_stream(path, bytes, bytes)(iter([b"\xff"]), metadata=metadata, timeout=20))
         else:
-            channel.unary_unary(path, None, None)(b"\xff", metadata=metadata, timeout=20)
+            channel.unary_unary(path, bytes, bytes)(b"\xff", metadata=metadata, timeout=20)
 
 
 def test_a_connection_that_the_server_closes_has_a_line_with_its_client(
@@ -457,7 +457,7 @@ def test_a_client_above_its_limit_is_refused_and_another_is_not(
     write_entries(tmp_path / "tokens", entries)
     running = start(transport=transport, tokens=str(tmp_path / "tokens"), client_calls=50)
     slow, free = ((("authorization", f"Bearer {made[name][0]}"),) for name in ("slow", "free"))
-    open_stream = running.channel.stream_stream("/capsnet.v1.CapsNetService/ClassifyStream", None, None)
+    open_stream = running.channel.stream_stream("/capsnet.v1.CapsNetService/ClassifyStream", bytes, bytes)
     stop = threading.Event()
 
     def endless() -> Iterator[bytes]:
@@ -485,7 +485,7 @@ def test_a_client_above_its_limit_is_refused_and_another_is_not(
             break
         except grpc.RpcError:
             assert time.monotonic() < end
-    classify = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", None, None)
+    classify = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", bytes, bytes)
     for _ in range(5):  # each ends its count
         with pytest.raises(grpc.RpcError) as caught:
             classify(b"\xff", metadata=slow, timeout=20)
@@ -499,7 +499,7 @@ def test_a_token_that_is_not_checked_yet_learns_no_limit_and_no_load(
     start: Start, tokens: dict[str, str], transport: str
 ) -> None:
     running = start(transport=transport, tokens=tokens["file"], max_bytes_under_way=2**16)
-    classify = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", None, None)
+    classify = running.channel.unary_unary("/capsnet.v1.CapsNetService/Classify", bytes, bytes)
     texts = []
     for token in ("predict.guessed", tokens["predict"]):
         if token == tokens["predict"]:  # then it is known
@@ -512,14 +512,17 @@ def test_a_token_that_is_not_checked_yet_learns_no_limit_and_no_load(
     assert "the limit is 65536 bytes" in texts[1]
 
 
-def test_addresses_have_limits_where_there_are_no_tokens(start: Start, transport: str) -> None:
-    running = start(transport=transport, client_rate=1.0)
+def test_addresses_have_limits_over_all_ports_where_there_are_no_tokens(start: Start, transport: str) -> None:
+    running = start(transport=transport, client_rate=1.0, http_port=0)
     unary(running.channel, GET_MODEL)
     with pytest.raises(grpc.RpcError) as caught:
         for _ in range(20):
             unary(running.channel, GET_MODEL)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "this client has made too many calls; the limit is 1 a second" in (caught.value.details() or "")
+    text = "this client has made too many calls; the limit is 1 a second"
+    assert text in (caught.value.details() or "")
+    answers = [ask(running.server.http_port, "/v1/model") for _ in range(2)]  # in case a second has passed
+    assert answers[1][0] == 429 and text in answers[1][1]
     assert code_of(running.channel, HEALTH + "Check", False) is grpc.StatusCode.OK
 
 
@@ -600,7 +603,7 @@ def test_a_stream_does_not_outlive_its_removed_token_for_long(
     entries = {name: TokenEntry(name, ("predict",), hash_) for name, (_, hash_) in made.items()}
     write_entries(tmp_path / "tokens", entries.values())
     running = start(transport=transport, tokens=str(tmp_path / "tokens"))
-    open_stream = running.channel.stream_stream(method, None, None)
+    open_stream = running.channel.stream_stream(method, bytes, bytes)
     ended = threading.Event()
 
     def messages() -> Iterator[bytes]:

@@ -91,13 +91,14 @@ def test_a_missing_server_is_reported_in_one_line(capsys: pytest.CaptureFixture[
 def test_a_path_that_is_no_image_file_is_reported(
     running: Running, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    empty = tmp_path / "empty.png"
+    empty, folder = tmp_path / "empty.png", tmp_path / "folder"
     empty.touch()
-    assert main([str(tmp_path), str(empty), "--address", running.address]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}: Is a directory",
-        f"{empty}: 0 bytes that are neither a PNG nor a JPEG file",
-    ]
+    folder.mkdir()
+    pattern = str(tmp_path / "*.gif")
+    assert main([str(folder), str(empty), pattern, "--address", running.address]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith(f"{folder}: a folder without images (.png, .jpg, ")
+    assert errors[1:] == [f"{empty}: 0 bytes that are neither a PNG nor a JPEG file", f"{pattern}: no file matches"]
 
 
 def test_wrong_options_are_reported_in_one_line(

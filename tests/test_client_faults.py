@@ -33,7 +33,7 @@ from serving.client import (
     Unavailable,
     Unsupported,
 )
-from serving.client.channel import is_local
+from serving.client.addresses import is_local
 from tests.certificates import make_all
 from tests.fake_server import FakeServer, Step, answer, end, numbered
 
@@ -327,19 +327,19 @@ def test_a_server_that_falls_silent_is_given_up(server: FakeServer, stream: Stre
 def test_a_slow_input_is_no_silence_of_the_server(server: FakeServer) -> None:
     def slow() -> Iterator[Item]:
         for number in range(2):
-            time.sleep(0.4)
+            time.sleep(1.1)
             yield numbered(number)
 
     async def slow_too() -> AsyncIterator[Item]:
         for number in range(2):
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(1.1)
             yield numbered(number)
 
-    with CapsNetClient(server.address, timeout=0.3) as client:
+    with CapsNetClient(server.address, timeout=1.0) as client:
         assert len(list(client.classify_stream(slow()))) == 2
 
     async def main() -> int:
-        async with AsyncCapsNetClient(server.address, timeout=0.3) as client:
+        async with AsyncCapsNetClient(server.address, timeout=1.0) as client:
             return len([result async for result in client.classify_stream(slow_too())])
 
     assert asyncio.run(main()) == 2

@@ -1131,7 +1131,7 @@ def test_the_command_writes_one_version_after_another_and_prints_its_measurement
     out = tmp_path / "models"
     assert command.main([str(checkpoint_file), str(out)]) == 0
     assert command.main([str(checkpoint_file), str(out)]) == 0
-    assert command.main([str(checkpoint_file), str(out), "--version", "10"]) == 0
+    assert command.main([str(checkpoint_file), str(out), "--model-version", "10"]) == 0
     assert command.main([str(checkpoint_file), str(out)]) == 0
     assert command.main([str(checkpoint_file), str(out), "--name", "other"]) == 0
     printed = capsys.readouterr()
@@ -1150,7 +1150,7 @@ def test_the_command_writes_one_version_after_another_and_prints_its_measurement
 def test_the_command_says_in_one_line_why_it_failed(
     checkpoint_file: Path, tmp_path: Path, test_set: None, ready_made: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(checkpoint_file), str(tmp_path / "models"), "--version", "1"]
+    arguments = [str(checkpoint_file), str(tmp_path / "models"), "--model-version", "1"]
     assert command.main(arguments) == 0
     capsys.readouterr()
     assert command.main(arguments) == 1
@@ -1234,9 +1234,9 @@ def test_the_command_fails_if_the_test_set_is_not_available(
         pytest.param(["capsnet.pt", "out", "--name", "Upper"], id="upper-case"),
         pytest.param(["capsnet.pt", "out", "--name", "../up"], id="path-in-name"),
         pytest.param(["capsnet.pt", "out", "--name", ""], id="empty-name"),
-        pytest.param(["capsnet.pt", "out", "--version", "0"], id="version-0"),
-        pytest.param(["capsnet.pt", "out", "--version", "-1"], id="negative-version"),
-        pytest.param(["capsnet.pt", "out", "--version", "1.5"], id="fraction"),
+        pytest.param(["capsnet.pt", "out", "--model-version", "0"], id="version-0"),
+        pytest.param(["capsnet.pt", "out", "--model-version", "-1"], id="negative-version"),
+        pytest.param(["capsnet.pt", "out", "--model-version", "1.5"], id="fraction"),
         pytest.param(["capsnet.pt", "out", "--opset", "3"], id="old-opset"),
         pytest.param(["capsnet.pt", "out", "--batches", "3", "2"], id="unordered-batches"),
     ],

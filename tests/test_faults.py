@@ -1,6 +1,9 @@
 """Tests of the faults of a machine: a killed server, full disks, jumping clocks, and no files or memory left."""
 
+import http.client
+import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -10,7 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,13 @@ def label(channel: grpc.Channel, timeout: float = 20) -> str:
     return text
 
 
+def label_over(web: http.client.HTTPConnection) -> str:
+    """Return the label of the digit over an open connection of HTTP."""
+    web.request("POST", "/v1/classify", DIGIT.encoded, {"Content-Type": "image/png"})
+    text: str = json.loads(web.getresponse().read())["results"][0]["label"]
+    return text
+
+
 @dataclass(frozen=True)
 class Process:
     """A server's process, its ports, and a client that was connected before the fault."""
@@ -43,6 +53,7 @@ class Process:
     address: str
     metrics_url: str
     channel: grpc.Channel
+    web_port: int = 0
 
     @property
     def port(self) -> int:
@@ -66,13 +77,15 @@ class Process:
 def server() -> Iterator[Process]:
     """A server in a process of its own, which outlives every test that it serves."""
     with (
-        server_process("--max-queue", "200000") as (process, address, lines),
+        server_process("--max-queue", "200000", "--http-port", "0") as (process, address, lines),
         grpc.insecure_channel(address) as channel,
     ):
         assert process.stderr
         threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
         assert label(channel) == "7"
-        yield Process(process, address, lines[-1].rsplit(" ", 1)[1].strip(), channel)
+        web = re.search(r"HTTP on \S+:(\d+)", "".join(lines))
+        assert web
+        yield Process(process, address, lines[-1].rsplit(" ", 1)[1].strip(), channel, int(web[1]))
         assert process.poll() is None
 
 
@@ -85,12 +98,15 @@ def page(server: Process) -> str:
 def test_without_free_files_the_server_serves_its_clients_and_does_not_spin(server: Process) -> None:
     used = len(os.listdir(f"/proc/{server.process.pid}/fd"))
     with ExitStack() as stack:
-        with server.limited(resource.RLIMIT_NOFILE, used + 8):
-            for _ in range(40):  # more than can be accepted
-                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+        web = stack.enter_context(closing(http.client.HTTPConnection("127.0.0.1", server.web_port, timeout=20)))
+        assert label_over(web) == "7"
+        with server.limited(resource.RLIMIT_NOFILE, used + 9):
+            for number in range(40):  # more than can be accepted
+                port = server.web_port if number % 2 else server.port
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
             began, cpu = time.monotonic(), server.cpu_seconds()
             for _ in range(5):
-                assert label(server.channel) == "7"
+                assert label(server.channel) == label_over(web) == "7"
                 assert "capsnet_ready 1.0" in page(server)
                 time.sleep(0.2)
             assert server.cpu_seconds() - cpu < 0.7 * (time.monotonic() - began), "it spins"

@@ -93,8 +93,8 @@ class Serving:
     def __init__(self, repository: Repository, metrics: Metrics, channel: grpc.aio.Channel) -> None:
         self.model = repository.get("", "")
         self.metrics = metrics
-        self.explain = channel.unary_unary(f"/{SERVICE}/Explain", None, None)
-        self.explain_stream = channel.stream_stream(f"/{SERVICE}/ExplainStream", None, None)
+        self.explain = channel.unary_unary(f"/{SERVICE}/Explain", bytes, bytes)
+        self.explain_stream = channel.stream_stream(f"/{SERVICE}/ExplainStream", bytes, bytes)
 
     def value(self, name: str, graph: str) -> float | None:
         labels = {"model": "capsnet-mnist", "version": "1", "graph": graph}
@@ -282,3 +282,18 @@ def test_a_graph_whose_outputs_are_not_those_of_its_manifest_is_refused(
     )
     with pytest.raises(RuntimeSetupError, match=message):
         FurtherGraph("odd", artifact, settings()).open(1)
+
+
+@pytest.mark.parametrize(
+    ("graph", "changes", "message"),
+    [
+        ("decoder", {"image_shape": (1, 36, 36)}, r"its image is \(1, 28, 28\); expected \(1, 36, 36\) of this model"),
+        ("decoder", {"pose_size": 8}, r"its pose is \(16,\); expected \(8,\) of this model"),
+        ("explain", {"image_shape": (3, 28, 28)}, r"its images is \(1, 28, 28\); expected \(3, 28, 28\) of this model"),
+        ("explain", {"labels": tuple("abc")}, r"its poses is \(10, 16\); expected \(3, 16\) of this model"),
+    ],
+)
+def test_a_graph_of_another_model_is_refused(graph: str, changes: dict[str, Any], message: str) -> None:
+    artifact = replace(load(find(ROOT / "models", "capsnet-mnist")), **changes)
+    with pytest.raises(RuntimeSetupError, match=message):
+        FurtherGraph(graph, artifact, settings()).open(1)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from serving.errors import InvalidRequest
-from serving.files.image_headers import IMAGE_CAUSES, ImageHeader, read_header
+from serving.files.image_headers import IMAGE_CAUSES, MAX_IMAGE_BYTES, ImageHeader, read_header
 from serving.files.images import limit_metadata
 from serving.services.encoded_images import RefusedImage, decoding_bytes, from_encoded
 from tests.inflating import inflating
@@ -58,6 +58,9 @@ def with_scans(count: int, side: int = LARGE) -> bytes:
     return data[:last] + scan * count + data[-2:]
 
 
+EXIF_TEXT = b"Raw profile type exif\0\0"
+
+
 def exif_of(entries: int) -> bytes:
     """Return EXIF data with this number of entries, each with the orientation 6."""
     return b"MM\0*" + struct.pack(">IH", 8, entries) + struct.pack(">HHII", 0x0112, 4, 1, 6) * entries + bytes(4)
@@ -65,9 +68,7 @@ def exif_of(entries: int) -> bytes:
 
 def raw_profile(exif: bytes) -> bytes:
     """Return a compressed text with EXIF data as ImageMagick writes it."""
-    return chunk(
-        b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n%d\n" % len(exif) + exif.hex().encode())
-    )
+    return chunk(b"zTXt", EXIF_TEXT + zlib.compress(b"\nexif\n%d\n" % len(exif) + exif.hex().encode()))
 
 
 HOSTILE = {
@@ -89,11 +90,11 @@ HOSTILE = {
         with_segments((b"\xff\xe1" + struct.pack(">H", 60000) + b"Exif\0\0" + exif_of(1) + bytes(59966)) * 2),
         SIDE, "parts", "bytes of EXIF; the limit is 65533",
     ),
-    "a profile that inflates to 256 MB": (
-        with_chunks(chunk(b"iCCP", b"C\0\0" + inflating(bytes(2**20), 256))), SIDE, "damaged", "damaged or cut off",
+    "an EXIF in a text that inflates to 256 MB": (
+        with_chunks(chunk(b"zTXt", EXIF_TEXT + inflating(bytes(2**20), 256))), SIDE, "damaged", "damaged or cut off",
     ),
-    "texts that inflate to 15 MB": (
-        with_chunks(chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "damaged", "damaged",
+    "EXIF in texts that inflate to 15 MB": (
+        with_chunks(chunk(b"zTXt", EXIF_TEXT + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "damaged", "damaged",
     ),
     "colour profiles that inflate to 256 KB each": (
         with_chunks(chunk(b"iCCP", b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "parts",
@@ -103,7 +104,9 @@ HOSTILE = {
         with_chunks(chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))), SIDE, "size",
         "a PNG image of 30000 x 30000 pixels; expected 28 x 28",
     ),
-    "a megabyte": (with_chunks(chunk(b"abCd", bytes(2**20))), SIDE, "bytes", r"1048576 bytes \(max_image_bytes"),
+    "eight megabytes": (
+        with_chunks(chunk(b"abCd", bytes(MAX_IMAGE_BYTES))), SIDE, "bytes", r"8388608 bytes \(max_image_bytes"
+    ),
     "no image": (b"GIF89a" + bytes(100), SIDE, "format", "106 bytes that are neither a PNG nor a JPEG file"),
 }  # fmt: skip
 
@@ -129,6 +132,40 @@ def test_a_hostile_file_takes_little_memory() -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 4 * 2**20
+
+
+UNREAD = {
+    "a profile that inflates to 256 MB": chunk(b"iCCP", b"C\0\0" + inflating(bytes(2**20), 256)),
+    "texts that inflate to 15 MB": chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)) * 60,
+    "a text of 300 KB": chunk(b"tEXt", b"workflow\0" + b"x" * 300_000),
+    "a compressed text of 300 KB": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 300_000)),
+    "a text in UTF-8 that inflates to 2 MB": chunk(b"iTXt", b"n\0\1\0\0\0" + zlib.compress(b"x" * 2**21)),
+    "a text that is cut off": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 300_000)[:20]),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_texts_and_profiles_that_nothing_reads_are_not_unpacked(name: str) -> None:
+    limit_metadata()
+    data = with_chunks(UNREAD[name])
+    begin = time.thread_time()
+    tracemalloc.start()
+    pixels = from_encoded(data, (1, SIDE, SIDE), "f")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (pixels[0] == np.asarray(RAMP)).all()
+    assert (time.thread_time() - begin < MAX_CPU_SECONDS, peak < 4 * 2**20) == (True, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [raw_profile(exif_of(1)), chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation="6"/>')],
+    ids=["EXIF", "XMP"],
+)
+def test_an_orientation_in_a_text_is_obeyed(text: bytes) -> None:
+    for unread in (b"", UNREAD["a compressed text of 300 KB"]):
+        [pixels] = from_encoded(with_chunks(unread + text), (1, SIDE, SIDE), "f")
+        assert (pixels == np.asarray(RAMP.transpose(Image.Transpose.ROTATE_270))).all()
 
 
 def test_pixels_beyond_the_image_are_not_inflated() -> None:

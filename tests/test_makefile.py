@@ -7,7 +7,7 @@ import subprocess
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "Makefile").read_text()
-TARGETS = set(re.search(r"^\.PHONY: (.*)$", TEXT, re.MULTILINE)[1].split())  # type: ignore[index]
+TARGETS = set(re.search(r"^\.PHONY: (.*)$", TEXT.replace("\\\n", ""), re.MULTILINE)[1].split())  # type: ignore[index]
 
 
 def make(*arguments: str) -> str:
@@ -31,7 +31,13 @@ def test_training_and_export_take_their_arguments() -> None:
 def test_the_check_lints_and_leaves_out_tests_that_start_a_server_a_training_or_an_export() -> None:
     commands = make("--dry-run", "check")
     assert "mypy" in commands
-    assert '-m "not server and not training and not exporter and not attack"' in commands
+    assert '-m "not server and not training and not exporter and not attack and not install"' in commands
+
+
+def test_the_packages_are_built_and_tested_by_a_target_of_their_own_that_ci_runs() -> None:
+    commands = make("--dry-run", "dist")
+    assert "-m install tests/test_installed.py" in commands and "--require-hashes" in commands
+    assert "\nmake dist\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_ci_measures_the_claims_on_a_tiny_scale() -> None:
@@ -40,6 +46,6 @@ def test_ci_measures_the_claims_on_a_tiny_scale() -> None:
 
 
 def test_the_attacks_have_a_target_of_their_own_that_ci_runs() -> None:
-    assert '-m "not attack"' in make("--dry-run", "test")
+    assert '-m "not attack and not install"' in make("--dry-run", "test")
     assert "-m attack tests/test_attacks.py" in make("--dry-run", "attacks")
     assert "\nmake attacks\n" in (ROOT / ".ci" / "run").read_text()

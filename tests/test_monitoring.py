@@ -88,9 +88,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("prometheus")
     with socket.create_server(("127.0.0.1", 0)) as free:
         own = f"127.0.0.1:{free.getsockname()[1]}"
-    with server_process("--threads", "1", "--runtimes", "1", "--max-batch", "8") as (server, address, lines):
+    plan = ("--threads", "1", "--runtimes", "1", "--max-batch", "8")
+    with server_process(*plan, "--http-port", "0") as (server, address, lines):
         page = re.search(r"metrics on http://([^/]+)/metrics", lines[-1])
-        assert page
+        web = re.search(r"HTTP on (http://\S+)", "".join(lines))
+        assert page and web
         changes = {"capsnet:8002": page[1], "localhost:9090": own, "5s": "1s", "4s": "1s", "15s": "1s"}
         _copy("prometheus.yml", folder, changes)
         _copy("rules.yml", folder, {"interval: 1m": "interval: 1s"})
@@ -99,7 +101,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         try:
             found = Watched(server, f"http://{own}")
             _wait_until_ready(found.url)
-            with _load(address):
+            with _load(address, web[1]):
                 found.wait_for_values(['up{job="capsnet"} == 1'])
                 yield found
         finally:
@@ -131,20 +133,21 @@ def _wait_until_ready(url: str) -> None:
 
 
 @contextmanager
-def _load(address: str) -> Iterator[None]:
-    """Send right and wrong requests, alone and in streams, until the process or the server ends."""
+def _load(address: str, web: str) -> Iterator[None]:
+    """Send right and wrong requests, alone, in streams and over HTTP, until the process or the server ends."""
     stop = threading.Event()
 
     def send() -> None:
         right, wrong = pb.ClassifyRequest(images=[DIGIT] * 3), pb.ClassifyRequest()
         stream = [pb.ClassifyStreamRequest(request=request) for request in (right, wrong, right)]
-        with grpc.insecure_channel(address) as channel, suppress(grpc.RpcError):
+        with grpc.insecure_channel(address) as channel, suppress(grpc.RpcError, OSError):
             stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
             while not stop.wait(0.05):
                 stub.Classify(right, timeout=10)
                 list(stub.ClassifyStream(iter(stream), timeout=10))
                 with suppress(grpc.RpcError):
                     stub.Classify(wrong, timeout=10)
+                urllib.request.urlopen(f"{web}/v1/model", timeout=10).close()
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -220,6 +223,7 @@ def _series_of_two_graphs() -> Iterator[str]:
     values: dict[str, tuple[str, ...]] = {
         "version": ("1", "2"), "graph": ("classify", "explain"), "grpc_code": ("OK", "INTERNAL"),
         "reason": ("unauthenticated", "queue_full"), "grpc_type": ("unary",), "grpc_method": ("Classify", "GetModel"),
+        "port": ("grpc", "http"),
     }  # fmt: skip
     for metric in Metrics().declarations:
         buckets = [*map(str, map(float, metric.buckets or (0, 1, 2))), "+Inf"]

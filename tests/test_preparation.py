@@ -1,7 +1,9 @@
 """Tests of the preparation of pictures: what becomes of them, and what the served networks answer then."""
 
 import asyncio
+import base64
 import io
+import json
 import os
 import shutil
 import struct
@@ -9,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -25,11 +28,12 @@ from serving.artifact import Preparation, load, write_manifest
 from serving.client import AsyncCapsNetClient, CapsNetClient, InvalidImage
 from serving.client.__main__ import main
 from serving.files.images import UnknownRange, to_pixels
-from serving.files.preparation import prepare, shrink
+from serving.files.preparation import drafted_size, prepare, shrink
 from serving.server import Server
 from serving.services.encoded_images import RefusedImage, from_picture, picture_bytes
 from tests.conftest import DATA, ROOT, Digits, InThread, Running, settings
 from tests.photographs import photograph
+from tests.web_client import ask, form
 
 Images = NDArray[np.uint8]
 
@@ -43,7 +47,7 @@ HAND_DRAWN = sorted(path for path in (DATA / "handwritten").iterdir() if path.su
 PHOTOGRAPHS = int(os.environ.get("EXAMPLES", "100"))
 LARGEST = 20.0 if "EXAMPLES" in os.environ else 8.0
 #: The largest file and the most pixels, as the server's settings have them by default.
-LIMITS = (2**20, 2**23)
+LIMITS = (2**23, 2**23)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     for name in NAMES:
         copy = shutil.copytree(ROOT / "models" / name / "1", folder / name / "1")
         write_manifest(replace(load(copy), preparation=MNIST))
-    thread = InThread(Server(settings(models=folder)))
+    thread = InThread(Server(settings(models=folder, http_port=0)))
     with thread as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
 
@@ -245,11 +249,113 @@ def test_a_file_above_a_limit_is_refused_by_its_header() -> None:
 
 def test_a_large_jpeg_with_many_scans_is_refused() -> None:
     data = _file(Image.new("L", (3000, 2500)), "JPEG")
-    with pytest.raises(
-        RefusedImage, match="a JPEG image of 3000 x 2500 pixels with 41 scans; the limit is 35"
-    ) as caught:
-        from_picture(data + 40 * b"\xff\xda", SHAPE, MNIST, "f", *LIMITS)
+    with pytest.raises(RefusedImage, match="a JPEG file of 41 scans; the limit is 35 of this size") as caught:
+        from_picture(data[:-2] + 40 * b"\xff\xda\0\2" + data[-2:], SHAPE, MNIST, "f", *LIMITS)
     assert caught.value.cause == "parts"
+
+
+def test_a_film_after_a_photograph_is_no_scan() -> None:
+    data = _file(Image.new("L", (3000, 2500)), "JPEG")
+    assert from_picture(data + 1000 * b"\xff\xda\0\2", SHAPE, MNIST, "f", *LIMITS).shape == SHAPE
+
+
+@pytest.fixture(scope="module")
+def phone_photo() -> bytes:
+    """A photograph of a dark 3 as a phone writes it: 12 million pixels in 2 MB, to be turned upright."""
+    sheet = _three().resize((3000, 4000))
+    noise = Image.effect_noise((1500, 2000), 40).resize(sheet.size)
+    turned = Image.blend(sheet, noise, 0.15).transpose(Image.Transpose.ROTATE_90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return _file(turned, "JPEG", quality=90, exif=exif)
+
+
+def test_a_phones_photograph_is_decoded_at_a_reduced_size_and_upright(phone_photo: bytes) -> None:
+    assert 2**20 < len(phone_photo) < LIMITS[0]
+    assert drafted_size((4000, 3000)) == (1000, 750)
+    assert drafted_size((8160, 6120)) == (1020, 765)  # 50 million pixels
+    [image] = from_picture(phone_photo, SHAPE, MNIST, "f", LIMITS[0], 1000 * 750)
+    assert _alike(image, _prepared(_three()))
+    with Image.open(io.BytesIO(phone_photo)) as opened:
+        opened.draft("L", (384, 384))
+        assert opened.size == drafted_size((4000, 3000))
+    rest = 2**25 + 3 * (len(phone_photo) - 2**16)
+    assert picture_bytes(phone_photo, LIMITS[1]) == 14 * 1000 * 750 + rest < 2**26
+    with pytest.raises(RefusedImage, match="750000 of them decoded; the limit is 749999"):
+        from_picture(phone_photo, SHAPE, MNIST, "f", LIMITS[0], 1000 * 750 - 1)
+
+
+def test_what_a_decoder_keeps_of_a_jpeg_file_of_several_scans_is_reserved() -> None:
+    image = Image.new("RGB", (4000, 3000))
+    plain, progressive = (_file(image, "JPEG", progressive=kind) for kind in (False, True))
+    more = 3 * (len(progressive) - len(plain))
+    coefficients = 250 * 188 * 16 * 16 * 3 // 2  # of 16 x 16 pixels each, in which two components have one of four
+    assert picture_bytes(progressive, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * coefficients + more
+    apart = _first_component_alone(plain)
+    assert picture_bytes(apart, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * coefficients
+    whole = _file(image, "JPEG", progressive=True, subsampling=0)
+    assert picture_bytes(whole, LIMITS[1]) - 3 * len(whole) > picture_bytes(plain, LIMITS[1]) + 2 * 3 * 11_000_000
+
+
+def _first_component_alone(data: bytes) -> bytes:
+    """Return a JPEG file of three components whose first scan is said to have one."""
+    scan = data.index(b"\xff\xda")
+    return data[: scan + 4] + b"\1" + data[scan + 5 :]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        ((8200, 8200), "a JPEG image of 8200 x 8200 pixels; the limit is 67108864 in all"),
+        ((65000, 300), r"a JPEG image of 65000 x 300 pixels; the limit is 8388608 in all \(max_picture_pixels\)"),
+        ((0, 300), "a JPEG image of 0 x 300 pixels; the limit"),
+    ],
+)
+def test_a_jpeg_bomb_is_refused_by_its_header(size: tuple[int, int], text: str) -> None:
+    data = _file(Image.new("L", (8, 8)), "JPEG")
+    frame = data.index(b"\xff\xc0") + 5
+    bomb = data[:frame] + struct.pack(">HH", size[1], size[0]) + data[frame + 4 :]
+    with pytest.raises(RefusedImage, match=text):
+        from_picture(bomb, SHAPE, MNIST, "f", *LIMITS)
+    assert picture_bytes(bomb, LIMITS[1]) == 0
+
+
+def test_a_lossless_jpeg_file_cannot_be_decoded_at_a_reduced_size_and_is_refused() -> None:
+    data = _file(Image.new("L", (1000, 1000)), "JPEG")
+    with pytest.raises(RefusedImage, match="that is lossless or hierarchical") as caught:
+        from_picture(data.replace(b"\xff\xc0", b"\xff\xc3"), SHAPE, MNIST, "f", *LIMITS)
+    assert caught.value.cause == "format"
+
+
+def test_a_phones_photograph_is_answered_in_every_way(prepared: Running, phone_photo: bytes) -> None:
+    port, infer = prepared.server.http_port, f"/v2/models/{NAMES[0]}/infer"
+    picture = pb.Image(encoded=phone_photo, preprocess=pb.PREPROCESS_AUTO)
+    request = pb.ClassifyRequest(model_name=NAMES[0], images=[picture])
+    expected = [one.probability for one in prepared.stub.Classify(request, timeout=20).results[0].capsules]
+    query = f"/v1/classify?model_name={NAMES[0]}&preprocess=auto"
+    body, kind = form(("image", phone_photo))
+    tensor: dict[str, Any] = {"name": "images", "datatype": "BYTES", "shape": [1]}
+    named = {"preprocess": "auto"}
+    encoded = {**tensor, "parameters": {**named, "content_type": "base64"}}
+    encoded["data"] = [base64.b64encode(phone_photo).decode()]
+    raw = struct.pack("<I", len(phone_photo)) + phone_photo
+    header = json.dumps({"inputs": [{**tensor, "parameters": {**named, "binary_data_size": len(raw)}}]}).encode()
+    in_json = {"model_name": NAMES[0], "images": [{"encoded": encoded["data"][0], "preprocess": "PREPROCESS_AUTO"}]}
+    answers = [
+        ask(port, query, body, content_type=kind),
+        ask(port, query, phone_photo, content_type="application/x-www-form-urlencoded"),  # as curl --data-binary
+        ask(port, "/v1/classify", json.dumps(in_json).encode(), content_type="application/json"),
+        ask(port, infer, json.dumps({"inputs": [encoded]}).encode()),
+        ask(port, infer, header + raw, inference_header_content_length=str(len(header))),
+    ]
+    assert [answer.status for answer in answers] == [200] * 5
+    for answer in answers[:3]:
+        [found] = answer.json["results"]
+        assert found["label"] == "3"
+        assert [one["probability"] for one in found["capsules"]] == pytest.approx(expected, abs=1e-6)
+    for answer in answers[3:]:
+        [lengths] = [one["data"] for one in answer.json["outputs"] if one["name"] == "probabilities"]
+        assert lengths == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_memory_of_a_picture_is_reserved_by_the_size_in_its_header() -> None:
@@ -395,7 +501,7 @@ def test_the_command_prepares_pictures(prepared: Running, capsys: pytest.Capture
     assert main([path, *options, "--preprocess", "auto"]) == 0
     assert capsys.readouterr().out.startswith(f"{path}: 8\n")
     assert main([path, *options]) == 1
-    assert "480 x 480 pixels; expected 28 x 28" in capsys.readouterr().err
+    assert "480 x 480 pixels; expected 28 x 28, or a preparation of it (preprocess)" in capsys.readouterr().err
 
 
 def _refusal(prepared: Running, *images: pb.Image) -> str:

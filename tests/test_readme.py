@@ -148,7 +148,9 @@ def test_the_other_commands_run_in_order(served: Served) -> None:
     assert list((served.clone / "runs" / "models").glob("*/1/manifest.json"))
 
 
-DOCUMENTS = sorted(path for path in ROOT.glob("**/README.md") if "/." not in str(path.relative_to(ROOT.parent)))
+DOCUMENTS = sorted(
+    path for path in {*ROOT.glob("**/README.md"), *ROOT.glob("*.md")} if "/." not in str(path.relative_to(ROOT.parent))
+)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

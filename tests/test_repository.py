@@ -274,7 +274,7 @@ async def _load_while_versions_change(repository: Path, address: str) -> list[li
                 met((await call.read()).response, 1, versions)
                 await call.write(request)
             await call.done_writing()
-            while (answer := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            while (answer := await call.read()) is not grpc.aio.EOF:
                 met(answer.response, 1, versions)
             assert await call.code() is grpc.StatusCode.OK
 

@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from urllib.parse import quote
 
 import pytest
 from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
-IMAGES = {"cpu": ("cpu",), "gpu": ("gpu",), "training": ("cpu", "training")}
+IMAGES = {"cpu": ("cpu",), "gpu": ("gpu",), "training": ("cpu", "torch-cpu", "training")}
 SCRIPT = ROOT / "deploy" / "sbom.py"
 MAX_LIST_BYTES = 200_000
 
@@ -45,13 +46,19 @@ def test_a_list_has_the_packages_of_the_requirements_and_the_project(image: str)
     for name in IMAGES[image]:
         expected |= pinned(name)
     assert {one["name"]: one["version"] for one in libraries} == expected
-    assert [one["purl"] for one in libraries] == [f"pkg:pypi/{one['name']}@{one['version']}" for one in libraries]
+    assert [one["purl"] for one in libraries] == [
+        f"pkg:pypi/{one['name']}@{quote(one['version'])}" for one in libraries
+    ]
     references = [one["bom-ref"] for one in content["components"]]
     assert len(set(references)) == len(references)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     application = content["metadata"]["component"]
-    assert (application["name"], application["version"]) == (project["name"], project["version"])
-    for line in project["dependencies"]:
+    assert (application["name"], application["licenses"]) == (
+        project["name"],
+        [{"license": {"id": project["license"]}}],
+    )
+    assert "version" not in application  # a tag gives it: the files of `make dist` have it
+    for line in (*project["dependencies"], *project["optional-dependencies"]["server"]):
         requirement = Requirement(line)
         assert requirement.specifier.contains(expected[requirement.name.lower()]), line
     (base,) = [one for one in content["components"] if one["type"] == "container"]
@@ -79,7 +86,7 @@ def test_every_installation_of_the_images_has_digests() -> None:
     commands = re.findall(r"\bpip (?:--python \S+ )?(?:install|wheel|download)\b[^&]*", text)
     from_requirements = [one for one in commands if "--requirement" in one]
     local = [one for one in commands if "--requirement" not in one]
-    assert len(from_requirements) == 3
+    assert len(from_requirements) == 5
     for command in from_requirements:
         assert "--require-hashes" in command
         assert "--only-binary :all:" in command
@@ -102,5 +109,8 @@ def test_the_tools_that_build_the_wheel_have_digests_and_match_the_project() -> 
 def test_every_file_of_requirements_is_audited() -> None:
     names = {path.stem for path in (ROOT / "deploy" / "requirements").glob("*.txt")}
     result = subprocess.run(["make", "--dry-run", "audit"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(re.findall(r"--requirement deploy/requirements/(\w+)\.txt", result.stdout)) == names
+    # PyTorch's build for the CPU is the release in torch-cuda, and PyPI knows no version +cpu.
+    audited = names - {"torch-cpu"}
+    assert set(re.findall(r"--requirement deploy/requirements/([\w-]+)\.txt", result.stdout)) == audited
+    assert pinned("torch-cpu") == {"torch": f"{pinned('torch-cuda')['torch']}+cpu"}
     assert "--strict" in result.stdout  # a package that cannot be looked up is no clean one

@@ -1,11 +1,14 @@
 """Tests of the HTTP port: its routes, and the same answers as gRPC's."""
 
+import asyncio
 import base64
 import gzip
 import io
 import json
 import random
+import re
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2
-from serving.errors import QueueFull
+from serving.errors import QueueFull, Unauthenticated
 from serving.rpc.status import status_of
 from serving.transport.headers import Status
-from serving.transport.methods import Abort, CallbackMethod, Context, Table, UnaryMethod
+from serving.transport.methods import UNDECIDED, Abort, CallbackMethod, Context, Table, UnaryMethod
 from serving.web import documents
 from serving.web.forms import from_pictures, from_query
-from serving.web.incoming import BodyLimits, Incoming
+from serving.web.incoming import JSON, BodyLimits, Incoming
 from serving.web.json_messages import read_message, to_json
 from serving.web.page import read_page
 from serving.web.problems import Problem, problem_of
@@ -52,7 +55,7 @@ def incoming(body: bytes = b"", content_type: str = "", query: str = "", **heade
 
 def called(running: Running, route: Route, message: Message) -> dict[str, Any]:
     """Return the answer of the route's method over gRPC, in JSON."""
-    data = running.channel.unary_unary(route.method, None, None)(message.SerializeToString(), timeout=20)
+    data = running.channel.unary_unary(route.method, bytes, bytes)(message.SerializeToString(), timeout=20)
     return to_json(route.response.FromString(data))
 
 
@@ -125,7 +128,7 @@ def inferred(running: Running, digits: Digits) -> dict[str, Any]:
     """Return what gRPC answers to two digits: probabilities and poses."""
     request = inference_pb2.ModelInferRequest(model_name=MODEL, raw_input_contents=[digits.images[:2].tobytes()])
     request.inputs.add(name="images", datatype="UINT8", shape=(2, 1, 28, 28))
-    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", None, None)
+    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", bytes, bytes)
     response = inference_pb2.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=20))
     raws = zip(response.outputs, response.raw_output_contents, strict=True)
     return {one.name: np.frombuffer(raw, "<f4") for one, raw in raws}
@@ -187,7 +190,7 @@ def test_floats_files_and_further_outputs_are_those_of_grpc(running: Running, po
     for name in names:
         request.outputs.add(name=name)
     request.parameters["class"].int64_param = 3
-    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", None, None)
+    call = running.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", bytes, bytes)
     response = inference_pb2.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=20))
     shared: dict[str, Any] = {"outputs": [{"name": name} for name in names], "parameters": {"class": 3}}
     floats = {"name": "images", "datatype": "FP32", "shape": [1, 1, 28, 28], "data": (digits.images[0] / 255).tolist()}
@@ -205,6 +208,9 @@ def test_floats_files_and_further_outputs_are_those_of_grpc(running: Running, po
 
 
 TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 28, 28]}
+FILES = {"name": "images", "datatype": "BYTES", "shape": [1]}
+IN_BASE64 = {"parameters": {"content_type": "base64"}}
+CHOSEN = {"name": "probabilities", "parameters": {"classification": 1}}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +234,9 @@ TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 28, 28]}
         ({"inputs": [[]]}, "inputs[0]"),
         ({"inputs": [{**TENSOR, "data": [0] * 784}], "outputs": [{"name": "x"}]}, "outputs[0].name"),
         ({"inputs": [], "id": 5}, "id"),
+        ({"inputs": [{**FILES, "data": ["/9j/4AAQ"]}]}, "inputs[0].data[0]"),
+        ({"inputs": [{**FILES, "data": ["iVBO", "é"], **IN_BASE64}]}, "inputs[0].data[1]"),
+        ({"inputs": [{**FILES, "data": ["iVB"], **IN_BASE64}]}, "inputs[0].data[0]"),
     ],
 )
 def test_a_wrong_tensor_is_named(port: int, content: Any, field: str) -> None:
@@ -236,6 +245,14 @@ def test_a_wrong_tensor_is_named(port: int, content: Any, field: str) -> None:
     shown = answer.json
     assert shown["field_violations"][0]["field"] == field
     assert shown["error"] == shown["detail"], "as the Open Inference Protocol calls it"
+
+
+def test_a_picture_in_json_is_base64_and_an_error_says_so(port: int) -> None:
+    data = [[base64.b64encode(SEVEN).decode()]]
+    [answered] = infer(port, {"inputs": [{**FILES, "data": data, **IN_BASE64}], "outputs": [CHOSEN]}).json["outputs"]
+    assert answered["data"][0].endswith(":7")
+    detail = infer(port, {"inputs": [{**FILES, "data": data}]}).json["detail"]
+    assert 'expected the parameter "content_type" of "base64" beside it, or "binary_data_size" and binary' in detail
 
 
 def test_binary_data_must_be_as_long_as_its_header_says(port: int) -> None:
@@ -309,10 +326,12 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b'{"x": NaN}', {"content_type": "application/json"}, 400, "NaN is no number"),
         ("/v1/classify", b'{"\\ud800": 1}', {"content_type": "application/json"}, 400, "half of a character"),
         ("/v1/classify", b"\xff", {"content_type": "application/json"}, 400, "no JSON"),
+        ("/v1/classify", b"," * 1_600_001, {"content_type": "application/json"}, 400, "at most 1600000 values"),
+        ("/v1/classify", b" " * 2**23 + b"\xc3\xa9", {"content_type": "application/json"}, 400, "ASCII alone"),
         ("/v1/classify?preprocess=auto", b"{}", {"content_type": "application/json"}, 400, "with JSON, expected it in"),
         ("/v1/classify", b"x", {"content_encoding": "br"}, 415, "content-encoding: 'br'"),
         ("/v1/classify", b"xyz" * 9, {"content_encoding": "gzip"}, 400, "cannot be unpacked by gzip"),
-        ("/v1/classify", gzip.compress(bytes(9_000_000)), {"content_encoding": "gzip"}, 413, "max_request_bytes"),
+        ("/v1/classify", gzip.compress(bytes(13_000_000)), {"content_encoding": "gzip"}, 413, "max_request_bytes"),
         ("/v1/classify", b"x", {"content_type": "multipart/form-data"}, 400, "cannot be read as a form"),
         ("/v1/classify", b"x", {"x_request_timeout": "soon"}, 400, "x-request-timeout: 'soon'"),
         ("/v1/classify", b"x", {"x_request_timeout": "nan"}, 400, "x-request-timeout: 'nan'"),
@@ -538,6 +557,33 @@ def test_a_fault_of_a_method_reaches_no_client_with_its_text(caplog: pytest.LogC
     assert "secret" in caplog.text and "ended without an answer" in caplog.text
 
 
+def test_a_token_that_a_door_has_forgotten_again_is_refused_before_the_body_is_looked_at() -> None:
+    door = lambda timeout, metadata, expected, peer: UNDECIDED  # noqa: E731
+    method = UnaryMethod(lambda data, context: pytest.fail("a stranger has reached the method"), door)
+    with serving({EXPLAIN: method}, Unauthenticated("authorization: the token is not valid")) as web:
+        answer = ask(web.port, "/v1/explain", b"{", content_type=JSON, authorization="Bearer a.b")
+    assert (answer.status, answer.json["code"]) == (401, "UNAUTHENTICATED")
+
+
+def test_a_request_that_waits_is_held_by_its_method_alone() -> None:
+    asked: list[bytes] = []
+    others: list[int] = []
+
+    def begin(data: bytes, context: Context) -> None:
+        asked.append(data)
+
+        def answer() -> None:
+            others.append(sys.getrefcount(asked[0]) - sys.getrefcount(object()) - 1)
+            context.answer(b"")
+
+        asyncio.get_running_loop().call_soon(answer)
+
+    with serving({CLASSIFY: CallbackMethod(begin)}) as web:
+        assert ask(web.port, "/v1/classify", SEVEN * 100, content_type="image/png").status == 200
+    assert asked[0] == pb.ClassifyRequest(images=[pb.Image(encoded=SEVEN * 100)]).SerializeToString()
+    assert others == [0], "besides the list above"
+
+
 def test_the_documents_need_nothing_from_elsewhere_and_name_every_path(port: int) -> None:
     description = ask(port, "/openapi.json").json
     assert {(path, verb.upper()) for path, item in description["paths"].items() for verb in item} == {
@@ -551,6 +597,9 @@ def test_the_documents_need_nothing_from_elsewhere_and_name_every_path(port: int
     assert all(route.path in text for route in ROUTES)
     style = ask(port, "/documentation.css")
     assert style.fields["content-type"] == "text/css; charset=utf-8" and b"url(" not in style.body
+    [icon] = re.findall(r'rel="icon" href="([^"]+)"', text)
+    icons = [ask(port, path) for path in (icon, "/favicon.ico")]  # for which browsers ask beside other documents
+    assert [(one.status, one.fields["content-type"]) for one in icons] == [(200, "image/svg+xml")] * 2
     again = ask(port, "/documentation.css", if_none_match=style.fields["etag"])
     assert (again.status, again.body) == (304, b"")
 

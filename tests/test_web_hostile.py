@@ -5,11 +5,13 @@ import json
 import random
 import re
 import socket
+import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,8 @@ import pytest
 from protos.capsnet.v1 import capsnet_pb2
 from serving.transport.methods import Context, UnaryMethod
 from serving.web import json_messages
+from serving.web import server as server_module
+from serving.web.connection import WebConnection
 from serving.web.conversions import Conversions
 from serving.web.incoming import BodyLimits, Incoming
 from serving.web.json_messages import read_json, write_json
@@ -243,3 +247,28 @@ def test_a_refusal_of_json_tells_nothing_of_python() -> None:
         with pytest.raises(Problem) as refused:
             read_json(text)
         assert "sys." not in refused.value.detail and "codec" not in refused.value.detail
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("request_bytes", [b"", b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20])
+def test_nothing_of_a_connection_stays_until_a_garbage_collection(
+    reset: bool, request_bytes: bytes, monkeypatch: pytest.MonkeyPatch, no_collection: None
+) -> None:
+    made: list[weakref.ref[WebConnection]] = []
+    connect = server_module.WebServer._connect
+
+    def connected(server: server_module.WebServer) -> WebConnection:
+        connection = connect(server)
+        made.append(weakref.ref(connection))
+        return connection
+
+    monkeypatch.setattr(server_module.WebServer, "_connect", connected)
+    with serving({}) as web, closing(socket.create_connection(("127.0.0.1", web.port), PATIENCE)) as link:
+        link.sendall(request_bytes)
+        if request_bytes:
+            link.recv(1)
+        if reset:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_for(lambda: made)
+        link.close()
+        wait_for(lambda: made[0]() is None)

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from serving.errors import ServingError
 from serving.metrics.registry import Metrics
 from serving.transport.methods import Peer, Table, TransportLimits
 from serving.web.server import WebServer, web_server
@@ -82,13 +83,14 @@ class Web:
 
 
 @contextmanager
-def serving(table: Table, **chosen: object) -> Iterator[Web]:
-    """Serve a table over HTTP, in a thread."""
+def serving(table: Table, refusal: ServingError | None = None, **chosen: object) -> Iterator[Web]:
+    """Serve a table over HTTP, in a thread. refusal: the error of every token that a door does not know."""
     made: list[Web] = []
     started, stopping = threading.Event(), asyncio.Event()
 
     async def admit(authorization: str | None, peer: Peer) -> None:
-        raise AssertionError("no door of these methods is undecided")
+        assert refusal, "no door of these methods is undecided"
+        raise refusal
 
     async def main() -> None:
         metrics, refusals = Metrics(), list[str]()

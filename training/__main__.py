@@ -2,6 +2,8 @@
 
 import sys
 
+from serving.files.program import missing_package
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status; Ctrl-C ends it in one line from the first import on."""
@@ -9,6 +11,9 @@ def main(arguments: list[str] | None = None) -> int:
         from training.command import run_command
 
         return run_command(arguments)
+    except ModuleNotFoundError as error:
+        print(f"python -m training: {missing_package(error, 'train')}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

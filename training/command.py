@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.files.options import add_flags, read
+from serving.files.program import add_version
 from training.data.folder import find_images, require_negatives
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train a capsule network, test it once, and write its checkpoint.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
+    add_version(result)
     add_flags(result, RunOptions)
     add_flags(result.add_argument_group("recipe"), Recipe)
     add_flags(result.add_argument_group("network", "what differs from --config"), NetworkChanges)

@@ -30,7 +30,7 @@ _MAX_PIECE_BYTES = 2**15
 _IMAGES_OF_A_LARGE_ANSWER = 64
 _HALF_MESSAGE_BYTES = 400
 #: Just below the server's largest request. Zeros are compressed to a thousandth.
-_BOMB_BYTES = 4 * 2**20 - 1024
+_BOMB_BYTES = 9 * 2**20 - 1024
 #: A field of protobuf: an image without content.
 _EMPTY_IMAGE = b"\x1a\x00"
 _WRONG_TOKEN_CHARACTERS = 40

@@ -2,6 +2,7 @@
 
 import gzip
 import socket
+import ssl
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -73,7 +74,10 @@ class Link:
         self.windows: dict[int, int] = {}
         self._stream = -1
         self._received = b""
-        self._unsent = memoryview(_opening(attack.settings) if attack.speaks else b"")
+        # The handshakes of gRPC's port are attacks of their own; only HTTP's attacks speak inside of TLS.
+        self._encryption = _Encryption() if attack.web and attack.server == "tls" else None
+        opening = _opening(attack.settings) if attack.speaks else b""
+        self._unsent = memoryview(self._encryption.receive(b"") if self._encryption else opening)
         self._replies = b""
         self._pieces = attack.script(self)
         self.socket = socket.socket()
@@ -107,12 +111,14 @@ class Link:
         if not self._unsent:
             if self._replies:
                 self._unsent, self._replies = memoryview(self._replies), b""
+            elif self._encryption and not self._encryption.ready:
+                return WAIT_SECONDS
             else:
                 piece = next(self._pieces, None)
                 if not isinstance(piece, bytes):
                     self.silent = piece is None
                     return piece
-                self._unsent = memoryview(piece)
+                self._unsent = memoryview(self._encryption.encrypted(piece) if self._encryption else piece)
         try:
             count = self.socket.send(self._unsent)
         except BlockingIOError:
@@ -134,6 +140,8 @@ class Link:
             read = b""
         if not read:
             self.closed = True
+        elif self._encryption:
+            self._replies += self._encryption.receive(read)
         elif self.attack.speaks:
             self._received = self._read_frames(self._received + read)
 
@@ -182,6 +190,36 @@ class Link:
         while self.window < size:
             yield WAIT_SECONDS
         self.window -= size
+
+
+class _Encryption:
+    """The client's side of TLS, without a socket. ready: True once the handshake has ended."""
+
+    def __init__(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["http/1.1"])
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing)
+        self.ready = False
+
+    def receive(self, data: bytes) -> bytes:
+        """Take the peer's bytes, whose content is left out. Return what is to be sent."""
+        self._incoming.write(data)
+        try:
+            if not self.ready:
+                self._tls.do_handshake()
+                self.ready = True
+            while self._tls.read(_READ_BYTES):
+                pass
+        except ssl.SSLError:  # mostly since more must come; the peer ends a connection that is broken
+            pass
+        return self._outgoing.read()
+
+    def encrypted(self, data: bytes) -> bytes:
+        """Return bytes as they are sent."""
+        self._tls.write(data)
+        return self._outgoing.read()
 
 
 def _opening(settings: Mapping[int, int]) -> bytes:

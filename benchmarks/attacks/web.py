@@ -1,9 +1,13 @@
 """Attacks on the HTTP port: slow and silent clients, costly heads and bodies, and answers that nobody reads."""
 
 import base64
+import io
 import json
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import count
+
+from PIL import Image
 
 from benchmarks.attacks.link import SIDE, Attack, Link, Pieces
 
@@ -12,11 +16,14 @@ _FEW_CONNECTIONS = 8
 _REQUESTS_A_PIECE = 500
 _SHORT_HEADERS = 3000
 _TINY_CHUNKS = 8000
-_NUMBERS = 1_800_000
+_NUMBERS = 1_500_000
 _CONTAINERS = 3000
 _PARTS = 20_000
-_FORM_BYTES = 4 * 2**20
+_FORM_BYTES = 12 * 2**20
 _EXPLAINED_IMAGES = 8
+_HANDSHAKES = 100
+_TOKEN_CHARACTERS = 80
+_PADDINGS = 120  # nearly 8 MiB
 _CLASSES = 10
 #: Bytes of an image, none of which is ground, so that its relevance takes the most images.
 _INK = base64.b64encode(b"\x80" * (SIDE * SIDE - 1) + b"\xff").decode()
@@ -52,10 +59,10 @@ def _again(link: Link, make: Callable[[], bytes]) -> Pieces:
         yield request
 
 
-def _unread(link: Link, make: Callable[[], bytes], count: int) -> Pieces:
+def _unread(link: Link, make: Callable[[], bytes], times: int) -> Pieces:
     """Ask for answers, and read none."""
     link.reads = False
-    for _ in range(count):
+    for _ in range(times):
         yield make()
 
 
@@ -109,6 +116,16 @@ def _explained() -> bytes:
     return _explain("ROUTING CONTRIBUTIONS RELEVANCE")
 
 
+@cache
+def _photographs() -> bytes:
+    """Return a picture that takes the most time and memory to decode of those that the server decodes."""
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 3000)).save(file, "JPEG", progressive=True, subsampling=0)
+    padding = b"\xff\xe9" + (2**16 - 1).to_bytes(2) + bytes(2**16 - 3)
+    data = file.getvalue()
+    return post("/v1/classify?preprocess=auto", data[:2] + padding * _PADDINGS + data[2:], "image/jpeg")
+
+
 def _gone(link: Link, make: Callable[[], bytes]) -> Pieces:
     """Hang up as soon as a request is sent."""
     yield make()
@@ -116,8 +133,16 @@ def _gone(link: Link, make: Callable[[], bytes]) -> Pieces:
     link.hang_up()
 
 
-def _web(name: str, script: Callable[[Link], Pieces], times: int = 1) -> Attack:
-    return Attack(f"HTTP, {name}", script, speaks=False, times=times, web=True)
+def _wrong_tokens(link: Link) -> Pieces:
+    """Send requests, each with another token that the server has never seen, and with a body that takes long."""
+    body = _numbers().partition(b"\r\n\r\n")[2]
+    for number in count():
+        token = f"Authorization: Bearer good.{id(link):x}{number:x}".ljust(_TOKEN_CHARACTERS, "x")
+        yield head("/v2/models/capsnet-mnist/infer", len(body), token) + body
+
+
+def _web(name: str, script: Callable[[Link], Pieces], times: int = 1, server: str = "plain") -> Attack:
+    return Attack(f"HTTP, {name}", script, speaks=False, times=times, server=server, web=True)
 
 
 _EMPTY_PART = b'--edge\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'
@@ -137,5 +162,12 @@ WEB = (
     _web("parts without an end", partial(_again, make=partial(_form, _LINE_ENDS)), _FEW_CONNECTIONS),
     _web("explanations", partial(_again, make=_explained), _FEW_CONNECTIONS),
     _web("explanations, hung up", partial(_gone, make=_explained), _FEW_CONNECTIONS),
-    _web("explanations, not read", partial(_unread, make=_explained_in_part, count=2), 100),
+    _web("explanations, not read", partial(_unread, make=_explained_in_part, times=2), 100),
+    _web("slow heads over TLS", partial(_once, start=lambda: b"GET /v1/model HTTP/1.1\r\nHo"), _CONNECTIONS, "tls"),
+    _web("numbers in JSON over TLS", partial(_again, make=_numbers), _FEW_CONNECTIONS, "tls"),
+    _web("explanations over TLS, not read", partial(_unread, make=_explained_in_part, times=2), 100, "tls"),
+    _web("handshakes", partial(_gone, make=_pipelined), _HANDSHAKES, "tls"),
+    _web("wrong tokens", _wrong_tokens, _FEW_CONNECTIONS, "tokens"),
+    _web("numbers in JSON without a token", partial(_again, make=_numbers), _FEW_CONNECTIONS, "tokens"),
+    _web("photographs", partial(_again, make=_photographs), _FEW_CONNECTIONS),
 )  # fmt: skip

@@ -5,12 +5,14 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from benchmarks.fuzz import file_targets, request_targets, transport_targets
+from benchmarks.fuzz import file_targets, looking_targets, request_targets, transport_targets
 from benchmarks.fuzz.target import Target
 
 CORPUS = Path(__file__).parent / "corpus"
 TARGETS: Mapping[str, Target] = {
-    target.name: target for target in (*transport_targets.TARGETS, *request_targets.TARGETS, *file_targets.TARGETS)
+    target.name: target
+    for module in (transport_targets, request_targets, looking_targets, file_targets)
+    for target in module.TARGETS
 }
 #: The longest input.
 MAX_BYTES = 4096

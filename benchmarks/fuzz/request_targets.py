@@ -136,7 +136,7 @@ def run_classify(data: bytes) -> None:
         else:
             services.classify.classify(body, _CALL)
     except InvalidRequest as error:
-        _check(error)
+        check_text(error)
         assert pixels is None or not len(pixels)
         return
     if of_stream:
@@ -165,7 +165,7 @@ def run_infer(data: bytes) -> None:
         else:
             services.infer.model_infer(body, _CALL)
     except InvalidRequest as error:
-        _check(error)
+        check_text(error)
         return
     answer = services.pipeline.answer
     request = inference_pb2.ModelInferRequest.FromString(body)
@@ -200,12 +200,12 @@ def run_image(data: bytes) -> None:
             warnings.simplefilter("ignore")
             pixels = from_encoded(parts.rest(), shape, "image")
     except InvalidRequest as error:
-        _check(error)
+        check_text(error)
     else:
         assert pixels.shape == shape and pixels.dtype == np.uint8
 
 
-def _check(error: InvalidRequest) -> None:
+def check_text(error: InvalidRequest) -> None:
     """Check that an error's text fits in a header, and that a client's text in it cannot harm a log."""
     assert len(str(error)) < 1000 and str(error).isprintable(), error
 
@@ -213,7 +213,7 @@ def _check(error: InvalidRequest) -> None:
 def _seeds_of_classify() -> list[bytes]:
     pixels = bytes(range(6))
     image = capsnet_pb2.Image(pixels=pixels)
-    encoded = capsnet_pb2.Image(encoded=_file(_SHAPE, "PNG"))
+    encoded = capsnet_pb2.Image(encoded=encoded_file(_SHAPE, "PNG"))
     requests = [
         capsnet_pb2.ClassifyRequest(images=[image]),
         capsnet_pb2.ClassifyRequest(images=[image] * 3),
@@ -240,8 +240,8 @@ def _seeds_of_infer() -> list[bytes]:
     listed_floats.inputs[0].contents.fp32_contents.extend([0, 1, 0.5, 254, 3, 100])
     listed_floats.inputs[0].parameters["pixel_max"].int64_param = 255
     files = inference_pb2.ModelInferRequest(inputs=[tensor])
-    files.inputs[0].contents.bytes_contents.append(_file(_SHAPE, "PNG"))
-    raw_file = struct.pack("<I", len(_file(_SHAPE, "PNG"))) + _file(_SHAPE, "PNG")
+    files.inputs[0].contents.bytes_contents.append(encoded_file(_SHAPE, "PNG"))
+    raw_file = struct.pack("<I", len(encoded_file(_SHAPE, "PNG"))) + encoded_file(_SHAPE, "PNG")
     raw_files = inference_pb2.ModelInferRequest(inputs=[tensor], raw_input_contents=[raw_file])
     raw_files.parameters["binary_data_output"].bool_param = False
     for request, datatype in ((floats, "FP32"), (listed_floats, "FP32"), (files, "BYTES"), (raw_files, "BYTES")):
@@ -254,8 +254,8 @@ def _seeds_of_infer() -> list[bytes]:
 
 
 def _seeds_of_images() -> list[bytes]:
-    files = [b"\0" + _file(_SHAPES[0], name) for name in ("PNG", "JPEG")]
-    files += [b"\1" + _file(_SHAPES[1], name) for name in ("PNG", "JPEG")]
+    files = [b"\0" + encoded_file(_SHAPES[0], name) for name in ("PNG", "JPEG")]
+    files += [b"\1" + encoded_file(_SHAPES[1], name) for name in ("PNG", "JPEG")]
     exif = Image.Exif()
     exif[0x0112] = 6  # the orientation
     turned, palette, progressive = io.BytesIO(), io.BytesIO(), io.BytesIO()
@@ -266,7 +266,7 @@ def _seeds_of_images() -> list[bytes]:
     return files + [b"\0" + file.getvalue() for file in (turned, palette, progressive)]
 
 
-def _file(shape: tuple[int, int, int], kind: str) -> bytes:
+def encoded_file(shape: tuple[int, int, int], kind: str) -> bytes:
     """Return an image file of a shape (C, H, W)."""
     channels, height, width = shape
     pixels = (np.arange(height * width * channels) * 7 % 256).astype(np.uint8).reshape(height, width, channels)

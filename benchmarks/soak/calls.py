@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from benchmarks.attacks.link import CLASSIFY, REFLECTION, data, headers, request
+from benchmarks.soak import web_calls
 from benchmarks.soak.client import MAX_IMAGES, PATIENCE_SECONDS, Client, Metadata, WrongAnswer, bearer, check_text
 from benchmarks.soak.served import SWAPPED, UNLOADED
 from benchmarks.soak.windows import CANCELLED, HUNG_UP, LATE, REFUSED, RIGHT
@@ -100,6 +101,8 @@ async def classify_stream(client: Client) -> str:
 
 
 def _check_streamed(client: Client, answer: pb.ClassifyStreamResponse, places: list[int]) -> None:
+    if places and answer.HasField("error"):
+        raise WrongAnswer(f"ClassifyStream: {answer.error.code} for a right request: {answer.error.message}")
     if places:
         client.check_classified(answer.response, places)
     elif answer.error.code != _Code.INVALID_ARGUMENT.value[0]:
@@ -249,7 +252,7 @@ async def wrong_request(client: Client) -> str:
     wrong = client.random.choice(_wrong_requests(client))
     metadata = client.metadata if wrong.metadata is None else wrong.metadata
     try:
-        await client.channel.unary_unary(wrong.path, None, None)(
+        await client.channel.unary_unary(wrong.path, bytes, bytes)(
             wrong.message, timeout=PATIENCE_SECONDS, metadata=metadata
         )
     except grpc.aio.AioRpcError as error:
@@ -266,7 +269,7 @@ async def wrong_reflection(client: Client) -> str:
     async def requests() -> AsyncIterator[bytes]:
         yield b"\xff" * 8
 
-    method = client.channel.stream_stream(REFLECTION, None, None)
+    method = client.channel.stream_stream(REFLECTION, bytes, bytes)
     try:
         async for _ in method(requests(), timeout=PATIENCE_SECONDS, metadata=client.metadata):
             pass
@@ -331,6 +334,12 @@ KINDS = (
     Kind("wrong reflection", 1, wrong_reflection),
     Kind("hang up", 2, hang_up),
     Kind("page", 1, read_a_page),
+    Kind("HTTP, classify", 10, web_calls.classify),
+    Kind("HTTP, infer", 5, web_calls.infer),
+    Kind("HTTP, explain", 2, web_calls.explain),
+    Kind("HTTP, reconstruct", 3, web_calls.reconstruct),
+    Kind("HTTP, wrong request", 8, web_calls.wrong_request),
+    Kind("HTTP, hang up", 3, web_calls.hang_up),
 )
 
 

@@ -184,8 +184,9 @@ def soaked(transport: str, folder: Path, entries: list[TokenEntry], tokens: dict
     for name, number in ((SWAPPED, "1"), (UNLOADED, "1")):
         put(folder, name, number)
     flags = [
-        f"--transport={transport}", *PLAN, "--poll-seconds=5", "--admin-port=0", f"--tokens={folder / 'tokens.json'}",
-        f"--tls-cert={folder / 'server.pem'}", f"--tls-key={folder / 'server.key'}",
+        f"--transport={transport}", *PLAN, "--poll-seconds=5", "--admin-port=0", "--http-port=0",
+        f"--tokens={folder / 'tokens.json'}", f"--tls-cert={folder / 'server.pem'}",
+        f"--tls-key={folder / 'server.key'}",
     ]  # fmt: skip
     ca = folder / "ca.pem"
     with serve(folder / "repository", "fp32", flags, folder, ca=ca) as served:

@@ -1,28 +1,32 @@
 """``python -m serving.client FILE...``: classify images with a running server, and look inside its answers.
 
-It takes PNG and JPEG files of the model's size, or of any size with ``--preprocess auto``, and IDX files of images
-(MNIST's format, gzipped or not).
+It takes image files of the model's size, or of any size with ``--preprocess auto``, and IDX files of images (MNIST's
+format, gzipped or not); folders and patterns of these; and one file on the standard input.
 """
 
 import argparse
 import io
-import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from PIL import Image
 from tqdm import tqdm
 
-from serving.client.channel import is_local
+from serving.client.addresses import is_local, target_of
 from serving.client.errors import CapsNetError, Unavailable
+from serving.client.found_files import Found, found_files
 from serving.client.inputs import Preprocess
 from serving.client.listed_files import ListedFiles
 from serving.client.looking import Looking
 from serving.client.reconstructions import Sweep
+from serving.client.reports import Report
 from serving.client.results import Classification
+from serving.client.scores import TrueLabels
 from serving.client.sync import CapsNetClient
-from serving.client.texts import classification_lines, classification_numbers
+from serving.files.program import add_version
 
 _PROGRESS_DELAY_SECONDS = 0.5  # a shorter run shows no progress bar
 _INTERRUPTED_EXIT_CODE = 130  # a shell's exit code for a process that SIGINT ended
@@ -94,13 +98,26 @@ def parser() -> argparse.ArgumentParser:
         description="Classify images with a running server: the length of each class's capsule, the winner's pose, and "
         "what lies behind them.",
     )
-    result.add_argument("files", nargs="+", type=Path, metavar="FILE", help="PNG, JPEG or IDX file")
+    add_version(result)
+    result.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="image or IDX file, folder, pattern such as '*.png', or - for the standard input",
+    )
     result.add_argument(
         "--address", default="127.0.0.1:8001", help="HOST:PORT of the server, or unix:PATH (default: %(default)s)"
     )
     result.add_argument("--model", default="", metavar="NAME", help="model to ask (default: the server's only one)")
     result.add_argument("--model-version", default="", metavar="N", help="version to ask (default: the highest)")
     result.add_argument("--json", action="store_true", help="one JSON object a line for each image")
+    result.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="true labels, to count the right answers: a file with a label or NAME,LABEL a line, an IDX file, or the "
+        "word folders for the names of the images' folders",
+    )
     fitting = result.add_mutually_exclusive_group()
     fitting.add_argument("--resize", action="store_true", help="scale image files to the model's size first")
     fitting.add_argument(
@@ -131,6 +148,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line. Exits if they contradict each other."""
     target = parser()
     options = target.parse_args(arguments)
+    if options.labels is not None and (options.explain or options.reconstruct):
+        target.error("--labels: with --explain or --reconstruct; expected one of them")
     for name, needed in (("classes", "explain"), ("out", "explain"), ("change", ""), ("sweep", "")):
         if getattr(options, name) is not None and not (options.reconstruct or (needed and options.explain)):
             target.error(f"--{name} needs {'--explain or ' if needed else ''}--reconstruct")
@@ -158,8 +177,8 @@ def _client(options: argparse.Namespace) -> CapsNetClient:
     )
 
 
-def _classify(client: CapsNetClient, options: argparse.Namespace, files: ListedFiles, bar: str) -> None:
-    """Print a result or an error for each image."""
+def _classify(client: CapsNetClient, options: argparse.Namespace, files: ListedFiles, report: Report) -> None:
+    """Report a result or an error for each image."""
     outcomes = client.classify_stream(
         files, errors="yield", resize=options.resize, preprocess=options.preprocess, timeout=options.timeout
     )
@@ -168,23 +187,30 @@ def _classify(client: CapsNetClient, options: argparse.Namespace, files: ListedF
         if not isinstance(outcome, Classification):
             files.tell_error(place, outcome)
             continue
-        if options.json:
-            print(json.dumps(classification_numbers(place.name, outcome)))
-        else:
-            print("\n".join(classification_lines(place.name, outcome, bar)))
+        report.add(place, outcome)
         files.tell_done()
     files.tell_unreadable()
 
 
-def _run(client: CapsNetClient, options: argparse.Namespace, progress: "tqdm[Any]") -> bool:
+def _run(
+    client: CapsNetClient,
+    options: argparse.Namespace,
+    found: Sequence[Found],
+    labels: TrueLabels | None,
+    progress: "tqdm[Any]",
+) -> bool:
     """Print a result or an error for each image. Return True if every image has a result."""
     bar = "█" if (sys.stdout.encoding or "ascii").lower().startswith("utf") else "#"
-    files = ListedFiles(options.files, options.limit, progress)
+    files = ListedFiles(found, options.limit, progress)
     if options.explain or options.reconstruct:
         Looking(client, options, bar).look(files)
     else:
-        _classify(client, options, files, bar)
-    return files.all_well
+        report = Report(options.json, labels, bar, options.preprocess == "auto")
+        try:
+            _classify(client, options, files, report)
+        finally:
+            report.end(files.failures)
+    return not files.failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -192,22 +218,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # its encoding may lack characters of a file's name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the user's own files; larger ones are refused
     options = _parse(arguments)
     # Results that go to the same terminal show the progress already.
     shown = sys.stderr.isatty() and not sys.stdout.isatty()
-    total = len(options.files) if options.limit is None else min(options.limit, len(options.files))
     try:
+        found = found_files(options.files)
+        total = len(found) if options.limit is None else min(options.limit, len(found))
+        labels = None if options.labels is None else TrueLabels.read(options.labels)
         with (
             _client(options) as client,
             tqdm(
                 total=total, unit=" images", delay=_PROGRESS_DELAY_SECONDS, leave=False, disable=not shown
             ) as progress,
         ):
-            return 0 if _run(client, options, progress) else 1
+            return 0 if _run(client, options, found, labels, progress) else 1
     except Unavailable as error:
         hint = (
             "; start one with: python -m serving"
-            if is_local(options.address) and not (options.tls or options.ca_file)
+            if is_local(target_of(options.address, tls=True)) and not (options.tls or options.ca_file)
             else ""
         )
         print(f"{error}{hint}", file=sys.stderr)

@@ -8,7 +8,6 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -24,16 +23,22 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
 from serving.client.channel import FIRST_BACKOFF_SECONDS
-from serving.client.errors import STREAM_LOST, CapsNetError, Failure, Unavailable, failure_of_call
+from serving.client.errors import (
+    STREAM_LOST,
+    CapsNetError,
+    Failure,
+    ItemError,
+    ShapeError,
+    Unavailable,
+    failure_of_call,
+)
 from serving.client.explanations import Class, Explanation, ExplanationOptions, Part, decode_explanation
 from serving.client.inputs import (
     Fitting,
     Images,
     Item,
-    ItemError,
     Preprocess,
     RequestLimits,
-    ShapeError,
     blocks,
     items_of,
     located,
@@ -55,12 +60,20 @@ class _Calls(ClientBase):
 
     def _connect(self) -> None:
         self._opened: aio.Channel | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def _channel(self) -> aio.Channel:
-        """Return the channel, made at the first call because a channel belongs to the event loop that runs then."""
+        """Return the channel, made at the first call because a channel belongs to the event loop that runs then.
+
+        Once that loop is closed, the next one gets a new channel. Raises CapsNetError while it is not.
+        """
         self._check_open()
-        if self._opened is None:
+        loop = asyncio.get_running_loop()
+        if self._opened and self._loop is not loop and self._loop and not self._loop.is_closed():
+            raise CapsNetError(f"{self._address}: the client belongs to another event loop; expected one client a loop")
+        if self._opened is None or self._loop is not loop:
+            self._loop = loop
             made = self._channel_settings
             if made.credentials is None:
                 self._opened = aio.insecure_channel(made.target, options=made.options)
@@ -81,7 +94,7 @@ class _Calls(ClientBase):
     async def close(self) -> None:
         """Close the connection and end all calls in flight."""
         self._closed = True
-        if self._opened:
+        if self._opened and self._loop is asyncio.get_running_loop():
             await self._opened.close(None)
 
     async def get_model(self, *, refresh: bool = False, timeout: float | None = None) -> Model:
@@ -126,15 +139,19 @@ class _Calls(ClientBase):
             if _is_cancelled():
                 raise
             raise Unavailable(f"{self._address}: the client was closed") from None
+        except aio.UsageError as error:  # the channel was closed meanwhile
+            raise Unavailable(f"{self._address}: the client was closed") from error
 
     async def _encode(self, item: Item | pb.Image, fitting: Fitting, deadline: Deadline) -> Iterable[pb.Image]:
         """Return an item's images, encoded for a request. Raises ItemError."""
 
-        def encode(model: Model) -> Iterator[pb.Image]:
-            return messages(read(item), model, fitting)
+        in_thread = blocks(item, fitting)
+        content = await asyncio.to_thread(read, item) if in_thread else read(item)
 
         async def encode_for(model: Model) -> Iterable[pb.Image]:
-            return await asyncio.to_thread(encode, model) if blocks(item, fitting) else encode(model)
+            if in_thread:
+                return await asyncio.to_thread(messages, content, model, fitting)
+            return messages(content, model, fitting)
 
         try:
             return await encode_for(await self._get_model(False, deadline))
@@ -431,7 +448,7 @@ class _Stream:
         call = self._open_stream()
         sender = asyncio.create_task(self._send(call))
         try:
-            while (message := await call.read()) is not aio.EOF:  # type: ignore[attr-defined]  # its stubs lack it
+            while (message := await call.read()) is not aio.EOF:
                 self._window.answer(message)
                 self._to_send.set()
                 self._ready.set()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal
 
 import grpc
@@ -9,7 +10,7 @@ from grpc_health.v1 import health_pb2
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.channel import SERVICE, Pem, Token, channel_settings
-from serving.client.errors import CapsNetError, DeadlineExceeded, InvalidRequest, UnknownModel, failure_of_call
+from serving.client.errors import CapsNetError, DeadlineExceeded, InvalidRequest, UnknownModel, brief, failure_of_call
 from serving.client.inputs import RequestLimits
 from serving.client.reconstructions import Reconstruction, decode_reconstructions
 from serving.client.results import Classification, Model, decode
@@ -27,12 +28,12 @@ Errors = Literal["raise", "yield"]
 class Deadline:
     """The moment by which a call and all its retries must end.
 
-    seconds: the time left at the start; None for no limit. Raises ValueError unless it is above 0.
+    seconds: the time left at the start; None for no limit. Raises InvalidRequest unless it is above 0.
     """
 
     def __init__(self, seconds: float | None) -> None:
-        if seconds is not None and not seconds > 0:
-            raise ValueError(f"timeout: {seconds}; expected seconds above 0, or None")
+        if seconds is not None and not (isinstance(seconds, Real) and seconds > 0):
+            raise InvalidRequest(f"timeout: {seconds}; expected seconds above 0, or None", field="timeout")
         self.seconds = seconds = None if seconds is not None and seconds > _MAX_SECONDS else seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
@@ -49,7 +50,7 @@ class ClientBase:
         address: str = "127.0.0.1:8001",
         *,
         model: str = "",
-        version: str = "",
+        version: str | int = "",
         timeout: float | None = 30.0,
         token: Token | None = None,
         tls: bool | Pem = False,
@@ -60,7 +61,7 @@ class ClientBase:
     ) -> None:
         """Prepare a client. It connects at its first call.
 
-        address: HOST:PORT, or unix:PATH.
+        address: HOST:PORT or unix:PATH. A missing port is 8001, and a scheme such as grpc:// is left out.
         model, version: the model and version to ask for. Empty: the server's only model, and its highest version.
         timeout: time limit in seconds for a call with all its retries, and for one answer of a stream. None: no limit.
         token: sent as ``authorization: Bearer TOKEN``. A function is called for the token before each call.
@@ -71,10 +72,10 @@ class ClientBase:
         retries: further attempts, 0 to 4, while the server is overloaded or unavailable. Before each, the client waits
             as long as the server asks, or else for a time that doubles.
 
-        Raises ValueError if settings contradict each other, and OSError if a certificate cannot be read.
+        Raises InvalidRequest, which is a ValueError, if a setting is wrong or contradicts another, and OSError if a
+        certificate cannot be read.
         """
         self._timeout = Deadline(timeout).seconds
-        self._address = address
         self._retries = retries
         self._channel_settings = channel_settings(
             address,
@@ -85,7 +86,9 @@ class ClientBase:
             allow_plaintext_token=allow_plaintext_token,
             retries=retries,
         )
-        self._model_request = pb.GetModelRequest(model_name=model, model_version=version)
+        self._address = self._channel_settings.target
+        name, number = _text("model", model), _text("version", str(version) if isinstance(version, int) else version)
+        self._model_request = pb.GetModelRequest(model_name=name, model_version=number)
         self._model: Model | None = None
         self._fetched_at = 0.0
         self._closed = False
@@ -176,6 +179,13 @@ class Readiness:
         if failure.code is not grpc.StatusCode.UNAVAILABLE:
             raise failure.to_error() from error
         self._status = failure.text
+
+
+def _text(name: str, value: str) -> str:
+    """Return a setting that is sent as text. Raises InvalidRequest."""
+    if isinstance(value, str) and value.isprintable():
+        return value
+    raise InvalidRequest(f"{name}: {brief(repr(value))}; expected printable text", field=name)
 
 
 def check_stream(errors: str, window: int) -> None:

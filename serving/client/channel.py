@@ -1,6 +1,5 @@
 """The settings of a channel to a server: address, TLS, token, load balancing, and the retries that grpc makes."""
 
-import ipaddress
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 import grpc
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from serving.client.addresses import is_local, target_of
+from serving.client.errors import InvalidRequest
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 #: grpc makes at most five attempts.
@@ -54,19 +55,18 @@ def channel_settings(
 ) -> ChannelSettings:
     """Return the channel's settings for a client's settings.
 
-    Raises ValueError if these contradict each other, and OSError if a file cannot be read.
+    Raises InvalidRequest if these contradict each other, and OSError if a file cannot be read.
     """
     if not 0 <= retries <= MAX_RETRIES:
-        raise ValueError(f"retries: {retries}; expected 0 to {MAX_RETRIES}")
-    if not address:
-        raise ValueError("address: empty; expected HOST:PORT or unix:PATH")
-    local = is_local(address)
+        raise InvalidRequest(f"retries: {retries}; expected 0 to {MAX_RETRIES}")
+    target = target_of(address, tls is not False)
+    local = is_local(target)
     if tls is False:
         if client_certificate or server_name:
-            raise ValueError("client_certificate and server_name need TLS: give tls=True or root certificates")
+            raise InvalidRequest("client_certificate and server_name need TLS: give tls=True or root certificates")
         if token is not None and not local and not allow_plaintext_token:
-            raise ValueError(
-                f"token: would go unencrypted to {address}; use TLS, or allow_plaintext_token=True if the network "
+            raise InvalidRequest(
+                f"token: would go unencrypted to {target}; use TLS, or allow_plaintext_token=True if the network "
                 "itself is safe"
             )
         credentials = None
@@ -97,22 +97,7 @@ def channel_settings(
         options.append(("grpc.enable_http_proxy", 0))
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
-    return ChannelSettings(address, credentials, tuple(options), token if credentials is None else None)
-
-
-def is_local(address: str) -> bool:
-    """Return True if an address stays on this machine: a Unix socket, or a loopback address."""
-    if address.startswith(("unix:", "unix-abstract:")):
-        return True
-    plain = address
-    for scheme in ("dns:", "ipv4:", "ipv6:"):
-        plain = plain.removeprefix(scheme)
-    plain = plain.lstrip("/")
-    host = plain[1:].partition("]")[0] if plain.startswith("[") else plain.rpartition(":")[0] or plain
-    try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return ChannelSettings(target, credentials, tuple(options), token if credentials is None else None)
 
 
 def _service_config(retries: int) -> dict[str, Any]:
@@ -150,7 +135,11 @@ class _BearerToken(grpc.AuthMetadataPlugin):
 
 
 def _text_of(token: Token) -> str:
-    return token if isinstance(token, str) else token()
+    """Return a token. Raises InvalidRequest for one that no header can carry, without showing it."""
+    value = token() if callable(token) else token
+    if isinstance(value, str) and value.isascii() and value.isprintable():
+        return value
+    raise InvalidRequest("token: it has characters that no header takes; expected printable ASCII", field="token")
 
 
 def _pem(source: Pem) -> bytes:

@@ -14,6 +14,13 @@ _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _FIELD_PATTERN = re.compile(r"[a-z][a-z_0-9]*(\[\d+\])?(\.[a-z][a-z_0-9]*)*(?=: )")
 _IMAGE_PATTERN = re.compile(r"images\[(\d+)\]")
 _ONLY_IMAGE_PATTERN = re.compile(r"image(\.|$)")
+#: The end of an error of an image that has another size than the model's.
+SIZE_HINT = "(resize=True scales it, preprocess='auto' finds the object in it)"
+# The server's words on such an image.
+_SIZE_PATTERN = re.compile(
+    r"( image of \d+ x \d+ pixels; expected \d+ x \d+)(, or a preparation of it \(preprocess\))?$"
+)
+_MAX_BRIEF_CHARACTERS = 100
 _STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -91,6 +98,20 @@ class Unsupported(ServerFault):
     """The model has no graph for the method, or the server does not have the method."""
 
 
+class ItemError(ValueError):
+    """An item holds no image. The text says what came and what was expected, but not which item it was."""
+
+
+class ShapeError(ItemError):
+    """An array does not have the shape that the model takes."""
+
+
+def brief(text: str) -> str:
+    """Return the first line of a text, and its beginning alone if it is long."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= _MAX_BRIEF_CHARACTERS else f"{line[:_MAX_BRIEF_CHARACTERS]}..."
+
+
 @dataclass(frozen=True)
 class Failure:
     """The end without an answer of a call, or of one request of a stream.
@@ -135,6 +156,7 @@ class Failure:
 
     def _invalid(self, indices: Sequence[int]) -> InvalidRequest:
         text, name = self.text, self.field
+        text = _SIZE_PATTERN.sub(rf"\g<0> {SIZE_HINT}", text)
         found = _IMAGE_PATTERN.match(name)
         if not found:
             kind = InvalidImage if _ONLY_IMAGE_PATTERN.match(name) else InvalidRequest
@@ -176,10 +198,19 @@ def failure_of_call(error: grpc.RpcError, address: str) -> Failure:
             name, delay = _read_details(value)
             retry_after = delay if retry_after is None else retry_after
     if code is grpc.StatusCode.UNAVAILABLE and text.startswith(("failed to connect", "connections to all")):
-        text = f"no server answers there ({text})"
+        text = _explained(text)
     if not _is_about_the_request(code):
         text = f"{address}: {text}"
     return Failure(code, text, name or _field_of(text), retry_after, may_retry, error)
+
+
+def _explained(text: str) -> str:
+    """Return what keeps a connection from being made. text: gRPC's words."""
+    if "http1" in text:
+        return "an HTTP server answers there, perhaps with the metrics; expected the port of gRPC, by default 8001"
+    if "andshake" in text:
+        return f"TLS fails there: perhaps the server does not encrypt, or is not trusted ({text})"
+    return f"no server answers there ({text})"
 
 
 def failure_of_item(code: int, text: str) -> Failure:

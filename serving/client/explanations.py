@@ -4,8 +4,8 @@ Axes: R iterations of the routing, I primary capsules, C channels, H rows, W col
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Self, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,17 @@ class ClassExplanation:
     contributions: NDArray[np.float32] = field(repr=False)
     relevance: NDArray[np.float32] = field(repr=False)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for ``json.dumps``."""
+        return {
+            "label": self.label,
+            "class_index": self.class_index,
+            "couplings": self.couplings.tolist(),
+            "agreements": self.agreements.tolist(),
+            "contributions": self.contributions.tolist(),
+            "relevance": self.relevance.tolist(),
+        }
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Explanation:
@@ -64,6 +75,16 @@ class Explanation:
     entropies: NDArray[np.float32] = field(repr=False)
     classes: tuple[ClassExplanation, ...]
     pixels: NDArray[np.uint8] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for ``json.dumps``, without the classification, which has its own."""
+        return {
+            "primary_capsules": asdict(self.primary_capsules),
+            "primary_lengths": self.primary_lengths.tolist(),
+            "entropies": self.entropies.tolist(),
+            "pixels": self.pixels.tolist(),
+            "classes": [one.to_dict() for one in self.classes],
+        }
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Conversion of arrays, files and their bytes to the images of a request."""
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from google.protobuf.message import Message
@@ -13,35 +11,36 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.errors import InvalidImage
+from serving.client.arrays import array_of, array_of_names, is_array, is_nested, to_uint8
+from serving.client.errors import InvalidImage, ItemError, ShapeError, brief
+from serving.client.pictures import file_to_send, is_known_to_server, pixels_of
 from serving.client.results import Model
-from serving.files.idx import GZIP_MAGIC, is_idx, read_idx
-from serving.files.image_headers import BadImage, read_header
-from serving.files.images import to_pixels
-from serving.files.preparation import shrink
+from serving.client.sources import FORMAT_NAMES, is_file, named, parse, read_file, read_path
 
-#: One array of uint8, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), or a PNG, JPEG or IDX file, by path or as bytes;
-#: or an image that Pillow has opened, which is read as its file would be.
-Item = NDArray[Any] | bytes | str | os.PathLike[str] | Image.Image
+
+class ArrayLike(Protocol):
+    """An array of another library."""
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
+class Readable(Protocol):
+    """An open file."""
+
+    def read(self) -> Any: ...
+
+
+#: An array of uint8 from 0 to 255, or of floats from 0 to 1, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), of NumPy or
+#: any other library; an image file by path, as bytes or opened; or an image that Pillow has opened, which is read as
+#: its file would be.
+Item = NDArray[Any] | ArrayLike | bytes | str | os.PathLike[str] | Readable | Image.Image
 Images = Item | Iterable[Item]
 #: An array, the bytes of a PNG or JPEG file, an image that Pillow has opened, or one that is ready to be sent.
 Content = NDArray[Any] | bytes | pb.Image | Image.Image
 #: The preparation of pictures by the server: none, or as the training images were.
 Preprocess = Literal["none", "auto"]
 
-# Larger pictures are shrunk before the server prepares them, which needs no more.
-_MAX_PICTURE_BYTES = 2**18
-_MAX_PICTURE_PIXELS = 2**20
-_JPEG_QUALITY = 90
-_EXPECTED_ITEM = "an array, or the path or bytes of a PNG, JPEG or IDX file"
-
-
-class ItemError(ValueError):
-    """An item holds no image. The text says what came and what was expected, but not which item it was."""
-
-
-class ShapeError(ItemError):
-    """An array does not have the shape that the model takes."""
+_EXPECTED_ITEM = f"an array, or the path or bytes of an image file ({FORMAT_NAMES})"
 
 
 class Fitting(NamedTuple):
@@ -65,73 +64,72 @@ class Fitting(NamedTuple):
 
 def items_of(images: Images) -> Iterable[Item]:
     """Return the items of an input, which may itself be an item. Raises InvalidImage for any other object."""
-    if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or _is_array(images):
+    if (listed := array_of_names(images)) is not None:
+        return listed
+    is_item = isinstance(images, str | os.PathLike | Image.Image) or is_array(images) or is_nested(images)
+    if is_item or _is_buffer(images) or is_file(images):
         return (images,)  # type: ignore[return-value]
-    if not isinstance(images, Iterable):
+    if isinstance(images, bytes) or not isinstance(images, Iterable):
         raise InvalidImage(f"images: {type(images).__name__}; expected {_EXPECTED_ITEM}, or an iterable of these")
     return images
 
 
 def read(item: Item | pb.Image) -> Content:
-    """Read an item's file, if it names or holds one, and return its content. Raises ItemError.
+    """Read an item's file, if it names or holds one, and return its content. Raises ItemError, and nothing else.
 
     An IDX file becomes an array (n, 1, H, W) or (n, C, H, W).
     """
+    try:
+        return _read(item)
+    except ItemError:
+        raise
+    except Exception as error:  # the item may be an object of any library
+        raise ItemError(f"{type(item).__name__}; it cannot be read ({brief(str(error))})") from error
+
+
+def _read(item: Item | pb.Image) -> Content:
     if isinstance(item, str | os.PathLike):
+        data = read_path(item)
         try:
-            return parse(Path(item).read_bytes())
-        except OSError as error:
-            raise ItemError(f"{os.fspath(item)}: {error.strerror}") from error
+            return parse(data)
         except ItemError as error:
-            raise ItemError(f"{os.fspath(item)}: {error}") from error.__cause__
-        except ValueError as error:  # a path with a null character
-            raise ItemError(f"{os.fspath(item)!r}: {error}") from error
-    if isinstance(item, bytes | bytearray | memoryview):
-        return parse(bytes(item))
+            raise ItemError(f"{named(os.fspath(item))}: {error}") from error.__cause__
     if isinstance(item, pb.Image | Image.Image):
         return item
-    if _is_array(item):
-        return np.asarray(item)
+    if is_array(item):
+        return array_of(item)
+    if _is_buffer(item):
+        with memoryview(item) as view:  # type: ignore[arg-type]
+            return parse(view.tobytes()) if (view.ndim, view.itemsize) == (1, 1) else np.array(view)
+    if is_nested(item):
+        return array_of(item)
+    if is_file(item):
+        return parse(read_file(item))
     raise ItemError(f"{type(item).__name__}; expected {_EXPECTED_ITEM}")
-
-
-def parse(data: bytes) -> bytes | NDArray[np.uint8]:
-    """Return the content of a file: an array for an IDX file, else the bytes unchanged. Raises ItemError."""
-    if not (is_idx(data[:4]) or data.startswith(GZIP_MAGIC)):
-        return data
-    try:
-        images = read_idx(data)
-    except ValueError as error:
-        raise ItemError(str(error)) from error
-    if images.ndim < 3:
-        raise ItemError("an IDX file of labels or single values; expected one of images")
-    return images[:, np.newaxis] if images.ndim == 3 else images
 
 
 def messages(content: Content, model: Model, fitting: Fitting) -> Iterator[pb.Image]:
     """Return a content, as ``read`` gives it, as images of a request. Raises ItemError before the first image.
 
     PNG and JPEG files are sent unchanged, but shrunk if they are large and the server prepares them. To be resized,
-    they are decoded here. Arrays are sent as they are.
+    they are decoded here, as are files of other formats. Arrays are sent as they are.
     """
     if isinstance(content, pb.Image):
         return iter((content,))
     if not isinstance(content, bytes | Image.Image):
         return _pixels(_stacked(content, model))
     if fitting.auto:
-        return iter((pb.Image(encoded=_picture(content), preprocess=pb.PREPROCESS_AUTO),))
-    if isinstance(content, Image.Image):
-        return _pixels(_opened(content, model, fitting.resize)[np.newaxis])
-    if fitting.resize:
-        return _pixels(_scaled(content, model)[np.newaxis])
+        return iter((pb.Image(encoded=file_to_send(content), preprocess=pb.PREPROCESS_AUTO),))
+    if isinstance(content, Image.Image) or fitting.resize or not is_known_to_server(content):
+        return _pixels(pixels_of(content, model, fitting.resize)[np.newaxis])
     return iter((pb.Image(encoded=content),))
 
 
 def blocks(item: Item | pb.Image, fitting: Fitting) -> bool:
     """Return True if reading an item takes so long that an event loop must not wait for it."""
     if isinstance(item, bytes | bytearray | memoryview):
-        return fitting.resize or fitting.auto
-    return isinstance(item, str | os.PathLike) or (fitting.auto and isinstance(item, Image.Image))
+        return fitting.resize or fitting.auto or not is_known_to_server(bytes(item))
+    return isinstance(item, str | os.PathLike) or is_file(item) or (fitting.auto and isinstance(item, Image.Image))
 
 
 def located(error: ItemError, index: int | None) -> InvalidImage:
@@ -189,9 +187,15 @@ def _size(image: pb.Image) -> int:
     return content + 1 + max(1, (content.bit_length() + 6) // 7)  # its tag and its length
 
 
-def _is_array(item: object) -> bool:
-    """Return True for a NumPy array and for any object that NumPy can convert: CPU tensors, Pillow's images."""
-    return isinstance(item, np.ndarray) or hasattr(item, "__array__") or hasattr(item, "__array_interface__")
+def _is_buffer(item: object) -> bool:
+    """Return True for bytes, and for other objects whose memory holds bytes: arrays of ctypes, mapped files."""
+    if isinstance(item, bytes | bytearray | memoryview):
+        return True
+    try:
+        with memoryview(item):  # type: ignore[arg-type]
+            return True
+    except TypeError:
+        return False
 
 
 def _pixels(images: NDArray[np.uint8]) -> Iterator[pb.Image]:
@@ -200,9 +204,7 @@ def _pixels(images: NDArray[np.uint8]) -> Iterator[pb.Image]:
 
 def _stacked(array: NDArray[Any], model: Model) -> NDArray[np.uint8]:
     """Return an array as (n, C, H, W) uint8. Raises ItemError for another type, ShapeError for another shape."""
-    if array.dtype != np.uint8:
-        hint = "; for values from 0 to 1: (255 * images).round().astype(numpy.uint8)" if array.dtype.kind == "f" else ""
-        raise ItemError(f"an array of {array.dtype}; expected uint8, from 0 to 255{hint}")
+    array = to_uint8(array)
     channels, height, width = shape = model.image_shape
     if array.ndim == 4 and array.shape[1:] == shape:
         return array
@@ -218,56 +220,3 @@ def _stacked(array: NDArray[Any], model: Model) -> NDArray[np.uint8]:
         f"an array of shape {array.shape}; {model.name} takes {one} for one image and "
         f"{several}(n, {channels}, {height}, {width}) for several{hint}"
     )
-
-
-def _opened(image: Image.Image, model: Model, resize: bool) -> NDArray[np.uint8]:
-    """Return an image that Pillow has opened as its file would be read, (C, H, W). Raises ItemError."""
-    channels, height, width = model.image_shape
-    try:
-        pixels = to_pixels(image, channels, (width, height) if resize else None)
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        raise ItemError("not an image, or a damaged one") from error
-    if pixels.shape != model.image_shape:
-        size = f"{pixels.shape[2]} x {pixels.shape[1]}"
-        raise ShapeError(f"an image of {size} pixels; {model.name} takes {width} x {height} (resize=True scales it)")
-    return pixels
-
-
-def _scaled(data: bytes, model: Model) -> NDArray[np.uint8]:
-    """Decode an image file and scale it to the model's size: (C, H, W) uint8. Raises ItemError."""
-    channels, height, width = model.image_shape
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return to_pixels(image, channels, (width, height))
-    except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        raise ItemError("not an image, or a damaged one") from error
-
-
-def _picture(content: bytes | Image.Image) -> bytes:
-    """Return a picture as a PNG or JPEG file that is not too large to be sent. Raises ItemError."""
-    if isinstance(content, bytes) and _is_small(content):
-        return content
-    try:
-        if isinstance(content, Image.Image):
-            return _file_of(content.copy())
-        with Image.open(io.BytesIO(content)) as image:
-            return _file_of(image)
-    except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        raise ItemError("not an image, or a damaged one") from error
-
-
-def _is_small(data: bytes) -> bool:
-    """Return True for a PNG or JPEG file that can be sent as it is."""
-    try:
-        _, width, height = read_header(data)
-    except BadImage:
-        return False
-    return len(data) <= _MAX_PICTURE_BYTES and width * height <= _MAX_PICTURE_PIXELS
-
-
-def _file_of(image: Image.Image) -> bytes:
-    """Return a shrunk picture as a file: JPEG, or or PNG if it has transparent parts or few pixels."""
-    small, file = shrink(image), io.BytesIO()
-    lossless = small.mode == "RGBA" or small.width * small.height * len(small.getbands()) <= _MAX_PICTURE_BYTES
-    small.save(file, "PNG" if lossless else "JPEG", **({} if lossless else {"quality": _JPEG_QUALITY}))
-    return file.getvalue()

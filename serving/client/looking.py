@@ -21,13 +21,7 @@ from serving.client.listed_files import ListedFiles, Place
 from serving.client.reconstructions import Reconstruction
 from serving.client.results import Classification
 from serving.client.sync import CapsNetClient
-from serving.client.texts import (
-    classification_lines,
-    classification_numbers,
-    explanation_lines,
-    explanation_numbers,
-    reconstruction_numbers,
-)
+from serving.client.texts import classification_lines, explanation_lines, shown
 
 # The size of a pixel in pictures that are only looked at. Images keep their size, so that they can be sent again.
 _SCALE = 8
@@ -115,11 +109,11 @@ class Looking:
         reconstructions: Sequence[Reconstruction],
         written: Sequence[Path],
     ) -> str:
-        numbers = classification_numbers(place.name, _classification(explanation, reconstructions))
+        numbers = {"image": place.name, **_classification(explanation, reconstructions).to_dict()}
         if explanation:
-            numbers["explanation"] = explanation_numbers(explanation)
+            numbers["explanation"] = explanation.to_dict()
         if self._options.reconstruct:
-            numbers["reconstructions"] = [reconstruction_numbers(one) for one in reconstructions]
+            numbers["reconstructions"] = [one.to_dict() for one in reconstructions]
         if self._options.out is not None:
             numbers["files"] = [str(path) for path in written]
         return json.dumps(numbers)
@@ -128,7 +122,7 @@ class Looking:
         self, place: Place, explanation: Explanation | None, reconstructions: Sequence[Reconstruction]
     ) -> list[str]:
         drawings = []
-        lines = classification_lines(place.name, _classification(explanation, reconstructions), self._bar)
+        lines = classification_lines(shown(place.name), _classification(explanation, reconstructions), self._bar)
         if explanation:
             lines += explanation_lines(explanation)
             drawings.append(Drawing("image", picture_of(explanation.pixels)))

@@ -54,6 +54,17 @@ class Reconstruction:
     delta: float
     classification: Classification | None = field(repr=False)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for ``json.dumps``, without the classification, which has its own."""
+        return {
+            "label": self.label,
+            "class_index": self.class_index,
+            "delta": self.delta,
+            "pose": self.pose.tolist(),
+            "image": self.image.tolist(),
+            "layer": None if self.layer is None else self.layer.tolist(),
+        }
+
 
 @dataclass(frozen=True)
 class ReconstructionOptions:

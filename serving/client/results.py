@@ -4,9 +4,10 @@ Axes: J classes, E dimensions of a pose.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +81,25 @@ class Classification:
         """Return the winner's pose vector, (E,) float32."""
         pose: NDArray[np.float32] = self.poses[self.class_index]
         return pose
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for ``json.dumps``; those of all classes are by label."""
+        numbers = {
+            "label": self.label,
+            "class_index": self.class_index,
+            "probability": self.probability,
+            "confidence": self.confidence,
+            "verdict": str(self.verdict),
+            "present": list(self.present),
+            "probabilities": dict(zip(self.labels, self.probabilities.tolist(), strict=True)),
+            "confidences": dict(zip(self.labels, self.confidences.tolist(), strict=True)),
+            "poses": dict(zip(self.labels, self.poses.tolist(), strict=True)),
+            "model_name": self.model_name,
+            "model_version": self.model_version,
+        }
+        if self.reconstruction_error is not None:
+            numbers["reconstruction_error"] = self.reconstruction_error
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -232,6 +252,10 @@ class Model:
             reconstructs=message.reconstructs,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values for ``json.dumps``."""
+        return asdict(self)
+
 
 _POLARITIES: dict[int, str] = {
     pb.POLARITY_BRIGHT_ON_DARK: "bright-on-dark",
@@ -276,6 +300,8 @@ def decode_results(results: Sequence[pb.Classification], count: int, name: str, 
         raise ServerFault(
             f"results: poses of {poses.size} numbers in all for {len(capsules)} capsules; expected E each"
         )
+    if any(result.class_index >= len(labels) for result in results):
+        raise ServerFault(f"results: a class_index beyond the {len(labels)} classes")
     confidences = np.zeros_like(probabilities)
     if any(result.verdict for result in results):
         confidences[:] = [capsule.confidence for capsule in capsules]

@@ -13,16 +13,23 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client.base import DEFAULT_WINDOW_IMAGES, ClientBase, Deadline, Errors, Patience, check_stream
 from serving.client.channel import FIRST_BACKOFF_SECONDS
-from serving.client.errors import STREAM_LOST, CapsNetError, Failure, failure_of_call
+from serving.client.errors import (
+    STREAM_LOST,
+    CapsNetError,
+    Failure,
+    InvalidRequest,
+    ItemError,
+    ShapeError,
+    brief,
+    failure_of_call,
+)
 from serving.client.explanations import Class, Explanation, ExplanationOptions, Part, decode_explanation
 from serving.client.inputs import (
     Fitting,
     Images,
     Item,
-    ItemError,
     Preprocess,
     RequestLimits,
-    ShapeError,
     items_of,
     located,
     messages,
@@ -33,6 +40,7 @@ from serving.client.reconstructions import Poses, Reconstruction, Reconstruction
 from serving.client.results import Classification, Model
 from serving.client.window import MAX_STATUS_WAIT_SECONDS, Window
 
+_Metadata = tuple[tuple[str, str], ...]
 _Open = Callable[[Iterator[pb.ClassifyStreamRequest]], Any]
 
 
@@ -94,10 +102,19 @@ class _Calls(ClientBase):
 
     def _call(self, method: Any, request: Any, deadline: Deadline, indices: Sequence[int] = ()) -> Any:
         """Make a unary call and return its response. indices: the number, in the input, of each of its images."""
+        return self._begun(lambda metadata: method(request, timeout=deadline.left(), metadata=metadata), indices)
+
+    def _begun(self, begin: Callable[[_Metadata], Any], indices: Sequence[int] = ()) -> Any:
+        """Begin a call with its metadata. Raises CapsNetError, and nothing else."""
+        self._check_open()
+        metadata = self._channel_settings.metadata()
         try:
-            return method(request, timeout=deadline.left(), metadata=self._channel_settings.metadata())
+            return begin(metadata)
         except grpc.RpcError as error:
             raise self._error(error, indices) from error
+        except ValueError as error:  # grpc's, for a channel that another thread has closed meanwhile
+            self._check_open()
+            raise InvalidRequest(f"{self._address}: {brief(str(error))}") from error
 
     def _encode(self, item: Item | pb.Image, fitting: Fitting, deadline: Deadline) -> Iterator[pb.Image]:
         """Return an item's images, encoded for a request. Raises ItemError."""
@@ -150,10 +167,10 @@ class CapsNetClient(_Calls):
     ) -> list[Classification]:
         """Return the results of all images in order. If one image fails, the whole call raises its error.
 
-        images: an array of uint8 from 0 to 255, (H, W), (C, H, W), (n, H, W) or (n, C, H, W); a PNG, JPEG or IDX
-            file, by path or as bytes; or an iterable of these. Images beyond the server's limit for one request go
-            out in several requests.
-        resize: scale PNG and JPEG files to the model's size.
+        images: an array of any library, (H, W), (C, H, W), (n, H, W) or (n, C, H, W), of uint8 from 0 to 255 or floats
+            from 0 to 1; an image or IDX file, by path, as bytes or opened; an image that Pillow has opened; or an
+            iterable of these. Images beyond the server's limit for one request go out in several requests.
+        resize: scale image files and opened images to the model's size.
         preprocess: "auto" lets the server prepare files and opened images of any size as the training images were: it
             finds the object, its polarity, size and place. Arrays and IDX files are sent as they are.
         reconstruction_error: also reconstruct each image from its poses, and return the error. It costs a run of the
@@ -304,9 +321,8 @@ class CapsNetClient(_Calls):
         window = self._window(template, self._get_model(False, call_deadline), window_size)
 
         def open_stream(requests: Iterator[pb.ClassifyStreamRequest]) -> Any:
-            self._check_open()
-            return self._stub.ClassifyStream(
-                requests, timeout=deadline.left(), metadata=self._channel_settings.metadata()
+            return self._begun(
+                lambda metadata: self._stub.ClassifyStream(requests, timeout=deadline.left(), metadata=metadata)
             )
 
         def encode(item: Item | pb.Image) -> Iterator[pb.Image]:

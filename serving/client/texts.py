@@ -1,18 +1,20 @@
-"""Results of the command line: as text for people, and as numbers for JSON."""
-
-from typing import Any
+"""Results of the command line: as text for people."""
 
 import numpy as np
 
 from serving.client.explanations import ClassExplanation, Explanation
-from serving.client.reconstructions import Reconstruction
 from serving.client.results import Classification, PrimaryCapsules, Verdict
 
 _BAR_CHARACTERS = 30  # the bar of a length of 1
 _POSE_NUMBERS_IN_LINE = 8
 _SHOWN_CAPSULES = 3
 
-Numbers = dict[str, Any]
+
+def shown(name: str) -> str:
+    """Return a file's name without characters that a terminal obeys or cannot show, such as line ends: escaped."""
+    if name.isprintable():
+        return name
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in name)
 
 
 def classification_lines(name: str, result: Classification, bar: str) -> list[str]:
@@ -20,8 +22,8 @@ def classification_lines(name: str, result: Classification, bar: str) -> list[st
     width = max(len(label) for label in result.labels)
     lines = [f"{name}: {result.label}"]
     if result.verdict is not Verdict.UNKNOWN:
-        shown = f" ({', '.join(result.present)})" if result.verdict is Verdict.SEVERAL else ""
-        lines.append(f"  verdict: {result.verdict}{shown}, confidence {result.confidence:.3f}")
+        several = f" ({', '.join(result.present)})" if result.verdict is Verdict.SEVERAL else ""
+        lines.append(f"  verdict: {result.verdict}{several}, confidence {result.confidence:.3f}")
     if result.reconstruction_error is not None:
         lines.append(f"  reconstruction error: {result.reconstruction_error:.4f}")
     lines.append("  lengths:")
@@ -31,26 +33,6 @@ def classification_lines(name: str, result: Classification, bar: str) -> list[st
     pose = [f"{value:+.2f}" for value in result.pose.tolist()]
     rows = [pose[start : start + _POSE_NUMBERS_IN_LINE] for start in range(0, len(pose), _POSE_NUMBERS_IN_LINE)]
     return [*lines, f"  pose of {result.label}:", *(f"    {' '.join(row)}" for row in rows)]
-
-
-def classification_numbers(name: str, result: Classification) -> Numbers:
-    """Return the values of a classification."""
-    numbers = {
-        "image": name,
-        "label": result.label,
-        "class_index": result.class_index,
-        "confidence": result.confidence,
-        "verdict": str(result.verdict),
-        "present": list(result.present),
-        "probabilities": dict(zip(result.labels, result.probabilities.tolist(), strict=True)),
-        "confidences": dict(zip(result.labels, result.confidences.tolist(), strict=True)),
-        "poses": dict(zip(result.labels, result.poses.tolist(), strict=True)),
-        "model_name": result.model_name,
-        "model_version": result.model_version,
-    }
-    if result.reconstruction_error is not None:
-        numbers["reconstruction_error"] = result.reconstruction_error
-    return numbers
 
 
 def explanation_lines(result: Explanation) -> list[str]:
@@ -63,42 +45,6 @@ def explanation_lines(result: Explanation) -> list[str]:
             lines.append(f"  largest contributions to {one.label}:")
             lines += _contribution_lines(one, result.primary_capsules)
     return lines
-
-
-def explanation_numbers(result: Explanation) -> Numbers:
-    """Return the values of an explanation, without its classification."""
-    capsules = result.primary_capsules
-    return {
-        "primary_capsules": {
-            name: getattr(capsules, name) for name in ("types", "rows", "columns", "offset", "stride", "size")
-        },
-        "primary_lengths": result.primary_lengths.tolist(),
-        "entropies": result.entropies.tolist(),
-        "pixels": result.pixels.tolist(),
-        "classes": [
-            {
-                "label": one.label,
-                "class_index": one.class_index,
-                "couplings": one.couplings.tolist(),
-                "agreements": one.agreements.tolist(),
-                "contributions": one.contributions.tolist(),
-                "relevance": one.relevance.tolist(),
-            }
-            for one in result.classes
-        ],
-    }
-
-
-def reconstruction_numbers(result: Reconstruction) -> Numbers:
-    """Return the values of a reconstruction, without the classification."""
-    return {
-        "label": result.label,
-        "class_index": result.class_index,
-        "delta": result.delta,
-        "pose": result.pose.tolist(),
-        "image": result.image.tolist(),
-        "layer": None if result.layer is None else result.layer.tolist(),
-    }
 
 
 def _contribution_lines(explanation: ClassExplanation, capsules: PrimaryCapsules) -> list[str]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.channel import BACKOFF_FACTOR, FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS
-from serving.client.errors import CapsNetError, Failure, ServerFault, failure_of_item
-from serving.client.inputs import ItemError, RequestLimits, located
+from serving.client.errors import CapsNetError, Failure, ItemError, ServerFault, failure_of_item
+from serving.client.inputs import RequestLimits, located
 from serving.client.results import Classification, decode
 
 #: Most images that are joined to one request: two batches of the server.

@@ -4,11 +4,12 @@ A file of a megabyte can hold 100,000 tiny parts, each of which costs Pillow mor
 counted first.
 """
 
+import re
 import struct
 from typing import Literal, NamedTuple
 
-#: The largest file by default.
-MAX_IMAGE_BYTES = 2**20
+#: The largest file by default. A phone's photograph of 12 million pixels has 2 to 6 MB.
+MAX_IMAGE_BYTES = 2**23
 #: The most small chunks of a PNG file, and the most small segments before the pixels of a JPEG file. A part of more
 #: bytes than these costs Pillow less than the bytes themselves.
 MAX_SMALL_PARTS = 64
@@ -39,18 +40,30 @@ _JPEG = b"\xff\xd8\xff"
 _CHUNK_HEAD = struct.Struct(">I4s")
 _CHECKSUM_BYTES = 4
 _UNIQUE = frozenset((b"iCCP", b"eXIf"))  # chunks that Pillow unpacks or parses each time
+# The texts from which Pillow takes the orientation; nothing here reads others, nor colour profiles.
+_ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_TEXTS = frozenset((b"tEXt", b"zTXt", b"iTXt", b"iCCP"))
 _PNG_SIZE = struct.Struct(">II")
-_JPEG_SIZE = struct.Struct(">HxHH")  # of a segment: its length, the precision, the height and the width
+# Of a segment: its length, the precision, the height, the width and the number of components.
+_JPEG_SIZE = struct.Struct(">HxHHB")
+_COMPONENT_BYTES = 3  # after it: the number of each, its sampling factors and its table
 _EXIF = b"Exif\0\0"
 # The second of each is wrong, and some cameras write it.
 _BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {
     b"II*\0": "little", b"II\0*": "little", b"MM\0*": "big", b"MM*\0": "big",
 }  # fmt: skip
 _SCAN_MARKER = b"\xff\xda"
-_SCAN = 0xDA
+_SCAN, _END = 0xDA, 0xD9
 _APPLICATION_1 = 0xE1
 # Start of frame: 0xC0 to 0xCF without those of tables, of extensions and of arithmetic coding's conditions.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# The frames of lossless and hierarchical files cannot be decoded at a reduced size.
+_PROGRESSIVE_FRAMES = frozenset((0xC2, 0xCA))
+_DECODED_FRAMES = _PROGRESSIVE_FRAMES | {0xC0, 0xC1, 0xC9}
+# A marker after a scan's data, without those that restart it.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+_FIRST_SEGMENT = 0xC0  # the markers below it have no length
+_MAX_SEGMENTS = 1024
 # Other segments before the first scan: tables, restart interval, comment and applications' data. Each has a length.
 _SEGMENTS = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, 0xFE} | set(range(0xE0, 0xF0))
 
@@ -64,11 +77,15 @@ class BadImage(ValueError):
 
 
 class ImageHeader(NamedTuple):
-    """The format of an image file, ``PNG`` or ``JPEG``, and its size in pixels."""
+    """The format of an image file, ``PNG`` or ``JPEG``, and its size in pixels.
+
+    coefficients: those of a JPEG file of several scans, all of which a decoder keeps; 0 for other files.
+    """
 
     format: str
     width: int
     height: int
+    coefficients: int = 0
 
 
 def read_header(data: bytes) -> ImageHeader:
@@ -78,6 +95,32 @@ def read_header(data: bytes) -> ImageHeader:
     if data.startswith(_JPEG):
         return _read_jpeg(data)
     raise BadImage(FORMAT, f"{len(data)} bytes that are neither a PNG nor a JPEG file")
+
+
+def is_png(data: bytes) -> bool:
+    """Return True for a file that begins as PNG."""
+    return data.startswith(_PNG)
+
+
+def without_unread_texts(data: bytes) -> bytes:
+    """Return a PNG file without its colour profile and the texts that nothing here reads; other files unchanged.
+
+    Pillow unpacks them all, and refuses the file if they are large.
+    """
+    if not is_png(data):
+        return data
+    kept, begin, position = list[memoryview](), 0, len(_PNG)
+    view = memoryview(data)
+    while position + _CHUNK_HEAD.size <= len(data):
+        length, kind = _CHUNK_HEAD.unpack_from(data, position)
+        end = position + _CHUNK_HEAD.size + length + _CHECKSUM_BYTES
+        if kind in _TEXTS and not data.startswith(_ORIENTATION_TEXTS, position + _CHUNK_HEAD.size):
+            kept.append(view[begin:position])
+            begin = end
+        if kind == b"IEND":
+            break
+        position = end
+    return b"".join([*kept, view[begin:]]) if begin else data
 
 
 def check_exif(name: str, exif: bytes) -> None:
@@ -97,9 +140,30 @@ def check_exif(name: str, exif: bytes) -> None:
         raise BadImage(PARTS, f"a {name} file with {entries} entries of EXIF; the limit is {MAX_EXIF_ENTRIES}")
 
 
-def count_scans(data: bytes) -> int:
-    """Return the number of scans of a JPEG file, or more."""
-    return data.count(_SCAN_MARKER)
+def check_scans(data: bytes, limit: int = MAX_SCANS, of_size: str = "") -> None:
+    """Check the number of scans of a JPEG file, whose header has been read. of_size: the end of the error's text.
+
+    Raises BadImage.
+    """
+    # What cameras add after the image, such as a film, may contain these bytes by chance.
+    if (scans := data.count(_SCAN_MARKER)) > limit and _has_more_scans(data, limit):
+        raise BadImage(PARTS, f"a JPEG file of {scans} scans; the limit is {limit}{of_size}")
+
+
+def _has_more_scans(data: bytes, limit: int) -> bool:
+    """Return True if a JPEG file's first image has more scans, or segments beyond all use (JPEG, B.1.1.2)."""
+    scans, position = 0, 2
+    for _ in range(_MAX_SEGMENTS):
+        match = _MARKER.search(data, position)
+        if not match or (marker := data[match.end() - 1]) == _END:
+            return False
+        position = match.end()
+        scans += marker == _SCAN
+        if scans > limit:
+            break
+        if marker >= _FIRST_SEGMENT:
+            position += int.from_bytes(data[position : position + 2])
+    return True
 
 
 def damaged(name: str, data: bytes) -> BadImage:
@@ -133,14 +197,13 @@ def _read_png(data: bytes) -> ImageHeader:
 
 
 def _read_jpeg(data: bytes) -> ImageHeader:
-    """Go over the segments before the first scan, and count the scans (JPEG, B.1.1.4 and B.2.2)."""
-    if (scans := count_scans(data)) > MAX_SCANS:
-        raise BadImage(PARTS, f"a JPEG file of {scans} scans; the limit is {MAX_SCANS}")
-    size: tuple[int, int] | None = None
+    """Go over the segments before the first scan (JPEG, B.1.1.4 and B.2.2)."""
+    header: ImageHeader | None = None
     exif = b""  # Pillow reads all such segments as one
+    components, progressive = 0, False
     position, small = 2, 0
     while small <= MAX_SMALL_PARTS:
-        if position + 4 > len(data) or data[position] != 0xFF:
+        if position + 5 > len(data) or data[position] != 0xFF:
             raise damaged("JPEG", data)
         marker = data[position + 1]
         if marker == 0xFF:  # a byte that fills up
@@ -156,14 +219,27 @@ def _read_jpeg(data: bytes) -> ImageHeader:
             exif += data[position + 4 + len(_EXIF) : position + 2 + length]
             check_exif("JPEG", exif)
         if marker in _FRAMES:
+            if marker not in _DECODED_FRAMES:
+                raise BadImage(FORMAT, f"a JPEG file of {len(data)} bytes that is lossless or hierarchical")
             if position + 2 + _JPEG_SIZE.size > len(data):
                 raise damaged("JPEG", data)
-            _, height, width = _JPEG_SIZE.unpack_from(data, position + 2)
-            size = width, height
+            _, height, width, components = _JPEG_SIZE.unpack_from(data, position + 2)
+            sampling = data[position + 2 + _JPEG_SIZE.size + 1 : position + 2 + length : _COMPONENT_BYTES]
+            header = ImageHeader("JPEG", width, height, _coefficients(width, height, sampling))
+            progressive = marker in _PROGRESSIVE_FRAMES
         position += 2 + length
         small += length < SMALL_PART_BYTES
     else:
         raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
-    if size is None:
+    if header is None:
         raise damaged("JPEG", data)
-    return ImageHeader("JPEG", *size)
+    in_one_scan = not progressive and data[position + 4] == components
+    return header._replace(coefficients=0) if in_one_scan else header
+
+
+def _coefficients(width: int, height: int, sampling: bytes) -> int:
+    """Return the number of coefficients of a JPEG image. sampling: of each component, its factors (JPEG, A.1.1)."""
+    factors = [(one >> 4, one & 15) for one in sampling]
+    across, down = (max(1, *several) for several in zip(*factors, strict=True)) if factors else (1, 1)
+    units = -(-width // (8 * across)) * -(-height // (8 * down))
+    return 64 * units * sum(horizontal * vertical for horizontal, vertical in factors)

@@ -28,7 +28,7 @@ class UnknownRange(ValueError):
 
 
 def limit_metadata() -> None:
-    """Limit the texts of a PNG file that Pillow unpacks in this process to 256 KiB. Nothing here reads them.
+    """Limit the texts of a PNG file that Pillow unpacks in this process to 256 KiB. Only EXIF and XMP are read.
 
     The default is 64 MiB, and a small file can make Pillow unpack all of it.
     """

@@ -115,6 +115,16 @@ def shrink(image: Image.Image) -> Image.Image:
     return _upright_of_few_pixels(image, 3)
 
 
+def drafted_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size to which ``prepare`` decodes a JPEG file of this size, (width, height) in pixels.
+
+    Pillow's draft mode has a decoder leave out what the reduced size does not need, so the other pixels never exist.
+    """
+    reduced = min(size) // _WORK_SIDE_PIXELS
+    factor = next(factor for factor in (8, 4, 2, 1) if reduced >= factor or factor == 1)
+    return -(-size[0] // factor), -(-size[1] // factor)
+
+
 def _upright_of_few_pixels(image: Image.Image, channels: int) -> Image.Image:
     """Return a picture of the mode L, RGB or RGBA, whose longer side is below 2 x _WORK_SIDE_PIXELS."""
     turn = turn_of(image)

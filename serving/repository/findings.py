@@ -77,9 +77,9 @@ class Findings:
                 [[_code(count, present, doubtful) for count in range(_MAX_COUNT + 1)] for present in (False, True)]
                 for doubtful in (False, True)
             ]
-        ).ravel()
-        # By class, the number that makes a code of class 0 one of this class.
-        self._winners = np.arange(classes) * int(Code(1, Verdict.UNSPECIFIED, Presence.NONE))
+        )
+        # The codes of neighbouring classes lie this far apart.
+        self._step = int(Code(1, Verdict.UNSPECIFIED, Presence.NONE))
 
     def __call__(self, images: Array, probabilities: Array) -> Arrays:
         """Return the findings by name for images (B, C, H, W) and the lengths of their capsules (B, J)."""
@@ -87,15 +87,17 @@ class Findings:
         lengths = np.asarray(probabilities, np.float32)
         longest = np.maximum.reduce(lengths, 1, keepdims=True)
         winning = lengths == longest
-        if np.add.reduce(winning, None) != len(lengths):  # equal lengths, of which the first wins, or none is finite
+        if np.count_nonzero(winning) != len(lengths):  # equal lengths, of which the first wins, or none is finite
             winning = np.arange(lengths.shape[1]) == lengths.argmax(1)[:, None]
         present = lengths >= self._thresholds
         # A winner is shortened by 1, so that another class is the longest.
         margins = longest[:, 0] - np.maximum.reduce(lengths - winning, 1)
-        index = np.minimum(np.add.reduce(present, 1), _MAX_COUNT)
-        index += 3 * np.logical_or.reduce(present & winning, 1)
-        index += 6 * (margins < self._margin)
-        codes = self._codes[index] + np.add.reduce(winning * self._winners, 1)
+        counts = np.minimum(np.add.reduce(present, 1), _MAX_COUNT)
+        # Each row has one winner, so these are in the order of the rows.
+        winner_present, winners = present[winning], winning.nonzero()[1]
+        doubtful = margins < self._margin
+        codes = self._codes[doubtful.view(np.uint8), winner_present.view(np.uint8), counts]
+        codes += winners * self._step
         blank = blank_images(images)
         if blank is not None:
             codes[blank] += len(Presence) * (Verdict.BLANK - verdicts(codes[blank]))
@@ -118,7 +120,8 @@ def blank_images(images: Array) -> NDArray[np.bool_] | None:
     """Return True for each of the images (B, C, H, W) whose pixels are all the same, (B,), or None if none is."""
     # The middle row alone shows it for nearly every image.
     middle = images[:, :, images.shape[2] // 2]
-    if not (middle == middle[:, :, :1]).all((1, 2)).any():
+    even = (middle == middle[:, :, :1]).reshape(len(images), -1)
+    if not np.count_nonzero(np.logical_and.reduce(even, 1)):
         return None
     pixels = images.reshape(*images.shape[:2], -1)
     blank: NDArray[np.bool_] = (pixels == pixels[:, :, :1]).all((1, 2))

@@ -26,7 +26,7 @@ _MAX_BYTES = 4096
 MAX_WATCHES = 64
 
 
-class Health(health.aio.HealthServicer):  # type: ignore[name-defined, misc]  # its stubs lack it
+class Health(health.aio.HealthServicer):  # type: ignore[misc]  # without stubs it is Any
     """The health service of the grpcio-health-checking package, with List answered too."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ def reflection_methods(services: Iterable[str]) -> dict[str, Method]:
     services: names of all services that the table has beside reflection.
     """
     names = (*services, reflection.SERVICE_NAME, REFLECTION_V1)
-    servicer = reflection.aio.ReflectionServicer(names, Symbols())  # type: ignore[attr-defined]  # its stubs lack it
+    servicer = reflection.aio.ReflectionServicer(names, Symbols())
     methods = _methods(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer)
     renamed = {path.replace(reflection.SERVICE_NAME, REFLECTION_V1): method for path, method in methods.items()}
     return methods | renamed

@@ -37,7 +37,7 @@ class Tracing:
         start = end - round(seconds * _NANO)
         carrier = {key: value for key, value in metadata if isinstance(value, str)}
         service, _, name = method.rpartition("/")
-        attributes = {
+        attributes: dict[str, str | int] = {
             "rpc.system": "grpc",
             "rpc.service": service,
             "rpc.method": name,

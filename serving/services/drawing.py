@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from serving.batching.ticket import Share
 from serving.repository.classifier import POSES, PROBABILITIES
 from serving.repository.findings import CODES, PRESENT, Presence, Verdict, present_classes, verdicts
+from serving.repository.further_graph import CLASS, IMAGE, POSE
 from serving.runtime import Arrays
 from serving.services.capsnet_codec import RECONSTRUCTION_ERRORS
 from serving.services.computation import Computation
 from serving.services.encoded_images import Images
-from serving.services.graphs import CLASS, DECODER, IMAGE, POSE
+from serving.services.graphs import DECODER
 
 # The most numbers that are drawn before they are compared: the event loop takes some milliseconds for them.
 _MAX_DRAWN_NUMBERS = 2**20

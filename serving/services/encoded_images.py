@@ -13,25 +13,34 @@ from serving.errors import InvalidRequest
 from serving.files.image_headers import (
     BYTES,
     MAX_IMAGE_BYTES,
-    PARTS,
+    MAX_SCANS,
     SIZE,
     BadImage,
     ImageHeader,
     check_exif,
-    count_scans,
+    check_scans,
     damaged,
+    is_png,
     read_header,
+    without_unread_texts,
 )
 from serving.files.images import to_pixels
-from serving.files.preparation import Look, prepare
+from serving.files.preparation import Look, drafted_size, prepare
 
 # The most memory of Pillow for a pixel: coefficients of a progressive JPEG file, and copies of 4 bytes each for
 # transparency, orientation and conversion.
 _WORK_BYTES_A_PIXEL = 32
-# The same for a picture that is prepared: it is reduced first, and its preparation takes no more than the second.
+# The same for a decoded pixel of a picture that is prepared, and for the preparation, which reduces it first.
 _WORK_BYTES_A_PICTURE_PIXEL = 14
 _PREPARATION_BYTES = 2**25
-# The most pixels of all scans of a picture. Encoders write up to 18 scans.
+_COEFFICIENT_BYTES = 2  # in libjpeg
+# The copies of a file's bytes besides the file: its segments or chunks, what Pillow makes of them, and their parts.
+# A PNG file has one more, without the texts that nothing reads. Those of a small file are not counted.
+_FILE_COPIES, _PNG_FILE_COPIES = 3, 4
+_SMALL_FILE_BYTES = 2**16
+# The most pixels of a JPEG file, of which at most a sixty-fourth is decoded, and of all scans of a picture. Encoders
+# write up to 18 scans, and phones take up to 50 million pixels.
+_MAX_JPEG_PIXELS = 2**26
 _MAX_SCANNED_PIXELS = 2**28
 _OPENERS = {"PNG": PngImageFile, "JPEG": JpegImageFile}
 
@@ -68,6 +77,12 @@ def from_pixels(pixels: bytes, shape: Shape, field: str) -> NDArray[np.uint8]:
     return np.frombuffer(pixels, np.uint8).reshape(shape)
 
 
+def file_bytes(data: bytes) -> int:
+    """Return the most memory that the decoding of a file takes for copies of its bytes."""
+    copies = _PNG_FILE_COPIES if is_png(data) else _FILE_COPIES
+    return copies * max(0, len(data) - _SMALL_FILE_BYTES)
+
+
 def picture_bytes(data: bytes, max_pixels: int) -> int:
     """Return the most memory that ``from_picture`` takes for a file, beside that of ``decoding_bytes``.
 
@@ -75,10 +90,12 @@ def picture_bytes(data: bytes, max_pixels: int) -> int:
     """
     try:
         header = read_header(data)
+        _check_picture(header, max_pixels)
     except BadImage:
         return 0
-    pixels = header.width * header.height
-    return 0 if pixels > max_pixels else pixels * _WORK_BYTES_A_PICTURE_PIXEL + _PREPARATION_BYTES
+    coefficients = header.coefficients * _COEFFICIENT_BYTES
+    decoded = _decoded_pixels(header) * _WORK_BYTES_A_PICTURE_PIXEL
+    return coefficients + decoded + _PREPARATION_BYTES + file_bytes(data)
 
 
 def from_encoded(data: bytes, shape: Shape, field: str, max_bytes: int = MAX_IMAGE_BYTES) -> NDArray[np.uint8]:
@@ -90,7 +107,7 @@ def from_encoded(data: bytes, shape: Shape, field: str, max_bytes: int = MAX_IMA
 
     def check(header: ImageHeader) -> None:
         # In either order, since the orientation is not read yet.
-        if sorted(header[1:]) != sorted(shape[1:]):
+        if sorted((header.width, header.height)) != sorted(shape[1:]):
             raise _of_wrong_size(header, shape)
 
     def convert(image: Image.Image) -> Images:
@@ -108,24 +125,35 @@ def from_picture(
 ) -> NDArray[np.uint8]:
     """Decode a PNG or JPEG file of any size, and prepare it for the model, (C, H, W) uint8, as ``prepare`` does.
 
-    max_pixels: the most pixels of the file. Checks and raises as ``from_encoded``.
+    max_pixels: the most pixels that are decoded; a JPEG file is decoded at a reduced size. Checks and raises as
+    ``from_encoded``.
     """
+    return _from_file(
+        data, field, max_bytes, lambda header: _check_picture(header, max_pixels), lambda one: prepare(one, shape, look)
+    )
 
-    def check(header: ImageHeader) -> None:
-        name, width, height = header
-        if not 0 < (pixels := width * height) <= max_pixels:
-            text = f"a {name} image of {width} x {height} pixels; the limit is {max_pixels} in all (max_picture_pixels)"
-            raise BadImage(SIZE, text)
-        if name == "JPEG" and pixels * (scans := count_scans(data)) > _MAX_SCANNED_PIXELS:
-            text = f"a JPEG image of {width} x {height} pixels with {scans} scans; the limit is "
-            raise BadImage(PARTS, text + f"{max(1, _MAX_SCANNED_PIXELS // pixels)} scans of this size")
 
-    return _from_file(data, field, max_bytes, check, lambda image: prepare(image, shape, look))
+def _check_picture(header: ImageHeader, max_pixels: int) -> None:
+    """Raise BadImage for a picture that is too large."""
+    pixels, decoded = header.width * header.height, _decoded_pixels(header)
+    text = f"a {header.format} image of {header.width} x {header.height} pixels"
+    if header.format == "JPEG" and pixels > _MAX_JPEG_PIXELS:
+        raise BadImage(SIZE, f"{text}; the limit is {_MAX_JPEG_PIXELS} in all")
+    if not 0 < decoded <= max_pixels:
+        text += f", {decoded} of them decoded" * (decoded != pixels)
+        raise BadImage(SIZE, f"{text}; the limit is {max_pixels} in all (max_picture_pixels)")
+
+
+def _decoded_pixels(header: ImageHeader) -> int:
+    """Return the number of pixels to which a picture is decoded before it is prepared."""
+    size = header.width, header.height
+    width, height = drafted_size(size) if header.format == "JPEG" else size
+    return width * height
 
 
 def _of_wrong_size(header: ImageHeader, shape: Shape) -> BadImage:
-    name, width, height = header
-    return BadImage(SIZE, f"a {name} image of {width} x {height} pixels; expected {shape[2]} x {shape[1]}")
+    text = f"a {header.format} image of {header.width} x {header.height} pixels; expected {shape[2]} x {shape[1]}"
+    return BadImage(SIZE, f"{text}, or a preparation of it (preprocess)")
 
 
 def _from_file(
@@ -141,6 +169,9 @@ def _from_file(
             raise BadImage(BYTES, f"{len(data)} bytes; the limit is {max_bytes} bytes (max_image_bytes)")
         header = read_header(data)
         check(header)
+        if header.format == "JPEG":
+            limit = min(MAX_SCANS, max(1, _MAX_SCANNED_PIXELS // (header.width * header.height)))
+            check_scans(data, limit, " of this size" * (limit < MAX_SCANS))
         return _decode(data, header, check, convert)
     except BadImage as error:
         raise RefusedImage(field, error) from error
@@ -152,7 +183,7 @@ def _decode(
     """Return the pixels of a file whose header was checked. Raises BadImage."""
     try:
         # The class of the format: Image.open would warn of large images on the server's terminal.
-        with _OPENERS[header.format](io.BytesIO(data)) as image:
+        with _OPENERS[header.format](io.BytesIO(without_unread_texts(data))) as image:
             # Pillow reads the size by itself, and a second header in the file may give it another one.
             check(header._replace(width=image.width, height=image.height))
             if raw := image.info.get("Raw profile type exif"):  # ImageMagick's text, from which Pillow reads EXIF too

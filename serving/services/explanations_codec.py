@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.batching.ticket import Share
+from serving.repository.further_graph import AGREEMENTS, CONTRIBUTIONS, COUPLINGS, PRIMARY_LENGTHS
 from serving.runtime import Array
 from serving.services.capsnet_codec import AnswerWriter
-from serving.services.graphs import AGREEMENTS, CONTRIBUTIONS, COUPLINGS, PRIMARY_LENGTHS
 from serving.services.model_messages import primary_capsules
 from serving.services.protobuf_wire import VARINT, delimited, tag, varint
 

@@ -2,14 +2,17 @@
 
 from serving.artifact import Artifact
 from serving.errors import Unsupported
+from serving.repository.further_graph import (
+    AGREEMENTS,
+    CLASS,
+    CONTRIBUTIONS,
+    COUPLINGS,
+    IMAGE,
+    POSE,
+    PRIMARY_LENGTHS,
+)
 
 EXPLAIN, DECODER = "explain", "decoder"
-#: Outputs of ``explain``, with R iterations, J classes and I primary capsules: the couplings and agreements of all
-#: iterations, (B, R, J, I) each; the contributions, (B, J, I); and the lengths of the primary capsules, (B, I).
-COUPLINGS, AGREEMENTS, CONTRIBUTIONS, PRIMARY_LENGTHS = "couplings", "agreements", "contributions", "primary_lengths"
-#: Inputs of ``decoder``: poses (B, E) float32, and their classes (B,) int64; its output: pixels from 0 to 1,
-#: (B, C, H, W) float32.
-POSE, CLASS, IMAGE = "pose", "class", "image"
 
 _EXPLANATION = {COUPLINGS, AGREEMENTS, CONTRIBUTIONS, PRIMARY_LENGTHS}
 
@@ -21,8 +24,9 @@ def explains(artifact: Artifact) -> bool:
 
 
 def draws(artifact: Artifact) -> bool:
-    """Return True if a model has a decoder."""
-    return DECODER in artifact.graphs
+    """Return True if a model has a decoder. The manifests of older ones name no tensors."""
+    graph = artifact.graphs.get(DECODER)
+    return graph is not None and (not graph.inputs or (graph.inputs.keys() == {POSE, CLASS} and IMAGE in graph.outputs))
 
 
 def check_explains(artifact: Artifact) -> None:

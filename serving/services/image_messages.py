@@ -8,6 +8,7 @@ from serving.errors import InvalidRequest
 from serving.services.encoded_images import (
     Images,
     decoding_bytes,
+    file_bytes,
     from_encoded,
     from_picture,
     from_pixels,
@@ -46,8 +47,9 @@ class ImageReader:
         count = largest = 0
         for image in images:
             count += 1
-            if image.preprocess == pb.PREPROCESS_AUTO and len(image.encoded) <= self._max_bytes:
-                largest = max(largest, picture_bytes(image.encoded, self._max_pixels))
+            if len(file := image.encoded) <= self._max_bytes:
+                prepared = image.preprocess == pb.PREPROCESS_AUTO
+                largest = max(largest, picture_bytes(file, self._max_pixels) if prepared else file_bytes(file))
         return decoding_bytes(self.shape, count) + largest
 
     def read(self, image: pb.Image, field: str) -> Images:

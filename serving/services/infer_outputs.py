@@ -13,12 +13,13 @@ from serving.files.occlusion import Occlusion
 from serving.metrics.registry import CLASSIFY
 from serving.repository.classifier import IMAGES, POSES, PROBABILITIES
 from serving.repository.findings import CONFIDENCES, Findings
+from serving.repository.further_graph import CONTRIBUTIONS, COUPLINGS
 from serving.runtime import Array
 from serving.services.computation import Computation
 from serving.services.drawing import draw
 from serving.services.encoded_images import Images
 from serving.services.explanations import check_relevance, relevance_of
-from serving.services.graphs import CONTRIBUTIONS, COUPLINGS, EXPLAIN, draws, explains
+from serving.services.graphs import EXPLAIN, draws, explains
 from serving.settings import Settings
 
 #: The outputs of the network. They come if a request names none.

@@ -13,7 +13,14 @@ from serving.artifact import Artifact
 from serving.errors import InvalidRequest
 from serving.repository.classifier import IMAGES
 from serving.services.decoding import Decoding, Steps
-from serving.services.encoded_images import Images, decoding_bytes, from_encoded, from_picture, picture_bytes
+from serving.services.encoded_images import (
+    Images,
+    decoding_bytes,
+    file_bytes,
+    from_encoded,
+    from_picture,
+    picture_bytes,
+)
 from serving.services.infer_parameters import (
     MAX_SHOWN_CHARACTERS,
     alternatives,
@@ -152,10 +159,7 @@ class TensorReader:
         memory = shape[0] * self._image_size + READING_BYTES
         if tensor.datatype == BYTES:
             files = _files(message, tensor, raw, typed)
-            memory = decoding_bytes(self._image_shape, shape[0])
-            if files.prepared:
-                memory += max(picture_bytes(file, self._max_pixels) for file in files.files)
-            return self._decode(files), memory
+            return self._decode(files), decoding_bytes(self._image_shape, shape[0]) + self._largest_work(files)
         if tensor.datatype == FP32:
             maximum = _pixel_max(message, tensor)
             if raw is not None:
@@ -163,6 +167,13 @@ class TensorReader:
             assert typed
             return _from_floats(typed.floats(), shape, maximum, "inputs[0].contents.fp32_contents"), memory
         return _reshaped(raw, typed, shape), memory
+
+    def _largest_work(self, given: _Files) -> int:
+        """Return the most memory that the decoding of one of the files takes, in bytes."""
+        files = (file for file in given.files if len(file) <= self._max_bytes)
+        if given.prepared:
+            return max((picture_bytes(file, self._max_pixels) for file in files), default=0)
+        return max(map(file_bytes, files), default=0)
 
     def _decode(self, given: _Files) -> _Pixels:
         """Decode files one after the other."""

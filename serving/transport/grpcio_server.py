@@ -221,7 +221,7 @@ class _Context:
             self.outcome.set_result(outcome)
 
 
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # only its stubs are generic
+class _Handlers(grpc.GenericRpcHandler):
     """The method table for grpc.aio, and the calls in flight."""
 
     def __init__(self, limits: TransportLimits) -> None:
@@ -435,7 +435,7 @@ class _Messages:
         """Return the next request, or None. Raises MessageError."""
         self._count(0)
         message = await self._call.read()
-        if message is aio.EOF:  # type: ignore[attr-defined]  # its stubs lack it
+        if message is aio.EOF:
             return None
         self._count(len(message))
         inflated = await self._inflater.inflated(message, self._call.peer.connection)

@@ -161,7 +161,7 @@ class Application:
             visit.status = CLIENT_GONE
         finally:
             visit.body.release()
-            del scope["state"]["visit"]  # which knows the scope
+            scope["state"].clear()  # of what knows the scope
             self.under_way -= 1
             self._terms.counted(visit.route, visit.status)
 
@@ -269,6 +269,7 @@ class Application:
 
         An unknown token is checked first, so that a stranger does not learn what a body means.
         """
+        refusal: Status | None = None
         for _ in range(2):
             if not (method.door and (status := _asked(method.door, exchange))):
                 return
@@ -276,10 +277,12 @@ class Application:
                 raise problem_of(status)
             try:
                 await self._terms.admit(_authorization(exchange.invocation_metadata()), exchange.peer)
-            except (Unauthenticated, Forbidden):
-                continue  # the door knows it now
+            except (Unauthenticated, Forbidden) as error:
+                refusal = status_of(error)  # the door knows the token now, and counts the refusal
             except ServingError as error:
                 raise problem_of(status_of(error)) from None
+        if refusal:  # the tokens have changed meanwhile, and the door has forgotten it
+            raise problem_of(refusal)
 
     async def _convert(self, visit: Visit, cost: int, convert: Callable[[], Outcome]) -> Outcome:
         """Return a conversion's result; of a large message, from the thread."""

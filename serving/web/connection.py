@@ -8,7 +8,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import h11
 from uvicorn.config import Config
@@ -73,6 +73,14 @@ class _Flow(FlowControl):
             super().resume_reading()
         self._go_on()
 
+    def end(self) -> None:
+        """Forget the connection, which refers to its flow."""
+        self._go_on = _do_nothing
+
+
+def _do_nothing() -> None:
+    pass
+
 
 class WebConnection(H11Protocol):
     """A connection, between uvicorn's parser and its application."""
@@ -113,6 +121,9 @@ class WebConnection(H11Protocol):
             return
         self._owner.lost(self)
         super().connection_lost(exc)
+        # Otherwise a connection with its TLS would live until a garbage collection, or its timer after a reset.
+        self._unset_keepalive_if_required()
+        cast(_Flow, self.flow).end()
         self._arrived.clear()
         if self._turn:
             self._turn.cancel()

@@ -14,6 +14,7 @@ from serving.web.routes import DESCRIBE, DOCUMENT
 _FOLDER = Path(__file__).parent
 _PAGE = _FOLDER / "page"
 _STYLE = _FOLDER / "documentation.css"
+_ICON = "/icon.svg"
 _EXAMPLES = (
     ("Classify a picture", "curl -F image=@digit.png -F preprocess=auto {server}/v1/classify"),
     ("The same without a form", "curl --data-binary @digit.png -H 'Content-Type: image/png' {server}/v1/classify"),
@@ -36,9 +37,15 @@ def documents(version: str) -> dict[str, Method]:
 
 
 def page_files() -> dict[str, PageFile]:
-    """Return the files for everyone by path: those of the page, and the style of the documentation."""
-    style = page_file(_STYLE.read_bytes(), "text/css; charset=utf-8")
-    return {**read_page(_PAGE), f"/{_STYLE.name}": style}
+    """Return the files for everyone by path: those of the page, and the style of the documentation.
+
+    Browsers ask for ``/favicon.ico`` beside documents that name no icon, such as JSON; they get that of the page.
+    """
+    files = read_page(_PAGE)
+    files[f"/{_STYLE.name}"] = page_file(_STYLE.read_bytes(), "text/css; charset=utf-8")
+    if icon := files.get(_ICON):
+        files["/favicon.ico"] = icon
+    return files
 
 
 def _answering(content: bytes) -> Callable[[bytes, Context], Awaitable[bytes]]:
@@ -68,7 +75,8 @@ def _html(description: Schema) -> bytes:
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>capsnet-serving</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="stylesheet" href="/{_STYLE.name}"></head><body><main>'
+        f'<link rel="icon" href="{_ICON}" type="image/svg+xml"><link rel="stylesheet" href="/{_STYLE.name}"></head>'
+        "<body><main>"
     )
     return "\n".join((head, *body, "</main></body></html>\n")).encode()
 

@@ -28,6 +28,10 @@ MAX_CONTAINERS = 2**17
 # The most lists and objects of a message besides its images: each takes protobuf's reader some microseconds.
 _MAX_OTHER_CONTAINERS = 1024
 _MAX_QUOTES = 2**20
+# A number takes up to 36 bytes in memory, and four in its text.
+_MAX_COMMAS = 1_600_000
+# A single character outside of ASCII makes Python keep all of a text with up to four bytes a character.
+_MAX_UNICODE_BYTES = 6 * 2**20
 # The characters, or the values, of a block: about a millisecond.
 _BLOCK_CHARACTERS, _BLOCK_VALUES = 2**15, 4096
 _FLAT = re.compile(rf'[^\[\]{{}}"]{{0,{_BLOCK_CHARACTERS}}}')  # numbers, and names such as null
@@ -43,6 +47,10 @@ def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAI
         raise invalid(field, f"expected at most {max_containers} lists and objects")
     if text.count(b'"') > _MAX_QUOTES:
         raise invalid(field, f"expected at most {_MAX_QUOTES // 2} names and texts")
+    if text.count(b",") > _MAX_COMMAS:
+        raise invalid(field, f"expected at most {_MAX_COMMAS} values")
+    if len(text) > _MAX_UNICODE_BYTES and not text.isascii():
+        raise invalid(field, f"{len(text)} bytes of JSON; above {_MAX_UNICODE_BYTES} bytes, expected ASCII alone")
     try:
         value: Json = _Decoder().decode(text.decode())
     except RecursionError:

@@ -1,5 +1,11 @@
-"""Tensors of the Open Inference Protocol over HTTP: JSON and Triton's binary data extension, to messages and back."""
+"""Tensors of the Open Inference Protocol over HTTP: JSON and Triton's binary data extension, to messages and back.
 
+The elements of BYTES in JSON are texts. With the parameter ``content_type`` of "base64" these stand for other bytes, as
+in MLServer.
+"""
+
+import base64
+import binascii
 import struct
 from collections.abc import Iterator
 from itertools import islice
@@ -16,6 +22,9 @@ from serving.web.problems import invalid
 #: The header with the number of bytes of JSON before the binary data.
 HEADER_LENGTH = "inference-header-content-length"
 _HEADER_NAME = "Inference-Header-Content-Length"
+_CONTENT_TYPE, _BASE64 = "content_type", "base64"
+# The beginnings of PNG and JPEG files in base64.
+_PICTURES = ("iVBORw0KGgo", "/9j/")
 _BINARY_SIZE, _BINARY, _BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
 #: NumPy's little-endian types of the data types that JSON's numbers can be written as.
 DTYPES = {
@@ -46,7 +55,8 @@ def read_infer(incoming: Incoming, model_name: str, model_version: str) -> pb.Mo
         size = parameters.pop(_BINARY_SIZE, None)
         _set_parameters(tensor.parameters, parameters, f"{field}.")
         if size is None:
-            request.raw_input_contents.append(_raw(item.get("data"), tensor.datatype, f"{field}.data"))
+            in_base64 = parameters.get(_CONTENT_TYPE) == _BASE64
+            request.raw_input_contents.append(_raw(item.get("data"), tensor.datatype, f"{field}.data", in_base64))
             continue
         taken, binary = _take(binary, size, f"{field}.parameters[{_BINARY_SIZE!r}]")
         if "data" in item:
@@ -203,16 +213,16 @@ def _flat(data: Json) -> Iterator[Json]:
             waiting.pop()
 
 
-def _raw(data: Json, datatype: str, field: str) -> bytes:
-    """Return the elements of a tensor in JSON as raw contents. Raises Problem."""
+def _raw(data: Json, datatype: str, field: str, in_base64: bool) -> bytes:
+    """Return the elements of a tensor in JSON as raw contents. in_base64: texts are bytes. Raises Problem."""
     if data is None:
         raise invalid(field, f"missing; expected the elements, or {_BINARY_SIZE} and binary data")
     _of_kind(data, list, field)
     if datatype == _TEXTS:
         parts: list[bytes] = []
         for index, item in enumerate(_flat(data)):
-            text = str(_of_kind(item, str, f"{field}[{index}]")).encode()
-            parts += struct.pack("<I", len(text)), text
+            content = _content(str(_of_kind(item, str, f"{field}[{index}]")), f"{field}[{index}]", in_base64)
+            parts += struct.pack("<I", len(content)), content
         return b"".join(parts)
     if datatype not in DTYPES:
         expected = ", ".join((*DTYPES, _TEXTS))
@@ -230,6 +240,19 @@ def _raw(data: Json, datatype: str, field: str) -> bytes:
         blocks.append(_array(items, datatype, field, begin).tobytes())
         begin += len(items)
     return b"".join(blocks)
+
+
+def _content(text: str, field: str, in_base64: bool) -> bytes:
+    """Return the bytes of an element of BYTES. Raises Problem."""
+    if not in_base64:
+        if text.startswith(_PICTURES):
+            ways = f'the parameter "{_CONTENT_TYPE}" of "{_BASE64}" beside it, or "{_BINARY_SIZE}" and binary data'
+            raise invalid(field, f"a picture in base64; expected {ways}")
+        return text.encode()
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid(field, f"{len(text)} characters that are no base64") from None
 
 
 def _array(items: list[Json], datatype: str, field: str, begin: int) -> "NDArray[np.generic]":

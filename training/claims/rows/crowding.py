@@ -60,12 +60,8 @@ def measure(bench: Bench) -> Evidence:
             "explained by distance": {kind: _by_distance(one) for kind, one in explained.items()},
         },
         pictures={
-            reads: curves(
-                reads, "distance, px", "right, %", {k: (DISTANCES, _by_distance(v)) for k, v in right.items()}
-            ),
-            draws: curves(
-                draws, "distance, px", "share", {k: (DISTANCES, _by_distance(v)) for k, v in explained.items()}
-            ),
+            reads: _curve(reads, "right, %", right),
+            draws: _curve(draws, "share", explained),
             "Such images": tiles(
                 "Such images",
                 [list(scenes[at, :8, 0].numpy() / 255) for at in samples],

@@ -1,0 +1,57 @@
+"""Tests of what each command says about its version, and of packages that it lacks."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+from serving.files.program import PROJECT, missing_package
+from tests.conftest import ROOT
+
+COMMANDS = ["serving", "serving.client", "training", "export"]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_tells_the_version_and_loads_no_framework_for_it(command: str) -> None:
+    check = (
+        f"import sys, runpy; sys.argv = ['x', '--version']\ntry: runpy.run_module('{command}', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'uvloop', 'onnxruntime'} & set(sys.modules)"
+    )
+    result = python("-c", check)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{PROJECT} {version(PROJECT)}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        (["serving"], "uvloop", "cpu"),
+        (["serving"], "hpack", "cpu"),
+        (["training", "--dataset", "mnist", "--out", "{folder}"], "torch", "train"),
+        (["export", "models/capsnet-mnist/1", "{folder}"], "torch", "cpu,export"),
+    ],
+    ids=["uvloop", "hpack", "training", "export"],
+)
+def test_a_missing_package_is_one_line_that_names_the_extra(
+    command: list[str], package: str, extra: str, tmp_path: object
+) -> None:
+    words = [one.format(folder=tmp_path) for one in command]
+    check = (
+        f"import sys, runpy; sys.argv = {['x', *words[1:]]!r}; sys.modules[{package!r}] = None\n"
+        f"runpy.run_module({words[0]!r}, run_name='__main__')"
+    )
+    result = python("-c", check)
+    line = f"the package {package} is not installed; install it with: pip install '{PROJECT}[{extra}]'"
+    assert result.returncode == 1
+    assert result.stderr.endswith(f": {line}\n") and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["serving.batching.gone", "training", None])
+def test_a_module_of_the_project_that_is_missing_is_a_fault(name: str | None) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        missing_package(ModuleNotFoundError("No module", name=name), "cpu")
