@@ -34,6 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     command = parser()
     options = command.parse_args(arguments)
+    try:
+        return _run(command, options, begin)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the next call goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(command: argparse.ArgumentParser, options: argparse.Namespace, begin: float) -> int:
     # The import of PyTorch takes seconds, so the flags are checked before.
     from training.claims import run
     from training.claims.store import DamagedRunError
@@ -54,9 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error(str(error))
     try:
         return run.run(settings, train_only=options.train_only, no_training=options.no_training)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the next call goes on from here", file=sys.stderr)
-        return 130
     except (OSError, DamagedRunError) as error:  # such as a full disk; what is complete stays
         print(f"\n{error}", file=sys.stderr)
         return 1
