@@ -3,6 +3,7 @@
 import csv
 import re
 from dataclasses import replace
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -372,10 +373,32 @@ def test_the_verdicts_of_the_report_in_the_documentation_follow_from_its_outcome
 
 
 def test_the_readme_says_of_each_claim_what_the_report_says() -> None:
-    line = re.compile(r"^\| \[(\d+)\]\(docs/claims/README\.md#row-(\d+)\) \| .* \| ([A-Z ]+) \|$", re.MULTILINE)
-    found = line.findall((ROOT / "README.md").read_text())
-    assert {int(number): verdict for number, _, verdict in found} == committed_verdicts()
-    assert all(number == anchor for number, anchor, _ in found)
+    line = re.compile(r"^\| \[(\d+)\]\(docs/claims/README\.md#row-(\d+)\) \| (.*) \| ([A-Z ]+) \|$", re.MULTILINE)
+    text = (ROOT / "README.md").read_text()
+    found = line.findall(text)
+    assert {int(number): verdict for number, _, _, verdict in found} == committed_verdicts()
+    assert all(number == anchor for number, anchor, _, _ in found)
+    assert {int(number): claim for number, _, claim, _ in found} == {
+        one.claim.number: one.claim.sentence for one in rows()
+    }
+    told = re.search(r"Row 3 is confirmed .* with our decoder it would be ([A-Z ]+)\.", text, re.DOTALL)
+    assert told and told.group(1) == compared(3, "with our decoder").value
+
+
+def compared(number: int, words: str) -> Verdict:
+    """Return the verdict that the first comparison with these words would have given in the report in docs/claims."""
+    [claim] = [row.claim for row in rows() if row.claim.number == number]
+    with (DOCS / COMPARISONS_FILE).open() as file:
+        line = next(one for one in csv.DictReader(file) if one["row"] == str(number) and words in one["comparison"])
+    return judge(Interval(*(float(line[name]) for name in ("difference", "low", "high"))), claim.enough)
+
+
+@pytest.mark.parametrize("number", [row.claim.number for row in rows()])
+def test_the_report_in_the_documentation_has_the_words_of_its_claims(number: int) -> None:
+    [claim] = [row.claim for row in rows() if row.claim.number == number]
+    text, page = ((DOCS / name).read_text() for name in (MARKDOWN_FILE, HTML_FILE))
+    for words in (claim.sentence, claim.paper, claim.counter, claim.limits, claim.decides):
+        assert words in text and escape(words) in page
 
 
 def test_every_link_to_a_row_of_the_report_leads_to_one() -> None:
@@ -432,7 +455,12 @@ def test_a_full_disk_and_a_damaged_run_end_the_command_with_a_sentence(
 
 def test_no_seconds_leave_no_time_for_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     deadlines: list[float | None] = []
-    monkeypatch.setattr(run, "run", lambda settings, **_: deadlines.append(settings.deadline) or 0)
+
+    def note(settings: Settings, **_: object) -> int:
+        deadlines.append(settings.deadline)
+        return 0
+
+    monkeypatch.setattr(run, "run", note)
     assert main(["quick", "--seconds", "0"]) == 0 and main(["quick"]) == 0
     assert deadlines[0] is not None and deadlines[1] is None
 
