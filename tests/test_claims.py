@@ -3,6 +3,7 @@
 import csv
 import re
 from dataclasses import replace
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 
 from tests.conftest import ROOT
 from tests.trainings import process_state
+from training.claims import run
+from training.claims.__main__ import main
 from training.claims.bench import Bench
 from training.claims.evidence import Comparison, Evidence, Interval, Verdict, bootstrap, judge
 from training.claims.images import Images, Labelled, load_images
@@ -24,7 +27,7 @@ from training.claims.results import Result, read_result, write_result
 from training.claims.rows import rows
 from training.claims.run import Settings, jobs_of
 from training.claims.scoring import DISTANCES, Sets, scores
-from training.claims.store import Store, round_weights, spec_of
+from training.claims.store import DamagedRunError, Store, round_weights, spec_of
 from training.claims.streams import CHUNK_STEPS, ONE_CLASS_DIGIT, stream
 from training.claims.summary import NOT_RUN, collect
 from training.data.sources import DatasetError
@@ -370,10 +373,32 @@ def test_the_verdicts_of_the_report_in_the_documentation_follow_from_its_outcome
 
 
 def test_the_readme_says_of_each_claim_what_the_report_says() -> None:
-    line = re.compile(r"^\| \[(\d+)\]\(docs/claims/README\.md#row-(\d+)\) \| .* \| ([A-Z ]+) \|$", re.MULTILINE)
-    found = line.findall((ROOT / "README.md").read_text())
-    assert {int(number): verdict for number, _, verdict in found} == committed_verdicts()
-    assert all(number == anchor for number, anchor, _ in found)
+    line = re.compile(r"^\| \[(\d+)\]\(docs/claims/README\.md#row-(\d+)\) \| (.*) \| ([A-Z ]+) \|$", re.MULTILINE)
+    text = (ROOT / "README.md").read_text()
+    found = line.findall(text)
+    assert {int(number): verdict for number, _, _, verdict in found} == committed_verdicts()
+    assert all(number == anchor for number, anchor, _, _ in found)
+    assert {int(number): claim for number, _, claim, _ in found} == {
+        one.claim.number: one.claim.sentence for one in rows()
+    }
+    told = re.search(r"Row 3 is confirmed .* with our decoder it would be ([A-Z ]+)\.", text, re.DOTALL)
+    assert told and told.group(1) == compared(3, "with our decoder").value
+
+
+def compared(number: int, words: str) -> Verdict:
+    """Return the verdict that the first comparison with these words would have given in the report in docs/claims."""
+    [claim] = [row.claim for row in rows() if row.claim.number == number]
+    with (DOCS / COMPARISONS_FILE).open() as file:
+        line = next(one for one in csv.DictReader(file) if one["row"] == str(number) and words in one["comparison"])
+    return judge(Interval(*(float(line[name]) for name in ("difference", "low", "high"))), claim.enough)
+
+
+@pytest.mark.parametrize("number", [row.claim.number for row in rows()])
+def test_the_report_in_the_documentation_has_the_words_of_its_claims(number: int) -> None:
+    [claim] = [row.claim for row in rows() if row.claim.number == number]
+    text, page = ((DOCS / name).read_text() for name in (MARKDOWN_FILE, HTML_FILE))
+    for words in (claim.sentence, claim.paper, claim.counter, claim.limits, claim.decides):
+        assert words in text and escape(words) in page
 
 
 def test_every_link_to_a_row_of_the_report_leads_to_one() -> None:
@@ -393,3 +418,54 @@ def test_every_claim_has_its_words_and_a_number_of_its_own() -> None:
 def test_a_row_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows \[17\]"):
         Settings(TINY, tmp_path, (1, 17))
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path: Path) -> None:
+    store, job = Store(tmp_path), Job("K3", 1, 3, DIGITS, "tiny", batch=4, keep=True)
+    store.write(job, build(spec_of(job)), {"test": {"answers": np.arange(9)}}, {"seconds": 1.0})
+    store.kept("row", lambda: {"a": np.arange(9)})
+    write_result(result_of(1, 0.5), tmp_path)
+    claim = result_of(1, 0.5).claim
+    for name, read in (
+        ("weights.safetensors", lambda: store.net(job)),
+        ("test.npz", lambda: store.arrays(job, "test")),
+        ("figures.json", lambda: store.figures(job)),
+        ("row.npz", lambda: store.kept("row", dict)),
+        ("outcomes.npz", lambda: read_result(claim, tmp_path)),
+        ("evidence.json", lambda: read_result(claim, tmp_path)),
+    ):
+        [file] = tmp_path.rglob(name)
+        for content in (file.read_bytes()[:-40], b""):
+            file.write_bytes(content)
+            with pytest.raises(DamagedRunError, match=re.escape(f"{file} is damaged")):
+                read()
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), DamagedRunError("a.npz is damaged")])
+def test_a_full_disk_and_a_damaged_run_end_the_command_with_a_sentence(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise fault
+
+    monkeypatch.setattr(run, "run", fail)
+    assert main(["quick"]) == 1
+    assert capsys.readouterr().err.strip() == str(fault)
+
+
+def test_no_seconds_leave_no_time_for_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines: list[float | None] = []
+
+    def note(settings: Settings, **_: object) -> int:
+        deadlines.append(settings.deadline)
+        return 0
+
+    monkeypatch.setattr(run, "run", note)
+    assert main(["quick", "--seconds", "0"]) == 0 and main(["quick"]) == 0
+    assert deadlines[0] is not None and deadlines[1] is None
+
+
+def test_a_run_either_trains_alone_or_measures_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quick", "--train-only", "--no-training"])
+    assert "not allowed with" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from training.claims.attacks import (
     unending,
 )
 from training.claims.bench import Bench
-from training.claims.detectors import FALSE_ALARMS, Detector, closeness, detectors, evading
+from training.claims.detectors import DETECTORS, FALSE_ALARMS, Detector, closeness, detectors, evading
 from training.claims.effort import BOUNDS, EFFORTS, KINDS, Effort, sample
 from training.claims.evidence import Verdict, bootstrap, judge
 from training.claims.images import Images, Labelled
@@ -355,6 +356,33 @@ def test_the_rows_measure_networks_and_judge_them(bench: Bench, small: None, mon
         for comparison in first.comparisons:
             judge(bootstrap(comparison, bench.scale.resamples), row.claim.enough)
         assert all(picture.startswith(b"\x89PNG") for picture in first.pictures.values())
+
+
+def invented(strong: bool) -> dict[str, np.ndarray]:
+    """Return what all three rows of attacks would have stored of a network that withstands them, or falls to all."""
+    fell = np.full((len(BOUNDS), 20), not strong)
+    found = {name: fell for name in (*ATTACKS, *white_box.FURTHER, "fooled")}
+    for name in DETECTORS:
+        found |= {f"{name}: {who}": fell for who in (detection.UNAWARE, detection.AWARE)}
+        found[f"{name}: alarms"] = np.array(0.05)
+    firm = {"right": np.ones(20, bool), "turned": np.full(20, 0 if strong else 9), "tried": np.full(20, 1568)}
+    shown = {"images": np.zeros((20, 28, 28)), "examples": np.zeros((8, 28, 28)), "answers": np.zeros(20, int)}
+    return found | firm | shown | {"wrong": fell[0], "still": fell[0], "distance": np.ones(20)}
+
+
+@pytest.mark.parametrize(("row", "rival"), [(white_box, "C0"), (one_pixel, "C0"), (detection, "C0r")])
+def test_swapping_the_capsule_network_with_its_rival_flips_the_verdict_on_an_attack(
+    row: ModuleType, rival: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.claims.drawing.png", lambda figure: b"png")
+    labels = torch.zeros(20, dtype=torch.int64)
+    rest = {white_box: (labels, 100), one_pixel: (labels.numpy(),), detection: ()}[row]
+
+    def verdict(strong: str) -> Verdict:
+        found = {kind: [invented(kind == strong)] * 2 for kind in KINDS}
+        return judge(bootstrap(row.evidence(found, *rest).comparisons[0], 100), row.CLAIM.enough)
+
+    assert (verdict("K3"), verdict(rival)) == (Verdict.CONFIRMED, Verdict.NOT_CONFIRMED)
 
 
 def test_the_same_seed_gives_the_same_figures(bench: Bench, small: None, monkeypatch: pytest.MonkeyPatch) -> None:

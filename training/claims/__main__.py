@@ -21,8 +21,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/claims-SCALE)")
     command.add_argument("--data-dir", type=Path, metavar="FOLDER", help="folder with MNIST's files")
     command.add_argument("--clothes-dir", type=Path, metavar="FOLDER", help="folder with Fashion-MNIST's files")
-    command.add_argument("--train-only", action="store_true", help="train the networks, and measure no row")
-    command.add_argument("--no-training", action="store_true", help="measure the rows whose networks are trained")
+    part = command.add_mutually_exclusive_group()
+    part.add_argument("--train-only", action="store_true", help="train the networks, and measure no row")
+    part.add_argument("--no-training", action="store_true", help="measure the rows whose networks are trained")
     command.add_argument("--seconds", type=float, help="begin no training that would end later than this")
     command.add_argument("--commit", default="", help="the commit of the source, where git cannot tell it")
     return command
@@ -33,8 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     command = parser()
     options = command.parse_args(arguments)
+    try:
+        return _run(command, options, begin)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the next call goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(command: argparse.ArgumentParser, options: argparse.Namespace, begin: float) -> int:
     # The import of PyTorch takes seconds, so the flags are checked before.
     from training.claims import run
+    from training.claims.store import DamagedRunError
 
     words = ["python", "-m", "training.claims", options.scale]
     try:
@@ -44,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tuple(options.rows or ()),
             options.data_dir,
             options.clothes_dir,
-            begin + options.seconds if options.seconds else None,
+            None if options.seconds is None else begin + options.seconds,
             options.commit,
             shlex.join(words),
         )
@@ -52,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error(str(error))
     try:
         return run.run(settings, train_only=options.train_only, no_training=options.no_training)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the next call goes on from here", file=sys.stderr)
-        return 130
+    except (OSError, DamagedRunError) as error:  # such as a full disk; what is complete stays
+        print(f"\n{error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

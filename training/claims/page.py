@@ -1,9 +1,10 @@
 """The report as one HTML file: its pictures are embedded, and it asks for nothing from outside."""
 
 import base64
+from collections.abc import Sequence
 from html import escape
 
-from training.claims.summary import Entry, Report, comparison_cells, facts, in_words, intro, made
+from training.claims.summary import COMPARISON_HEAD, Entry, Report, comparison_cells, facts, in_words, intro, made
 
 _CLASSES = {"CONFIRMED": "yes", "WEAKER": "partly", "NOT CONFIRMED": "no"}
 _STYLE = """
@@ -72,7 +73,7 @@ def _section(entry: Entry) -> str:
     if entry.judged is None:
         return f"{begin}</section>"
     evidence = entry.judged.result.evidence
-    compared = _table(["comparison", "first", "second", "difference", "95 % interval"], comparison_cells(entry.judged))
+    compared = _table(COMPARISON_HEAD, comparison_cells(entry.judged))
     figures = _table(["figure", "value"], [[name, in_words(value)] for name, value in evidence.figures.items()])
     pictures = "".join(
         f"<figure>{_picture(title, content)}<figcaption>{escape(title)}</figcaption></figure>"
@@ -85,7 +86,7 @@ def _badge(verdict: str) -> str:
     return f'<span class="verdict {_CLASSES.get(verdict, "")}">{escape(verdict)}</span>'
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def _table(head: Sequence[str], lines: list[list[str]]) -> str:
     top = "".join(f"<th>{escape(one)}</th>" for one in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

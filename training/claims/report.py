@@ -11,7 +11,7 @@ import numpy as np
 from training.claims.jobs import Job
 from training.claims.page import html_page
 from training.claims.store import Store
-from training.claims.summary import Entry, Report, comparison_cells, facts, in_words, intro, made
+from training.claims.summary import COMPARISON_HEAD, Entry, Report, comparison_cells, facts, in_words, intro, made
 
 HTML_FILE, MARKDOWN_FILE, RUNS_FILE, COMPARISONS_FILE = "claims.html", "README.md", "runs.csv", "comparisons.csv"
 PICTURES, OUTCOMES = "pictures", "outcomes"
@@ -66,7 +66,7 @@ def _section(entry: Entry) -> list[str]:
     if entry.judged is None:
         return lines
     evidence = entry.judged.result.evidence
-    lines += ["", "| comparison | first | second | difference | 95 % interval |", "|---|---|---|---|---|"]
+    lines += ["", f"| {' | '.join(COMPARISON_HEAD)} |", f"|{'---|' * len(COMPARISON_HEAD)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in comparison_cells(entry.judged)]
     if evidence.figures:
         lines += ["", "| figure | value |", "|---|---|"]

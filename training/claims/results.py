@@ -10,6 +10,7 @@ import numpy as np
 
 from training.claims.evidence import Comparison, Evidence, Interval, Verdict, bootstrap, judge
 from training.claims.row import Claim
+from training.claims.store import reading
 
 _EVIDENCE = "evidence.json"
 _OUTCOMES = "outcomes.npz"
@@ -72,19 +73,23 @@ def write_result(result: Result, folder: Path) -> None:
 
 
 def read_result(claim: Claim, folder: Path) -> Result | None:
-    """Return a measured row, or None if it was not measured in this folder."""
+    """Return a measured row, or None if it was not measured in this folder.
+
+    Raises DamagedRunError if a file of it cannot be read.
+    """
     place = _place(folder, claim)
     if not (place / _EVIDENCE).exists():
         return None
-    told = json.loads((place / _EVIDENCE).read_text())
-    with np.load(place / _OUTCOMES) as stored:
-        outcomes = dict(stored)
-    comparisons = tuple(
-        Comparison(name, first, second, outcomes[f"{number}.a"], outcomes[f"{number}.b"], unit)
-        for number, (name, first, second, unit) in enumerate(told["comparisons"])
-    )
-    pictures = {title: (place / f"{number}.png").read_bytes() for number, title in enumerate(told["pictures"])}
-    return Result(claim, Evidence(comparisons, told["figures"], pictures, told["said"]), told["origin"])
+    with reading(place / _EVIDENCE):
+        told = json.loads((place / _EVIDENCE).read_text())
+        names, origin, said, figures = (told[name] for name in ("comparisons", "origin", "said", "figures"))
+        pictures = {title: (place / f"{number}.png").read_bytes() for number, title in enumerate(told["pictures"])}
+    with reading(place / _OUTCOMES), np.load(io.BytesIO((place / _OUTCOMES).read_bytes())) as outcomes:
+        comparisons = tuple(
+            Comparison(name, first, second, outcomes[f"{number}.a"], outcomes[f"{number}.b"], unit)
+            for number, (name, first, second, unit) in enumerate(names)
+        )
+    return Result(claim, Evidence(comparisons, figures, pictures, said), origin)
 
 
 def _place(folder: Path, claim: Claim) -> Path:

@@ -6,7 +6,10 @@
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -26,6 +30,20 @@ Arrays = dict[str, NDArray[Any]]
 _FIGURES = "figures.json"
 _SECONDS = "_seconds"  # the name of the time that kept arrays took
 _WEIGHTS = "weights.safetensors"
+
+
+class DamagedRunError(RuntimeError):
+    """A file of a run cannot be read. The text names it."""
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Raise DamagedRunError where the content of a file turns out to be no content of its kind."""
+    try:
+        yield
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+        advice = "remove it, or its folder if that is in runs or rows, and the run makes it again"
+        raise DamagedRunError(f"{file} is damaged; {advice}") from error
 
 
 def spec_of(job: Job) -> NetSpec:
@@ -55,9 +73,14 @@ class Store:
         _write(run / _FIGURES, json.dumps(figures, indent=1).encode())
 
     def net(self, job: Job) -> CapsuleNet | PlainNet:
-        """Return a trained network, on the CPU. Raises FileNotFoundError if its weights are not there."""
+        """Return a trained network, on the CPU.
+
+        Raises FileNotFoundError if its weights are not there, and DamagedRunError if they cannot be read.
+        """
         net = build(spec_of(job))
-        weights = load_tensors((self._run(job) / _WEIGHTS).read_bytes())
+        file = self._run(job) / _WEIGHTS
+        with reading(file):
+            weights = load_tensors(file.read_bytes())
         own = net.state_dict()
         net.load_state_dict({name: value.to(own[name].dtype) for name, value in weights.items()})
         return net
@@ -68,7 +91,9 @@ class Store:
 
     def figures(self, job: Job) -> dict[str, Any]:
         """Return the figures of a trained network. Raises FileNotFoundError without one."""
-        figures: dict[str, Any] = json.loads((self._run(job) / _FIGURES).read_text())
+        file = self._run(job) / _FIGURES
+        with reading(file):
+            figures: dict[str, Any] = json.loads(file.read_text())
         return figures
 
     def kept(self, key: str, compute: Callable[[], Arrays]) -> tuple[Arrays, float]:
@@ -119,5 +144,5 @@ def _write_arrays(file: Path, arrays: Arrays) -> None:
 
 
 def _read_arrays(file: Path) -> Arrays:
-    with np.load(file) as arrays:
+    with reading(file), np.load(io.BytesIO(file.read_bytes())) as arrays:
         return dict(arrays)

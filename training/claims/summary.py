@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.claims.drawing import NAMES
-from training.claims.evidence import Verdict
+from training.claims.evidence import Verdict, judge
 from training.claims.jobs import Scale
 from training.claims.results import Judged, judged, read_result
 from training.claims.row import Claim, Row
 from training.claims.store import Store
 
 NOT_RUN = "NOT RUN"
+COMPARISON_HEAD = ("comparison", "first", "second", "difference", "95 % interval", "would say")
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,17 @@ def collect(rows: Iterable[Row], scale: Scale, store: Store, command: str) -> Re
 def intro(report: Report) -> list[str]:
     """Return the words before the rows, in paragraphs."""
     counted = ", ".join(f"{count} {verdict}" for verdict, count in report.tally.items())
+    seeds = len(report.scale.seeds)
     return [
         "A capsule network answers with a vector for each class: its length says how likely the class is there, and its"
         " direction how the object looks. Many advantages are claimed for such networks. Each row measures one claim"
         " on our capsule network (three rounds of routing) and on a plain network with the same stem, as many"
         " parameters, the same images in the same order and as many steps.",
-        "CONFIRMED: the difference is certain and as large as the claim needs. WEAKER: it is certain, but smaller."
+        "CONFIRMED: a difference was shown, as large as the claim needs. WEAKER: it was shown, but is smaller."
         " NOT CONFIRMED: no difference could be shown, or the opposite was measured. The verdicts are computed from a"
-        " paired bootstrap over images and seeds, at 95 % confidence.",
+        f" paired bootstrap over images and seeds, at 95 % confidence. {seeds} seeds are few, so that an interval may"
+        " be too narrow: each row also has the difference of each seed. Its"
+        " other comparisons have the verdict that they would give by the same rule, if they are in the same unit.",
         f"Result: {counted}.",
     ]
 
@@ -115,7 +119,9 @@ def facts(entry: Entry) -> list[tuple[str, str]]:
     decides = f"{claim.decides}; {claim.enough:g} or more confirms"
     if entry.judged:
         interval = entry.judged.intervals[0]
-        decides += f"; measured {interval.mean:+.3g} ({interval.low:+.3g} to {interval.high:+.3g})"
+        deciding = entry.judged.result.evidence.comparisons[0]
+        by_seed = ", ".join(f"{one:+.3g}" for one in (deciding.a - deciding.b).mean(1))
+        decides += f"; measured {interval.mean:+.3g} ({interval.low:+.3g} to {interval.high:+.3g}), by seed {by_seed}"
         found.insert(0, ("this run", entry.judged.result.evidence.said))
         if entry.judged.note:
             found.insert(1, ("verdict", entry.judged.note))
@@ -124,8 +130,12 @@ def facts(entry: Entry) -> list[tuple[str, str]]:
 
 
 def comparison_cells(one: Judged) -> list[list[str]]:
-    """Return the cells of the table of comparisons, the deciding one first."""
+    """Return the cells of the table of comparisons, the deciding one first, under COMPARISON_HEAD.
+
+    A comparison in the unit of the deciding one has the verdict that it would have given.
+    """
     lines = []
+    unit, enough = one.result.evidence.comparisons[0].unit, one.result.claim.enough
     for comparison, interval in zip(one.result.evidence.comparisons, one.intervals, strict=True):
         sides = ((comparison.first, comparison.a), (comparison.second, comparison.b))
         lines.append(
@@ -134,6 +144,7 @@ def comparison_cells(one: Judged) -> list[list[str]]:
                 *(f"{NAMES.get(name, name)}: {float(outcomes.mean()):.4g}" for name, outcomes in sides),
                 f"{interval.mean:+.3g}",
                 f"{interval.low:+.3g} to {interval.high:+.3g}",
+                judge(interval, enough).value if comparison.unit == unit else "",
             ]
         )
     return lines

@@ -22,7 +22,8 @@ CLAIM = Claim(
     counter="Doerig et al. 2020 (PLOS Computational Biology): of many networks capsules alone explain uncrowding",
     decides="right answers to two equal digits 2 to 14 px apart, plain less capsules, in percentage points",
     enough=1.0,
-    limits="The networks were trained on single digits, as in the row of turned and stretched digits.",
+    limits="The networks were trained on single digits, as in the row of turned and stretched digits. The third "
+    "comparison has all distances, also those at which the digits lie on each other or apart.",
 )
 
 

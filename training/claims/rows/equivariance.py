@@ -39,7 +39,8 @@ CLAIM = Claim(
     limits=(
         "One change at a time, read by linear regression for each digit class by itself. Thickness was not changed in "
         "training; the other changes stay within those of the training. Digits reach the edge at a shift of 4 pixels. "
-        "The plain network has strides instead of pooling, and so keeps more of the position than one that pools."
+        "The plain network has strides instead of pooling, and so keeps more of the position than one that pools. It "
+        "does not learn to reconstruct, as the capsule network does; the third comparison is with one that does."
     ),
 )
 KINDS = ("K3", "C0", "C0r", "K1")

@@ -16,7 +16,7 @@ SETS = {"test": "digits", "clothes": "clothes", "noise": "noise"}
 CLAIM = Claim(
     number=16,
     title="One class alone",
-    sentence="A single capsule can tell whether its object is there at all.",
+    sentence="A single capsule tells better than a plain network whether its object is there at all.",
     paper="both ways to find images of other kinds by capsules beat the usual methods in many cases (Li et al. 2019,"
     " arXiv 1907.06312); no figure in the first paper",
     counter="Peer, Stabinger and Rodríguez-Sánchez 2019 (arXiv 1905.08744): a capsule's length cannot tell a pose"

@@ -16,7 +16,7 @@ DRAWN_PAIRS = 8
 CLAIM = Claim(
     number=10,
     title="Overlapping digits",
-    sentence="A capsule network tells two digits apart that lie on top of each other.",
+    sentence="A capsule network tells two digits that lie on top of each other apart better than a plain one.",
     paper="5.2 % of MultiMNIST's pairs wrong, against 8.1 % of a plain network (Sabour et al. 2017)",
     counter="Gu, Tresp and Hu 2021 (arXiv 2103.15459): routing harms the reading of overlapping digits,"
     " and a plain network with the paper's other parts reads them better",

@@ -27,7 +27,7 @@ from training.claims.strokes import ATTRIBUTES, attributes, ranks
 CLAIM = Claim(
     number=7,
     title="Readable poses",
-    sentence="Single numbers of a pose mean something that a person can name, such as the thickness of the stroke.",
+    sentence="Single numbers of a pose mean more that a person can name, such as slant, than those of a plain network.",
     paper="No figure: one of 16 numbers almost always stands for the digit's width (Sabour et al. 2017, section 5.1)",
     counter="No paper known to us measures single numbers; the paper shows drawings of six digits (figure 4)",
     decides="rank correlation of the best single number with thickness, width and slant, pose less plain network",

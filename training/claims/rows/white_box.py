@@ -25,7 +25,7 @@ from training.claims.toolboxes import apgd, check_toolboxes, ddn, square
 CLAIM = Claim(
     number=11,
     title="White-box attacks",
-    sentence="A capsule network resists small changes made on purpose by someone who knows the network.",
+    sentence="A capsule network resists small changes by someone who knows it better than a plain network does.",
     paper="changes of 50/255: right after FGSM 72.1 % against 52.9 % of a plain network (jsikyoon's port); "
     "more robust to white-box attacks than other networks (Hinton et al. 2018, Frosst et al. 2018)",
     counter="Michels et al. 2019 (arXiv 1906.03612): fooled as easily as plain networks; the same port after BIM: "
