@@ -67,11 +67,14 @@ def export_checkpoint(
     name: str,
     version: str,
     choices: Choices = _ALL,
+    *,
+    tell: Callable[[str], None] = lambda step: None,
 ) -> Export:
     """Export a checkpoint to ``out/name/version``, verify each graph in the server's runtime, write the manifest last.
 
     dataset: the data of the checkpoint's training and test. The graphs are compared on its test images, and int8 is
     calibrated on its training images. choices: the content of the artifact; its TensorRT engine is not compared.
+    tell: gets a line of text before each step.
 
     If anything except int8 or fp16 fails, no file remains. ``config.pbtxt`` and ``labels.txt`` are written if this is
     the highest version.
@@ -82,13 +85,12 @@ def export_checkpoint(
     """
     network = checkpoint.model()
     _check_fit(checkpoint, dataset)
-    batches = choices.batches
-    options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
     triton.check_labels(checkpoint.labels)
     training = _training(checkpoint, dataset)
     with ArtifactWriter(out, name, version) as writer:
+        tell(f"computing {len(dataset.test_images):,} test images in PyTorch, to compare with")
         expected = reference(network, dataset.test_images, dataset.test_labels)
-        graphs = _Graphs(writer, _Title(name, version, training), expected)
+        graphs = _Graphs(writer, _Title(name, version, training), expected, tell)
         graphs.add_all(network, checkpoint, dataset, choices)
         calibrated = graphs.calibrate(checkpoint, dataset)
         save_tensors(checkpoint, writer.folder / TENSORS_FILE)
@@ -108,16 +110,23 @@ def export_checkpoint(
                 files=writer.files,
                 variants=graphs.variants,
                 graphs=graphs.graphs,
-                batches=batches,
+                batches=choices.batches,
                 training=training,
                 preparation=Preparation(**asdict(preparation_of(dataset.name))),
                 calibration=calibrated.calibration,
             )
         )
-    model_folder = artifact.folder.parent
-    if not any(int(other.name) > int(version) for other in model_folder.iterdir() if other.name.isdecimal()):
-        triton.write(model_folder, artifact.labels, artifact.image_shape, artifact.pose_size, options)
+    _write_for_triton(artifact, choices.batches)
     return Export(artifact, graphs.failures)
+
+
+def _write_for_triton(artifact: Artifact, batches: BatchProfile) -> None:
+    """Write Triton's files beside the versions of a model, if the artifact is the highest of them."""
+    folder = artifact.folder.parent
+    if any(int(other.name) > int(artifact.version) for other in folder.iterdir() if other.name.isdecimal()):
+        return
+    options = triton.Options(max_batch_size=batches.max, usual_batch_size=batches.opt)
+    triton.write(folder, artifact.labels, artifact.image_shape, artifact.pose_size, options)
 
 
 def calibration_images(dataset: Dataset, count: int = CALIBRATION_IMAGES) -> Tensor:
@@ -163,8 +172,8 @@ class _Graphs:
     reason why it is missing. Every method raises ParityError if a graph differs too much from PyTorch.
     """
 
-    def __init__(self, writer: ArtifactWriter, title: _Title, expected: Reference) -> None:
-        self._writer, self._title, self._expected = writer, title, expected
+    def __init__(self, writer: ArtifactWriter, title: _Title, expected: Reference, tell: Callable[[str], None]) -> None:
+        self._writer, self._title, self._expected, self._tell = writer, title, expected, tell
         self._runtimes: dict[str, Runtime] = {}
         self.variants: dict[str, Variant] = {}
         self.graphs: dict[str, Graph] = {}
@@ -192,6 +201,7 @@ class _Graphs:
 
     def add_variant(self, precision: str, model: onnx.ModelProto) -> None:
         """Add a graph that classifies."""
+        self._tell(f"{precision}: comparing the graph with PyTorch in the server's runtime")
         file = _file(precision)
         path, weights = self._save(file, model, f"in {precision}")
         shared = self._writer.folder / weights if weights else None
@@ -203,6 +213,7 @@ class _Graphs:
 
     def try_variant(self, precision: str, make: Callable[[], onnx.ModelProto]) -> None:
         """Add a graph that classifies, or note the reason why it cannot be made or served."""
+        self._tell(f"{precision}: converting")
         try:
             self.add_variant(precision, make())
         except GraphError as error:
@@ -213,6 +224,7 @@ class _Graphs:
 
     def add_engine(self, batches: BatchProfile) -> None:
         """Add a TensorRT engine of the graph in single precision, without a comparison."""
+        self._tell("tensorrt: building the engine, which takes minutes")
         folder = self._writer.folder
         build_engine(folder / _file(PRECISIONS[0]), folder / ENGINE, batches)
         self._writer.add(ENGINE)
@@ -220,6 +232,7 @@ class _Graphs:
 
     def add_explanation(self, network: CapsNet, opset: int) -> None:
         """Add the graph that shows its routing."""
+        self._tell(f"{EXPLAIN}: comparing the graph that shows the routing")
         model = explanation_to_onnx(network, opset)
         path, weights = self._save(f"{EXPLAIN}.onnx", model, "with its routing")
         certified = certify_explanation(network, path, self._expected)
@@ -227,6 +240,7 @@ class _Graphs:
 
     def add_decoder(self, network: CapsNet, opset: int, precision: str) -> None:
         """Add the graph that reconstructs. precision: of its stored weights."""
+        self._tell(f"{DECODER}: comparing the graph that reconstructs")
         model = decoder_to_onnx(network, opset)
         if precision == "int8":
             model = to_int8_weights(model)
@@ -235,6 +249,7 @@ class _Graphs:
 
     def calibrate(self, checkpoint: Checkpoint, dataset: Dataset) -> Calibrated:
         """Calibrate the graph in single precision, after it and the decoder were added."""
+        self._tell("calibrating confidences and thresholds")
         decoder = self.graphs.get(DECODER)
         runtime = Runtime(self._writer.folder / decoder.file, "cpu", usable_cores()) if decoder else None
         tested = Prediction(*(array[: len(dataset.test_labels)] for array in self._expected.prediction))
@@ -242,6 +257,7 @@ class _Graphs:
 
     def measure_speeds(self, images: Tensor) -> None:
         """Measure all graphs that classify, in turns, on test images, uint8 (B, C, H, W)."""
+        self._tell("measuring the speed of each graph")
         measured = speeds(self._runtimes, images)
         device = f"{processor()}, {usable_cores()} threads"
         for precision, variant in self.variants.items():

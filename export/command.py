@@ -74,7 +74,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
             raise type(error)(f"{path}: {error}") from error
         name = options.name or _default_name(trained.dataset)
         version = options.model_version or _next_version(out / name)
-        artifact, failures = export_checkpoint(trained, dataset, out, name, version, options.chosen)
+        artifact, failures = export_checkpoint(trained, dataset, out, name, version, options.chosen, tell=_tell)
     except (
         checkpoint.CheckpointError, DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
         TensorRTMissing, TritonError, OSError,
@@ -93,6 +93,10 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
     for text in failures.values():
         print(f"not written: {text}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _tell(step: str) -> None:
+    print(step, flush=True)
 
 
 def _default_name(dataset: str) -> str:

@@ -5,12 +5,14 @@ Clients cause many lines and some of their text. So each line is limited in numb
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from itertools import islice
 from types import TracebackType
+from typing import TextIO
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -18,6 +20,7 @@ LEVELS = ("debug", "info", "warning", "error")
 FIELDS = "fields"
 #: The most lines a second of one kind.
 MAX_LINES_A_SECOND = 50
+_COLOURS = {logging.DEBUG: 2, logging.INFO: 32, logging.WARNING: 33, logging.ERROR: 31}  # ANSI: faint, green, ...
 _PLAIN_VALUE = re.compile(r"[^\s\"=]*")
 
 _logger = logging.getLogger(__name__)
@@ -47,15 +50,21 @@ class TextFormatter(logging.Formatter):
 
     The lines of a traceback are indented, and a value with spaces is quoted, so that neither passes for another line or
     another field.
+
+    colour: with True, the levels are coloured for a terminal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, colour: bool = False) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._colour = colour
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields = getattr(record, FIELDS, {}).items()
         shown = "".join(f" {name}={_one_word(str(value))}" for name, value in fields)
-        return _on_one_line(super().formatMessage(record)) + shown
+        line = _on_one_line(super().formatMessage(record)) + shown
+        colour = _COLOURS.get(record.levelno) if self._colour else None
+        # The level is the first word in letters.
+        return line.replace(record.levelname, f"\x1b[{colour}m{record.levelname}\x1b[0m", 1) if colour else line
 
     def formatException(
         self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -88,10 +97,20 @@ class FloodFilter(logging.Filter):
         return records < self._limit
 
 
+def shows_colours(stream: TextIO) -> bool:
+    """Return True for a terminal, unless the environment asks for no colours (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """Return a number and its noun, as in "1 batch" and "2 batches". several: the plural, if not with an s alone."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 def set_up(format_: str, level: str) -> None:
     """Send the log of this process to standard error. format_: one of FORMATS. level: one of LEVELS."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter() if format_ == "json" else TextFormatter(shows_colours(handler.stream)))
     handler.addFilter(FloodFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("hpack").setLevel(logging.INFO)  # its debug log shows tokens

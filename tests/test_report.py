@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -263,6 +264,38 @@ def test_the_report_names_the_network_its_selection_and_the_intervals_of_its_err
             assert picture.format == "PNG"
 
 
+def test_the_report_has_the_calibration_and_the_commands_that_come_next(tmp_path: Path) -> None:
+    checkpoint, dataset, probabilities = make(**FIGURES)
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    write_report(folder, checkpoint, dataset, probabilities)
+    page = (folder / "report.md").read_text()
+    # Lengths 0.9, 0.9, 0.9: one right; 0.8, 0.8: both right; 0.5: wrong.
+    error = (abs(1 - 2.7) + abs(2 - 1.6) + 0.5) / 6
+    assert f"differs from the share of right answers by {100 * error:.2f} points on average" in page
+    assert f"    python -m export {folder} {tmp_path / 'models'} --data FOLDER" in page.splitlines()
+    assert f"    python -m serving --models {tmp_path / 'models'}" in page.splitlines()
+    assert "lowest in the last epoch" not in page
+
+
+def test_the_report_advises_more_epochs_where_the_last_was_the_best(tmp_path: Path) -> None:
+    write_report(tmp_path, *make(**FIGURES | {"selected_epoch": 3}))
+    assert "lowest in the last epoch, so more epochs may lower it further: the training command with " in (
+        page := (tmp_path / "report.md").read_text()
+    )
+    assert "`--resume --epochs 6`" in page
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_report_says_when_the_decoder_has_not_learned_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: bool
+) -> None:
+    if learned:
+        monkeypatch.setattr(report, "decoder_has_learned", lambda *_: True)
+    write_report(tmp_path, *make(**FIGURES))  # the weights are random
+    assert ("The decoder has not learned yet" in (tmp_path / "report.md").read_text()) != learned
+
+
 def test_the_report_tells_what_routing_does(tmp_path: Path) -> None:
     checkpoint, dataset, probabilities = make(**FIGURES)
     write_report(tmp_path, checkpoint, dataset, probabilities)
@@ -378,6 +411,10 @@ def test_the_report_of_a_finished_run_is_written_again(
     assert report.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'report.md'}\n"
     assert f"({errors} of " in (tmp_path / "report.md").read_text()
+
+    monkeypatch.setattr("training.report.predict", Mock(side_effect=KeyboardInterrupt))
+    assert report.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
     assert report.main([str(tmp_path / "nowhere")]) == 1
     assert "capsnet.pt: no such file" in capsys.readouterr().err

@@ -722,7 +722,7 @@ def test_mistakes_are_the_images_that_get_another_class_than_their_label() -> No
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Set up ``python -m training`` with a tiny network and data set. Return the folder for its run."""
     monkeypatch.setitem(CONFIGS, "compact", CONFIG)
-    monkeypatch.setattr(training.data.datasets, "load", lambda name, folder, **_: replace(DATASET, name=name))
+    monkeypatch.setattr(training.data.datasets, "load", lambda name, *_, **__: replace(DATASET, name=name))
     monkeypatch.setattr(training.report, "write_report", lambda folder, *_: (folder / REPORT_FILE).touch())
     return tmp_path / "runs" / "tiny"
 
@@ -993,6 +993,16 @@ def test_ctrl_c_before_the_first_step_is_one_line(
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
     assert capsys.readouterr().err == "\ninterrupted\n"
     monkeypatch.undo()
+
+
+def test_ctrl_c_while_the_report_is_written_says_that_the_network_is_trained(
+    command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training.report, "write_report", Mock(side_effect=KeyboardInterrupt))
+    assert main([*FLAGS, f"--out={command}"]) == 130
+    told = f"interrupted; the network is trained, python -m training.report {command} writes its report\n"
+    assert capsys.readouterr().err.endswith(f"\n{told}")
+    assert (command / CHECKPOINT_FILE).exists()
 
 
 def test_the_command_prints_the_notes_on_the_data(

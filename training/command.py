@@ -18,6 +18,7 @@ from training.data.folder import find_images, require_negatives
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
 from training.run_folder import CHECKPOINT_FILE, REPORT_FILE, RESUME_FILE, SETTINGS_FILE
+from training.tracking import TrackerError, missing
 
 if TYPE_CHECKING:
     from training.data.datasets import Dataset
@@ -27,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The folder of the run cannot be used. The text says why."""
+    """The run cannot start: its folder or a package cannot be used. The text says why."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,6 +58,8 @@ def run_command(arguments: list[str] | None = None) -> int:
     try:
         settings = _settings(options, recipe, changes)
         _check_folder(folder, settings, options.resume)
+        if options.track and (reason := missing(options.track)):
+            raise Refused(reason)
         if options.data is not None:
             require_negatives(options.data, find_images(options.data))
         return _train(command, options, recipe, changes, folder, settings)
@@ -67,9 +70,15 @@ def run_command(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        begun = (folder / RESUME_FILE).exists()
-        print("\ninterrupted" + ("; --resume goes on from the last whole epoch" if begun else ""), file=sys.stderr)
+        print("\ninterrupted" + _way_on(folder), file=sys.stderr)
         return 130
+
+
+def _way_on(folder: Path) -> str:
+    """Return the words that tell how to go on after an interruption."""
+    if (folder / CHECKPOINT_FILE).exists():
+        return f"; the network is trained, python -m training.report {folder} writes its report"
+    return "; --resume goes on from the last whole epoch" if (folder / RESUME_FILE).exists() else ""
 
 
 def _settings(options: RunOptions, recipe: Recipe, changes: NetworkChanges) -> str:
@@ -155,7 +164,7 @@ def _train(
         if options.data:
             dataset = datasets.load_folder(options.data, options.image_size, progress=first)
         else:
-            dataset = datasets.load(options.data_name, options.data_dir, progress=first)
+            dataset = datasets.load(options.data_name, options.data_dir, options.source, progress=first)
         for note in dataset.notes if first else ():
             print(f"note: {note}", file=sys.stderr)
         channels, size, _ = dataset.image_shape
@@ -165,8 +174,8 @@ def _train(
             if options.resume and (folder / CHECKPOINT_FILE).exists():
                 _set_aside(folder)
             (folder / SETTINGS_FILE).write_text(settings)
-        result = train.run(config, dataset, recipe, folder, resume=options.resume)
-    except (DatasetError, train.TrainingError, ValueError, OSError) as error:
+        result = train.run(config, dataset, recipe, folder, resume=options.resume, track=options.track)
+    except (DatasetError, TrackerError, train.TrainingError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except Interrupted:

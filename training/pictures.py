@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.checkpoint import CheckpointError, load
+from training.data.compose import combine
 from training.data.matching import load_matching
 from training.data.sources import DatasetError
 from training.data.specs import NAMES
 from training.evaluate import by_confidence, most_probable, predict, wrong
-from training.model import CapsNet
+from training.model import CapsNet, to_pixels
 from training.run_folder import checkpoint_path
 
 OFFSETS = tuple(step / 20 for step in range(-5, 6))  # added to a pose's dimension: -0.25 to +0.25 (section 5.1)
@@ -53,6 +54,8 @@ _HEADER = 0.9  # inches between the reconstructions and the sweep
 _SLANTED_CHARACTER = 0.036  # inches that each character of a slanted text adds to its height
 _UPRIGHT_CHARACTERS = 8  # that fit above a tile
 _NO_DECODER = "the network has no decoder (decoder_widths=()), so there is nothing to draw"
+_NOT_LEARNED = "The decoder has not learned yet: it draws nearly the same for every image"
+_MIN_LEARNED_VARIATION = 0.1
 _NAME_CHARACTERS = 18
 _BATCH = 250
 
@@ -164,6 +167,21 @@ def sweep(model: CapsNet, poses: Tensor, category: int) -> Tensor:
     return pixels.reshape(dimensions, len(OFFSETS), *pixels.shape[1:])
 
 
+def decoder_has_learned(model: CapsNet, images: Tensor, labels: Tensor, classes: int) -> bool:
+    """Return False if reconstructions of the first image of each class vary much less than these images.
+
+    images: uint8 (M, C, H, W); labels: (M,), or (M, K). Returns True where the images do not vary. Raises PictureError
+    for a network without a decoder.
+    """
+    shown = images[first_of_each_class(labels, classes)]
+    if len(shown) < 2:
+        return True
+    probabilities, poses = predict(model, shown)
+    answers = most_probable(probabilities, labels.reshape(len(labels), -1).shape[1])
+    rebuilt = combine(torch.stack([reconstruct(model, poses, one) for one in answers.unbind(1)], 1))
+    return float(rebuilt.var(0).mean()) >= _MIN_LEARNED_VARIATION * float(to_pixels(shown).var(0).mean())
+
+
 def decoder_picture(model: CapsNet, names: Sequence[str], images: Tensor, labels: Tensor, chosen: int) -> Figure:
     """Draw reconstructions of one image of each class, and the sweep of each pose dimension of image ``chosen``.
 
@@ -197,6 +215,8 @@ def decoder_picture(model: CapsNet, names: Sequence[str], images: Tensor, labels
     thumbnail = to_rgb(images[chosen])
     left = -(thumbnail.shape[1] / thumbnail.shape[0] + 0.08) * _TILE
     _tiles(figure, top - 1.08 * _TILE, thumbnail[None, None], [""], [""], left=left)
+    if not decoder_has_learned(model, images, labels, len(names)):
+        figure.text(0, 1 - (top - 0.58) / height, _NOT_LEARNED, fontsize=10, color=WRONG)
     figure.text(
         0,
         1 - (top - 0.34) / height,
@@ -441,6 +461,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, DatasetError, PictureError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     print(f"wrote {options.out}")
     return 0
 

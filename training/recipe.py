@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files.options import check, option
+from training.data.sources import PACKAGE_SOURCES
 from training.data.specs import NAMES
+from training.tracking import TRACKERS
 
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
 OPTIMIZERS = ("adam", "adamw")
@@ -262,6 +264,18 @@ class RunOptions:
     )
     data_dir: Path | None = option(
         None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
+    )
+    source: str | None = option(
+        None,
+        "a package manager to ask for the dataset's files where no folder and no mirror has them",
+        choices=tuple(PACKAGE_SOURCES),
+        shown="none is asked",
+    )
+    track: str | None = option(
+        None,
+        "log the figures there too; the extra of the same name installs its package",
+        choices=TRACKERS,
+        shown="none",
     )
     out: Path | None = option(None, "the run's folder", parse=Path, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED")
     resume: bool = option(False, "continue the interrupted run in the run's folder", shown="")

@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 from torch import Tensor
 
+from training.calibration import ECE_BINS, expected_calibration_error
 from training.checkpoint import Checkpoint, CheckpointError, load
 from training.data.datasets import Dataset
 from training.data.matching import load_matching
@@ -25,6 +26,7 @@ from training.pictures import (
     CURVES,
     confusion_picture,
     curves_picture,
+    decoder_has_learned,
     decoder_picture,
     mistakes_picture,
     save,
@@ -65,7 +67,8 @@ def write_report(folder: Path, checkpoint: Checkpoint, dataset: Dataset, probabi
         save(figure, folder / name)
     # Class names come from folders, whose names need not be text.
     routing = routing_figures(model, dataset.test_images, labels.reshape(len(labels), -1).shape[1])
-    page = _page(checkpoint, dataset, probabilities, routing, list(figures))
+    learned = model.decoder is None or decoder_has_learned(model, dataset.test_images, labels, len(dataset.labels))
+    page = _page(checkpoint, dataset, probabilities, routing, list(figures), _next_steps(folder, checkpoint, learned))
     (folder / REPORT_FILE).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
@@ -114,6 +117,7 @@ def _page(
     probabilities: Tensor,
     routing: RoutingFigures,
     pictures: Sequence[str],
+    next_steps: Sequence[str],
 ) -> str:
     figures, recipe = checkpoint.figures, checkpoint.recipe
     network = _network(checkpoint)
@@ -139,6 +143,8 @@ def _page(
             [(name, f"{n:,}", f"{bad:,}", f"{100 * bad / n:.2f} %", _interval(bad, n)) for name, n, bad in sets],
         ),
         selection,
+        _calibration(probabilities, dataset.test_labels),
+        *next_steps,
         "## What was trained",
         _table(("", ""), _facts(checkpoint, dataset, network)),
     ]
@@ -175,6 +181,45 @@ _PICTURES = {
         "the order of the classes; and one pose, whose dimensions are changed one at a time.",
     ),
 }
+
+
+def _length_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Return the expected calibration error of the longest capsule's length.
+
+    probabilities: (M, J); labels: (M,), or (M, K). An answer is right if the image shows its class.
+    """
+    lengths, answers = probabilities.max(1)
+    right = (labels.reshape(len(labels), -1) == answers[:, None]).any(1)
+    return expected_calibration_error(lengths.clamp(0, 1).double().numpy(), right.double().numpy())
+
+
+def _calibration(probabilities: Tensor, labels: Tensor) -> str:
+    error = 100 * _length_calibration_error(probabilities, labels)
+    return (
+        f"**Calibration:** on the test images, the length of the longest capsule differs from the share of right "
+        f"answers by {error:.2f} points on average (expected calibration error in {ECE_BINS} bins of equal width). "
+        "The export fits a temperature and measures the confidences that it gives."
+    )
+
+
+def _next_steps(folder: Path, checkpoint: Checkpoint, learned: bool) -> list[str]:
+    """Return the section on what to do with the network. learned: False if its decoder has not learned yet."""
+    figures, epochs = checkpoint.figures, checkpoint.recipe["epochs"]
+    own = " --data FOLDER" if checkpoint.dataset.startswith("folder:") else ""
+    models = folder.parent / "models"
+    parts = ["## Next"]
+    more = f"the training command with `--resume --epochs {2 * epochs}` goes on"
+    if checkpoint.recipe.get("steps"):
+        more = "train with more `--steps`"
+    if figures.get("selected_epoch") == epochs:
+        parts.append(f"The held-out loss was lowest in the last epoch, so more epochs may lower it further: {more}.")
+    if not learned:
+        parts.append(
+            "**The decoder has not learned yet:** it draws nearly the same for every image. It learns more slowly "
+            f"than the classes do: {more}."
+        )
+    commands = f"python -m export {folder} {models}{own}\npython -m serving --models {models}"
+    return [*parts, "Export the network, and serve it:", textwrap.indent(commands, "    ")]
 
 
 def _facts(checkpoint: Checkpoint, dataset: Dataset, network: str) -> list[tuple[str, str]]:
@@ -289,6 +334,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, DatasetError, ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     print(f"wrote {options.run / REPORT_FILE}")
     return 0
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,9 +29,11 @@ from training.loss import distillation_loss, margin_loss, presence_loss, reconst
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 from training.optimization import cosine_factor, exponential_factor, parameter_groups
 from training.precision import avoid_matrix_tiles, default_precision
+from training.progress import ShowProgress
 from training.provenance import process_count, provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
 from training.run_folder import BEST_FILE, CHECKPOINT_FILE, RESUME_FILE, checkpoint_path
+from training.tracking import tracker
 
 EVALUATION_BATCH_SIZE = 500
 
@@ -210,13 +212,14 @@ def run(
     *,
     resume: bool = False,
     progress: bool = True,
+    track: str | None = None,
 ) -> Result | None:
     """Train, select on the held-out images, test once, and write ``folder/capsnet.pt``.
 
     The averaged weights of the epoch with the lowest held-out loss are kept; with ``held_out=0``, those of the last
     epoch. Under ``torchrun`` the processes train together, each on its share of every batch, and only the first
-    returns a result; the others return None. Raises TrainingError if a loss is not a number, Interrupted after a
-    signal, and KeyboardInterrupt if the signal comes before the first step.
+    returns a result; the others return None. track: one of TRACKERS to log to as well, or None. Raises TrainingError
+    if a loss is not a number, Interrupted after a signal, and KeyboardInterrupt if it comes before the first step.
     """
     if resume:
         _check_resumable(folder / RESUME_FILE)
@@ -242,7 +245,8 @@ def run(
         module.model.compile()
     timer = Timer()  # goes on counting after an interruption
     keep_best = KeepBest(folder / BEST_FILE) if selection else None
-    trainer = _trainer(recipe, folder, timer, keep_best, progress)
+    trackers = [tracker(track, folder, asdict(recipe))] if track else []
+    trainer = _trainer(recipe, folder, timer, keep_best, progress, trackers)
     origin = provenance(trainer.strategy.root_device)  # before training, while the files are still the running source
     _fit(trainer, module, batches, selection, folder / RESUME_FILE if resume else None)
     if not trainer.is_global_zero:
@@ -384,7 +388,12 @@ def _parts(dataset: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 
 def _trainer(
-    recipe: Recipe, folder: Path, timer: Timer, keep_best: KeepBest | None, progress: bool
+    recipe: Recipe,
+    folder: Path,
+    timer: Timer,
+    keep_best: KeepBest | None,
+    progress: bool,
+    trackers: Sequence[Logger] = (),
 ) -> lightning.Trainer:
     """Make Lightning's trainer for the number of processes that torchrun has started, else for one."""
     avoid_matrix_tiles()
@@ -401,7 +410,7 @@ def _trainer(
     if keep_best:
         callbacks.append(keep_best)
     if progress:
-        callbacks.append(TQDMProgressBar(leave=True))
+        callbacks.append(ShowProgress())
     csv = CSVLogger(folder, name="logs")
     return lightning.Trainer(
         accelerator=accelerator,
@@ -414,8 +423,8 @@ def _trainer(
         deterministic=recipe.deterministic,
         max_epochs=recipe.epochs,
         callbacks=callbacks,
-        logger=[csv, TensorBoardLogger(folder, name="logs", version=csv.version)],
-        enable_progress_bar=progress,
+        logger=[csv, TensorBoardLogger(folder, name="logs", version=csv.version), *trackers],
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         plugins=[WholeFiles()],

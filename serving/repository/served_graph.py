@@ -11,6 +11,7 @@ from serving.batching.admission import BatchPolicy
 from serving.batching.batch import Hooks
 from serving.batching.batcher import Batcher
 from serving.batching.cost import BatchCost
+from serving.logs import counted
 from serving.metrics.registry import Metrics, ModelMetrics
 from serving.repository.tuning import Plan, Tuned, candidates, good_batch, tune
 from serving.runtime import CPU, Arrays, Run, Runtime, usable_cores
@@ -87,18 +88,21 @@ class ServedGraph:
         await self.batcher.close()
 
     def announce(self) -> None:
-        """Log the plan."""
+        """Log the runtime, the plan and the measured time, one line each."""
+        plan, cost = self.plan, self.cost
+        _logger.info("%s: %s on %s", self.name, self.runtime.description, self.runtime.provider)
         _logger.info(
-            "%s: %s on %s: %d batch(es) in parallel, of up to %d images and on %d thread(s) each; "
-            "a batch of n takes about %.3g ms * n + %.3g ms",
+            "%s: %s at a time, of up to %s, on %s each",
             self.name,
-            self.runtime.description,
-            self.runtime.provider,
-            self.plan.runtimes,
-            self.plan.max_batch,
-            self.plan.threads,
-            1000 * self.cost.per_image,
-            1000 * self.cost.per_batch,
+            counted(plan.runtimes, "batch", "batches"),
+            counted(plan.max_batch, "image"),
+            counted(plan.threads, "thread"),
+        )
+        _logger.info(
+            "%s: a batch takes about %.3g ms, and %.3g ms for each image",
+            self.name,
+            1000 * cost.per_batch,
+            1000 * cost.per_image,
         )
         for timing in self.tuned.compared:
             _logger.debug("tuning: %s, %.0f images a second", timing, timing.images_per_second)

@@ -8,6 +8,7 @@ from pathlib import Path
 from serving import artifact as artifacts
 from serving.artifact import Artifact
 from serving.errors import UnknownModel
+from serving.logs import counted
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.classifier import Classifier
 from serving.repository.further_graph import FurtherGraph
@@ -15,6 +16,8 @@ from serving.repository.served_graph import ServedGraph
 from serving.repository.tuning import Plan
 from serving.runtime import RuntimeSetupError
 from serving.settings import Settings
+
+_MAX_LOGGED_CLASSES = 10
 
 _logger = logging.getLogger(__name__)
 
@@ -106,20 +109,24 @@ class ServedModel:
             info.remove(dict(zip(info.declaration.labels, self._info, strict=True)))
 
     def announce(self) -> None:
-        """Log the version and its plan."""
-        channels, height, width = self.artifact.image_shape
+        """Log the version, its classes and its plan, one line each."""
+        artifact, precision = self.artifact, self.settings.precision
+        channels, height, width = artifact.image_shape
         _logger.info(
-            "%s version %s in %s: %d x %d images of %d channel(s), %d classes (%s), poses of %d; test error %s",
-            self.artifact.name,
-            self.artifact.version,
-            self.settings.precision,
+            "%s version %s in %s: %d x %d images of %s, poses of %d numbers, test error %s",
+            artifact.name,
+            artifact.version,
+            precision,
             width,
             height,
-            channels,
-            len(self.artifact.labels),
-            ", ".join(self.artifact.labels),
-            self.artifact.pose_size,
-            self.artifact.test_error(self.settings.precision),
+            counted(channels, "channel"),
+            artifact.pose_size,
+            artifact.test_error(precision),
+        )
+        shown, others = artifact.labels[:_MAX_LOGGED_CLASSES], artifact.labels[_MAX_LOGGED_CLASSES:]
+        further = f" and {len(others)} more" if others else ""
+        _logger.info(
+            "%s: %s: %s%s", artifact.name, counted(len(artifact.labels), "class", "classes"), ", ".join(shown), further
         )
         for graph in self.graphs.values():
             graph.announce()

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from serving.files.cache import cache_folder
 from training.data.compose import affnist_spec, scenes
 from training.data.folder import read_folder
-from training.data.sources import SOURCE_ERRORS, DatasetError, Folder, read_verified
+from training.data.sources import SOURCE_ERRORS, DatasetError, Folder, asked, package_manager, read_verified
 from training.data.specs import DATASETS, GENERATED, NAMES, NONE, Arrays, DatasetSpec, GeneratedSpec
 
 _TEST_SEED = 0  # for composed test images
@@ -56,11 +56,12 @@ class Dataset:
         return channels, height, width
 
 
-def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dataset:
+def load(name: str, folder: Path | None = None, source: str | None = None, *, progress: bool = True) -> Dataset:
     """Load a data set from the first source with all its files and the right digests, or generate it from another one.
 
     The files are searched in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
-    ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists. They are kept, uncompressed, in
+    ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists; of the package managers npm and apt,
+    only the one that ``source`` names is asked. The files are kept, uncompressed, in
     ``folder`` if given and else in the cache, where they replace files of the same name with wrong content.
     ``progress`` shows a progress bar for each download.
 
@@ -69,10 +70,10 @@ def load(name: str, folder: Path | None = None, *, progress: bool = True) -> Dat
         DatasetError: No source has the files; the message gives each one's reason.
     """
     if name in GENERATED:
-        return generate(name, load(GENERATED[name].original, folder, progress=progress))
+        return generate(name, load(GENERATED[name].original, folder, source, progress=progress))
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(sorted(NAMES))}")
-    return _dataset(name, DATASETS[name].labels, _fetch(name, DATASETS[name], folder, progress))
+    return _dataset(name, DATASETS[name].labels, _fetch(name, DATASETS[name], folder, source, progress))
 
 
 def load_present(name: str) -> Dataset:
@@ -106,11 +107,11 @@ def _dataset(name: str, labels: tuple[str, ...], arrays: Arrays) -> Dataset:
     return Dataset(name, labels, train_images, train_labels, test_images, test_labels)
 
 
-def _fetch(name: str, spec: DatasetSpec, folder: Path | None, progress: bool) -> Arrays:
+def _fetch(name: str, spec: DatasetSpec, folder: Path | None, manager: str | None, progress: bool) -> Arrays:
     cache = Folder(cache_folder() / name)
     own = cache if folder is None else Folder(folder)
     failures = []
-    for source in dict.fromkeys((own, cache, *spec.sources)):
+    for source in dict.fromkeys((own, cache, *asked(spec.sources, manager))):
         try:
             files = read_verified(source, spec.digests, spec.unpack, progress)
         except SOURCE_ERRORS as error:
@@ -124,11 +125,21 @@ def _fetch(name: str, spec: DatasetSpec, folder: Path | None, progress: bool) ->
             (
                 f"could not get the data set {name} from any of its sources:",
                 *failures,
-                f"Put the files {', '.join(spec.digests)} (or the same with .gz) in a folder "
-                "and give --data-dir FOLDER.",
+                *_ways_out(spec, manager),
             )
         )
     )
+
+
+def _ways_out(spec: DatasetSpec, manager: str | None) -> Iterator[str]:
+    """Yield what the user can do where no source has the files."""
+    managers = [found for source in spec.sources if (found := package_manager(source))]
+    if manager and manager not in managers:
+        yield f"No package of {manager} has it."
+    for other in managers:
+        if other != manager:
+            yield f"python -m training --source {other} asks {other} for a package with them too."
+    yield f"Put the files {', '.join(spec.digests)} (or the same with .gz) in a folder and give --data-dir FOLDER."
 
 
 def generate(name: str, original: Dataset) -> Dataset:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 MIRROR_TIMEOUT_SECONDS = 5.0
 PACKAGE_TIMEOUT_SECONDS = 120.0
-MAX_FILE_BYTES = 2**26
+MAX_FILE_BYTES = 2**28
 CHUNK_BYTES = 2**16
 #: The errors of a source that cannot give its files.
 SOURCE_ERRORS = (
@@ -142,6 +142,20 @@ class DebianPackage:
             (archive,) = Path(folder).glob("*.deb")
             _run(folder, "dpkg-deb", "-x", archive.name, "content")
             return list(Folder(Path(folder, "content", self.folder)).read(names, progress))
+
+
+#: The sources that are asked only if the user names them, since they run a package manager.
+PACKAGE_SOURCES: dict[str, type[NpmPackage] | type[DebianPackage]] = {"npm": NpmPackage, "apt": DebianPackage}
+
+
+def asked(sources: Iterable[Source], named: str | None) -> list[Source]:
+    """Return the sources without those of PACKAGE_SOURCES, except the one of them that is named."""
+    return [one for one in sources if (name := package_manager(one)) is None or name == named]
+
+
+def package_manager(source: Source) -> str | None:
+    """Return the name in PACKAGE_SOURCES of a source's kind, or None for another kind."""
+    return next((name for name, kind in PACKAGE_SOURCES.items() if isinstance(source, kind)), None)
 
 
 def read_verified(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.files.idx import decompress, read_idx
+from training.data.archives import CIFAR_ARCHIVE, SVHN_TEST, SVHN_TRAIN, Labelled, read_cifar10, read_svhn
 from training.data.sources import DebianPackage, Folder, Mirror, NpmPackage, Source
 
 NONE = -1  # the label of an image that shows none of the classes
@@ -42,6 +43,21 @@ def read_mnist_files(files: Mapping[str, bytes]) -> Arrays:
         for names in ((TRAIN_IMAGES, TEST_IMAGES), (TRAIN_LABELS, TEST_LABELS))
     )
     return Arrays(images[0][:, None], labels[0].astype(np.int64), images[1][:, None], labels[1].astype(np.int64))
+
+
+def _reader(read: Callable[[Mapping[str, bytes]], tuple[Labelled, Labelled]]) -> Reader:
+    """Return a reader from one that returns the images and labels of training and test."""
+
+    def reader(files: Mapping[str, bytes]) -> Arrays:
+        train, test = read(files)
+        return Arrays(*train, *test)
+
+    return reader
+
+
+def _as_it_is(content: bytes) -> bytes:
+    """Return a file that is verified as it is downloaded."""
+    return content
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,23 @@ DATASETS: dict[str, DatasetSpec] = {
         ),
         # The longer side of the garment was scaled to the image's.
         preparation=Preparation("bright-on-dark", object_size=28),
+    ),
+    "cifar10": DatasetSpec(
+        labels=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        digests={CIFAR_ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+        sources=(Mirror("https://www.cs.toronto.edu/~kriz/", suffix=""),),
+        read=_reader(read_cifar10),
+        unpack=_as_it_is,
+    ),
+    "svhn": DatasetSpec(
+        labels=tuple("0123456789"),
+        digests={
+            SVHN_TEST: "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+            SVHN_TRAIN: "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+        },
+        sources=(Mirror("http://ufldl.stanford.edu/housenumbers/", suffix=""),),
+        read=_reader(read_svhn),
+        unpack=_as_it_is,
     ),
 }
 
