@@ -2,8 +2,6 @@
 
 import sys
 
-from serving.files.program import missing_package
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status; Ctrl-C ends it in one line from the first import on."""
@@ -12,6 +10,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         return run_command(arguments)
     except ModuleNotFoundError as error:
+        from serving.files.program import missing_package
+
         print(f"python -m export: {missing_package(error, 'cpu,export')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

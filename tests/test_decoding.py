@@ -158,7 +158,11 @@ def test_a_request_that_needs_more_memory_than_there_is_is_refused_at_once() -> 
     assert run(test) == ["memory"]
 
 
-def test_a_request_that_does_not_fit_into_the_queue_is_refused_at_once_and_a_stream_waits() -> None:
+def test_a_request_that_does_not_fit_into_the_queue_is_refused_at_once_and_a_stream_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "_TURN_SECONDS", PATIENCE)  # the first decoding ends before the stream's begins
+
     async def test(decoder: Decoder) -> None:
         blocking, others = Slow(), [Slow() for _ in range(4)]
         first = asyncio.create_task(decoder.decode(blocking.decoding(images=11)))  # alone, so it is not too large

@@ -13,9 +13,9 @@ from tests.conftest import Digits, InThread, Running, settings
 
 
 @pytest.fixture(scope="module")
-def fast() -> Iterator[Running]:
-    """A server of the other network for digits, which computes an image in a third of the time."""
-    thread = InThread(Server(settings(model="capsnet-mnist-fast")))
+def accurate() -> Iterator[Running]:
+    """A server of the other network for digits, which takes three times as long for an image."""
+    thread = InThread(Server(settings(model="capsnet-mnist-accurate")))
     with thread as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         yield Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
 
@@ -38,29 +38,29 @@ def _expected(running: Running) -> list[int]:
     return expected
 
 
-def test_10000_digits_in_requests_of_64_make_the_checkpoints_mistakes(running: Running, digits: Digits) -> None:
+def test_10000_digits_in_requests_of_64_make_the_checkpoints_mistakes(accurate: Running, digits: Digits) -> None:
     answers: list[pb.Classification] = []
     for start in range(0, len(digits.images), 64):
         indices = range(start, min(start + 64, len(digits.images)))
-        answers += running.classify(*(_image(digits, index) for index in indices)).results
-    assert _mistakes(digits, answers) == _expected(running)
+        answers += accurate.classify(*(_image(digits, index) for index in indices)).results
+    assert _mistakes(digits, answers) == _expected(accurate)
 
 
-def test_10000_streamed_digits_make_the_checkpoints_mistakes(fast: Running, digits: Digits) -> None:
+def test_10000_streamed_digits_make_the_checkpoints_mistakes(running: Running, digits: Digits) -> None:
     def requests() -> Iterator[pb.ClassifyStreamRequest]:
         for index in range(len(digits.images)):
             request = pb.ClassifyRequest(images=[_image(digits, index)])
             yield pb.ClassifyStreamRequest(id=f"digit {index}", request=request)
 
-    answers = list(fast.stub.ClassifyStream(requests(), timeout=120))
+    answers = list(running.stub.ClassifyStream(requests(), timeout=120))
     assert [answer.id for answer in answers] == [f"digit {index}" for index in range(len(digits.images))]
-    assert _mistakes(digits, [answer.response.results[0] for answer in answers]) == _expected(fast)
+    assert _mistakes(digits, [answer.response.results[0] for answer in answers]) == _expected(running)
 
 
-def test_10000_digits_in_unary_requests_make_the_checkpoints_mistakes(fast: Running, digits: Digits) -> None:
+def test_10000_digits_in_unary_requests_make_the_checkpoints_mistakes(running: Running, digits: Digits) -> None:
     async def classify_all() -> list[pb.Classification]:
         under_way = asyncio.Semaphore(64)
-        async with grpc.aio.insecure_channel(fast.address) as channel:
+        async with grpc.aio.insecure_channel(running.address) as channel:
             stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
 
             async def classify(index: int) -> pb.Classification:
@@ -71,4 +71,4 @@ def test_10000_digits_in_unary_requests_make_the_checkpoints_mistakes(fast: Runn
 
             return await asyncio.gather(*(classify(index) for index in range(len(digits.images))))
 
-    assert _mistakes(digits, asyncio.run(classify_all())) == _expected(fast)
+    assert _mistakes(digits, asyncio.run(classify_all())) == _expected(running)
