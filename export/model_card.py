@@ -29,9 +29,9 @@ _KINDS = {
         "One handwritten digit in an image, white on black and centred as in MNIST. With `preprocess: AUTO` the server "
         "brings photographs and drawings to that look first.",
         "It knows digits of MNIST's kind alone. Other pens, cameras and scripts were not measured, except the "
-        "photographs and drawings that the README names. Several digits in an image are suspicious to it, not read. An "
-        "image can be made so that the network takes it for another class: do not use the answers where someone gains "
-        "by a wrong one, such as on cheques.",
+        "photographs and drawings that docs/accuracy.md names. Several digits in an image are suspicious to it, not "
+        "read. An image can be made so that the network takes it for another class: do not use the answers where "
+        "someone gains by a wrong one, such as on cheques.",
         "MNIST: digits of employees of the US Census Bureau and of US high-school students, about 1990. Writing of "
         "other countries, ages and times is missing from it. The data set names no writer.",
     ),

