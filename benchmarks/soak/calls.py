@@ -1,7 +1,6 @@
 """The calls of a soak: right ones, wrong ones, and those that their client gives up."""
 
 import asyncio
-import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -295,11 +294,7 @@ async def hang_up(client: Client) -> str:
         call = headers(1, CLASSIFY, *client.metadata)
         begun = data(1, message[: client.random.randrange(len(message))], end=False)
         writer.write((call + begun, call + data(1, message), os.urandom(100))[kind - 1])
-    with contextlib.suppress(OSError):  # the server may have hung up first
-        await writer.drain()
-        await asyncio.sleep(client.random.uniform(0, 0.05))
-        writer.transport.abort()
-        await writer.wait_closed()
+    await client.abort(writer)
     return HUNG_UP
 
 

@@ -1,6 +1,7 @@
 """A client of a soak: connections to one server, and the right answers that it compares with."""
 
 import asyncio
+import contextlib
 import random
 import ssl
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,14 @@ class Client:
         context = ssl.create_default_context(cadata=self.server.certificate.decode())
         context.set_alpn_protocols([protocol])
         return context
+
+    async def abort(self, writer: asyncio.StreamWriter) -> None:
+        """Send what is written, and break the connection off a moment later."""
+        with contextlib.suppress(OSError):  # the server may have hung up first
+            await writer.drain()
+            await asyncio.sleep(self.random.uniform(0, 0.05))
+            writer.transport.abort()
+            await writer.wait_closed()
 
     def places(self, most: int = MAX_IMAGES) -> list[int]:
         """Return the numbers of some digits, drawn by lot."""

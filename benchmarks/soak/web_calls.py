@@ -180,11 +180,7 @@ async def hang_up(client: Client) -> str:
     head += f"Authorization: Bearer {client.server.token_of['predict']}\r\nContent-Length: {len(request.body)}\r\n\r\n"
     whole = head.encode() + request.body
     writer.write(whole[: client.random.randint(1, len(whole))])
-    with contextlib.suppress(OSError):  # the server may have hung up first
-        await writer.drain()
-        await asyncio.sleep(client.random.uniform(0, 0.05))
-        writer.transport.abort()
-        await writer.wait_closed()
+    await client.abort(writer)
     return HUNG_UP
 
 
