@@ -22,8 +22,8 @@ from training.data.datasets import load as load_dataset
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit
-from training.recorded.chunks import Digits, Distortion
-from training.recorded.learner import Hyperparameters, Learner, total_loss, training_device, wait
+from training.recorded.chunks import Chunk, Digits, Distortion
+from training.recorded.learner import Hyperparameters, Learner, learn, total_loss, training_device
 
 PROBED_EPOCHS = 2  # their time decides how many fit
 FOLD = 10_000  # images; the first fold is the data set's first images, the second the next ones
@@ -61,6 +61,7 @@ class Trial:
     name: str
     fold: int
     data: Digits
+    chunk: Chunk
     learner: Learner[CapsNet]
 
 
@@ -92,18 +93,17 @@ def compare(
             build = partial(CapsNet, CONFIGS[config])
             steps = epochs * data.steps
             learner = Learner(build, total_loss, fold + 1, recipe.settings, steps, device, compiled=compiled)
-            learner.prepare(data(), graph=compiled)
-            trials.append(Trial(name, fold, data, learner))
+            chunk = data()
+            learner.prepare(chunk, graph=compiled)
+            trials.append(Trial(name, fold, data, chunk, learner))
             print(f"{name} {fold} prepared", flush=True)
     begin = time.perf_counter()
     epoch = 0
     while epoch < epochs:
         for trial in trials:
-            trial.learner.refill(trial.data())
-        for _ in range(trials[0].data.steps):
-            for trial in trials:
-                trial.learner.step()
-        wait(device)
+            trial.chunk.fill(trial.data())
+            trial.learner.loss.zero_()
+        learn([trial.learner for trial in trials], trials[0].data.steps, device)
         epoch += 1
         took = time.perf_counter() - begin
         if epoch == PROBED_EPOCHS and took / epoch * epochs > seconds:

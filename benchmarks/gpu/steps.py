@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.figures import write
-from benchmarks.gpu.training import PAIR_CANVAS, buffers
+from benchmarks.gpu.training import PAIR_CANVAS
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit, processor
 from training.recorded.chunks import Digits, Distortion
@@ -29,7 +29,7 @@ def measure(name: str, batch: int, way: str, steps: int, device: torch.device) -
     if CONFIGS[name].image_size == PAIR_CANVAS:
         images = torch.nn.functional.pad(images, (4, 4, 4, 4))
     config = replace(CONFIGS[name], image_size=images.shape[-1])
-    chunk = buffers(Digits(images, labels, batch, 1, Distortion(), False)())
+    chunk = Digits(images, labels, batch, 1, Distortion(), False)()
     begin = time.perf_counter()
     learner = Learner(partial(CapsNet, config), total_loss, 1, Hyperparameters(), 10_000, device, compiled=compiled)
     learner.prepare(chunk, graph=graph)

@@ -29,6 +29,7 @@ from training.recorded.chunks import Chunk, Digits, Distortion, Pairs
 from training.recorded.learner import (
     Hyperparameters,
     Learner,
+    learn,
     mean_lengths,
     on_device,
     total_loss,
@@ -75,10 +76,6 @@ def data_of(job: Job, mnist: Dataset, device: torch.device, batch: int, pair_bat
     return Digits(images, labels, batch, job.seed, job.distortion, job.none)
 
 
-def buffers(chunk: Chunk) -> Chunk:
-    return Chunk(*(values.clone() for values in chunk))
-
-
 def run(
     jobs: Sequence[Job],
     mnist: Dataset,
@@ -97,7 +94,7 @@ def run(
     """
     begin = time.perf_counter()
     streams = {job.seed: data_of(job, mnist, device, batch, pair_batch) for job in jobs}
-    chunks = {seed: buffers(data()) for seed, data in streams.items()}
+    chunks = {seed: data().buffers() for seed, data in streams.items()}
     targets: dict[int, Tensor | None] = {seed: _targets(teachers, chunk) for seed, chunk in chunks.items()}
     steps = next(iter(streams.values())).steps
     most = box.epochs * steps
@@ -116,20 +113,13 @@ def run(
     for epoch in range(epochs):
         for seed, data in streams.items():
             fresh = data()
-            for buffer, values in zip(chunks[seed], fresh, strict=True):
-                buffer.copy_(values)
+            chunks[seed].fill(fresh)
             lengths_there, made = targets[seed], _targets(teachers, fresh)
             if lengths_there is not None and made is not None:
                 lengths_there.copy_(made)
-        wait(device)
         for learner in learners:
-            learner.begin_chunk()
             learner.loss.zero_()
-        wait(device)
-        for _ in range(steps):
-            for learner in learners:
-                learner.step()
-        wait(device)
+        learn(learners, steps, device)
         for curve, learner in zip(curves, learners, strict=True):
             curve.append(round(float(learner.loss) / steps, 5))
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs - 1:

@@ -22,7 +22,7 @@ from training.claims.streams import CHUNK_STEPS, Stream, stream
 from training.precision import default_precision
 from training.provenance import commit, provenance
 from training.recorded.chunks import Chunk
-from training.recorded.learner import Hyperparameters, Learner, wait
+from training.recorded.learner import Hyperparameters, Learner, learn
 
 SETTINGS = Hyperparameters(ema_decay=0.999)
 AT_ONCE_ON_GPU, AT_ONCE_ON_CPU = 18, 1  # networks; on a processor, an interruption then loses one at most
@@ -85,7 +85,7 @@ def _train_group(jobs: Sequence[Job], images: Images, sets: Sets, shop: Workshop
     if shop.deadline is not None and begin > shop.deadline:
         return False
     streams: dict[tuple[int, int], Stream] = {(job.seed, job.per_class): stream(job, images) for job in jobs}
-    buffers = {key: Chunk(*(values.clone() for values in fresh())) for key, fresh in streams.items()}
+    buffers = {key: fresh().buffers() for key, fresh in streams.items()}
     learners = [_learner(job, buffers[job.seed, job.per_class], shop.device) for job in jobs]
     points = [Points(sets) if job.images == PLACED else None for job in jobs]
     steps = jobs[0].steps
@@ -94,9 +94,8 @@ def _train_group(jobs: Sequence[Job], images: Images, sets: Sets, shop: Workshop
     for done in range(0, steps, CHUNK_STEPS):
         if done:
             for key, fresh in streams.items():
-                for buffer, values in zip(buffers[key], fresh(), strict=True):
-                    buffer.copy_(values)
-        _learn(learners, min(CHUNK_STEPS, steps - done), shop.device)
+                buffers[key].fill(fresh())
+        learn(learners, min(CHUNK_STEPS, steps - done), shop.device)
         reached = min(steps, done + CHUNK_STEPS)
         if done == 0 and not _fits(time.perf_counter() - started, steps, shop):
             return False
@@ -124,18 +123,6 @@ def _learner(job: Job, chunk: Chunk, device: torch.device) -> AnyLearner:
     learner = AnyLearner(make, batch_loss, job.seed, SETTINGS, job.steps, device, compiled=False, half=half)
     learner.prepare(chunk)
     return learner
-
-
-def _learn(learners: Sequence[AnyLearner], steps: int, device: torch.device) -> None:
-    """Let each network learn from so many batches of its chunk."""
-    wait(device)
-    for learner in learners:
-        learner.begin_chunk()
-    wait(device)
-    for _ in range(steps):
-        for learner in learners:
-            learner.step()
-    wait(device)
 
 
 def _fits(first_chunk: float, steps: int, shop: Workshop) -> bool:

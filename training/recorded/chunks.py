@@ -24,6 +24,15 @@ class Chunk(NamedTuple):
     parts: Tensor
     labels: Tensor
 
+    def buffers(self) -> "Chunk":
+        """Return a copy, whose memory recorded steps read and ``fill`` writes."""
+        return Chunk(*(values.clone() for values in self))
+
+    def fill(self, chunk: "Chunk") -> None:
+        """Take the content of another chunk of the same shapes."""
+        for buffer, values in zip(self, chunk, strict=True):
+            buffer.copy_(values)
+
 
 @dataclass(frozen=True)
 class Distortion:

@@ -6,9 +6,9 @@ The data of many steps lie on the device, and the step itself counts which of th
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -192,17 +192,6 @@ class Learner(Generic[Net]):
         for counter in (self._step, self._next, self.loss):
             counter.zero_()
 
-    def refill(self, chunk: Chunk) -> None:
-        """Put new batches into the buffers of ``prepare``, and start again with the first one."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-        for buffer, values in zip(self._chunk, chunk, strict=True):
-            buffer.copy_(values)
-        self.begin_chunk()
-        self.loss.zero_()
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-
     def begin_chunk(self) -> None:
         """Start again with the first batch of the chunk, whose content is new."""
         self._next.zero_()
@@ -245,6 +234,18 @@ class Learner(Generic[Net]):
             for value, average in zip(floating, self._average, strict=True):
                 value.copy_(average)
         return model.eval()
+
+
+def learn(learners: Sequence[Learner[Any]], steps: int, device: torch.device) -> None:
+    """Let each network learn from the first batches of its chunk, whose content is new, side by side on a GPU."""
+    wait(device)
+    for learner in learners:
+        learner.begin_chunk()
+    wait(device)
+    for _ in range(steps):
+        for learner in learners:
+            learner.step()
+    wait(device)
 
 
 @torch.no_grad()
