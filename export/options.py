@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serving.files.options import check, option
 from serving.tensorrt_options import BatchProfile
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, parse_managers
 
 DECODER_WEIGHTS = ("fp32", "int8")
 _OPTIONAL_PRECISIONS = ("int8", "fp16")
@@ -63,9 +64,8 @@ class ExportOptions:
     model_version: str | None = option(
         None, "the version of the artifact", parse=parse_version, metavar="N", shown="one more than the highest there"
     )
-    data_dir: Path | None = option(
-        None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
-    )
+    data_dir: Path | None = option(None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="")
+    source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     data: Path | None = option(
         None, "the folder of images that it was trained on", parse=Path, metavar="FOLDER", shown=""
     )

@@ -1122,7 +1122,7 @@ def checkpoint_file(trained: Checkpoint, tmp_path: Path) -> Path:
 @pytest.fixture
 def test_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``datasets.load`` return the test images of this module."""
-    monkeypatch.setattr(datasets, "load", lambda name, folder: DATASET)
+    monkeypatch.setattr(datasets, "load", lambda name, folder, source: DATASET)
 
 
 def test_the_command_writes_one_version_after_another_and_prints_its_measurements(
@@ -1223,7 +1223,7 @@ def test_the_command_refuses_a_checkpoint_of_an_unknown_data_set(
 def test_the_command_fails_if_the_test_set_is_not_available(
     checkpoint_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(name: str, folder: Path) -> Dataset:
+    def fail(name: str, folder: Path, source: object) -> Dataset:
         raise DatasetError(f"could not get {name}:\n  {folder}: nothing there")
 
     monkeypatch.setattr(datasets, "load", fail)

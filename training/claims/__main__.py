@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.claims.jobs import SCALES
+from training.data.sources import add_file_flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,8 +20,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("scale", nargs="?", choices=SCALES, default="quick", help="(default: %(default)s)")
     command.add_argument("--rows", type=int, nargs="+", metavar="N", help="numbers of rows, 1 to 16 (default: all)")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run (default: runs/claims-SCALE)")
-    command.add_argument("--data-dir", type=Path, metavar="FOLDER", help="folder with MNIST's files")
-    command.add_argument("--clothes-dir", type=Path, metavar="FOLDER", help="folder with Fashion-MNIST's files")
+    add_file_flags(command)
+    command.add_argument(
+        "--clothes-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder with Fashion-MNIST's files; --data-dir is for MNIST's",
+    )
     part = command.add_mutually_exclusive_group()
     part.add_argument("--train-only", action="store_true", help="train the networks, and measure no row")
     part.add_argument("--no-training", action="store_true", help="measure the rows whose networks are trained")
@@ -54,6 +60,7 @@ def _run(command: argparse.ArgumentParser, options: argparse.Namespace, begin: f
             tuple(options.rows or ()),
             options.data_dir,
             options.clothes_dir,
+            options.source,
             None if options.seconds is None else begin + options.seconds,
             options.commit,
             shlex.join(words),

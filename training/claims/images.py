@@ -1,5 +1,6 @@
 """The images of the claims: MNIST's digits and Fashion-MNIST's clothes, to train on, held out, and for the test."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,22 +61,25 @@ class Images:
         return Images(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def load_images(scale: Scale, digits: Path | None = None, clothes: Path | None = None) -> Images:
+def load_images(
+    scale: Scale, digits: Path | None = None, clothes: Path | None = None, source: Collection[str] = ()
+) -> Images:
     """Load the images of a run, in the numbers that its scale says.
 
-    digits, clothes: folders with the files of MNIST and of Fashion-MNIST, by default the cache or a download. Without
-    network and files, a quick run takes its digits from MNIST's test set alone, of which a clone has a copy, and
-    shuffled digits for clothes. Raises DatasetError if another run finds no files.
+    digits, clothes: folders with the files of MNIST and of Fashion-MNIST, by default the cache or a download. source:
+    the package managers that may be asked. Without network and files, a quick run takes its digits from MNIST's test
+    set alone, of which a clone has a copy, and shuffled digits for clothes. Raises DatasetError if another run finds no
+    files.
     """
     try:
-        mnist = load("mnist", digits, progress=False)
+        mnist = load("mnist", digits, source, progress=False)
         pool, test = Labelled(mnist.train_images, mnist.train_labels), Labelled(mnist.test_images, mnist.test_labels)
     except DatasetError:
         if scale.name != "quick":
             raise
         pool, test = _cloned(scale)
     try:
-        fashion = load("fashion-mnist", clothes, progress=False)
+        fashion = load("fashion-mnist", clothes, source, progress=False)
         others = (
             Labelled(fashion.train_images, fashion.train_labels),
             Labelled(fashion.test_images, fashion.test_labels),

@@ -30,8 +30,9 @@ SCALE_FILE = "scale.json"
 class Settings:
     """The settings of a run.
 
-    numbers: of the rows; none for all. digits, clothes: folders of the data sets. deadline: of ``time.perf_counter``,
-    for the training. command: the words that repeat the run. Raises ValueError for a number that no row has.
+    numbers: of the rows; none for all. digits, clothes: folders of the data sets. source: the package managers that may
+    be asked for them. deadline: of ``time.perf_counter``, for the training. command: the words that repeat the run.
+    Raises ValueError for a number that no row has.
     """
 
     scale: Scale
@@ -39,6 +40,7 @@ class Settings:
     numbers: tuple[int, ...] = ()
     digits: Path | None = None
     clothes: Path | None = None
+    source: tuple[str, ...] = ()
     deadline: float | None = None
     commit: str = ""
     command: str = ""
@@ -73,7 +75,7 @@ def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
         torch.set_num_threads(1)  # tiny networks gain nothing from more, and sums come out alike on every machine
     try:
         _check_scale(settings)
-        images = load_images(settings.scale, settings.digits, settings.clothes)
+        images = load_images(settings.scale, settings.digits, settings.clothes, settings.source)
     except (DatasetError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
