@@ -29,6 +29,7 @@ from export.to_int8 import to_int8
 from export.verify import edge_images
 from serving.runtime import CPU, onnxruntime
 from training.data.datasets import Dataset, load
+from training.data.sources import DatasetError
 from training.data.specs import DATASETS
 
 FIRST = "onnx fp32"
@@ -164,7 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
     options = command.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)  # the converters log every node that they change
-    dataset = load(options.dataset, options.data_dir, progress=False)
+    try:
+        dataset = load(options.dataset, options.data_dir, progress=False)
+    except DatasetError as error:
+        command.exit(1, f"{error}\n")
     if options.images:
         images, labels = dataset.test_images[: options.images], dataset.test_labels[: options.images]
         dataset = replace(dataset, test_images=images, test_labels=labels)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serving.files.options import check, option
 from serving.tensorrt_options import BatchProfile
+from training.data.specs import DATA_OR_FILES
 
 DECODER_WEIGHTS = ("fp32", "int8")
 _OPTIONAL_PRECISIONS = ("int8", "fp16")
@@ -64,7 +65,11 @@ class ExportOptions:
         None, "the version of the artifact", parse=parse_version, metavar="N", shown="one more than the highest there"
     )
     data_dir: Path | None = option(
-        None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
+        None,
+        "a folder with the dataset's files; no other place is asked",
+        parse=Path,
+        metavar="FOLDER",
+        shown="the cache, then a download",
     )
     data: Path | None = option(
         None, "the folder of images that it was trained on", parse=Path, metavar="FOLDER", shown=""
@@ -96,6 +101,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.data is not None and self.data_dir is not None:
+            raise ValueError(DATA_OR_FILES)
         try:
             _ = self.profile
         except ValueError as error:

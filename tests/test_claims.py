@@ -30,6 +30,7 @@ from training.claims.scoring import DISTANCES, Sets, scores
 from training.claims.store import DamagedRunError, Store, round_weights, spec_of
 from training.claims.streams import CHUNK_STEPS, ONE_CLASS_DIGIT, stream
 from training.claims.summary import NOT_RUN, collect
+from training.data.datasets import Dataset, load
 from training.data.sources import DatasetError
 from training.data.specs import NONE
 
@@ -65,7 +66,7 @@ def no_files(*_: object, **__: object) -> None:
 
 
 def test_a_quick_run_without_network_takes_the_clones_digits_and_a_full_run_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("training.claims.images.load", no_files)
     images = load_images(TINY)
@@ -73,8 +74,29 @@ def test_a_quick_run_without_network_takes_the_clones_digits_and_a_full_run_is_r
     assert [len(images.train), len(images.held_out), len(images.test), len(images.other_test)] == [60, 20, 60, 60]
     assert not any(one.numpy().tobytes() in digits for one in (*images.train.images, *images.held_out.images))
     assert not any(one.numpy().tobytes() in digits for one in images.other_test.images)
+    assert "mnist is not available; this quick run takes digits of the clone instead" in capsys.readouterr().err
     with pytest.raises(DatasetError):
         load_images(SCALES["full"])
+
+
+@pytest.mark.parametrize("flag", ["--data-dir", "--clothes-dir"])
+def test_a_folder_without_the_files_is_an_error_also_in_a_quick_run(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if flag == "--clothes-dir":
+        monkeypatch.setattr("training.claims.images.load", lambda name, folder, progress: digits_or_load(name, folder))
+    assert main(["quick", "--out", str(tmp_path / "run"), flag, str(tmp_path / "wrong")]) == 1
+    name = "mnist" if flag == "--data-dir" else "fashion-mnist"
+    reason = f"the folder {tmp_path / 'wrong'} does not have the data set {name}: there is no such folder; expected "
+    assert reason in capsys.readouterr().err
+
+
+def digits_or_load(name: str, folder: Path | None) -> Dataset:
+    """Return digits for MNIST, and load another data set."""
+    if name != "mnist":
+        return load(name, folder, progress=False)
+    train, test = (one.first(60) for one in (IMAGES.train, IMAGES.test))
+    return Dataset(name, tuple("0123456789"), train.images, train.labels, test.images, test.labels)
 
 
 def shop(folder: Path, **changes: Any) -> Workshop:

@@ -23,6 +23,7 @@ from export.to_fp16 import to_fp16
 from export.to_onnx import to_onnx
 from training.checkpoint import load
 from training.data.datasets import load as load_dataset
+from training.data.sources import DatasetError
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit, processor
 
@@ -151,7 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and _CUDA in ort.get_available_providers()
     options.out.mkdir(parents=True, exist_ok=True)
-    images = load_dataset("mnist", options.data_dir, progress=False).test_images.numpy()
+    try:
+        images = load_dataset("mnist", options.data_dir, progress=False).test_images.numpy()
+    except DatasetError as error:
+        parser.exit(1, f"{error}\n")
     graphs: list[tuple[str, Path, Path]] = []
     for given in options.graph:
         name, file, reference = given.split("=")

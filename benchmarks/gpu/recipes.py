@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from training.data.datasets import load as load_dataset
+from training.data.sources import DatasetError
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit
@@ -153,7 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = training_device()
     torch.backends.cudnn.allow_tf32 = False
-    mnist = load_dataset("mnist", options.data_dir, progress=False)
+    try:
+        mnist = load_dataset("mnist", options.data_dir, progress=False)
+    except DatasetError as error:
+        parser.exit(1, f"{error}\n")
     images, labels = mnist.train_images[: options.limit], mnist.train_labels[: options.limit]
     held_out = FOLD if options.limit is None else options.limit // 5
     names = options.recipe or list(RECIPES)

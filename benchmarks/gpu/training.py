@@ -22,6 +22,7 @@ from benchmarks.gpu.recipes import RECIPES, Recipe
 from training.checkpoint import Checkpoint, load, save
 from training.data.datasets import Dataset, generate
 from training.data.datasets import load as load_dataset
+from training.data.sources import DatasetError
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.provenance import commit
@@ -277,7 +278,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = training_device()
     torch.backends.cudnn.allow_tf32 = False  # the test is judged in single precision
-    mnist = load_dataset("mnist", options.data_dir, progress=False)
+    try:
+        mnist = load_dataset("mnist", options.data_dir, progress=False)
+    except DatasetError as error:
+        parser.exit(1, f"{error}\n")
     if options.limit:
         mnist = replace(
             mnist,

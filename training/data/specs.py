@@ -15,6 +15,7 @@ from serving.files.idx import decompress, read_idx
 from training.data.archives import CIFAR_ARCHIVE, SVHN_TEST, SVHN_TRAIN, Labelled, read_cifar10, read_svhn
 from training.data.sources import DebianPackage, Folder, Mirror, NpmPackage, Source
 
+DATA_OR_FILES = "--data-dir has a data set's files, --data your own images; give one of them"
 NONE = -1  # the label of an image that shows none of the classes
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
