@@ -89,9 +89,12 @@ def _labelled(name: str, folder: Path | None, scale: Scale) -> tuple[Labelled, L
     """Return the training and the test images of a data set, or None if a quick run must do without it."""
     try:
         found = load(name, folder, progress=False)
-    except DatasetError:
-        if scale.name != "quick" or folder is not None:
+    except DatasetError as error:
+        if folder is not None:
             raise
+        if scale.name != "quick":
+            flag = "--data-dir" if name == "mnist" else "--clothes-dir"
+            raise DatasetError(str(error).replace("--data-dir", flag)) from error
         print(f"{name} is not available; this quick run takes digits of the clone instead", file=sys.stderr)
         return None
     return Labelled(found.train_images, found.train_labels), Labelled(found.test_images, found.test_labels)
