@@ -99,7 +99,7 @@ def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
 def _measured(settings: Settings, store: Store, images: Images) -> list[Row]:
     """Measure the rows that were not measured yet, and return those that cannot be, after the other ones."""
     missing = []
-    with tqdm(desc="rows", total=len(settings.rows), unit="row", dynamic_ncols=True) as bar:
+    with tqdm(desc="rows", total=len(settings.rows), unit="row", dynamic_ncols=True, disable=None) as bar:
         for row in settings.rows:
             bar.set_postfix_str(row.claim.title)
             if omission := _omission(row, settings, store, images):
@@ -162,7 +162,7 @@ def _trained(settings: Settings, store: Store, images: Images, device: torch.dev
     """Train the networks and return those that are missing; see ``train``."""
     jobs = jobs_of(settings.rows, settings.scale, gpu=device.type == "cuda")
     begin = time.perf_counter()
-    with tqdm(desc="networks", total=len(jobs), unit="network", dynamic_ncols=True) as bar:
+    with tqdm(desc="networks", total=len(jobs), unit="network", dynamic_ncols=True, disable=None) as bar:
         bar.update(sum(store.finished(job) for job in jobs))
         told = (tqdm.write, bar.update, settings.deadline, settings.commit)
         left = train(jobs, Workshop(store, images, settings.scale, device, *told))

@@ -86,7 +86,9 @@ class Mirror:
         content = bytearray()
         with urllib.request.urlopen(self.url + file_name, timeout=MIRROR_TIMEOUT_SECONDS) as response:
             length = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(desc=file_name, total=length, unit="B", unit_scale=True, disable=not progress) as bar:
+            with tqdm(
+                desc=file_name, total=length, unit="B", unit_scale=True, disable=None if progress else True
+            ) as bar:
                 while chunk := response.read(CHUNK_BYTES):
                     content += chunk
                     if len(content) > MAX_FILE_BYTES:
