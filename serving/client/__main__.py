@@ -95,6 +95,7 @@ def _add_looking(target: argparse.ArgumentParser) -> None:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m serving.client",
+        usage="%(prog)s [--address HOST:PORT] [--preprocess auto | --resize] [--json] [--help] ... FILE [FILE ...]",
         description="Classify images with a running server: the length of each class's capsule, the winner's pose, and "
         "what lies behind them.",
     )
