@@ -32,7 +32,8 @@ def _blocks(page: str, language: str) -> list[str]:
 
 def _commands(page: str) -> list[str]:
     """Return the commands of a page, in its order."""
-    return [line.strip() for text in _blocks(page, "sh") for line in text.splitlines()]
+    texts = [re.sub(r"\\\n\s*", "", text) for text in _blocks(page, "sh")]  # lines that go on in the next one
+    return [line.strip() for text in texts for line in text.splitlines()]
 
 
 SHELL = _commands("README.md")
