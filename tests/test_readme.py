@@ -231,6 +231,13 @@ def test_every_link_to_a_chapter_leads_to_one(document: Path) -> None:
         assert anchor in _anchors(document.parent / target if target else document), f"{target}#{anchor}"
 
 
+def test_every_command_names_the_environment_that_has_its_packages() -> None:
+    for document in DOCUMENTS:
+        for command in _commands(str(document.relative_to(ROOT))):
+            words = re.sub(r"^(\w+=\S+ )*", "", command)  # without variables before the command
+            assert not re.match(r"(python3? -m (?!venv)|pip|capsnet-)", words), f"{document}: {command}"
+
+
 def test_the_table_of_contents_names_every_chapter_in_order() -> None:
     text = (ROOT / "README.md").read_text()
     chapters = re.findall(r"^## (.+)$", text, re.MULTILINE)
