@@ -250,8 +250,7 @@ class Server:
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log the versions and the addresses, and a warning if the settings ask for more threads than cores."""
-        _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
+        """Log the addresses, and a warning if the settings ask for more threads than cores."""
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -349,6 +348,7 @@ async def serve(settings: Settings) -> bool:
 
     Return False if the signal came while the models were still loading, in a thread that cannot be interrupted.
     """
+    _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 

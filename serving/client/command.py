@@ -244,6 +244,9 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
     except BrokenPipeError:  # the reader of our output, such as head, has closed it
         sys.stderr.close()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"python -m serving.client: {place}{error.strerror or error}", file=sys.stderr)
+    except ValueError as error:
         print(f"python -m serving.client: {error}", file=sys.stderr)
     return 1
