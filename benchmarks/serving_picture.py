@@ -5,7 +5,7 @@ import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -52,7 +52,9 @@ def plot(rows: Rows) -> Figure:
     return figure
 
 
-def _legend(figure: Figure, colours: Mapping[str, str], place: str) -> None:
+def _legend(
+    figure: Figure, colours: Mapping[str, str], place: Literal["outside upper left", "outside upper right"]
+) -> None:
     """Name the colours in one line above the pictures."""
     patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=patches, loc=place, ncols=len(patches), fontsize=11, frameon=False)

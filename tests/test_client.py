@@ -109,7 +109,7 @@ def test_wrong_options_are_reported_in_one_line(
     for arguments, text in (
         (["--address", running.address, "--model", "other"], "'other'"),
         (["--address", "example.org:1", "--token-file", str(token)], "token: would go unencrypted to example.org:1"),
-        (["--address", running.address, "--ca-file", "/missing.pem"], "No such file or directory: '/missing.pem'"),
+        (["--address", running.address, "--ca-file", "/missing.pem"], "tls: /missing.pem: No such file or directory"),
         (["--address", running.address, "--tls", "--key-file", "key.pem"], "--cert-file and --key-file: one without"),
         (["--address", running.address, "--timeout", "0.0001"], "127.0.0.1"),
     ):

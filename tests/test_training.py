@@ -960,8 +960,8 @@ def test_wrong_flags_are_refused_before_pytorch_is_imported(tmp_path: Path) -> N
         assert "Traceback" not in answer
 
 
-@pytest.mark.parametrize("imported", ["torch", "numpy", "argparse", "{}.command"])
-@pytest.mark.parametrize("command_line", ["training --epochs=1", "export {} models"])
+@pytest.mark.parametrize("imported", ["framework", "numpy", "argparse", "{}.command"])
+@pytest.mark.parametrize("command_line", ["training --epochs=1", "export {} models", "serving.client {}"])
 def test_ctrl_c_in_any_import_is_one_line(tmp_path: Path, command_line: str, imported: str) -> None:
     checkpoint = tmp_path / CHECKPOINT_FILE
     checkpoint.touch()
@@ -979,6 +979,7 @@ def test_ctrl_c_in_any_import_is_one_line(tmp_path: Path, command_line: str, imp
         runpy.run_module(module, run_name="__main__")
     """
     words = command_line.format(checkpoint).split()
+    imported = imported.replace("framework", "grpc" if "client" in command_line else "torch")
     result = run_python(code, imported.format(words[0]), str(tmp_path), *words)
     assert result.returncode == 130, result.stderr
     assert [line.partition(";")[0] for line in result.stderr.split("\n") if line] == ["interrupted"]

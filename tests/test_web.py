@@ -224,6 +224,10 @@ CHOSEN = {"name": "probabilities", "parameters": {"classification": 1}}
         ({"inputs": [{**TENSOR, "data": [0] * 783}]}, "raw_input_contents[0]"),
         ({"inputs": [TENSOR]}, "inputs[0].data"),
         ({"inputs": [{**TENSOR, "data": {}}]}, "inputs[0].data"),
+        (
+            {"inputs": [{**TENSOR, "parameters": {"shared_memory_region": "a", "shared_memory_byte_size": 784}}]},
+            'inputs[0].parameters["shared_memory_region"]',
+        ),
         ({"inputs": [{**TENSOR, "datatype": "WORD", "data": [0]}]}, "inputs[0].datatype"),
         ({"inputs": [{**TENSOR, "shape": [1, -1], "data": [0]}]}, "inputs[0].shape"),
         ({"inputs": [{**TENSOR, "shape": "x", "data": [0]}]}, "inputs[0].shape"),

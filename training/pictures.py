@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from numpy.typing import NDArray
 from torch import Tensor
 
+from serving.files.program import add_version
 from training.checkpoint import CheckpointError, load
 from training.data.compose import combine
 from training.data.matching import load_matching
@@ -416,6 +417,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m training.pictures",
         description="Draw reconstructions of test images, and what each dimension of a pose changes in one of them.",
     )
+    add_version(result)
     result.add_argument("checkpoint", type=Path, help="the run's folder, or the checkpoint capsnet.pt in it")
     source = result.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=NAMES, help="whose test images (default: what the network was trained on)")

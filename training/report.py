@@ -15,6 +15,7 @@ from statistics import NormalDist
 
 from torch import Tensor
 
+from serving.files.program import add_version
 from training.calibration import ECE_BINS, expected_calibration_error
 from training.checkpoint import Checkpoint, CheckpointError, load
 from training.data.datasets import Dataset
@@ -322,6 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(
         prog="python -m training.report", description="Write the report of a finished run again, from its checkpoint."
     )
+    add_version(command)
     command.add_argument("run", type=Path, help="the run's folder")
     command.add_argument("--data", type=Path, metavar="FOLDER", help="the folder of images that it was trained on")
     add_file_flags(command)

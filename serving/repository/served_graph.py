@@ -98,12 +98,8 @@ class ServedGraph:
             counted(plan.max_batch, "image"),
             counted(plan.threads, "thread"),
         )
-        _logger.info(
-            "%s: a batch takes about %.3g ms, and %.3g ms for each image",
-            self.name,
-            1000 * cost.per_batch,
-            1000 * cost.per_image,
-        )
+        constant = f"a batch takes about {1000 * cost.per_batch:.3g} ms, and " if cost.per_batch else ""
+        _logger.info("%s: %s%.3g ms for each image", self.name, constant, 1000 * cost.per_image)
         for timing in self.tuned.compared:
             _logger.debug("tuning: %s, %.0f images a second", timing, timing.images_per_second)
         if self.runtime.fell_back:

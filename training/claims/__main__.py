@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from serving.files.program import add_version
 from training.claims.jobs import SCALES
 from training.data.sources import add_file_flags, parse_folder
 
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="python -m training.claims", description=__doc__, allow_abbrev=False)
+    add_version(command)
     command.add_argument("scale", nargs="?", choices=SCALES, default="quick", help="(default: %(default)s)")
     command.add_argument("--rows", type=int, nargs="+", metavar="N", help="numbers of rows, 1 to 16 (default: all)")
     command.add_argument(
