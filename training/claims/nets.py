@@ -217,7 +217,7 @@ class PaperNet(PlainNet):
     def _layers(self, spec: NetSpec) -> tuple[nn.Module, nn.Module, nn.Module, nn.Linear]:
         channels, units = PAPER_LAYERS[spec.size]
         convolutions = [
-            nn.Conv2d(fan_in, fan_out, PAPER_KERNEL, padding="same")
+            nn.Conv2d(fan_in, fan_out, PAPER_KERNEL, padding=PAPER_KERNEL // 2)
             for fan_in, fan_out in pairwise((spec.channels, *channels))
         ]
         first, second, last = convolutions

@@ -97,7 +97,7 @@ def run(settings: Settings, *, train_only: bool, no_training: bool) -> int:
 
 
 def _measured(settings: Settings, store: Store, images: Images) -> list[Row]:
-    """Measure the rows that were not measured yet, and return those that cannot be, after the other ones."""
+    """Measure the rows that were not measured yet, and return those that cannot be measured."""
     missing = []
     with tqdm(desc="rows", total=len(settings.rows), unit="row", dynamic_ncols=True, disable=None) as bar:
         for row in settings.rows:
