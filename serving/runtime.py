@@ -35,8 +35,11 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(uint8)": "uint8",
 }
-# Of glibc's malloc.h: the names of two options of mallopt.
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+# Of glibc's malloc.h: the names of three options of mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+# The free memory at the end of the heap that glibc keeps. With less, a TLS record of a byte takes ten times as long:
+# uvloop reads it into a block of 256 KiB, which the system would have to give and take back.
+_KEPT_BYTES = 2**22
 _MAX_ARENAS = 2  # with a single one all threads wait for its lock
 _CPU_INFO_FILE = Path("/proc/cpuinfo")
 
@@ -87,6 +90,7 @@ def keep_little_free_memory(min_bytes: int) -> None:
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option:
         option(_M_MMAP_THRESHOLD, min_bytes)
+        option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         option(_M_ARENA_MAX, _MAX_ARENAS)
 
 

@@ -162,6 +162,21 @@ def test_a_connection_above_the_limit_is_closed_at_once_and_others_are_served() 
             client.socket.close()
 
 
+def test_grpcs_own_server_closes_a_connection_above_the_limit_too() -> None:
+    with serve("grpcio", limits={"connections": 2}) as serving:
+        served = [Raw(serving.port) for _ in range(2)]
+        for client in served:
+            client.call(1, b"a")
+            assert client.read(1).messages == [b"a"]
+        with suppress(ConnectionError), socket.create_connection(("127.0.0.1", serving.port), 10) as refused:
+            refused.sendall(frames.PREFACE)
+            assert refused.recv(100) == b""
+        for client in served:
+            client.call(3, b"b")
+            assert client.read(3).messages == [b"b"]
+            client.socket.close()
+
+
 def test_an_idle_connection_gives_its_place_to_a_new_one_with_a_goaway_and_without_losing_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

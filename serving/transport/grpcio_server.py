@@ -87,6 +87,8 @@ class GrpcioServer:
             ("grpc.http2.bdp_probe", 0),  # otherwise a fast client may send any number of bytes that nobody reads
             ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
+        if limits.connections:
+            options.append(("grpc.max_allowed_incoming_connections", limits.connections))
         if limits.idle_seconds:
             options.append(("grpc.max_connection_idle_ms", max(1, round(1000 * limits.idle_seconds))))
         if connection_age:
