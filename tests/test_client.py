@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -74,6 +75,16 @@ def test_a_name_that_the_output_cannot_show_is_escaped_and_the_others_are_answer
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     result = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, timeout=60, check=False)
     assert (result.returncode, result.stdout.count(b".png: 7")) == (0, 4), result.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_output_that_is_closed_is_no_fault(running: Running, closed: str) -> None:
+    command = shlex.join([sys.executable, "-m", "serving.client", "--address", running.address, SEVEN])
+    result = subprocess.run(
+        f"{command} {closed}", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("seven.png: 7" in result.stdout) == (not closed.startswith(">"))
 
 
 @pytest.mark.parametrize("limit", ["0", "-3", "many"])

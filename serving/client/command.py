@@ -6,6 +6,7 @@ format, gzipped or not); folders and patterns of these; and one file on the stan
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -213,11 +214,19 @@ def _run(
     return not files.failures
 
 
+def _prepare_output() -> None:
+    """Let the output take every file's name, and vanish where the caller has closed it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+        elif isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of a name
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_command(arguments: Sequence[str] | None = None) -> int:
     """Run the command, and return 0, or 1 if an image was not classified."""
-    for stream in (sys.stdout, sys.stderr):  # its encoding may lack characters of a file's name
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_output()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the user's own files; larger ones are refused
     options = _parse(arguments)
     # Results that go to the same terminal show the progress already.
