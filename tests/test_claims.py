@@ -547,6 +547,7 @@ def test_the_report_says_which_rows_were_not_run_and_asks_for_nothing_from_outsi
     page = (tmp_path / "report" / HTML_FILE).read_text()
     text = (tmp_path / "report" / MARKDOWN_FILE).read_text()
     assert [entry.verdict for entry in report.entries].count(NOT_RUN) == len(rows()) - 1
+    assert "its figures mean nothing" in page and "its figures mean nothing" in text
     assert page.count("This row was not run.") == 2 * (len(rows()) - 1)  # on its card and in its section
     assert text.count(f"**{NOT_RUN}** | This row was not run. |") == len(rows()) - 1
     for row in rows():

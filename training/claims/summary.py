@@ -107,7 +107,9 @@ def intro(report: Report) -> list[str]:
     """Return the words before the rows, in paragraphs."""
     counted = ", ".join(f"{count} {verdict}" for verdict, count in report.tally.items())
     seeds = len(report.scale.seeds)
+    tiny = "A quick run, which tries the command out on tiny networks: its figures mean nothing. "
     return [
+        f"{tiny if report.scale.name == 'quick' else ''}"
         "A capsule network answers with a vector for each class: its length says how likely the class is there, and its"
         " direction how the object looks. Many advantages are claimed for such networks. Each row measures one claim"
         " on our capsule network (three rounds of routing) and on a plain network with the same stem, as many"
