@@ -53,7 +53,6 @@ _GARBAGE_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.1
 # The memory that decoding may take before it leaves less to requests. The decoding of small images takes less.
 _DECODING_BYTES_BESIDE = 2**25
-_RETURN_SECONDS = 1.0  # between two returns of free memory to the system, which take some milliseconds each
 _LAST_ANSWERS_SECONDS = 0.5
 _PORT_REASONS = {
     errno.EADDRINUSE: "the port is taken ({flag} chooses another)",
@@ -94,7 +93,6 @@ class Server:
             raise StartError(str(error)) from error
         self._scanning: set[asyncio.Task[None]] = set()
         self._memory = Memory(settings.max_bytes_under_way)
-        self._next_return = 0.0  # of free memory; a time of time.monotonic
         self._decoder = Decoder(
             settings.image_threads,
             settings.max_image_memory,
@@ -299,13 +297,11 @@ class Server:
     def _leave_memory(self, decoding_bytes: int) -> None:
         """Leave to requests what decoding does not take, and room for two of them at least."""
         settings = self.settings
-        most, before = settings.max_bytes_under_way, self._memory.max_bytes
+        most, used = settings.max_bytes_under_way, self._memory.used
         left = most - max(0, decoding_bytes - _DECODING_BYTES_BESIDE)
         self._memory.limit(max(left, min(most, 2 * settings.max_request_bytes)))
-        now = time.monotonic()
-        if self._memory.max_bytes < before and now >= self._next_return:
-            self._next_return = now + _RETURN_SECONDS
-            asyncio.get_running_loop().run_in_executor(None, return_free_memory)
+        if self._memory.used < used:  # otherwise the C library would keep it, in blocks that are too small
+            return_free_memory()
 
     def _new_grpc_server(self, port: str) -> TransportServer:
         """Return a new server whose metrics have this value of the label ``port``."""

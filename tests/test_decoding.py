@@ -399,7 +399,7 @@ def test_what_is_reserved_is_told_after_each_change() -> None:
             one.go.set()
         await asyncio.gather(*tasks)
         await asyncio.sleep(0)
-        assert told[0] == 60 and told[-1] == 0
+        assert told[0] == 63 and told[-1] == 0
         assert all(one != other for one, other in pairwise(told))
         decoder.close()
 

@@ -222,6 +222,7 @@ class FrameReader:
             else:
                 self._count_fields(_MAX_FIELDS)
                 self._reception.open(stream, head, end)
+                self._count_further()
             return
         if streams.state is ConnectionState.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
