@@ -69,7 +69,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
     try:
         trained = checkpoint.load(path)
         try:
-            dataset = load_matching(trained, options.data, options.data_dir)
+            dataset = load_matching(trained, options.data, options.data_dir, source=options.source)
         except (checkpoint.CheckpointError, DatasetError) as error:
             raise type(error)(f"{path}: {error}") from error
         name = options.name or _default_name(trained.dataset)

@@ -18,20 +18,22 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks import beside, load, overload, scrape, server, serving, start, tricks
+from benchmarks import beside, load, overload, scrape, server, serving, serving_picture, start, tricks
 from benchmarks.load import Flood, LoadError, Probes, Sample, flood, framed, in_streams, probe
 from benchmarks.server import SERVICE, Case, Page, Served
 from benchmarks.serving import Collected, Raw, RawSample, figures
+from benchmarks.serving_picture import plot
 from benchmarks.tricks import Figures, Gain
 from benchmarks.without import LOADS, OVERLOAD, REFUSALS, TRICKS
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from tests import graphs
-from tests.conftest import Running
+from tests.conftest import ROOT, Running
 from training.model import CONFIGS, CapsNetConfig
 
 needs_h2load = pytest.mark.skipif(not shutil.which(load.H2LOAD), reason=load.H2LOAD_MISSING)
 IMAGE = pb.Image(pixels=bytes(784))
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -206,6 +208,30 @@ def test_the_server_is_measured_beside_onnx_runtime(
     assert measured[0]["load"].startswith("ceiling: ") and measured[0]["share_of_ceiling"] == "1"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "tiny (fp32)" in capsys.readouterr().out
+
+
+def test_the_picture_has_a_colour_for_each_server_and_names_the_ceiling(tmp_path: Path) -> None:
+    file, picture = RESULTS / "serving-cpu.csv", tmp_path / "serving.png"
+    figure = plot(read(file))
+    servers, parts = figure.legends
+    assert [text.get_text() for text in servers.get_texts()] == [
+        "this server, TCP", "this server, Unix socket", "mosec",
+    ]  # fmt: skip
+    assert len(parts.get_texts()) == 3
+    speeds = figure.axes[0]
+    colours = {bar.get_facecolor() for bar in speeds.patches}
+    assert colours == {handle.get_facecolor() for handle in servers.get_patches()}
+    texts = [text.get_text() for text in speeds.texts]
+    assert "ceiling:\nONNX Runtime\nalone, 3,511\nimages a second" in texts
+    assert {"664", "2,113"} <= {*texts}
+    assert [label.get_text() for label in speeds.get_yticklabels()][:2] == ["unary, 1 in flight", "unary, 16 in flight"]
+    assert serving_picture.main([str(file), str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_that_are_not_there_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serving_picture.main([str(tmp_path / "none.csv"), str(tmp_path / "a.png")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'none.csv'}: No such file or directory\n"
 
 
 @pytest.mark.server

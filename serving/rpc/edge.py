@@ -214,7 +214,7 @@ class Edge:
         self._log.write(logging.INFO, text, (_fields(_shown(path), code, metadata, peer) for _ in range(1)), 1)
 
     def denied(self, path: str, peer: Peer, metadata: Metadata, error: ServingError) -> Status:
-        """Count and log a call that its client may not make, and return the status to send."""
+        """Count and log a call that its client may not make, or nobody may, and return the status to send."""
         self._metrics.refused.labels(error.reason).inc()
         fields = (_fields(_shown(path), error.code, metadata, peer) for _ in range(1))
         self._log.write(logging.INFO, str(error), fields, 1)

@@ -89,11 +89,17 @@ class Decoder:
     max_bytes: the most memory of all decodings. A client with half of it begins another decoding only if a thread would
     be idle otherwise. timeout: seconds after which a decoding is given up. max_images: the most images of all decodings
     that are not patient, except one that is alone. refused: called with the cause of each refusal, one of
-    ``IMAGE_CAUSES``.
+    ``IMAGE_CAUSES``. reserves: called soon after each change of the reserved memory, with its bytes.
     """
 
     def __init__(
-        self, threads: int, max_bytes: int, timeout: float, max_images: int, refused: Callable[[str], object]
+        self,
+        threads: int,
+        max_bytes: int,
+        timeout: float,
+        max_images: int,
+        refused: Callable[[str], object],
+        reserves: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._executor = ThreadPoolExecutor(threads, "decode")
         self._threads = self._free = threads
@@ -103,6 +109,8 @@ class Decoder:
         self._max_images = max_images
         self._images = Shares()  # of the decodings that have not ended and are not patient
         self._refused = refused
+        self._reserves = reserves
+        self._told = 0  # the reserved memory that it was called with last, or will be
         self._waiting: Turns[Job] = Turns()  # for memory
         self._begun: Turns[Job] = Turns()  # for threads
         self._reserved = Shares()
@@ -200,6 +208,9 @@ class Decoder:
             self._begun.push(job.client, job)
         while self._free and not self._closed and (job := self._begun.first()):
             self._take_turn(job, self._begun.give(0, done=True))
+        if self._told != self.reserved:
+            self._told = self.reserved
+            asyncio.get_running_loop().call_soon(self._reserves, self._told)
 
     def _has_memory(self, job: Job) -> bool:
         if self._reserved.total + job.bytes > self._max_bytes:

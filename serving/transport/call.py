@@ -149,7 +149,7 @@ class Call:
             self.streams.reset(self, ErrorCode.CANCEL if stalled else ErrorCode.ENHANCE_YOUR_CALM)
             return
         memory, limits = self.streams.memory, self.streams.limits
-        text = f"requests of {memory.used} bytes are under way; {limits.memory_text}; try again later"
+        text = limits.no_room(memory.used, memory.max_bytes)
         if stalled:
             text = f"the request has not come further for {memory.stall_seconds:g} seconds"
         if self._task or self.given_up:  # otherwise ``refuse`` tells it

@@ -18,7 +18,7 @@ from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.methods import client_of, peer_of
 from serving.transport.receiving import MAX_BYTES_A_TURN
 from serving.transport.sending import Buffers
-from serving.transport.streams import ConnectionState, OpenCall
+from serving.transport.streams import ConnectionState, OpenCall, Streams
 from serving.transport.terms import Terms
 from serving.transport.unsent import Unsent
 
@@ -52,6 +52,12 @@ class Connection(asyncio.Protocol):
         self._refused = False
         #: True if the connection ends for the sake of a new one.
         self.replaced = False
+
+    @property
+    def held(self) -> int:
+        """Return the bytes of its calls and of its unsent answers. Any thread may call it."""
+        streams: Streams | None = getattr(self, "_streams", None)  # None until the connection is made
+        return streams.held if streams else 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it

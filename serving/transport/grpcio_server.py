@@ -18,6 +18,7 @@ from serving.transport.counts import MEMORY, Figures
 from serving.transport.grpcio_messages import MessageInflater
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
+from serving.transport.memory import Memory
 from serving.transport.messages import MessageError
 from serving.transport.methods import (
     UNDECIDED,
@@ -59,7 +60,7 @@ class GrpcioServer:
 
     tls: the certificates for the ports, None for no encryption. A Unix socket is never encrypted. connection_age:
     seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of such a
-    connection get to finish.
+    connection get to finish. memory: of all requests, which other servers may share; None for one of its own.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class GrpcioServer:
         connection_age: float = 0.0,
         grace: float = 0.0,
         tls: TlsContexts | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._tls = tls
-        self._handlers = _Handlers(limits)
+        self._handlers = _Handlers(limits, memory or Memory(limits.bytes_under_way))
         self._started = False
         self._draining: asyncio.Task[None] | None = None
         options: list[tuple[str, int]] = [
@@ -224,13 +226,14 @@ class _Context:
 class _Handlers(grpc.GenericRpcHandler):
     """The method table for grpc.aio, and the calls in flight."""
 
-    def __init__(self, limits: TransportLimits) -> None:
+    def __init__(self, limits: TransportLimits, memory: Memory) -> None:
         self._limits = limits
+        self._memory = memory
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._inflater = MessageInflater(limits.message_bytes, limits.message_text)
         self._cut_off = False
-        self._bytes = 0  # bytes of unary requests in flight
+        self._bytes = 0  # of the requests in flight
         self.figures = Figures(lambda: len(self._tasks), lambda: self._bytes, limits.bytes_under_way)
 
     def add(self, methods: Table) -> None:
@@ -294,15 +297,15 @@ class _Handlers(grpc.GenericRpcHandler):
         finally:
             messages.close()
 
-    def _hold(self, more: int, undecided: bool) -> None:
+    def _hold(self, holder: "_Messages", more: int, undecided: bool) -> None:
         """Count more bytes of requests as held, or a negative number as released. Raises MessageError."""
-        limits = self._limits
-        held = self._bytes + more
-        if more > 0 and held > limits.bytes_under_way:
+        held = self._memory.used + more
+        if more > 0 and held > self._memory.max_bytes:
             self.figures.evicted[MEMORY] += 1
-            text = f"requests of {held} bytes are under way; {limits.memory_text}; try again later"
+            text = self._limits.no_room(held, self._memory.max_bytes)
             raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNDECIDED_TEXT if undecided else text)
-        self._bytes = held
+        self._memory.hold(holder, more)
+        self._bytes += more
 
     async def _streamed(self, method: StreamMethod, context: Any) -> Status:
         """Send the answers of a stream method, and return the status with which its call ends."""
@@ -406,17 +409,32 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
     return call.outcome.result()
 
 
-class _Messages:
-    """The requests of a call, as they were before compression.
+class _Owner:
+    """The owner of a call's bytes (see serving.transport.memory.Owner). The call is not evicted."""
 
-    hold: counts the bytes of the latest one, as _Handlers._hold does, until the next one is asked for.
+    held = 0
+    holders = ()
+
+
+class _Messages:
+    """The requests of a call, as they were before compression, and the holder of the latest one's bytes.
+
+    hold: counts these bytes, as _Handlers._hold does, until the next one is asked for.
     """
 
-    def __init__(self, call: _Context, inflater: MessageInflater, hold: Callable[[int, bool], None]) -> None:
+    held = 0
+    waits = False
+
+    def __init__(
+        self, call: _Context, inflater: MessageInflater, hold: Callable[["_Messages", int, bool], None]
+    ) -> None:
+        self.owner = _Owner()
         self._call = call
         self._inflater = inflater
         self._hold = hold
-        self._held = 0
+
+    def evict(self, _: bool) -> None:
+        """Do nothing: what gRPC has read cannot be taken back."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -448,5 +466,4 @@ class _Messages:
         self._count(0)
 
     def _count(self, size: int) -> None:
-        self._hold(size - self._held, self._call.undecided)
-        self._held = size
+        self._hold(self, size - self.held, self._call.undecided)

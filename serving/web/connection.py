@@ -20,6 +20,7 @@ from serving.transport.connection_limits import IDLE, UNREAD
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.memory import STALL_SECONDS
 from serving.transport.methods import Peer, client_of, peer_of
+from serving.web.body import BodyReader
 from serving.web.problems import PROBLEM, Problem
 
 #: The most bytes of a request's line and headers.
@@ -90,8 +91,9 @@ class WebConnection(H11Protocol):
         self._owner = owner
         self.peer = Peer("")
         self.client_key = ""
-        #: As of serving.transport.memory.Owner. It has one request at a time, which is not ended for another client's.
-        self.held, self.holders = 0, ()
+        #: As of serving.transport.memory.Owner. It has one request at a time.
+        self.held = 0
+        self.holders: tuple[()] | tuple[BodyReader] = ()
         #: True if the connection ends for the sake of a new one.
         self.replaced = False
         self._counted = False
