@@ -20,6 +20,7 @@ from serving.access.access import Access
 from serving.access.files import AccessError
 from serving.access.tokens import ADMIN, PREDICT
 from serving.errors import DENIALS
+from serving.files.program import command_of
 from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
@@ -256,7 +257,8 @@ class Server:
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log the addresses, and a warning if the settings ask for more threads than cores."""
+        """Log the versions and the addresses, and a warning if the settings ask for more threads than cores."""
+        _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -337,7 +339,7 @@ def _first_request(host: str, port: int, http_port: int, encrypted: bool) -> str
     if http_port:
         return f"open {'https' if encrypted else 'http'}://{here}:{http_port}/ in a browser"
     tls = " --tls" if encrypted else ""
-    return f"python -m serving.client --address {here}:{port}{tls} IMAGE.png"
+    return f"{command_of('serving.client')} --address {here}:{port}{tls} IMAGE.png"
 
 
 def _port_error(host: str, error: OSError, port: int, purpose: str, flag: str) -> StartError:
@@ -364,7 +366,6 @@ async def serve(settings: Settings) -> bool:
 
     Return False if the signal came while the models were still loading, in a thread that cannot be interrupted.
     """
-    _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -86,7 +86,7 @@ def test_the_first_lines_name_the_model_the_addresses_and_the_device() -> None:
     assert re.search(r"capsnet-mnist: 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n", text)
     assert re.search(r"classify: \d+ batch(es)? at a time, of up to \d+ images?, on \d+ threads? each\n", text)
     assert re.search(r"capsnet-serving \S+ on Python 3\.\d+", text)
-    assert re.search(r"try this: python -m serving\.client --address 127\.0\.0\.1:[1-9]\d* IMAGE\.png\n", text)
+    assert re.search(r"try this: \S*python\S* -m serving\.client --address 127\.0\.0\.1:[1-9]\d* IMAGE\.png\n", text)
     assert "\x1b" not in text  # no colours without a terminal
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from serving.files.program import PROJECT, missing_package
+from serving.files.program import PROJECT, command_of, missing_package
 from tests.conftest import ROOT
 
 COMMANDS = ["serving", "serving.client", "serving.tokens", "training", "training.claims", "export"]
@@ -49,6 +49,24 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     line = f"the package {package} is not installed; install it with: pip install '{PROJECT}[{extra}]'"
     assert result.returncode == 1
     assert result.stderr.endswith(f": {line}\n") and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ([".venv/bin/python", "-m", "training"], ".venv/bin/python -m export"),
+        (["python3.12", "-m", "serving"], "python3.12 -m export"),
+        (["/usr/bin/python3", "/usr/local/bin/capsnet-train"], "capsnet-export"),
+        (["/opt/pypy/pypy3", "-m", "training"], "python -m export"),
+        ([], "python -m export"),
+    ],
+)
+def test_a_command_to_go_on_with_is_as_the_user_typed_the_first_one(
+    typed: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.orig_argv", typed)
+    monkeypatch.setattr("sys.argv", typed[1:] or [""])
+    assert command_of("export") == words
 
 
 @pytest.mark.parametrize("name", ["serving.batching.gone", "training", None])

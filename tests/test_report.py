@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from serving.files.program import command_of
 from training import report
 from training.checkpoint import Checkpoint, save
 from training.data.datasets import Dataset
@@ -273,8 +274,8 @@ def test_the_report_has_the_calibration_and_the_commands_that_come_next(tmp_path
     # Lengths 0.9, 0.9, 0.9: one right; 0.8, 0.8: both right; 0.5: wrong.
     error = (abs(1 - 2.7) + abs(2 - 1.6) + 0.5) / 6
     assert f"differs from the share of right answers by {100 * error:.2f} points on average" in page
-    assert f"    python -m export {folder} {tmp_path / 'models'} --data FOLDER" in page.splitlines()
-    assert f"    python -m serving --models {tmp_path / 'models'}" in page.splitlines()
+    assert f"    {command_of('export')} {folder} {tmp_path / 'models'} --data FOLDER" in page.splitlines()
+    assert f"    {command_of('serving')} --models {tmp_path / 'models'}" in page.splitlines()
     assert "lowest in the last epoch" not in page
 
 

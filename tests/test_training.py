@@ -23,6 +23,7 @@ import training.evaluate
 import training.report
 import training.train
 from serving.files.options import option_of
+from serving.files.program import command_of
 from tests.conftest import ROOT
 from tests.trainings import (
     CONFIG,
@@ -1004,7 +1005,7 @@ def test_ctrl_c_while_the_report_is_written_says_that_the_network_is_trained(
 ) -> None:
     monkeypatch.setattr(training.report, "write_report", Mock(side_effect=KeyboardInterrupt))
     assert main([*FLAGS, f"--out={command}"]) == 130
-    told = f"interrupted; the network is trained, python -m training.report {command} writes its report\n"
+    told = f"interrupted; the network is trained, {command_of('training.report')} {command} writes its report\n"
     assert capsys.readouterr().err.endswith(f"\n{told}")
     assert (command / CHECKPOINT_FILE).exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.files.options import add_flags, read
-from serving.files.program import add_version
+from serving.files.program import add_version, command_of
 from training.data.folder import find_images, require_negatives
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
@@ -77,7 +77,7 @@ def run_command(arguments: list[str] | None = None) -> int:
 def _way_on(folder: Path) -> str:
     """Return the words that tell how to go on after an interruption."""
     if (folder / CHECKPOINT_FILE).exists():
-        return f"; the network is trained, python -m training.report {folder} writes its report"
+        return f"; the network is trained, {command_of('training.report')} {folder} writes its report"
     return "; --resume goes on from the last whole epoch" if (folder / RESUME_FILE).exists() else ""
 
 

@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-from serving.files.program import add_version
+from serving.files.program import add_version, command_of
 from training.calibration import ECE_BINS, expected_calibration_error
 from training.checkpoint import Checkpoint, CheckpointError, load
 from training.data.datasets import Dataset
@@ -219,7 +219,8 @@ def _next_steps(folder: Path, checkpoint: Checkpoint, learned: bool) -> list[str
             "**The decoder has not learned yet:** it draws nearly the same for every image. It learns more slowly "
             f"than the classes do: {more}."
         )
-    commands = f"python -m export {folder} {models}{own}\npython -m serving --models {models}"
+    export = f"{command_of('export')} {folder} {models}{own}"
+    commands = f"{export}\n{command_of('serving')} --models {models}"
     return [*parts, "Export the network, and serve it:", textwrap.indent(commands, "    ")]
 
 

@@ -27,7 +27,7 @@ from serving.client.reports import Report
 from serving.client.results import Classification
 from serving.client.scores import TrueLabels
 from serving.client.sync import CapsNetClient
-from serving.files.program import add_version
+from serving.files.program import add_version, command_of
 
 _PROGRESS_DELAY_SECONDS = 0.5  # a shorter run shows no progress bar
 
@@ -244,7 +244,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
             return 0 if _run(client, options, found, labels, progress) else 1
     except Unavailable as error:
         hint = (
-            "; start one with: python -m serving"
+            f"; start one with: {command_of('serving')}"
             if is_local(target_of(options.address, tls=True)) and not (options.tls or options.ca_file)
             else ""
         )
