@@ -171,7 +171,7 @@ class Settings:
         minimum=1,
     )
     max_image_memory: int = option(
-        2**28, "most bytes of memory for decoding images; further requests wait", minimum=2**16
+        96 * 2**20, "most bytes of memory for decoding images; further requests wait", minimum=2**16
     )
     image_threads: int = option(2, "threads that decode images", minimum=1, maximum=256)
     image_timeout: float = option(

@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks import load, overload, scrape, server, serving, serving_picture, start, tricks
+from benchmarks import beside, load, overload, scrape, server, serving, serving_picture, start, tricks
 from benchmarks.load import Flood, LoadError, Probes, Sample, flood, framed, in_streams, probe
 from benchmarks.server import SERVICE, Case, Page, Served
 from benchmarks.serving import Collected, Raw, RawSample, figures
@@ -415,7 +415,27 @@ def test_every_trick_names_loads_that_there_are() -> None:
     assert all(trick.loads and set(trick.loads) <= set(LOADS) for trick in TRICKS.values())
 
 
-@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main, tricks.main])
+@pytest.mark.server
+@needs_h2load
+def test_the_servers_of_two_trees_are_measured_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, tree = tmp_path / "beside.csv", str(Path(beside.__file__).parent.parent)
+    arguments = [tree, tree, "--rounds=2", "--seconds=0.1", "--settings=--threads 1 --runtimes 1 --max-batch 8"]
+    assert beside.main([*arguments, f"--out={out}"]) == 0
+    base, other = read(out)
+    assert (base["throughput"], base["cpu"]) == ("1.000", "1.000")
+    for name in ("throughput", "cpu"):
+        assert 0 < float(other[f"{name}_low"]) <= float(other[name]) <= float(other[f"{name}_high"])
+    assert float(other["per_second"]) > 0 and float(other["cpu_us"]) > 0
+    assert capsys.readouterr().out.count(tree) == 2
+
+
+@needs_h2load
+def test_a_model_that_is_not_there_ends_the_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    assert beside.main([".", "--model=none"]) == 1
+    assert "no model 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main, tricks.main, lambda _: beside.main(["."])])
 def test_without_h2load_it_is_told_how_to_get_it(
     main: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -233,16 +233,35 @@ def test_a_folder_may_hold_the_files_gzipped(tmp_path: Path, use_sources: UseSou
     assert contents(folder) == gzipped_files()
 
 
-def test_a_folder_that_lacks_files_is_completed_from_the_next_source(
-    tmp_path: Path, cache: Path, use_sources: UseSources
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (None, "there is no such folder"),
+        ({}, f"neither {TRAIN_LABELS} nor {TRAIN_LABELS}.gz is there"),
+        ({TRAIN_LABELS: FILES[TRAIN_LABELS]}, f"neither {TEST_LABELS} nor {TEST_LABELS}.gz is there"),
+        (FILES | {TEST_IMAGES: FILES[TRAIN_IMAGES]}, f"{TEST_IMAGES} has sha256 "),
+    ],
+)
+def test_a_folder_without_all_files_is_an_error_that_names_it_whatever_the_cache_and_other_sources_have(
+    found: dict[str, bytes] | None, reason: str, tmp_path: Path, cache: Path, use_sources: UseSources
 ) -> None:
-    use_sources(FakeSource("other", FILES))
-    folder = write_files(tmp_path / "own", {TRAIN_LABELS: FILES[TRAIN_LABELS]})
+    other = FakeSource("other", FILES)
+    use_sources(other)
+    write_files(cache, FILES)
+    folder = tmp_path / "own"
+    if found is not None:
+        write_files(folder, found)
 
-    load("tiny", folder, progress=False)
+    with pytest.raises(DatasetError) as caught:
+        load("tiny", folder, progress=False)
 
-    assert contents(folder) == FILES
-    assert not cache.exists()
+    text = str(caught.value)
+    assert text.startswith(f"the folder {folder} does not have the data set tiny: {reason}")
+    assert text.endswith(
+        f"expected the files {TRAIN_LABELS}, {TEST_LABELS}, {TEST_IMAGES}, {TRAIN_IMAGES} (or the same with .gz)"
+    )
+    assert other.names_read == []
+    assert not folder.exists() if found is None else contents(folder) == found
 
 
 def test_files_are_kept_in_the_cache_without_compression_and_read_from_there_next_time(
@@ -255,17 +274,6 @@ def test_files_are_kept_in_the_cache_without_compression_and_read_from_there_nex
     assert contents(cache) == FILES
     load("tiny", progress=False)
     assert other.names_read == list(FILES)
-
-
-def test_a_folder_that_lacks_files_is_completed_from_the_cache(
-    tmp_path: Path, cache: Path, use_sources: UseSources
-) -> None:
-    use_sources()
-    write_files(cache, FILES)
-
-    load("tiny", tmp_path / "own", progress=False)
-
-    assert contents(tmp_path / "own") == FILES
 
 
 def test_a_corrupted_file_is_replaced_from_the_next_source(cache: Path, use_sources: UseSources) -> None:
@@ -294,16 +302,15 @@ def test_a_source_is_left_at_its_first_file_with_a_wrong_digest_and_nothing_of_i
 
 
 def test_the_error_when_all_sources_fail_gives_the_reason_of_each_and_a_way_out(
-    tmp_path: Path, cache: Path, use_sources: UseSources
+    cache: Path, use_sources: UseSources
 ) -> None:
     use_sources(FakeSource("first", {}), FakeSource("second", {TRAIN_LABELS: gzip.compress(b"<html>")}))
 
     with pytest.raises(DatasetError) as caught:
-        load("tiny", tmp_path / "own", progress=False)
+        load("tiny", progress=False)
 
     assert str(caught.value).splitlines() == [
         "could not get the data set tiny from any of its sources:",
-        f"  folder {tmp_path / 'own'}: neither {TRAIN_LABELS} nor {TRAIN_LABELS}.gz is there",
         f"  folder {cache}: neither {TRAIN_LABELS} nor {TRAIN_LABELS}.gz is there",
         f"  first: no {TRAIN_LABELS} here",
         f"  second: {TRAIN_LABELS}: not an IDX file: begins with 3c 68 74 6d, expected 00 00 08 and then 01 to 04",
@@ -362,7 +369,7 @@ def test_a_mirror_is_downloaded_with_a_progress_bar_only_if_wanted(
         assert capsys.readouterr().err == ""
         assert contents(cache) == FILES
 
-        load("tiny", tmp_path / "own", progress=True)
+        load("tiny", progress=True)
         assert capsys.readouterr().err == ""
 
         (cache / TEST_LABELS).unlink()

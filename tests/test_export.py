@@ -1231,6 +1231,14 @@ def test_the_command_fails_if_the_test_set_is_not_available(
     assert capsys.readouterr().err.endswith("could not get mnist:\n  elsewhere: nothing there\n")
 
 
+def test_a_wrong_folder_of_the_data_set_is_an_error_that_names_it(
+    checkpoint_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(checkpoint_file), str(tmp_path / "models"), "--data-dir", "elsewhere"]) == 1
+    reason = "the folder elsewhere does not have the data set mnist: there is no such folder"
+    assert reason in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -1244,6 +1252,7 @@ def test_the_command_fails_if_the_test_set_is_not_available(
         pytest.param(["capsnet.pt", "out", "--model-version", "1.5"], id="fraction"),
         pytest.param(["capsnet.pt", "out", "--opset", "3"], id="old-opset"),
         pytest.param(["capsnet.pt", "out", "--batches", "3", "2"], id="unordered-batches"),
+        pytest.param(["capsnet.pt", "out", "--data", ".", "--data-dir", "."], id="two-folders"),
     ],
 )
 def test_bad_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from PIL import Image
 
+from benchmarks.attacks.packed import empty_gzip
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2
 from serving.errors import QueueFull, Unauthenticated
@@ -356,6 +357,8 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b"x", {"content_encoding": "br"}, 415, "content-encoding: 'br'"),
         ("/v1/classify", b"xyz" * 9, {"content_encoding": "gzip"}, 400, "cannot be unpacked by gzip"),
         ("/v1/classify", gzip.compress(bytes(13_000_000)), {"content_encoding": "gzip"}, 413, "max_request_bytes"),
+        ("/v1/classify", empty_gzip(12_000_000), {"content_encoding": "gzip"}, 400, "take too long to unpack"),
+        ("/v1/classify", gzip.compress(b"{}") + b"x", {"content_encoding": "gzip"}, 400, "which gzip does not end"),
         ("/v1/classify", b"x", {"content_type": "multipart/form-data"}, 400, "cannot be read as a form"),
         ("/v1/classify", b"x", {"x_request_timeout": "soon"}, 400, "x-request-timeout: 'soon'"),
         ("/v1/classify", b"x", {"x_request_timeout": "nan"}, 400, "x-request-timeout: 'nan'"),

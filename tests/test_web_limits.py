@@ -187,6 +187,22 @@ def test_requests_without_room_for_their_bodies_are_told_to_come_again(waiting: 
         assert ask(web.port, "/v1/classify", body, content_type=kind).status == 200, "the room is free again"
 
 
+def test_a_request_under_way_gives_its_room_to_others_that_need_it_more(waiting: Waiting) -> None:
+    body, kind = form(("image", bytes(40_000)))
+    with serving(waiting.table, max_bytes_under_way=2**16) as web:
+        with sent(web.port, post("/v1/classify", body, f"Content-Type: {kind}")) as connection:
+            wait_for(lambda: waiting.asked != [])
+            web.loop.call_soon_threadsafe(web.memory.limit, 30_000)  # as while images are decoded
+            answer = connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer.lower()
+            assert b"the limit is 30000 bytes (max_bytes_under_way)" in answer
+        assert waiting.ended == ["given up"]
+        assert web.memory.used == 0
+        web.loop.call_soon_threadsafe(web.memory.limit, 2**16)
+        waiting.answer()
+        assert ask(web.port, "/v1/classify", body, content_type=kind).status == 200
+
+
 def test_a_refused_request_goes_without_the_garbage_collector(waiting: Waiting, no_collection: None) -> None:
     """Its error would otherwise keep the frames in which it was raised, and all that the body has become in memory."""
     bodies = [b'{"images": [%b1]}' % (b'"aa",' * count) for count in (10, 10_000)]  # the second one in a thread

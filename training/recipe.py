@@ -9,7 +9,7 @@ from pathlib import Path
 
 from serving.files.options import check, option
 from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, parse_managers
-from training.data.specs import NAMES
+from training.data.specs import DATA_OR_FILES, NAMES
 from training.tracking import TRACKERS
 
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
@@ -262,7 +262,9 @@ class RunOptions:
         minimum=1,
         shown="their own if all have one, else 32",
     )
-    data_dir: Path | None = option(None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="")
+    data_dir: Path | None = option(
+        None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="the cache, then a download"
+    )
     source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     track: str | None = option(
         None,
@@ -277,6 +279,10 @@ class RunOptions:
         check(self)
         if self.data is not None and self.dataset is not None:
             raise ValueError("--data takes the place of --dataset; give one of them")
+        if self.data is not None and self.data_dir is not None:
+            raise ValueError(DATA_OR_FILES)
+        if self.source is not None and (self.data is not None or self.data_dir is not None):
+            raise ValueError("--source goes without --data and --data-dir, which name the folder of the images")
         if self.image_size is not None and self.data is None:
             raise ValueError("--image-size goes with --data; the data sets have a size of their own")
 

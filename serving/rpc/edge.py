@@ -120,8 +120,9 @@ class Call:
 
     def end(self, code: grpc.StatusCode | None = None) -> None:
         """Note the end of the RPC. code: None if the client or its deadline ended it."""
-        given_up = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
-        self._record.end(self._began, code or given_up)
+        if code is None:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
+        self._record.end(self._began, code)
         self._edge.under_way -= 1
 
     @property

