@@ -281,7 +281,7 @@ class RunOptions:
             raise ValueError("--data takes the place of --dataset; give one of them")
         if self.data is not None and self.data_dir is not None:
             raise ValueError(DATA_OR_FILES)
-        if self.source is not None and (self.data is not None or self.data_dir is not None):
+        if self.source and (self.data is not None or self.data_dir is not None):
             raise ValueError("--source goes without --data and --data-dir, which name the folder of the images")
         if self.image_size is not None and self.data is None:
             raise ValueError("--image-size goes with --data; the data sets have a size of their own")
