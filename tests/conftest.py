@@ -293,6 +293,15 @@ def raw(serving: Serving) -> Iterator[Raw]:
     client.socket.close()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of reports undrawn, for tests of their other parts: each takes a tenth of a second or more."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **options: Image.new("L", (1, 1)).save(file, "PNG"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def operators_listed_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let PyTorch's exporter list its operators once, and not for each graph."""
