@@ -367,7 +367,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def no_collection() -> Iterator[None]:
     """Keep the garbage collector off, for tests of objects that must go without it."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
