@@ -35,10 +35,11 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(uint8)": "uint8",
 }
-# Of glibc's malloc.h: the names of two options of mallopt.
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-# gRPC's core reads large messages into blocks of this size.
-_MIN_RETURNED_BYTES = 2**16
+# Of glibc's malloc.h: the names of three options of mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+# The free memory at the end of the heap that glibc keeps. With less, a TLS record of a byte takes ten times as long:
+# uvloop reads it into a block of 256 KiB, which the system would have to give and take back.
+_KEPT_BYTES = 2**22
 _MAX_ARENAS = 2  # with a single one all threads wait for its lock
 _CPU_INFO_FILE = Path("/proc/cpuinfo")
 
@@ -80,15 +81,16 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def keep_little_free_memory() -> None:
-    """Make the C library return freed blocks of 64 KiB and more to the system at once, if it is glibc.
+def keep_little_free_memory(min_bytes: int) -> None:
+    """Make the C library return freed blocks of ``min_bytes`` and more to the system at once, if it is glibc.
 
     Otherwise glibc keeps blocks for reuse, the more the larger they are, and for up to eight threads a core. Call it
     before the threads start.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option:
-        option(_M_MMAP_THRESHOLD, _MIN_RETURNED_BYTES)
+        option(_M_MMAP_THRESHOLD, min_bytes)
+        option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         option(_M_ARENA_MAX, _MAX_ARENAS)
 
 

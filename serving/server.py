@@ -25,15 +25,17 @@ from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
 from serving.rpc.servicers import HEALTH, Health, health_methods, reflection_methods
-from serving.runtime import usable_cores
-from serving.services.capsnet import SERVICE, CapsNetService
+from serving.runtime import return_free_memory, usable_cores
+from serving.services.capsnet import METHODS, SERVICE, CapsNetService
 from serving.services.decoding import Decoder
 from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
 from serving.services.open_inference import AdminService, InferenceService
 from serving.services.pipeline import Pipeline
+from serving.services.unsupported import ELSEWHERE, refusals
 from serving.settings import Settings
 from serving.transport.grpcio_server import GrpcioServer
-from serving.transport.methods import Method, TransportLimits, TransportServer
+from serving.transport.memory import Memory
+from serving.transport.methods import Method, TransportLimits, TransportServer, table
 from serving.transport.server import GrpcServer
 from serving.web.documents import documents
 
@@ -49,6 +51,8 @@ _TRANSPORT_LIMIT = 2
 # The number of new objects after which garbage is collected: large, since waiting requests leave no cycles behind.
 _GARBAGE_THRESHOLD = 20_000
 _CHECK_SECONDS = 0.1
+# The memory that decoding may take before it leaves less to requests. The decoding of small images takes less.
+_DECODING_BYTES_BESIDE = 2**25
 _LAST_ANSWERS_SECONDS = 0.5
 _PORT_REASONS = {
     errno.EADDRINUSE: "the port is taken ({flag} chooses another)",
@@ -88,12 +92,14 @@ class Server:
         except AccessError as error:
             raise StartError(str(error)) from error
         self._scanning: set[asyncio.Task[None]] = set()
+        self._memory = Memory(settings.max_bytes_under_way)
         self._decoder = Decoder(
             settings.image_threads,
             settings.max_image_memory,
             settings.image_timeout,
             settings.max_queue,
             lambda cause: self.metrics.images_refused.labels(cause).inc(),
+            self._leave_memory,
         )
         self._pipeline = Pipeline(self.repository, settings.stream_window, self._decoder)
         self._started = AsyncExitStack()  # closes the started parts, the last one first
@@ -166,6 +172,7 @@ class Server:
         if settings.admin_port >= 0:
             self._admin = self._new_grpc_server("admin")
             methods = AdminService(self.repository, self._edge, settings).methods()
+            methods |= table(SERVICE, refusals(self._edge, SERVICE, dict.fromkeys(METHODS, ELSEWHERE)))
             self._admin.add_methods(self._access.guard.protect(methods, ADMIN))
             started.push_async_callback(self._admin.stop, 0)
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
@@ -176,8 +183,9 @@ class Server:
 
             access = self._access
             self._web = web_server(
-                settings, self.metrics, self._methods, self._limits(), self._unready, access.http_context, access.admit
-            )
+                settings, self.metrics, self._methods, self._limits(), self._unready, access.http_context, access.admit,
+                self._memory,
+            )  # fmt: skip
             started.push_async_callback(self._web.stop, 0)
             self.http_port = await self._listen(self._web, settings.http_port, "HTTP", "--http-port")
         self._serve_metrics(started)
@@ -248,8 +256,7 @@ class Server:
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log the versions and the addresses, and a warning if the settings ask for more threads than cores."""
-        _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
+        """Log the addresses, and a warning if the settings ask for more threads than cores."""
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -276,7 +283,7 @@ class Server:
             message_bytes=_TRANSPORT_LIMIT * settings.max_request_bytes,
             message_text=f"the limit is {settings.max_request_bytes} bytes (max_request_bytes)",
             bytes_under_way=settings.max_bytes_under_way,
-            memory_text=f"the limit is {settings.max_bytes_under_way} bytes (max_bytes_under_way)",
+            memory_setting="max_bytes_under_way",
             refused=self._edge.refused_by_transport,
             handshake=lambda result: self.metrics.handshakes.labels(result).inc(),
             connections=settings.max_connections,
@@ -287,12 +294,22 @@ class Server:
             dropped=self._edge.dropped,
         )
 
+    def _leave_memory(self, decoding_bytes: int) -> None:
+        """Leave to requests what decoding does not take, and room for two of them at least."""
+        settings = self.settings
+        most, used = settings.max_bytes_under_way, self._memory.used
+        left = most - max(0, decoding_bytes - _DECODING_BYTES_BESIDE)
+        self._memory.limit(max(left, min(most, 2 * settings.max_request_bytes)))
+        if self._memory.used < used:  # otherwise the C library would keep it, in blocks that are too small
+            return_free_memory()
+
     def _new_grpc_server(self, port: str) -> TransportServer:
         """Return a new server whose metrics have this value of the label ``port``."""
         settings = self.settings
         # The calls of a renewed connection get the same time as in a stop.
         kind = GrpcioServer if settings.transport == "grpcio" else GrpcServer
-        server = kind(self._limits(), settings.connection_seconds, settings.drain_seconds, self._access.certificates)
+        certificates, age, grace = self._access.certificates, settings.connection_seconds, settings.drain_seconds
+        server = kind(self._limits(), age, grace, certificates, self._memory)
         self.metrics.show_transport(server.figures, port)
         return server
 
@@ -347,6 +364,7 @@ async def serve(settings: Settings) -> bool:
 
     Return False if the signal came while the models were still loading, in a thread that cannot be interrupted.
     """
+    _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 

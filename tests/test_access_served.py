@@ -135,14 +135,18 @@ def test_no_method_answers_without_a_token_or_with_one_of_another_role(
             denied, grpc.StatusCode.PERMISSION_DENIED,
         ), path  # fmt: skip
     admin = methods(running, "_admin")
-    assert {path.rpartition("/")[2] for path in admin} >= {"RepositoryModelLoad", "RepositoryModelUnload"}
+    invalid = grpc.StatusCode.INVALID_ARGUMENT
+    of_admin = {
+        "RepositoryIndex": grpc.StatusCode.OK, "RepositoryModelLoad": invalid, "RepositoryModelUnload": invalid,
+    }  # fmt: skip
+    assert {path.rpartition("/")[2] for path in admin} >= of_admin.keys()
     with grpc.insecure_channel(f"127.0.0.1:{running.server.admin_port}") as channel:
         for path, streams in admin.items():
             for wrong in ("", "admin.x", "mallory.x"):
                 assert code_of(channel, path, streams, wrong) is denied, path
             for wrong in ("predict", "metrics"):
                 assert code_of(channel, path, streams, tokens[wrong]) is grpc.StatusCode.PERMISSION_DENIED, path
-            expected = grpc.StatusCode.OK if path.endswith("Index") else grpc.StatusCode.INVALID_ARGUMENT
+            expected = of_admin.get(path.rpartition("/")[2], grpc.StatusCode.UNIMPLEMENTED)
             assert code_of(channel, path, streams, tokens["admin"]) is expected, path
     port = running.server.metrics_port
     pages = routes(port)
@@ -661,3 +665,40 @@ def test_a_debug_log_holds_no_token(tmp_path: Path, tokens: dict[str, str], digi
     assert "the token is not valid" in text
     assert tokens["predict"].partition(".")[2] not in text
     assert "guessed-secret" not in text
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the system does not tell the received bytes")
+@pytest.mark.parametrize("web", [False, True], ids=["gRPC", "HTTP"])
+def test_a_client_with_tls_records_of_a_byte_is_cut_off_and_one_with_small_ones_is_not(
+    start: Start, folder: Path, web: bool
+) -> None:
+    running = start(http_port=0, **tls(folder))
+    context = ssl.create_default_context(cafile=folder / "ca.pem")
+    context.set_alpn_protocols(["http/1.1" if web else "h2"])
+    preface = frames.PREFACE + frames.settings({})
+    start_of_body = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
+
+    def sent(size: int) -> bool:
+        """Send many records of this size. Return False if the server ends the connection."""
+        port = running.server.http_port if web else running.server.port
+        with (
+            socket.create_connection(("127.0.0.1", port), 10) as link,
+            context.wrap_socket(link, server_hostname="127.0.0.1") as client,
+        ):
+            client.sendall(start_of_body if web else preface)
+            piece = b"x" if web else frames.frame(frames.PING, 0, 0, bytes(8))
+            data = piece * (4000 // len(piece))
+            try:
+                for begin in range(0, len(data), size):
+                    client.sendall(data[begin : begin + size])
+                time.sleep(0.2)
+                for begin in range(0, len(data), size):
+                    client.sendall(data[begin : begin + size])
+            except OSError:
+                return False
+            return True
+
+    assert sent(16)
+    assert not sent(1)
+    _, text = ask(running.server.metrics_port, "/metrics", folder)
+    assert 'capsnet_connections_limited_total{limit="flood"} 1.0' in text

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -384,6 +385,25 @@ def test_a_client_whose_decodings_hold_much_memory_leaves_room_to_others() -> No
         await asyncio.gather(first, *tasks)
 
     run(test)
+
+
+def test_what_is_reserved_is_told_after_each_change() -> None:
+    told: list[int] = []
+
+    async def test() -> None:
+        decoder = Decoder(1, 100, PATIENCE, 100, lambda _: None, told.append)
+        first, second = Slow(), Slow()
+        tasks = [asyncio.create_task(decoder.decode(one.decoding(60))) for one in (first, second)]
+        for one in (first, second):
+            await until(one.begun.is_set)
+            one.go.set()
+        await asyncio.gather(*tasks)
+        await asyncio.sleep(0)
+        assert told[0] == 63 and told[-1] == 0
+        assert all(one != other for one, other in pairwise(told))
+        decoder.close()
+
+    asyncio.run(test())
 
 
 def test_clients_take_turns_while_they_wait_for_memory() -> None:

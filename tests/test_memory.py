@@ -139,6 +139,24 @@ def test_who_works_gives_way_to_an_owner_that_holds_less_if_nobody_waits() -> No
     assert [one.evicted for one in (first, other, few, more)] == [None, None, None, False], "it holds the most itself"
 
 
+def test_a_lower_limit_ends_those_who_wait_and_then_those_who_work_for_the_largest_owners() -> None:
+    memory = Named(1000)
+    waiting = Holder(memory, "waiting", 100, "some")
+    memory.waits(waiting, 0.0)
+    first, second = (Holder(memory, name, 300, name) for name in ("first", "second"))
+    few, unevictable = Holder(memory, "few", 50, "few"), Holder(memory, "unevictable", 200, "whole")
+    unevictable.owner.holders.clear()
+    memory.limit(900)
+    assert [one.evicted for one in (waiting, first, second, few)] == [False, None, None, None]
+    memory.limit(600)
+    assert [one.evicted for one in (first, second, few)] == [None, False, None], "of equal ones the last goes"
+    memory.limit(10)
+    assert (first.evicted, few.evicted, memory.used) == (False, False, 200), "as far as that is possible"
+    memory.limit(1000)
+    memory.make_room(new := Holder(memory, "new", 700, "new"))
+    assert (new.evicted, memory.used) == (None, 900)
+
+
 def test_who_asks_may_be_who_has_waited_longest() -> None:
     memory = Named(1000)
     new, other = Holder(memory, "new", 600), Holder(memory, "other", 600)

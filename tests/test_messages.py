@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import grpc
 import pytest
 
+from benchmarks.attacks.packed import empty_gzip
+from serving.transport import messages
 from serving.transport.messages import Inflation, MessageError, MessageReader, whole
 
 MAX_BYTES = 2**20
@@ -52,11 +54,11 @@ def test_messages_come_out_whole_however_their_bytes_are_cut(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 7, 1000, 100_000])
 def test_compressed_messages_come_out_in_their_order(encoding: str, compress: object, size: int) -> None:
     assert callable(compress)
-    messages = [*MESSAGES, bytes(300_000), b"after"]
+    expected = [*MESSAGES, bytes(300_000), b"after"]
     data = b"".join(
-        framed(compress(message), True) if index % 2 else framed(message) for index, message in enumerate(messages)
+        framed(compress(message), True) if index % 2 else framed(message) for index, message in enumerate(expected)
     )
-    assert fed(reader(encoding), pieces(data, size)) == messages
+    assert fed(reader(encoding), pieces(data, size)) == expected
 
 
 def test_what_comes_while_a_message_is_inflated_waits_for_it() -> None:
@@ -74,7 +76,7 @@ def test_many_small_messages_that_inflate_to_much_are_not_all_inflated_at_once()
     bomb = framed(gzip.compress(bytes(60_000)), True)
     at_once = to.feed(bomb * 100)
     assert at_once == [bytes(60_000)]
-    assert to.inflation and 0 < to.inflation.inflated <= 6000 and not to.inflation.done
+    assert to.inflation and 0 < to.inflation.spent <= 6000 and not to.inflation.done
     found, count = at_once, 0
     while to.inflation:
         assert to.inflation.max_rest <= MAX_BYTES + 1
@@ -98,8 +100,26 @@ def test_a_limit_below_what_is_inflated_at_once_is_kept_to_the_byte(limit: int, 
         assert refusal(to, data).code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_an_inflation_that_nobody_waits_for_ends_soon() -> None:
-    inflation = Inflation(gzip.compress(bytes(2**20)), "gzip", MAX_BYTES)
+def test_of_compressed_bytes_that_give_nothing_few_are_read_at_once() -> None:
+    for size, at_once in ((15_000, True), (17_000, False)):
+        inflation = Inflation(empty_gzip(size), "gzip", MAX_BYTES)
+        assert (inflation.done, inflation.ended) == (at_once, at_once)
+        assert 2**16 - 6000 < inflation.spent <= 2**16
+        assert inflation.rest() == b"" and inflation.ended
+
+
+def test_a_message_that_takes_too_long_to_inflate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = empty_gzip(300_000)
+    assert fed(reader("gzip"), [framed(data, True)]) == [b""]
+    monkeypatch.setattr(messages, "_MAX_SECONDS", 0.0)
+    error = refusal(reader("gzip"), framed(data, True))
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(error) == f"request: {len(data)} bytes that take too long to decompress"
+
+
+@pytest.mark.parametrize("data", [gzip.compress(bytes(2**20)), empty_gzip(2**20)], ids=["much", "nothing"])
+def test_an_inflation_that_nobody_waits_for_ends_soon(data: bytes) -> None:
+    inflation = Inflation(data, "gzip", MAX_BYTES)
     inflation.given_up = True
     assert inflation.rest() is None
 

@@ -27,10 +27,11 @@ from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.artifact import Preparation, load, write_manifest
 from serving.client import AsyncCapsNetClient, CapsNetClient, InvalidImage
 from serving.client.__main__ import main
+from serving.files.image_headers import read_header
 from serving.files.images import UnknownRange, to_pixels
 from serving.files.preparation import drafted_size, prepare, shrink
 from serving.server import Server
-from serving.services.encoded_images import RefusedImage, from_picture, picture_bytes
+from serving.services.encoded_images import RefusedImage, file_bytes, from_picture, picture_bytes
 from tests.conftest import DATA, ROOT, Digits, InThread, Running, settings
 from tests.photographs import photograph
 from tests.web_client import ask, form
@@ -279,8 +280,9 @@ def test_a_phones_photograph_is_decoded_at_a_reduced_size_and_upright(phone_phot
     with Image.open(io.BytesIO(phone_photo)) as opened:
         opened.draft("L", (384, 384))
         assert opened.size == drafted_size((4000, 3000))
-    rest = 2**25 + 3 * (len(phone_photo) - 2**16)
-    assert picture_bytes(phone_photo, LIMITS[1]) == 14 * 1000 * 750 + rest < 2**26
+    before_pixels = phone_photo.index(b"\xff\xda")
+    rest = 24 * 2**20 + 16 * (1000 + 750) + 3 * before_pixels
+    assert picture_bytes(phone_photo, LIMITS[1]) == 4 * 1000 * 750 + rest < 2**25
     with pytest.raises(RefusedImage, match="750000 of them decoded; the limit is 749999"):
         from_picture(phone_photo, SHAPE, MNIST, "f", LIMITS[0], 1000 * 750 - 1)
 
@@ -288,13 +290,13 @@ def test_a_phones_photograph_is_decoded_at_a_reduced_size_and_upright(phone_phot
 def test_what_a_decoder_keeps_of_a_jpeg_file_of_several_scans_is_reserved() -> None:
     image = Image.new("RGB", (4000, 3000))
     plain, progressive = (_file(image, "JPEG", progressive=kind) for kind in (False, True))
-    more = 3 * (len(progressive) - len(plain))
+    more = 3 * (progressive.index(b"\xff\xda") - plain.index(b"\xff\xda"))
     coefficients = 250 * 188 * 16 * 16 * 3 // 2  # of 16 x 16 pixels each, in which two components have one of four
     assert picture_bytes(progressive, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * coefficients + more
     apart = _first_component_alone(plain)
     assert picture_bytes(apart, LIMITS[1]) == picture_bytes(plain, LIMITS[1]) + 2 * coefficients
     whole = _file(image, "JPEG", progressive=True, subsampling=0)
-    assert picture_bytes(whole, LIMITS[1]) - 3 * len(whole) > picture_bytes(plain, LIMITS[1]) + 2 * 3 * 11_000_000
+    assert picture_bytes(whole, LIMITS[1]) > picture_bytes(plain, LIMITS[1]) + 2 * 3 * 11_000_000
 
 
 def _first_component_alone(data: bytes) -> bytes:
@@ -360,7 +362,18 @@ def test_a_phones_photograph_is_answered_in_every_way(prepared: Running, phone_p
 
 def test_the_memory_of_a_picture_is_reserved_by_the_size_in_its_header() -> None:
     small, large = (picture_bytes(_file(Image.new("L", size)), LIMITS[1]) for size in ((100, 10), (1000, 1000)))
-    assert large - small == 14 * (1_000_000 - 1000)
+    assert large - small == 4 * (1_000_000 - 1000) + 16 * (2000 - 110)
+
+
+def test_copies_of_a_large_files_other_parts_are_reserved() -> None:
+    image, exif = Image.new("L", (100, 100)), Image.Exif()
+    exif[0x010E] = "x" * 60_000
+    data = {kind: _file(image, kind, exif=exif) for kind in ("PNG", "JPEG")}
+    assert [file_bytes(one) for one in data.values()] == [0, 0], "they are small"
+    large = {kind: one + bytes(2**16) for kind, one in data.items()}
+    assert file_bytes(large["JPEG"]) == 3 * read_header(large["JPEG"]).other_bytes > 180_000
+    assert file_bytes(large["PNG"]) == 3 * read_header(large["PNG"]).other_bytes + len(large["PNG"]) > 240_000
+    assert file_bytes(bytes(2**17)) == 0, "it is refused"
 
 
 def test_pixels_of_an_unknown_range_are_refused() -> None:
@@ -539,7 +552,7 @@ def test_an_unknown_preparation_is_refused(prepared: Running) -> None:
 def test_memory_for_a_large_picture_must_be_there(start: Callable[..., Running]) -> None:
     limited = start(max_image_memory=2**24)
     picture = pb.Image(encoded=_file(Image.new("L", (1000, 1000))), preprocess=pb.PREPROCESS_AUTO)
-    expected = 784 * (1 + 32) + 14_000_000 + 2**25
+    expected = 784 * (1 + 32) + 4_000_000 + 16 * 2000 + 24 * 2**20
     text = f"images: decoding takes {expected} bytes of memory; the limit is 16777216 bytes (max_image_memory)"
     with pytest.raises(grpc.RpcError) as caught:
         limited.classify(picture)

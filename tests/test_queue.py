@@ -135,6 +135,32 @@ def test_an_urgent_request_does_not_overtake_another_client_that_has_waited_for_
     assert [ticket for ticket, _, _ in _take(_queue(early, later, urgent), 9)] == [early, urgent, later]
 
 
+def test_a_client_that_is_refused_again_and_again_gets_fewer_turns() -> None:
+    def served(refusals: int) -> dict[str, int]:
+        queue = _queue()
+
+        def refill(client: str) -> list[Ticket]:
+            for _ in range(refusals * (client == "greedy")):
+                queue.refused(client)
+            return [_ticket(1, client=client)]
+
+        return _serve(queue, 34, 1, refill)
+
+    assert served(refusals=0) == {"greedy": 17, "modest": 17}
+    assert served(refusals=1)["greedy"] >= 10
+    assert served(refusals=1000) == {"greedy": 3, "modest": 31}
+
+
+def test_a_refusal_counts_for_nothing_once_a_client_has_paid_or_does_not_wait() -> None:
+    queue = _queue(*(_ticket(1, client="greedy") for _ in range(9)))
+    for client in ("greedy", "modest") * 100:
+        queue.refused(client)
+    assert len(_take(queue, 1)) == 1
+    for _ in range(16):
+        queue.push(_ticket(1, client="modest"))
+    assert [ticket.client for ticket, _, _ in _take(queue, 24)] == ["modest"] * 16 + ["greedy"] * 8
+
+
 def test_a_client_that_cancels_and_sends_again_keeps_its_debt_of_turns() -> None:
     queue = _queue()
     waiting: list[Ticket] = []

@@ -329,7 +329,7 @@ from serving.runtime import keep_little_free_memory
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-keep_little_free_memory()
+keep_little_free_memory(2**16)
 bytearray(2**24)  # by default, glibc keeps blocks of up to this size from now on
 before = resident_mib()
 blocks = []

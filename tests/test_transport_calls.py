@@ -12,6 +12,7 @@ import pytest
 
 from serving.transport.grpcio_server import _Handlers
 from serving.transport.headers import Metadata, Status
+from serving.transport.memory import Memory
 from serving.transport.methods import TransportLimits
 from tests.raw_client import Raw, failure, wait_for
 from tests.transport_methods import MAX_BYTES, Serving
@@ -294,6 +295,6 @@ def test_a_status_that_grpc_can_no_longer_send_ends_the_call_without_a_word() ->
         async def abort(self, code: grpc.StatusCode, text: str, metadata: Metadata) -> None:
             raise RuntimeError("ExecuteBatchError")
 
-    handlers = _Handlers(TransportLimits(1, "", 1, ""))
+    handlers = _Handlers(TransportLimits(1, "", 1, ""), Memory(1))
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(handlers._end(Gone(), Status(grpc.StatusCode.NOT_FOUND, "not here")))

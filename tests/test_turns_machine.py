@@ -13,6 +13,7 @@ from serving.batching.turns import Turns
 from tests.machines import search
 
 CLIENTS = ("a", "b", "c", "d")
+FLOODING = "d"
 MAX_BATCH = 4
 AGEING_SECONDS = 1.0
 
@@ -75,6 +76,12 @@ class Clients(RuleBasedStateMachine):
         for ticket in self.queue.displace(rows):
             self.close(ticket)
 
+    @rule(times=st.integers(1, 100))
+    def refuse(self, times: int) -> None:
+        """Refuse requests of one client, which then gets less: its waits are not checked."""
+        for _ in range(times):
+            self.queue.refused(FLOODING)
+
     @precondition(lambda self: self.queue.rows)
     @rule(room=st.integers(1, MAX_BATCH), late=st.integers(0, 9))
     def take(self, room: int, late: int) -> None:
@@ -95,7 +102,7 @@ class Clients(RuleBasedStateMachine):
             ticket = part.ticket
             client = str(ticket.client)
             assert self.due(ticket) == min(self.due(one) for one in self.open[client])
-            for waiting in begun & set(self.waits):
+            for waiting in begun & set(self.waits) - {FLOODING}:
                 self.waits[waiting].note(Counter({client: part.stop - part.start}), waiting)
             if not ticket.left:
                 self.close(ticket)

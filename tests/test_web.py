@@ -19,6 +19,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from PIL import Image
 
+from benchmarks.attacks.packed import empty_gzip
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2
 from serving.errors import QueueFull, Unauthenticated
@@ -223,6 +224,10 @@ CHOSEN = {"name": "probabilities", "parameters": {"classification": 1}}
         ({"inputs": [{**TENSOR, "data": [0] * 783}]}, "raw_input_contents[0]"),
         ({"inputs": [TENSOR]}, "inputs[0].data"),
         ({"inputs": [{**TENSOR, "data": {}}]}, "inputs[0].data"),
+        (
+            {"inputs": [{**TENSOR, "parameters": {"shared_memory_region": "a", "shared_memory_byte_size": 784}}]},
+            'inputs[0].parameters["shared_memory_region"]',
+        ),
         ({"inputs": [{**TENSOR, "datatype": "WORD", "data": [0]}]}, "inputs[0].datatype"),
         ({"inputs": [{**TENSOR, "shape": [1, -1], "data": [0]}]}, "inputs[0].shape"),
         ({"inputs": [{**TENSOR, "shape": "x", "data": [0]}]}, "inputs[0].shape"),
@@ -301,6 +306,26 @@ def test_the_repository_is_listed_as_triton_does_it(port: int) -> None:
         assert (model["name"], model["state"]) == (MODEL, "READY")
 
 
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/v2/systemsharedmemory/status", "shared memory is not supported; send the tensors in the messages"),
+        ("/v2/systemsharedmemory/region/a/register", "shared memory is not supported"),
+        ("/v2/cudasharedmemory/unregister", "shared memory is not supported"),
+        ("/v2/trace/setting", "settings of traces are not supported; the server's --trace-endpoint"),
+        ("/v2/models/capsnet-mnist/trace/setting", "settings of traces are not supported"),
+        ("/v2/logging", "settings of the log are not supported; the server's --log-level"),
+        ("/v2/repository/models/capsnet-mnist/load", "not on this port; the server's --admin-port opens a port"),
+        ("/v2/repository/models/capsnet-mnist/unload", "not on this port; the server's --admin-port opens a port"),
+    ],
+)
+def test_what_only_triton_has_is_refused_with_the_reason(port: int, path: str, text: str) -> None:
+    for body in (None, b"{}"):
+        answer = ask(port, path, body)
+        assert (answer.status, answer.json["code"]) == (501, "UNIMPLEMENTED")
+        assert answer.json["error"].partition(": ")[2].startswith(text)
+
+
 def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
     answer = ask(port, "/v2/models/other/ready")
     assert (answer.status, answer.json) == (503, {"name": "other", "ready": False})
@@ -332,6 +357,8 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b"x", {"content_encoding": "br"}, 415, "content-encoding: 'br'"),
         ("/v1/classify", b"xyz" * 9, {"content_encoding": "gzip"}, 400, "cannot be unpacked by gzip"),
         ("/v1/classify", gzip.compress(bytes(13_000_000)), {"content_encoding": "gzip"}, 413, "max_request_bytes"),
+        ("/v1/classify", empty_gzip(12_000_000), {"content_encoding": "gzip"}, 400, "take too long to unpack"),
+        ("/v1/classify", gzip.compress(b"{}") + b"x", {"content_encoding": "gzip"}, 400, "which gzip does not end"),
         ("/v1/classify", b"x", {"content_type": "multipart/form-data"}, 400, "cannot be read as a form"),
         ("/v1/classify", b"x", {"x_request_timeout": "soon"}, 400, "x-request-timeout: 'soon'"),
         ("/v1/classify", b"x", {"x_request_timeout": "nan"}, 400, "x-request-timeout: 'nan'"),

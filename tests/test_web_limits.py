@@ -25,7 +25,7 @@ from serving.web import connection as connection_module
 from serving.web import server as server_module
 from serving.web.application import DOCUMENTS
 from serving.web.problems import Problem
-from serving.web.routes import ROUTES
+from serving.web.routes import REFUSED, ROUTES
 from tests.certificates import make_all
 from tests.conftest import DATA, Running
 from tests.raw_client import wait_for
@@ -185,6 +185,22 @@ def test_requests_without_room_for_their_bodies_are_told_to_come_again(waiting: 
             waiting.answer()
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert ask(web.port, "/v1/classify", body, content_type=kind).status == 200, "the room is free again"
+
+
+def test_a_request_under_way_gives_its_room_to_others_that_need_it_more(waiting: Waiting) -> None:
+    body, kind = form(("image", bytes(40_000)))
+    with serving(waiting.table, max_bytes_under_way=2**16) as web:
+        with sent(web.port, post("/v1/classify", body, f"Content-Type: {kind}")) as connection:
+            wait_for(lambda: waiting.asked != [])
+            web.loop.call_soon_threadsafe(web.memory.limit, 30_000)  # as while images are decoded
+            answer = connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer.lower()
+            assert b"the limit is 30000 bytes (max_bytes_under_way)" in answer
+        assert waiting.ended == ["given up"]
+        assert web.memory.used == 0
+        web.loop.call_soon_threadsafe(web.memory.limit, 2**16)
+        waiting.answer()
+        assert ask(web.port, "/v1/classify", body, content_type=kind).status == 200
 
 
 def test_a_refused_request_goes_without_the_garbage_collector(waiting: Waiting, no_collection: None) -> None:
@@ -356,7 +372,8 @@ def test_a_caller_without_a_token_gets_nothing_on_any_path_but_health_and_files(
     port = running.server.http_port
     paths = [(one.path.format(name="capsnet-mnist", version="1"), one.verb, one.method) for one in ROUTES]
     paths += [(path, "GET", method) for path, method, _ in DOCUMENTS]
-    assert len(paths) > 15
+    paths += [(path.format(name="a", region="b"), verb, method) for path, method in REFUSED for verb in ("GET", "POST")]
+    assert len(paths) > 50
     for path, verb, method in paths:
         body = SEVEN if verb == "POST" else None
         missing = method not in running.server._methods

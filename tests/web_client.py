@@ -11,6 +11,7 @@ from typing import Any
 
 from serving.errors import ServingError
 from serving.metrics.registry import Metrics
+from serving.transport.memory import Memory
 from serving.transport.methods import Peer, Table, TransportLimits
 from serving.web.server import WebServer, web_server
 from tests.conftest import settings
@@ -75,6 +76,7 @@ class Web:
     metrics: Metrics
     refusals: list[str]
     loop: asyncio.AbstractEventLoop
+    memory: Memory
 
     def requests(self) -> dict[tuple[str, ...], int]:
         """Return the counted requests by route and status."""
@@ -99,10 +101,11 @@ def serving(table: Table, refusal: ServingError | None = None, **chosen: object)
             connections=int(str(chosen.pop("connections", 0))), limited=refusals.append,
             idle_seconds=settings(**chosen).idle_seconds,
         )  # fmt: skip
-        server = web_server(settings(**chosen), metrics, table, limits, lambda: "", None, admit)
+        memory = Memory(settings(**chosen).max_bytes_under_way)
+        server = web_server(settings(**chosen), metrics, table, limits, lambda: "", None, admit, memory)
         port = await server.listen("127.0.0.1", 0)
         await server.start()
-        made.append(Web(server, port, metrics, refusals, asyncio.get_running_loop()))
+        made.append(Web(server, port, metrics, refusals, asyncio.get_running_loop(), memory))
         started.set()
         await stopping.wait()
         await server.stop(PATIENCE)

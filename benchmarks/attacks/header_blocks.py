@@ -9,6 +9,7 @@ from serving.transport import frames
 _LARGE_BLOCK_BYTES = 36 * 1024
 _COOKIES_A_BLOCK = 8000
 _EMPTY_HEADERS_A_BLOCK = 1500
+_PIECES_A_BLOCK = 8
 _ENTRIES_OF_SETTINGS = 2730
 
 
@@ -59,6 +60,28 @@ def _giant_settings(link: Link) -> Pieces:
         yield frames.frame(frames.SETTINGS, 0, 0, entry * _ENTRIES_OF_SETTINGS)
 
 
+def _pieces(link: Link) -> Pieces:
+    """Send a block below the limits in as small pieces as the server takes."""
+    yield from link.ready()
+    header_block = _block_below_limits()
+    size = -(-len(header_block) // _PIECES_A_BLOCK)
+    pieces = [header_block[at : at + size] for at in range(size, len(header_block), size)]
+    while True:
+        stream = link.next_stream()
+        first = frames.frame(frames.HEADERS, frames.END_STREAM, stream, header_block[:size])
+        rest = (frames.frame(frames.CONTINUATION, 0, stream, piece) for piece in pieces[:-1])
+        yield first + b"".join(rest) + frames.frame(frames.CONTINUATION, frames.END_HEADERS, stream, pieces[-1])
+
+
+def _trailers(link: Link) -> Pieces:
+    """End each call with as many headers as the server reads."""
+    yield from link.ready()
+    trailers = literal("x", "y" * 100) * 110
+    while True:
+        stream = link.next_stream()
+        yield headers(stream, CLASSIFY) + frames.header_frames(stream, trailers, True)
+
+
 def _large_block() -> bytes:
     return block(CLASSIFY) + literal("x", "y" * 100) * (_LARGE_BLOCK_BYTES // 105)
 
@@ -80,6 +103,8 @@ HEADER_BLOCKS = (
     Attack("header blocks on a closed stream", partial(_blocks, make=_large_block, closed=True)),
     Attack("header blocks on new streams", partial(_blocks, make=_large_block)),
     Attack("header blocks below the limits", partial(_blocks, make=_block_below_limits)),
+    Attack("header blocks in pieces", _pieces),
+    Attack("trailers", _trailers),
     Attack("many cookies", _cookies),
     Attack("giant SETTINGS", _giant_settings),
 )

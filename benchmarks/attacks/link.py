@@ -24,6 +24,9 @@ Message = Callable[[], bytes]
 CLASSIFY = "/capsnet.v1.CapsNetService/Classify"
 CLASSIFY_STREAM = "/capsnet.v1.CapsNetService/ClassifyStream"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
+EXPLAIN = "/capsnet.v1.CapsNetService/Explain"
+GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
+CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
@@ -42,7 +45,8 @@ class Attack:
 
     script: the bytes of one connection. speaks: the connection opens with HTTP/2's preface, these settings and a wide
     window, and its peer's frames are read. times: connections for each one that is asked for. server: the kind of
-    server that is attacked, one of ``served.KINDS``. web: the HTTP port is attacked, and not gRPC's.
+    server that is attacked, one of ``served.KINDS``. web: the HTTP port is attacked, and not gRPC's. record_bytes: the
+    most bytes of a TLS record; a connection that speaks to a server with TLS, or to its HTTP port, is encrypted.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Attack:
     times: int = 1
     server: str = "plain"
     web: bool = False
+    record_bytes: int = 2**14
 
 
 class Link:
@@ -74,10 +79,11 @@ class Link:
         self.windows: dict[int, int] = {}
         self._stream = -1
         self._received = b""
-        # The handshakes of gRPC's port are attacks of their own; only HTTP's attacks speak inside of TLS.
-        self._encryption = _Encryption() if attack.web and attack.server == "tls" else None
-        opening = _opening(attack.settings) if attack.speaks else b""
-        self._unsent = memoryview(self._encryption.receive(b"") if self._encryption else opening)
+        # The handshakes of gRPC's port are attacks of their own.
+        encrypted = (attack.web or attack.speaks) and attack.server == "tls"
+        self._encryption = _Encryption("http/1.1" if attack.web else "h2") if encrypted else None
+        self._opening = _opening(attack.settings) if attack.speaks else b""
+        self._unsent = memoryview(self._encryption.receive(b"")[0] if self._encryption else self._opening)
         self._replies = b""
         self._pieces = attack.script(self)
         self.socket = socket.socket()
@@ -114,11 +120,11 @@ class Link:
             elif self._encryption and not self._encryption.ready:
                 return WAIT_SECONDS
             else:
-                piece = next(self._pieces, None)
+                piece = self._take_opening() or next(self._pieces, None)
                 if not isinstance(piece, bytes):
                     self.silent = piece is None
                     return piece
-                self._unsent = memoryview(self._encryption.encrypted(piece) if self._encryption else piece)
+                self._unsent = memoryview(self._written(piece))
         try:
             count = self.socket.send(self._unsent)
         except BlockingIOError:
@@ -140,10 +146,21 @@ class Link:
             read = b""
         if not read:
             self.closed = True
-        elif self._encryption:
-            self._replies += self._encryption.receive(read)
-        elif self.attack.speaks:
+            return
+        if self._encryption:
+            replies, read = self._encryption.receive(read)
+            self._replies += replies
+        if self.attack.speaks:
             self._received = self._read_frames(self._received + read)
+
+    def _take_opening(self) -> bytes:
+        """Return the first bytes inside of TLS, once."""
+        opening, self._opening = self._opening if self._encryption else b"", b""
+        return opening
+
+    def _written(self, data: bytes) -> bytes:
+        """Return bytes as they are sent."""
+        return self._encryption.encrypted(data, self.attack.record_bytes) if self._encryption else data
 
     def _read_frames(self, data: bytes) -> bytes:
         """Take note of all whole frames, and return the rest."""
@@ -168,7 +185,8 @@ class Link:
             elif stream in self.windows:
                 self.windows[stream] += more
         elif not flags & frames.ACK:
-            self._replies += frames.frame(kind, frames.ACK, 0, payload if kind == frames.PING else b"")
+            reply = frames.frame(kind, frames.ACK, 0, payload if kind == frames.PING else b"")
+            self._replies += self._written(reply)
             if kind == frames.SETTINGS:
                 values = dict(frames.read_settings(payload))
                 before, self.stream_window = (
@@ -193,32 +211,34 @@ class Link:
 
 
 class _Encryption:
-    """The client's side of TLS, without a socket. ready: True once the handshake has ended."""
+    """The client's side of TLS, without a socket. protocol: for ALPN. ready: True once the handshake has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: str) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        context.set_alpn_protocols(["http/1.1"])
+        context.set_alpn_protocols([protocol])
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing)
         self.ready = False
 
-    def receive(self, data: bytes) -> bytes:
-        """Take the peer's bytes, whose content is left out. Return what is to be sent."""
+    def receive(self, data: bytes) -> tuple[bytes, bytes]:
+        """Take the peer's bytes. Return what is to be sent, and their content."""
         self._incoming.write(data)
+        content = b""
         try:
             if not self.ready:
                 self._tls.do_handshake()
                 self.ready = True
-            while self._tls.read(_READ_BYTES):
-                pass
+            while read := self._tls.read(_READ_BYTES):
+                content += read
         except ssl.SSLError:  # mostly since more must come; the peer ends a connection that is broken
             pass
-        return self._outgoing.read()
+        return self._outgoing.read(), content
 
-    def encrypted(self, data: bytes) -> bytes:
-        """Return bytes as they are sent."""
-        self._tls.write(data)
+    def encrypted(self, data: bytes, record_bytes: int) -> bytes:
+        """Return bytes as they are sent, in records of at most this size."""
+        for begin in range(0, len(data), record_bytes):
+            self._tls.write(data[begin : begin + record_bytes])
         return self._outgoing.read()
 
 

@@ -1,9 +1,12 @@
 """Attacks by image files: costly to decode, large, and in messages that wait for a thread, over gRPC and HTTP."""
 
+import io
 import struct
 import zlib
 from collections.abc import Callable
 from functools import cache, partial
+
+from PIL import Image
 
 from benchmarks.attacks.link import (
     CLASSIFY,
@@ -18,6 +21,7 @@ from benchmarks.attacks.link import (
     framed,
     headers,
 )
+from benchmarks.attacks.packed import empty_zlib
 from benchmarks.attacks.web import post
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.settings import Settings
@@ -26,6 +30,12 @@ from serving.transport import frames
 _MAX_PIECE_BYTES = 2**16
 _IMAGES = 64
 _WEB_CONNECTIONS = 8
+#: A picture in which nearly the most bytes of a file take fewer than its pixels.
+_SIDE_OF_BLOCKS = 1500
+#: Pictures that nearly take the memory for decoding: by their pixels alone, and with the most bytes of a file.
+_LARGE_SIDE, _LONG_SIDE = 3400, 2700
+_LONG_BYTES = Settings.max_image_bytes - 2**18
+_SEGMENT_BYTES = 2**16 - 3
 #: Bytes of a file beside its largest part.
 _OTHER_BYTES = 1024
 _GREY_AND_TRANSPARENCY, _COLOURS_AND_TRANSPARENCY = (4, 2), (6, 4)  # PNG's number, and the bytes of a pixel
@@ -67,6 +77,24 @@ def _bomb() -> bytes:
     return _png(side, side, _COLOURS_AND_TRANSPARENCY)
 
 
+@cache
+def _blocks() -> bytes:
+    """Return a picture whose pixels would come after millions of blocks without any."""
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", _SIDE_OF_BLOCKS, _SIDE_OF_BLOCKS, 8, 6, 0, 0, 0))
+    pixels = _chunk(b"IDAT", empty_zlib(Settings.max_image_bytes - _OTHER_BYTES))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + _chunk(b"IEND", b"")
+
+
+@cache
+def photograph(side: int, padding: int) -> bytes:
+    """Return a square picture for whose coefficients a decoder needs the most memory. padding: further bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "JPEG", progressive=True, subsampling=0)
+    whole, rest = divmod(padding, _SEGMENT_BYTES)
+    more = b"".join(b"\xff\xe9" + (size + 2).to_bytes(2) + bytes(size) for size in [_SEGMENT_BYTES] * whole + [rest])
+    return file.getvalue()[:2] + more + file.getvalue()[2:]
+
+
 def _request(file: bytes, count: int = 1, preprocess: pb.Preprocess = pb.PREPROCESS_NONE) -> pb.ClassifyRequest:
     return pb.ClassifyRequest(images=[pb.Image(encoded=file, preprocess=preprocess)] * count)
 
@@ -77,6 +105,20 @@ def _costly_images() -> bytes:
 
 def _large_images() -> bytes:
     return framed(_request(_large()).SerializeToString())
+
+
+def _packed_blocks() -> bytes:
+    return framed(_request(_blocks(), preprocess=pb.PREPROCESS_AUTO).SerializeToString())
+
+
+def _photographs() -> bytes:
+    file = photograph(_LARGE_SIDE, 0)
+    return framed(_request(file, preprocess=pb.PREPROCESS_AUTO).SerializeToString())
+
+
+def _long_photographs() -> bytes:
+    file = photograph(_LONG_SIDE, _LONG_BYTES)
+    return framed(_request(file, preprocess=pb.PREPROCESS_AUTO).SerializeToString())
 
 
 def _bombs() -> bytes:
@@ -146,6 +188,18 @@ def _post_bomb() -> bytes:
     return post("/v1/classify?preprocess=auto", _bomb(), "image/png")
 
 
+def _post_blocks() -> bytes:
+    return post("/v1/classify?preprocess=auto", _blocks(), "image/png")
+
+
+def _post_photograph() -> bytes:
+    return post("/v1/classify?preprocess=auto", photograph(_LARGE_SIDE, 0), "image/jpeg")
+
+
+def _post_long_photograph() -> bytes:
+    return post("/v1/classify?preprocess=auto", photograph(_LONG_SIDE, _LONG_BYTES), "image/jpeg")
+
+
 def _web(name: str, make: Callable[[], bytes]) -> Attack:
     return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, times=_WEB_CONNECTIONS, web=True)
 
@@ -156,6 +210,12 @@ PICTURES = (
     Attack("picture bombs", partial(_uploads, path=CLASSIFY, make=_bombs)),
     Attack("large messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_large_streamed)),
     Attack("costly messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_costly_streamed)),
+    Attack("pictures of empty blocks", partial(_uploads, path=CLASSIFY, make=_packed_blocks)),
+    Attack("photographs", partial(_uploads, path=CLASSIFY, make=_photographs)),
+    Attack("long photographs", partial(_uploads, path=CLASSIFY, make=_long_photographs)),
+    _web("pictures of empty blocks", _post_blocks),
+    _web("photographs", _post_photograph),
+    _web("long photographs", _post_long_photograph),
     _web("costly images", _post_costly),
     _web("large images", _post_large),
     _web("picture bombs", _post_bomb),

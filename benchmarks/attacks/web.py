@@ -1,15 +1,13 @@
 """Attacks on the HTTP port: slow and silent clients, costly heads and bodies, and answers that nobody reads."""
 
 import base64
-import io
 import json
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
 
-from PIL import Image
-
 from benchmarks.attacks.link import SIDE, Attack, Link, Pieces
+from benchmarks.attacks.packed import empty_gzip
 
 _CONNECTIONS = 1000
 _FEW_CONNECTIONS = 8
@@ -23,7 +21,8 @@ _FORM_BYTES = 12 * 2**20
 _EXPLAINED_IMAGES = 8
 _HANDSHAKES = 100
 _TOKEN_CHARACTERS = 80
-_PADDINGS = 120  # nearly 8 MiB
+_EXTENSION_BYTES = 2000
+_EXTENSIONS = 100
 _CLASSES = 10
 #: Bytes of an image, none of which is ground, so that its relevance takes the most images.
 _INK = base64.b64encode(b"\x80" * (SIDE * SIDE - 1) + b"\xff").decode()
@@ -116,14 +115,42 @@ def _explained() -> bytes:
     return _explain("ROUTING CONTRIBUTIONS RELEVANCE")
 
 
+def _slow_chunks(link: Link) -> Pieces:
+    """Send a body in chunks without an end, a byte a second."""
+    yield head("/v1/classify", None, "Content-Type: image/png")
+    while True:
+        yield b"1\r\nx\r\n"
+        yield 1.0
+
+
+def _long_extensions() -> bytes:
+    """Return a body in chunks whose sizes have long extensions, which nobody reads."""
+    chunk = b"1;" + b"x" * _EXTENSION_BYTES + b"\r\nx\r\n"
+    return head("/v1/classify", None, "Content-Type: image/png") + chunk * _EXTENSIONS + b"0\r\n\r\n"
+
+
+def _upgrades() -> bytes:
+    """Return requests for another protocol."""
+    upgrade = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA==")
+    return head("/v1/model", 0, *upgrade, verb="GET") * _REQUESTS_A_PIECE
+
+
+def _expectations(link: Link) -> Pieces:
+    """Ask whether a body may come, and hang up."""
+    yield head("/v1/classify", 1000, "Content-Type: image/png", "Expect: 100-continue")
+    yield 0.01
+    link.hang_up()
+
+
+def _documents() -> bytes:
+    return head("/openapi.json", 0, verb="GET") * _REQUESTS_A_PIECE
+
+
 @cache
-def _photographs() -> bytes:
-    """Return a picture that takes the most time and memory to decode of those that the server decodes."""
-    file = io.BytesIO()
-    Image.new("RGB", (4000, 3000)).save(file, "JPEG", progressive=True, subsampling=0)
-    padding = b"\xff\xe9" + (2**16 - 1).to_bytes(2) + bytes(2**16 - 3)
-    data = file.getvalue()
-    return post("/v1/classify?preprocess=auto", data[:2] + padding * _PADDINGS + data[2:], "image/jpeg")
+def _empty_blocks() -> bytes:
+    """Return a body that takes long to unpack, and is nothing then."""
+    body = empty_gzip(_FORM_BYTES)
+    return head("/v1/classify", len(body), "Content-Type: application/json", "Content-Encoding: gzip") + body
 
 
 def _gone(link: Link, make: Callable[[], bytes]) -> Pieces:
@@ -169,5 +196,10 @@ WEB = (
     _web("handshakes", partial(_gone, make=_pipelined), _HANDSHAKES, "tls"),
     _web("wrong tokens", _wrong_tokens, _FEW_CONNECTIONS, "tokens"),
     _web("numbers in JSON without a token", partial(_again, make=_numbers), _FEW_CONNECTIONS, "tokens"),
-    _web("photographs", partial(_again, make=_photographs), _FEW_CONNECTIONS),
+    _web("slow chunks", _slow_chunks, _CONNECTIONS),
+    _web("long extensions", partial(_again, make=_long_extensions)),
+    _web("upgrades", partial(_again, make=_upgrades)),
+    _web("expectations", _expectations, _HANDSHAKES),
+    _web("documents, not read", partial(_unread, make=_documents, times=2), _HANDSHAKES),
+    _web("empty blocks", partial(_again, make=_empty_blocks), _FEW_CONNECTIONS),
 )  # fmt: skip

@@ -11,6 +11,9 @@ from serving.batching.ticket import Ticket
 from serving.batching.turns import Shares, Turns
 from serving.runtime import Arrays
 
+# The rows that a refusal counts for. A client that is refused a few times for each answer hardly notices it.
+_ROWS_A_REFUSAL = 1 / 4
+
 
 class Part(NamedTuple):
     """The rows of a request in one batch: rows ``start`` to ``stop`` of ``arrays``, without ``stop``."""
@@ -62,6 +65,13 @@ class TicketQueue:
         if ticket.urgent:
             self.urgent.add(ticket.client, -left)
         return left
+
+    def refused(self, client: Hashable) -> None:
+        """Note a request that is refused since its client has more than its share. A flood of them costs turns.
+
+        Any thread may call it.
+        """
+        self._turns.fine(client, _ROWS_A_REFUSAL)
 
     def displace(self, rows: int) -> list[Ticket]:
         """Remove the newest requests of the clients with the most waiting rows, until ``rows`` rows are free.

@@ -161,6 +161,7 @@ class Slots:
         with self._lock:
             excess = self._queue.rows + size - self._policy.max_queue
             if excess > 0 and not self.within_share(ticket.client, size, self._policy.max_queue):
+                self._queue.refused(ticket.client)
                 self._admission.check_room(size, self._queue.rows)
             if ticket.deadline is not None:
                 load = self._load(now, ticket.client, size, ticket.urgent)
@@ -188,6 +189,7 @@ class Slots:
         """
         full = self._admission.full(self._queue.rows + expected)
         if full and not self.within_share(client, expected + 1, self._policy.max_queue):
+            self._queue.refused(client)
             return full
         if left is None:
             return None

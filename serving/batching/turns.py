@@ -10,21 +10,25 @@ Item = TypeVar("Item", bound=Hashable)
 
 # Size of the heap at which the turns of clients that do not wait are forgotten. It grows with the clients that wait.
 _MIN_TIDY_SIZE = 4096
+# The most of a fine, as a multiple of what the client gets: so it still gets a sixteenth of the turns of the others.
+_MAX_FINE = 15
 
 
 class _Client(Generic[Item]):
     """A client that waits, or whose turn has not been passed yet.
 
     turn: the turn of its next item. due: the due time that orders it among equal turns, infinite if nothing has come
-    since its last turn. number: the number of its entry in the heap; entries with other numbers are outdated.
+    since its last turn. fine: a cost that is added to its next turn. number: the number of its entry in the heap;
+    entries with other numbers are outdated.
     """
 
-    __slots__ = ("due", "key", "number", "others", "turn", "urgent")
+    __slots__ = ("due", "fine", "key", "number", "others", "turn", "urgent")
 
     def __init__(self, key: Hashable, turn: float) -> None:
         self.key = key
         self.turn = turn
         self.due = inf
+        self.fine = 0.0
         self.number = 0
         # Items and their due times. Each lane is in order.
         self.urgent: OrderedDict[Item, float] = OrderedDict()
@@ -103,7 +107,8 @@ class Turns(Generic[Item]):
             self._lane.popitem(last=False)
             self._count -= 1
         lane = client.lane() if client.urgent else client.others
-        client.turn = end = turn + cost
+        client.turn = end = turn + cost + min(client.fine, _MAX_FINE * cost)
+        client.fine = 0.0
         client.due = due = lane[next(iter(lane))] if lane else inf
         client.number = self._number = number = self._number + 1
         heapreplace(self._heap, (end, due, number, client))
@@ -116,6 +121,14 @@ class Turns(Generic[Item]):
             client = self._clients[key] = _Client(key, turn)
         client.turn = max(self._now, client.turn + cost)
         self._enter(client)
+
+    def fine(self, key: Hashable, cost: float) -> None:
+        """Let a client's next turn cost more, if it waits: for work that it causes beyond what it gets.
+
+        Any thread may call it. Two calls at once may count as one.
+        """
+        if client := self._clients.get(key):
+            client.fine += cost
 
     def remove(self, key: Hashable, item: Item) -> bool:
         """Remove an item of a client, and return True if it was there. The client keeps its turn."""

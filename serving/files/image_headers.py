@@ -43,7 +43,11 @@ _UNIQUE = frozenset((b"iCCP", b"eXIf"))  # chunks that Pillow unpacks or parses 
 # The texts from which Pillow takes the orientation; nothing here reads others, nor colour profiles.
 _ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _TEXTS = frozenset((b"tEXt", b"zTXt", b"iTXt", b"iCCP"))
-_PNG_SIZE = struct.Struct(">II")
+_PNG_SIZE = struct.Struct(">IIBB")  # the width, the height, the bits of a sample, and the kind of colours
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a pixel, by kind of colours (PNG, 11.2.1)
+# A packer adds at most a thousandth to pixels, and more to few of them. Blocks of its format that give no pixel could
+# take a second of a processor otherwise.
+_MORE_PACKED_BYTES = 1024
 # Of a segment: its length, the precision, the height, the width and the number of components.
 _JPEG_SIZE = struct.Struct(">HxHHB")
 _COMPONENT_BYTES = 3  # after it: the number of each, its sampling factors and its table
@@ -79,13 +83,15 @@ class BadImage(ValueError):
 class ImageHeader(NamedTuple):
     """The format of an image file, ``PNG`` or ``JPEG``, and its size in pixels.
 
-    coefficients: those of a JPEG file of several scans, all of which a decoder keeps; 0 for other files.
+    coefficients: those of a JPEG file of several scans, all of which a decoder keeps; 0 for other files. other_bytes:
+    those of the file's parts that are not pixels.
     """
 
     format: str
     width: int
     height: int
     coefficients: int = 0
+    other_bytes: int = 0
 
 
 def read_header(data: bytes) -> ImageHeader:
@@ -176,8 +182,8 @@ def _read_png(data: bytes) -> ImageHeader:
     begin = len(_PNG) + _CHUNK_HEAD.size
     if data[len(_PNG) + 4 : begin] != b"IHDR" or len(data) < begin + _PNG_SIZE.size:
         raise damaged("PNG", data)
-    width, height = _PNG_SIZE.unpack_from(data, begin)
-    position, small = len(_PNG), 0
+    width, height, depth, colours = _PNG_SIZE.unpack_from(data, begin)
+    position, small, other_bytes, pixel_bytes = len(_PNG), 0, 0, 0
     seen = set()
     while position + _CHUNK_HEAD.size <= len(data):
         length, kind = _CHUNK_HEAD.unpack_from(data, position)
@@ -187,13 +193,20 @@ def _read_png(data: bytes) -> ImageHeader:
         if kind in _UNIQUE and kind in seen:
             raise BadImage(PARTS, f"a PNG file with several chunks {kind.decode()}; expected one at most")
         seen.add(kind)
+        if kind == b"IDAT":
+            pixel_bytes += length
+        else:
+            other_bytes += min(length, len(data) - position)
         if kind == b"eXIf":
             begin = position + _CHUNK_HEAD.size
             check_exif("PNG", data[begin : begin + length])
         if kind == b"IEND":
             break
         position += _CHUNK_HEAD.size + length + _CHECKSUM_BYTES
-    return ImageHeader("PNG", width, height)
+    row_bytes = 1 + (width * _SAMPLES.get(colours, 4) * depth + 7) // 8
+    if pixel_bytes > height * (row_bytes + row_bytes // 8 + 4) + _MORE_PACKED_BYTES:  # an interlaced file has more rows
+        raise BadImage(PARTS, f"a PNG file of {pixel_bytes} packed bytes, which are many more than its pixels take")
+    return ImageHeader("PNG", width, height, other_bytes=other_bytes)
 
 
 def _read_jpeg(data: bytes) -> ImageHeader:
@@ -234,7 +247,7 @@ def _read_jpeg(data: bytes) -> ImageHeader:
     if header is None:
         raise damaged("JPEG", data)
     in_one_scan = not progressive and data[position + 4] == components
-    return header._replace(coefficients=0) if in_one_scan else header
+    return header._replace(coefficients=0 if in_one_scan else header.coefficients, other_bytes=position)
 
 
 def _coefficients(width: int, height: int, sampling: bytes) -> int:

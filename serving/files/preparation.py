@@ -20,7 +20,7 @@ BRIGHT_ON_DARK, DARK_ON_BRIGHT = "bright-on-dark", "dark-on-bright"
 # Pictures are reduced to a longer side below twice this, in which a digit of a tenth of a photo's height has 40 pixels.
 _WORK_SIDE_PIXELS = 384
 # Pixels of a picture that are converted at once before they are reduced.
-_STRIP_PIXELS = 2**18
+_BLOCK_PIXELS = 2**18
 # The longer side of the copies in which polarity, ground and groups of ink are found.
 _POLARITY_SIDE_PIXELS = 96
 _GROUND_SIDE_PIXELS = 192
@@ -137,15 +137,20 @@ def _upright_of_few_pixels(image: Image.Image, channels: int) -> Image.Image:
 def _reduced(image: Image.Image, factor: int) -> Image.Image:
     """Return a picture of the mode L, RGB or RGBA, reduced by a factor.
 
-    It is converted and reduced in strips, since a copy of the whole would take four bytes for each pixel.
+    It is converted and reduced in blocks, since a copy of the whole would take four bytes for each pixel.
     """
     width, height = image.size
-    strip = factor * max(1, _STRIP_PIXELS // (factor * width))
-    rows = [(top, min(height, top + strip)) for top in range(0, height, strip)]
-    parts = [_with_few_modes(image.crop((0, top, width, bottom))).reduce(factor) for top, bottom in rows]
-    whole = Image.new(parts[0].mode, (parts[0].width, sum(part.height for part in parts)))
-    for (top, _), part in zip(rows, parts, strict=True):
-        whole.paste(part, (0, top // factor))
+    across = min(width, factor * max(1, _BLOCK_PIXELS // (factor * min(factor, height))))
+    down = factor * max(1, _BLOCK_PIXELS // (factor * across))
+    whole: Image.Image | None = None
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            block = image.crop((left, top, min(width, left + across), min(height, top + down)))
+            part = _with_few_modes(block).reduce(factor)
+            if whole is None:
+                whole = Image.new(part.mode, (-(-width // factor), -(-height // factor)))
+            whole.paste(part, (left // factor, top // factor))
+    assert whole is not None
     return whole
 
 

@@ -89,11 +89,18 @@ class Decoder:
     max_bytes: the most memory of all decodings. A client with half of it begins another decoding only if a thread would
     be idle otherwise. timeout: seconds after which a decoding is given up. max_images: the most images of all decodings
     that are not patient, except one that is alone. refused: called with the cause of each refusal, one of
-    ``IMAGE_CAUSES``.
+    ``IMAGE_CAUSES``. reserves: called with the reserved memory in sixteenths of ``max_bytes``, rounded up, before it is
+    used, if it has changed.
     """
 
     def __init__(
-        self, threads: int, max_bytes: int, timeout: float, max_images: int, refused: Callable[[str], object]
+        self,
+        threads: int,
+        max_bytes: int,
+        timeout: float,
+        max_images: int,
+        refused: Callable[[str], object],
+        reserves: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._executor = ThreadPoolExecutor(threads, "decode")
         self._threads = self._free = threads
@@ -103,6 +110,10 @@ class Decoder:
         self._max_images = max_images
         self._images = Shares()  # of the decodings that have not ended and are not patient
         self._refused = refused
+        self._reserves = reserves
+        self._step = -(-max_bytes // 16)
+        self._told = 0  # the reserved memory that it was called with last
+        self._telling = False  # True until it has been called
         self._waiting: Turns[Job] = Turns()  # for memory
         self._begun: Turns[Job] = Turns()  # for threads
         self._reserved = Shares()
@@ -198,6 +209,24 @@ class Decoder:
             self._reserved.add(job.client, job.bytes)
             self._holders += 1
             self._begun.push(job.client, job)
+        if self._told == self._to_tell():
+            self._give_threads()
+        elif not self._telling:
+            self._telling = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        """Tell the reserved memory, and then let it be used. Decodings may be given up meanwhile."""
+        self._told = self._to_tell()
+        self._reserves(self._told)
+        self._telling = False
+        self._go_on()
+
+    def _to_tell(self) -> int:
+        """Return the reserved memory in whole steps, so that small images are not told one by one."""
+        return -(-self.reserved // self._step) * self._step
+
+    def _give_threads(self) -> None:
         while self._free and not self._closed and (job := self._begun.first()):
             self._take_turn(job, self._begun.give(0, done=True))
 

@@ -16,10 +16,13 @@ from serving.transport.headers import Metadata, RequestHead, status_fields
 from serving.transport.messages import PREFIX
 from serving.transport.methods import UNDECIDED_TEXT, Abort, Method, Peer
 from serving.transport.sending import Sending, only_answer
-from serving.transport.streams import Streams, StreamState
+from serving.transport.streams import WORK_A_TURN, Streams, StreamState
 
 #: The text for clients after a fault of this server.
 INTERNAL_TEXT = "internal error; the server's log has the details"
+
+# The work of a handler with a task until it first waits: sixteen of them fit in a turn.
+_TASK_WORK = WORK_A_TURN // 16
 
 _logger = logging.getLogger(__name__)
 
@@ -149,7 +152,7 @@ class Call:
             self.streams.reset(self, ErrorCode.CANCEL if stalled else ErrorCode.ENHANCE_YOUR_CALM)
             return
         memory, limits = self.streams.memory, self.streams.limits
-        text = f"requests of {memory.used} bytes are under way; {limits.memory_text}; try again later"
+        text = limits.no_room(memory.used, memory.max_bytes)
         if stalled:
             text = f"the request has not come further for {memory.stall_seconds:g} seconds"
         if self._task or self.given_up:  # otherwise ``refuse`` tells it
@@ -176,6 +179,7 @@ class Call:
         """Run the method's handler."""
 
     def _start_task(self) -> None:
+        self.streams.further_work += _TASK_WORK
         self._task = self.streams.loop.create_task(self._run())
 
     async def _run(self) -> None:

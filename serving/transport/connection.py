@@ -17,8 +17,9 @@ from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.methods import client_of, peer_of
 from serving.transport.receiving import MAX_BYTES_A_TURN
+from serving.transport.records import records_of
 from serving.transport.sending import Buffers
-from serving.transport.streams import ConnectionState, OpenCall
+from serving.transport.streams import ConnectionState, OpenCall, Streams
 from serving.transport.terms import Terms
 from serving.transport.unsent import Unsent
 
@@ -53,6 +54,12 @@ class Connection(asyncio.Protocol):
         #: True if the connection ends for the sake of a new one.
         self.replaced = False
 
+    @property
+    def held(self) -> int:
+        """Return the bytes of its calls and of its unsent answers. Any thread may call it."""
+        streams: Streams | None = getattr(self, "_streams", None)  # None until the connection is made
+        return streams.held if streams else 0
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
         peer = peer_of(self._transport.get_extra_info("peername"), self._transport.get_extra_info("peercert"))
@@ -70,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._unsent = Unsent(self._streams, self._transport)
+        self._records = records_of(self._transport)
         _keep_alive(self._transport)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
         if self._terms.age:  # spread, so that clients that came together do not return together
@@ -111,6 +119,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self._closed:
+            return
+        if self._records and self._records.are_tiny(len(data)):
+            self._terms.limits.limited(FLOOD)
+            self._terms.limits.dropped(TEXTS[FLOOD], self._streams.client)
+            self._transport.abort()  # at once: until TLS's own end, its records would be read
             return
         now = self.loop.time()
         if now != self._turn:  # uvloop keeps the time for a turn, in which it may bring up to 32 reads

@@ -18,6 +18,7 @@ TEXTS = {
     CLIENT: "a connection is refused: its client has too many (max_connections_per_client)",
     REPLACED: "a connection without calls is closed: a new one gets its place (max_connections)",
     UNREAD: "a connection is closed: its client does not read the answers",
+    FLOOD: "a connection is closed: its TLS records hold hardly any bytes",
 }
 #: Seconds without calls before a connection may be replaced, unless its client has more than its share. Clients that
 #: connect again at once would otherwise replace each other without end.

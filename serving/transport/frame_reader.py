@@ -11,7 +11,7 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
-from serving.transport.streams import ConnectionState, Link, Streams, StreamState
+from serving.transport.streams import WORK_A_TURN, ConnectionState, Link, Streams, StreamState
 from serving.transport.unpacking import Unpacker
 
 #: Seconds within which a header block must come in full.
@@ -28,11 +28,8 @@ _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
 _MIN_DATA_BYTES = 64  # the fewest bytes of a frame that advances a call without ending its request
 _MAX_FIELDS = 128  # the fields of a call's headers; each further field counts as a frame that advances no call
-# The work of a turn of the event loop: about 1 ms. Then other connections have their turn.
-_WORK_A_TURN = 2**16
 _FRAME_WORK = 384  # of each frame; 64 small calls fit in a turn
 _FIELD_WORK = 64  # of each decoded field
-_MESSAGE_WORK = 256  # of each further message of a frame
 _BYTES_A_WORK = 8  # bytes of a frame, which are only copied
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
@@ -71,7 +68,7 @@ class FrameReader:
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
-        self._work_left = _WORK_A_TURN
+        self._work_left = WORK_A_TURN
 
     def receive(self, data: bytes) -> None:
         """Read what has come, as far as a turn allows. Raises ConnectionFault and NotHttp2, which end the reading.
@@ -98,7 +95,7 @@ class FrameReader:
 
     def begin_turn(self) -> None:
         """Note that other connections have had their turn."""
-        self._work_left = _WORK_A_TURN
+        self._work_left = WORK_A_TURN
 
     @property
     def unread(self) -> bool:
@@ -164,6 +161,7 @@ class FrameReader:
             self._continuation(flags, stream, payload)
         else:
             self._control.read(kind, flags, stream, payload)
+            self._count_further()
 
     def _data(self, flags: int, stream: int, payload: bytes) -> None:
         size = len(payload)
@@ -186,9 +184,7 @@ class FrameReader:
             self._reception.came_in_full(stream)
         if call:
             call.receive(payload, size, bool(end))
-            if further := self.streams.further_messages:
-                self._work_left -= _MESSAGE_WORK * further
-                self.streams.further_messages = 0
+            self._count_further()
 
     def _begin_block(self, flags: int, stream: int, payload: bytes) -> None:
         """Read a HEADERS frame that is not a header block alone."""
@@ -226,6 +222,7 @@ class FrameReader:
             else:
                 self._count_fields(_MAX_FIELDS)
                 self._reception.open(stream, head, end)
+                self._count_further()
             return
         if streams.state is ConnectionState.SETTINGS:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "no settings at first")
@@ -266,6 +263,12 @@ class FrameReader:
         """Read headers that advance no call."""
         self._header_reader.skip(block)
         self._count_fields(-1)
+
+    def _count_further(self) -> None:
+        """Count the work that a frame has caused beside its own."""
+        if further := self.streams.further_work:
+            self._work_left -= further
+            self.streams.further_work = 0
 
     def _count_fields(self, allowed: int) -> None:
         """Count the decoded fields; each field above ``allowed`` counts as a frame that advances no call."""

@@ -18,6 +18,7 @@ from serving.transport.counts import MEMORY, Figures
 from serving.transport.grpcio_messages import MessageInflater
 from serving.transport.handshakes import HANDSHAKE_SECONDS, TlsContexts
 from serving.transport.headers import Metadata, Status
+from serving.transport.memory import Memory
 from serving.transport.messages import MessageError
 from serving.transport.methods import (
     UNDECIDED,
@@ -36,6 +37,10 @@ from serving.transport.methods import (
 from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 16_384  # of all connections together
+# The most calls of a connection. gRPC gives calls to Python in the order in which they came, whoever sent them: a call
+# waits for as many of each other connection.
+_MAX_CALLS_PER_CONNECTION = 100
+_MAX_CALLS_A_READ = 2  # that begin before another connection is read
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
 _READ_BYTES = 2**16  # at once from a connection; by default it may be 4 MiB, whatever the message takes
@@ -59,7 +64,7 @@ class GrpcioServer:
 
     tls: the certificates for the ports, None for no encryption. A Unix socket is never encrypted. connection_age:
     seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of such a
-    connection get to finish.
+    connection get to finish. memory: of all requests, which other servers may share; None for one of its own.
     """
 
     def __init__(
@@ -68,16 +73,21 @@ class GrpcioServer:
         connection_age: float = 0.0,
         grace: float = 0.0,
         tls: TlsContexts | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._tls = tls
-        self._handlers = _Handlers(limits)
+        self._handlers = _Handlers(limits, memory or Memory(limits.bytes_under_way))
         self._started = False
         self._draining: asyncio.Task[None] | None = None
         options: list[tuple[str, int]] = [
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.per_message_decompression", 0),  # see MessageInflater
-            ("grpc.max_concurrent_streams", limits.calls_per_connection),
+            ("grpc.max_concurrent_streams", min(limits.calls_per_connection, _MAX_CALLS_PER_CONNECTION)),
+            ("grpc.http2.max_requests_per_read", _MAX_CALLS_A_READ),
+            # By default gRPC refuses calls at random when a thousand wait for Python: a flood's and all others'.
+            ("grpc.server.max_pending_requests", _MAX_RPCS),
+            ("grpc.server.max_pending_requests_hard_limit", _MAX_RPCS),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
@@ -85,6 +95,8 @@ class GrpcioServer:
             ("grpc.http2.bdp_probe", 0),  # otherwise a fast client may send any number of bytes that nobody reads
             ("grpc.so_reuseport", 0),  # otherwise a second server would silently take half of the connections
         ]
+        if limits.connections:
+            options.append(("grpc.max_allowed_incoming_connections", limits.connections))
         if limits.idle_seconds:
             options.append(("grpc.max_connection_idle_ms", max(1, round(1000 * limits.idle_seconds))))
         if connection_age:
@@ -224,13 +236,14 @@ class _Context:
 class _Handlers(grpc.GenericRpcHandler):
     """The method table for grpc.aio, and the calls in flight."""
 
-    def __init__(self, limits: TransportLimits) -> None:
+    def __init__(self, limits: TransportLimits, memory: Memory) -> None:
         self._limits = limits
+        self._memory = memory
         self._handlers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._inflater = MessageInflater(limits.message_bytes, limits.message_text)
         self._cut_off = False
-        self._bytes = 0  # bytes of unary requests in flight
+        self._bytes = 0  # of the requests in flight
         self.figures = Figures(lambda: len(self._tasks), lambda: self._bytes, limits.bytes_under_way)
 
     def add(self, methods: Table) -> None:
@@ -294,15 +307,15 @@ class _Handlers(grpc.GenericRpcHandler):
         finally:
             messages.close()
 
-    def _hold(self, more: int, undecided: bool) -> None:
+    def _hold(self, holder: "_Messages", more: int, undecided: bool) -> None:
         """Count more bytes of requests as held, or a negative number as released. Raises MessageError."""
-        limits = self._limits
-        held = self._bytes + more
-        if more > 0 and held > limits.bytes_under_way:
+        held = self._memory.used + more
+        if more > 0 and held > self._memory.max_bytes:
             self.figures.evicted[MEMORY] += 1
-            text = f"requests of {held} bytes are under way; {limits.memory_text}; try again later"
+            text = self._limits.no_room(held, self._memory.max_bytes)
             raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, UNDECIDED_TEXT if undecided else text)
-        self._bytes = held
+        self._memory.hold(holder, more)
+        self._bytes += more
 
     async def _streamed(self, method: StreamMethod, context: Any) -> Status:
         """Send the answers of a stream method, and return the status with which its call ends."""
@@ -406,17 +419,32 @@ async def _answer(method: UnaryMethod | CallbackMethod, data: bytes, call: _Cont
     return call.outcome.result()
 
 
-class _Messages:
-    """The requests of a call, as they were before compression.
+class _Owner:
+    """The owner of a call's bytes (see serving.transport.memory.Owner). The call is not evicted."""
 
-    hold: counts the bytes of the latest one, as _Handlers._hold does, until the next one is asked for.
+    held = 0
+    holders = ()
+
+
+class _Messages:
+    """The requests of a call, as they were before compression, and the holder of the latest one's bytes.
+
+    hold: counts these bytes, as _Handlers._hold does, until the next one is asked for.
     """
 
-    def __init__(self, call: _Context, inflater: MessageInflater, hold: Callable[[int, bool], None]) -> None:
+    held = 0
+    waits = False
+
+    def __init__(
+        self, call: _Context, inflater: MessageInflater, hold: Callable[["_Messages", int, bool], None]
+    ) -> None:
+        self.owner = _Owner()
         self._call = call
         self._inflater = inflater
         self._hold = hold
-        self._held = 0
+
+    def evict(self, _: bool) -> None:
+        """Do nothing: what gRPC has read cannot be taken back."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -448,5 +476,4 @@ class _Messages:
         self._count(0)
 
     def _count(self, size: int) -> None:
-        self._hold(size - self._held, self._call.undecided)
-        self._held = size
+        self._hold(self, size - self.held, self._call.undecided)

@@ -63,8 +63,8 @@ class Memory:
     another. A holder that waits for the server is evicted only if no holder waits for its peer, and if its owner holds
     the most, and more than the owner that needs room.
 
-    max_bytes: the most bytes of all holders together. stall_seconds: time without progress after which a waiting holder
-    is evicted even if there is room.
+    max_bytes: the most bytes of all holders together; only ``limit`` changes it. stall_seconds: time without progress
+    after which a waiting holder is evicted even if there is room.
     """
 
     __slots__ = ("_owners", "_waiting", "max_bytes", "stall_seconds", "used")
@@ -124,11 +124,18 @@ class Memory:
         with the most bytes loses its newest holder.
         """
         while self.used > self.max_bytes:
-            victim = self._victim(asking)
+            victim = self._victim(asking) or asking
             self.works(victim)
             victim.evict(False)
             if victim is asking:
                 return
+
+    def limit(self, max_bytes: int) -> None:
+        """Change the most bytes of all holders. Holders are evicted until the rest fits, as far as that is possible."""
+        self.max_bytes = max_bytes
+        while self.used > self.max_bytes and (victim := self._victim(None)):
+            self.works(victim)
+            victim.evict(False)
 
     def evict_stalled(self, now: float) -> None:
         """Evict each holder that waits for its peer and has made no progress for ``stall_seconds``."""
@@ -143,13 +150,16 @@ class Memory:
                 self.works(holder)
                 holder.evict(True)
 
-    def _victim(self, asking: Holder) -> Holder:
+    def _victim(self, asking: Holder | None) -> Holder | None:
         if self._waiting:
             return next(iter(max(self._waiting.values(), key=_held).progress))
-        largest = max(self._owners, key=_held, default=asking.owner)
-        if largest.held <= asking.owner.held:
-            return asking
-        return next((one for one in reversed(largest.holders) if one.held), asking)
+        # Of several with as many bytes, the last one to come goes first.
+        for owner in sorted(reversed(self._owners), key=_held, reverse=True):
+            if asking and owner.held <= asking.owner.held:
+                return asking
+            if victim := next((one for one in reversed(owner.holders) if one.held), None):
+                return victim
+        return asking
 
 
 _held = attrgetter("held")

@@ -1,9 +1,10 @@
 """Length-prefixed messages (gRPC's PROTOCOL-HTTP2.md): conversion of a request's bytes to messages.
 
-Pure: no socket, no clock.
+Pure: no socket, and no clock but that of the thread which inflates.
 """
 
 import struct
+import time
 import zlib
 
 import grpc
@@ -14,7 +15,11 @@ ENCODINGS = {"gzip": 31, "deflate": 15}
 PREFIX = struct.Struct(">BI")
 # Bytes that are inflated at once; the rest is left to a thread, since other calls would wait for it.
 _MAX_INFLATED_AT_ONCE = 2**16
+# The compressed bytes of these count four times: blocks of zlib's format may take time and give nothing.
+_COST_A_COMPRESSED_BYTE = 4
 _STEP_BYTES = 2**20  # that a thread inflates before it looks whether the call has ended
+_STEP_COMPRESSED_BYTES = 2**16
+_MAX_SECONDS = 0.25  # of a thread for a message; the largest one takes about 0.02
 _MAX_RATIO = 1032  # of inflated bytes to compressed ones (the limit of zlib's format)
 
 
@@ -39,12 +44,17 @@ class Inflation:
         self._encoding = encoding
         self._max_bytes = max_bytes
         self._compressed = data
-        self._ended = False  # exactly with the last byte
-        begin = self._inflate(min(at_once, max_bytes + 1), min(at_once, max_bytes + 1))
-        #: The bytes that were inflated at once.
-        self.inflated = len(begin or b"")
+        #: True if the message has ended exactly with the last byte.
+        self.ended = False
+        #: True if ``rest`` was given up since it takes too long.
+        self.slow = False
+        few = self._compressed[: at_once // _COST_A_COMPRESSED_BYTE]
+        begin = self._inflate(few, min(at_once, max_bytes + 1), min(at_once, max_bytes + 1))
+        size = len(begin or b"")
+        #: What was inflated at once, as a part of ``at_once``.
+        self.spent = max(size, _COST_A_COMPRESSED_BYTE * len(few))
         #: True if nothing is left to inflate, or the message is known to be refused.
-        self.done = begin is None or self._ended or self.inflated > max_bytes
+        self.done = begin is None or self.ended or size > max_bytes
         self._message = begin if self.done else None
 
     @property
@@ -53,8 +63,8 @@ class Inflation:
         return min(self._max_bytes + 1, _MAX_RATIO * self.size)
 
     def rest(self) -> bytes | None:
-        """Inflate the message, in any thread. Return None if it is corrupt or the call has ended."""
-        return self._inflate(self._max_bytes + 1, _STEP_BYTES)
+        """Inflate the message, in any thread. Return None if it is corrupt, takes too long or the call has ended."""
+        return self._inflate(self._compressed, self._max_bytes + 1, _STEP_BYTES)
 
     def message(self, rest: bytes | None, limit_text: str) -> bytes:
         """Return the whole message. rest: of ``rest``, or None if the message is ``done``. Raises MessageError."""
@@ -62,27 +72,36 @@ class Inflation:
         if message is not None and len(message) > self._max_bytes:
             shown = f"more than {self._max_bytes} bytes once decompressed"
             raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"request: {shown}; {limit_text}")
-        if message is None or not self._ended:
+        if self.slow:
+            text = f"request: {self.size} bytes that take too long to decompress"
+            raise MessageError(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        if message is None or not self.ended:
             text = f"{self.size} bytes that are not a message in {self._encoding}"
             raise MessageError(grpc.StatusCode.INVALID_ARGUMENT, text)
         return message
 
-    def _inflate(self, max_bytes: int, step: int) -> bytes | None:
-        """Inflate at most ``max_bytes``, and look after each ``step`` bytes if the call has ended."""
-        reader, compressed, left = zlib.decompressobj(ENCODINGS[self._encoding]), self._compressed, max_bytes
+    def _inflate(self, compressed: bytes, max_bytes: int, step: int) -> bytes | None:
+        """Inflate at most ``max_bytes``. After each ``step`` bytes, look if the call has ended, and at the time."""
+        reader, left, at = zlib.decompressobj(ENCODINGS[self._encoding]), max_bytes, 0
         parts: list[bytes] = []
+        begin = time.thread_time()
         try:
             while left > 0 and not reader.eof:  # zlib takes 0 for no limit
-                if self.given_up:
+                self.slow = time.thread_time() - begin > _MAX_SECONDS
+                if self.given_up or self.slow:
                     return None
-                parts.append(reader.decompress(compressed, min(left, step)))
-                if not parts[-1]:  # the message ends too early
+                piece = reader.unconsumed_tail
+                if not piece:
+                    piece = compressed[at : at + _STEP_COMPRESSED_BYTES]
+                    at += len(piece)
+                part = reader.decompress(piece, min(left, step))
+                if not (part or piece):  # the message ends too early
                     break
-                compressed = reader.unconsumed_tail
-                left -= len(parts[-1])
+                parts.append(part)
+                left -= len(part)
         except zlib.error:
             return None
-        self._ended = reader.eof and not reader.unused_data
+        self.ended = reader.eof and not reader.unused_data and at == self.size
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -143,7 +162,7 @@ class MessageReader:
             self._missing = -1
             if self._flag:
                 inflation = Inflation(message, self._encoding, self._max_bytes, at_once)
-                at_once -= inflation.inflated
+                at_once -= inflation.spent
                 if not inflation.done:
                     self.inflation = inflation
                     self.buffered += inflation.size

@@ -201,7 +201,8 @@ class TransportLimits:
 
     message_bytes: the largest message, in bytes.
     bytes_under_way: the most bytes of all requests in flight and of unread answers.
-    message_text, memory_text: the texts for clients that exceed these two limits.
+    message_text: the text for clients that exceed message_bytes. memory_setting: the name of the setting of
+    bytes_under_way.
     stall_seconds: time without progress after which a call that waits for its client is ended.
     handshake: called with the result of each TLS handshake.
     connections: the most connections of all clients; 0 for any number.
@@ -217,7 +218,7 @@ class TransportLimits:
     message_bytes: int
     message_text: str
     bytes_under_way: int
-    memory_text: str
+    memory_setting: str
     refused: Refused = lambda *_: None
     stall_seconds: float = STALL_SECONDS
     handshake: Callable[[str], object] = lambda _: None
@@ -227,6 +228,11 @@ class TransportLimits:
     idle_seconds: float = 0.0
     limited: Callable[[str], object] = lambda _: None
     dropped: Callable[[str, Peer], object] = lambda *_: None
+
+    def no_room(self, used: int, max_bytes: int) -> str:
+        """Return the text for a client for whose request there is no memory. used: by all requests."""
+        limit = f"the limit is {max_bytes} bytes ({self.memory_setting})"
+        return f"requests of {used} bytes are under way; {limit}; try again later"
 
 
 class TransportServer(Protocol):

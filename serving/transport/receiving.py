@@ -1,6 +1,7 @@
 """The receiving half of a call, and the two kinds of complete calls."""
 
 import asyncio
+import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
@@ -99,12 +100,13 @@ class ReceivingCall(Call):
                 self._received([message], len(data))
                 return
             reader = self._reader = MessageReader(limits.message_bytes, limits.message_text, self._head.encoding)
-        before = reader.buffered
+        before, begin = reader.buffered, time.perf_counter()
         try:
             received = reader.feed(data)
         except MessageError as error:
             self.refuse(error.code, str(error))
         else:
+            self.streams.count_time(time.perf_counter() - begin)  # since small messages are inflated here
             if len(received) > 1:
                 self.streams.count_messages(received)
             self._received(received, reader.buffered - before + _size(received))
@@ -184,10 +186,6 @@ class ReceivingCall(Call):
         self._stop_unpacking()
         super()._stop_handler()
 
-    def _close(self) -> None:
-        super()._close()
-        self._reader = None  # with what has come of a message: the errors of a cancelled handler may keep this object
-
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
         if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
@@ -242,7 +240,8 @@ class UnaryCall(ReceivingCall):
 
     def _close(self) -> None:
         super()._close()
-        self._message = None
+        # With what has come of a message: the errors of a cancelled handler may keep this object.
+        self._reader = self._message = None
 
     def _hand_over(self) -> bytes:
         """Return the complete request, and keep no reference: its handler has a parsed copy."""
@@ -341,6 +340,7 @@ class StreamCall(ReceivingCall):
             return
         self._stop_unpacking()  # if the handler has ended before the request
         super()._close()
+        self._reader = None
         self._messages.clear()  # a reader that is already awake must not release them again
         self._handed_over = 0
         self._wake_reader()

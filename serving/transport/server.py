@@ -23,7 +23,7 @@ class GrpcServer:
 
     tls: the certificates for the ports, None for no encryption. A Unix socket is never encrypted. connection_age:
     seconds after which a client's connection is renewed; 0 for never. grace: seconds that the calls of such a
-    connection get to finish.
+    connection get to finish. memory: of all calls, which other servers may share; None for one of its own.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class GrpcServer:
         connection_age: float = 0.0,
         grace: float = 0.0,
         tls: TlsContexts | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._methods: dict[str, Method] = {}
         self._connections: set[Connection] = set()
@@ -40,7 +41,7 @@ class GrpcServer:
         self._empty = asyncio.Event()
         self._looking: asyncio.TimerHandle | None = None
         #: The bytes that each call holds.
-        self.memory = Memory(limits.bytes_under_way, limits.stall_seconds)
+        self.memory = memory or Memory(limits.bytes_under_way, limits.stall_seconds)
         self._unpacker = Unpacker()
         self._terms = Terms(
             self._methods.get,
@@ -130,13 +131,17 @@ class GrpcServer:
     @property
     def figures(self) -> Figures:
         """Return the server's figures."""
-        counts = self._terms.counts
+        counts, limits = self._terms.counts, self._terms.limits
         connections = ConnectionFigures(lambda: len(self._connections), counts)
-        return Figures(self._open_calls, lambda: self.memory.used, self.memory.max_bytes, counts.evicted, connections)
+        return Figures(self._open_calls, self._held_bytes, limits.bytes_under_way, counts.evicted, connections)
 
     def _open_calls(self) -> int:
         """Return the number of open calls. Any thread may call it."""
         return sum(len(one.calls) for one in tuple(self._connections))
+
+    def _held_bytes(self) -> int:
+        """Return the bytes that the calls of this server hold. Any thread may call it."""
+        return sum(one.held for one in tuple(self._connections))
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:

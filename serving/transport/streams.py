@@ -16,6 +16,9 @@ from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
 from serving.transport.unpacking import Unpacker
 
+#: The work of a turn of the event loop: about 1 ms. Then other connections have their turn.
+WORK_A_TURN = 2**16
+_TURN_SECONDS = 0.001
 # Frames that advance no call: the most at once, and the most a second. No honest client comes near these limits.
 _MAX_IDLE_FRAMES = 10_000
 _IDLE_FRAMES_A_SECOND = 1000
@@ -26,6 +29,9 @@ _FRAMES_AN_ANSWER = 2  # not counted as idle: two updates of windows, the stream
 _BYTES_A_FRAME = 4096  # sent bytes for which one more frame is not counted as idle
 _MIN_MESSAGE_BYTES = 32  # the fewest bytes of a message with an image
 _SMALL_MESSAGES_AN_IDLE_FRAME = 16
+_MESSAGE_WORK = 256  # of each further message of a frame
+_WINDOW_WORK = 32  # of each call whose window is changed
+_PUMP_WORK = 384  # of each call that may send since windows are opened together
 _CALLS_AN_IDLE_FRAME = 16  # calls whose windows are changed with the work of one idle frame
 _SETTINGS_BYTES_AN_IDLE_FRAME = 96  # bytes of settings that take the work of one idle frame
 _TABLE_BYTES = 4096  # HPACK's default size of the table
@@ -143,8 +149,8 @@ class Streams:
         self._blocked: dict[int, SendingCall] = {}  # calls that wait only for the connection's window
         self._resets: dict[int, None] = {}  # the latest streams that were reset, oldest first
         now = self.loop.time()
-        #: The messages that came in one frame with another one since the frames' reader looked.
-        self.further_messages = 0
+        #: Work beside that of each frame since the frames' reader looked. A turn of a millisecond has WORK_A_TURN.
+        self.further_work = 0
         self._idle_frames = Patience(_MAX_IDLE_FRAMES, _IDLE_FRAMES_A_SECOND, now)
         self._cancelled = Patience(_MAX_CANCELLED, _CANCELLED_A_SECOND, now)
         #: Bytes sent since the last frame that advanced no call.
@@ -242,6 +248,7 @@ class Streams:
             for call in list(self._blocked.values()):
                 if self.peer.left <= 0:
                     return
+                self.further_work += _PUMP_WORK
                 call.pump()
 
     def widen_call(self, call: SendingCall, more: int) -> None:
@@ -285,6 +292,7 @@ class Streams:
         if not change:
             return
         self.count_idle(1 + len(self.calls) // _CALLS_AN_IDLE_FRAME)
+        self.further_work += _WINDOW_WORK * len(self.calls)
         open_now = [call.sending for call in self]  # a call without any gets it here, with the earlier initial window
         self.peer.initial = window
         for sending in open_now:
@@ -296,6 +304,7 @@ class Streams:
         """Send the waiting data that the windows allow now."""
         for call in self:
             if call.sending.size:
+                self.further_work += _PUMP_WORK
                 call.pump()
 
     def count_idle(self, cost: int = 1) -> None:
@@ -308,10 +317,14 @@ class Streams:
 
     def count_messages(self, received: list[bytes]) -> None:
         """Count the messages of one frame. Raises ConnectionFault if too many are too small for a request."""
-        self.further_messages += len(received) - 1
+        self.further_work += _MESSAGE_WORK * (len(received) - 1)
         small = sum(len(message) < _MIN_MESSAGE_BYTES for message in received)
         if small >= _SMALL_MESSAGES_AN_IDLE_FRAME:
             self.count_idle(small // _SMALL_MESSAGES_AN_IDLE_FRAME)
+
+    def count_time(self, seconds: float) -> None:
+        """Count the time that messages have taken. Other connections get their turns sooner for it."""
+        self.further_work += round(seconds / _TURN_SECONDS * WORK_A_TURN)
 
     def count_cancelled(self) -> None:
         """Count a call that the client has cancelled. Raises ConnectionFault if there are too many."""

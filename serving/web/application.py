@@ -31,7 +31,7 @@ from serving.web.incoming import JSON, BodyLimits, Incoming, Reply
 from serving.web.json_messages import write_json
 from serving.web.page import PageFile
 from serving.web.problems import CLIENT_GONE, PROBLEM, Problem, invalid, problem_of
-from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Route
+from serving.web.routes import DESCRIBE, DOCUMENT, REFUSED, ROUTES, Body, Route
 
 #: The header with the seconds after which the client needs no answer.
 TIMEOUT = "x-request-timeout"
@@ -62,8 +62,8 @@ _logger = logging.getLogger(__name__)
 class Terms:
     """The conditions of requests.
 
-    table: the methods, protected. max_body_bytes, limit_text: the largest body, and the text about it. max_held_bytes:
-    the most bytes of all bodies and answers together. evicted: called for each request that finds no room, or ends for
+    table: the methods, protected. max_body_bytes, limit_text: the largest body, and the text about it. memory: of all
+    bodies and answers, which other servers may share. evicted: called for each request that finds no room, or ends for
     the sake of others. local_names: see check_origin. unready: returns the reason why no request is taken now, or "".
     counted: called with each route, "" for none, and the status. refused: called with the path, client, metadata, code
     and text of a request that no method has seen. admit: checks a header authorization that no method knows yet; raises
@@ -74,7 +74,7 @@ class Terms:
     limits: BodyLimits
     max_body_bytes: int
     limit_text: str
-    max_held_bytes: int
+    memory: Memory
     evicted: Callable[[], None]
     local_names: bool
     unready: Callable[[], str]
@@ -86,7 +86,7 @@ class Terms:
 class Visit:
     """A request under way: its parts, and what is known of its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, terms: Terms, memory: Memory) -> None:
+    def __init__(self, scope: Scope, receive: Receive, terms: Terms) -> None:
         self.scope = scope
         self.request = Request(scope, receive)
         headers = self.request.headers
@@ -96,7 +96,7 @@ class Visit:
         self.connection: Connected = scope["state"]["connection"]
         length = headers.get("content-length", "")
         self.body = BodyReader(
-            receive, length, self.connection, memory, terms.evicted, terms.max_body_bytes, terms.limit_text
+            receive, length, self.connection, terms.memory, terms.evicted, terms.max_body_bytes, terms.limit_text
         )
         self.route = ""
         self.status = CLIENT_GONE
@@ -118,7 +118,6 @@ class Application:
     def __init__(self, terms: Terms, page: Mapping[str, PageFile]) -> None:
         self._terms = terms
         self._conversions = Conversions()
-        self.memory = Memory(terms.max_held_bytes)
         #: The requests under way.
         self.under_way = 0
         self.draining = False
@@ -129,7 +128,9 @@ class Application:
         ]
         for path, method, media in DOCUMENTS:
             if method in terms.table:
-                routes.append(_route("GET", path, self._document(method, media)))
+                routes.append(_route("GET", path, self._without_message(method, media)))
+        for path, method in REFUSED:
+            routes.extend(_route(verb, path, self._without_message(method, JSON)) for verb in ("GET", "POST"))
         # A path without parameters goes before the patterns that match it too.
         for route in sorted(ROUTES, key=lambda one: len(one.places)):
             routes.append(_route(route.verb, route.path, self._endpoint(route)))
@@ -137,7 +138,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by ASGI's protocol."""
-        visit = Visit(scope, receive, self._terms, self.memory)
+        visit = Visit(scope, receive, self._terms)
         scope["app"] = self  # so that the router raises its errors
         scope["state"]["visit"] = visit
 
@@ -216,7 +217,8 @@ class Application:
             visit.body.hold(len(data))
             calling = exchange.call(method, data)
             del data  # which the method may free once it is parsed
-            outcome = await calling
+            with visit.body.at_work(exchange.give_up):
+                outcome = await calling
             if isinstance(outcome, Status):
                 raise problem_of(outcome)
             reply = await self._convert(visit, len(outcome), partial(write, outcome))
@@ -235,8 +237,8 @@ class Application:
         prepared = route.prepare(Incoming(visit.request.path_params, query, headers, unpacked, self._terms.limits))
         return prepared.write, prepared.message.SerializeToString()
 
-    def _document(self, name: str, media: str) -> Respond:
-        """Return the function that answers with a document of this package, protected as its method is."""
+    def _without_message(self, name: str, media: str) -> Respond:
+        """Return the function that answers with what a method returns for an empty message, protected as it is."""
 
         async def respond(visit: Visit) -> Response:
             exchange, method = visit.exchange(), self._method(name)

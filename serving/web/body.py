@@ -1,8 +1,8 @@
 """The body of an HTTP request: read within limits of size, memory and time, and unpacked; and the answer's memory."""
 
 import asyncio
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import grpc
@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from serving.transport.memory import Memory, Owner
+from serving.transport.messages import ENCODINGS, Inflation
 from serving.web.problems import Problem
 
 # A body must come within this time, and a second more for each of these bytes that have come.
@@ -17,14 +18,15 @@ _SECONDS, _BYTES_A_SECOND = 20.0, 16384
 # The most bytes of a refused request that are read, so that its client can read the answer and go on.
 _MAX_DISCARDED_BYTES = 2**20
 _DISCARD_SECONDS = 1.0
-_UNPACKERS: dict[str, Callable[[], "zlib._Decompress"]] = {
-    "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
-    "deflate": zlib.decompressobj,
-}
 
 
 class Connected(Owner, Protocol):
-    """The connection of a request."""
+    """The connection of a request.
+
+    holders: as of Owner; a request is one while a method works on it.
+    """
+
+    holders: "tuple[()] | tuple[BodyReader]"
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -55,7 +57,9 @@ class BodyReader:
         self._evicted = evicted
         self._max_bytes = max_bytes
         self._limit_text = limit_text
-        self._asking = self._refused = False
+        self._asking = False
+        self._no_room: Problem | None = None
+        self._end: Callable[[], object] | None = None
         self._complete = self._abandoned = False
 
     async def read(self, timeout: float | None) -> bytes:
@@ -91,20 +95,21 @@ class BodyReader:
         """Return a body without its encoding: gzip, deflate or none. Raises Problem."""
         if encoding in ("", "identity"):
             return body
-        if encoding not in _UNPACKERS:
+        if encoding not in ENCODINGS:
             raise Problem(
                 415,
                 f"content-encoding: {encoding[:64]!r}; expected gzip or deflate",
                 grpc.StatusCode.UNIMPLEMENTED,
             )
-        unpacker = _UNPACKERS[encoding]()
-        try:
-            unpacked = unpacker.decompress(body, self._max_bytes + 1)
-        except zlib.error:
-            raise Problem(400, f"body: {len(body)} bytes that cannot be unpacked by {encoding}") from None
+        inflation = Inflation(body, encoding, self._max_bytes, at_once=0)
+        unpacked = inflation.rest()
+        if inflation.slow:
+            raise Problem(400, f"body: {len(body)} bytes that take too long to unpack")
+        if unpacked is None:
+            raise Problem(400, f"body: {len(body)} bytes that cannot be unpacked by {encoding}")
         if len(unpacked) > self._max_bytes:
             raise self._too_large("unpacked, more")
-        if not unpacker.eof:
+        if not inflation.ended:
             raise Problem(400, f"body: {len(body)} bytes, which {encoding} does not end")
         return unpacked
 
@@ -127,31 +132,47 @@ class BodyReader:
         Requests that wait for their clients may end for its sake. Raises Problem if there is no room.
         """
         memory = self._memory
-        used = memory.used - self.held + size
         memory.hold(self, size - self.held)
         self._asking = True
         memory.make_room(self)
         self._asking = False
-        if self._refused:
-            raise Problem(
-                429,
-                f"requests of {used} bytes are under way; the limit is {memory.max_bytes} bytes "
-                "(max_bytes_under_way); try again later",
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                headers={"Retry-After": "1"},
-            )
+        if self._no_room:
+            raise self._no_room
+
+    @contextmanager
+    def at_work(self, end: Callable[[], object]) -> Iterator[None]:
+        """Let others have the memory while a method works on the request: ``end`` is called then.
+
+        Raises Problem at the end of the block if this has happened.
+        """
+        self._end, self.owner.holders = end, (self,)
+        try:
+            yield
+        finally:
+            self._end, self.owner.holders = None, ()
+        if self._no_room:
+            raise self._no_room
 
     def waits_for_client(self) -> None:
         """Note that the request goes on when its client has sent or read more."""
-        if not self._refused:
+        if not self._no_room:
             self._memory.waits(self, asyncio.get_running_loop().time())
 
     def evict(self, stalled: bool) -> None:
-        """Release the memory. If another request needs it, the connection ends."""
+        """Release the memory. If another request needs it, the work ends, or else the connection."""
+        memory = self._memory
+        self._no_room = Problem(
+            429,
+            f"requests of {memory.used} bytes are under way; the limit is {memory.max_bytes} bytes "
+            "(max_bytes_under_way); try again later",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            headers={"Retry-After": "1"},
+        )
         self.release()
-        self._refused = True
         self._evicted()
-        if not self._asking:
+        if self._end:
+            self._end()
+        elif not self._asking:
             self.owner.abort()
 
     def release(self) -> None:

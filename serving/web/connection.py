@@ -16,10 +16,12 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from serving.transport.connection_limits import IDLE, UNREAD
+from serving.transport.connection_limits import FLOOD, IDLE, UNREAD
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.memory import STALL_SECONDS
 from serving.transport.methods import Peer, client_of, peer_of
+from serving.transport.records import Records, records_of
+from serving.web.body import BodyReader
 from serving.web.problems import PROBLEM, Problem
 
 #: The most bytes of a request's line and headers.
@@ -90,12 +92,14 @@ class WebConnection(H11Protocol):
         self._owner = owner
         self.peer = Peer("")
         self.client_key = ""
-        #: As of serving.transport.memory.Owner. It has one request at a time, which is not ended for another client's.
-        self.held, self.holders = 0, ()
+        #: As of serving.transport.memory.Owner. It has one request at a time.
+        self.held = 0
+        self.holders: tuple[()] | tuple[BodyReader] = ()
         #: True if the connection ends for the sake of a new one.
         self.replaced = False
         self._counted = False
         self._when_lost: Callable[[], object] | None = None
+        self._records: Records | None = None
         self._in_head = True  # since a connection must begin with a request
         self._since = 0.0  # of the present head, or of the end of the last request
         self._arrived = bytearray()  # the bytes that are not parsed yet
@@ -113,6 +117,7 @@ class WebConnection(H11Protocol):
             return
         super().connection_made(transport)
         transport.set_write_buffer_limits(MAX_UNSENT_BYTES)
+        self._records = records_of(transport)
         self.flow = _Flow(transport, self._arrived, self._go_on)
         self.app_state = {"connection": self}
 
@@ -131,6 +136,10 @@ class WebConnection(H11Protocol):
         self.app_state = {}
 
     def data_received(self, data: bytes) -> None:
+        if self._records and self._records.are_tiny(len(data)):
+            self._owner.limited(FLOOD, self.peer)
+            self.transport.abort()
+            return
         self._arrived += data
         if len(self._arrived) >= _MAX_ARRIVED_BYTES:
             self.flow.pause_reading()

@@ -78,11 +78,15 @@ class Exchange:
         """Take the status of a failed call."""
         self._end(Status(code, text, metadata))
 
+    def give_up(self) -> None:
+        """End the exchange without an answer, and tell its handler."""
+        self._give_up(_GONE)
+
     async def call(self, method: OneAnswer, data: bytes) -> bytes | Status:
         """Return a method's answer to a message, or the status with which it ends without one."""
         left = self.left
         timer = None if left is None else self._loop.call_later(max(0.0, left), self._expire)
-        self._connection.watch(lambda: self._give_up(_GONE))
+        self._connection.watch(self.give_up)
         try:
             if isinstance(method, CallbackMethod):
                 self._begin(method, data)
@@ -95,7 +99,7 @@ class Exchange:
             self._connection.watch(None)
             if timer:
                 timer.cancel()
-            self._give_up(_GONE)  # if this task is cancelled
+            self.give_up()  # if this task is cancelled
 
     def _begin(self, method: CallbackMethod, data: bytes) -> None:
         try:

@@ -15,6 +15,7 @@ from serving.settings import Settings
 from serving.transport.connection_limits import FULL, TEXTS, ConnectionLimits
 from serving.transport.counts import EVICTIONS, MEMORY, Figures
 from serving.transport.handshakes import TlsListener
+from serving.transport.memory import Memory
 from serving.transport.methods import Peer, Table, TransportLimits, is_loopback
 from serving.transport.sockets import BACKLOG, listen_tcp
 from serving.web.application import Application, Terms
@@ -80,6 +81,11 @@ class WebServer:
     def connections(self) -> int:
         """Return the number of open connections. Any thread may call it."""
         return len(self._connections)
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the bytes that the requests and answers hold. Any thread may call it."""
+        return sum(one.held for one in tuple(self._connections))
 
     async def listen(self, host: str, port: int) -> int:
         """Open a port, 0 for any free one, and return it. Raises OSError.
@@ -197,11 +203,12 @@ def web_server(
     unready: Callable[[], str],
     tls: Callable[[], ssl.SSLContext] | None,
     admit: Callable[[str | None, Peer], Awaitable[None]],
+    memory: Memory,
 ) -> WebServer:
     """Return the HTTP server of a method table, with its metrics.
 
     unready: returns the reason why no request is taken now, or "". tls: returns the context of a new connection; None
-    for no encryption. admit: see Terms.
+    for no encryption. admit, memory: see Terms.
     """
     evicted = dict.fromkeys(EVICTIONS, 0)
 
@@ -214,7 +221,7 @@ def web_server(
         BodyLimits(settings.max_images_per_request, settings.max_image_bytes),
         max_body_bytes,
         f"the limit is {max_body_bytes} bytes (max_request_bytes, in base64)",
-        settings.max_bytes_under_way,
+        memory,
         note_eviction,
         local_names=is_loopback(settings.host) and not (settings.tokens or settings.tls_cert),
         unready=unready,
@@ -225,8 +232,7 @@ def web_server(
     application = Application(terms, page_files())
     malformed = partial(terms.counted, "")
     server = WebServer(application, limits, malformed, tls)
-    memory = application.memory
-    figures = Figures(lambda: application.under_way, lambda: memory.used, settings.max_bytes_under_way, evicted)
+    figures = Figures(lambda: application.under_way, lambda: server.held_bytes, settings.max_bytes_under_way, evicted)
     metrics.show_transport(figures, "http")
     metrics.connections.labels("http").read(lambda: server.connections)
     metrics.connections_accepted.labels("http").read(lambda: server.accepted)

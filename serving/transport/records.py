@@ -1,0 +1,50 @@
+"""The sizes of TLS records.
+
+A record of a byte costs the server as much as one of a thousand. No honest client sends many of them.
+"""
+
+import socket
+import sys
+from asyncio import BaseTransport
+
+_BYTES_RECEIVED = slice(128, 136)  # of Linux's struct tcp_info
+_CHECKED_BYTES = 4096  # of content; the received bytes are looked at once for so many
+_FIRST_CHECKED_BYTES = 256
+_MAX_RATIO = 4  # of received bytes to content: that of records with seven bytes
+_MAX_OTHER_BYTES = 2**14  # of the handshake, which may have a client's certificates
+
+
+class Records:
+    """The TLS records of a connection. link: its socket, or None if there is no TCP."""
+
+    __slots__ = ("_content", "_link", "_next")
+
+    def __init__(self, link: socket.socket | None) -> None:
+        self._link = link
+        self._content = 0
+        self._next = _FIRST_CHECKED_BYTES
+
+    def are_tiny(self, size: int) -> bool:
+        """Count received bytes of content. Return True if far more bytes were received for them."""
+        self._content += size
+        if self._content < self._next or self._link is None:
+            return False
+        self._next = self._content + _CHECKED_BYTES
+        return _received(self._link) > _MAX_RATIO * self._content + _MAX_OTHER_BYTES
+
+
+def records_of(transport: BaseTransport) -> Records | None:
+    """Return the records of a connection, or None if it is not encrypted."""
+    return Records(transport.get_extra_info("socket")) if transport.get_extra_info("ssl_object") else None
+
+
+def _received(link: socket.socket) -> int:
+    """Return the bytes that a connection has received, or 0 where the system does not tell."""
+    option = getattr(socket, "TCP_INFO", None)
+    if option is None:
+        return 0
+    try:
+        info = link.getsockopt(socket.IPPROTO_TCP, option, _BYTES_RECEIVED.stop)
+    except OSError:  # the connection has ended
+        return 0
+    return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder)
