@@ -293,6 +293,15 @@ def raw(serving: Serving) -> Iterator[Raw]:
     client.socket.close()
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures of reports undrawn, for tests of their other parts: each takes a tenth of a second or more."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    monkeypatch.setattr(Figure, "savefig", lambda _, file, **options: Image.new("L", (1, 1)).save(file, "PNG"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def operators_listed_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let PyTorch's exporter list its operators once, and not for each graph."""
@@ -358,7 +367,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def no_collection() -> Iterator[None]:
     """Keep the garbage collector off, for tests of objects that must go without it."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

@@ -1,8 +1,10 @@
 """Compressed data that inflates to much, made without compressing all of it."""
 
 import zlib
+from functools import cache
 
 
+@cache
 def inflating(block: bytes, count: int) -> bytes:
     """Return zlib data that inflates to ``block * count``, compressed once: a full flush ends its history."""
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)

@@ -229,6 +229,7 @@ def hide_toolboxes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(white_box, name, lambda scores, images, *_, **__: images)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_by_the_simple_attack_alone_the_report_would_have_lied_and_says_so(
     banded: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,11 +373,11 @@ def invented(strong: bool) -> dict[str, np.ndarray]:
     return found | firm | shown | {"wrong": fell[0], "still": fell[0], "distance": np.ones(20)}
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("row", "rival"), [(white_box, "C0"), (one_pixel, "C0"), (detection, "C0r")])
 def test_swapping_the_capsule_network_with_its_rival_flips_the_verdict_on_an_attack(
-    row: ModuleType, rival: str, monkeypatch: pytest.MonkeyPatch
+    row: ModuleType, rival: str
 ) -> None:
-    monkeypatch.setattr("training.claims.drawing.png", lambda figure: b"png")
     labels = torch.zeros(20, dtype=torch.int64)
     rest = {white_box: (labels, 100), one_pixel: (labels.numpy(),), detection: ()}[row]
 

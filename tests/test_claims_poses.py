@@ -155,6 +155,7 @@ def say(score: float, right: float, unknown: float) -> Answers:
     return Answers(rights.astype(float), one, one, others)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_better_probability_wins_and_the_verdict_turns_with_the_sides() -> None:
     good, bad = [say(0.9, 0.9, 0.2)] * 3, [say(0.7, 0.9, 0.8)] * 3
     for ours, plain, sign in ((good, bad, 1), (bad, good, -1)):
@@ -205,6 +206,7 @@ def measured(value: float) -> dict[str, np.ndarray]:
     return {**parts, "right": np.full((7, 50), 100 * value)}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_equivariance_is_confirmed_for_the_side_that_holds_the_changes() -> None:
     pixels = {name: np.full((7, 50), 0.5) for name in (equivariance.PIXELS_16, f"change of {equivariance.PIXELS_16}")}
     for ours, plain in ((0.9, 0.6), (0.6, 0.9)):
@@ -251,6 +253,7 @@ def test_a_drawing_of_a_networks_own_numbers_is_its_reconstruction(images: Image
         torch.testing.assert_close(readable_poses.draw(net, numbers, digits.labels), expected)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_readable_poses_are_confirmed_for_the_side_with_the_better_numbers() -> None:
     def of(value: float) -> dict[str, np.ndarray]:
         return {
@@ -315,6 +318,7 @@ def test_primary_capsules_with_one_parent_are_counted_and_dead_and_saturated_one
     assert found["histogram"].sum() == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_parse_tree_is_confirmed_where_most_parts_have_one_parent() -> None:
     many, few = (
         [hierarchy.shares(torch.full((30, 10), value), torch.full((30, 10), 0.9))] * 3 for value in (0.9, 0.12)

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from typing import NamedTuple
 
 import pytest
 
@@ -29,45 +30,54 @@ def sources() -> dict[str, str]:
     return {name: (ROOT / name).read_text() for name in names if (ROOT / name).is_file()}
 
 
-def first_words(text: str) -> list[Finding]:
-    """Return the first word of each docstring."""
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, Documented)]
-    docstrings = [(getattr(node, "lineno", 1), ast.get_docstring(node)) for node in nodes]
-    return [(line, re.split(r"\W", docstring, maxsplit=1)[0]) for line, docstring in docstrings if docstring]
+class Findings(NamedTuple):
+    """The first word of each docstring of a file, and the name of each constant that it assigns."""
+
+    first_words: list[Finding]
+    constants: list[Finding]
 
 
-def constants(text: str) -> list[Finding]:
-    """Return the name of each constant that is assigned."""
-    names = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
-    return [
-        (name.lineno, name.id) for name in names if isinstance(name.ctx, ast.Store) and CONSTANT_NAME.fullmatch(name.id)
-    ]
+def findings(text: str) -> Findings:
+    """Return what a file's text has for the rules."""
+    first_words, constants = list[Finding](), list[Finding]()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, Documented):
+            if docstring := ast.get_docstring(node):
+                first_words.append((getattr(node, "lineno", 1), re.split(r"\W", docstring, maxsplit=1)[0]))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and CONSTANT_NAME.fullmatch(node.id):
+            constants.append((node.lineno, node.id))
+    return Findings(first_words, constants)
+
+
+@pytest.fixture(scope="module")
+def found(sources: dict[str, str]) -> dict[str, Findings]:
+    """Return the findings in each file. To parse all files takes seconds."""
+    return {name: findings(text) for name, text in sources.items()}
 
 
 def test_the_rules_read_docstrings_and_constants() -> None:
     text = '"""What it is."""\n_MOST_BYTES, width = 1, 2\nclass A:\n    """A class."""\n    AT_LEAST: int = 3\n'
-    assert first_words(text) == [(1, "What"), (3, "A")]
-    assert constants(text) == [(2, "_MOST_BYTES"), (5, "AT_LEAST")]
+    assert findings(text) == ([(1, "What"), (3, "A")], [(2, "_MOST_BYTES"), (5, "AT_LEAST")])
 
 
 def test_the_files_of_every_part_are_read(sources: dict[str, str]) -> None:
     assert {name.partition("/")[0] for name in sources} >= {"benchmarks", "export", "serving", "tests", "training"}
 
 
-def test_docstrings_open_with_a_verb_or_a_noun_phrase(sources: dict[str, str]) -> None:
+def test_docstrings_open_with_a_verb_or_a_noun_phrase(found: dict[str, Findings]) -> None:
     assert [
         f"{name}:{line}: {word}"
-        for name, text in sources.items()
-        for line, word in first_words(text)
+        for name, one in found.items()
+        for line, word in one.first_words
         if word in FORBIDDEN_FIRST_WORDS
     ] == []
 
 
-def test_the_names_of_limits_say_max_and_min(sources: dict[str, str]) -> None:
+def test_the_names_of_limits_say_max_and_min(found: dict[str, Findings]) -> None:
     assert [
         f"{name}:{line}: {constant}"
-        for name, text in sources.items()
-        for line, constant in constants(text)
+        for name, one in found.items()
+        for line, constant in one.constants
         if FORBIDDEN_NAME_PARTS & set(constant.split("_"))
     ] == []
 

@@ -282,6 +282,7 @@ def test_images_of_no_class_alone_are_refused(tmp_path: Path) -> None:
         load_folder(tmp_path, progress=False)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_class_is_learned_with_images_without_it_and_refused_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,6 +265,7 @@ def test_the_report_names_the_network_its_selection_and_the_intervals_of_its_err
             assert picture.format == "PNG"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_has_the_calibration_and_the_commands_that_come_next(tmp_path: Path) -> None:
     checkpoint, dataset, probabilities = make(**FIGURES)
     folder = tmp_path / "my-run"
@@ -279,6 +280,7 @@ def test_the_report_has_the_calibration_and_the_commands_that_come_next(tmp_path
     assert "lowest in the last epoch" not in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_advises_more_epochs_where_the_last_was_the_best(tmp_path: Path) -> None:
     write_report(tmp_path, *make(**FIGURES | {"selected_epoch": 3}))
     assert "lowest in the last epoch, so more epochs may lower it further: the training command with " in (
@@ -287,6 +289,7 @@ def test_the_report_advises_more_epochs_where_the_last_was_the_best(tmp_path: Pa
     assert "`--resume --epochs 6`" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("learned", [True, False])
 def test_the_report_says_when_the_decoder_has_not_learned_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: bool
@@ -297,6 +300,7 @@ def test_the_report_says_when_the_decoder_has_not_learned_yet(
     assert ("The decoder has not learned yet" in (tmp_path / "report.md").read_text()) != learned
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_tells_what_routing_does(tmp_path: Path) -> None:
     checkpoint, dataset, probabilities = make(**FIGURES)
     write_report(tmp_path, checkpoint, dataset, probabilities)
@@ -379,6 +383,7 @@ def test_of_many_classes_the_table_has_the_worst_and_names_need_not_be_text(tmp_
     assert len([line for line in lines[start + 2 :] if line.startswith("|")]) == MAX_TABLE_CLASSES
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_network_is_named_after_its_config_whatever_the_sizes_of_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +405,7 @@ def test_probabilities_that_belong_to_other_images_are_refused(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_of_a_finished_run_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -626,6 +626,7 @@ def test_images_of_none_of_the_classes_count_as_a_class_where_few_are_learned_fr
         train(tmp_path / "many", replace(recipe, per_class=100), dataset=dataset)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_that_cannot_be_written_leaves_the_network_and_its_error(
     command: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
