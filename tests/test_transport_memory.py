@@ -70,7 +70,7 @@ def test_requests_of_too_many_bytes_at_once_are_refused_until_others_are_over(se
             pass
     refused = [answer for client in clients for answer in client.answers.values() if answer.ended]
     assert refused and all(answer.headers["grpc-status"] == "8" for answer in refused)
-    assert "too many; try again later" in refused[0].headers["grpc-message"]
+    assert "bytes (too many); try again later" in refused[0].headers["grpc-message"]
     for client in clients:
         client.socket.close()
     wait_for(lambda: serving.memory.used == 0)
