@@ -21,9 +21,15 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(DEV)/python -m pytest
 PARALLEL := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 # The commit whose clients must be able to go on with the .proto files.
 BASE ?= main
+# Where the site of the documents is built, and what is copied there: all pages, and the files that they show or link to.
+SITE ?= site
+SITE_FILES := '*.md' docs/site.css docs/images docs/claims/pictures docs/claims/claims.html benchmarks/results \
+	CITATION.cff LICENSE NOTICE protos/capsnet/v1/capsnet.proto training/model.py training/data/specs.py \
+	benchmarks/absent_network.py deploy/haproxy/haproxy.cfg deploy/kubernetes/client-service-config.json \
+	tests/photographs.py tests/test_balancing.py tests/test_kubernetes.py
 LINTERS := --deselect tests/test_architecture.py::test_the_linter_finds_nothing
 
-.PHONY: help serve dev train export claims check quick test attacks soak dist image lint format protos cards requirements sbom audit \
+.PHONY: help serve dev train export claims check quick test attacks soak dist image lint site format protos cards requirements sbom audit \
 	scan clean
 
 ## List the targets.
@@ -82,16 +88,26 @@ image: $(DEV_VENV)/.installed
 	docker compose build --build-arg VERSION="$$($(DEV)/python -m setuptools_scm)" \
 		--build-arg REVISION="$$(git rev-parse HEAD)" $(or $(ARGS),capsnet)
 
-## Check format, lint, types, import rules and .proto files.
+## Check format, lint, types, import rules, .proto files and the site of the documents.
 lint: $(DEV_VENV)/.installed
 	$(DEV)/ruff format --check .
 	$(DEV)/ruff check .
 	$(DEV)/mypy
 	$(DEV)/lint-imports
 	cd protos && ../$(DEV)/buf lint && ../$(DEV)/buf format --diff --exit-code
+	$(MAKE) --no-print-directory site
 	if git rev-parse --quiet --verify $(BASE) >/dev/null; then \
 		cd protos && ../$(DEV)/buf breaking --against \
 			"$$(git rev-parse --path-format=absolute --git-common-dir)#ref=$$(git rev-parse $(BASE)),subdir=protos"; fi
+
+## Build the site of the documents from their Markdown. A warning is an error. It opens from site/html/index.html.
+site: $(DEV_VENV)/.installed
+	rm -rf $(SITE)/.pages
+	mkdir -p $(SITE)/.pages
+	cp zensical.toml $(SITE)
+	git ls-files -z --cached --others --exclude-standard -- $(SITE_FILES) | xargs -0 cp --parents --target-directory $(SITE)/.pages
+	$(DEV)/zensical build --strict --config-file $(SITE)/zensical.toml
+	@echo "open $(SITE)/html/index.html; for its search: python3 -m http.server --bind 127.0.0.1 --directory $(SITE)/html 8080"
 
 ## Format the code and the .proto files.
 format: $(DEV_VENV)/.installed

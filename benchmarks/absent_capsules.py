@@ -21,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.absent_network import Change, ChangedCapsNet
+from benchmarks.data import load_or_exit
 from training.callbacks import AveragedWeights
 from training.data.batches import Batches, generator
-from training.data.datasets import Dataset, load, split
+from training.data.datasets import Dataset, split
 from training.data.non_objects import non_objects
-from training.data.sources import DatasetError
+from training.data.sources import add_file_flags
 from training.evaluate import PRESENT_LENGTH
 from training.model import CONFIGS, CapsNetConfig, lengths, to_pixels
 from training.precision import avoid_matrix_tiles, default_precision
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--config", choices=CONFIGS, default="fast", help="network (default: fast)")
     command.add_argument("--epochs", type=int, default=2, help="of each training (default: 2)")
     command.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="N", help="default: 1")
-    command.add_argument("--data-dir", type=Path, metavar="FOLDER", help="a folder with MNIST's files")
+    add_file_flags(command)
     command.add_argument(
         "--out", type=Path, default=RESULTS, metavar="CSV", help="a try whose row is in this file is not repeated"
     )
@@ -251,11 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_flush_denormal(True)
     avoid_matrix_tiles()
-    try:
-        dataset = load("mnist", options.data_dir)
-    except DatasetError as error:
-        print(error, file=sys.stderr)
-        return 1
+    dataset = load_or_exit("mnist", options)
     done = {tuple(row[name] for name in KEY) for row in read(options.out)}
     keys = [(name, options.config, options.epochs, seed) for name in options.tries for seed in options.seeds]
     for key in (bar := tqdm([key for key in keys if tuple(map(str, key)) not in done], unit="try")):

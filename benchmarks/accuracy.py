@@ -19,8 +19,8 @@ COLUMNS = (
     "dataset", "parameters", "seed", "epochs", "selected_epoch", "held_out_errors", "held_out_images",
     "test_errors", "test_images", "seconds", "device", "torch", "commit", "command",
 )  # fmt: skip
-# Flags that a row leaves out of its command: folders change no result, and the seed has its own column.
-_OMITTED_FLAGS = ("--seed", "--out", "--data-dir")
+# Flags that a row leaves out of its command: folders and sources change no result, and the seed has its own column.
+_OMITTED_FLAGS = ("--seed", "--out", "--data-dir", "--source")
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -42,7 +42,7 @@ def row(path: Path) -> Row:
 
 
 def plain(command: str) -> str:
-    """Return a command without its flags for seed and folders."""
+    """Return a command without its flags for seed, folders and sources."""
     words = shlex.split(command)
     kept: list[str] = []
     skip = False

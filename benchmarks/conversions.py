@@ -21,6 +21,7 @@ from onnx import ModelProto
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.data import load_or_exit
 from benchmarks.export import measure, session
 from benchmarks.figures import origin, write
 from export.build import calibration_images
@@ -28,7 +29,8 @@ from export.to_fp16 import rounded, to_fp16
 from export.to_int8 import to_int8
 from export.verify import edge_images
 from serving.runtime import CPU, onnxruntime
-from training.data.datasets import Dataset, load
+from training.data.datasets import Dataset
+from training.data.sources import add_file_flags
 from training.data.specs import DATASETS
 
 FIRST = "onnx fp32"
@@ -156,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.conversions", description=__doc__)
     command.add_argument("graphs", nargs="+", type=Path, metavar="FILE", help="a model.onnx that the export wrote")
     command.add_argument("--dataset", choices=DATASETS, default="mnist", help="what the networks were trained on")
-    command.add_argument("--data-dir", type=Path, help="folder with the data set's files")
+    add_file_flags(command)
     command.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], metavar="N")
     command.add_argument("--rounds", type=int, default=7, metavar="N", help="samples of each speed (default: 7)")
     command.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each (default: 1)")
@@ -164,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
     options = command.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)  # the converters log every node that they change
-    dataset = load(options.dataset, options.data_dir, progress=False)
+    dataset = load_or_exit(options.dataset, options)
     if options.images:
         images, labels = dataset.test_images[: options.images], dataset.test_labels[: options.images]
         dataset = replace(dataset, test_images=images, test_labels=labels)

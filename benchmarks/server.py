@@ -114,22 +114,24 @@ def serve(
     poll_seconds: float = 0.05,
     program: Sequence[str] = ("serving",),
     ca: Path | None = None,
+    tree: Path = _ROOT,
 ) -> Iterator[Served]:
     """Run ``python -m serving`` on free ports, and on a Unix socket in ``folder`` if the server supports one.
 
     poll_seconds: the time between checks of its log for the line that says that it serves. program: a module to run
-    instead, and arguments before the flags. ca: authorities, if the flags turn TLS on. Raises LoadError with the end of
-    the log if it does not start.
+    instead, and arguments before the flags. ca: authorities, if the flags turn TLS on. tree: the source tree of the
+    server. Raises LoadError with the end of the log if it does not start.
     """
     log, unix_socket = folder / "server.log", folder / "socket"
     command = [sys.executable, "-m", *program]
-    known = subprocess.run([*command, "--help"], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
-    command += ["--port=0", "--metrics-port=0", "--http-port=-1", f"--models={repository}", f"--precision={precision}"]
+    known = subprocess.run([*command, "--help"], cwd=tree, capture_output=True, text=True, check=True).stdout
+    command += ["--port=0", "--metrics-port=0", f"--models={repository}", f"--precision={precision}"]
+    command += ["--http-port=-1"] if "--http-port" in known else []
     has_socket = "--unix-socket" in known
     command += [f"--unix-socket={unix_socket}"] if has_socket else []
     with log.open("wb") as stream:
         began = time.time()
-        process = subprocess.Popen([*command, *flags], cwd=_ROOT, stdout=stream, stderr=stream)
+        process = subprocess.Popen([*command, *flags], cwd=tree, stdout=stream, stderr=stream)
     try:
         ports = re.compile(r'gRPC on \S+:(\d+), metrics on (https?://[^\s"]+)')
         end = time.monotonic() + _START_SECONDS

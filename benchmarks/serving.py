@@ -21,7 +21,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from benchmarks.export import Predict, session
 from benchmarks.figures import origin, write
 from benchmarks.load import H2LOAD_MISSING, TLS_PREFIX, LoadError, Sample, h2load, h2load_version
 from benchmarks.server import Case, Page, Served, encrypted, load, prepare, serve
+from benchmarks.serving_picture import plot
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.metrics.registry import CLASSIFY
@@ -496,41 +496,6 @@ def show(config: str, rows: Sequence[Mapping[str, Any]]) -> None:
             print(f"{who:<54} not run: {row['not_run']}")
         else:
             print(f"{who:<54}" + "".join(f"{row.get(name, ''):>12}" for name in SHOWN_COLUMNS))
-
-
-def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw three pictures for each network: share of the ceiling, latencies, and CPU time of a request by part."""
-    configs = list(dict.fromkeys(row["config"] for row in rows))
-    figure = Figure((17, 4.6 * len(configs)), layout="constrained")
-    axes = figure.subplots(len(configs), 3, squeeze=False)
-    parts = ("grpc_us", *(f"{step}_us" for step in STEPS), "infer_us")
-    for config, (shares, latencies, times) in zip(configs, axes, strict=True):
-        served = [
-            row for row in rows
-            if row["config"] == config and row["server"] != "onnxruntime" and row.get("images_per_second")
-        ]  # fmt: skip
-        ceiling = next(row for row in rows if row["config"] == config and row["load"].startswith("ceiling"))
-        names = [f"{row['server']} {row['transport']}: {row['load']}" for row in served]
-        shares.barh(names, [100 * float(row["share_of_ceiling"]) for row in served])
-        shares.axvline(100, color="black", linewidth=0.8)
-        shares.set_title(f"{config}, % of {float(ceiling['images_per_second']):,.0f} images/s")
-        for percent, marker in ((50, "|"), (95, "."), (99, "o")):
-            latencies.plot([float(row[f"p{percent}_ms"]) for row in served], names, marker, label=f"p{percent}")
-        latencies.set_xscale("log")
-        latencies.set_title("latency (ms)")
-        latencies.legend(fontsize=7)
-        split = [row for row in served if row.get("grpc_us") and row["images"] == 1]
-        left = np.zeros(len(split))
-        for part in parts:
-            widths = np.array([float(row.get(part) or 0) for row in split])
-            times.barh([f"{row['transport']}: {row['load']}" for row in split], widths, left=left, label=part[:-3])
-            left += widths
-        times.set_title("CPU time of the server a request (us)")
-        times.legend(fontsize=7)
-        for axis in (shares, latencies, times):
-            axis.invert_yaxis()
-            axis.tick_params(labelsize=7)
-    return figure
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,12 +20,15 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m export",
         allow_abbrev=False,
+        usage="%(prog)s [--data FOLDER] [--name NAME] [--model-version N] [--help] ... RUN OUT",
         description="Turn a checkpoint into a verified ONNX artifact for the server.",
     )
     result.add_argument(
-        "checkpoint", type=Path, help="the run's folder, or its checkpoint (capsnet.pt or .safetensors)"
+        "checkpoint", metavar="RUN", type=Path, help="the run's folder, or its checkpoint (capsnet.pt or .safetensors)"
     )
-    result.add_argument("out", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION")
+    result.add_argument(
+        "out", metavar="OUT", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION"
+    )
     add_version(result)
     add_flags(result, ExportOptions)
     return result
@@ -69,7 +72,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
     try:
         trained = checkpoint.load(path)
         try:
-            dataset = load_matching(trained, options.data, options.data_dir)
+            dataset = load_matching(trained, options.data, options.data_dir, source=options.source)
         except (checkpoint.CheckpointError, DatasetError) as error:
             raise type(error)(f"{path}: {error}") from error
         name = options.name or _default_name(trained.dataset)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from serving.files.options import check, option
 from serving.tensorrt_options import BatchProfile
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, parse_managers
+from training.data.specs import DATA_OR_FILES
 
 DECODER_WEIGHTS = ("fp32", "int8")
 _OPTIONAL_PRECISIONS = ("int8", "fp16")
@@ -64,8 +66,9 @@ class ExportOptions:
         None, "the version of the artifact", parse=parse_version, metavar="N", shown="one more than the highest there"
     )
     data_dir: Path | None = option(
-        None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
+        None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="the cache, then a download"
     )
+    source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     data: Path | None = option(
         None, "the folder of images that it was trained on", parse=Path, metavar="FOLDER", shown=""
     )
@@ -96,6 +99,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.data is not None and self.data_dir is not None:
+            raise ValueError(DATA_OR_FILES)
         try:
             _ = self.profile
         except ValueError as error:

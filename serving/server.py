@@ -26,15 +26,16 @@ from serving.repository.repository import Repository
 from serving.rpc.edge import Edge
 from serving.rpc.servicers import HEALTH, Health, health_methods, reflection_methods
 from serving.runtime import return_free_memory, usable_cores
-from serving.services.capsnet import SERVICE, CapsNetService
+from serving.services.capsnet import METHODS, SERVICE, CapsNetService
 from serving.services.decoding import Decoder
 from serving.services.open_inference import SERVICE as INFERENCE_SERVICE
 from serving.services.open_inference import AdminService, InferenceService
 from serving.services.pipeline import Pipeline
+from serving.services.unsupported import ELSEWHERE, refusals
 from serving.settings import Settings
 from serving.transport.grpcio_server import GrpcioServer
 from serving.transport.memory import Memory
-from serving.transport.methods import Method, TransportLimits, TransportServer
+from serving.transport.methods import Method, TransportLimits, TransportServer, table
 from serving.transport.server import GrpcServer
 from serving.web.documents import documents
 
@@ -171,6 +172,7 @@ class Server:
         if settings.admin_port >= 0:
             self._admin = self._new_grpc_server("admin")
             methods = AdminService(self.repository, self._edge, settings).methods()
+            methods |= table(SERVICE, refusals(self._edge, SERVICE, dict.fromkeys(METHODS, ELSEWHERE)))
             self._admin.add_methods(self._access.guard.protect(methods, ADMIN))
             started.push_async_callback(self._admin.stop, 0)
             self.admin_port = await self._listen(self._admin, settings.admin_port, "admin", "--admin-port")
@@ -254,8 +256,7 @@ class Server:
         return "" if self.repository.models() else "no model is served"
 
     def announce(self) -> None:
-        """Log the versions and the addresses, and a warning if the settings ask for more threads than cores."""
-        _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
+        """Log the addresses, and a warning if the settings ask for more threads than cores."""
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -363,6 +364,7 @@ async def serve(settings: Settings) -> bool:
 
     Return False if the signal came while the models were still loading, in a thread that cannot be interrupted.
     """
+    _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -264,13 +264,14 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
     made_by_kubernetes = service_links(environment)
     values: dict[str, Any] = {}
     for variable, text in environment.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in made_by_kubernetes:
+        upper = variable.upper()
+        if not upper.startswith(ENVIRONMENT_PREFIX) or variable in made_by_kubernetes:
             continue
         if variable in names:
             if text:  # an empty variable counts as unset, as in compose files
                 values[names[variable].name] = _value(parser, names[variable], variable, text)
-        elif not variable.startswith(_OTHER_VARIABLES):
-            parser.error(f"environment variable {variable} is no setting{_suggestion(variable, _variable)}")
+        elif not upper.startswith(_OTHER_VARIABLES):
+            parser.error(f"environment variable {variable} is no setting{_suggestion(upper, _variable)}")
     given = values | vars(flags)
     try:
         return Settings(**_from_file(str(given.get("settings_file", ""))) | given)
@@ -335,6 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m serving",
         allow_abbrev=False,
+        usage="%(prog)s [--models FOLDER] [--host ADDRESS] [--port N] [--http-port N] [--help] ...",
         description="Serve a capsule network over gRPC and HTTP, with Prometheus metrics.",
         epilog=f"Every setting is also an environment variable: --max-batch is {ENVIRONMENT_PREFIX}MAX_BATCH. "
         "A flag wins over its variable, and a variable over the settings file.",

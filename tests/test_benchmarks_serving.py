@@ -18,20 +18,22 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks import load, overload, scrape, server, serving, start, tricks
+from benchmarks import beside, load, overload, scrape, server, serving, serving_picture, start, tricks
 from benchmarks.load import Flood, LoadError, Probes, Sample, flood, framed, in_streams, probe
 from benchmarks.server import SERVICE, Case, Page, Served
 from benchmarks.serving import Collected, Raw, RawSample, figures
+from benchmarks.serving_picture import plot
 from benchmarks.tricks import Figures, Gain
 from benchmarks.without import LOADS, OVERLOAD, REFUSALS, TRICKS
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from tests import graphs
-from tests.conftest import Running
+from tests.conftest import ROOT, Running
 from training.model import CONFIGS, CapsNetConfig
 
 needs_h2load = pytest.mark.skipif(not shutil.which(load.H2LOAD), reason=load.H2LOAD_MISSING)
 IMAGE = pb.Image(pixels=bytes(784))
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -206,6 +208,30 @@ def test_the_server_is_measured_beside_onnx_runtime(
     assert measured[0]["load"].startswith("ceiling: ") and measured[0]["share_of_ceiling"] == "1"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "tiny (fp32)" in capsys.readouterr().out
+
+
+def test_the_picture_has_a_colour_for_each_server_and_names_the_ceiling(tmp_path: Path) -> None:
+    file, picture = RESULTS / "serving-cpu.csv", tmp_path / "serving.png"
+    figure = plot(read(file))
+    servers, parts = figure.legends
+    assert [text.get_text() for text in servers.get_texts()] == [
+        "this server, TCP", "this server, Unix socket", "mosec",
+    ]  # fmt: skip
+    assert len(parts.get_texts()) == 3
+    speeds = figure.axes[0]
+    colours = {bar.get_facecolor() for bar in speeds.patches}
+    assert colours == {handle.get_facecolor() for handle in servers.get_patches()}
+    texts = [text.get_text() for text in speeds.texts]
+    assert "ceiling:\nONNX Runtime\nalone, 3,511\nimages a second" in texts
+    assert {"664", "2,113"} <= {*texts}
+    assert [label.get_text() for label in speeds.get_yticklabels()][:2] == ["unary, 1 in flight", "unary, 16 in flight"]
+    assert serving_picture.main([str(file), str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_that_are_not_there_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert serving_picture.main([str(tmp_path / "none.csv"), str(tmp_path / "a.png")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'none.csv'}: No such file or directory\n"
 
 
 @pytest.mark.server
@@ -389,7 +415,27 @@ def test_every_trick_names_loads_that_there_are() -> None:
     assert all(trick.loads and set(trick.loads) <= set(LOADS) for trick in TRICKS.values())
 
 
-@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main, tricks.main])
+@pytest.mark.server
+@needs_h2load
+def test_the_servers_of_two_trees_are_measured_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, tree = tmp_path / "beside.csv", str(Path(beside.__file__).parent.parent)
+    arguments = [tree, tree, "--rounds=2", "--seconds=0.1", "--settings=--threads 1 --runtimes 1 --max-batch 8"]
+    assert beside.main([*arguments, f"--out={out}"]) == 0
+    base, other = read(out)
+    assert (base["throughput"], base["cpu"]) == ("1.000", "1.000")
+    for name in ("throughput", "cpu"):
+        assert 0 < float(other[f"{name}_low"]) <= float(other[name]) <= float(other[f"{name}_high"])
+    assert float(other["per_second"]) > 0 and float(other["cpu_us"]) > 0
+    assert capsys.readouterr().out.count(tree) == 2
+
+
+@needs_h2load
+def test_a_model_that_is_not_there_ends_the_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    assert beside.main([".", "--model=none"]) == 1
+    assert "no model 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [serving.main, overload.main, scrape.main, tricks.main, lambda _: beside.main(["."])])
 def test_without_h2load_it_is_told_how_to_get_it(
     main: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

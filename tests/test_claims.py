@@ -2,8 +2,8 @@
 
 import csv
 import re
+import shutil
 from dataclasses import replace
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,40 @@ import numpy as np
 import pytest
 import torch
 
+from tests.claims_report import DOCS, words_of
 from tests.conftest import ROOT
 from tests.trainings import process_state
-from training.claims import run
+from training.claims import rewrite, run
 from training.claims.__main__ import main
 from training.claims.bench import Bench
 from training.claims.evidence import Comparison, Evidence, Interval, Verdict, bootstrap, judge
 from training.claims.images import Images, Labelled, load_images
-from training.claims.jobs import BACKGROUND, DIGITS, ONE_CLASS, PAIRS, PLACED, SCALES, SHAPES, Job
+from training.claims.jobs import BACKGROUND, DIGITS, ONE_CLASS, PAIRS, PAPER, PAPER_SIZE, PLACED, SCALES, SHAPES, Job
 from training.claims.learn import Workshop, train
-from training.claims.nets import KINDS, SIZES, NetSpec, build, parameters
-from training.claims.report import COMPARISONS_FILE, HTML_FILE, MARKDOWN_FILE, OUTCOMES, write_report
-from training.claims.results import Result, read_result, write_result
+from training.claims.nets import KINDS, SIZES, CapsuleNet, NetSpec, PlainNet, build, parameters
+from training.claims.report import (
+    COMPARISONS_FILE,
+    HTML_FILE,
+    JSON_FILE,
+    MARKDOWN_FILE,
+    OUTCOMES,
+    RUNS_FILE,
+    write_report,
+)
+from training.claims.results import Omission, Result, read_result, write_omission, write_result
 from training.claims.rows import rows
 from training.claims.run import Settings, jobs_of
-from training.claims.scoring import DISTANCES, Sets, scores
-from training.claims.store import DamagedRunError, Store, round_weights, spec_of
+from training.claims.scoring import DISTANCES, DivergedError, Sets, scores
+from training.claims.store import DamagedRunError, Store, alone_in, round_weights, spec_of
 from training.claims.streams import CHUNK_STEPS, ONE_CLASS_DIGIT, stream
 from training.claims.summary import NOT_RUN, collect
+from training.data.datasets import Dataset, load
 from training.data.sources import DatasetError
 from training.data.specs import NONE
+from training.recorded.learner import on_device
 
 __all__ = ["process_state"]
 
-DOCS = ROOT / "docs" / "claims"
 SCORED_ROWS = (1, 4, 5, 6, 10, 14, 15, 16)  # measured from stored answers, and not from weights
 TINY = replace(
     SCALES["quick"],
@@ -61,11 +71,11 @@ IMAGES = Images(labelled(60, 1), labelled(20, 2), labelled(60, 3), labelled(60, 
 
 
 def no_files(*_: object, **__: object) -> None:
-    raise DatasetError("no source has the files")
+    raise DatasetError("no source has the files; give --data-dir FOLDER")
 
 
 def test_a_quick_run_without_network_takes_the_clones_digits_and_a_full_run_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("training.claims.images.load", no_files)
     images = load_images(TINY)
@@ -73,8 +83,35 @@ def test_a_quick_run_without_network_takes_the_clones_digits_and_a_full_run_is_r
     assert [len(images.train), len(images.held_out), len(images.test), len(images.other_test)] == [60, 20, 60, 60]
     assert not any(one.numpy().tobytes() in digits for one in (*images.train.images, *images.held_out.images))
     assert not any(one.numpy().tobytes() in digits for one in images.other_test.images)
+    assert "mnist is not available; this quick run takes digits of the clone instead" in capsys.readouterr().err
     with pytest.raises(DatasetError):
         load_images(SCALES["full"])
+    monkeypatch.setattr(
+        "training.claims.images.load",
+        lambda name, *_, **__: digits_or_load(name, None) if name == "mnist" else no_files(),
+    )
+    with pytest.raises(DatasetError, match="give --clothes-dir FOLDER"):
+        load_images(SCALES["full"])
+
+
+@pytest.mark.parametrize("flag", ["--data-dir", "--clothes-dir"])
+def test_a_folder_without_the_files_is_an_error_also_in_a_quick_run(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if flag == "--clothes-dir":
+        monkeypatch.setattr("training.claims.images.load", lambda name, folder, progress: digits_or_load(name, folder))
+    assert main(["quick", "--out", str(tmp_path / "run"), flag, str(tmp_path / "wrong")]) == 1
+    name = "mnist" if flag == "--data-dir" else "fashion-mnist"
+    reason = f"the folder {tmp_path / 'wrong'} does not have the data set {name}: there is no such folder; expected "
+    assert reason in capsys.readouterr().err
+
+
+def digits_or_load(name: str, folder: Path | None) -> Dataset:
+    """Return digits for MNIST, and load another data set."""
+    if name != "mnist":
+        return load(name, folder, progress=False)
+    train, test = (one.first(60) for one in (IMAGES.train, IMAGES.test))
+    return Dataset(name, tuple("0123456789"), train.images, train.labels, test.images, test.labels)
 
 
 def shop(folder: Path, **changes: Any) -> Workshop:
@@ -103,6 +140,31 @@ def test_every_network_scores_describes_and_learns_and_draws_if_it_has_a_decoder
     else:
         with pytest.raises(ValueError, match="no decoder"):
             net.decode(images, torch.tensor([1, 2, 3]))
+
+
+def test_the_papers_plain_network_has_the_papers_number_of_parameters() -> None:
+    with torch.device("meta"):
+        net = build(NetSpec(PAPER, PAPER_SIZE))
+    convolutions = 25 * 256 + 256 + 25 * 256 * 256 + 256 + 25 * 256 * 128 + 128
+    layers = 28 * 28 * 128 * 328 + 328 + 328 * 192 + 192 + 192 * 10 + 10
+    assert parameters(net) == convolutions + layers == 35_445_522
+    assert net.features(torch.zeros(2, 1, 28, 28, device="meta")).shape == (2, 192)
+
+
+def test_the_papers_plain_network_learns_with_dropout_and_has_no_decoder() -> None:
+    torch.manual_seed(0)
+    net, images, labels = build(NetSpec(PAPER, "tiny")), torch.rand(3, 1, 28, 28), torch.tensor([[1], [2], [3]])
+    before = net.loss(images, images[:, None], labels, 0.0005)
+    assert before != net.loss(images, images[:, None], labels, 0.0005)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net.eval()
+    before = net.loss(images, images[:, None], labels, 0.0005)
+    before.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert net.loss(images, images[:, None], labels, 0.0005) < before
+    assert torch.equal(net.scores(images), net.scores(images))
+    with pytest.raises(ValueError, match="no decoder"):
+        net.decode(images, torch.tensor([1, 2, 3]))
 
 
 def test_the_interval_of_paired_outcomes_is_narrow_and_grows_with_the_spread_of_the_seeds() -> None:
@@ -178,6 +240,7 @@ def test_a_second_training_gives_the_same_files_alone_or_beside_others(
     jobs = [
         Job(kind, 1, 3, images, "tiny", batch=4, keep=True) for images in (DIGITS, PLACED) for kind in ("K3", "C0r")
     ]
+    jobs.insert(1, Job(PAPER, 1, 3, DIGITS, "tiny", batch=4, keep=True))
     assert train(jobs, shop(tmp_path / "alone")) == []
     monkeypatch.setattr("training.claims.learn.AT_ONCE_ON_CPU", 4)
     assert train(reversed(jobs), shop(tmp_path / "beside")) == []
@@ -195,7 +258,8 @@ def test_a_finished_network_is_not_trained_again_and_its_weights_give_its_scores
     place = shop(tmp_path, done=lambda: done.append(1))
     assert train([job, job], place) == [] and len(done) == 1
     assert train([job], place) == [] and len(done) == 1
-    found = scores(Bench(TINY, place.store, IMAGES).net(job), IMAGES.test.images)
+    net = on_device(Bench(TINY, place.store, IMAGES).net(job), torch.device("cpu"))  # sums in the training's order
+    found = scores(net, IMAGES.test.images)
     stored = place.store.arrays(job, "test")["scores"]
     assert np.array_equal(found.half().numpy(), stored)
 
@@ -213,6 +277,35 @@ def test_a_kept_measurement_is_made_once_and_its_time_counts_in_later_runs(tmp_p
         assert list(found) == ["a"] and found["a"].tolist() == [0, 1, 2]
     assert len(made) == 1
     assert benches[0].earlier == [0.0] and benches[1].earlier[0] > 0
+
+
+@pytest.mark.training
+def test_a_network_whose_scores_are_not_finite_is_not_stored_and_those_beside_it_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.claims.learn.AT_ONCE_ON_CPU", 3)
+
+    def made(spec: NetSpec) -> CapsuleNet | PlainNet:
+        net = build(spec)
+        if spec.kind == "C0":
+            next(net.parameters()).data.fill_(torch.nan)
+        return net
+
+    monkeypatch.setattr("training.claims.learn.build", made)
+    said: list[str] = []
+    for images in (DIGITS, PLACED):
+        jobs = [Job(kind, 1, 3, images, "tiny", batch=4) for kind in ("K3", "C0", "C0r")]
+        place = shop(tmp_path, say=said.append)
+        assert train(jobs, place) == [jobs[1]]
+        assert [place.store.finished(job) for job in jobs] == [True, False, True]
+        assert any(one.startswith(f"{jobs[1].name} is not stored: ") and "not finite" in one for one in said)
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    net = build(NetSpec("C0", "tiny")).eval()
+    next(net.parameters()).data.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="600 of 600 scores are not finite"):
+        scores(net, IMAGES.test.images)
 
 
 def test_no_training_begins_after_the_deadline(tmp_path: Path) -> None:
@@ -258,13 +351,18 @@ def invented_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """A run in which K3 is much better than all others. Its pictures are not encoded, which takes most of the time."""
     monkeypatch.setattr("training.claims.drawing.png", lambda figure: figure.get_suptitle().encode())
     store = Store(tmp_path / "run")
-    for job in jobs_of([row for row in rows() if row.claim.number in SCORED_ROWS], TINY):
-        arrays = invented(job, 0.02 if job.kind == "K3" else 0.6)
-        needed = {"test", "affine", "crowding", "pairs", "noise", "clothes"}
-        net = build(spec_of(job))
-        round_weights(net)
-        store.write(job, net, {name: arrays[name] for name in needed}, {"parameters": 1, "seconds": 1.0})
+    for job in jobs_of([row for row in rows() if row.claim.number in SCORED_ROWS], TINY, gpu=False):
+        write_invented(store, job)
     return Bench(TINY, store, IMAGES)
+
+
+def write_invented(store: Store, job: Job) -> None:
+    arrays = invented(job, 0.02 if job.kind == "K3" else 0.6)
+    needed = {"test", "affine", "crowding", "pairs", "noise", "clothes"}
+    net = build(spec_of(job))
+    round_weights(net)
+    figures = {"parameters": 1234, "seconds": 1.0, "device": "a device", "torch": "2", "commit": "abc"}
+    store.write(job, net, {name: arrays[name] for name in needed}, figures)
 
 
 def swap_scores(store: Store) -> None:
@@ -300,6 +398,110 @@ def test_a_row_tells_the_same_each_time_it_is_measured(invented_run: Bench) -> N
         if row.claim.number in SCORED_ROWS:
             first, second = row.measure(invented_run), row.measure(invented_run)
             assert (first.figures, first.said, first.pictures) == (second.figures, second.said, second.pictures)
+
+
+def test_the_rows_call_what_they_compare_as_the_report_in_the_documentation_does(invented_run: Bench) -> None:
+    for row in rows():
+        if row.claim.number in SCORED_ROWS and row.claim.number not in (5, 6):  # which name their sizes
+            assert words_of(row.measure(invented_run)) == words_of(row.claim.number)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_run_trains_the_papers_plain_network_if_there_is_a_gpu(
+    gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Job] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(run, "load_images", lambda *_: IMAGES)
+
+    def note(jobs: list[Job], _: Workshop) -> list[Job]:
+        seen.extend(jobs)
+        return []
+
+    monkeypatch.setattr(run, "train", note)
+    assert run.run(Settings(TINY, tmp_path, (1,)), train_only=True, no_training=False) == 0
+    assert [job for job in seen if job.kind != PAPER] == TINY.base(KINDS)
+    assert [job for job in seen if job.kind == PAPER] == (TINY.paper() if gpu else [])
+    assert [job.size for job in SCALES["full"].paper()] == [PAPER_SIZE] * 3
+
+
+def test_the_networks_of_a_run_without_a_gpu_are_those_of_the_report_in_the_documentation() -> None:
+    with (DOCS / RUNS_FILE).open() as file:
+        trained = [line["run"] for line in csv.DictReader(file)]
+    assert trained == [job.name for job in jobs_of(rows(), SCALES["full"], gpu=False)]
+
+
+def measured(bench: Bench, *numbers: int) -> tuple[int, str, str]:
+    """Measure rows of a run; return the exit status, and the report as Markdown and as HTML."""
+    status = run.run(Settings(TINY, bench.store.folder, numbers), train_only=False, no_training=True)
+    text, page = ((bench.store.folder / "report" / name).read_text() for name in (MARKDOWN_FILE, HTML_FILE))
+    return status, text, page
+
+
+@pytest.fixture
+def images_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "load_images", lambda *_: IMAGES)
+
+
+@pytest.mark.usefixtures("images_of_tests", "process_state")
+def test_row_1_quotes_the_papers_network_without_a_gpu_and_is_measured_again_once_it_is_trained(
+    invented_run: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, *pages = measured(invented_run, 1)
+    assert status == 0
+    for text in pages:
+        assert "0.39 % errors (Sabour et al. 2017): quoted, not trained: no GPU" in text
+        assert "capsules against the paper" not in text
+    for job in TINY.paper():
+        write_invented(invented_run.store, job)
+    status, *pages = measured(invented_run, 1)
+    assert status == 0
+    for text in pages:
+        assert "trained with 1,234 parameters; published: 0.39 % errors (Sabour et al. 2017)" in text
+        assert "not trained" not in text
+        assert re.search("capsules against the paper(&#x27;|')s plain network", text)
+        assert "plain, as in the paper: " in text
+    with (invented_run.store.folder / "report" / RUNS_FILE).open() as file:
+        assert {job.name for job in TINY.paper()} <= {line["run"] for line in csv.DictReader(file)}
+
+
+@pytest.mark.usefixtures("images_of_tests", "process_state")
+def test_a_row_that_fails_says_so_in_the_report_and_the_others_go_on(
+    invented_run: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = next(job for job in TINY.special(PLACED, ["K3"]) if job.seed == 1)
+    file = invented_run.store.folder / "runs" / job.name / "crowding.npz"
+    kept = file.read_bytes()
+    with np.load(file) as arrays:
+        np.savez(file, **{**arrays, "explained": np.full_like(arrays["explained"], np.nan)})
+    status, text, page = measured(invented_run, 14, 15)
+    assert status == 1
+    reason = "failed: ValueError: explained: an outcome is not finite"
+    assert "## 14. Crowding: FAILED" in text and f"- this run: {reason}" in text and reason in page
+    assert "## 15. Busy backgrounds: NOT CONFIRMED" in text
+    assert f"row 14, Crowding, {reason}" in capsys.readouterr().err
+    _, text, _ = measured(invented_run, 15)
+    assert "## 14. Crowding: FAILED" in text
+    file.write_bytes(kept)
+    status, text, _ = measured(invented_run, 14, 15)
+    assert status == 0 and "FAILED" not in text
+
+
+@pytest.mark.usefixtures("images_of_tests", "process_state")
+def test_a_row_with_a_damaged_file_fails_and_one_without_its_networks_is_not_run(invented_run: Bench) -> None:
+    measured(invented_run, 14, 15)
+    file = invented_run.store.folder / "rows" / "14" / "evidence.json"
+    file.write_text("[]")
+    status, text, _ = measured(invented_run, 2, 14, 15)
+    assert status == 1
+    assert f"- this run: failed: {file} is damaged; remove it" in text
+    assert "## 15. Busy backgrounds: NOT CONFIRMED" in text
+    file.unlink()
+    job = TINY.special(PLACED, ["K3"])[0]
+    (invented_run.store.folder / "runs" / job.name / "figures.json").unlink()
+    _, text, _ = measured(invented_run, 14)
+    assert f"- this run: not run: 1 of its networks are not trained, such as {job.name}" in text
 
 
 def result_of(number: int, gain: float) -> Result:
@@ -341,11 +543,13 @@ def test_a_stored_result_is_read_as_it_was(tmp_path: Path) -> None:
 def test_the_report_says_which_rows_were_not_run_and_asks_for_nothing_from_outside(tmp_path: Path) -> None:
     write_result(result_of(1, 0.5), tmp_path)
     report = collect(rows(), TINY, Store(tmp_path), "python -m training.claims quick")
-    write_report(report, [], Store(tmp_path), tmp_path / "report")
+    write_report(report, [], tmp_path / "report")
     page = (tmp_path / "report" / HTML_FILE).read_text()
     text = (tmp_path / "report" / MARKDOWN_FILE).read_text()
     assert [entry.verdict for entry in report.entries].count(NOT_RUN) == len(rows()) - 1
-    assert page.count("This row was not run.") == len(rows()) - 1 and text.count(f"**{NOT_RUN}**") == len(rows()) - 1
+    assert "its figures mean nothing" in page and "its figures mean nothing" in text
+    assert page.count("This row was not run.") == 2 * (len(rows()) - 1)  # on its card and in its section
+    assert text.count(f"**{NOT_RUN}** | This row was not run. |") == len(rows()) - 1
     for row in rows():
         assert f'id="row-{row.claim.number}"' in page and f'<a id="row-{row.claim.number}"></a>' in text
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", page) and "http" not in page
@@ -395,12 +599,46 @@ def compared(number: int, words: str) -> Verdict:
     return judge(Interval(*(float(line[name]) for name in ("difference", "low", "high"))), claim.enough)
 
 
-@pytest.mark.parametrize("number", [row.claim.number for row in rows()])
-def test_the_report_in_the_documentation_has_the_words_of_its_claims(number: int) -> None:
-    [claim] = [row.claim for row in rows() if row.claim.number == number]
-    text, page = ((DOCS / name).read_text() for name in (MARKDOWN_FILE, HTML_FILE))
-    for words in (claim.sentence, claim.paper, claim.counter, claim.limits, claim.decides):
-        assert words in text and escape(words) in page
+def test_the_report_in_the_documentation_is_what_its_figures_and_the_words_of_today_give(tmp_path: Path) -> None:
+    copy = shutil.copytree(DOCS, tmp_path / "claims")
+    assert rewrite.main([str(copy)]) == 0
+    for name in (MARKDOWN_FILE, HTML_FILE, COMPARISONS_FILE, JSON_FILE):
+        assert (copy / name).read_text() == (DOCS / name).read_text(), f"python -m training.claims.rewrite {DOCS}"
+
+
+def test_a_report_is_written_again_from_its_own_files_with_new_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_result(result_of(1, 0.5), tmp_path)
+    write_omission(Omission("it was too late", failed=True), result_of(2, 0).claim, tmp_path)
+    jobs = [replace(job, keep=False) for job in TINY.base(["K3"])]
+    for job in jobs:
+        write_invented(Store(tmp_path), job)
+    folder = tmp_path / "report"
+    write_report(collect(rows(), TINY, Store(tmp_path), "a command"), jobs, folder)
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    assert rewrite.main([str(folder)]) == 0
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    first, *others = rows()
+    other = replace(first, claim=replace(first.claim, sentence="Other words."))
+    monkeypatch.setattr("training.claims.rows.rows", lambda: [other, *others])
+    assert rewrite.main([str(folder)]) == 0
+    for name in (MARKDOWN_FILE, HTML_FILE):
+        text = (folder / name).read_text()
+        assert "Other words." in text and first.claim.sentence not in text and "failed: it was too late" in text
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{"])
+def test_a_folder_without_a_report_is_not_written_again(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / RUNS_FILE).write_text("run\n")
+        (tmp_path / JSON_FILE).write_text(content)
+    assert rewrite.main([str(tmp_path)]) == 1
+    name = RUNS_FILE if content is None else JSON_FILE
+    assert str(tmp_path / name) in capsys.readouterr().err
+    assert not (tmp_path / HTML_FILE).exists()
 
 
 def test_every_link_to_a_row_of_the_report_leads_to_one() -> None:
@@ -454,6 +692,41 @@ def test_a_full_disk_and_a_damaged_run_end_the_command_with_a_sentence(
     monkeypatch.setattr(run, "run", fail)
     assert main(["quick"]) == 1
     assert capsys.readouterr().err.strip() == str(fault)
+
+
+@pytest.mark.usefixtures("images_of_tests", "process_state")
+def test_a_folder_that_cannot_be_used_ends_the_command_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(folder: Path, scale: str = "quick") -> str:
+        assert main([scale, "--no-training", "--out", str(folder)]) == 1
+        return capsys.readouterr().err.strip()
+
+    (tmp_path / "file").touch()
+    assert refusal(tmp_path / "file") == f"--out: {tmp_path / 'file'} is a file; expected a folder"
+    below = tmp_path / "file" / "below"
+    assert refusal(below) == f"--out: the folder {below} cannot be made: Not a directory"
+    (tmp_path / "closed" / "lock").mkdir(parents=True)  # which root cannot write into, either
+    assert refusal(tmp_path / "closed") == f"--out: nothing can be written into {tmp_path / 'closed'}: Is a directory"
+    (tmp_path / "busy").mkdir()
+    with alone_in(tmp_path / "busy"):
+        assert refusal(tmp_path / "busy").startswith(f"{tmp_path / 'busy'} is in use by another run")
+    assert "in use" not in refusal(tmp_path / "busy")  # the lock ends with its holder
+    assert refusal(tmp_path / "busy", "full").startswith(f"{tmp_path / 'busy'} has a run of other sizes than those of")
+
+
+@pytest.mark.parametrize("flag", ["--out", "--data-dir", "--clothes-dir"])
+def test_a_folder_without_a_name_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quick", flag, ""])
+    assert f"argument {flag}: nothing; expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "soon"])
+def test_the_seconds_must_be_a_number_of_0_or_more(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quick", f"--seconds={seconds}"])
+    assert f"{seconds}; expected a number of 0 or more" in capsys.readouterr().err
 
 
 def test_no_seconds_leave_no_time_for_a_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.files.idx import read_idx
+from tests.claims_report import words_of
 from tests.conftest import DATA
 from training.claims import toolboxes
 from training.claims.attacks import (
@@ -351,6 +352,7 @@ def test_the_rows_measure_networks_and_judge_them(bench: Bench, small: None, mon
     for row in (white_box.ROW, one_pixel.ROW, detection.ROW):
         first, again = row.measure(bench), row.measure(bench)  # the second time from the files
         assert row.jobs(bench.scale) == bench.scale.base(KINDS)
+        assert words_of(first) == words_of(row.claim.number)
         assert first.figures == again.figures
         assert first.said == again.said
         for comparison in first.comparisons:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serving.files.idx import read_idx
+from tests.claims_report import words_of
 from tests.conftest import ROOT
 from training.calibration import expected_calibration_error
 from training.claims.bench import Bench
@@ -264,7 +265,7 @@ def test_readable_poses_are_confirmed_for_the_side_with_the_better_numbers() -> 
         found = readable_poses.evidence({"K3": [of(ours)] * 2, "C0r": [of(plain)] * 2}, of(0.3))
         assert bootstrap(found.comparisons[0], 50).mean == pytest.approx(ours - plain)
         assert bootstrap(found.comparisons[2], 50).mean == pytest.approx(ours - plain)
-    assert found.figures["most frequent best number of the ten digits"]["K3"][0] == {
+    assert found.figures["most frequent best number of the ten digits"]["K3"]["network 1"] == {
         name: "number 0 in 9 of 10 classes" for name in ATTRIBUTES
     }
 
@@ -334,6 +335,7 @@ def test_a_row_is_measured_alike_twice(  # type: ignore[no-untyped-def]
     monkeypatch.setattr(row, "picture", lambda *_: b"")  # which takes most of the time
     second = row.ROW.measure(replace(bench, store=Untrained(tmp_path / "again")))
     assert {job.kind for job in row.ROW.jobs(bench.scale)} and first.said and first.figures
+    assert words_of(first) == words_of(row.CLAIM.number)
     assert all(picture.startswith(b"\x89PNG") for picture in first.pictures.values()) and first.pictures
     for one, other in zip(first.comparisons, second.comparisons, strict=True):
         assert isinstance(one, Comparison) and len(one.a) == len(bench.seeds)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import struct
 import subprocess
@@ -76,6 +77,16 @@ def test_a_name_that_the_output_cannot_show_is_escaped_and_the_others_are_answer
     assert (result.returncode, result.stdout.count(b".png: 7")) == (0, 4), result.stderr
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_output_that_is_closed_is_no_fault(running: Running, closed: str) -> None:
+    command = shlex.join([sys.executable, "-m", "serving.client", "--address", running.address, SEVEN])
+    result = subprocess.run(
+        f"{command} {closed}", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert ("seven.png: 7" in result.stdout) == (not closed.startswith(">"))
+
+
 @pytest.mark.parametrize("limit", ["0", "-3", "many"])
 def test_a_limit_that_is_no_number_of_images_is_refused(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -109,7 +120,7 @@ def test_wrong_options_are_reported_in_one_line(
     for arguments, text in (
         (["--address", running.address, "--model", "other"], "'other'"),
         (["--address", "example.org:1", "--token-file", str(token)], "token: would go unencrypted to example.org:1"),
-        (["--address", running.address, "--ca-file", "/missing.pem"], "No such file or directory: '/missing.pem'"),
+        (["--address", running.address, "--ca-file", "/missing.pem"], "tls: /missing.pem: No such file or directory"),
         (["--address", running.address, "--tls", "--key-file", "key.pem"], "--cert-file and --key-file: one without"),
         (["--address", running.address, "--timeout", "0.0001"], "127.0.0.1"),
     ):

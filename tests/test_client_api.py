@@ -4,6 +4,8 @@ import asyncio
 import gc
 import itertools
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -24,7 +26,7 @@ from serving.client import (
     Item,
     UnknownModel,
 )
-from tests.conftest import DATA, Digits, Running
+from tests.conftest import DATA, ROOT, Digits, Running
 
 SEVEN = DATA / "seven.png"
 FIRST = "72104149590690159734"  # the labels of MNIST's first test digits
@@ -54,6 +56,19 @@ def stream(request: pytest.FixtureRequest, running: Running, client: CapsNetClie
 
 def _labels(outcomes: Iterable[Outcome]) -> str:
     return "".join(outcome.label if isinstance(outcome, Classification) else "-" for outcome in outcomes)
+
+
+def test_each_name_of_the_package_is_imported_at_its_first_use() -> None:
+    code = (
+        "import sys, serving.client as client\n"
+        "assert 'numpy' not in sys.modules and 'grpc' not in sys.modules\n"
+        "from serving.client import *\n"
+        "assert CapsNetClient.__module__ == 'serving.client.sync'\n"
+        "assert all(getattr(client, name) is not None for name in client.__all__)\n"
+        "try:\n    client.nothing\nexcept AttributeError as error:\n    print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == ("module 'serving.client' has no attribute 'nothing'\n", "")
 
 
 def test_a_result_has_the_numbers_that_the_server_sent(running: Running, client: CapsNetClient, digits: Digits) -> None:

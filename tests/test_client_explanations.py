@@ -235,7 +235,7 @@ def test_overlapping_digits_are_drawn_apart(running: Running, ask: Ask, digits: 
         ("reconstruct", {"poses": {7: [0.0]}, "preprocess": "auto"}, "resize and preprocess: given with poses"),
         ("reconstruct", {"poses": {}}, "poses: none; expected one at least"),
         ("reconstruct", {"poses": {7: [[0.0]]}}, r"poses: an array of shape \(1, 1\) for class 7; expected \(E,\)"),
-        ("reconstruct", {"image": SEVEN, "changes": {-1: 0.5}}, "changes: dimension -1; expected 0 or more"),
+        ("reconstruct", {"image": SEVEN, "changes": {-1: 0.5}}, "changes: dimension -1; expected a whole number, 0"),
         ("reconstruct", {"image": SEVEN, "changes": {1: float("nan")}}, "changes: nan; expected a finite number"),
         ("reconstruct", {"image": SEVEN, "sweep": (1, 0, 1, 1)}, "sweep: 1 steps; expected 2 or more"),
         ("reconstruct", {"image": SEVEN, "sweep": (1, 0, 1)}, "sweep: 3 values; expected dimension, first, last"),
@@ -249,9 +249,8 @@ def test_overlapping_digits_are_drawn_apart(running: Running, ask: Ask, digits: 
 def test_options_that_contradict_each_other_are_refused_before_any_call(
     ask: Ask, method: str, options: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(ValueError, match=text) as raised:
+    with pytest.raises(InvalidRequest, match=text):
         ask("127.0.0.1:1", method, **options)
-    assert not isinstance(raised.value, CapsNetError)
 
 
 @pytest.mark.parametrize(

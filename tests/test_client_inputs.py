@@ -3,21 +3,34 @@
 import array
 import asyncio
 import base64
+import copy
 import ctypes
+import gzip
 import io
 import json
 import mmap
+import pickle
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from serving.client import AsyncCapsNetClient, CapsNetClient, CapsNetError, InvalidImage, InvalidRequest, Unavailable
+from serving.client import (
+    AsyncCapsNetClient,
+    CapsNetClient,
+    CapsNetError,
+    InvalidImage,
+    InvalidRequest,
+    Unavailable,
+    Unsupported,
+)
 from serving.client.addresses import target_of
 from serving.client.arrays import to_uint8
 from serving.client.errors import ItemError
@@ -112,6 +125,19 @@ def _closed_image() -> Image.Image:
         return image
 
 
+def _turned(kind: str) -> bytes:
+    """Return the file of the seven, lying on its side, that asks to be turned upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return _file(UPRIGHT.transpose(Image.Transpose.ROTATE_90), kind, exif=exif)
+
+
+def _decoded(file: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(file))
+    image.load()
+    return image
+
+
 TAKEN: dict[str, Callable[[], Any]] = {
     "BytesIO": lambda: io.BytesIO(FILE),
     "a reader": lambda: Reader(FILE),
@@ -136,12 +162,15 @@ TAKEN: dict[str, Callable[[], Any]] = {
     "__array__": Tensor,
     "__dlpack__": Capsule,
     "__array_interface__": Interface,
+    "the bytes of a file as an array": lambda: np.frombuffer(FILE, np.uint8),
     "an array of paths": lambda: np.array([str(PATH)]),
     "an array of objects": lambda: np.array([PATH], object),
     "a set of paths": lambda: {PATH},
     **{kind: partial(_file, UPRIGHT, kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG", "PNG")},
     "WebP": lambda: _file(UPRIGHT.convert("RGB"), "WEBP", lossless=True),
     "an animated GIF": lambda: _file(UPRIGHT, "GIF", save_all=True, append_images=[Image.new("L", (28, 28))]),
+    **{f"a turned {kind}": partial(_turned, kind) for kind in ("TIFF", "PNG", "JPEG")},
+    "a turned TIFF that was decoded": lambda: _decoded(_turned("TIFF")),
     "a TIFF of 16 bits": lambda: _file(Image.fromarray(SEVEN.astype(np.uint16) * 257), "TIFF"),
 }  # fmt: skip
 
@@ -158,6 +187,15 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "base64 as bytes": (lambda: base64.b64encode(FILE), "336 characters of base64"),
     "base64 in lines": (lambda: base64.encodebytes(FILE).decode(), "characters of base64"),
     "base64 for URLs": (lambda: base64.urlsafe_b64encode(_file(UPRIGHT, "JPEG")).decode(), "characters of base64"),
+    "hexadecimal digits": (FILE.hex, r"500 hexadecimal digits; expected a path, or the bytes: bytes.fromhex\(text\)"),
+    "the text of bytes": (lambda: repr(FILE), "the text of bytes; expected the bytes themselves"),
+    "JSON": (lambda: '{"image": "7.png"}', "a text in JSON; expected a path"),
+    "SVG": (lambda: "<svg xmlns='http://www.w3.org/2000/svg'></svg>", "an SVG drawing; expected a path"),
+    "a pattern": (lambda: "tests/data/*.png", r"\*.png: no file, but a pattern; expected files, such as sorted\(glob"),
+    "a home folder": (lambda: "~/7.png", r"~/7.png: no file, and ~ is not replaced; expected Path\(path\).expanduser"),
+    "no name": (lambda: "", "an empty path; expected the path of a file"),
+    "a gzipped PNG": (lambda: gzip.compress(FILE), r"a gzipped file without IDX in it; expected it unpacked: gzip"),
+    "a dictionary": (lambda: {"image": PATH}, "dict; expected an array, or the path or bytes of an image file"),
     "a URL": (lambda: "https://example.org/7.png", r"https://example.org/7.png: a URL; expected a path, or the bytes"),
     "a URL as a path": (lambda: Path("https://example.org/7.png"), "a URL"),
     "a URL of a file": (lambda: "file:///tmp/7.png", "a URL"),
@@ -312,6 +350,8 @@ def test_floats_are_rounded_to_the_nearest_grey_level() -> None:
         ("dns://10.0.0.1/host:9", "dns://10.0.0.1/host:9"),
         ("ipv4:10.0.0.1:9,10.0.0.2:9", "ipv4:10.0.0.1:9,10.0.0.2:9"),
         ("unix:///run/capsnet", "unix:///run/capsnet"),
+        ("host:9/", "host:9"),
+        ("ipv6:[::1]:9,[::2]", "ipv6:[::1]:9,[::2]"),
         ("/run/capsnet", "unix:/run/capsnet"),
     ],
 )
@@ -326,6 +366,16 @@ def test_an_address_has_a_scheme_and_a_port_or_not(address: str, target: str) ->
         ("https://host", "address: https://host; expected tls=True or certificates with this scheme"),
         ("ftp://host", "with grpc:// or nothing before it"),
         ("::1", "expected brackets around an IPv6 address"),
+        ("fe80::1%eth0", "expected brackets around an IPv6 address"),
+        ("tcp:10.0.0.1:9", "with grpc:// or nothing before it"),
+        ("grpc+tls://host:9", "with grpc:// or nothing before it"),
+        ("//host:9", "without a path"),
+        ("unix://run/capsnet", "expected unix:PATH or unix:///PATH"),
+        ("ipv4:host:9", "expected ipv4: and IP addresses with commas between them"),
+        ("ipv6:::x", "expected ipv6: and IP addresses with commas between them"),
+        ("10.0.0.1,9", "with a host"),
+        ("10.0.0.1\uff1a9", "with a host"),
+        (("10.0.0.1", 9), "expected HOST:PORT"),
         ("host:", "expected a port from 1 to 65535"),
         ("host:http", "expected a port from 1 to 65535"),
         ("host:70000", "expected a port from 1 to 65535"),
@@ -363,14 +413,54 @@ def test_a_port_of_http_and_a_server_without_tls_are_told(running: Running) -> N
 
 
 @pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("nowhere.invalid:9", r"nowhere.invalid:9: no host of this name is found \(.+\)$"),
+        ("127.0.0.1:1", r"127.0.0.1:1: no server answers there \(Connection refused\)$"),
+        ("unix:/nowhere", r"unix:/nowhere: no server answers there \(No such file or directory\)$"),
+    ],
+)
+def test_an_address_where_nobody_answers_is_told_in_few_words(address: str, text: str) -> None:
+    with CapsNetClient(address, retries=0, timeout=20) as client, pytest.raises(Unavailable, match=text):
+        client.classify(PATH)
+
+
+def test_the_administration_port_names_the_other_port(start: Callable[..., Running]) -> None:
+    port = start(admin_port=0).server.admin_port
+    text = "not on this port, which loads and unloads models; the server's --port has this method"
+    with CapsNetClient(f"127.0.0.1:{port}", retries=0) as client, pytest.raises(Unsupported, match=text):
+        client.classify(PATH)
+
+
+def test_a_server_of_another_kind_is_told() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with (
+        CapsNetClient(f"127.0.0.1:{port}", retries=0) as client,
+        pytest.raises(Unsupported, match="lacks this method: it is of another kind, or older than this client"),
+    ):
+        client.classify(PATH)
+    server.stop(None)
+
+
+@pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"version": 1.5}, "version: 1.5; expected printable text"),
         ({"model": None}, "model: None; expected printable text"),
         ({"model": "\udce9"}, "model: .*expected printable text"),
-        ({"timeout": "5"}, "timeout: 5; expected seconds above 0, or None"),
+        ({"timeout": "5"}, "timeout: '5'; expected seconds above 0, or None"),
         ({"timeout": float("nan")}, "timeout: nan"),
         ({"retries": -1}, "retries: -1"),
+        ({"retries": 1.5}, "retries: 1.5; expected 0 to 4"),
+        ({"token": 5}, "token: int; expected a text, or a function that returns one"),
+        ({"tls": "/none.pem"}, "tls: /none.pem: No such file or directory"),
+        ({"tls": PATH}, "tls: nothing in PEM is in .*seven.png; expected -----BEGIN "),
+        ({"tls": b""}, "tls: nothing in PEM is in the bytes"),
+        ({"tls": True, "client_certificate": (b"",)}, "client_certificate: expected two, the chain and the private"),
+        ({"tls": True, "client_certificate": PATH}, "client_certificate: expected two"),
+        ({"tls": True, "client_certificate": (PATH, None)}, "client_certificate: nothing in PEM"),
     ],
 )
 def test_settings_of_a_wrong_type_are_told(settings: dict[str, Any], text: str) -> None:
@@ -381,6 +471,54 @@ def test_settings_of_a_wrong_type_are_told(settings: dict[str, Any], text: str) 
 def test_a_version_may_be_a_number(running: Running) -> None:
     with CapsNetClient(running.address, version=1) as client:
         assert client.classify(PATH)[0].model_version == "1"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.classify_stream([], errors="ignore"),
+        lambda client: client.classify_stream([], window="many"),
+        lambda client: client.classify(SEVEN, preprocess=True),
+        lambda client: client.classify(SEVEN, resize=True, preprocess="auto"),
+        lambda client: client.classify({"image": PATH}),
+        lambda client: client.explain(SEVEN, parts=["routes"]),
+        lambda client: client.explain(SEVEN, parts=5),
+        lambda client: client.explain(SEVEN, parts=[["routing"]]),
+        lambda client: client.explain(SEVEN, classes=[]),
+        lambda client: client.explain(SEVEN, classes=[-1]),
+        lambda client: client.explain(SEVEN, classes=[None]),
+        lambda client: client.explain(SEVEN, classes=7.0),
+        lambda client: client.reconstruct(),
+        lambda client: client.reconstruct(SEVEN, changes={"a": 1}),
+        lambda client: client.reconstruct(SEVEN, changes={1: "a"}),
+        lambda client: client.reconstruct(SEVEN, changes={1: float("nan")}),
+        lambda client: client.reconstruct(SEVEN, changes=[(1, 1)]),
+        lambda client: client.reconstruct(SEVEN, sweep=5),
+        lambda client: client.reconstruct(SEVEN, sweep=(1, 0, 1)),
+        lambda client: client.reconstruct(SEVEN, sweep=(1, 0, 1, 2.5)),
+        lambda client: client.reconstruct(poses={"7": "pose"}),
+        lambda client: client.reconstruct(poses={"7": [[1]]}),
+        lambda client: client.reconstruct(poses=5),
+        lambda client: client.reconstruct(poses=[]),
+        lambda client: client.reconstruct(poses=[1, 2]),
+    ],
+)
+def test_wrong_options_of_a_call_are_errors_of_the_client(client: CapsNetClient, call: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        call(client)
+    assert (len(str(raised.value)) < 240, "\n" in str(raised.value)) == (True, False)
+
+
+def test_a_client_is_not_copied(client: CapsNetClient) -> None:
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="has connections, which cannot be copied; make one in each process"):
+            copied(client)
+
+
+@pytest.mark.parametrize("token", ["", lambda: ""])
+def test_an_empty_token_is_told(running: Running, token: Any) -> None:
+    with CapsNetClient(running.address, token=token) as client, pytest.raises(InvalidRequest, match="token: empty"):
+        client.classify(PATH)
 
 
 @pytest.mark.parametrize("token", ["secret\n", "geheim€", lambda: None])

@@ -150,7 +150,10 @@ def test_an_older_server_is_told_in_one_line(capsys: pytest.CaptureFixture[str])
     with FakeServer() as server:
         assert main([SEVEN, "--explain", "--address", server.address]) == 1
         [line] = capsys.readouterr().err.splitlines()
-        assert line == f"{server.address}: Method not found!"
+        assert line == (
+            f"{server.address}: the server there lacks this method: it is of another kind, or older than this client "
+            "(Method not found!)"
+        )
 
 
 @pytest.mark.parametrize(

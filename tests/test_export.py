@@ -1122,7 +1122,7 @@ def checkpoint_file(trained: Checkpoint, tmp_path: Path) -> Path:
 @pytest.fixture
 def test_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``datasets.load`` return the test images of this module."""
-    monkeypatch.setattr(datasets, "load", lambda name, folder: DATASET)
+    monkeypatch.setattr(datasets, "load", lambda name, folder, source: DATASET)
 
 
 def test_the_command_writes_one_version_after_another_and_prints_its_measurements(
@@ -1223,12 +1223,20 @@ def test_the_command_refuses_a_checkpoint_of_an_unknown_data_set(
 def test_the_command_fails_if_the_test_set_is_not_available(
     checkpoint_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(name: str, folder: Path) -> Dataset:
+    def fail(name: str, folder: Path, source: object) -> Dataset:
         raise DatasetError(f"could not get {name}:\n  {folder}: nothing there")
 
     monkeypatch.setattr(datasets, "load", fail)
     assert command.main([str(checkpoint_file), str(tmp_path / "models"), "--data-dir", "elsewhere"]) == 1
     assert capsys.readouterr().err.endswith("could not get mnist:\n  elsewhere: nothing there\n")
+
+
+def test_a_wrong_folder_of_the_data_set_is_an_error_that_names_it(
+    checkpoint_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(checkpoint_file), str(tmp_path / "models"), "--data-dir", "elsewhere"]) == 1
+    reason = "the folder elsewhere does not have the data set mnist: there is no such folder"
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -1244,6 +1252,7 @@ def test_the_command_fails_if_the_test_set_is_not_available(
         pytest.param(["capsnet.pt", "out", "--model-version", "1.5"], id="fraction"),
         pytest.param(["capsnet.pt", "out", "--opset", "3"], id="old-opset"),
         pytest.param(["capsnet.pt", "out", "--batches", "3", "2"], id="unordered-batches"),
+        pytest.param(["capsnet.pt", "out", "--data", ".", "--data-dir", "."], id="two-folders"),
     ],
 )
 def test_bad_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,14 @@ def test_folders_without_an_image_are_reported_by_name(colours: Path) -> None:
         load_folder(colours, progress=False)
 
 
+def test_no_progress_is_shown_where_standard_error_is_no_terminal(
+    colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_folder(colours, progress=True)
+
+    assert capsys.readouterr().err == ""
+
+
 def test_hidden_files_and_folders_are_left_out(colours: Path) -> None:
     clean = load_folder(colours, progress=False)
     for hidden in (".git/a.png", "__MACOSX/blue/._00.png", "blue/.thumbnails/0.png"):

@@ -301,8 +301,70 @@ def test_the_extensions_are_those_that_work(triton: Ask, running: Running) -> No
     assert metadata["version"]
     assert "statistics" in metadata["extensions"]
     assert not {"model_repository", "sequence", "system_shared_memory", "trace"} & {*metadata["extensions"]}
-    answer = triton("ask", running.address, "get_system_shared_memory_status")
+
+
+MEMORY = "shared memory is not supported; send the tensors in the messages"
+LOADING = "not on this port; the server's --admin-port opens a port for loading and unloading of models. Versions"
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (("get_system_shared_memory_status",), f"SystemSharedMemoryStatus: {MEMORY}"),
+        (("register_system_shared_memory", "region", "/key", 784), f"SystemSharedMemoryRegister: {MEMORY}"),
+        (("unregister_system_shared_memory",), f"SystemSharedMemoryUnregister: {MEMORY}"),
+        (("get_cuda_shared_memory_status",), f"CudaSharedMemoryStatus: {MEMORY}"),
+        (("unregister_cuda_shared_memory", "region"), f"CudaSharedMemoryUnregister: {MEMORY}"),
+        (("get_trace_settings",), "TraceSetting: settings of traces are not supported; the server's --trace-endpoint"),
+        (("update_trace_settings", NAME, {"trace_rate": "1"}), "TraceSetting: settings of traces are not supported"),
+        (("get_log_settings",), "LogSettings: settings of the log are not supported; the server's --log-level"),
+        (("update_log_settings", {"log_verbose_level": 1}), "LogSettings: settings of the log are not supported"),
+        (("load_model", NAME), f"RepositoryModelLoad: {LOADING}"),
+        (("unload_model", NAME), f"RepositoryModelUnload: {LOADING}"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_only_triton_has_is_refused_with_the_reason(
+    call: tuple[Any, ...], text: str, triton: Ask, running: Running
+) -> None:
+    answer = triton("ask", running.address, *call)
     assert answer["status"] == "StatusCode.UNIMPLEMENTED"
+    assert answer["error"].startswith(text)
+
+
+def _texts(address: str, methods: list[str]) -> dict[str, str]:
+    """Return, by method, the text with which a port refuses an empty message; of those that it takes, nothing."""
+    found = {}
+    with grpc.insecure_channel(address) as channel:
+        for method in methods:
+            try:
+                channel.unary_unary(f"/inference.GRPCInferenceService/{method}", bytes, bytes)(b"", timeout=20)
+            except grpc.RpcError as error:
+                found[method] = error.details() or ""
+    return found
+
+
+def test_no_method_of_triton_is_unknown_on_any_port(start_on_each: Callable[..., Running], triton: Ask) -> None:
+    running = start_on_each(admin_port=0)
+    pool = descriptor_pool.DescriptorPool()
+    for data in triton("descriptions"):
+        pool.AddSerializedFile(base64.b64decode(data))
+    service = pool.FindServiceByName("inference.GRPCInferenceService")
+    methods = [method.name for method in service.methods if not method.client_streaming]
+    assert len(methods) >= 19
+    refused = _texts(running.address, methods)
+    assert "Method not found!" not in refused.values()
+    assert not {"ServerLive", "ModelReady", "RepositoryIndex"} & refused.keys()
+
+    refused = _texts(f"127.0.0.1:{running.server.admin_port}", methods)
+    assert "Method not found!" not in refused.values()
+    assert "RepositoryIndex" not in refused
+    for method in ("ServerLive", "ModelInfer", "ModelConfig"):
+        assert refused[method] == (
+            f"{method}: not on this port, which loads and unloads models; the server's --port has this method"
+        )
+    assert refused["TraceSetting"].startswith("TraceSetting: settings of traces")
+    assert refused["RepositoryModelLoad"].startswith("model_name: ''; expected the name")
 
 
 def test_statistics_count_requests_images_and_batches(
@@ -340,10 +402,6 @@ def test_models_are_loaded_and_unloaded_on_the_administration_port_alone(
     running = start(models=str(tmp_path), admin_port=0)
     admin, public = f"127.0.0.1:{running.server.admin_port}", running.address
     assert "model_repository" in triton("ask", public, "get_server_metadata")["extensions"]
-    for method in ("load_model", "unload_model"):
-        assert triton("ask", public, method, NAME)["status"] == "StatusCode.UNIMPLEMENTED"
-    assert triton("ask", admin, "is_server_live")["status"] == "StatusCode.UNIMPLEMENTED"
-
     assert triton("ask", admin, "unload_model", NAME) is None
     assert triton("ask", public, "is_model_ready", NAME) is False
     assert triton("ask", public, "is_server_ready") is False

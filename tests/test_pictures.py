@@ -180,7 +180,7 @@ def make_dataset(images: Tensor = IMAGES, labels: Tensor = LABELS, names: tuple[
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint for the command, with the tiny data set."""
-    monkeypatch.setattr(datasets, "load", lambda name, folder: replace(make_dataset(), name=name))
+    monkeypatch.setattr(datasets, "load", lambda name, folder, source: replace(make_dataset(), name=name))
     save(make_checkpoint(), tmp_path / "capsnet.pt")
     return tmp_path / "capsnet.pt"
 
@@ -244,7 +244,7 @@ def test_the_command_says_in_one_line_that_it_cannot_draw(
 def test_the_command_says_in_a_line_that_the_data_do_not_fit(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dataset: Dataset, message: str
 ) -> None:
-    monkeypatch.setattr(datasets, "load", lambda name, folder: dataset)
+    monkeypatch.setattr(datasets, "load", lambda name, folder, source: dataset)
     assert main([str(file)]) == 1
     assert capsys.readouterr().err == message + "\n"
 

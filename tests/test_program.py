@@ -9,7 +9,7 @@ import pytest
 from serving.files.program import PROJECT, missing_package
 from tests.conftest import ROOT
 
-COMMANDS = ["serving", "serving.client", "training", "export"]
+COMMANDS = ["serving", "serving.client", "serving.tokens", "training", "training.claims", "export"]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

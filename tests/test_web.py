@@ -224,6 +224,10 @@ CHOSEN = {"name": "probabilities", "parameters": {"classification": 1}}
         ({"inputs": [{**TENSOR, "data": [0] * 783}]}, "raw_input_contents[0]"),
         ({"inputs": [TENSOR]}, "inputs[0].data"),
         ({"inputs": [{**TENSOR, "data": {}}]}, "inputs[0].data"),
+        (
+            {"inputs": [{**TENSOR, "parameters": {"shared_memory_region": "a", "shared_memory_byte_size": 784}}]},
+            'inputs[0].parameters["shared_memory_region"]',
+        ),
         ({"inputs": [{**TENSOR, "datatype": "WORD", "data": [0]}]}, "inputs[0].datatype"),
         ({"inputs": [{**TENSOR, "shape": [1, -1], "data": [0]}]}, "inputs[0].shape"),
         ({"inputs": [{**TENSOR, "shape": "x", "data": [0]}]}, "inputs[0].shape"),
@@ -300,6 +304,26 @@ def test_the_repository_is_listed_as_triton_does_it(port: int) -> None:
     for body in (b"", b"{}", b'{"ready": true}'):
         [model] = ask(port, "/v2/repository/index", body).json
         assert (model["name"], model["state"]) == (MODEL, "READY")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/v2/systemsharedmemory/status", "shared memory is not supported; send the tensors in the messages"),
+        ("/v2/systemsharedmemory/region/a/register", "shared memory is not supported"),
+        ("/v2/cudasharedmemory/unregister", "shared memory is not supported"),
+        ("/v2/trace/setting", "settings of traces are not supported; the server's --trace-endpoint"),
+        ("/v2/models/capsnet-mnist/trace/setting", "settings of traces are not supported"),
+        ("/v2/logging", "settings of the log are not supported; the server's --log-level"),
+        ("/v2/repository/models/capsnet-mnist/load", "not on this port; the server's --admin-port opens a port"),
+        ("/v2/repository/models/capsnet-mnist/unload", "not on this port; the server's --admin-port opens a port"),
+    ],
+)
+def test_what_only_triton_has_is_refused_with_the_reason(port: int, path: str, text: str) -> None:
+    for body in (None, b"{}"):
+        answer = ask(port, path, body)
+        assert (answer.status, answer.json["code"]) == (501, "UNIMPLEMENTED")
+        assert answer.json["error"].partition(": ")[2].startswith(text)
 
 
 def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:

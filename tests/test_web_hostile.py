@@ -150,7 +150,7 @@ def test_tiny_chunks_of_one_client_do_not_hold_up_the_others() -> None:
 def test_answers_that_nobody_reads_give_their_memory_to_others() -> None:
     size, limit = 6 * 2**20, 2**24
     with serving({GET_MODEL: describing("x" * size)}, max_bytes_under_way=limit) as web, ExitStack() as stack:
-        memory = web.memory
+        memory = web.server._application._terms.memory
         for count in range(1, 5):
             client = stack.enter_context(connected(web, receive_bytes=4096))
             client.sendall(ASKED)

@@ -25,7 +25,7 @@ from serving.web import connection as connection_module
 from serving.web import server as server_module
 from serving.web.application import DOCUMENTS
 from serving.web.problems import Problem
-from serving.web.routes import ROUTES
+from serving.web.routes import REFUSED, ROUTES
 from tests.certificates import make_all
 from tests.conftest import DATA, Running
 from tests.raw_client import wait_for
@@ -372,7 +372,8 @@ def test_a_caller_without_a_token_gets_nothing_on_any_path_but_health_and_files(
     port = running.server.http_port
     paths = [(one.path.format(name="capsnet-mnist", version="1"), one.verb, one.method) for one in ROUTES]
     paths += [(path, "GET", method) for path, method, _ in DOCUMENTS]
-    assert len(paths) > 15
+    paths += [(path.format(name="a", region="b"), verb, method) for path, method in REFUSED for verb in ("GET", "POST")]
+    assert len(paths) > 50
     for path, verb, method in paths:
         body = SEVEN if verb == "POST" else None
         missing = method not in running.server._methods

@@ -22,10 +22,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from numpy.typing import NDArray
 from torch import Tensor
 
+from serving.files.program import add_version
 from training.checkpoint import CheckpointError, load
 from training.data.compose import combine
 from training.data.matching import load_matching
-from training.data.sources import DatasetError
+from training.data.sources import DatasetError, add_file_flags
 from training.data.specs import NAMES
 from training.evaluate import by_confidence, most_probable, predict, wrong
 from training.model import CapsNet, to_pixels
@@ -416,11 +417,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m training.pictures",
         description="Draw reconstructions of test images, and what each dimension of a pose changes in one of them.",
     )
+    add_version(result)
     result.add_argument("checkpoint", type=Path, help="the run's folder, or the checkpoint capsnet.pt in it")
     source = result.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=NAMES, help="whose test images (default: what the network was trained on)")
     source.add_argument("--data", type=Path, metavar="FOLDER", help="or a folder of your own images")
-    result.add_argument("--data-dir", type=Path, metavar="FOLDER", help="a folder with the dataset's files")
+    add_file_flags(result)
     which = result.add_mutually_exclusive_group()
     which.add_argument("--image", type=int, metavar="N", help="number of the test image whose pose is changed, from 0")
     which.add_argument(
@@ -448,7 +450,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise PictureError(f"{options.checkpoint}: {_NO_DECODER}")
         if options.category is not None and options.category not in trained.labels:
             raise PictureError(f"--class {options.category}: expected one of {', '.join(trained.labels)}")
-        dataset = load_matching(trained, options.data, options.data_dir, options.dataset)
+        dataset = load_matching(trained, options.data, options.data_dir, options.dataset, options.source)
         images, labels = dataset.test_images, dataset.test_labels
         chosen = options.image
         if chosen is None:

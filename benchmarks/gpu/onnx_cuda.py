@@ -18,11 +18,12 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.data import load_or_exit
 from benchmarks.figures import write
 from export.to_fp16 import to_fp16
 from export.to_onnx import to_onnx
 from training.checkpoint import load
-from training.data.datasets import load as load_dataset
+from training.data.sources import add_file_flags
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit, processor
 
@@ -141,7 +142,7 @@ def exported(name: str, checkpoint: Path | None, folder: Path) -> dict[str, Path
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.onnx_cuda", allow_abbrev=False)
-    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
+    add_file_flags(parser)
     parser.add_argument("--graph", action="append", default=[], metavar="NAME=FILE=REFERENCE", help="a served graph")
     parser.add_argument("--config", action="append", default=[], help="a configuration to export with random weights")
     parser.add_argument("--checkpoint", action="append", default=[], type=Path, help="a checkpoint to export")
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and _CUDA in ort.get_available_providers()
     options.out.mkdir(parents=True, exist_ok=True)
-    images = load_dataset("mnist", options.data_dir, progress=False).test_images.numpy()
+    images = load_or_exit("mnist", options).test_images.numpy()
     graphs: list[tuple[str, Path, Path]] = []
     for given in options.graph:
         name, file, reference = given.split("=")

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.data.datasets import load as load_dataset
+from benchmarks.data import load_or_exit
+from training.data.sources import add_file_flags
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNet
 from training.provenance import commit
@@ -148,12 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--limit", type=int, help="use the first N images alone and hold out a fifth of them")
     parser.add_argument("--eager", action="store_true", help="neither compile nor record the step")
-    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
+    add_file_flags(parser)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     device = training_device()
     torch.backends.cudnn.allow_tf32 = False
-    mnist = load_dataset("mnist", options.data_dir, progress=False)
+    mnist = load_or_exit("mnist", options)
     images, labels = mnist.train_images[: options.limit], mnist.train_labels[: options.limit]
     held_out = FOLD if options.limit is None else options.limit // 5
     names = options.recipe or list(RECIPES)

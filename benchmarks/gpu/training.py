@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.data import load_or_exit
 from benchmarks.gpu.recipes import RECIPES, Recipe
 from training.checkpoint import Checkpoint, load, save
 from training.data.datasets import Dataset, generate
-from training.data.datasets import load as load_dataset
+from training.data.sources import add_file_flags
 from training.evaluate import predict, wrong
 from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.provenance import commit
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=100, help="at most (default: 100); for pairs, chunks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
-    parser.add_argument("--data-dir", type=Path, help="folder of MNIST's files")
+    add_file_flags(parser)
     parser.add_argument("--eager", action="store_true", help="neither compile nor record the step")
     parser.add_argument("--no-graph", action="store_true", help="compile, but do not record the step")
     parser.add_argument("--limit", type=int, help="train and test on the first N images alone, to try the command out")
@@ -277,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = training_device()
     torch.backends.cudnn.allow_tf32 = False  # the test is judged in single precision
-    mnist = load_dataset("mnist", options.data_dir, progress=False)
+    mnist = load_or_exit("mnist", options)
     if options.limit:
         mnist = replace(
             mnist,

@@ -13,7 +13,7 @@ from serving.runtime import Array, Arrays, rows
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Share:
     """The rows of a batch's outputs for one request: rows ``start`` to ``stop`` of ``batch``, without ``stop``."""
 

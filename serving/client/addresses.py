@@ -12,6 +12,8 @@ _GRPC_SCHEMES = ("unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:", "vsock:", 
 _PLAIN_SCHEMES = frozenset({"grpc", "http", "tcp"})
 _ENCRYPTED_SCHEMES = frozenset({"grpcs", "https"})
 _EXPECTED = "expected HOST:PORT or unix:PATH"
+_HOST = re.compile(r"[\w.-]+")
+_IPV6 = re.compile(r"[0-9a-f:.]+(%\w+)?", re.IGNORECASE)
 _BRACKETS = re.compile(r"(\[[^\]]*\])(?::(.*))?")
 
 
@@ -26,10 +28,10 @@ def target_of(address: str, tls: bool) -> str:
     text = address.strip()
     if not text:
         raise InvalidRequest(f"address: empty; {_EXPECTED}", field="address")
-    if text.startswith("/"):
+    if text.startswith("/") and not text.startswith("//"):
         return f"unix:{text}"
     if text.startswith(_GRPC_SCHEMES):
-        return text
+        return _checked(text)
     if text.startswith("dns:"):
         head, _, name = text.rpartition("/") if "/" in text else text.partition(":")
         return f"{head}{'/' if '/' in text else ':'}{_host_and_port(name, address)}"
@@ -39,8 +41,8 @@ def target_of(address: str, tls: bool) -> str:
             raise _refused(address, "expected tls=True or certificates with this scheme")
         if scheme.lower() not in _PLAIN_SCHEMES | _ENCRYPTED_SCHEMES:
             raise _refused(address, f"{_EXPECTED}, with grpc:// or nothing before it")
-        text = rest.removesuffix("/")
-    return _host_and_port(text, address)
+        text = rest
+    return _host_and_port(text.removesuffix("/"), address)
 
 
 def is_local(target: str) -> bool:
@@ -58,6 +60,21 @@ def is_local(target: str) -> bool:
         return False
 
 
+def _checked(target: str) -> str:
+    """Return a name that gRPC itself resolves. Raises InvalidRequest for one that it would take for none."""
+    scheme, _, rest = target.partition(":")
+    if scheme == "unix" and rest.startswith("//") and not rest.startswith("///"):
+        raise _refused(target, "expected unix:PATH or unix:///PATH")
+    if scheme in ("ipv4", "ipv6"):
+        for one in rest.split(","):
+            host = one.partition("]")[0].lstrip("[") if scheme == "ipv6" else one.partition(":")[0]
+            try:
+                ipaddress.ip_address(host)
+            except ValueError:
+                raise _refused(target, f"expected {scheme}: and IP addresses with commas between them") from None
+    return target
+
+
 def _host_and_port(text: str, address: str) -> str:
     """Return HOST:PORT. address: as it was given, for the error. Raises InvalidRequest."""
     if "@" in text:
@@ -67,11 +84,13 @@ def _host_and_port(text: str, address: str) -> str:
     if bracketed := _BRACKETS.fullmatch(text):
         host, port = bracketed[1], bracketed[2]
     elif text.count(":") > 1:
-        raise _refused(address, "expected brackets around an IPv6 address: [ADDRESS]:PORT")
+        if _IPV6.fullmatch(text):
+            raise _refused(address, "expected brackets around an IPv6 address: [ADDRESS]:PORT")
+        raise _refused(address, f"{_EXPECTED}, with grpc:// or nothing before it")
     else:
         host, colon, rest = text.partition(":")
         port = rest if colon else None
-    if not host or host == "[]" or any(character.isspace() for character in host):
+    if not (bracketed or _HOST.fullmatch(host)) or host == "[]" or any(map(str.isspace, host)):
         raise _refused(address, f"{_EXPECTED}, with a host")
     if port is not None and not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) <= _MAX_PORT):
         raise _refused(address, f"expected a port from 1 to {_MAX_PORT}")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from numbers import Real
-from typing import Literal
+from typing import Literal, NoReturn
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -33,7 +33,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         if seconds is not None and not (isinstance(seconds, Real) and seconds > 0):
-            raise InvalidRequest(f"timeout: {seconds}; expected seconds above 0, or None", field="timeout")
+            raise InvalidRequest(f"timeout: {seconds!r}; expected seconds above 0, or None", field="timeout")
         self.seconds = seconds = None if seconds is not None and seconds > _MAX_SECONDS else seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
@@ -72,8 +72,8 @@ class ClientBase:
         retries: further attempts, 0 to 4, while the server is overloaded or unavailable. Before each, the client waits
             as long as the server asks, or else for a time that doubles.
 
-        Raises InvalidRequest, which is a ValueError, if a setting is wrong or contradicts another, and OSError if a
-        certificate cannot be read.
+        Raises InvalidRequest, which is a ValueError, if a setting is wrong or contradicts another, or if a certificate
+        cannot be read.
         """
         self._timeout = Deadline(timeout).seconds
         self._retries = retries
@@ -93,6 +93,9 @@ class ClientBase:
         self._fetched_at = 0.0
         self._closed = False
         self._connect()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} has connections, which cannot be copied; make one in each process")
 
     def _connect(self) -> None:
         """Make the channel now, if it needs no event loop."""
@@ -189,11 +192,11 @@ def _text(name: str, value: str) -> str:
 
 
 def check_stream(errors: str, window: int) -> None:
-    """Raise ValueError for invalid settings of a stream."""
+    """Raise InvalidRequest for invalid settings of a stream."""
     if errors not in ("raise", "yield"):
-        raise ValueError(f"errors: {errors!r}; expected 'raise' or 'yield'")
-    if window < 1:
-        raise ValueError(f"window: {window}; expected 1 or more")
+        raise InvalidRequest(f"errors: {errors!r}; expected 'raise' or 'yield'", field="errors")
+    if not isinstance(window, int) or window < 1:
+        raise InvalidRequest(f"window: {window!r}; expected 1 or more", field="window")
 
 
 class Patience:

@@ -11,7 +11,7 @@ import grpc
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.addresses import is_local, target_of
-from serving.client.errors import InvalidRequest
+from serving.client.errors import InvalidRequest, brief
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 #: grpc makes at most five attempts.
@@ -19,6 +19,7 @@ MAX_RETRIES = 4
 FIRST_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 2.0
 BACKOFF_FACTOR = 2.0
+_PEM_BEGIN = b"-----BEGIN "
 
 Pem = bytes | str | os.PathLike[str]
 Token = str | Callable[[], str]
@@ -55,10 +56,14 @@ def channel_settings(
 ) -> ChannelSettings:
     """Return the channel's settings for a client's settings.
 
-    Raises InvalidRequest if these contradict each other, and OSError if a file cannot be read.
+    Raises InvalidRequest if these are wrong or contradict each other, or if a file cannot be read.
     """
-    if not 0 <= retries <= MAX_RETRIES:
-        raise InvalidRequest(f"retries: {retries}; expected 0 to {MAX_RETRIES}")
+    if not (isinstance(retries, int) and 0 <= retries <= MAX_RETRIES):
+        raise InvalidRequest(f"retries: {retries!r}; expected 0 to {MAX_RETRIES}", field="retries")
+    if token is not None and not (isinstance(token, str) or callable(token)):
+        raise InvalidRequest(
+            f"token: {type(token).__name__}; expected a text, or a function that returns one", field="token"
+        )
     target = target_of(address, tls is not False)
     local = is_local(target)
     if tls is False:
@@ -71,11 +76,9 @@ def channel_settings(
             )
         credentials = None
     else:
-        chain, key = client_certificate or (None, None)
+        chain, key = _pair(client_certificate)
         credentials = grpc.ssl_channel_credentials(
-            root_certificates=None if tls is True else _pem(tls),
-            private_key=None if key is None else _pem(key),
-            certificate_chain=None if chain is None else _pem(chain),
+            root_certificates=None if tls is True else _pem(tls, "tls"), private_key=key, certificate_chain=chain
         )
         if token is not None:
             credentials = grpc.composite_channel_credentials(
@@ -137,10 +140,31 @@ class _BearerToken(grpc.AuthMetadataPlugin):
 def _text_of(token: Token) -> str:
     """Return a token. Raises InvalidRequest for one that no header can carry, without showing it."""
     value = token() if callable(token) else token
-    if isinstance(value, str) and value.isascii() and value.isprintable():
+    if isinstance(value, str) and value.isascii() and value.isprintable() and value:
         return value
+    if value == "":
+        raise InvalidRequest("token: empty; expected a token, or no argument token at all", field="token")
     raise InvalidRequest("token: it has characters that no header takes; expected printable ASCII", field="token")
 
 
-def _pem(source: Pem) -> bytes:
-    return source if isinstance(source, bytes) else Path(source).read_bytes()
+def _pair(certificate: tuple[Pem, Pem] | None) -> tuple[bytes | None, bytes | None]:
+    """Return the chain and the private key of a client's certificate. Raises InvalidRequest."""
+    if certificate is None:
+        return None, None
+    if isinstance(certificate, bytes | str | os.PathLike) or len(certificate) != 2:
+        raise InvalidRequest("client_certificate: expected two, the chain and the private key")
+    chain, key = (_pem(one, "client_certificate") for one in certificate)
+    return chain, key
+
+
+def _pem(source: Pem, name: str) -> bytes:
+    """Return the content of a PEM file, given by path or as bytes. Raises InvalidRequest."""
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except (OSError, TypeError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or brief(str(error))
+        raise InvalidRequest(f"{name}: {brief(str(source))}: {reason}", field=name) from error
+    if _PEM_BEGIN not in content:  # gRPC would only say later that TLS fails
+        shown = "the bytes" if isinstance(source, bytes) else brief(str(source))
+        raise InvalidRequest(f"{name}: nothing in PEM is in {shown}; expected {_PEM_BEGIN.decode()}...", field=name)
+    return content

@@ -20,6 +20,8 @@ SIZE_HINT = "(resize=True scales it, preprocess='auto' finds the object in it)"
 _SIZE_PATTERN = re.compile(
     r"( image of \d+ x \d+ pixels; expected \d+ x \d+)(, or a preparation of it \(preprocess\))?$"
 )
+# The words of gRPC's servers in several languages for a method that they do not have.
+_UNKNOWN_METHOD_PATTERN = re.compile(r"method not (found|impl)|unknown (service|method)|no reason", re.IGNORECASE)
 _MAX_BRIEF_CHARACTERS = 100
 _STATUS_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -199,6 +201,12 @@ def failure_of_call(error: grpc.RpcError, address: str) -> Failure:
             retry_after = delay if retry_after is None else retry_after
     if code is grpc.StatusCode.UNAVAILABLE and text.startswith(("failed to connect", "connections to all")):
         text = _explained(text)
+    elif code is grpc.StatusCode.UNAVAILABLE and text.startswith("errors resolving"):
+        text = f"no host of this name is found ({_last_words(text)})"
+    elif code is grpc.StatusCode.CANCELLED and "Channel closed" in text:
+        text = "the client was closed"
+    elif code is grpc.StatusCode.UNIMPLEMENTED and _UNKNOWN_METHOD_PATTERN.match(text):
+        text = f"the server there lacks this method: it is of another kind, or older than this client ({text})"
     if not _is_about_the_request(code):
         text = f"{address}: {text}"
     return Failure(code, text, name or _field_of(text), retry_after, may_retry, error)
@@ -210,7 +218,12 @@ def _explained(text: str) -> str:
         return "an HTTP server answers there, perhaps with the metrics; expected the port of gRPC, by default 8001"
     if "andshake" in text:
         return f"TLS fails there: perhaps the server does not encrypt, or is not trusted ({text})"
-    return f"no server answers there ({text})"
+    return f"no server answers there ({_last_words(text)})"
+
+
+def _last_words(text: str) -> str:
+    """Return the cause at the end of gRPC's words, such as ``Connection refused``."""
+    return text.rpartition(": ")[2].rstrip("])") or text
 
 
 def failure_of_item(code: int, text: str) -> Failure:

@@ -5,19 +5,23 @@ Axes: R iterations of the routing, I primary capsules, C channels, H rows, W col
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.errors import InvalidRequest, ServerFault
+from serving.client.errors import InvalidRequest, ServerFault, brief
 from serving.client.results import Classification, Model, PrimaryCapsules, decode_results
 
 #: A part of an explanation.
 Part = Literal["routing", "contributions", "relevance"]
 #: A class: its label, or its index in the model's labels.
 Class = str | int
+
+#: The largest index of a class, dimension of a pose, or number of steps: a uint32.
+MAX_NUMBER = 2**32 - 1
 
 _PARTS: dict[str, "pb.ExplanationPart"] = {
     "routing": pb.EXPLANATION_PART_ROUTING,
@@ -96,12 +100,13 @@ class ExplanationOptions:
 
     @classmethod
     def of(cls, classes: Iterable[Class] | None, parts: Iterable[Part] | None) -> Self:
-        """Check the options of a call. Raises ValueError."""
-        if isinstance(parts, str):
-            raise ValueError(f"parts: {parts!r}; expected a list of parts, or None for all")
+        """Check the options of a call. Raises InvalidRequest."""
+        if isinstance(parts, str) or not isinstance(parts, Iterable | None):
+            raise InvalidRequest(f"parts: {parts!r}; expected a list of parts, or None for all", field="parts")
         chosen = () if parts is None else tuple(parts)
-        if parts is not None and not (chosen and set(chosen) <= _PARTS.keys()):
-            raise ValueError(f"parts: {chosen}; expected some of {', '.join(get_args(Part))}, or None for all")
+        if parts is not None and not (chosen and all(one in get_args(Part) for one in chosen)):
+            known = ", ".join(get_args(Part))
+            raise InvalidRequest(f"parts: {chosen}; expected some of {known}, or None for all", field="parts")
         return cls(checked_classes(classes), chosen)
 
     def request(self, model: Model, asked: pb.GetModelRequest) -> pb.ExplainRequest:
@@ -115,15 +120,17 @@ class ExplanationOptions:
 
 
 def checked_classes(classes: Iterable[Class] | None) -> tuple[Class, ...]:
-    """Return the classes of a call, none for None. Raises ValueError for an empty list and for a negative index."""
+    """Return the classes of a call, none for None. Raises InvalidRequest unless they are labels or indices."""
     if classes is None:
         return ()
-    chosen = (classes,) if isinstance(classes, str | int) else tuple(classes)
+    chosen = tuple(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else (classes,)
     if not chosen:
-        raise ValueError("classes: none; expected one at least, or None for the model's own choice")
+        raise InvalidRequest(
+            "classes: none; expected one at least, or None for the model's own choice", field="classes"
+        )
     for one in chosen:
-        if not isinstance(one, str) and one < 0:
-            raise ValueError(f"classes: {one}; expected labels, or indices from 0")
+        if not isinstance(one, str) and not (isinstance(one, Integral) and 0 <= one <= MAX_NUMBER):
+            raise InvalidRequest(f"classes: {brief(repr(one))}; expected labels, or indices from 0", field="classes")
     return chosen
 
 

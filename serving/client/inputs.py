@@ -1,7 +1,7 @@
 """Conversion of arrays, files and their bytes to the images of a request."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -12,10 +12,10 @@ from PIL import Image
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.arrays import array_of, array_of_names, is_array, is_nested, to_uint8
-from serving.client.errors import InvalidImage, ItemError, ShapeError, brief
+from serving.client.errors import InvalidImage, InvalidRequest, ItemError, ShapeError, brief
 from serving.client.pictures import file_to_send, is_known_to_server, pixels_of
 from serving.client.results import Model
-from serving.client.sources import FORMAT_NAMES, is_file, named, parse, read_file, read_path
+from serving.client.sources import FORMAT_NAMES, MAGICS, is_file, named, parse, read_file, read_path
 
 
 class ArrayLike(Protocol):
@@ -40,6 +40,7 @@ Content = NDArray[Any] | bytes | pb.Image | Image.Image
 #: The preparation of pictures by the server: none, or as the training images were.
 Preprocess = Literal["none", "auto"]
 
+_MAX_MAGIC_BYTES = max(map(len, MAGICS))
 _EXPECTED_ITEM = f"an array, or the path or bytes of an image file ({FORMAT_NAMES})"
 
 
@@ -54,11 +55,11 @@ class Fitting(NamedTuple):
 
     @classmethod
     def of(cls, resize: bool, preprocess: Preprocess) -> Self:
-        """Check the options of a call. Raises ValueError."""
+        """Check the options of a call. Raises InvalidRequest."""
         if preprocess not in ("none", "auto"):
-            raise ValueError(f"preprocess: {preprocess!r}; expected 'none' or 'auto'")
+            raise InvalidRequest(f"preprocess: {preprocess!r}; expected 'none' or 'auto'", field="preprocess")
         if resize and preprocess == "auto":
-            raise ValueError("resize and preprocess='auto': both; expected one, since 'auto' takes any size")
+            raise InvalidRequest("resize and preprocess='auto': both; expected one, since 'auto' takes any size")
         return cls(resize, preprocess == "auto")
 
 
@@ -69,7 +70,7 @@ def items_of(images: Images) -> Iterable[Item]:
     is_item = isinstance(images, str | os.PathLike | Image.Image) or is_array(images) or is_nested(images)
     if is_item or _is_buffer(images) or is_file(images):
         return (images,)  # type: ignore[return-value]
-    if isinstance(images, bytes) or not isinstance(images, Iterable):
+    if isinstance(images, bytes | Mapping) or not isinstance(images, Iterable):
         raise InvalidImage(f"images: {type(images).__name__}; expected {_EXPECTED_ITEM}, or an iterable of these")
     return images
 
@@ -97,7 +98,7 @@ def _read(item: Item | pb.Image) -> Content:
     if isinstance(item, pb.Image | Image.Image):
         return item
     if is_array(item):
-        return array_of(item)
+        return _array_or_file(array_of(item))
     if _is_buffer(item):
         with memoryview(item) as view:  # type: ignore[arg-type]
             return parse(view.tobytes()) if (view.ndim, view.itemsize) == (1, 1) else np.array(view)
@@ -106,6 +107,12 @@ def _read(item: Item | pb.Image) -> Content:
     if is_file(item):
         return parse(read_file(item))
     raise ItemError(f"{type(item).__name__}; expected {_EXPECTED_ITEM}")
+
+
+def _array_or_file(array: NDArray[Any]) -> Content:
+    """Return an array, or the content of the file whose bytes it holds, as ``numpy.fromfile`` gives them."""
+    is_flat = array.ndim == 1 and array.dtype == np.uint8
+    return parse(array.tobytes()) if is_flat and array[:_MAX_MAGIC_BYTES].tobytes().startswith(MAGICS) else array
 
 
 def messages(content: Content, model: Model, fitting: Fitting) -> Iterator[pb.Image]:

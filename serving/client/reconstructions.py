@@ -6,14 +6,15 @@ Axes: E dimensions of a pose, C channels, H rows, W columns.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.client.errors import ServerFault
-from serving.client.explanations import Class, checked_classes, class_indices, pixels_of
+from serving.client.errors import InvalidRequest, ServerFault, brief
+from serving.client.explanations import MAX_NUMBER, Class, checked_classes, class_indices, pixels_of
 from serving.client.results import Classification, Model, decode_results
 
 #: The pose of a class, (E,) numbers.
@@ -22,7 +23,6 @@ Pose = NDArray[Any] | Sequence[float]
 Poses = Mapping[Class, Pose] | Iterable[tuple[Class, Pose]]
 
 _MIN_STEPS = 2
-_MAX_NUMBER = 2**32 - 1  # a uint32
 
 
 class Sweep(NamedTuple):
@@ -85,13 +85,17 @@ class ReconstructionOptions:
         changes: Mapping[int, float] | None,
         sweep: Sweep | tuple[int, float, float, int] | None,
     ) -> Self:
-        """Check the options of a call. is_fitted: True if it has options for an image. Raises ValueError."""
+        """Check the options of a call. is_fitted: True if it has options for an image. Raises InvalidRequest."""
         if has_image == (poses is not None):
-            raise ValueError(f"image and poses: {'both' if has_image else 'neither'}; expected one of them")
+            raise InvalidRequest(f"image and poses: {'both' if has_image else 'neither'}; expected one of them")
         if poses is not None and is_fitted:
-            raise ValueError("resize and preprocess: given with poses; expected with an image alone")
+            raise InvalidRequest("resize and preprocess: given with poses; expected with an image alone")
         if poses is not None and classes is not None:
-            raise ValueError("classes with poses: poses have their own classes; expected classes with an image alone")
+            raise InvalidRequest(
+                "classes with poses: poses have their own classes; expected classes with an image alone"
+            )
+        if not isinstance(changes, Mapping | None):
+            raise InvalidRequest(f"changes: {brief(repr(changes))}; expected {{DIMENSION: NUMBER}}", field="changes")
         for dimension, delta in (changes or {}).items():
             _check_dimension(dimension, "changes")
             _check_delta(delta, "changes")
@@ -149,36 +153,44 @@ def decode_reconstructions(response: pb.ReconstructResponse) -> list[Reconstruct
 
 
 def _pairs(poses: Poses) -> tuple[tuple[Class, tuple[float, ...]], ...]:
-    """Return poses as pairs. Raises ValueError unless each is one vector of numbers."""
+    """Return poses as pairs. Raises InvalidRequest unless each is one vector of numbers."""
     result = []
-    for one, pose in poses.items() if isinstance(poses, Mapping) else poses:
-        numbers = np.asarray(pose, np.float64)
+    try:
+        pairs = [(one, pose) for one, pose in (poses.items() if isinstance(poses, Mapping) else poses)]
+    except (TypeError, ValueError):
+        raise InvalidRequest("poses: no pairs; expected {CLASS: POSE}, or pairs of these", field="poses") from None
+    for one, pose in pairs:
+        try:
+            numbers = np.asarray(pose, np.float64)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"poses: {brief(str(error))} for class {one!r}; expected numbers") from error
         if numbers.ndim != 1:
-            raise ValueError(f"poses: an array of shape {numbers.shape} for class {one!r}; expected (E,)")
+            raise InvalidRequest(f"poses: an array of shape {numbers.shape} for class {one!r}; expected (E,)")
         result.append((one, tuple(numbers.tolist())))
     if not result:
-        raise ValueError("poses: none; expected one at least")
+        raise InvalidRequest("poses: none; expected one at least", field="poses")
     checked_classes([one for one, _ in result])
     return tuple(result)
 
 
 def _sweep(sweep: Sweep | tuple[int, float, float, int]) -> Sweep:
-    if len(sweep) != len(Sweep._fields):
-        raise ValueError(f"sweep: {len(sweep)} values; expected {', '.join(Sweep._fields)}")
-    result = Sweep(*sweep)
+    values: tuple[Any, ...] = tuple(sweep) if isinstance(sweep, Iterable) else (sweep,)
+    if len(values) != len(Sweep._fields):
+        raise InvalidRequest(f"sweep: {len(values)} values; expected {', '.join(Sweep._fields)}", field="sweep")
+    result = Sweep(*values)
     _check_dimension(result.dimension, "sweep")
     _check_delta(result.first, "sweep")
     _check_delta(result.last, "sweep")
-    if not _MIN_STEPS <= result.steps <= _MAX_NUMBER:
-        raise ValueError(f"sweep: {result.steps} steps; expected {_MIN_STEPS} or more")
+    if not (isinstance(result.steps, Integral) and _MIN_STEPS <= result.steps <= MAX_NUMBER):
+        raise InvalidRequest(f"sweep: {result.steps!r} steps; expected {_MIN_STEPS} or more", field="sweep")
     return result
 
 
 def _check_dimension(dimension: int, name: str) -> None:
-    if not 0 <= dimension <= _MAX_NUMBER:
-        raise ValueError(f"{name}: dimension {dimension}; expected 0 or more")
+    if not (isinstance(dimension, Integral) and 0 <= dimension <= MAX_NUMBER):
+        raise InvalidRequest(f"{name}: dimension {dimension!r}; expected a whole number, 0 or more", field=name)
 
 
 def _check_delta(delta: float, name: str) -> None:
-    if not math.isfinite(delta):
-        raise ValueError(f"{name}: {delta}; expected a finite number")
+    if not (isinstance(delta, Real) and math.isfinite(delta)):
+        raise InvalidRequest(f"{name}: {delta!r}; expected a finite number", field=name)

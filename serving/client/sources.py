@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import glob
 import inspect
 import os
 import re
@@ -23,8 +24,11 @@ _MIN_BASE64_CHARACTERS = 32
 _MAX_PATH_CHARACTERS = 200
 _ADDRESS_PATTERN = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _BASE64_PATTERN = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
+_OBJECT_TEXT_PATTERN = re.compile(r"<[^<>]+ (at 0x[0-9a-f]+|name=[^<>]*|mode=[^<>]*|size=[^<>]*)[^<>]*>")
+_BYTES_TEXT_PATTERN = re.compile(r"(b|bytearray\(b)(['\"])(\\x[0-9a-f]{2}|GIF8|BM|RIFF|II\*|MM)")
 # The beginnings of image files: PNG, JPEG, GIF, BMP, WebP, TIFF in both byte orders, and gzipped IDX.
 MAGICS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", GZIP_MAGIC)
+_HEX_PATTERN = re.compile("|".join(magic.hex() for magic in MAGICS if len(magic) > 2), re.IGNORECASE)
 # The beginnings of files that are none of these, and their names.
 _OTHER_FILES = (
     (re.compile(rb"....ftyp(heic|heix|mif1|msf1|hevc)", re.DOTALL), "a HEIC photograph"),
@@ -35,6 +39,7 @@ _OTHER_FILES = (
     (re.compile(rb"version https://git-lfs"), "a pointer of Git LFS, whose file is elsewhere"),
     (re.compile(rb"\s*(<\?xml[^>]*>\s*)?<svg", re.IGNORECASE), "an SVG drawing"),
     (re.compile(rb"\s*<(!doctype )?html", re.IGNORECASE), "a page of HTML"),
+    (re.compile(rb"\s*(\{\s*\"|\[\s*[\[{\"\d])"), "a text in JSON"),
 )
 
 
@@ -46,6 +51,8 @@ def is_file(item: object) -> bool:
 def read_path(path: str | os.PathLike[str]) -> bytes:
     """Return the bytes of a file. Raises ItemError, which says what the path is if it is none."""
     name = os.fspath(path)
+    if not name:
+        raise ItemError("an empty path; expected the path of a file")
     try:
         return Path(name).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
@@ -90,6 +97,8 @@ def parse(data: bytes) -> bytes | NDArray[np.uint8]:
     try:
         images = read_idx(data)
     except ValueError as error:
+        if data.startswith(GZIP_MAGIC) and "not an IDX file" in str(error):
+            raise ItemError("a gzipped file without IDX in it; expected it unpacked: gzip.decompress(data)") from error
         raise ItemError(str(error)) from error
     if images.ndim < 3:
         raise ItemError("an IDX file of labels or single values; expected one of images")
@@ -111,8 +120,18 @@ def mistaken_text(text: str) -> Mistake | None:
         return Mistake(f"{brief(text)}: a URL", "a path, or the bytes: urllib.request.urlopen(url).read()")
     if _is_base64(text):
         return Mistake(f"{len(text)} characters of base64", "a path, or the bytes: base64.b64decode(text)")
-    if text.startswith("<") and text.endswith(">"):
+    if _HEX_PATTERN.match(text):
+        return Mistake(f"{len(text)} hexadecimal digits", "a path, or the bytes: bytes.fromhex(text)")
+    if _BYTES_TEXT_PATTERN.match(text):
+        return Mistake("the text of bytes", "the bytes themselves")
+    if _OBJECT_TEXT_PATTERN.fullmatch(text):
         return Mistake(f"{brief(text)}: the text of an object", "the object itself")
+    if name := _other_file(text.encode(errors="replace")):
+        return Mistake(name, "a path")
+    if glob.has_magic(text):
+        return Mistake(f"{brief(text)}: no file, but a pattern", "files, such as sorted(glob.glob(pattern))")
+    if text.startswith("~"):
+        return Mistake(f"{brief(text)}: no file, and ~ is not replaced", "Path(path).expanduser()")
     if text.count("\n") > 1:
         return Mistake(f"a text of {len(text)} characters", "a path")
     return None
@@ -122,10 +141,8 @@ def _mistaken_bytes(data: bytes) -> str:
     """Return what bytes are instead of an image file, or "" if they may be one."""
     if data.startswith(MAGICS):
         return ""
-    head = data[:_MAX_HEAD_BYTES]
-    for pattern, name in _OTHER_FILES:
-        if pattern.match(head):
-            return f"{name}; expected an image: {FORMAT_NAMES}"
+    if name := _other_file(data):
+        return f"{name}; expected an image: {FORMAT_NAMES}"
     try:
         text = data.decode("ascii")
     except UnicodeDecodeError:
@@ -134,6 +151,12 @@ def _mistaken_bytes(data: bytes) -> str:
         return f"the bytes of a path; expected the path as str: {brief(text)!r}"
     mistake = mistaken_text(text)
     return f"{mistake.found}; expected {mistake.expected}" if mistake else ""
+
+
+def _other_file(data: bytes) -> str:
+    """Return the name of a file that is no image, by its beginning, or ""."""
+    head = data[:_MAX_HEAD_BYTES]
+    return next((name for pattern, name in _OTHER_FILES if pattern.match(head)), "")
 
 
 def _is_base64(text: str) -> bool:

@@ -260,7 +260,7 @@ class CapsNetClient(_Calls):
             server about as much as 200 images of ``classify``.
         timeout: time limit for all images in seconds, instead of the client's.
 
-        Raises ValueError for options that contradict each other, and Unsupported if the model has no such graph.
+        Raises InvalidRequest for options that contradict each other, and Unsupported if the model has no such graph.
         """
         fitting, options = Fitting.of(resize, preprocess), ExplanationOptions.of(classes, parts)
         deadline = self._deadline(timeout)
@@ -298,7 +298,7 @@ class CapsNetClient(_Calls):
         sweep: numbers to add to one dimension of each pose, one after the other: a row of drawings for each pose.
         resize, preprocess, timeout: as for ``classify``.
 
-        Raises ValueError for options that contradict each other, and Unsupported if the model has no decoder.
+        Raises InvalidRequest for options that contradict each other, and Unsupported if the model has no decoder.
         """
         fitting = Fitting.of(resize, preprocess)
         options = ReconstructionOptions.of(image is not None, any(fitting), poses, classes, changes, sweep)

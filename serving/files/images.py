@@ -51,6 +51,8 @@ def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """Return the turn that the EXIF orientation of an opened image asks for. Raises any error of Pillow."""
+    if image.format == "TIFF":
+        image.load()  # Pillow itself turns such an image while it decodes it
     return _TRANSPOSE_BY_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG, 1))
 
 

@@ -16,7 +16,8 @@ from serving.runtime import Array, Arrays
 #: The calibrated confidences, (B, J) float32; True for each present class, (B, J) bool; and the codes, (B,), see Code.
 CONFIDENCES, PRESENT, CODES = "confidences", "present", "codes"
 
-_MAX_COUNT = 2  # of present classes: what more of them say is the same
+_TRAITS = 3  # of each class: is it present, the longest, and nearly as long as the longest
+_MAX_KNOWN = 1024  # traits of images whose codes are remembered
 
 
 class Verdict(IntEnum):
@@ -71,37 +72,36 @@ class Findings:
         self._thresholds = np.array(calibration.presence, np.float32)
         self._margin = np.float32(calibration.margin if classes > 1 else -np.inf)
         self._calibration = calibration
-        # The code of class 0 by: is the margin small, is the winner present, and how many classes are present.
-        self._codes = np.array(
-            [
-                [[_code(count, present, doubtful) for count in range(_MAX_COUNT + 1)] for present in (False, True)]
-                for doubtful in (False, True)
-            ]
-        )
-        # The codes of neighbouring classes lie this far apart.
-        self._step = int(Code(1, Verdict.UNSPECIFIED, Presence.NONE))
+        self._known: dict[bytes, int] = {}  # the codes of traits of images
 
     def __call__(self, images: Array, probabilities: Array) -> Arrays:
         """Return the findings by name for images (B, C, H, W) and the lengths of their capsules (B, J)."""
-        # Few steps, and none that lets other threads take the interpreter, as sort and argmax do: it would wait.
+        # Few steps of NumPy, which take long between two batches, when their code is in no cache; and none that lets
+        # other threads take the interpreter, as sort and argmax do.
         lengths = np.asarray(probabilities, np.float32)
-        longest = np.maximum.reduce(lengths, 1, keepdims=True)
-        winning = lengths == longest
-        if np.count_nonzero(winning) != len(lengths):  # equal lengths, of which the first wins, or none is finite
-            winning = np.arange(lengths.shape[1]) == lengths.argmax(1)[:, None]
-        present = lengths >= self._thresholds
-        # A winner is shortened by 1, so that another class is the longest.
-        margins = longest[:, 0] - np.maximum.reduce(lengths - winning, 1)
-        counts = np.minimum(np.add.reduce(present, 1), _MAX_COUNT)
-        # Each row has one winner, so these are in the order of the rows.
-        winner_present, winners = present[winning], winning.nonzero()[1]
-        doubtful = margins < self._margin
-        codes = self._codes[doubtful.view(np.uint8), winner_present.view(np.uint8), counts]
-        codes += winners * self._step
-        blank = blank_images(images)
-        if blank is not None:
-            codes[blank] += len(Presence) * (Verdict.BLANK - verdicts(codes[blank]))
-        return {CONFIDENCES: self._confidences(lengths), PRESENT: present, CODES: codes}
+        behind = np.maximum.reduce(lengths, 1, keepdims=True) - lengths
+        traits = np.empty((len(lengths), _TRAITS, lengths.shape[1]), np.bool_)
+        present = np.greater_equal(lengths, self._thresholds, out=traits[:, 0])
+        np.equal(behind, 0, out=traits[:, 1])
+        np.less(behind, self._margin, out=traits[:, 2])
+        codes = self._codes(traits)
+        for index in blank_images(images):
+            codes[index] = int(Code.of(codes[index])._replace(verdict=Verdict.BLANK))
+        return {CONFIDENCES: self._confidences(lengths), PRESENT: present, CODES: np.array(codes)}
+
+    def _codes(self, traits: NDArray[np.bool_]) -> list[int]:
+        """Return the codes of images from the traits of their classes, (B, 3, J). Few traits differ: see ``_code``."""
+        data, size, known = traits.tobytes(), traits[0].size, self._known
+        codes = []
+        for begin in range(0, len(data), size):
+            one = data[begin : begin + size]
+            code = known.get(one)
+            if code is None:
+                if len(known) >= _MAX_KNOWN:
+                    known.clear()
+                code = known[one] = _code(one)
+            codes.append(code)
+        return codes
 
     def _confidences(self, lengths: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the calibrated confidences of classes from the lengths of their capsules, both (B, J)."""
@@ -116,23 +116,30 @@ def present_classes(lengths: Array, present: Array) -> list[int]:
     return [int(index) for index in order if present[index]]
 
 
-def blank_images(images: Array) -> NDArray[np.bool_] | None:
-    """Return True for each of the images (B, C, H, W) whose pixels are all the same, (B,), or None if none is."""
-    # The middle row alone shows it for nearly every image.
-    middle = images[:, :, images.shape[2] // 2]
-    even = (middle == middle[:, :, :1]).reshape(len(images), -1)
-    if not np.count_nonzero(np.logical_and.reduce(even, 1)):
-        return None
-    pixels = images.reshape(*images.shape[:2], -1)
-    blank: NDArray[np.bool_] = (pixels == pixels[:, :, :1]).all((1, 2))
-    return blank
+def blank_images(images: Array) -> list[int]:
+    """Return the indices of those of the images (B, C, H, W) whose pixels are all the same in each channel."""
+    # The middle row of the first channel alone shows it for nearly every image: is it the same one pixel further?
+    rows, width = images[:, 0, images.shape[2] // 2].tobytes(), images.shape[3]
+    even = [
+        index
+        for index, begin in enumerate(range(0, len(rows), width))
+        if rows[begin : begin + width - 1] == rows[begin + 1 : begin + width]
+    ]
+    return [index for index in even if (images[index] == images[index, :, :1, :1]).all()]
 
 
-def _code(count: int, winner_present: bool, doubtful: bool) -> int:
-    """Return the code of class 0 as a number. doubtful: True if another class is nearly as long."""
+def _code(traits: bytes) -> int:
+    """Return the code of an image as a number, from the traits of its classes.
+
+    traits: 1 for each class that is present, for each that is the longest, and for each that is nearly as long, or 0.
+    """
+    classes = len(traits) // _TRAITS
+    present, longest, near = (traits[begin : begin + classes] for begin in range(0, len(traits), classes))
+    winner = max(0, longest.find(1))  # the first of equal ones; there is none if a length is not a number
+    count = present.count(1)
     if count == 0:
-        return int(Code(0, Verdict.NONE_OF_THESE, Presence.NONE))
+        return int(Code(winner, Verdict.NONE_OF_THESE, Presence.NONE))
     if count > 1:
-        return int(Code(0, Verdict.SEVERAL, Presence.OTHERS))
-    verdict = Verdict.SUSPICIOUS if doubtful else Verdict.OK
-    return int(Code(0, verdict, Presence.WINNER if winner_present else Presence.OTHERS))
+        return int(Code(winner, Verdict.SEVERAL, Presence.OTHERS))
+    verdict = Verdict.SUSPICIOUS if near.count(1) > 1 else Verdict.OK
+    return int(Code(winner, verdict, Presence.WINNER if present[winner] else Presence.OTHERS))

@@ -120,8 +120,9 @@ class Call:
 
     def end(self, code: grpc.StatusCode | None = None) -> None:
         """Note the end of the RPC. code: None if the client or its deadline ended it."""
-        given_up = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
-        self._record.end(self._began, code or given_up)
+        if code is None:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if self._context.expired else grpc.StatusCode.CANCELLED
+        self._record.end(self._began, code)
         self._edge.under_way -= 1
 
     @property
@@ -213,7 +214,7 @@ class Edge:
         self._log.write(logging.INFO, text, (_fields(_shown(path), code, metadata, peer) for _ in range(1)), 1)
 
     def denied(self, path: str, peer: Peer, metadata: Metadata, error: ServingError) -> Status:
-        """Count and log a call that its client may not make, and return the status to send."""
+        """Count and log a call that its client may not make, or nobody may, and return the status to send."""
         self._metrics.refused.labels(error.reason).inc()
         fields = (_fields(_shown(path), error.code, metadata, peer) for _ in range(1))
         self._log.write(logging.INFO, str(error), fields, 1)

@@ -33,6 +33,8 @@ from serving.settings import Settings
 from serving.transport.methods import Method, table
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
+#: The names of its methods.
+METHODS = tuple(pb.DESCRIPTOR.services_by_name["CapsNetService"].methods_by_name)
 _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
 # The most fields besides the images. Up to twice the allowed images get the answer that names the limit.
 _MAX_OTHER_FIELDS = 1024

@@ -43,6 +43,7 @@ class PixelReader:
     def __init__(self, image_shape: tuple[int, int, int], max_images: int) -> None:
         """Prepare a reader. image_shape: (C, H, W) of the images. max_images: the most images in one request."""
         self._shape = image_shape
+        self._shape_of_one = (1, *image_shape)
         self._max_images = max_images
         size = math.prod(image_shape)
         before_pixels = _PIXELS + varint(size)
@@ -57,7 +58,7 @@ class PixelReader:
         if rest or not data.startswith(self._head, start) or count > self._max_images:
             return None
         if count == 1:
-            return np.frombuffer(data, np.uint8, offset=start + len(self._head)).reshape(1, *self._shape)
+            return np.ndarray(self._shape_of_one, np.uint8, data, start + len(self._head))
         rows = np.frombuffer(data, np.uint8, offset=start).reshape(count, self._width)
         if (rows[:, : len(self._head)] != self._head_array).any():
             return None
@@ -103,15 +104,14 @@ class AnswerWriter:
         parts: list[bytes | memoryview] = [self._prefix]
         width, frames = len(self._template), self._frames
         errors = share[RECONSTRUCTION_ERRORS].tolist() if RECONSTRUCTION_ERRORS in share.batch else None
-        for index in range(len(share)):
-            row = share.start + index
+        for row in range(share.start, share.stop):
             frame = frames.get(codes[row]) if errors is None else None
             if frame is None:
-                frame = self._frame(share, index, codes[row], errors)
+                frame = self._frame(share, row - share.start, codes[row], errors)
+            head, between, confidence, confidence_bytes, tail = frame
             begin = row * width
-            place = begin + frame.confidence
-            parts += frame.head, capsules[begin : begin + width], frame.between
-            parts += capsules[place : place + frame.confidence_bytes], frame.tail
+            place = begin + confidence
+            parts += head, capsules[begin : begin + width], between, capsules[place : place + confidence_bytes], tail
         return b"".join(parts)
 
     def field(self, number: int, share: Share) -> bytes:

@@ -1,7 +1,7 @@
 """Requests whose answer takes several graphs, one after the other: a coroutine in a task of its own computes it."""
 
 import asyncio
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import grpc
 
@@ -9,7 +9,7 @@ from serving.services.computation import Computation
 from serving.services.request import Reply
 
 
-class ComputedQuery(ABC):
+class ComputedQuery:
     """A parsed message of a protocol that takes several graphs to answer."""
 
     #: The model and its version. Empty: the server's only model, and its highest version.

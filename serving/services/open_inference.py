@@ -31,10 +31,12 @@ from serving.services.pipeline import Pipeline
 from serving.services.protobuf_wire import check_fields
 from serving.services.stream import StreamRefusals
 from serving.services.tensor_inputs import DATATYPES, UINT8, Received
+from serving.services.unsupported import ELSEWHERE, LACKING, refusals
 from serving.settings import Settings
 from serving.transport.methods import Method, table
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_METHODS = tuple(pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name)
 NAME = "capsnet-serving"
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 LABELS = "labels.txt"
@@ -86,7 +88,7 @@ class InferenceService:
             SERVICE, "ModelInfer", self.model_infer, partial(self._pipeline.refusal, urgent=True)
         )
         methods["ModelStreamInfer"] = self._edge.stream(SERVICE, "ModelStreamInfer", self.model_stream_infer)
-        return table(SERVICE, methods)
+        return table(SERVICE, refusals(self._edge, SERVICE, LACKING) | methods)
 
     async def server_live(self, data: bytes, call: Call) -> bytes:
         """Return a ServerLiveResponse."""
@@ -208,7 +210,7 @@ class AdminService:
         """Return the service's part of the method table."""
         unary = {"RepositoryIndex": self.index, "RepositoryModelLoad": self.load, "RepositoryModelUnload": self.unload}
         methods: dict[str, Method] = {name: self._edge.unary(SERVICE, name, answer) for name, answer in unary.items()}
-        return table(SERVICE, methods)
+        return table(SERVICE, refusals(self._edge, SERVICE, dict.fromkeys(_METHODS, ELSEWHERE) | LACKING) | methods)
 
     async def index(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryIndexRequest. Raises InvalidRequest."""

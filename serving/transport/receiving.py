@@ -186,10 +186,6 @@ class ReceivingCall(Call):
         self._stop_unpacking()
         super()._stop_handler()
 
-    def _close(self) -> None:
-        super()._close()
-        self._reader = None  # with what has come of a message: the errors of a cancelled handler may keep this object
-
     def _let_send(self) -> None:
         """Let the client send as much again as the window holds."""
         if self.state is StreamState.OPEN and self._may_receive < _LOW_WINDOW:
@@ -244,7 +240,8 @@ class UnaryCall(ReceivingCall):
 
     def _close(self) -> None:
         super()._close()
-        self._message = None
+        # With what has come of a message: the errors of a cancelled handler may keep this object.
+        self._reader = self._message = None
 
     def _hand_over(self) -> bytes:
         """Return the complete request, and keep no reference: its handler has a parsed copy."""
@@ -343,6 +340,7 @@ class StreamCall(ReceivingCall):
             return
         self._stop_unpacking()  # if the handler has ended before the request
         super()._close()
+        self._reader = None
         self._messages.clear()  # a reader that is already awake must not release them again
         self._handed_over = 0
         self._wake_reader()

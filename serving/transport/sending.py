@@ -3,11 +3,17 @@
 Pure: the functions return the frames that may be sent now.
 """
 
+import struct
 from collections import deque
 
 from serving.transport import frames, headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.messages import PREFIX
+
+_HEAD = frames.HEAD.format.removeprefix(">")
+# The frames of a successful call: the headers and the beginning of its message, and its trailers.
+_BEFORE = struct.Struct(f">{_HEAD}{len(headers.ANSWER)}s{_HEAD}{PREFIX.format.removeprefix('>')}")
+_AFTER = struct.Struct(f">{_HEAD}{len(headers.OK)}s")
 
 #: What is to be sent, in its order.
 Buffers = list[bytes | memoryview]
@@ -116,11 +122,15 @@ def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
     if size > peer.initial or size > peer.left:
         return None
     peer.left -= size
-    before = frames.header_frames(stream, headers.ANSWER, end_stream=False)
-    after = frames.header_frames(stream, headers.OK, end_stream=True)
     if size > frames.MAX_FRAME_BYTES:
-        return [before, *_large(stream, data), after]
-    return [b"".join((before, frames.head(frames.DATA, 0, stream, size), PREFIX.pack(0, len(data)), data, after))]
+        before = frames.header_frames(stream, headers.ANSWER, end_stream=False)
+        return [before, *_large(stream, data), frames.header_frames(stream, headers.OK, end_stream=True)]
+    before = _BEFORE.pack(
+        0, len(headers.ANSWER), frames.HEADERS, frames.END_HEADERS, stream, headers.ANSWER,
+        size >> 8, size & 255, frames.DATA, 0, stream, 0, len(data),
+    )  # fmt: skip
+    after = _AFTER.pack(0, len(headers.OK), frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream, headers.OK)
+    return [b"".join((before, data, after))]
 
 
 def _large(stream: int, data: bytes) -> Buffers:

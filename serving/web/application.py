@@ -31,7 +31,7 @@ from serving.web.incoming import JSON, BodyLimits, Incoming, Reply
 from serving.web.json_messages import write_json
 from serving.web.page import PageFile
 from serving.web.problems import CLIENT_GONE, PROBLEM, Problem, invalid, problem_of
-from serving.web.routes import DESCRIBE, DOCUMENT, ROUTES, Body, Route
+from serving.web.routes import DESCRIBE, DOCUMENT, REFUSED, ROUTES, Body, Route
 
 #: The header with the seconds after which the client needs no answer.
 TIMEOUT = "x-request-timeout"
@@ -128,7 +128,9 @@ class Application:
         ]
         for path, method, media in DOCUMENTS:
             if method in terms.table:
-                routes.append(_route("GET", path, self._document(method, media)))
+                routes.append(_route("GET", path, self._without_message(method, media)))
+        for path, method in REFUSED:
+            routes.extend(_route(verb, path, self._without_message(method, JSON)) for verb in ("GET", "POST"))
         # A path without parameters goes before the patterns that match it too.
         for route in sorted(ROUTES, key=lambda one: len(one.places)):
             routes.append(_route(route.verb, route.path, self._endpoint(route)))
@@ -235,8 +237,8 @@ class Application:
         prepared = route.prepare(Incoming(visit.request.path_params, query, headers, unpacked, self._terms.limits))
         return prepared.write, prepared.message.SerializeToString()
 
-    def _document(self, name: str, media: str) -> Respond:
-        """Return the function that answers with a document of this package, protected as its method is."""
+    def _without_message(self, name: str, media: str) -> Respond:
+        """Return the function that answers with what a method returns for an empty message, protected as it is."""
 
         async def respond(visit: Visit) -> Response:
             exchange, method = visit.exchange(), self._method(name)

@@ -229,3 +229,18 @@ ROUTES: Sequence[Route] = (
         inference.RepositoryIndexRequest, inference.RepositoryIndexResponse, Body.MESSAGE, Answer.INDEX,
     ),
 )  # fmt: skip
+
+#: Other paths of Triton, and the methods that refuse them with a reason. They take GET and POST.
+REFUSED: Sequence[tuple[str, str]] = (
+    *(
+        (f"/v2/{kind.lower()}sharedmemory{region}/{act.lower()}", f"{_INFERENCE}{kind}SharedMemory{act}")
+        for kind in ("System", "Cuda")
+        for act in ("Status", "Register", "Unregister")
+        for region in ("", "/region/{region}")
+    ),
+    ("/v2/trace/setting", f"{_INFERENCE}TraceSetting"),
+    ("/v2/models/{name}/trace/setting", f"{_INFERENCE}TraceSetting"),
+    ("/v2/logging", f"{_INFERENCE}LogSettings"),
+    ("/v2/repository/models/{name}/load", f"{_INFERENCE}RepositoryModelLoad"),
+    ("/v2/repository/models/{name}/unload", f"{_INFERENCE}RepositoryModelUnload"),
+)

@@ -32,6 +32,7 @@ DTYPES = {
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
 _TEXTS = "BYTES"
+_SHARED_MEMORY = "shared_memory_region"
 _KIND_NAMES = {str: "string", list: "array", dict: "object", int: "number", bool: "boolean"}
 _MAX_TENSORS = 64
 _MAX_RANK = 32
@@ -54,6 +55,8 @@ def read_infer(incoming: Incoming, model_name: str, model_version: str) -> pb.Mo
         parameters = _members(item, "parameters", f"{field}.parameters")
         size = parameters.pop(_BINARY_SIZE, None)
         _set_parameters(tensor.parameters, parameters, f"{field}.")
+        if _SHARED_MEMORY in parameters:
+            continue  # the method says that it is not supported
         if size is None:
             in_base64 = parameters.get(_CONTENT_TYPE) == _BASE64
             request.raw_input_contents.append(_raw(item.get("data"), tensor.datatype, f"{field}.data", in_base64))

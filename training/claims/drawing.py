@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from training.claims.jobs import PAPER
+
 DPI = 110
 SIZE = (5.2, 3.1)  # inches
 TILE_INCHES = 0.62
@@ -21,6 +23,7 @@ COLOURS = {
     "K1n": "#8fd0b5",
     "C0": "#d8731a",
     "C0r": "#f0b070",
+    PAPER: "#8c4a6b",
 }
 OTHER_COLOUR = "#707070"
 WRONG_COLOUR = "#c02020"
@@ -32,6 +35,7 @@ NAMES = {
     "K1n": "capsules 1x, no decoder",
     "C0": "plain",
     "C0r": "plain with decoder",
+    PAPER: "plain, as in the paper",
 }
 
 

@@ -1,5 +1,7 @@
 """The images of the claims: MNIST's digits and Fashion-MNIST's clothes, to train on, held out, and for the test."""
 
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,30 +62,18 @@ class Images:
         return Images(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def load_images(scale: Scale, digits: Path | None = None, clothes: Path | None = None) -> Images:
+def load_images(
+    scale: Scale, digits: Path | None = None, clothes: Path | None = None, source: Collection[str] = ()
+) -> Images:
     """Load the images of a run, in the numbers that its scale says.
 
-    digits, clothes: folders with the files of MNIST and of Fashion-MNIST, by default the cache or a download. Without
-    network and files, a quick run takes its digits from MNIST's test set alone, of which a clone has a copy, and
-    shuffled digits for clothes. Raises DatasetError if another run finds no files.
+    digits, clothes: folders with the files of MNIST and of Fashion-MNIST, by default the cache or a download. source:
+    the package managers that may be asked. Without network, files and folders, a quick run takes its digits from
+    MNIST's test set alone, of which a clone has a copy, and shuffled digits for clothes, and says so on stderr. Raises
+    DatasetError if a given folder does not have its files, or if another run finds none.
     """
-    try:
-        mnist = load("mnist", digits, progress=False)
-        pool, test = Labelled(mnist.train_images, mnist.train_labels), Labelled(mnist.test_images, mnist.test_labels)
-    except DatasetError:
-        if scale.name != "quick":
-            raise
-        pool, test = _cloned(scale)
-    try:
-        fashion = load("fashion-mnist", clothes, progress=False)
-        others = (
-            Labelled(fashion.train_images, fashion.train_labels),
-            Labelled(fashion.test_images, fashion.test_labels),
-        )
-    except DatasetError:
-        if scale.name != "quick":
-            raise
-        others = _scrambled(pool), _scrambled(test)
+    pool, test = _labelled("mnist", digits, source, scale) or _cloned(scale)
+    others = _labelled("fashion-mnist", clothes, source, scale) or (_scrambled(pool), _scrambled(test))
     train, held_out = (
         Labelled(pool.images[chosen], pool.labels[chosen])
         for chosen in split(len(pool), min(scale.held_out, len(pool) // 5), HELD_OUT_SEED)
@@ -96,6 +86,23 @@ def load_images(scale: Scale, digits: Path | None = None, clothes: Path | None =
         clothes_train.first(scale.train),
         clothes_test.first(scale.test),
     )
+
+
+def _labelled(
+    name: str, folder: Path | None, source: Collection[str], scale: Scale
+) -> tuple[Labelled, Labelled] | None:
+    """Return the training and the test images of a data set, or None if a quick run must do without it."""
+    try:
+        found = load(name, folder, source, progress=False)
+    except DatasetError as error:
+        if folder is not None:
+            raise
+        if scale.name != "quick":
+            flag = "--data-dir" if name == "mnist" else "--clothes-dir"
+            raise DatasetError(str(error).replace("--data-dir", flag)) from error
+        print(f"{name} is not available; this quick run takes digits of the clone instead", file=sys.stderr)
+        return None
+    return Labelled(found.train_images, found.train_labels), Labelled(found.test_images, found.test_labels)
 
 
 def _cloned(scale: Scale) -> tuple[Labelled, Labelled]:

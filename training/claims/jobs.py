@@ -6,6 +6,8 @@ from dataclasses import dataclass
 #: The kinds of training images; see ``training.claims.images``.
 DIGITS, PLACED, PAIRS, BACKGROUND, ONE_CLASS = "digits", "placed", "pairs", "background", "one-class"
 FEW = "few"  # the steps of networks with little data or of other sizes
+#: The kind and the size of the paper's plain network, which a GPU alone trains in reasonable time.
+PAPER, PAPER_SIZE = "paper", "35M"
 #: By kind of images: the side of the canvas, the channels, and the classes.
 SHAPES = {DIGITS: (28, 1, 10), PLACED: (40, 1, 10), PAIRS: (36, 1, 10), BACKGROUND: (28, 3, 10), ONE_CLASS: (28, 1, 1)}
 
@@ -14,9 +16,9 @@ SHAPES = {DIGITS: (28, 1, 10), PLACED: (40, 1, 10), PAIRS: (36, 1, 10), BACKGROU
 class Job:
     """A network to train.
 
-    kind: one of nets.KINDS. seed: of weights and data; networks of one seed see the same images in the same order.
-    images: the kind of training images. per_class: the number of different training images of each class, 0 for all.
-    keep: the weights are stored, and not the scores alone.
+    kind: one of nets.KINDS, or PAPER. seed: of weights and data; networks of one seed see the same images in the same
+    order. images: the kind of training images. per_class: the number of different training images of each class, 0 for
+    all. keep: the weights are stored, and not the scores alone.
     """
 
     kind: str
@@ -66,6 +68,11 @@ class Scale:
             for seed in self.seeds
             for kind in kinds
         ]
+
+    def paper(self) -> list[Job]:
+        """Return the jobs of the paper's plain network on MNIST's digits, in its own size unless all are tiny."""
+        size = self.size if self.size == "tiny" else PAPER_SIZE
+        return [Job(PAPER, seed, self.steps[DIGITS], size=size, batch=self.batch) for seed in self.seeds]
 
     def special(self, images: str, kinds: Iterable[str]) -> list[Job]:
         """Return the jobs of networks of these kinds on other images, with the first seed's weights, for pictures."""

@@ -4,8 +4,10 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from training.claims.summary import COMPARISON_HEAD, Entry, Report, comparison_cells, facts, in_words, intro, made
+from training.claims.results import Finding
+from training.claims.summary import COMPARISON_HEAD, Entry, Report, comparison_cells, facts, figure_lines, intro, made
 
+WIDE_PIXELS = 800  # above it, the writing in a picture is too small on a card of the usual width
 _CLASSES = {"CONFIRMED": "yes", "WEAKER": "partly", "NOT CONFIRMED": "no"}
 _STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --faint: #5b6673; --line: #d9dee5; --ground: #f6f7f9 }
@@ -19,15 +21,18 @@ p { max-width: 78ch } a { color: inherit }
   letter-spacing: .03em; background: #e3e6ea; color: #46505c; white-space: nowrap }
 .yes { background: #d5efdd; color: #14562d } .partly { background: #fdeec7; color: #6a4a00 }
 .no { background: #f8d9d6; color: #7d1a12 }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 16px }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 16px;
+  grid-auto-flow: dense }
 .card, section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px }
 .card { display: flex; flex-direction: column; gap: 8px; text-decoration: none }
 .card h3 { font-size: 17px; margin: 0; line-height: 1.3 } .card p { margin: 0; font-size: 15px }
 .card .said { color: var(--faint) } .card img { margin-top: auto }
+@media (min-width: 760px) { .card.wide { grid-column: span 2 } }
 img { max-width: 100%; height: auto; display: block } figure { margin: 14px 0 } figcaption { color: var(--faint) }
 section { margin-top: 22px; padding: 22px } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: 14px; margin: 10px 0 } th, td { border-bottom: 1px solid var(--line);
   padding: 6px 12px 6px 0; text-align: left; vertical-align: top } th { font-weight: 600 } td { max-width: 70ch }
+.numbers td:nth-child(n + 4), .numbers th { white-space: nowrap }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 14px; font-size: 15px } dt { color: var(--faint) }
 dd { margin: 0; max-width: 80ch }
 @media (max-width: 560px) { dl { grid-template-columns: 1fr } dd { margin-bottom: 6px }
@@ -53,12 +58,11 @@ def html_page(report: Report) -> str:
 
 
 def _card(entry: Entry) -> str:
-    evidence = entry.judged.result.evidence if entry.judged else None
-    said = f'<p class="said">{escape(evidence.said)}</p>' if evidence else '<p class="said">This row was not run.</p>'
-    pictures = list(evidence.pictures.items()) if evidence else []
+    pictures = list(entry.finding.pictures.items()) if isinstance(entry.finding, Finding) else []
+    wide = " wide" if pictures and _width(pictures[0][1]) > WIDE_PIXELS else ""
     return (
-        f'<a class="card" href="#row-{entry.claim.number}"><div>{_badge(entry.verdict)}</div>'
-        f"<h3>{entry.claim.number}. {escape(entry.claim.sentence)}</h3>{said}"
+        f'<a class="card{wide}" href="#row-{entry.claim.number}"><div>{_badge(entry.verdict)}</div>'
+        f'<h3>{entry.claim.number}. {escape(entry.claim.sentence)}</h3><p class="said">{escape(entry.said)}</p>'
         f"{_picture(*pictures[0]) if pictures else ''}</a>"
     )
 
@@ -70,26 +74,36 @@ def _section(entry: Entry) -> str:
         f'<section id="row-{claim.number}"><h2>{claim.number}. {escape(claim.title)} {_badge(entry.verdict)}</h2>'
         f"<p>{escape(claim.sentence)}</p><dl>{told}</dl>"
     )
-    if entry.judged is None:
+    finding = entry.finding
+    if not isinstance(finding, Finding):
         return f"{begin}</section>"
-    evidence = entry.judged.result.evidence
-    compared = _table(COMPARISON_HEAD, comparison_cells(entry.judged))
-    figures = _table(["figure", "value"], [[name, in_words(value)] for name, value in evidence.figures.items()])
+    compared = _table(COMPARISON_HEAD, [[[cell] for cell in cells] for cells in comparison_cells(finding)], "numbers")
+    figures = _table(["figure", "value"], [[[name], figure_lines(value)] for name, value in finding.figures.items()])
     pictures = "".join(
         f"<figure>{_picture(title, content)}<figcaption>{escape(title)}</figcaption></figure>"
-        for title, content in evidence.pictures.items()
+        for title, content in finding.pictures.items()
     )
-    return f"{begin}{compared}{figures if evidence.figures else ''}{pictures}</section>"
+    return f"{begin}{compared}{figures if finding.figures else ''}{pictures}</section>"
 
 
 def _badge(verdict: str) -> str:
     return f'<span class="verdict {_CLASSES.get(verdict, "")}">{escape(verdict)}</span>'
 
 
-def _table(head: Sequence[str], lines: list[list[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Sequence[str]]], kind: str = "") -> str:
+    """Return a table of rows of cells, each of some lines of text. kind: its class in the style."""
     top = "".join(f"<th>{escape(one)}</th>" for one in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(f"<tr>{''.join(map(_table_cell, cells))}</tr>" for cells in rows)
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _table_cell(lines: Sequence[str]) -> str:
+    return f"<td>{'<br>'.join(map(escape, lines))}</td>"
+
+
+def _width(png: bytes) -> int:
+    """Return the width of a PNG file in pixels, which its header has; 0 for another file."""
+    return int.from_bytes(png[16:20], "big") if png.startswith(b"\x89PNG") else 0
 
 
 def _picture(title: str, content: bytes) -> str:

@@ -38,8 +38,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Row:
-    """A claim with its jobs, in the order of their importance, and its measurement from their networks."""
+    """A claim with its jobs, in the order of their importance, and its measurement from their networks.
+
+    on_gpu: jobs that a GPU alone trains. The row is measured without their networks where they are missing.
+    """
 
     claim: Claim
     jobs: Callable[[Scale], list[Job]]
     measure: Callable[["Bench"], Evidence]
+    on_gpu: Callable[[Scale], list[Job]] = lambda scale: []
+
+    def all_jobs(self, scale: Scale) -> list[Job]:
+        """Return the jobs of a run with a GPU."""
+        return [*self.jobs(scale), *self.on_gpu(scale)]

@@ -29,6 +29,10 @@ BRIGHT = 127 / 255  # a pixel above it belongs to a digit
 _SEEDS = {PLACED: 1, PAIRS: 2, BACKGROUND: 3, ONE_CLASS: 4, "crowding": 5, "held-out": 6}
 
 
+class DivergedError(RuntimeError):
+    """A network gives scores that are not finite, as after a training that diverged. The text says how many."""
+
+
 class Sets:
     """The evaluation sets of a run, each made when it is first asked for, on the CPU."""
 
@@ -131,9 +135,15 @@ def _held_out(job: Job, net: CapsuleNet | PlainNet, images: Images) -> dict[str,
 
 @torch.no_grad()
 def scores(net: CapsuleNet | PlainNet, images: Tensor) -> Tensor:
-    """Return the scores of uint8 images (N, C, H, W), (N, J) on the CPU, in single precision."""
+    """Return the scores of uint8 images (N, C, H, W), (N, J) on the CPU, in single precision.
+
+    Raises DivergedError if a score is not finite.
+    """
     device = next(net.parameters()).device
-    return torch.cat([net.scores(to_pixels(part.to(device))).cpu() for part in torch.split(images, PART)])
+    found = torch.cat([net.scores(to_pixels(part.to(device))).cpu() for part in torch.split(images, PART)])
+    if wrong := int((~found.isfinite()).sum()):
+        raise DivergedError(f"{wrong} of {found.numel()} scores are not finite")
+    return found
 
 
 def answers(net: CapsuleNet | PlainNet, images: Tensor, keep_scores: bool = False, objects: int = 1) -> Arrays:

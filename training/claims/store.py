@@ -3,6 +3,7 @@
 ``runs/JOB/figures.json`` is written last, so a run with it is complete. Files get their names when they are complete.
 """
 
+import fcntl
 import io
 import json
 import time
@@ -30,10 +31,33 @@ Arrays = dict[str, NDArray[Any]]
 _FIGURES = "figures.json"
 _SECONDS = "_seconds"  # the name of the time that kept arrays took
 _WEIGHTS = "weights.safetensors"
+_LOCK = "lock"
 
 
-class DamagedRunError(RuntimeError):
+class RunFolderError(RuntimeError):
+    """The folder of a run cannot be used. The text names it and says why."""
+
+
+class DamagedRunError(RunFolderError):
     """A file of a run cannot be read. The text names it."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on a run's folder. Raises RunFolderError if one does, or if it is read-only.
+
+    A killed process releases its lock.
+    """
+    try:
+        file = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise RunFolderError(f"--out: nothing can be written into {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(f"{folder} is in use by another run; wait for it, or give another --out") from error
+        yield
 
 
 @contextmanager
@@ -41,7 +65,7 @@ def reading(file: Path) -> Iterator[None]:
     """Raise DamagedRunError where the content of a file turns out to be no content of its kind."""
     try:
         yield
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         advice = "remove it, or its folder if that is in runs or rows, and the run makes it again"
         raise DamagedRunError(f"{file} is damaged; {advice}") from error
 
@@ -67,10 +91,10 @@ class Store:
         run = self._run(job)
         run.mkdir(parents=True, exist_ok=True)
         if job.keep:
-            _write(run / _WEIGHTS, save_tensors({name: value.cpu() for name, value in stored(net).items()}))
+            write_file(run / _WEIGHTS, save_tensors({name: value.cpu() for name, value in stored(net).items()}))
         for name, arrays in scores.items():
             _write_arrays(run / f"{name}.npz", arrays)
-        _write(run / _FIGURES, json.dumps(figures, indent=1).encode())
+        write_file(run / _FIGURES, json.dumps(figures, indent=1).encode())
 
     def net(self, job: Job) -> CapsuleNet | PlainNet:
         """Return a trained network, on the CPU.
@@ -131,7 +155,8 @@ def round_weights(net: nn.Module) -> None:
             weight.copy_(weight.half())
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file completely or not at all."""
     partial = file.with_name(file.name + ".partial")
     partial.write_bytes(content)
     partial.replace(file)
@@ -140,7 +165,7 @@ def _write(file: Path, content: bytes) -> None:
 def _write_arrays(file: Path, arrays: Arrays) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
-    _write(file, content.getvalue())
+    write_file(file, content.getvalue())
 
 
 def _read_arrays(file: Path) -> Arrays:

@@ -1,9 +1,11 @@
-"""Readers of data sets in colour: CIFAR-10's archive and SVHN's MATLAB files, to arrays.
+"""Readers of CIFAR-10's archive, SVHN's MATLAB files and smallNORB's matrices, to arrays.
 
 Axes: N images, C H W of an image.
 """
 
+import gzip
 import io
+import math
 import struct
 import tarfile
 import zlib
@@ -14,6 +16,9 @@ from numpy.typing import NDArray
 
 CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 SVHN_TRAIN, SVHN_TEST = "train_32x32.mat", "test_32x32.mat"
+_NORB_TRAIN, _NORB_TEST = "smallnorb-5x46789x9x18x6x2x96x96-training", "smallnorb-5x01235x9x18x6x2x96x96-testing"
+NORB_TRAIN_IMAGES, NORB_TRAIN_LABELS = f"{_NORB_TRAIN}-dat.mat.gz", f"{_NORB_TRAIN}-cat.mat.gz"
+NORB_TEST_IMAGES, NORB_TEST_LABELS = f"{_NORB_TEST}-dat.mat.gz", f"{_NORB_TEST}-cat.mat.gz"
 
 _CIFAR_FOLDER = "cifar-10-batches-bin"
 _CIFAR_PARTS = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
@@ -23,6 +28,12 @@ _CIFAR_SHAPE = (3, 32, 32)
 _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8"}
 _HEADER_BYTES = 128
+
+# smallNORB's matrices: the element types by the first number of the file. The header has the sizes of three axes at
+# least. Images are read in parts, since all of a file take eight times as much memory as what is kept.
+_NORB_TYPES = {0x1E3D4C55: "u1", 0x1E3D4C54: "<i4"}
+_NORB_MIN_AXES = 3
+_NORB_PART = 1024
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -94,3 +105,50 @@ def _matrix(element: memoryview) -> tuple[str, NDArray[np.generic]]:
     _, shape, name, (kind, values) = parts
     dimensions = np.frombuffer(shape[1], "<i4")
     return bytes(name[1]).decode("ascii"), np.frombuffer(values, _NUMBERS[kind]).reshape(dimensions, order="F")
+
+
+def read_smallnorb(files: Mapping[str, bytes]) -> tuple[Labelled, Labelled]:
+    """Return smallNORB's images (N, 1, 48, 48) and labels (N,), of training and test. Raises ValueError if damaged.
+
+    An image is the left one of its stereo pair. Each pixel is the mean of four, as Sabour et al. halved the images.
+    """
+    return (
+        (_left_images(files[NORB_TRAIN_IMAGES]), _labels(files[NORB_TRAIN_LABELS])),
+        (_left_images(files[NORB_TEST_IMAGES]), _labels(files[NORB_TEST_LABELS])),
+    )
+
+
+def _left_images(content: bytes) -> NDArray[np.uint8]:
+    """Return the left image of each pair (N, 2, H, W) at half its height and width."""
+    with gzip.open(io.BytesIO(content)) as file:
+        count, _, height, width = _matrix_head(file, "u1", 4)
+        parts = []
+        for start in range(0, count, _NORB_PART):
+            shape = min(_NORB_PART, count - start), 2, height // 2, 2, width // 2, 2
+            left = np.frombuffer(_all_of(file, math.prod(shape)), np.uint8).reshape(shape)[:, 0]
+            parts.append(np.rint(left.mean((2, 4), dtype=np.float32)).astype(np.uint8))
+    return np.concatenate(parts)[:, None]
+
+
+def _labels(content: bytes) -> NDArray[np.int64]:
+    with gzip.open(io.BytesIO(content)) as file:
+        (count,) = _matrix_head(file, "<i4", 1)
+        return np.frombuffer(_all_of(file, 4 * count), "<i4").astype(np.int64)
+
+
+def _matrix_head(file: gzip.GzipFile, kind: str, axes: int) -> tuple[int, ...]:
+    """Read the head of a matrix of smallNORB, and return its shape. Raises ValueError for other elements or axes."""
+    magic, found = struct.unpack("<II", _all_of(file, 8))
+    if _NORB_TYPES.get(magic) != kind or found != axes:
+        raise ValueError(f"begins with {magic:#x} and {found} axes; expected a matrix of {kind} with {axes}")
+    return struct.unpack(f"<{axes}I", _all_of(file, 4 * max(axes, _NORB_MIN_AXES))[: 4 * axes])
+
+
+def _all_of(file: gzip.GzipFile, size: int) -> bytes:
+    try:
+        content = file.read(size)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"a damaged gzip file: {error}") from error
+    if len(content) < size:
+        raise ValueError(f"ends {size - len(content)} bytes too early")
+    return content

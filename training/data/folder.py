@@ -248,7 +248,9 @@ def _look_at(paths: Sequence[Path]) -> tuple[set[tuple[int, int]], bool]:
 def _read(paths: Sequence[Path], size: int, channels: int, progress: bool) -> NDArray[np.uint8]:
     """Read images as (N, C, H, W) uint8."""
     images = np.empty((len(paths), channels, size, size), np.uint8)
-    for index, path in enumerate(tqdm(paths, "reading images", unit="file", disable=not progress, leave=False)):
+    for index, path in enumerate(
+        tqdm(paths, "reading images", unit="file", disable=None if progress else True, leave=False)
+    ):
         with _open(path) as image:
             try:
                 images[index] = to_pixels(image, channels, (size, size))

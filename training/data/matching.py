@@ -1,29 +1,37 @@
 """The data of a trained network, checked against the network."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data import datasets
 from training.data.datasets import Dataset
 from training.data.sources import DatasetError
-from training.data.specs import NAMES
+from training.data.specs import DATA_OR_FILES, NAMES
 
 
 def load_matching(
-    trained: Checkpoint, data: Path | None = None, data_dir: Path | None = None, name: str | None = None
+    trained: Checkpoint,
+    data: Path | None = None,
+    data_dir: Path | None = None,
+    name: str | None = None,
+    source: Collection[str] = (),
 ) -> Dataset:
     """Load the data that a checkpoint was trained and tested on, in the size that its network takes.
 
-    data: a folder of images, which ``folder:`` checkpoints need. data_dir: the folder that is searched first for a data
-    set's files. name: a data set to use instead of the checkpoint's own. Raises DatasetError if the data is not
-    available, or has other labels or another size than the network, and CheckpointError for an unknown data set.
+    data: a folder of images, which ``folder:`` checkpoints need. data_dir: the folder with a data set's files. name: a
+    data set to use instead of the checkpoint's own. source: the package managers that may be asked. Raises DatasetError
+    if the data is not available, or has other labels or another size than the network, or if both folders are given,
+    and CheckpointError for an unknown data set.
     """
+    if data is not None and data_dir is not None:
+        raise DatasetError(DATA_OR_FILES)
     name = name or trained.dataset
     config = trained.config
     if data is not None:
         dataset = datasets.load_folder(data, config.image_size, config.image_channels)
     elif name in NAMES:
-        dataset = datasets.load(name, data_dir)
+        dataset = datasets.load(name, data_dir, source)
     elif name.startswith("folder:"):
         raise DatasetError(f"trained on {name}; give it with --data FOLDER")
     else:

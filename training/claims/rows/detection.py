@@ -36,6 +36,12 @@ CLAIM = Claim(
     "the decoder. The one who does not know starts once and goes on to the end.",
 )
 UNAWARE, AWARE = "does not know", "knows"
+#: The words for the detectors.
+BY = {
+    "reconstruction": "by reconstruction",
+    "margin": "by the lead of the best score",
+    "length": "by the best score",
+}
 
 
 def jobs(scale: Scale) -> list[Job]:
@@ -115,41 +121,42 @@ def safe(found: Sequence[Arrays], detector: str, attacker: str) -> Outcomes:
 def evidence(found: Mapping[str, Sequence[Arrays]]) -> Evidence:
     """Return the row's evidence from what ``attack`` and ``alarms`` found, by kind of network and seed."""
 
-    def compare(name: str, second: str, detector: str, attacker: str) -> Comparison:
+    def compare(second: str, detector: str, attacker: str) -> Comparison:
         a, b = (safe(found[kind], detector, attacker) for kind in ("K3", second))
-        return Comparison(f"{name}, the attacker {attacker}", "K3", second, a, b, "% safe")
+        name = f"detection {BY[detector]}, {_attacker(attacker)}"
+        return Comparison(name, "K3", second, a, b, "% not made wrong unnoticed")
 
-    deciding = compare("by reconstruction", "C0r", "reconstruction", AWARE)
-    unaware = compare("by reconstruction", "C0r", "reconstruction", UNAWARE)
+    deciding = compare("C0r", "reconstruction", AWARE)
+    unaware = compare("C0r", "reconstruction", UNAWARE)
+    used = {kind: [name for name in DETECTORS if f"{name}: alarms" in found[kind][0]] for kind in found}
     figures = {
         "digits": found["K3"][0]["fooled"].shape[1],
         "wrong and unnoticed in %, by change": {
-            f"{NAMES[kind]}, {name}, the attacker {who}": _by_bound([one[f"{name}: {who}"] for one in found[kind]])
+            kind: {
+                f"{BY[name]}, {_attacker(who)}": _by_bound([one[f"{name}: {who}"] for one in found[kind]])
+                for name in used[kind]
+                for who in (UNAWARE, AWARE)
+            }
             for kind in found
-            for name in DETECTORS
-            for who in (UNAWARE, AWARE)
-            if f"{name}: {who}" in found[kind][0]
         },
-        "found of the wrong ones in %, the attacker does not know": {
-            f"{NAMES[kind]}, {name}": _share_found(found[kind], name)
-            for kind in found
-            for name in DETECTORS
-            if f"{name}: {UNAWARE}" in found[kind][0]
+        f"wrong ones that are found, in %, {_attacker(UNAWARE)}": {
+            kind: {BY[name]: _share_found(found[kind], name) for name in used[kind]} for kind in found
         },
         "false alarms on test digits, in %": {
-            f"{NAMES[kind]}, {name}": round(100 * float(np.mean([one[f"{name}: alarms"] for one in found[kind]])), 2)
+            kind: {
+                BY[name]: round(100 * float(np.mean([one[f"{name}: alarms"] for one in found[kind]])), 2)
+                for name in used[kind]
+            }
             for kind in found
-            for name in DETECTORS
-            if f"{name}: alarms" in found[kind][0]
         },
     }
     return Evidence(
         comparisons=(
             deciding,
             unaware,
-            compare("by reconstruction", "K1", "reconstruction", AWARE),
-            compare("by the margin of the scores", "C0", "margin", AWARE),
-            compare("by the largest score", "C0", "length", AWARE),
+            compare("K1", "reconstruction", AWARE),
+            compare("C0", "margin", AWARE),
+            compare("C0", "length", AWARE),
         ),
         figures=figures,
         pictures={"Attacks that pass unnoticed": _bars(found)},
@@ -157,6 +164,10 @@ def evidence(found: Mapping[str, Sequence[Arrays]]) -> Evidence:
         f"unnoticed, and one who knows {100 - deciding.a.mean():.0f}; in the plain network with a decoder "
         f"{100 - unaware.b.mean():.0f} and {100 - deciding.b.mean():.0f}.",
     )
+
+
+def _attacker(knows: str) -> str:
+    return f"attacker who {knows} of it"
 
 
 def _by_bound(silent: Sequence[NDArray[np.bool_]]) -> dict[str, float]:

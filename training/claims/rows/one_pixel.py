@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from training.claims.attacks import every_pixel, open_scores
 from training.claims.bench import Bench
-from training.claims.drawing import NAMES, Answered, answers
+from training.claims.drawing import Answered, answers
 from training.claims.effort import EFFORTS, KINDS, by_network, sample
 from training.claims.evidence import Comparison, Evidence, Outcomes
 from training.claims.jobs import Job, Scale
@@ -61,8 +61,7 @@ def evidence(found: Mapping[str, Sequence[Arrays]], labels: NDArray[np.int64]) -
     }
 
     def compare(first: str, second: str) -> Comparison:
-        name = f"digits that no pixel turns, {NAMES[first]} against {NAMES[second]}"
-        return Comparison(name, first, second, firm[first], firm[second], "% firm")
+        return Comparison("no single pixel makes it wrong", first, second, firm[first], firm[second], "% of digits")
 
     turned = {kind: [int((one["right"] & (one["turned"] > 0)).sum()) for one in found[kind]] for kind in found}
     count = len(labels)
@@ -73,7 +72,7 @@ def evidence(found: Mapping[str, Sequence[Arrays]], labels: NDArray[np.int64]) -
         figures={
             "digits": count,
             "changes of each network": tried,
-            "right digits that some pixel turns, by seed": turned,
+            "right digits that some pixel makes wrong, by seed": turned,
             "changes that give a wrong answer to a right digit, in %": {
                 kind: round(
                     100 * float(np.mean([(one["turned"] * one["right"]).sum() / tried for one in found[kind]])), 4

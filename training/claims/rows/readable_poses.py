@@ -268,7 +268,8 @@ def evidence(found: Mapping[str, list[Arrays]], pixels: Arrays) -> Evidence:
             "by the plain network": other,
         },
         "most frequent best number of the ten digits": {
-            kind: [_most_frequent(one["chosen"]) for one in found[kind]] for kind in KINDS
+            kind: {f"network {place + 1}": _most_frequent(one["chosen"]) for place, one in enumerate(found[kind])}
+            for kind in KINDS
         },
     }
     best = {name: values.mean((0, 2)) for name, values in read.items()}

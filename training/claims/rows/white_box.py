@@ -138,7 +138,7 @@ def right(found: Sequence[Arrays], bound: float) -> Outcomes:
 def simple_verdict(found: Mapping[str, Sequence[Arrays]], resamples: int) -> tuple[Comparison, Verdict]:
     """Return the comparison by FGSM on the loss alone, and the verdict that it would have given."""
     a, b = (standing(found[kind], [SIMPLE]).mean(1) for kind in ("K3", "C0"))
-    comparison = Comparison("by FGSM on the loss alone, capsules against plain", "K3", "C0", a, b, "% right")
+    comparison = Comparison("after the simple attack alone (FGSM on the loss)", "K3", "C0", a, b, "% right")
     return comparison, judge(bootstrap(comparison, resamples), CLAIM.enough)
 
 
@@ -160,18 +160,15 @@ def evidence(found: Mapping[str, Sequence[Arrays]], labels: Tensor, resamples: i
     overall = {kind: standing(found[kind]).mean(1) for kind in found}
 
     def compare(first: str, second: str) -> Comparison:
-        name = f"after the worst attack, {NAMES[first]} against {NAMES[second]}"
-        return Comparison(name, first, second, overall[first], overall[second], "% right")
+        return Comparison("after the worst of all attacks", first, second, overall[first], overall[second], "% right")
 
     deciding = compare("K3", "C0")
     simple, claimed = simple_verdict(found, resamples)
     verdict = judge(bootstrap(deciding, resamples), CLAIM.enough)
-    by_bound = [
-        Comparison(
-            f"changes up to {bound}", "K3", "C0", right(found["K3"], bound), right(found["C0"], bound), "% right"
-        )
-        for bound in BOUNDS
-    ]
+    by_bound = []
+    for bound in BOUNDS:
+        name = f"… no pixel changed by more than {bound}"
+        by_bound.append(Comparison(name, "K3", "C0", right(found["K3"], bound), right(found["C0"], bound), "% right"))
     figures = {
         "digits": len(labels),
         "right after the worst attack in %, by change": _by_bound(found, (*ATTACKS, *FURTHER)),
