@@ -100,7 +100,7 @@ class Server:
             settings.image_timeout,
             settings.max_queue,
             lambda cause: self.metrics.images_refused.labels(cause).inc(),
-            self._leave_memory,
+            partial(_leave_memory, self._memory, settings),
         )
         self._pipeline = Pipeline(self.repository, settings.stream_window, self._decoder)
         self._started = AsyncExitStack()  # closes the started parts, the last one first
@@ -296,15 +296,6 @@ class Server:
             dropped=self._edge.dropped,
         )
 
-    def _leave_memory(self, decoding_bytes: int) -> None:
-        """Leave to requests what decoding does not take, and room for two of them at least."""
-        settings = self.settings
-        most, used = settings.max_bytes_under_way, self._memory.used
-        left = most - max(0, decoding_bytes - _DECODING_BYTES_BESIDE)
-        self._memory.limit(max(left, min(most, 2 * settings.max_request_bytes)))
-        if self._memory.used < used:  # otherwise the C library would keep it, in blocks that are too small
-            return_free_memory()
-
     def _new_grpc_server(self, port: str) -> TransportServer:
         """Return a new server whose metrics have this value of the label ``port``."""
         settings = self.settings
@@ -340,6 +331,15 @@ def _first_request(host: str, port: int, http_port: int, encrypted: bool) -> str
         return f"open {'https' if encrypted else 'http'}://{here}:{http_port}/ in a browser"
     tls = " --tls" if encrypted else ""
     return f"{command_of('serving.client')} --address {here}:{port}{tls} IMAGE.png"
+
+
+def _leave_memory(memory: Memory, settings: Settings, decoding_bytes: int) -> None:
+    """Leave to requests what decoding does not take, and room for two of them at least."""
+    most, used = settings.max_bytes_under_way, memory.used
+    left = most - max(0, decoding_bytes - _DECODING_BYTES_BESIDE)
+    memory.limit(max(left, min(most, 2 * settings.max_request_bytes)))
+    if memory.used < used:  # otherwise the C library would keep it, in blocks that are too small
+        return_free_memory()
 
 
 def _port_error(host: str, error: OSError, port: int, purpose: str, flag: str) -> StartError:

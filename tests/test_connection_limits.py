@@ -177,19 +177,6 @@ def test_grpcs_own_server_closes_a_connection_above_the_limit_too() -> None:
             client.socket.close()
 
 
-@pytest.mark.parametrize(("calls", "told"), [(1024, 100), (7, 7)])
-def test_grpcs_own_server_takes_few_calls_of_a_connection_at_once(calls: int, told: int) -> None:
-    with (
-        serve("grpcio", limits={"calls_per_connection": calls}) as serving,
-        socket.create_connection(("127.0.0.1", serving.port), 10) as link,
-    ):
-        received = link.recv(4096)
-        high, low, kind, _, _ = frames.HEAD.unpack_from(received)
-        payload = received[frames.HEAD.size : frames.HEAD.size + (high << 8 | low)]
-        assert kind == frames.SETTINGS
-        assert dict(frames.read_settings(payload))[frames.MAX_CONCURRENT_STREAMS] == told
-
-
 def test_an_idle_connection_gives_its_place_to_a_new_one_with_a_goaway_and_without_losing_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

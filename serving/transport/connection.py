@@ -15,7 +15,7 @@ from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, TEXTS
 from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
-from serving.transport.methods import client_of, peer_of
+from serving.transport.methods import Peer, TransportLimits, client_of, peer_of
 from serving.transport.receiving import MAX_BYTES_A_TURN
 from serving.transport.records import records_of
 from serving.transport.sending import Buffers
@@ -39,6 +39,8 @@ class Connection(asyncio.Protocol):
 
     #: The open calls by stream.
     calls: Mapping[int, OpenCall] = MappingProxyType({})
+    #: The owner of what it holds, once it is made.
+    owner: Streams | None = None
 
     def __init__(self, terms: "Terms[Connection]", loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -46,19 +48,12 @@ class Connection(asyncio.Protocol):
         self.told: asyncio.Future[None] = loop.create_future()
         self._terms = terms
         self._out: Buffers = []
-        self._draining = False
+        self._draining = self._refused = False
         self._turn = 0.0  # the time of the turn in which data came last
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
-        self._refused = False
         #: True if the connection ends for the sake of a new one.
         self.replaced = False
-
-    @property
-    def held(self) -> int:
-        """Return the bytes of its calls and of its unsent answers. Any thread may call it."""
-        streams: Streams | None = getattr(self, "_streams", None)  # None until the connection is made
-        return streams.held if streams else 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
@@ -71,7 +66,7 @@ class Connection(asyncio.Protocol):
         self.address, self.client = peer.address, client_of(peer.address)
         terms = self._terms
         self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker, terms.counts)
-        self._streams = self._reader.streams
+        self._streams = self.owner = self._reader.streams
         self.calls = self._streams.calls
         self._streams.client = peer
         self._idle_since, self._last_seen = self.loop.time(), 0
@@ -121,8 +116,7 @@ class Connection(asyncio.Protocol):
         if self._refused or self._closed:
             return
         if self._records and self._records.are_tiny(len(data)):
-            self._terms.limits.limited(FLOOD)
-            self._terms.limits.dropped(TEXTS[FLOOD], self._streams.client)
+            _note(FLOOD, self._terms.limits, self._streams.client)
             self._transport.abort()  # at once: until TLS's own end, its records would be read
             return
         now = self.loop.time()
@@ -181,7 +175,7 @@ class Connection(asyncio.Protocol):
             return
         if self._streams.state is not ConnectionState.PREFACE:  # before the preface no frame may be sent
             self._streams.go_away(ErrorCode.NO_ERROR)
-        self._is_told()
+        _set_done(self.told)
         if not self._streams.calls:
             self._close()
 
@@ -214,8 +208,7 @@ class Connection(asyncio.Protocol):
     def replace(self) -> None:
         """End the connection for the sake of a new one."""
         self.replaced = True
-        self._terms.limits.limited(REPLACED)
-        self._terms.limits.dropped(TEXTS[REPLACED], self._streams.client)
+        _note(REPLACED, self._terms.limits, self._streams.client)
         self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
 
     def cut_off(self) -> None:
@@ -262,10 +255,6 @@ class Connection(asyncio.Protocol):
         elif self._streams.state is ConnectionState.SETTINGS:
             self._fail(ErrorCode.SETTINGS_TIMEOUT, "no settings")
 
-    def _is_told(self) -> None:
-        if not self.told.done():
-            self.told.set_result(None)
-
     def _refuse(self, answer: bytes) -> None:
         """Answer a client of another protocol."""
         self._terms.limits.dropped("a connection is closed: it does not speak HTTP/2", self._streams.client)
@@ -286,7 +275,7 @@ class Connection(asyncio.Protocol):
         self._streams.state = ConnectionState.CLOSED
         for call in self._streams:
             call.abandon()
-        self._is_told()
+        _set_done(self.told)
 
     def _close(self) -> None:
         """Close when all waiting data was sent."""
@@ -295,6 +284,17 @@ class Connection(asyncio.Protocol):
         self._end_calls()
         self._timers.append(self.loop.call_later(_CLOSE_SECONDS, self._transport.abort))
         self.loop.call_soon(self._transport.close)  # after _flush, which is scheduled already
+
+
+def _note(limit: str, limits: TransportLimits, client: Peer) -> None:
+    """Count and log that a limit ends a client's connection."""
+    limits.limited(limit)
+    limits.dropped(TEXTS[limit], client)
+
+
+def _set_done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _keep_alive(transport: asyncio.Transport) -> None:

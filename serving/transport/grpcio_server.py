@@ -37,10 +37,6 @@ from serving.transport.methods import (
 from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 16_384  # of all connections together
-# The most calls of a connection. gRPC gives calls to Python in the order in which they came, whoever sent them: a call
-# waits for as many of each other connection.
-_MAX_CALLS_PER_CONNECTION = 100
-_MAX_CALLS_A_READ = 2  # that begin before another connection is read
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
 _READ_BYTES = 2**16  # at once from a connection; by default it may be 4 MiB, whatever the message takes
@@ -83,11 +79,7 @@ class GrpcioServer:
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.per_message_decompression", 0),  # see MessageInflater
-            ("grpc.max_concurrent_streams", min(limits.calls_per_connection, _MAX_CALLS_PER_CONNECTION)),
-            ("grpc.http2.max_requests_per_read", _MAX_CALLS_A_READ),
-            # By default gRPC refuses calls at random when a thousand wait for Python: a flood's and all others'.
-            ("grpc.server.max_pending_requests", _MAX_RPCS),
-            ("grpc.server.max_pending_requests_hard_limit", _MAX_RPCS),
+            ("grpc.max_concurrent_streams", limits.calls_per_connection),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),

@@ -141,7 +141,7 @@ class GrpcServer:
 
     def _held_bytes(self) -> int:
         """Return the bytes that the calls of this server hold. Any thread may call it."""
-        return sum(one.held for one in tuple(self._connections))
+        return sum(one.owner.held for one in tuple(self._connections) if one.owner)
 
     @property
     def _loop(self) -> asyncio.AbstractEventLoop:
