@@ -10,8 +10,7 @@ from pathlib import Path
 
 from serving.files.options import check, option
 from serving.tensorrt_options import BatchProfile
-from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, parse_managers
-from training.data.specs import DATA_OR_FILES
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_managers
 
 DECODER_WEIGHTS = ("fp32", "int8")
 _OPTIONAL_PRECISIONS = ("int8", "fp16")
@@ -99,8 +98,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.data is not None and self.data_dir is not None:
-            raise ValueError(DATA_OR_FILES)
+        check_places(self.data, self.data_dir, self.source)
         try:
             _ = self.profile
         except ValueError as error:

@@ -99,7 +99,7 @@ def test_a_folder_without_the_files_is_an_error_also_in_a_quick_run(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if flag == "--clothes-dir":
-        monkeypatch.setattr("training.claims.images.load", lambda name, folder, progress: digits_or_load(name, folder))
+        monkeypatch.setattr("training.claims.images.load", lambda name, folder, *_, **__: digits_or_load(name, folder))
     assert main(["quick", "--out", str(tmp_path / "run"), flag, str(tmp_path / "wrong")]) == 1
     name = "mnist" if flag == "--data-dir" else "fashion-mnist"
     reason = f"the folder {tmp_path / 'wrong'} does not have the data set {name}: there is no such folder; expected "

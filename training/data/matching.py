@@ -6,8 +6,8 @@ from pathlib import Path
 from training.checkpoint import Checkpoint, CheckpointError
 from training.data import datasets
 from training.data.datasets import Dataset
-from training.data.sources import DatasetError
-from training.data.specs import DATA_OR_FILES, NAMES
+from training.data.sources import DatasetError, check_places
+from training.data.specs import NAMES
 
 
 def load_matching(
@@ -21,11 +21,13 @@ def load_matching(
 
     data: a folder of images, which ``folder:`` checkpoints need. data_dir: the folder with a data set's files. name: a
     data set to use instead of the checkpoint's own. source: the package managers that may be asked. Raises DatasetError
-    if the data is not available, or has other labels or another size than the network, or if both folders are given,
+    if the data is not available, or has other labels or another size than the network, or if two places are given,
     and CheckpointError for an unknown data set.
     """
-    if data is not None and data_dir is not None:
-        raise DatasetError(DATA_OR_FILES)
+    try:
+        check_places(data, data_dir, source)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
     name = name or trained.dataset
     config = trained.config
     if data is not None:

@@ -157,6 +157,14 @@ SOURCE_HELP = (
 )
 
 
+def check_places(data: Path | None, data_dir: Path | None, source: Collection[str]) -> None:
+    """Check that at most one of the flags that name a place of the images is given. Raises ValueError."""
+    if data is not None and data_dir is not None:
+        raise ValueError("--data-dir has a data set's files, --data your own images; give one of them")
+    if source and (data is not None or data_dir is not None):
+        raise ValueError("--source goes without --data and --data-dir, which name the folder of the images")
+
+
 def parse_folder(text: str) -> Path:
     """Return a path. Raises ArgumentTypeError for none, which an unset variable of a shell gives."""
     if not text:

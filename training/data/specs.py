@@ -27,7 +27,6 @@ from training.data.archives import (
 )
 from training.data.sources import DebianPackage, Folder, Mirror, NpmPackage, Source
 
-DATA_OR_FILES = "--data-dir has a data set's files, --data your own images; give one of them"
 NONE = -1  # the label of an image that shows none of the classes
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
