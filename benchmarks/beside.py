@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.figures import origin, write
-from benchmarks.load import H2LOAD_MISSING, LoadError, h2load_version
+from benchmarks.load import LoadError
 from benchmarks.server import serve, write_bodies
-from benchmarks.tricks import CASES, SETTINGS, Figures, Subject, sizes
+from benchmarks.tricks import CASES, Figures, Subject, add_sampling, parse_sampling, sizes
 from benchmarks.without import FEW, LARGE, MANY, STREAMS
 from serving.artifact import ArtifactError, find
 from serving.artifact import load as load_artifact
@@ -76,17 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--model", default=DEFAULT_MODEL, help=f"the model to serve (default: {DEFAULT_MODEL})")
     command.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
     command.add_argument("--load", choices=(FEW, MANY, LARGE, STREAMS), default=MANY, help=f"(default: {MANY})")
-    command.add_argument("--rounds", type=int, default=24, metavar="N", help="samples of each tree (default: 24)")
-    command.add_argument("--seconds", type=float, default=1.0, help="of each sample (default: 1)")
-    command.add_argument(
-        "--settings", default=SETTINGS, metavar="FLAGS", help=f"flags for the servers (default: {SETTINGS})"
-    )
-    command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
-    options = command.parse_args(arguments)
-    if options.rounds < 1 or options.seconds <= 0:
-        command.error("--rounds and --seconds: expected numbers above 0")
-    if h2load_version() is None:
-        print(H2LOAD_MISSING, file=sys.stderr)
+    add_sampling(command, rounds=24, of_rounds="samples of each tree", seconds=1.0)
+    options = parse_sampling(command, arguments)
+    if options is None:
         return 2
     with tempfile.TemporaryDirectory() as name:
         try:

@@ -225,6 +225,27 @@ def show(row: Mapping[str, str]) -> None:
     print(f"{row['trick']:<28}{row['load']:<16}", *ratios, sep="  ", flush=True)
 
 
+def add_sampling(command: argparse.ArgumentParser, rounds: int, of_rounds: str, seconds: float) -> None:
+    """Add the flags of a comparison of servers. rounds, seconds: the defaults. of_rounds: what a round is."""
+    command.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"{of_rounds} (default: {rounds})")
+    command.add_argument("--seconds", type=float, default=seconds, help=f"of each sample (default: {seconds:g})")
+    command.add_argument(
+        "--settings", default=SETTINGS, metavar="FLAGS", help=f"flags for the servers (default: {SETTINGS})"
+    )
+    command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
+
+
+def parse_sampling(command: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace | None:
+    """Return the flags, or print a reason and return None without h2load. Exits for numbers that are not above 0."""
+    options = command.parse_args(arguments)
+    if options.rounds < 1 or options.seconds <= 0:
+        command.error("--rounds and --seconds: expected numbers above 0")
+    if h2load_version() is None:
+        print(H2LOAD_MISSING, file=sys.stderr)
+        return None
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.tricks", description=__doc__)
     command.add_argument("--config", choices=CONFIGS, default="compact", help="network (default: compact)")
@@ -237,17 +258,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--loads", nargs="+", choices=LOADS, default=list(LOADS), metavar="LOAD",
         help="the default: those that each trick may speed up",
     )  # fmt: skip
-    command.add_argument("--rounds", type=int, default=6, metavar="N", help="pairs of samples (default: 6)")
-    command.add_argument("--seconds", type=float, default=0.7, help="of each sample (default: 0.7)")
-    command.add_argument(
-        "--settings", default=SETTINGS, metavar="FLAGS", help=f"flags for the servers (default: {SETTINGS})"
-    )
-    command.add_argument("--out", type=Path, help="write the figures to this CSV file too")
-    options = command.parse_args(arguments)
-    if options.rounds < 1 or options.seconds <= 0:
-        command.error("--rounds and --seconds: expected numbers above 0")
-    if h2load_version() is None:
-        print(H2LOAD_MISSING, file=sys.stderr)
+    add_sampling(command, rounds=6, of_rounds="pairs of samples", seconds=0.7)
+    options = parse_sampling(command, arguments)
+    if options is None:
         return 2
     how = {"config": options.config, "rounds": options.rounds, "seconds": options.seconds, **origin()}
     rows: list[dict[str, Any]] = []
