@@ -29,7 +29,7 @@ from training.data.non_objects import non_objects
 from training.data.sources import add_file_flags
 from training.evaluate import PRESENT_LENGTH
 from training.model import CONFIGS, CapsNetConfig, lengths, to_pixels
-from training.precision import avoid_matrix_tiles, default_precision
+from training.precision import avoid_matrix_tiles, default_precision, subnormals_flushed
 from training.provenance import provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
 from training.routing_figures import ABSENT_LENGTH, PRIMARY_PRESENT_LENGTH, coupling_entropies
@@ -236,6 +236,7 @@ def add(row: Mapping[str, Any], path: Path) -> None:
         writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
 
 
+@subnormals_flushed()
 def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.absent_capsules", description=__doc__)
     command.add_argument("--tries", nargs="+", choices=TRIES, default=list(TRIES), metavar="TRY", help="default: all")
@@ -250,7 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.epochs < 1 or min(options.seeds) < 0:
         command.error("--epochs takes 1 or more, --seeds 0 or more")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_flush_denormal(True)
     avoid_matrix_tiles()
     dataset = load_or_exit("mnist", options)
     done = {tuple(row[name] for name in KEY) for row in read(options.out)}

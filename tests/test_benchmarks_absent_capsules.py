@@ -39,7 +39,6 @@ def process_state() -> Iterator[None]:
         patch.setenv("PL_SEED_WORKERS", "0")
         patch.setitem(CONFIGS, "tiny", TINY)
         yield
-    torch.set_flush_denormal(False)
 
 
 def images_of(count: int, seed: int = 0) -> Tensor:

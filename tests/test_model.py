@@ -1,6 +1,7 @@
 """Tests of the capsule network against the paper's equations, which are written again here without shortcuts."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from training.model import (
     squash,
     to_pixels,
 )
+from training.precision import subnormals_flushed
 from training.recipe import AGREEMENTS, NORMALIZATIONS
 
 Array = NDArray[np.float64]
@@ -45,10 +47,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["subnormals kept", "subnormals flushed"])
 def subnormals(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run the test with both treatments of subnormal numbers. Training switches a process to the second one."""
-    torch.set_flush_denormal(request.param)
-    yield
-    torch.set_flush_denormal(False)
+    """Run the test with both treatments of subnormal numbers. The second one is that of training."""
+    with subnormals_flushed() if request.param else nullcontext():
+        yield
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,6 +1,8 @@
 """Tests of learning rates, weight decay, averages and the default arithmetic."""
 
 import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from training.optimization import cosine_factor, ema_decay, exponential_factor, parameter_groups
-from training.precision import avoid_matrix_tiles, default_precision
+from training.precision import avoid_matrix_tiles, default_precision, subnormals_flushed
 
 
 def test_the_decay_of_averages_grows_with_the_step_up_to_its_limit() -> None:
@@ -77,3 +79,16 @@ def test_onednn_uses_no_matrix_tiles_unless_the_environment_says_so(
     monkeypatch.setattr("os.environ", {} if given is None else {"ONEDNN_MAX_CPU_ISA": given})
     avoid_matrix_tiles()
     assert os.environ["ONEDNN_MAX_CPU_ISA"] == kept
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_subnormal_numbers_are_flushed_for_a_time_only(already: bool) -> None:
+    small = sys.float_info.min
+    with subnormals_flushed() if already else nullcontext():
+        before = small / 2
+        with pytest.raises(KeyError), subnormals_flushed():
+            assert small / 2 == 0
+            assert torch.tensor([small]).div(2) == 0
+            raise KeyError
+        assert small / 2 == before
+        assert (before == 0) == already

@@ -46,7 +46,6 @@ def process_state() -> Iterator[None]:
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setenv("PL_SEED_WORKERS", "0")
         yield
-    torch.set_flush_denormal(False)
     torch.set_num_threads(threads)
 
 

@@ -28,7 +28,7 @@ from training.evaluate import mean_lengths, mistakes, predict, wrong
 from training.loss import distillation_loss, margin_loss, presence_loss, reconstruction_loss
 from training.model import CapsNet, CapsNetConfig, lengths, to_pixels
 from training.optimization import cosine_factor, exponential_factor, parameter_groups
-from training.precision import avoid_matrix_tiles, default_precision
+from training.precision import avoid_matrix_tiles, default_precision, subnormals_flushed
 from training.progress import ShowProgress
 from training.provenance import process_count, provenance
 from training.recipe import HELD_OUT_SHARE, Recipe
@@ -204,6 +204,7 @@ def _check_resumable(path: Path) -> None:
         raise TrainingError(f"{path}: not a file that training wrote to resume from")
 
 
+@subnormals_flushed()
 def run(
     config: CapsNetConfig,
     dataset: Dataset,
@@ -224,7 +225,6 @@ def run(
     if resume:
         _check_resumable(folder / RESUME_FILE)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_flush_denormal(True)  # subnormal gradients of settled capsules slow a CPU down many times
     lightning.seed_everything(recipe.seed, verbose=False)
     recipe = _chosen(recipe, dataset)
     train, held_out = _parts(dataset, recipe)
