@@ -190,10 +190,10 @@ def test_requests_without_room_for_their_bodies_are_told_to_come_again(waiting: 
 def test_a_request_under_way_gives_its_room_to_others_that_need_it_more(waiting: Waiting) -> None:
     body, kind = form(("image", bytes(40_000)))
     with serving(waiting.table, max_bytes_under_way=2**16) as web:
-        with sent(web.port, post("/v1/classify", body, f"Content-Type: {kind}")) as connection:
+        with sent(web.port, post("/v1/classify", body, f"Content-Type: {kind}", "Connection: close")) as connection:
             wait_for(lambda: waiting.asked != [])
             web.loop.call_soon_threadsafe(web.memory.limit, 30_000)  # as while images are decoded
-            answer = connection.recv(4096)
+            answer = rest(connection)
             assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer.lower()
             assert b"the limit is 30000 bytes (max_bytes_under_way)" in answer
         assert waiting.ended == ["given up"]
