@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ _SCRIPTS = {
 _OWN_PACKAGES = frozenset({"protos", "serving", "training", "export"})
 
 
+@cache
 def project_version() -> str:
     """Return the version of the installed project, or "0.0.0" if it runs without an installation."""
     try:
