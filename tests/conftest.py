@@ -66,6 +66,7 @@ IN_PROCESS = {
 LONGEST = (
     *EXPORTING,
     "test_readme",
+    "test_web_page",
     "test_processes",
     "test_lifecycle",
     "test_architecture",
