@@ -254,7 +254,7 @@ def test_an_overload_is_measured_in_terms_of_the_capacity(
     # Of the tiny network a server computes so much that on a busy machine no client can send more.
     monkeypatch.setitem(CONFIGS, "compact", replace(CONFIGS["compact"], decoder_widths=()))
     out = tmp_path / "overload.csv"
-    arguments = ["--configs=compact", "--seconds=0.5", "--times=1.5", "--deadline=5", SETTINGS, f"--out={out}"]
+    arguments = ["--configs=compact", "--seconds=1", "--times=1.5", "--deadline=5", SETTINGS, f"--out={out}"]
     assert overload.main(arguments) == 0
     (row,) = read(out)
     assert float(row["capacity_before"]) > 0
