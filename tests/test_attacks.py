@@ -23,6 +23,8 @@ from serving.transport import frames
 SHORT_ON_NATIVE = (
     "windows of open calls",
     "gzip of dimensions",
+    "gzip of parts",
+    "gzip of names",
     "large right requests",
     "empty messages in streams",
     "rapid reset, headers",
