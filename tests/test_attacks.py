@@ -41,6 +41,8 @@ SHORT_ON_NATIVE = (
     "wrong tokens",
     "HTTP, tiny chunks",
     "HTTP, numbers in JSON",
+    "metrics, pages",
+    "metrics, wrong tokens",
     "HTTP, explanations, not read",
 )
 SHORT_ON_GRPCIO = (
