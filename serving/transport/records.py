@@ -15,6 +15,8 @@ _FIRST_CHECKED_BYTES = 256
 _MAX_RATIO = 4  # of received bytes to content: that of records with seven bytes
 _MAX_OTHER_BYTES = 2**15  # of the handshake, which may have a client's certificates, and of a record in part
 
+_MAX_WAITING_BYTES = 2**18  # that uvloop has read and not decrypted yet, since the connection reads nothing now
+
 
 class Records:
     """The TLS records of a connection. link: its socket, or None if there is no TCP."""
@@ -32,7 +34,17 @@ class Records:
         if self._content < self._next or self._link is None:
             return False
         self._next = self._content + _CHECKED_BYTES
-        limit = _MAX_RATIO * self._content + _MAX_OTHER_BYTES
+        return self._are_more(_MAX_OTHER_BYTES)
+
+    def are_empty(self) -> bool:
+        """Return True if far more bytes were received than content, of which nobody is told: such as for new keys."""
+        return self._are_more(_MAX_OTHER_BYTES + _MAX_WAITING_BYTES)
+
+    def _are_more(self, other: int) -> bool:
+        """Return True if more bytes were read than their content explains, and ``other``."""
+        if self._link is None:
+            return False
+        limit = _MAX_RATIO * self._content + other
         received = _received(self._link)
         # A large upload waits in the system until the server reads on.
         return received > limit and received - _unread(self._link) > limit
