@@ -415,6 +415,21 @@ def test_fields_by_the_million_in_a_stream_are_refused_and_the_next_request_is_a
     assert (answers[1].id, len(answers[1].response.results)) == ("b", 1)
 
 
+def test_a_long_id_is_refused_without_it_and_the_next_request_is_answered(running: Running) -> None:
+    """It would be kept until the answer, of which a stream may have hundreds."""
+    text = "id: 5000 characters; expected at most 4096"
+    answers = list(running.stub.ClassifyStream(iter([message("i" * 5000), message("b")]), timeout=PATIENCE))
+    assert (answers[0].id, answers[0].error.message, answers[1].id) == ("", text, "b")
+    long = infer()
+    long.id = "i" * 5000
+    stub = GRPCInferenceServiceStub(running.channel)  # type: ignore[no-untyped-call]
+    streamed = list(stub.ModelStreamInfer(iter([long, infer()]), timeout=PATIENCE))
+    assert (streamed[0].error_message, streamed[0].infer_response.id, streamed[1].error_message) == (text, "", "")
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(long, timeout=PATIENCE)
+    assert caught.value.details() == text
+
+
 def test_an_empty_stream_ends_well(running: Running) -> None:
     for stub in (running.stub.ClassifyStream, inference_stub(running).ModelStreamInfer):
         stream = stub(iter(()), timeout=20)

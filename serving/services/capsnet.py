@@ -12,7 +12,7 @@ from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.classifier import IMAGES
 from serving.repository.served_model import ServedModel
-from serving.rpc.edge import Call, Edge, check_size, parse, parse_names
+from serving.rpc.edge import Call, Edge, check_id, check_size, parse, parse_names
 from serving.runtime import Arrays
 from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.computation import Computation
@@ -119,9 +119,10 @@ class CapsNetService:
                 return _Streamed(identifier, _Pixels(images, codec, self._codecs))
             check_fields(data, self._max_fields, _STREAMED_FIELDS)
             message = parse(data, pb.ClassifyStreamRequest, limit)
+            check_id(message.id)
         except InvalidRequest as error:
             nothing = _Message(pb.ClassifyRequest(), self._settings, self._codecs)
-            return _Streamed("", nothing, error)
+            return _Streamed("", nothing, error.alone())
         if message.request.reconstruction_error:
             return _StreamedCompared(message.id, _Compared(message.request, self._settings, self._codecs))
         return _Streamed(message.id, _Message(message.request, self._settings, self._codecs))

@@ -194,7 +194,7 @@ class InferenceService:
         try:
             received = read_request(data, self._max_bytes)
         except InvalidRequest as error:
-            return StreamedInferQuery(Received(pb.ModelInferRequest()), 0, self._codecs, error)
+            return StreamedInferQuery(Received(pb.ModelInferRequest()), 0, self._codecs, error.alone())
         return streamed_infer_query(received, len(data), self._codecs)
 
 
