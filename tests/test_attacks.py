@@ -24,6 +24,7 @@ SHORT_ON_NATIVE = (
     "windows of open calls",
     "gzip of dimensions",
     "gzip of parts",
+    "long ids in streams",
     "gzip of names",
     "large right requests",
     "empty messages in streams",
