@@ -215,7 +215,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a closed image": (_closed_image, "an opened image whose file was closed before"),
     "a PDF": (lambda: b"%PDF-1.7", "a PDF file; expected an image: PNG, JPEG, GIF, BMP, WebP, TIFF, PPM or IDX"),
     "a photograph of a phone": (lambda: b"\0\0\0\x18ftypheic", "a HEIC photograph"),
-    "an icon": (lambda: _file(UPRIGHT, "ICO"), "an icon; expected an image: PNG, JPEG, GIF, BMP, WebP, TIFF, PPM or IDX"),
+    "an icon": (lambda: _file(UPRIGHT, "ICO"), "an icon; expected an image: PNG, JPEG, GIF, BMP, WebP"),
     "a JPEG 2000 image": (lambda: b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000 image; expected an image: PNG, JPEG"),
     "a JPEG XL image": (lambda: b"\xff\x0a" + bytes(20), "a JPEG XL image; expected an image: PNG, JPEG"),
     "a file of Photoshop": (lambda: b"8BPS" + bytes(20), "a file of Photoshop; expected an image: PNG, JPEG"),
