@@ -59,12 +59,12 @@ class Recipe:
     epochs: int = option(40, "epochs, each a pass over the training images or --min-epoch-steps", minimum=1)
     min_epoch_steps: int = option(
         25,
-        "steps of an epoch at least: where the images are few, an epoch passes over them several times",
+        "least steps of an epoch, which passes several times over few images",
         minimum=0,
     )
     steps: int | None = option(
         None,
-        "steps of the run, in --epochs parts of as many, whatever the number of images",
+        "steps of the whole run, in --epochs equal parts",
         parse=int,
         minimum=1,
         shown="those of the epochs",
@@ -122,7 +122,7 @@ class Recipe:
         minimum=0,
     )
     gradient_clip: float = option(
-        0.0, "largest norm of the gradient, longer ones are shortened to it; 0 for any", minimum=0
+        0.0, "largest norm of the gradient; a larger one is scaled down to it; 0 scales none", minimum=0
     )
     precision: str | None = option(
         None,
@@ -273,7 +273,9 @@ class RunOptions:
         shown="none",
     )
     out: Path | None = option(None, "the run's folder", parse=Path, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED")
-    resume: bool = option(False, "continue the interrupted run in the run's folder", shown="")
+    resume: bool = option(
+        False, "continue the run in the run's folder, also a finished one with more --epochs", shown=""
+    )
 
     def __post_init__(self) -> None:
         check(self)
