@@ -34,6 +34,8 @@ from serving.client import (
     Unsupported,
 )
 from serving.client.addresses import is_local
+from serving.client.inputs import RequestLimits
+from serving.client.window import Window
 from tests.certificates import make_all
 from tests.fake_server import FakeServer, Step, answer, end, numbered
 
@@ -561,3 +563,13 @@ def test_the_model_is_asked_again_once_it_may_have_changed(
 
     asyncio.run(main())
     assert server.models_asked == 5
+
+
+def test_a_picture_that_the_server_prepares_goes_alone() -> None:
+    window = Window(pb.ClassifyRequest(), RequestLimits(images=1024, bytes=2**20, overhead=0), 512, 0)
+    for preprocess in [pb.PREPROCESS_NONE] * 2 + [pb.PREPROCESS_AUTO] * 2 + [pb.PREPROCESS_NONE] * 3:
+        window.add(pb.Image(encoded=b"a file", preprocess=preprocess))
+    sizes = []
+    while message := window.next_request():
+        sizes.append(len(message.request.images))
+    assert sizes == [2, 1, 1, 3]

@@ -39,8 +39,9 @@ class _Entry:
 class Window:
     """Up to ``size`` images that were read and whose results were not yielded yet.
 
-    A request joins the images that wait, up to MAX_JOINED_IMAGES. If a request fails and one of its images may be the
-    cause, each image goes out again in its own request, so that only that image gets the error.
+    A request joins the images that wait, up to MAX_JOINED_IMAGES. A picture that the server prepares goes alone: 64 of
+    them together may take longer than a server gives to one request. If a request fails and one of its images may be
+    the cause, each image goes out again in its own request, so that only that image gets the error.
     """
 
     def __init__(self, request: pb.ClassifyRequest, limits: RequestLimits, size: int, retries: int) -> None:
@@ -100,7 +101,7 @@ class Window:
         except ItemError as error:
             self.add_error(error)
             return
-        entry = _Entry(self._read, image, size)
+        entry = _Entry(self._read, image, size, alone=image.preprocess == pb.PREPROCESS_AUTO)
         self._entries.append(entry)
         self._unsent.append(entry)
         self._bytes += size
