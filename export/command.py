@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export.options import ExportOptions
 from serving.files.options import add_flags, read
-from serving.files.program import add_version, parse_flags, parse_path
+from serving.files.program import add_version, parse_flags, parse_path, reason_of
 from training.data.folder import find_images
 from training.data.sources import DatasetError
 from training.run_folder import checkpoint_path
@@ -85,7 +85,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
         checkpoint.CheckpointError, DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
         TensorRTMissing, TritonError, OSError,
     ) as error:  # fmt: skip
-        print(error, file=sys.stderr)
+        print(reason_of(error), file=sys.stderr)
         return 1
     if options.model_version is None and version != "1":
         print(f"{name} has a version {int(version) - 1} already, so this is version {version}")

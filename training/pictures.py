@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serving.files.program import add_version, parse_path
+from serving.files.program import add_version, parse_path, reason_of
 from training.checkpoint import CheckpointError, load
 from training.data.compose import combine
 from training.data.matching import load_matching
@@ -461,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise PictureError(f"no test image{of_class} is classified right; choose one with --image N")
         save(decoder_picture(model, trained.labels, images, labels, chosen), options.out)
     except (CheckpointError, DatasetError, PictureError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(" ".join(reason_of(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files.options import check, option
-from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_managers
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_folder, parse_managers
 from training.data.specs import NAMES
 from training.tracking import TRACKERS
 
@@ -251,7 +251,7 @@ class RunOptions:
     data: Path | None = option(
         None,
         "or a folder of your own images, FOLDER/CLASS/*.png, of any size",
-        parse=Path,
+        parse=parse_folder,
         metavar="FOLDER",
         shown="",
     )
@@ -263,7 +263,7 @@ class RunOptions:
         shown="their own if all have one, else 32",
     )
     data_dir: Path | None = option(
-        None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="the cache, then a download"
+        None, DATA_DIR_HELP, parse=parse_folder, metavar="FOLDER", shown="the cache, then a download"
     )
     source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     track: str | None = option(
@@ -272,7 +272,9 @@ class RunOptions:
         choices=TRACKERS,
         shown="none",
     )
-    out: Path | None = option(None, "the run's folder", parse=Path, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED")
+    out: Path | None = option(
+        None, "the run's folder", parse=parse_folder, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED"
+    )
     resume: bool = option(
         False, "continue the run in the run's folder, also a finished one with more --epochs", shown=""
     )

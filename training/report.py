@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-from serving.files.program import add_version, command_of, parse_path
+from serving.files.program import add_version, command_of, parse_path, reason_of
 from training.calibration import ECE_BINS, expected_calibration_error
 from training.checkpoint import Checkpoint, CheckpointError, load
 from training.data.datasets import Dataset
@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         probabilities, _ = predict(trained.model(), dataset.test_images)
         write_report(options.run, trained, dataset, probabilities)
     except (CheckpointError, DatasetError, ValueError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(" ".join(reason_of(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

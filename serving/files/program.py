@@ -48,6 +48,13 @@ def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     return parsed
 
 
+def reason_of(error: Exception) -> str:
+    """Return an error's text. That of a file has the file's name first, and no number of the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def command_of(module: str) -> str:
     """Return the words that run a module of the project in the environment of this process.
 
