@@ -4,6 +4,8 @@ Their texts are written for the client. Any other exception is a fault of the se
 INTERNAL without its text.
 """
 
+from typing import Self
+
 import grpc
 
 
@@ -13,6 +15,11 @@ class ServingError(Exception):
     code = grpc.StatusCode.INTERNAL
     #: The value of the label ``reason`` in the metrics.
     reason = "internal"
+
+    def alone(self) -> Self:
+        """Return this error without its frames and cause, to be kept: they hold what the client has sent."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
 
 
 class InvalidRequest(ServingError):

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from serving.transport import frames
 from serving.transport.frames import PREFACE, settings
 from serving.transport.headers import Metadata
 from serving.transport.methods import UNDECIDED_TEXT
+from serving.transport.records import Records
 from tests.certificates import make_all, make_certificate
 from tests.conftest import ROOT, Digits, Running
 from tests.raw_client import wait_for
@@ -700,5 +701,42 @@ def test_a_client_with_tls_records_of_a_byte_is_cut_off_and_one_with_small_ones_
 
     assert sent(16)
     assert not sent(1)
+    _, text = ask(running.server.metrics_port, "/metrics", folder)
+    assert 'capsnet_connections_limited_total{limit="flood"} 1.0' in text
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the system does not tell the received bytes")
+def test_a_large_upload_over_tls_is_no_flood(start: Start, folder: Path) -> None:
+    """It comes faster than the server reads it, so that the system holds most of it."""
+    running = start(http_port=0, **tls(folder))
+    context = ssl.create_default_context(cafile=folder / "ca.pem")
+    body = b'{"images": []}' + b" " * 6_000_000
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for _ in range(5):
+        with (
+            socket.create_connection(("127.0.0.1", running.server.http_port), 10) as link,
+            context.wrap_socket(link, server_hostname="127.0.0.1") as client,
+        ):
+            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert client.recv(100).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("web", [False, True], ids=["gRPC", "HTTP"])
+def test_a_client_whose_tls_records_hold_nothing_is_cut_off(
+    start: Start, folder: Path, web: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python has no function that asks for new keys, so the records only seem to hold nothing."""
+    running = start(http_port=0, **tls(folder))
+    context = ssl.create_default_context(cafile=folder / "ca.pem")
+    context.set_alpn_protocols(["http/1.1" if web else "h2"])
+    monkeypatch.setattr(Records, "are_empty", lambda records: True)
+    with (
+        socket.create_connection(("127.0.0.1", running.server.http_port if web else running.server.port), 10) as link,
+        context.wrap_socket(link, server_hostname="127.0.0.1") as client,
+    ):
+        client.sendall(b"GET /" if web else frames.PREFACE + frames.settings({}))
+        with suppress(OSError):
+            while client.recv(100):
+                pass
     _, text = ask(running.server.metrics_port, "/metrics", folder)
     assert 'capsnet_connections_limited_total{limit="flood"} 1.0' in text

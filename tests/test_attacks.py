@@ -23,6 +23,9 @@ from serving.transport import frames
 SHORT_ON_NATIVE = (
     "windows of open calls",
     "gzip of dimensions",
+    "gzip of parts",
+    "long ids in streams",
+    "gzip of names",
     "large right requests",
     "empty messages in streams",
     "rapid reset, headers",
@@ -39,6 +42,8 @@ SHORT_ON_NATIVE = (
     "wrong tokens",
     "HTTP, tiny chunks",
     "HTTP, numbers in JSON",
+    "metrics, pages",
+    "metrics, wrong tokens",
     "HTTP, explanations, not read",
 )
 SHORT_ON_GRPCIO = (

@@ -236,6 +236,7 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "an unknown class": ({"classes": [3, 10]}, "classes[1]: 10; expected 0 to 9"),
     "a class twice": ({"classes": [3, 4, 3]}, "classes[2]: 3 a second time; expected each class once"),
     "an unknown part": ({"parts": [1, 9]}, "parts[1]: 9; expected 1 to 3"),
+    "a part several times": ({"parts": [1, 2, 3, 1]}, "parts: 4; expected 3 at most"),
     "no part": ({"parts": [0]}, "parts[0]: 0; expected 1 to 3"),
 }
 

@@ -3,13 +3,17 @@
 import asyncio
 import gzip
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 import pytest
 
+from serving.transport import grpcio_server
 from serving.transport.grpcio_messages import MessageInflater
+from serving.transport.headers import Status
+from serving.transport.memory import Memory
 from serving.transport.messages import MessageError
+from serving.transport.methods import Context, StreamMethod, TransportLimits
 
 MAX_BYTES = 2**20
 LARGE = bytes(range(256)) * 1024  # beyond what is inflated at once
@@ -68,3 +72,28 @@ def test_a_call_that_ends_gives_up_its_inflation() -> None:
         inflater.close()
 
     asyncio.run(run())
+
+
+def test_a_client_that_goes_while_an_answer_is_sent_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """gRPC then fails to send, and says so by an error of its own."""
+
+    class Gone:
+        """The context of a call whose client has gone."""
+
+        def invocation_metadata(self) -> None: ...
+        def time_remaining(self) -> None: ...
+        async def read(self) -> object:
+            return grpc.aio.EOF
+
+        async def write(self, answer: bytes) -> None:
+            raise grpc.aio.InternalError("Failed")
+
+    async def answers(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        yield b"1"
+
+    async def main() -> Status:
+        handlers = grpcio_server._Handlers(TransportLimits(1000, "", 1000, ""), Memory(1000))
+        return await handlers._streamed(StreamMethod(answers), Gone())
+
+    assert asyncio.run(main()).code is grpc.StatusCode.CANCELLED
+    assert caplog.records == []

@@ -23,10 +23,16 @@ from serving.services.computation import Computation
 from serving.services.decoding import Decoder, Steps
 from serving.services.infer_outputs import FurtherOutputs
 from serving.services.infer_parameters import schedule
-from serving.services.infer_queries import ComputedInferQuery, InferCodec, infer_query
+from serving.services.infer_queries import (
+    ComputedInferQuery,
+    InferCodec,
+    StreamedInferQuery,
+    infer_query,
+    streamed_infer_query,
+)
 from serving.services.open_inference_codec import Output, TensorMessages, Wanted, read_request, refused
 from serving.services.per_model import PerModel
-from serving.services.tensor_inputs import TensorReader
+from serving.services.tensor_inputs import Received, TensorReader
 from serving.settings import Settings
 from serving.tensorrt_options import BatchProfile
 
@@ -574,3 +580,12 @@ def test_a_refusal_in_a_stream_has_the_requests_id() -> None:
     assert (response.error_message, response.infer_response.id) == ("too much", "7")
     assert response.infer_response.parameters["triton_final_response"].bool_param
     assert not response.infer_response.outputs
+
+
+def test_a_wrong_request_of_a_stream_is_kept_without_what_was_sent() -> None:
+    """The frames of its error would keep the request, and the request its error, until a garbage collection."""
+    request = pb.ModelInferRequest(raw_input_contents=[bytes(784)])
+    request.parameters["priority"].string_param = "x"
+    query = streamed_infer_query(Received(request), 784, PerModel(_codec))
+    assert isinstance(query, StreamedInferQuery) and isinstance(query.error, InvalidRequest)
+    assert (query.error.__traceback__, query.error.__cause__, query.error.__context__) == (None, None, None)

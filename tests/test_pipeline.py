@@ -382,6 +382,29 @@ def test_fields_by_the_million_are_refused_before_they_are_parsed(
     assert error.details() == "request: more fields than any request that could be answered"
 
 
+SERVICES = (
+    pb.DESCRIPTOR.services_by_name["CapsNetService"],
+    inference.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+)
+UNARY = [method for service in SERVICES for method in service.methods if not method.client_streaming]
+LONG = "request: 2000000 bytes; expected at most 65536 of names"
+TOO_MANY = "request: more fields than any request that could be answered"
+
+
+@pytest.mark.parametrize("method", UNARY, ids=lambda method: method.name)
+def test_no_method_reads_fields_by_the_million(running: Running, method: Any) -> None:
+    """Also a field that nobody knows costs the parser time; some methods read nothing of their message."""
+    channel: Any = running.channel  # its stubs want serializers
+    call = channel.unary_unary(f"/{method.containing_service.full_name}/{method.name}", bytes, bytes)
+    numbers = [field.number for field in method.input_type.fields if field.is_repeated and field.is_packed]
+    messages = [b"\x7a\0" * 1_000_000, *(delimited(number, b"\1" * 2_000_000) for number in numbers)]
+    for message in messages:
+        try:
+            assert method.name in ("ServerLive", "ServerReady", "ServerMetadata"), call(message, timeout=PATIENCE)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.UNIMPLEMENTED or error.details() in (LONG, TOO_MANY)
+
+
 def test_fields_by_the_million_in_a_stream_are_refused_and_the_next_request_is_answered(running: Running) -> None:
     many = b"\x12" + varint(2_000_000) + b"\x1a\0" * 1_000_000
     good = pb.ClassifyStreamRequest(id="b", request=pb.ClassifyRequest(images=[pb.Image(pixels=bytes(784))]))
@@ -390,6 +413,21 @@ def test_fields_by_the_million_in_a_stream_are_refused_and_the_next_request_is_a
     answers = [pb.ClassifyStreamResponse.FromString(one) for one in stream(iter([many, good.SerializeToString()]))]
     assert answers[0].error.message == "request: more fields than any request that could be answered"
     assert (answers[1].id, len(answers[1].response.results)) == ("b", 1)
+
+
+def test_a_long_id_is_refused_without_it_and_the_next_request_is_answered(running: Running) -> None:
+    """It would be kept until the answer, of which a stream may have hundreds."""
+    text = "id: 5000 characters; expected at most 4096"
+    answers = list(running.stub.ClassifyStream(iter([message("i" * 5000), message("b")]), timeout=PATIENCE))
+    assert (answers[0].id, answers[0].error.message, answers[1].id) == ("", text, "b")
+    long = infer()
+    long.id = "i" * 5000
+    stub = GRPCInferenceServiceStub(running.channel)  # type: ignore[no-untyped-call]
+    streamed = list(stub.ModelStreamInfer(iter([long, infer()]), timeout=PATIENCE))
+    assert (streamed[0].error_message, streamed[0].infer_response.id, streamed[1].error_message) == (text, "", "")
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(long, timeout=PATIENCE)
+    assert caught.value.details() == text
 
 
 def test_an_empty_stream_ends_well(running: Running) -> None:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from tests.raw_client import wait_for
 from tests.web_client import PATIENCE, Web, ask, serving
 
 GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
+#: More than the event loop converts itself, in bytes.
+LARGE = 100_000
 ASKED = b"GET /v1/model HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -189,6 +192,40 @@ def test_the_conversions_of_a_client_with_many_wait_for_those_of_others() -> Non
 
     asyncio.run(main())
     assert order == ["many 1", "few 1", "many 2", "many 3"]
+
+
+def test_the_answer_of_a_client_that_has_gone_is_not_converted() -> None:
+    proceed = threading.Event()
+    with serving({GET_MODEL: describing("x" * LARGE)}) as web:
+        application = web.server._application
+
+        async def keep_busy() -> bool:
+            return await application._conversions.run("other", 1, partial(proceed.wait, PATIENCE))
+
+        busy = asyncio.run_coroutine_threadsafe(keep_busy(), web.loop)
+        with connected(web) as client:
+            client.sendall(ASKED)
+            wait_for(lambda: len(application._conversions._waiting) == 1)
+        wait_for(lambda: application.under_way == 0)
+        assert application._terms.memory.used == 0 and not busy.done()
+        proceed.set()
+        assert ask(web.port, "/v1/model").status == 200
+
+
+def test_a_request_that_outlasts_the_stop_writes_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "_LAST_SECONDS", 0.05)
+    proceed = threading.Event()
+    with serving({GET_MODEL: describing("x" * LARGE)}) as web, connected(web) as client:
+        application = web.server._application
+        application._conversions._thread.submit(proceed.wait, PATIENCE)
+        client.sendall(ASKED)
+        wait_for(lambda: application._conversions._busy)
+        asyncio.run_coroutine_threadsafe(web.server.stop(0.05), web.loop).result(PATIENCE)
+        wait_for(lambda: application.under_way == 0)
+        proceed.set()
+    assert caplog.records == []
 
 
 def made_up(chance: random.Random, depth: int = 0) -> Any:

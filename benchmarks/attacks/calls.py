@@ -1,6 +1,7 @@
 """Attacks by calls: without an end, without a reader, costly to unpack, or not to be answered."""
 
 import gzip
+from collections.abc import Callable
 from functools import partial
 
 from grpc_reflection.v1alpha import reflection_pb2
@@ -98,15 +99,27 @@ def _unread(link: Link) -> Pieces:
 
 
 def _dimensions() -> bytes:
-    """Return a compressed request of the Open Inference Protocol for a tensor with millions of dimensions."""
+    """Return a request of the Open Inference Protocol for a tensor with millions of dimensions."""
     tensor = delimited(pb_oip.ModelInferRequest.InferInputTensor.SHAPE_FIELD_NUMBER, b"\1" * (_BOMB_BYTES - 64))
     name = delimited(pb_oip.ModelInferRequest.MODEL_NAME_FIELD_NUMBER, b"capsnet-mnist")
-    message = name + delimited(pb_oip.ModelInferRequest.INPUTS_FIELD_NUMBER, tensor)
-    return framed(gzip.compress(message), True)
+    return name + delimited(pb_oip.ModelInferRequest.INPUTS_FIELD_NUMBER, tensor)
 
 
-def _gzip_of_dimensions(link: Link) -> Pieces:
-    yield from _calls(link, INFER, _dimensions, ("grpc-encoding", "gzip"))
+def _gzip(link: Link, path: str, make: Callable[[], bytes]) -> Pieces:
+    """Send a small compressed message that takes long to read once it is unpacked."""
+    yield from _calls(link, path, lambda: framed(gzip.compress(make()), True), ("grpc-encoding", "gzip"))
+
+
+def _parts() -> bytes:
+    """Return a request for millions of parts of an explanation."""
+    image = pb.ExplainRequest(images=[pb.Image(pixels=bytes(SIDE * SIDE))]).SerializeToString()
+    number = pb.ExplainRequest.PARTS_FIELD_NUMBER
+    return image + delimited(number, bytes([pb.EXPLANATION_PART_ROUTING]) * (_BOMB_BYTES - len(image)))
+
+
+def _names() -> bytes:
+    """Return a request that names a model millions of times."""
+    return delimited(pb.GetModelRequest.MODEL_NAME_FIELD_NUMBER, b"") * (_BOMB_BYTES // 2)
 
 
 def _small_messages(link: Link, path: str, message: bytes) -> Pieces:
@@ -206,7 +219,9 @@ CALLS = (
     Attack("watches", partial(_held, path=WATCH, make=_empty, end=True)),
     Attack("gzip bombs", partial(_bombs, repeated=b"\0")),
     Attack("gzip of empty images", partial(_bombs, repeated=_EMPTY_IMAGE)),
-    Attack("gzip of dimensions", _gzip_of_dimensions),
+    Attack("gzip of dimensions", partial(_gzip, path=INFER, make=_dimensions)),
+    Attack("gzip of parts", partial(_gzip, path=EXPLAIN, make=_parts)),
+    Attack("gzip of names", partial(_gzip, path=GET_MODEL, make=_names)),
     Attack("right requests", partial(_calls, path=CLASSIFY, make=request)),
     Attack("large right requests", partial(_calls, path=CLASSIFY, make=partial(request, _IMAGES_OF_A_LARGE_REQUEST))),
     Attack("empty messages in streams", partial(_small_messages, path=CLASSIFY_STREAM, message=b"")),

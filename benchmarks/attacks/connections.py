@@ -45,7 +45,7 @@ def _churn(link: Link) -> Pieces:
 
 
 @cache
-def _hello() -> bytes:
+def hello() -> bytes:
     """Return the bytes by which a client begins a TLS handshake. The same bytes make the server sign each time."""
     outgoing = ssl.MemoryBIO()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -61,7 +61,7 @@ def _hello() -> bytes:
 
 def _handshakes(link: Link) -> Pieces:
     """Begin a handshake, wait until the server has signed, and hang up."""
-    yield _hello()
+    yield hello()
     yield _HANDSHAKE_SECONDS
     link.hang_up()
 

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal
 
 from hpack.hpack import encode_integer
 
@@ -17,6 +18,8 @@ from serving.transport.messages import PREFIX
 
 #: The pieces that a connection sends one after the other, each of whole frames; a number is a pause in seconds.
 Pieces = Iterator[bytes | float]
+#: The ports of a server.
+Port = Literal["grpc", "http", "metrics"]
 Script = Callable[["Link"], Pieces]
 #: Makes a message with gRPC's prefix, or nothing for a call without one.
 Message = Callable[[], bytes]
@@ -45,8 +48,8 @@ class Attack:
 
     script: the bytes of one connection. speaks: the connection opens with HTTP/2's preface, these settings and a wide
     window, and its peer's frames are read. times: connections for each one that is asked for. server: the kind of
-    server that is attacked, one of ``served.KINDS``. web: the HTTP port is attacked, and not gRPC's. record_bytes: the
-    most bytes of a TLS record; a connection that speaks to a server with TLS, or to its HTTP port, is encrypted.
+    server that is attacked, one of ``served.KINDS``. port: the port that is attacked. record_bytes: the most bytes of
+    a TLS record; a connection that speaks to a server with TLS, or to its other ports, is encrypted.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Attack:
     settings: Mapping[int, int] = field(default_factory=dict)
     times: int = 1
     server: str = "plain"
-    web: bool = False
+    port: Port = "grpc"
     record_bytes: int = 2**14
 
 
@@ -80,8 +83,8 @@ class Link:
         self._stream = -1
         self._received = b""
         # The handshakes of gRPC's port are attacks of their own.
-        encrypted = (attack.web or attack.speaks) and attack.server == "tls"
-        self._encryption = _Encryption("http/1.1" if attack.web else "h2") if encrypted else None
+        encrypted = (attack.port != "grpc" or attack.speaks) and attack.server == "tls"
+        self._encryption = _Encryption("h2" if attack.port == "grpc" else "http/1.1") if encrypted else None
         self._opening = _opening(attack.settings) if attack.speaks else b""
         self._unsent = memoryview(self._encryption.receive(b"")[0] if self._encryption else self._opening)
         self._replies = b""

@@ -101,7 +101,7 @@ def measure(
     quiet = client.calls(calm_seconds)
     memory = server.memory_mib()
     with watched_memory(server) as peak:
-        with attacking(attack, server.web_port if attack.web else server.port, connections, seconds) as process:
+        with attacking(attack, server.port_of(attack.port), connections, seconds) as process:
             beside = client.calls(seconds)
             printed = process.communicate()[0]
         if process.returncode:

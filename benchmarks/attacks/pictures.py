@@ -139,6 +139,12 @@ def _costly_streamed() -> bytes:
     return _streamed(_costly(), Settings.max_images_per_request)
 
 
+def _long_ids() -> bytes:
+    """Return a message with an id of nearly the largest size, which would come back in its answer."""
+    asked = pb.ClassifyStreamRequest(id="i" * (Settings.max_request_bytes - _OTHER_BYTES))
+    return framed(asked.SerializeToString())
+
+
 def _uploads(link: Link, path: str, make: Message) -> Pieces:
     """Send large messages on as many streams as the server allows, as fast as it takes them.
 
@@ -201,7 +207,7 @@ def _post_long_photograph() -> bytes:
 
 
 def _web(name: str, make: Callable[[], bytes]) -> Attack:
-    return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, times=_WEB_CONNECTIONS, web=True)
+    return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, times=_WEB_CONNECTIONS, port="http")
 
 
 PICTURES = (
@@ -209,6 +215,7 @@ PICTURES = (
     Attack("large images", partial(_uploads, path=CLASSIFY, make=_large_images)),
     Attack("picture bombs", partial(_uploads, path=CLASSIFY, make=_bombs)),
     Attack("large messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_large_streamed)),
+    Attack("long ids in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_long_ids)),
     Attack("costly messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_costly_streamed)),
     Attack("pictures of empty blocks", partial(_uploads, path=CLASSIFY, make=_packed_blocks)),
     Attack("photographs", partial(_uploads, path=CLASSIFY, make=_photographs)),

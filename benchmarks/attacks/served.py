@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 
+from benchmarks.attacks.link import Port
 from benchmarks.load import LoadError
 from benchmarks.server import Page, Served, encrypted, serve
 from serving.access.tokens import METRICS, PREDICT, TokenEntry, new_token, write_entries
@@ -19,7 +20,7 @@ from serving.settings import DEFAULT_MODEL, embedded_models
 KINDS = ("plain", "tls", "tokens")
 PLAN = ("--threads=1", "--runtimes=1", "--max-batch=8")
 _CLIENT_NAME = "good"
-_WEB_PORT = re.compile(r"HTTP on \S+:(\d+)")
+_PLACES = {"http": re.compile(r"HTTP on \S+:(\d+)"), "metrics": re.compile(r"metrics on \S+:(\d+)")}
 _IN_FLIGHT_METRIC = "capsnet_rpcs_in_flight"
 
 
@@ -42,12 +43,14 @@ class Target:
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
-    @property
-    def web_port(self) -> int:
-        """Return the port of HTTP. Raises LoadError if the server has none."""
-        if found := _WEB_PORT.search(self.served.log.read_text(errors="replace")):
-            return int(found[1])
-        raise LoadError("the server has no port of HTTP")
+    def port_of(self, kind: Port) -> int:
+        """Return the number of a port. Raises LoadError if the server has none of this kind."""
+        if kind == "grpc":
+            return self.port
+        place = _PLACES[kind].search(self.served.log.read_text(errors="replace"))
+        if place is None:
+            raise LoadError(f"the server has no port of {kind}")
+        return int(place[1])
 
     def channel(self) -> grpc.Channel:
         """Return a channel with a connection of its own."""

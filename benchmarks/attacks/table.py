@@ -5,12 +5,14 @@ from benchmarks.attacks.connections import CONNECTIONS
 from benchmarks.attacks.floods import FLOODS
 from benchmarks.attacks.header_blocks import HEADER_BLOCKS
 from benchmarks.attacks.link import Attack
+from benchmarks.attacks.metrics import METRICS
 from benchmarks.attacks.pictures import PICTURES
 from benchmarks.attacks.resets import RESETS
 from benchmarks.attacks.web import WEB
 
 ATTACKS: dict[str, Attack] = {
-    attack.name: attack for attack in (*RESETS, *HEADER_BLOCKS, *FLOODS, *CALLS, *PICTURES, *CONNECTIONS, *WEB)
+    attack.name: attack
+    for attack in (*RESETS, *HEADER_BLOCKS, *FLOODS, *CALLS, *PICTURES, *CONNECTIONS, *WEB, *METRICS)
 }
 #: The most connections of one attack.
 MAX_CONNECTIONS = 5000

@@ -168,8 +168,15 @@ def _wrong_tokens(link: Link) -> Pieces:
         yield head("/v2/models/capsnet-mnist/infer", len(body), token) + body
 
 
+@cache
+def _explained_numbers(name: str) -> bytes:
+    """Return a request for an explanation with a list of more than a million numbers."""
+    numbers = ",".join(["1"] * _NUMBERS)
+    return post("/v1/explain", f'{{"images":[{{"pixels":"{_INK}"}}],"{name}":[{numbers}]}}'.encode())
+
+
 def _web(name: str, script: Callable[[Link], Pieces], times: int = 1, server: str = "plain") -> Attack:
-    return Attack(f"HTTP, {name}", script, speaks=False, times=times, server=server, web=True)
+    return Attack(f"HTTP, {name}", script, speaks=False, times=times, server=server, port="http")
 
 
 _EMPTY_PART = b'--edge\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'
@@ -201,5 +208,7 @@ WEB = (
     _web("upgrades", partial(_again, make=_upgrades)),
     _web("expectations", _expectations, _HANDSHAKES),
     _web("documents, not read", partial(_unread, make=_documents, times=2), _HANDSHAKES),
+    _web("classes in JSON", partial(_again, make=partial(_explained_numbers, "classes")), _FEW_CONNECTIONS),
+    _web("parts in JSON", partial(_again, make=partial(_explained_numbers, "parts")), _FEW_CONNECTIONS),
     _web("empty blocks", partial(_again, make=_empty_blocks), _FEW_CONNECTIONS),
 )  # fmt: skip

@@ -174,7 +174,7 @@ def _wrong_requests(client: Client) -> list[tuple[_Request, int]]:
 
 async def hang_up(client: Client) -> str:
     """Begin a request, and hang up in the middle or before the answer."""
-    _, writer = await asyncio.open_connection("127.0.0.1", client.server.web_port, ssl=client.tls("http/1.1"))
+    _, writer = await asyncio.open_connection("127.0.0.1", client.server.port_of("http"), ssl=client.tls("http/1.1"))
     request = _classify_request(client, client.places())
     head = f"POST {request.path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {request.media}\r\n"
     head += f"Authorization: Bearer {client.server.token_of['predict']}\r\nContent-Length: {len(request.body)}\r\n\r\n"
@@ -192,7 +192,7 @@ def _content(answer: _Answer) -> Any:
 
 async def _ask(client: Client, *requests: _Request) -> list[_Answer]:
     """Send requests over a new connection, one after the other. Raises OSError and WrongAnswer."""
-    context, port = client.tls("http/1.1"), client.server.web_port
+    context, port = client.tls("http/1.1"), client.server.port_of("http")
     own = client.server.token_of["predict"]
 
     def ask() -> list[_Answer]:

@@ -27,6 +27,10 @@ from serving.transport.methods import CallbackMethod, Context, Peer, StreamMetho
 #: The metadata in which a client may name its request, to find it in the log.
 REQUEST_ID = "x-request-id"
 _MAX_SHOWN_CHARACTERS = 64
+#: The longest name of a request in a stream, or in the Open Inference Protocol.
+MAX_ID_CHARACTERS = 4096
+#: The largest message that has names and nothing else.
+MAX_NAMES_BYTES = 65536
 
 Request = TypeVar("Request", bound=Message)
 #: The metadata and the client of a refused request.
@@ -177,6 +181,19 @@ def parse(data: bytes, kind: type[Request], max_bytes: int) -> Request:
         return kind.FromString(data)
     except DecodeError as error:
         raise malformed(len(data), kind) from error
+
+
+def parse_names(data: bytes, kind: type[Request], max_bytes: int) -> Request:
+    """Parse a message that has names and nothing else. Raises InvalidRequest for a long one, which takes longer."""
+    if len(data) > MAX_NAMES_BYTES:
+        raise InvalidRequest("request", f"{len(data)} bytes; expected at most {MAX_NAMES_BYTES} of names")
+    return parse(data, kind, max_bytes)
+
+
+def check_id(identifier: str) -> None:
+    """Raise InvalidRequest for the long name of a request, which is kept until its answer and comes back in it."""
+    if len(identifier) > MAX_ID_CHARACTERS:
+        raise InvalidRequest("id", f"{len(identifier)} characters; expected at most {MAX_ID_CHARACTERS}")
 
 
 def malformed(size: int, kind: type[Message]) -> InvalidRequest:

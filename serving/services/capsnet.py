@@ -12,7 +12,7 @@ from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.repository.classifier import IMAGES
 from serving.repository.served_model import ServedModel
-from serving.rpc.edge import Call, Edge, check_size, parse
+from serving.rpc.edge import Call, Edge, check_id, check_size, parse, parse_names
 from serving.runtime import Arrays
 from serving.services.capsnet_codec import CapsNetCodec
 from serving.services.computation import Computation
@@ -105,7 +105,7 @@ class CapsNetService:
 
     async def get_model(self, data: bytes, call: Call) -> bytes:
         """Answer a GetModelRequest with a GetModelResponse. Raises InvalidRequest and UnknownModel."""
-        request = parse(data, pb.GetModelRequest, self._settings.max_request_bytes)
+        request = parse_names(data, pb.GetModelRequest, self._settings.max_request_bytes)
         model = self._pipeline.repository.get(request.model_name, request.model_version)
         return description(model, self._settings).SerializeToString()
 
@@ -119,9 +119,10 @@ class CapsNetService:
                 return _Streamed(identifier, _Pixels(images, codec, self._codecs))
             check_fields(data, self._max_fields, _STREAMED_FIELDS)
             message = parse(data, pb.ClassifyStreamRequest, limit)
+            check_id(message.id)
         except InvalidRequest as error:
             nothing = _Message(pb.ClassifyRequest(), self._settings, self._codecs)
-            return _Streamed("", nothing, error)
+            return _Streamed("", nothing, error.alone())
         if message.request.reconstruction_error:
             return _StreamedCompared(message.id, _Compared(message.request, self._settings, self._codecs))
         return _Streamed(message.id, _Message(message.request, self._settings, self._codecs))

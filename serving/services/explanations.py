@@ -23,12 +23,13 @@ from serving.services.given_images import GivenImages, Limit
 from serving.services.graphs import EXPLAIN, check_explains
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import check_fields
+from serving.services.protobuf_wire import Fields, check_fields
 from serving.settings import Settings
 
 _PARTS = pb.EXPLANATION_PART_ROUTING, pb.EXPLANATION_PART_CONTRIBUTIONS, pb.EXPLANATION_PART_RELEVANCE
-# The most fields besides the images.
+# The most fields besides the images, and numbers in them.
 _MAX_OTHER_FIELDS = 1024
+_FIELDS = Fields(packed=frozenset((pb.ExplainRequest.CLASSES_FIELD_NUMBER, pb.ExplainRequest.PARTS_FIELD_NUMBER)))
 # The memory for writing explanations, by that of the outputs.
 _COPIES = 4
 
@@ -56,7 +57,7 @@ class Explanations:
         """Answer an ExplainRequest with an ExplainResponse. Raises as ``answer``."""
         settings = self._settings
         check_size(data, settings.max_request_bytes)
-        check_fields(data, 2 * settings.max_explained_images + _MAX_OTHER_FIELDS)
+        check_fields(data, 2 * settings.max_explained_images + _MAX_OTHER_FIELDS, _FIELDS)
         request = parse(data, pb.ExplainRequest, settings.max_request_bytes)
         del data  # which would double the request's memory until the answer
         return await self.answer(request, call)
@@ -109,6 +110,8 @@ class Explanations:
 
     def _check_parts(self, parts: Sequence[int], model: ServedModel) -> frozenset[int]:
         """Return the parts to answer. Raises InvalidRequest."""
+        if len(parts) > len(_PARTS):  # a body of JSON may have a million
+            raise InvalidRequest("parts", f"{len(parts)}; expected {len(_PARTS)} at most")
         for index, part in enumerate(parts):
             if part not in _PARTS:
                 raise InvalidRequest(f"parts[{index}]", f"{part}; expected {_PARTS[0]} to {_PARTS[-1]}")

@@ -12,6 +12,7 @@ from serving.errors import InvalidRequest
 from serving.metrics.registry import CLASSIFY
 from serving.repository.classifier import IMAGES
 from serving.repository.served_model import ServedModel
+from serving.rpc.edge import check_id
 from serving.runtime import Arrays
 from serving.services.computation import Computation
 from serving.services.computed import ComputedQuery, ComputedStreamQuery
@@ -58,7 +59,7 @@ def streamed_infer_query(
     try:
         return StreamedComputedInferQuery(received, size, codecs)
     except InvalidRequest as error:
-        return StreamedInferQuery(received, size, codecs, error)
+        return StreamedInferQuery(received, size, codecs, error.alone())
 
 
 def _is_computed(received: Received) -> bool:
@@ -85,6 +86,8 @@ class _Query:
         self.model_name = request.model_name
         self.model_version = request.model_version
         self.size, self.slow = _weight(request, size)
+        self._id = ""
+        check_id(request.id)
         self._id = request.id
         self._received = received
         self._codecs = codecs
@@ -138,7 +141,7 @@ class StreamedInferQuery(_Streamed, InferQuery):
         try:
             super().__init__(received, size, codecs)
         except InvalidRequest as wrong:
-            self.error = wrong
+            self.error = wrong.alone()
             self.size = 0
 
 

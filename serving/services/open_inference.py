@@ -14,7 +14,7 @@ from serving.metrics.triton_statistics import Duration
 from serving.repository.classifier import IMAGES, PROBABILITIES
 from serving.repository.repository import Repository, State
 from serving.repository.served_model import ServedModel
-from serving.rpc.edge import Call, Edge, parse
+from serving.rpc.edge import Call, Edge, parse, parse_names
 from serving.runtime import CPU
 from serving.services.graphs import DECODER, EXPLAIN
 from serving.services.infer_outputs import ALWAYS, output_shapes
@@ -101,7 +101,7 @@ class InferenceService:
 
     async def model_ready(self, data: bytes, call: Call) -> bytes:
         """Answer a ModelReadyRequest. Raises InvalidRequest."""
-        request = parse(data, pb.ModelReadyRequest, self._max_bytes)
+        request = parse_names(data, pb.ModelReadyRequest, self._max_bytes)
         try:
             self._repository.get(request.name, request.version)
         except UnknownModel:
@@ -116,7 +116,7 @@ class InferenceService:
 
     async def model_metadata(self, data: bytes, call: Call) -> bytes:
         """Answer a ModelMetadataRequest. Raises InvalidRequest and UnknownModel."""
-        request = parse(data, pb.ModelMetadataRequest, self._max_bytes)
+        request = parse_names(data, pb.ModelMetadataRequest, self._max_bytes)
         artifact = self._repository.get(request.name, request.version).artifact
         shapes = output_shapes(artifact)
         response = pb.ModelMetadataResponse(name=artifact.name, versions=self._versions(artifact.name))
@@ -137,13 +137,13 @@ class InferenceService:
 
     async def model_config(self, data: bytes, call: Call) -> bytes:
         """Answer a ModelConfigRequest. Raises InvalidRequest and UnknownModel."""
-        request = parse(data, pb.ModelConfigRequest, self._max_bytes)
+        request = parse_names(data, pb.ModelConfigRequest, self._max_bytes)
         model = self._repository.get(request.name, request.version)
         return pb.ModelConfigResponse(config=self._config(model)).SerializeToString()
 
     async def model_statistics(self, data: bytes, call: Call) -> bytes:
         """Answer a ModelStatisticsRequest. Raises UnknownModel."""
-        request = parse(data, pb.ModelStatisticsRequest, self._max_bytes)
+        request = parse_names(data, pb.ModelStatisticsRequest, self._max_bytes)
         models = [
             model
             for model in self._repository.models()
@@ -155,7 +155,7 @@ class InferenceService:
 
     async def repository_index(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryIndexRequest. Raises InvalidRequest."""
-        return _index(parse(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
+        return _index(parse_names(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
 
     def _versions(self, name: str) -> list[str]:
         """Return the served versions of a model, the lowest first."""
@@ -194,7 +194,7 @@ class InferenceService:
         try:
             received = read_request(data, self._max_bytes)
         except InvalidRequest as error:
-            return StreamedInferQuery(Received(pb.ModelInferRequest()), 0, self._codecs, error)
+            return StreamedInferQuery(Received(pb.ModelInferRequest()), 0, self._codecs, error.alone())
         return streamed_infer_query(received, len(data), self._codecs)
 
 
@@ -214,7 +214,7 @@ class AdminService:
 
     async def index(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryIndexRequest. Raises InvalidRequest."""
-        return _index(parse(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
+        return _index(parse_names(data, pb.RepositoryIndexRequest, self._max_bytes), self._repository)
 
     async def load(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryModelLoadRequest. Raises InvalidRequest and LoadError."""
@@ -231,7 +231,7 @@ class AdminService:
 
     async def unload(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryModelUnloadRequest. Raises InvalidRequest and UnknownModel."""
-        request = parse(data, pb.RepositoryModelUnloadRequest, self._max_bytes)
+        request = parse_names(data, pb.RepositoryModelUnloadRequest, self._max_bytes)
         _check_repository(request.repository_name)
         await self._repository.unload(_model_name(request.model_name))
         call.note(f"the model {request.model_name!r} was unloaded for a client")

@@ -39,7 +39,7 @@ _BYTES_CONTENTS = pb.InferTensorContents.BYTES_CONTENTS_FIELD_NUMBER
 _RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 _MAX_FIELDS = 4096  # the most fields of a ModelInferRequest; a usual one has a handful
 _REQUEST, _TENSOR = pb.ModelInferRequest, pb.ModelInferRequest.InferInputTensor
-_TENSOR_FIELDS = Fields(packed=_TENSOR.SHAPE_FIELD_NUMBER, apart=_TENSOR.CONTENTS_FIELD_NUMBER)
+_TENSOR_FIELDS = Fields(packed=frozenset((_TENSOR.SHAPE_FIELD_NUMBER,)), apart=_TENSOR.CONTENTS_FIELD_NUMBER)
 _INFER_FIELDS = Fields({_REQUEST.INPUTS_FIELD_NUMBER: _TENSOR_FIELDS, _REQUEST.OUTPUTS_FIELD_NUMBER: FLAT})
 
 

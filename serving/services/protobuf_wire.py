@@ -36,13 +36,13 @@ def delimited(number: int, content: bytes) -> bytes:
 class Fields(NamedTuple):
     """The fields of a kind of message that ``check_fields`` counts.
 
-    messages: the fields that hold messages whose fields count too, by number. packed: the number of a field of numbers,
-    each of which counts; 0 for none. apart: the number of a field that ``split`` cuts out; 0 for none. numbers: False
-    if fields of one number do not count, which take little memory.
+    messages: the fields that hold messages whose fields count too, by number. packed: the fields of numbers each of
+    which counts, by number. apart: the number of a field that ``split`` cuts out; 0 for none. numbers: False if fields
+    of one number do not count, which take little memory.
     """
 
     messages: "Mapping[int, Fields]" = MappingProxyType({})
-    packed: int = 0
+    packed: frozenset[int] = frozenset()
     apart: int = 0
     numbers: bool = True
 
@@ -126,7 +126,7 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
                         left = _count_fields(data, at, stop, left, messages[number], inner)
                         if inner:
                             cuts.append(_Cut(length_at, at, stop, inner))
-                    elif number == fields.packed:
+                    elif number in fields.packed:
                         left -= size  # a number takes a byte or more
                     elif number == fields.apart and at + size <= end:
                         cuts.append(_Cut(length_at, at, at + size, []))

@@ -44,7 +44,9 @@ LAYER_SHARE = 0.6
 _MAX_OTHER_FIELDS = 1024
 _FORMATS = pb.FORMAT_UNSPECIFIED, pb.FORMAT_PIXELS, pb.FORMAT_PNG
 # The numbers of a pose do not count: they become no objects.
-_FIELDS = Fields({pb.ReconstructRequest.POSES_FIELD_NUMBER: FLAT})
+_FIELDS = Fields(
+    {pb.ReconstructRequest.POSES_FIELD_NUMBER: FLAT}, frozenset((pb.ReconstructRequest.CLASSES_FIELD_NUMBER,))
+)
 # The most memory of Pillow for a pixel of a PNG file.
 _WORK_BYTES_A_PIXEL = 8
 # The most results that the event loop writes itself: less than a millisecond.

@@ -72,7 +72,7 @@ class Connection(asyncio.Protocol):
         self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._unsent = Unsent(self._streams, self._transport)
-        self._records = records_of(self._transport)
+        self.records = records_of(self._transport)
         _keep_alive(self._transport)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
         if self._terms.age:  # spread, so that clients that came together do not return together
@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self._closed:
             return
-        if self._records and self._records.are_tiny(len(data)):
+        if self.records and self.records.are_tiny(len(data)):
             _note(FLOOD, self._terms.limits, self._streams.client)
             self._transport.abort()  # at once: until TLS's own end, its records would be read
             return

@@ -317,7 +317,10 @@ class _Handlers(grpc.GenericRpcHandler):
         async def answer() -> Status:
             async with aclosing(method.answers(messages, call)) as answers:  # type: ignore[type-var]
                 async for answer in answers:
-                    await context.write(answer)
+                    try:
+                        await context.write(answer)
+                    except aio.InternalError:  # the client has gone
+                        return Status(grpc.StatusCode.CANCELLED)
                     del answer  # while the next one is waited for, which may never come
             outcome = call.outcome.result() if call.outcome.done() else None
             return outcome if isinstance(outcome, Status) else _OK

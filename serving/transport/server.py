@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 
 from serving.transport.connection import Connection
-from serving.transport.connection_limits import FULL, TEXTS, ConnectionLimits
+from serving.transport.connection_limits import FLOOD, FULL, TEXTS, ConnectionLimits
 from serving.transport.counts import ConnectionFigures, Figures
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
@@ -187,5 +187,10 @@ class GrpcServer:
         now = self._loop.time()
         self.memory.evict_stalled(now)
         for connection in list(self._connections):
-            connection.check(now)
+            if connection.records and connection.records.are_empty():
+                self._terms.limits.limited(FLOOD)
+                self._terms.limits.dropped(TEXTS[FLOOD], Peer(connection.address))
+                connection.abort()
+            else:
+                connection.check(now)
         self._looking = self._loop.call_later(self._check_seconds, self._look_around)

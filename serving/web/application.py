@@ -1,5 +1,6 @@
 """The ASGI application: each request to its route, its method and its answer."""
 
+import asyncio
 import logging
 import math
 import secrets
@@ -158,7 +159,7 @@ class Application:
         self.under_way += 1
         try:
             await self._visit(visit, answer)
-        except ClientDisconnect:
+        except (ClientDisconnect, asyncio.CancelledError):  # the client has gone, or the server's stop has ended it
             visit.status = CLIENT_GONE
         finally:
             visit.body.release()
@@ -297,7 +298,7 @@ class Application:
             except Problem as problem:
                 return problem.alone()
 
-        outcome = await self._conversions.run(visit.connection.peer.connection, cost, attempt)
+        outcome = await self._conversions.run(visit.connection.peer.connection, cost, attempt, visit.connection.watch)
         if isinstance(outcome, Problem):
             raise outcome
         return outcome

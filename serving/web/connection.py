@@ -187,6 +187,10 @@ class WebConnection(H11Protocol):
 
     def check(self, now: float) -> None:
         """Close the connection if its client does not bring it further."""
+        if self._records and self._records.are_empty():
+            self._owner.limited(FLOOD, self.peer)
+            self.transport.abort()
+            return
         unsent = self.transport.get_write_buffer_size()
         if unsent != self._unsent[0]:
             self._unsent = (unsent, now)

@@ -8,6 +8,8 @@ from typing import TypeVar
 from serving.batching.turns import Turns
 
 Outcome = TypeVar("Outcome")
+#: Calls a function if a client goes, from now on; None for no function.
+Watch = Callable[[Callable[[], object] | None], None]
 
 
 class _Job:
@@ -28,18 +30,26 @@ class Conversions:
         self._waiting: Turns[_Job] = Turns()
         self._busy = False
 
-    async def run(self, client: Hashable, cost: float, convert: Callable[[], Outcome]) -> Outcome:
-        """Return the result of a conversion, in the client's turn. Raises the conversion's errors."""
+    async def run(
+        self, client: Hashable, cost: float, convert: Callable[[], Outcome], watch: Watch = lambda lost: None
+    ) -> Outcome:
+        """Return the result of a conversion, in the client's turn.
+
+        watch: see Watch. Raises the conversion's errors, and CancelledError if the client goes before its turn.
+        """
         loop = asyncio.get_running_loop()
         job = _Job(cost, loop.create_future())
         self._waiting.push(client, job)
         self._go_on()
+        watch(job.begun.cancel)
         try:
             await job.begun
         except asyncio.CancelledError:
-            if not self._waiting.remove(client, job):
+            if not self._waiting.remove(client, job) and not job.begun.cancelled():
                 self._ended()
             raise
+        finally:
+            watch(None)
         converted = loop.run_in_executor(self._thread, convert)
         converted.add_done_callback(lambda _: self._ended())  # the thread goes on if this task is cancelled
         try:
