@@ -60,10 +60,14 @@ FROM builder AS training
 # installs the build for NVIDIA's GPUs with CUDA's libraries, 3 GB, for training on a GPU.
 ARG TORCH=cpu
 
+# Where uv finds the build for the CPU. "--index-url URL" names a mirror, and "--find-links URL" a page of links to wheels.
+ARG TORCH_SOURCE="--torch-backend cpu"
+
+# hadolint ignore=SC2086
 RUN if [ "$TORCH" = cpu ]; then \
         pip install --no-cache-dir --require-hashes --only-binary :all: --requirement requirements/installer.txt \
         && uv pip install --python /opt/venv/bin/python --no-cache --require-hashes --only-binary :all: --no-deps \
-            --torch-backend cpu --requirement requirements/torch-cpu.txt; \
+            $TORCH_SOURCE --requirement requirements/torch-cpu.txt; \
     else \
         pip --python /opt/venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: \
             --requirement requirements/torch-cuda.txt; \

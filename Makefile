@@ -10,6 +10,8 @@ PROTOC := grpcio-tools==1.81.1
 LOCKED := build cpu gpu installer training torch-cuda
 IMAGE := capsnet-serving
 TORCH := deploy/requirements/torch.in
+# Where uv finds PyTorch's build for the CPU: its own index. '--index-url URL' names a mirror.
+TORCH_SOURCE ?= --torch-backend cpu
 LOCK := $(DEV)/uv pip compile --quiet --upgrade --generate-hashes --python-version 3.12 \
 	--python-platform linux --no-header --no-annotate --no-emit-index-url
 
@@ -130,12 +132,15 @@ requirements: $(DEV_VENV)/.installed
 	$(LOCK) pyproject.toml --extra gpu --extra tracing --output-file deploy/requirements/gpu.txt
 	$(LOCK) pyproject.toml --extra cpu --extra export --constraints $(TORCH) --excludes deploy/requirements/cuda.in \
 		--no-emit-package torch --output-file deploy/requirements/training.txt
-	sed 's/^torch==.*/&+cpu/' $(TORCH) | $(LOCK) - --no-deps --torch-backend cpu --output-file deploy/requirements/torch-cpu.txt
 	$(LOCK) $(TORCH) --constraints deploy/requirements/training.txt --output-file deploy/requirements/torch-cuda.txt
 	echo uv | $(LOCK) - --output-file deploy/requirements/installer.txt
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 		| $(LOCK) - --output-file deploy/requirements/build.txt
-	$(PYTHON) deploy/sbom.py
+	@failed=; sed 's/^torch==.*/&+cpu/' $(TORCH) | $(LOCK) - --no-deps $(TORCH_SOURCE) \
+		--output-file deploy/requirements/torch-cpu.txt 2>/dev/null || failed=1; \
+	$(PYTHON) deploy/sbom.py || exit 1; \
+	test -z "$$failed" || { echo "deploy/requirements/torch-cpu.txt is as it was: uv found no PyTorch for the CPU with" \
+		"'$(TORCH_SOURCE)'; all other files are new" >&2; exit 1; }
 
 ## Write the list of packages of each image (SBOM, CycloneDX): deploy/sbom/*.json.
 sbom:

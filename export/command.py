@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export.options import ExportOptions
 from serving.files.options import add_flags, read
-from serving.files.program import add_version
+from serving.files.program import add_version, parse_flags, parse_path, reason_of
 from training.data.folder import find_images
 from training.data.sources import DatasetError
 from training.run_folder import checkpoint_path
@@ -24,10 +24,13 @@ def parser() -> argparse.ArgumentParser:
         description="Turn a checkpoint into a verified ONNX artifact for the server.",
     )
     result.add_argument(
-        "checkpoint", metavar="RUN", type=Path, help="the run's folder, or its checkpoint (capsnet.pt or .safetensors)"
+        "checkpoint",
+        metavar="RUN",
+        type=parse_path,
+        help="the run's folder, or its checkpoint (capsnet.pt or .safetensors)",
     )
     result.add_argument(
-        "out", metavar="OUT", type=Path, help="the model repository; the artifact goes to OUT/NAME/VERSION"
+        "out", metavar="OUT", type=parse_path, help="the model repository; the artifact goes to OUT/NAME/VERSION"
     )
     add_version(result)
     add_flags(result, ExportOptions)
@@ -37,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def run_command(arguments: list[str] | None = None) -> int:
     """Run the command with these arguments, by default the process's, and return its exit status."""
     command = parser()
-    parsed = command.parse_args(arguments)
+    parsed = parse_flags(command, arguments)
     try:
         options = read(ExportOptions, parsed)
     except ValueError as error:
@@ -82,7 +85,7 @@ def _export(path: Path, out: Path, options: ExportOptions) -> int:
         checkpoint.CheckpointError, DatasetError, EngineError, GraphError, ParityError, RuntimeSetupError,
         TensorRTMissing, TritonError, OSError,
     ) as error:  # fmt: skip
-        print(error, file=sys.stderr)
+        print(reason_of(error), file=sys.stderr)
         return 1
     if options.model_version is None and version != "1":
         print(f"{name} has a version {int(version) - 1} already, so this is version {version}")

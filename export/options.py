@@ -10,7 +10,7 @@ from pathlib import Path
 
 from serving.files.options import check, option
 from serving.tensorrt_options import BatchProfile
-from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_managers
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_folder, parse_managers
 
 DECODER_WEIGHTS = ("fp32", "int8")
 _OPTIONAL_PRECISIONS = ("int8", "fp16")
@@ -65,11 +65,11 @@ class ExportOptions:
         None, "the version of the artifact", parse=parse_version, metavar="N", shown="one more than the highest there"
     )
     data_dir: Path | None = option(
-        None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="the cache, then a download"
+        None, DATA_DIR_HELP, parse=parse_folder, metavar="FOLDER", shown="the cache, then a download"
     )
     source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     data: Path | None = option(
-        None, "the folder of images that it was trained on", parse=Path, metavar="FOLDER", shown=""
+        None, "the folder of images that it was trained on", parse=parse_folder, metavar="FOLDER", shown=""
     )
     without: tuple[str, ...] = option(
         (), "precisions to leave out: int8, fp16", parse=parse_precision, count="+", metavar="PRECISION", shown="none"

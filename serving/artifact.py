@@ -728,6 +728,8 @@ def find(repository: Path, name: str = "", version: str = "") -> Path:
     """
     models = names(repository)
     if not models:
+        if (repository / "capsnet.pt").exists():
+            raise ArtifactError(f"{repository}: a run of the training; its export writes the model (docs/training.md)")
         raise ArtifactError(f"{repository}: no model there (expected NAME/VERSION/{MANIFEST})")
     if not name and len(models) > 1:
         raise ArtifactError(f"{repository}: holds several models, choose one: {', '.join(models)}")

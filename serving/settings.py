@@ -268,7 +268,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
         if not upper.startswith(ENVIRONMENT_PREFIX) or variable in made_by_kubernetes:
             continue
         if variable in names:
-            if text:  # an empty variable counts as unset, as in compose files
+            if text := text.strip():  # an empty variable counts as unset, as in compose files
                 values[names[variable].name] = _value(parser, names[variable], variable, text)
         elif not upper.startswith(_OTHER_VARIABLES):
             parser.error(f"environment variable {variable} is no setting{_suggestion(upper, _variable)}")

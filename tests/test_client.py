@@ -18,6 +18,7 @@ import pytest
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.client.__main__ import main
+from serving.client.sources import FORMAT_NAMES
 from tests.conftest import DATA, ROOT, Running
 from tests.fake_server import FakeServer, answer, numbered
 
@@ -109,7 +110,7 @@ def test_a_path_that_is_no_image_file_is_reported(
     assert main([str(folder), str(empty), pattern, "--address", running.address]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith(f"{folder}: a folder without images (.png, .jpg, ")
-    assert errors[1:] == [f"{empty}: 0 bytes that are neither a PNG nor a JPEG file", f"{pattern}: no file matches"]
+    assert errors[1:] == [f"{empty}: 0 bytes; expected an image: {FORMAT_NAMES}", f"{pattern}: no file matches"]
 
 
 def test_wrong_options_are_reported_in_one_line(

@@ -70,7 +70,7 @@ def test_an_empty_or_closed_standard_input_is_told(
     monkeypatch.setattr(sys, "stdin", stream)
     assert main(["-", "--address", running.address]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(("standard input: 0 bytes that are", "standard input: it is closed"))
+    assert line.startswith(("standard input: 0 bytes; expected", "standard input: it is closed"))
 
 
 def test_many_images_get_a_line_each_and_a_summary_with_scores(
@@ -105,6 +105,13 @@ def test_a_summary_counts_what_has_no_answer(
     assert main([*names, "--address", running.address]) == 1
     assert "9 images in " in (text := capsys.readouterr().out)
     assert ", 2 without an answer" in text
+
+
+def test_many_images_without_an_answer_have_a_summary(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(SEVEN.parent / "handwritten"), "--address", running.address]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("20 images in ") and captured.out.endswith(" s, 20 without an answer\n")
+    assert len(captured.err.splitlines()) == 20
 
 
 def test_labels_are_found_by_folder_by_name_and_in_order(
@@ -145,6 +152,12 @@ def test_labels_that_are_none_are_told_before_a_call(
     assert main([str(SEVEN), "--labels", str(tmp_path / "labels"), "--address", "127.0.0.1:1"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert text in line
+
+
+def test_a_file_of_labels_that_is_not_there_is_told_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(SEVEN), "--labels", "folder", "--address", "127.0.0.1:1"]) == 1
+    expected = "--labels: folder: No such file or directory; expected a file, or the word folders"
+    assert expected in capsys.readouterr().err
 
 
 def test_what_is_no_path_is_told_in_one_short_line(running: Running, capsys: pytest.CaptureFixture[str]) -> None:

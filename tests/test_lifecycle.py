@@ -322,6 +322,9 @@ def test_the_error_of_a_missing_model_names_the_existing_ones(tmp_path: Path) ->
         1,
         f"cannot start: {tmp_path}: no model there (expected NAME/VERSION/manifest.json)\n",
     )
+    (tmp_path / "capsnet.pt").touch()
+    code, text = failed_start("--models", str(tmp_path))
+    assert (code, "a run of the training; its export writes the model" in text) == (1, True)
     code, text = failed_start("--model", "capsnet-norb")
     assert code == 1
     assert "no model 'capsnet-norb'; there is: capsnet-mnist" in text

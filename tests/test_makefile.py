@@ -3,6 +3,9 @@
 import os
 import re
 import subprocess
+from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -49,3 +52,28 @@ def test_the_attacks_have_a_target_of_their_own_that_ci_runs() -> None:
     assert '-m "not attack and not install"' in make("--dry-run", "test")
     assert "-m attack tests/test_attacks.py" in make("--dry-run", "attacks")
     assert "\nmake attacks\n" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_other_locks_are_made_where_pytorchs_index_is_not_reached(tmp_path: Path, reached: bool) -> None:
+    calls = tmp_path / "calls"
+    for name in ("uv", "python"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        fails = "" if reached else '[[ "$*" != *--torch-backend* ]] || { echo "many lines" >&2; exit 2; }'
+        program.write_text(f'#!/bin/bash\necho "$@" >> {calls}\n{fails}\n')
+        program.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    command = ["make", "--silent", "requirements", f"DEV_VENV={tmp_path}", f"PYTHON={tmp_path / 'bin' / 'python'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    made = re.findall(r"requirements/([\w-]+)\.txt(?=\n)", calls.read_text())
+    assert sorted(made) == ["build", "cpu", "gpu", "installer", "torch-cpu", "torch-cuda", "training"]
+    assert calls.read_text().endswith("deploy/sbom.py\n")
+    assert (result.returncode == 0) == reached
+    message, *rest = result.stderr.splitlines() or [""]
+    if reached:
+        assert (message, rest) == ("", [])
+    else:
+        assert message.startswith("deploy/requirements/torch-cpu.txt is as it was: uv found no PyTorch for the CPU")
+        assert len(rest) == 1 and rest[0].startswith("make: ***")

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 from PIL import PngImagePlugin
 
@@ -125,3 +126,12 @@ def test_the_requirements_of_an_image_are_pinned_with_digests_and_match_the_proj
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     result = subprocess.run([BIN / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
+def test_the_container_exports_with_the_images_that_it_was_trained_on() -> None:
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["training"]
+    [command] = service["command"]
+    training, export = (part for part in command.split("&& ") if part.startswith("python"))
+    assert "$$DATA" in training.split() and "$$DATA" in export.split()
+    assert service["environment"]["DATA"] == "${CAPSNET_TRAINING_DATA:+--data /data}"
+    assert "${CAPSNET_TRAINING_DATA:-training-runs}:/data:ro" in service["volumes"]

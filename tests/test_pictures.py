@@ -212,7 +212,7 @@ def test_the_command_draws_the_first_image_classified_right_or_the_one_asked_for
         (["--image", "-1"], "image -1; the test set has the images 0 to 11"),
         (["--class", "circle"], "--class circle: expected one of lying, standing, square"),
         (["--data", "nowhere"], "nowhere: no such folder"),
-        (["--out", "nowhere/decoder.png"], "No such file or directory: 'nowhere/decoder.png'"),
+        (["--out", "nowhere/decoder.png"], "nowhere/decoder.png: No such file or directory"),
     ],
 )
 def test_the_command_says_in_one_line_that_it_cannot_draw(

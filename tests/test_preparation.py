@@ -522,7 +522,10 @@ def test_the_command_prepares_pictures(prepared: Running, capsys: pytest.Capture
     assert main([path, *options, "--preprocess", "auto"]) == 0
     assert capsys.readouterr().out.startswith(f"{path}: 8\n")
     assert main([path, *options]) == 1
-    assert "480 x 480 pixels; expected 28 x 28, or a preparation of it (preprocess)" in capsys.readouterr().err
+    expected = (
+        f"{path}: a JPEG image of 480 x 480 pixels; expected 28 x 28 (--resize scales it, --preprocess auto finds"
+    )
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def _refusal(prepared: Running, *images: pb.Image) -> str:

@@ -6,14 +6,44 @@ from importlib.metadata import version
 
 import pytest
 
-from serving.files.program import PROJECT, command_of, missing_package
+from serving.files.program import PROJECT, command_of, missing_package, reason_of
 from tests.conftest import ROOT
 
 COMMANDS = ["serving", "serving.client", "serving.tokens", "training", "training.claims", "export"]
 
 
+WRONG = {
+    ("serving", "--prot"): "--prot; did you mean --port?",
+    ("serving.client", "seven.png", "--adress", "x"): "--adress x; did you mean --address?",
+    ("serving.client", "seven.png", "--pre", "auto"): "--pre auto; did you mean --preprocess?",
+    ("training", "--epoch", "2"): "--epoch 2; did you mean --epochs?",
+    ("training", "--learning_rate=0.1"): "--learning_rate=0.1; did you mean --learning-rate?",
+    ("export", "runs/a", "models", "--dta", "x"): "--dta x; did you mean --data?",
+    ("export", "runs/a", "models", "--zzz"): "--zzz; --help lists the flags",
+    ("training", "--data", ""): "argument --data: nothing; expected a folder",
+    ("training", "--out="): "argument --out: nothing; expected a folder",
+    ("export", "runs/a", "models", "--data", ""): "argument --data: nothing; expected a folder",
+    ("serving.client", ""): "argument FILE: nothing; expected a path",
+    ("export", "runs/a", ""): "argument OUT: nothing; expected a path",
+}
+
+
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_word_of_a_command_line_is_told_with_what_was_meant(words: tuple[str, ...]) -> None:
+    result = python("-m", *words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1].endswith(WRONG[words])
+
+
+def test_a_file_that_cannot_be_written_is_told_by_its_name() -> None:
+    assert reason_of(OSError(2, "No such file or directory", "/proc/x")) == "/proc/x: No such file or directory"
+    assert reason_of(OSError(28, "No space left on device")) == "No space left on device"
+    assert reason_of(OSError("words alone")) == "words alone"
+    assert reason_of(ValueError("epochs: 0")) == "epochs: 0"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -121,6 +121,16 @@ def test_an_empty_variable_is_as_none() -> None:
     assert read([], {"CAPSNET_PRECISION": "", "CAPSNET_MAX_BATCH": ""}) == Settings()
 
 
+def test_blanks_around_a_variable_do_not_count() -> None:
+    environment = {
+        "CAPSNET_PRECISION": "int8\r",
+        "CAPSNET_MAX_BATCH": " 16 ",
+        "CAPSNET_INSECURE": "1 ",
+        "CAPSNET_MODEL": " ",
+    }
+    assert read([], environment) == Settings(precision="int8", max_batch=16, insecure=True)
+
+
 def test_a_file_has_settings_that_variables_and_flags_override(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.files.options import add_flags, read
-from serving.files.program import add_version, command_of
+from serving.files.program import add_version, command_of, parse_flags, reason_of
 from training.data.folder import find_images, require_negatives
 from training.data.sources import DatasetError
 from training.recipe import NetworkChanges, Recipe, RunOptions
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def run_command(arguments: list[str] | None = None) -> int:
     """Run the command with these arguments, by default the process's, and return its exit status."""
     command = parser()
-    parsed = command.parse_args(arguments)
+    parsed = parse_flags(command, arguments)
     try:
         options, recipe, changes = read(RunOptions, parsed), read(Recipe, parsed), read(NetworkChanges, parsed)
     except ValueError as error:
@@ -176,7 +176,7 @@ def _train(
             (folder / SETTINGS_FILE).write_text(settings)
         result = train.run(config, dataset, recipe, folder, resume=options.resume, track=options.track)
     except (DatasetError, TrackerError, train.TrainingError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(reason_of(error), file=sys.stderr)
         return 1
     except Interrupted:
         if first:

@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serving.files.program import add_version
+from serving.files.program import add_version, parse_path, reason_of
 from training.checkpoint import CheckpointError, load
 from training.data.compose import combine
 from training.data.matching import load_matching
@@ -418,10 +418,10 @@ def parser() -> argparse.ArgumentParser:
         description="Draw reconstructions of test images, and what each dimension of a pose changes in one of them.",
     )
     add_version(result)
-    result.add_argument("checkpoint", type=Path, help="the run's folder, or the checkpoint capsnet.pt in it")
+    result.add_argument("checkpoint", type=parse_path, help="the run's folder, or the checkpoint capsnet.pt in it")
     source = result.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=NAMES, help="whose test images (default: what the network was trained on)")
-    source.add_argument("--data", type=Path, metavar="FOLDER", help="or a folder of your own images")
+    source.add_argument("--data", type=parse_path, metavar="FOLDER", help="or a folder of your own images")
     add_file_flags(result)
     which = result.add_mutually_exclusive_group()
     which.add_argument("--image", type=int, metavar="N", help="number of the test image whose pose is changed, from 0")
@@ -430,7 +430,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--out",
-        type=Path,
+        type=parse_path,
         default=Path("decoder.png"),
         metavar="FILE",
         help="the picture, a PNG file (default: decoder.png)",
@@ -461,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise PictureError(f"no test image{of_class} is classified right; choose one with --image N")
         save(decoder_picture(model, trained.labels, images, labels, chosen), options.out)
     except (CheckpointError, DatasetError, PictureError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(" ".join(reason_of(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

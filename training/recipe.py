@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files.options import check, option
-from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_managers
+from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, parse_folder, parse_managers
 from training.data.specs import NAMES
 from training.tracking import TRACKERS
 
@@ -59,12 +59,12 @@ class Recipe:
     epochs: int = option(40, "epochs, each a pass over the training images or --min-epoch-steps", minimum=1)
     min_epoch_steps: int = option(
         25,
-        "steps of an epoch at least: where the images are few, an epoch passes over them several times",
+        "least steps of an epoch, which passes several times over few images",
         minimum=0,
     )
     steps: int | None = option(
         None,
-        "steps of the run, in --epochs parts of as many, whatever the number of images",
+        "steps of the whole run, in --epochs equal parts",
         parse=int,
         minimum=1,
         shown="those of the epochs",
@@ -122,7 +122,7 @@ class Recipe:
         minimum=0,
     )
     gradient_clip: float = option(
-        0.0, "largest norm of the gradient, longer ones are shortened to it; 0 for any", minimum=0
+        0.0, "largest norm of the gradient; a larger one is scaled down to it; 0 scales none", minimum=0
     )
     precision: str | None = option(
         None,
@@ -251,7 +251,7 @@ class RunOptions:
     data: Path | None = option(
         None,
         "or a folder of your own images, FOLDER/CLASS/*.png, of any size",
-        parse=Path,
+        parse=parse_folder,
         metavar="FOLDER",
         shown="",
     )
@@ -263,7 +263,7 @@ class RunOptions:
         shown="their own if all have one, else 32",
     )
     data_dir: Path | None = option(
-        None, DATA_DIR_HELP, parse=Path, metavar="FOLDER", shown="the cache, then a download"
+        None, DATA_DIR_HELP, parse=parse_folder, metavar="FOLDER", shown="the cache, then a download"
     )
     source: tuple[str, ...] = option((), SOURCE_HELP, parse=parse_managers, metavar="NAMES", shown="none is asked")
     track: str | None = option(
@@ -272,8 +272,12 @@ class RunOptions:
         choices=TRACKERS,
         shown="none",
     )
-    out: Path | None = option(None, "the run's folder", parse=Path, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED")
-    resume: bool = option(False, "continue the interrupted run in the run's folder", shown="")
+    out: Path | None = option(
+        None, "the run's folder", parse=parse_folder, metavar="FOLDER", shown="runs/DATASET-CONFIG-SEED"
+    )
+    resume: bool = option(
+        False, "continue the run in the run's folder, also a finished one with more --epochs", shown=""
+    )
 
     def __post_init__(self) -> None:
         check(self)

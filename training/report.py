@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-from serving.files.program import add_version, command_of
+from serving.files.program import add_version, command_of, parse_path, reason_of
 from training.calibration import ECE_BINS, expected_calibration_error
 from training.checkpoint import Checkpoint, CheckpointError, load
 from training.data.datasets import Dataset
@@ -325,8 +325,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m training.report", description="Write the report of a finished run again, from its checkpoint."
     )
     add_version(command)
-    command.add_argument("run", type=Path, help="the run's folder")
-    command.add_argument("--data", type=Path, metavar="FOLDER", help="the folder of images that it was trained on")
+    command.add_argument("run", type=parse_path, help="the run's folder")
+    command.add_argument(
+        "--data", type=parse_path, metavar="FOLDER", help="the folder of images that it was trained on"
+    )
     add_file_flags(command)
     options = command.parse_args(arguments)
     try:
@@ -335,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         probabilities, _ = predict(trained.model(), dataset.test_images)
         write_report(options.run, trained, dataset, probabilities)
     except (CheckpointError, DatasetError, ValueError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(" ".join(reason_of(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from PIL import Image
@@ -27,7 +26,7 @@ from serving.client.reports import Report
 from serving.client.results import Classification
 from serving.client.scores import TrueLabels
 from serving.client.sync import CapsNetClient
-from serving.files.program import add_version, command_of
+from serving.files.program import add_version, command_of, parse_flags, parse_path
 
 _PROGRESS_DELAY_SECONDS = 0.5  # a shorter run shows no progress bar
 
@@ -89,12 +88,15 @@ def _add_looking(target: argparse.ArgumentParser) -> None:
         metavar="DIM:FIRST:LAST:STEPS",
         help="draw a row of images: numbers from FIRST to LAST are added to a dimension of the pose",
     )
-    group.add_argument("--out", type=Path, metavar="FOLDER", help="folder for PNG files; no file there is overwritten")
+    group.add_argument(
+        "--out", type=parse_path, metavar="FOLDER", help="folder for PNG files; no file there is overwritten"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m serving.client",
+        allow_abbrev=False,
         usage="%(prog)s [--address HOST:PORT] [--preprocess auto | --resize] [--json] [--help] ... FILE [FILE ...]",
         description="Classify images with a running server: the length of each class's capsule, the winner's pose, and "
         "what lies behind them.",
@@ -103,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "files",
         nargs="+",
-        type=Path,
+        type=parse_path,
         metavar="FILE",
         help="image or IDX file, folder, pattern such as '*.png', or - for the standard input",
     )
@@ -137,10 +139,14 @@ def parser() -> argparse.ArgumentParser:
         help="time limit for all images (default: %(default)s)",
     )
     result.add_argument("--tls", action="store_true", help="encrypt, and trust the well-known certificates")
-    result.add_argument("--ca-file", type=Path, metavar="FILE", help="encrypt, and trust these certificates (PEM)")
-    result.add_argument("--cert-file", type=Path, metavar="FILE", help="certificate to show to the server (PEM)")
-    result.add_argument("--key-file", type=Path, metavar="FILE", help="private key of that certificate (PEM)")
-    result.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token to show to the server")
+    result.add_argument(
+        "--ca-file", type=parse_path, metavar="FILE", help="encrypt, and trust these certificates (PEM)"
+    )
+    result.add_argument("--cert-file", type=parse_path, metavar="FILE", help="certificate to show to the server (PEM)")
+    result.add_argument("--key-file", type=parse_path, metavar="FILE", help="private key of that certificate (PEM)")
+    result.add_argument(
+        "--token-file", type=parse_path, metavar="FILE", help="file with the token to show to the server"
+    )
     _add_looking(result)
     return result
 
@@ -148,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line. Exits if they contradict each other."""
     target = parser()
-    options = target.parse_args(arguments)
+    options = parse_flags(target, arguments)
     if options.labels is not None and (options.explain or options.reconstruct):
         target.error("--labels: with --explain or --reconstruct; expected one of them")
     for name, needed in (("classes", "explain"), ("out", "explain"), ("change", ""), ("sweep", "")):

@@ -158,7 +158,7 @@ class Failure:
 
     def _invalid(self, indices: Sequence[int]) -> InvalidRequest:
         text, name = self.text, self.field
-        text = _SIZE_PATTERN.sub(rf"\g<0> {SIZE_HINT}", text)
+        text = _SIZE_PATTERN.sub(rf"\1 {SIZE_HINT}", text)
         found = _IMAGE_PATTERN.match(name)
         if not found:
             kind = InvalidImage if _ONLY_IMAGE_PATTERN.match(name) else InvalidRequest

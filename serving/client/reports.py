@@ -43,14 +43,14 @@ class Report:
             self._print_rows()
 
     def end(self, failures: int) -> None:
-        """Print the results that wait, and the summary of many images or of true labels.
+        """Print the results that wait, and the summary of many images, errors or true labels.
 
         failures: the number of images without a result.
         """
         for place, result in self._waiting:
             print("\n".join(classification_lines(shown(place.name), result, self._bar)))
         self._waiting.clear()
-        if self._is_table or self._labels:
+        if self._is_table or self._labels or failures > MAX_DETAILED_IMAGES:
             lines = self._tally.lines(failures, time.monotonic() - self._begin, self._labels is not None)
             for line in lines:  # those of JSON stay alone on the standard output
                 print(line, file=sys.stderr if self._as_json else sys.stdout)

@@ -25,11 +25,14 @@ class TrueLabels:
     def read(cls, source: str) -> "TrueLabels":
         """Read labels from a file: IDX, a label a line, or NAME,LABEL a line. ``folders``: the names of the folders.
 
-        Raises ValueError for another file, and OSError.
+        Raises ValueError for another file, and for one that cannot be read.
         """
         if source == FOLDERS:
             return cls({}, (), folders=True)
-        data = Path(source).read_bytes()
+        try:
+            data = Path(source).read_bytes()
+        except OSError as error:
+            raise ValueError(f"--labels: {source}: {error.strerror}; expected a file, or the word {FOLDERS}") from error
         if is_idx(data[:4]) or data.startswith(GZIP_MAGIC):
             labels = read_idx(data)
             if labels.ndim != 1:

@@ -33,6 +33,10 @@ _HEX_PATTERN = re.compile("|".join(magic.hex() for magic in MAGICS if len(magic)
 _OTHER_FILES = (
     (re.compile(rb"....ftyp(heic|heix|mif1|msf1|hevc)", re.DOTALL), "a HEIC photograph"),
     (re.compile(rb"....ftypavif", re.DOTALL), "an AVIF image"),
+    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 image"),
+    (re.compile(rb"\0\0\0\x0cJXL |\xff\x0a"), "a JPEG XL image"),
+    (re.compile(rb"\x00\x00\x01\x00"), "an icon"),
+    (re.compile(rb"8BPS"), "a file of Photoshop"),
     (re.compile(rb"%PDF"), "a PDF file"),
     (re.compile(rb"PK\x03\x04"), "a ZIP file"),
     (re.compile(rb"\x93NUMPY"), "a file of numpy.save, which numpy.load reads"),
@@ -139,6 +143,8 @@ def mistaken_text(text: str) -> Mistake | None:
 
 def _mistaken_bytes(data: bytes) -> str:
     """Return what bytes are instead of an image file, or "" if they may be one."""
+    if not data:
+        return f"0 bytes; expected an image: {FORMAT_NAMES}"
     if data.startswith(MAGICS):
         return ""
     if name := _other_file(data):

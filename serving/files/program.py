@@ -1,7 +1,10 @@
 """The version of the project, the words that run its commands, and those for packages that are not installed."""
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +29,32 @@ def project_version() -> str:
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add the flag ``--version``, which prints the project's name and version and ends the process."""
     parser.add_argument("--version", action="version", version=f"{PROJECT} {project_version()}")
+
+
+def parse_path(text: str) -> Path:
+    """Return a path. Raises ArgumentTypeError for none, which an unset variable of a shell gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("nothing; expected a path")
+    return Path(text)
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what a command line says. An unknown flag ends the process, with the nearest flag that there is."""
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = re.findall(r"(?<!\S)--[a-z0-9-]+", parser.format_help())
+        name = unknown[0].partition("=")[0]
+        nearest = [flag for flag in flags if flag.startswith(name)] or get_close_matches(name, flags, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else "; --help lists the flags"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return parsed
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's text. That of a file has the file's name first, and no number of the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def command_of(module: str) -> str:
