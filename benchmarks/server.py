@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,12 @@ class Served:
             time.sleep(0.05)
 
 
+@cache
+def _flags_of(command: tuple[str, ...], tree: Path) -> str:
+    """Return the help of the server of a source tree, which names its flags."""
+    return subprocess.run([*command, "--help"], cwd=tree, capture_output=True, text=True, check=True).stdout
+
+
 @contextmanager
 def serve(
     repository: Path,
@@ -124,7 +131,7 @@ def serve(
     """
     log, unix_socket = folder / "server.log", folder / "socket"
     command = [sys.executable, "-m", *program]
-    known = subprocess.run([*command, "--help"], cwd=tree, capture_output=True, text=True, check=True).stdout
+    known = _flags_of(tuple(command), tree)
     command += ["--port=0", "--metrics-port=0", f"--models={repository}", f"--precision={precision}"]
     command += ["--http-port=-1"] if "--http-port" in known else []
     has_socket = "--unix-socket" in known

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -65,6 +66,7 @@ IN_PROCESS = {
 LONGEST = (
     *EXPORTING,
     "test_readme",
+    "test_web_page",
     "test_processes",
     "test_lifecycle",
     "test_architecture",
@@ -130,7 +132,7 @@ class Running:
 def settings(**chosen: object) -> Settings:
     """Settings with free ports, without HTTP, and a fixed plan, so that no start measures one."""
     ports = {"port": 0, "metrics_port": 0, "http_port": -1}
-    return Settings(**{**ports, "threads": 1, "runtimes": 2, "max_batch": 8, **chosen})  # type: ignore[arg-type]
+    return Settings(**{**ports, "threads": 1, "runtimes": 2, "max_batch": 4, **chosen})  # type: ignore[arg-type]
 
 
 class InThread:
@@ -393,8 +395,10 @@ def _whole_parts(functions: tuple[object, ...]) -> set[str]:
         names, constants = _names_and_constants(getattr(function, "__code__", None))
         if "-m" in constants:
             parts |= {part for package, part in PROCESSES.items() if package in constants}
-        for name in names:
-            found = getattr(function, "__globals__", {}).get(name)
+        known = getattr(function, "__globals__", {})
+        helpers = [vars(known[name]) for name in names if _is_helper(known.get(name))]
+        for name, space in itertools.product(names, (known, *helpers)):
+            found = space.get(name)
             module = str(getattr(found, "__module__", ""))
             if part := IN_PROCESS.get((module, name)):
                 parts.add(part)
@@ -402,6 +406,11 @@ def _whole_parts(functions: tuple[object, ...]) -> set[str]:
                 seen.add(id(found))
                 pending += vars(found).values() if inspect.isclass(found) else [found]
     return parts
+
+
+def _is_helper(found: object) -> bool:
+    """Return True for a module of the tests, whose functions others call as its attributes."""
+    return inspect.ismodule(found) and found.__name__.startswith("tests.")
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -12,12 +13,26 @@ from serving.server import Server
 from tests.conftest import Digits, InThread, Running, settings
 
 
+@contextmanager
+def _serving(model: str) -> Iterator[Running]:
+    """Serve a model in larger batches than other tests do, since thousands of images take less time in them."""
+    thread = InThread(Server(settings(model=model, max_batch=16)))
+    with thread as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    """A server of the default network."""
+    with _serving("capsnet-mnist") as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
 def accurate() -> Iterator[Running]:
     """A server of the other network for digits, which takes three times as long for an image."""
-    thread = InThread(Server(settings(model="capsnet-mnist-accurate")))
-    with thread as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Running(server, CapsNetServiceStub(channel), channel, thread)  # type: ignore[no-untyped-call]
+    with _serving("capsnet-mnist-accurate") as server:
+        yield server
 
 
 def _mistakes(digits: Digits, answers: list[pb.Classification]) -> list[int]:

@@ -31,7 +31,7 @@ from tests.conftest import DATA, ROOT, InThread, settings
 from tests.raw_client import literal
 
 PIXELS = pb.Image(pixels=bytes(784))
-PLAN = ("--threads", "1", "--runtimes", "2", "--max-batch", "8")
+PLAN = ("--threads", "1", "--runtimes", "2", "--max-batch", "4")
 MEASURED = ("--threads", "0", "--runtimes", "0", "--max-batch", "0")
 DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 

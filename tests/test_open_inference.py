@@ -370,7 +370,7 @@ def test_no_method_of_triton_is_unknown_on_any_port(start_on_each: Callable[...,
 def test_statistics_count_requests_images_and_batches(
     start: Callable[..., Running], triton: Ask, images: list[Any]
 ) -> None:
-    running = start(runtimes=1)
+    running = start(runtimes=1, max_batch=8)
     assert triton("ask", running.address, "get_inference_statistics")["model_stats"][0]["last_inference"] == "0"
     for count in (1, 5, 5):
         triton("infer", running.address, model_name=NAME, images=images[:count])
