@@ -11,6 +11,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from functools import partial
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from grpc_health.v1 import health_pb2
@@ -19,7 +20,7 @@ from serving.access.access import Access
 from serving.access.files import AccessError
 from serving.access.tokens import ADMIN, PREDICT
 from serving.errors import DENIALS
-from serving.files.program import command_of, project_version
+from serving.files.program import command_of
 from serving.metrics.page import Page
 from serving.metrics.registry import Metrics
 from serving.repository.repository import Repository
@@ -37,6 +38,7 @@ from serving.transport.grpcio_server import GrpcioServer
 from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits, TransportServer, table
 from serving.transport.server import GrpcServer
+from serving.web.documents import documents
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -147,6 +149,7 @@ class Server:
         self._grpc.add_methods(self._methods)
         self._grpc.add_methods(health_methods(self._health))
         if self.settings.reflection:
+            self._methods |= guard.protect(documents(metadata.version("capsnet-serving")), PREDICT)
             self._grpc.add_methods(guard.protect(reflection_methods((SERVICE, INFERENCE_SERVICE, HEALTH)), PREDICT))
 
     def _start_tracing(self, started: AsyncExitStack) -> None:
@@ -177,12 +180,9 @@ class Server:
         self._web: WebServer | None = None
         if settings.http_port >= 0:
             # Imported only now, since a server of gRPC alone does without Uvicorn.
-            from serving.web.documents import documents
             from serving.web.server import web_server
 
             access = self._access
-            if settings.reflection:
-                self._methods |= access.guard.protect(documents(project_version()), PREDICT)
             self._web = web_server(
                 settings, self.metrics, self._methods, self._limits(), self._unready, access.http_context, access.admit,
                 self._memory,
@@ -258,7 +258,7 @@ class Server:
 
     def announce(self) -> None:
         """Log the versions and the addresses, and a warning if the settings ask for more threads than cores."""
-        _logger.info("capsnet-serving %s on Python %s", project_version(), platform.python_version())
+        _logger.info("capsnet-serving %s on Python %s", metadata.version("capsnet-serving"), platform.python_version())
         asked, cores = max(1, self.settings.threads) * max(1, self.settings.runtimes), usable_cores()
         if asked > cores and self.settings.device in ("auto", "cpu"):
             _logger.warning(
@@ -358,7 +358,7 @@ def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
         from serving.rpc.tracing import Tracing
     except ImportError as error:
         raise StartError("trace_endpoint: OpenTelemetry is not installed; install the extra tracing") from error
-    return Tracing(spans or OTLPSpanExporter(endpoint), project_version())
+    return Tracing(spans or OTLPSpanExporter(endpoint), metadata.version("capsnet-serving"))
 
 
 async def serve(settings: Settings) -> bool:

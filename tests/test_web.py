@@ -30,7 +30,6 @@ from serving.web import documents
 from serving.web.forms import from_pictures, from_query
 from serving.web.incoming import JSON, BodyLimits, Incoming
 from serving.web.json_messages import read_message, to_json
-from serving.web.openapi import Schema, describe
 from serving.web.page import read_page
 from serving.web.problems import Problem, problem_of
 from serving.web.routes import ROUTES, Body, Route
@@ -630,22 +629,6 @@ def test_the_documents_need_nothing_from_elsewhere_and_name_every_path(port: int
     assert [(one.status, one.fields["content-type"]) for one in icons] == [(200, "image/svg+xml")] * 2
     again = ask(port, "/documentation.css", if_none_match=style.fields["etag"])
     assert (again.status, again.body) == (304, b"")
-
-
-def test_a_document_is_written_at_its_first_request_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    described: list[str] = []
-
-    def recorded(version: str) -> Schema:
-        described.append(version)
-        return describe(version)
-
-    monkeypatch.setattr(documents, "describe", recorded)
-    with serving(documents.documents("1.2.3")) as web:
-        assert described == []
-        first, second = (ask(web.port, "/openapi.json") for _ in range(2))
-        assert first.json["info"]["version"] == "1.2.3" and first.body == second.body
-        assert b"/v1/classify" in ask(web.port, "/docs").body
-    assert described == ["1.2.3"]
 
 
 def test_a_page_has_the_files_of_its_folder_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

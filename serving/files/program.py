@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,7 +16,6 @@ _SCRIPTS = {
 _OWN_PACKAGES = frozenset({"protos", "serving", "training", "export"})
 
 
-@cache
 def project_version() -> str:
     """Return the version of the installed project, or "0.0.0" if it runs without an installation."""
     try:

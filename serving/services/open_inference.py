@@ -5,10 +5,10 @@ Requests for inference go to the pipeline. All other requests are answered from 
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
+from importlib.metadata import version
 
 from protos.inference import inference_pb2 as pb
 from serving.errors import InvalidRequest, UnknownModel
-from serving.files.program import project_version
 from serving.metrics.registry import CLASSIFY, Metrics
 from serving.metrics.triton_statistics import Duration
 from serving.repository.classifier import IMAGES, PROBABILITIES
@@ -67,6 +67,7 @@ class InferenceService:
         self._edge = edge
         self._settings = settings
         self._max_bytes = settings.max_request_bytes
+        self._version = version(NAME)
         self._codecs = PerModel(lambda model: InferCodec.of(model.artifact, settings))
         self._refuse = StreamRefusals(edge, metrics, SERVICE, "ModelStreamInfer")
 
@@ -110,7 +111,7 @@ class InferenceService:
     async def server_metadata(self, data: bytes, call: Call) -> bytes:
         """Return a ServerMetadataResponse."""
         extensions = [*EXTENSIONS, "model_repository"] if self._settings.admin_port >= 0 else EXTENSIONS
-        response = pb.ServerMetadataResponse(name=NAME, version=project_version(), extensions=extensions)
+        response = pb.ServerMetadataResponse(name=NAME, version=self._version, extensions=extensions)
         return response.SerializeToString()
 
     async def model_metadata(self, data: bytes, call: Call) -> bytes:

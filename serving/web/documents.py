@@ -1,8 +1,6 @@
 """The documents about the routes: OpenAPI, and a page of HTML for people, which needs nothing from elsewhere."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from functools import cache, partial
 from html import escape
 from pathlib import Path
 from typing import cast
@@ -31,10 +29,10 @@ _EXAMPLES = (
 
 def documents(version: str) -> dict[str, Method]:
     """Return the methods that answer with the documents. version: the server's own."""
-    description = cache(partial(describe, version))
+    description = describe(version)
     return {
-        DESCRIBE: UnaryMethod(_answering(lambda: write_json(description()))),
-        DOCUMENT: UnaryMethod(_answering(lambda: _html(description()))),
+        DESCRIBE: UnaryMethod(_answering(write_json(description))),
+        DOCUMENT: UnaryMethod(_answering(_html(description))),
     }
 
 
@@ -50,20 +48,9 @@ def page_files() -> dict[str, PageFile]:
     return files
 
 
-def _answering(write: Callable[[], bytes]) -> Callable[[bytes, Context], Awaitable[bytes]]:
-    """Return a handler that writes its document at the first request and keeps it.
-
-    It writes in another thread, since this takes tens of milliseconds, which neither a start nor the event loop has.
-    """
-    kept = b""
-
-    def written() -> bytes:
-        nonlocal kept
-        kept = kept or write()
-        return kept
-
+def _answering(content: bytes) -> Callable[[bytes, Context], Awaitable[bytes]]:
     async def answer(data: bytes, context: Context) -> bytes:
-        return kept or await asyncio.to_thread(written)
+        return content
 
     return answer
 
