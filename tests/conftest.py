@@ -5,6 +5,7 @@ import gc
 import inspect
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -342,8 +343,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 
 def pytest_configure() -> None:
-    """Look for garbage less often, since the exporter makes many objects: it took a tenth of its time."""
+    """Set what all tests of a process share.
+
+    Garbage is looked for less often, since the exporter makes many objects: it took a tenth of its time. A shell's job
+    in the background ignores Ctrl-C, and the processes that tests start and interrupt would inherit that.
+    """
     gc.set_threshold(50_000, 20, 100)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
