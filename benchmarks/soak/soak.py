@@ -20,6 +20,7 @@ from serving.access.tokens import TokenEntry
 _MAX_CALLS = 128
 _SAMPLE_SECONDS = 1.0
 _MAX_FAULTS_SHOWN = 20
+_SHOWN_LOG = 2000  # characters of it
 #: Pauses between the changes of a kind, as shares of the soak's length, and at most, in seconds.
 _PAUSES: Mapping[str, tuple[float, float]] = {
     "swap_models": (1 / 12, 20.0),
@@ -73,8 +74,9 @@ class Soak:
         left = await asyncio.to_thread(left_over, self.client.server, Held({}, 0, files))
         for name, amount in left.items():
             self._fault(f"the server still holds {amount:g} {name} after the soak")
-        if "Traceback" in self.client.server.log_text:
-            self._fault("the log has a traceback")
+        _, traceback, text = self.client.server.log_text.partition("Traceback")
+        if traceback:
+            self._fault(f"the log has a traceback{text[:_SHOWN_LOG]}")
 
     async def _load(self) -> None:
         """Begin calls at a steady rate until the end, then wait for those in flight."""

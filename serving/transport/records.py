@@ -62,7 +62,7 @@ def _received(link: socket.socket) -> int:
         return 0
     try:
         info = link.getsockopt(socket.IPPROTO_TCP, option, _BYTES_RECEIVED.stop)
-    except OSError:  # the connection has ended
+    except (OSError, ValueError):  # the connection has ended; uvloop's socket then has the number -1
         return 0
     return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder)
 
@@ -71,6 +71,6 @@ def _unread(link: socket.socket) -> int:
     """Return the received bytes that the server has not read yet."""
     try:
         waiting = fcntl.ioctl(link.fileno(), termios.FIONREAD, bytes(4))
-    except OSError:  # the connection has ended
+    except (OSError, ValueError):  # the connection has ended; uvloop's socket then has the number -1
         return 0
     return int.from_bytes(waiting, sys.byteorder)

@@ -183,7 +183,8 @@ class GrpcServer:
             self._empty.set()
 
     def _look_around(self) -> None:
-        """End what its clients do not bring further: calls and connections. Schedule the next look."""
+        """End what its clients do not bring further: calls and connections. Schedule the next look, whatever comes."""
+        self._looking = self._loop.call_later(self._check_seconds, self._look_around)
         now = self._loop.time()
         self.memory.evict_stalled(now)
         for connection in list(self._connections):
@@ -193,4 +194,3 @@ class GrpcServer:
                 connection.abort()
             else:
                 connection.check(now)
-        self._looking = self._loop.call_later(self._check_seconds, self._look_around)

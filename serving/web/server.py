@@ -187,12 +187,12 @@ class WebServer:
         return bool(limit)
 
     def _look_around(self) -> None:
-        """End the connections whose clients do not bring them further. Schedule the next look."""
+        """End the connections whose clients do not bring them further. Schedule the next look, whatever comes."""
         loop = asyncio.get_running_loop()
+        self._looking = loop.call_later(_CHECK_SECONDS, self._look_around)
         now = loop.time()
         for connection in list(self._connections):
             connection.check(now)
-        self._looking = loop.call_later(_CHECK_SECONDS, self._look_around)
 
 
 def web_server(
