@@ -12,7 +12,7 @@ _MIN_RETURNED_BYTES = {"native": 2**20, "grpcio": 2**16}
 
 
 def main() -> int:
-    """Serve until a signal, and return the exit status."""
+    """Serve until a signal, and end the process. Return the exit status if it cannot begin."""
     for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own handlers
         signal.signal(number, _end_at_once)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it asks for a scan of the models, and the start scans them anyway
@@ -50,17 +50,18 @@ def main() -> int:
         )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            served = runner.run(serve(settings))
+            runner.run(serve(settings))
+        status = 0
     except (ArtifactError, RuntimeSetupError, StartError) as error:
         print(f"cannot start: {error}", file=sys.stderr)
-        return 1
+        status = 1
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    if not served:
-        # The interpreter's own end would pull ONNX Runtime away from under the thread that still loads it, and abort.
-        logging.shutdown()
-        os._exit(0)
-    return 0
+        status = 128 + signal.SIGINT
+    # The interpreter's own end may stop a thread inside ONNX Runtime, which still loads a model, or inside gRPC's core,
+    # and the process would abort.
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _end_at_once(number: int, _: FrameType | None) -> None:

@@ -361,10 +361,10 @@ def _tracing(endpoint: str, spans: "SpanExporter | None") -> "Tracing":
     return Tracing(spans or OTLPSpanExporter(endpoint), metadata.version("capsnet-serving"))
 
 
-async def serve(settings: Settings) -> bool:
+async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A SIGHUP looks for new versions of the models.
 
-    Return False if the signal came while the models were still loading, in a thread that cannot be interrupted.
+    If the signal comes while the models are still loading, a thread that cannot be interrupted goes on.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -388,11 +388,10 @@ async def serve(settings: Settings) -> bool:
         starting.cancel()
         with suppress(asyncio.CancelledError):
             await starting
-        return False
+        return
     await starting
     server.announce()
     await signalled
     _logger.info("stopping: requests under way finish first")
     await server.stop()
     _logger.info("stopped")
-    return True
