@@ -9,17 +9,21 @@ from typing import Self
 import grpc
 
 
-class ServingError(Exception):
-    """Base of the errors that reach a client."""
-
-    code = grpc.StatusCode.INTERNAL
-    #: The value of the label ``reason`` in the metrics.
-    reason = "internal"
+class Keepable(Exception):
+    """An error that may outlive its request."""
 
     def alone(self) -> Self:
         """Return this error without its frames and cause, to be kept: they hold what the client has sent."""
         self.__traceback__ = self.__context__ = self.__cause__ = None
         return self
+
+
+class ServingError(Keepable):
+    """Base of the errors that reach a client."""
+
+    code = grpc.StatusCode.INTERNAL
+    #: The value of the label ``reason`` in the metrics.
+    reason = "internal"
 
 
 class InvalidRequest(ServingError):

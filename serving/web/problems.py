@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 
+from serving.errors import Keepable
 from serving.transport.headers import Metadata, Status
 
 #: The media type of an error.
@@ -34,7 +35,7 @@ class Violation(NamedTuple):
     description: str
 
 
-class Problem(Exception):
+class Problem(Keepable):
     """A request is answered with an error.
 
     status: of HTTP. code: of gRPC. noted: True if the method has counted and logged it.
@@ -56,11 +57,6 @@ class Problem(Exception):
         self.headers = dict(headers or {})
         self.noted = noted
         self._violations = violations
-
-    def alone(self) -> "Problem":
-        """Return this problem without its frames and cause: they hold what the client has sent."""
-        self.__traceback__ = self.__context__ = self.__cause__ = None
-        return self
 
     def body(self, with_error: bool = False) -> bytes:
         """Return the problem in JSON. with_error: with the member ``error`` of the Open Inference Protocol."""
