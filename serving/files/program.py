@@ -29,10 +29,13 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"{PROJECT} {project_version()}")
 
 
-def parse_path(text: str) -> Path:
-    """Return a path. Raises ArgumentTypeError for none, which an unset variable of a shell gives."""
+def parse_path(text: str, kind: str = "a path") -> Path:
+    """Return a path. Raises ArgumentTypeError for none, which an unset variable of a shell gives.
+
+    kind: what the error says was expected.
+    """
     if not text:
-        raise argparse.ArgumentTypeError("nothing; expected a path")
+        raise argparse.ArgumentTypeError(f"nothing; expected {kind}")
     return Path(text)
 
 

@@ -15,6 +15,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from serving.files.program import parse_path
+
 MIRROR_TIMEOUT_SECONDS = 5.0
 PACKAGE_TIMEOUT_SECONDS = 120.0
 MAX_FILE_BYTES = 2**28
@@ -167,9 +169,7 @@ def check_places(data: Path | None, data_dir: Path | None, source: Collection[st
 
 def parse_folder(text: str) -> Path:
     """Return a path. Raises ArgumentTypeError for none, which an unset variable of a shell gives."""
-    if not text:
-        raise argparse.ArgumentTypeError("nothing; expected a folder")
-    return Path(text)
+    return parse_path(text, "a folder")
 
 
 def parse_managers(text: str) -> tuple[str, ...]:
