@@ -11,11 +11,11 @@ from typing import cast
 import grpc
 
 from serving.transport import frames
-from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, TEXTS
+from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, note_limit
 from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
-from serving.transport.methods import Peer, TransportLimits, client_of, peer_of
+from serving.transport.methods import client_of, peer_of
 from serving.transport.receiving import MAX_BYTES_A_TURN
 from serving.transport.records import records_of
 from serving.transport.sending import Buffers
@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
         if self._refused or self._closed:
             return
         if self.records and self.records.are_tiny(len(data)):
-            _note(FLOOD, self._terms.limits, self._streams.client)
+            note_limit(FLOOD, self._terms.limits, self._streams.client)
             self._transport.abort()  # at once: until TLS's own end, its records would be read
             return
         now = self.loop.time()
@@ -208,7 +208,7 @@ class Connection(asyncio.Protocol):
     def replace(self) -> None:
         """End the connection for the sake of a new one."""
         self.replaced = True
-        _note(REPLACED, self._terms.limits, self._streams.client)
+        note_limit(REPLACED, self._terms.limits, self._streams.client)
         self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
 
     def cut_off(self) -> None:
@@ -284,12 +284,6 @@ class Connection(asyncio.Protocol):
         self._end_calls()
         self._timers.append(self.loop.call_later(_CLOSE_SECONDS, self._transport.abort))
         self.loop.call_soon(self._transport.close)  # after _flush, which is scheduled already
-
-
-def _note(limit: str, limits: TransportLimits, client: Peer) -> None:
-    """Count and log that a limit ends a client's connection."""
-    limits.limited(limit)
-    limits.dropped(TEXTS[limit], client)
 
 
 def _set_done(future: "asyncio.Future[None]") -> None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
-from serving.transport.methods import UNIX_ADDRESS, TransportLimits, client_of, is_loopback
+from serving.transport.methods import UNIX_ADDRESS, Peer, TransportLimits, client_of, is_loopback
 
 #: The limits that refuse or end a connection: of all connections; of one client; of all connections, which ends an idle
 #: one for the sake of a new one; of time without calls; of frames that advance no call and of headers without end; and
@@ -25,6 +25,12 @@ TEXTS = {
 MIN_REPLACED_SECONDS = 10.0
 _MAX_REPLACED_SHARE = 1 / 16  # of all connections; so many may be ending while others already have their places
 _SEARCH_PAUSE_SECONDS = 0.1  # after a search that found none: it looks at every connection
+
+
+def note_limit(limit: str, limits: TransportLimits, client: Peer) -> None:
+    """Count and log that a limit refuses or ends a client's connection. limit: one of TEXTS."""
+    limits.limited(limit)
+    limits.dropped(TEXTS[limit], client)
 
 
 class Idle(Protocol):

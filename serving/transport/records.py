@@ -14,8 +14,8 @@ _CHECKED_BYTES = 4096  # of content; the received bytes are looked at once for s
 _FIRST_CHECKED_BYTES = 256
 _MAX_RATIO = 4  # of received bytes to content: that of records with seven bytes
 _MAX_OTHER_BYTES = 2**15  # of the handshake, which may have a client's certificates, and of a record in part
-
 _MAX_WAITING_BYTES = 2**18  # that uvloop has read and not decrypted yet, since the connection reads nothing now
+_ENDED = (OSError, ValueError)  # of a connection that has ended; uvloop's socket then has the number -1
 
 
 class Records:
@@ -62,7 +62,7 @@ def _received(link: socket.socket) -> int:
         return 0
     try:
         info = link.getsockopt(socket.IPPROTO_TCP, option, _BYTES_RECEIVED.stop)
-    except (OSError, ValueError):  # the connection has ended; uvloop's socket then has the number -1
+    except _ENDED:
         return 0
     return int.from_bytes(info[_BYTES_RECEIVED], sys.byteorder)
 
@@ -71,6 +71,6 @@ def _unread(link: socket.socket) -> int:
     """Return the received bytes that the server has not read yet."""
     try:
         waiting = fcntl.ioctl(link.fileno(), termios.FIONREAD, bytes(4))
-    except (OSError, ValueError):  # the connection has ended; uvloop's socket then has the number -1
+    except _ENDED:
         return 0
     return int.from_bytes(waiting, sys.byteorder)

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 
 from serving.transport.connection import Connection
-from serving.transport.connection_limits import FLOOD, FULL, TEXTS, ConnectionLimits
+from serving.transport.connection_limits import FLOOD, FULL, ConnectionLimits, note_limit
 from serving.transport.counts import ConnectionFigures, Figures
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
@@ -161,8 +161,7 @@ class GrpcServer:
                 idle.replace()
                 return False
         if limit:
-            self._terms.limits.limited(limit)
-            self._terms.limits.dropped(TEXTS[limit], Peer(address))
+            note_limit(limit, self._terms.limits, Peer(address))
         return bool(limit)
 
     def _opened(self, connection: Connection, address: str) -> bool:
@@ -189,8 +188,7 @@ class GrpcServer:
         self.memory.evict_stalled(now)
         for connection in list(self._connections):
             if connection.records and connection.records.are_empty():
-                self._terms.limits.limited(FLOOD)
-                self._terms.limits.dropped(TEXTS[FLOOD], Peer(connection.address))
+                note_limit(FLOOD, self._terms.limits, Peer(connection.address))
                 connection.abort()
             else:
                 connection.check(now)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from serving.transport.connection_limits import TEXTS, UNREAD
+from serving.transport.connection_limits import UNREAD, note_limit
 from serving.transport.streams import Streams
 
 
@@ -36,8 +36,7 @@ class Unsent:
             self._count(size)
             return
         self.gone()
-        self.owner.limits.limited(UNREAD)
-        self.owner.limits.dropped(TEXTS[UNREAD], self.owner.client)
+        note_limit(UNREAD, self.owner.limits, self.owner.client)
         self._transport.abort()
 
     def gone(self) -> None:
