@@ -4,13 +4,13 @@ import asyncio
 import struct
 import weakref
 from collections.abc import AsyncIterator, Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, cast
 
 import pytest
 from hpack import Encoder
 
-from serving.transport import frames
+from serving.transport import frame_reader, frames
 from serving.transport.connection import Connection
 from serving.transport.frame_reader import FrameReader
 from serving.transport.frames import ConnectionFault
@@ -58,7 +58,9 @@ def new_reader(link: FakeLink) -> FrameReader:
     """Return a reader after the client's greeting."""
     reader = FrameReader(link, find, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
     reader.receive(frames.PREFACE + frames.settings({}))
-    assert not reader.unread
+    while reader.unread:
+        reader.begin_turn()
+        reader.receive(b"")
     link.sent = 0
     return reader
 
@@ -125,6 +127,18 @@ def test_small_frames_are_read_in_turns_and_all_are_answered() -> None:
         link = FakeLink()
         answered = steps(new_reader(link), frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS, lambda: link.sent)
         assert sum(answered) == PINGS and max(answered) <= 200
+
+    asyncio.run(main())
+
+
+def test_a_turn_ends_after_a_millisecond_whatever_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(frame_reader, "perf_counter", lambda: next(clock) * 0.0003)
+
+    async def main() -> None:
+        link = FakeLink()
+        answered = steps(new_reader(link), frames.frame(frames.PING, 0, 0, bytes(8)) * 30, lambda: link.sent)
+        assert sum(answered) == 30 and max(answered) <= 4
 
     asyncio.run(main())
 

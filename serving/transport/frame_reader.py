@@ -1,6 +1,7 @@
 """The reader of one connection's frames, which passes their content to the calls (RFC 9113, sections 3 to 6)."""
 
 from collections.abc import Callable
+from time import perf_counter
 
 from serving.transport import frames, headers
 from serving.transport.control_frames import ControlFrames
@@ -23,6 +24,7 @@ HTTP1_ANSWER = (
     % (len(_TEXT), _TEXT)
 )
 _HTTP1_METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"PRI")
+_TURN_SECONDS = 0.001  # a turn ends after this time, whatever its work: headers and messages may take any time
 _WINDOW = 2**24  # bytes that a client may send on a connection before the server reads them
 _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
@@ -69,6 +71,7 @@ class FrameReader:
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
         self._work_left = WORK_A_TURN
+        self._seconds_left = _TURN_SECONDS
 
     def receive(self, data: bytes) -> None:
         """Read what has come, as far as a turn allows. Raises ConnectionFault and NotHttp2, which end the reading.
@@ -96,6 +99,7 @@ class FrameReader:
     def begin_turn(self) -> None:
         """Note that other connections have had their turn."""
         self._work_left = WORK_A_TURN
+        self._seconds_left = _TURN_SECONDS
 
     @property
     def unread(self) -> bool:
@@ -126,7 +130,7 @@ class FrameReader:
 
     def _read(self, data: bytes, at: int) -> int:
         """Read complete frames of one turn from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
-        end = len(data)
+        end, turn_end = len(data), perf_counter() + self._seconds_left
         while end - at >= _HEAD_BYTES:
             high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
             length = high << 8 | low
@@ -149,8 +153,11 @@ class FrameReader:
                     self._begin_block(flags, stream, data[begin:at])
             else:
                 self._other(kind, flags, stream, data[begin:at])
+            if perf_counter() > turn_end:
+                self._work_left = -1
             if self._work_left < 0:
                 break
+        self._seconds_left = turn_end - perf_counter()
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:

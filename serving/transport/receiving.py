@@ -1,7 +1,6 @@
 """The receiving half of a call, and the two kinds of complete calls."""
 
 import asyncio
-import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
@@ -100,13 +99,12 @@ class ReceivingCall(Call):
                 self._received([message], len(data))
                 return
             reader = self._reader = MessageReader(limits.message_bytes, limits.message_text, self._head.encoding)
-        before, begin = reader.buffered, time.perf_counter()
+        before = reader.buffered
         try:
             received = reader.feed(data)
         except MessageError as error:
             self.refuse(error.code, str(error))
         else:
-            self.streams.count_time(time.perf_counter() - begin)  # since small messages are inflated here
             if len(received) > 1:
                 self.streams.count_messages(received)
             self._received(received, reader.buffered - before + _size(received))
