@@ -294,7 +294,7 @@ def test_a_refused_client_of_a_port_with_tls_is_closed_before_its_handshake() ->
 
         [listening] = listen_tcp("127.0.0.1", 0)
         listener = TlsListener(listening, ssl.create_default_context, connect, TransportLimits(1, "", 1, ""), refuses)
-        await listener.start_serving()
+        listener.start_serving()
         reader, writer = await asyncio.open_connection(*listening.getsockname())
         assert await reader.read() == b""
         assert asked == ["127.0.0.1"]

@@ -36,8 +36,8 @@ KEEP_ALIVE_SECONDS = 75.0
 # The most bytes that wait to be parsed before no more are read, beside those of one read.
 _MAX_ARRIVED_BYTES = 65536
 _TURN_SECONDS = 0.001
-# The bytes that are parsed before the clock is looked at: the fewest after a piece that has taken a turn, such as one of
-# tiny chunks, and twice as many after each other one.
+# The bytes that are parsed before the clock is looked at: the fewest after a piece that has taken a turn, such as one
+# of tiny chunks, and twice as many after each other one.
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 128, 4096
 _HEAD_END = re.compile(rb"\n\r?\n")
 
