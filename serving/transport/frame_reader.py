@@ -12,7 +12,7 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
-from serving.transport.streams import WORK_A_TURN, ConnectionState, Link, Streams, StreamState
+from serving.transport.streams import TURN_SECONDS, WORK_A_TURN, ConnectionState, Link, Streams, StreamState
 from serving.transport.unpacking import Unpacker
 
 #: Seconds within which a header block must come in full.
@@ -24,7 +24,6 @@ HTTP1_ANSWER = (
     % (len(_TEXT), _TEXT)
 )
 _HTTP1_METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"PRI")
-_TURN_SECONDS = 0.001  # a turn ends after this time, whatever its work: headers and messages may take any time
 _WINDOW = 2**24  # bytes that a client may send on a connection before the server reads them
 _LOW_WINDOW = _WINDOW // 2  # the window is refilled below this
 _BLOCK_BYTES_AN_IDLE_FRAME = 256  # of a header block that is too large
@@ -71,7 +70,7 @@ class FrameReader:
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
         self._work_left = WORK_A_TURN
-        self._seconds_left = _TURN_SECONDS
+        self._seconds_left = TURN_SECONDS
 
     def receive(self, data: bytes) -> None:
         """Read what has come, as far as a turn allows. Raises ConnectionFault and NotHttp2, which end the reading.
@@ -99,7 +98,7 @@ class FrameReader:
     def begin_turn(self) -> None:
         """Note that other connections have had their turn."""
         self._work_left = WORK_A_TURN
-        self._seconds_left = _TURN_SECONDS
+        self._seconds_left = TURN_SECONDS
 
     @property
     def unread(self) -> bool:

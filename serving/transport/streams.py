@@ -16,7 +16,8 @@ from serving.transport.patience import Patience
 from serving.transport.sending import Buffers, PeerWindow, Sending
 from serving.transport.unpacking import Unpacker
 
-#: The work of a turn of the event loop: about 1 ms. Then other connections have their turn.
+#: The longest turn of a connection or a handler on the event loop, and the work that takes about as long.
+TURN_SECONDS = 0.001
 WORK_A_TURN = 2**16
 # Frames that advance no call: the most at once, and the most a second. No honest client comes near these limits.
 _MAX_IDLE_FRAMES = 10_000
