@@ -4,6 +4,7 @@
 """
 
 import csv
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from itertools import islice
@@ -171,6 +172,24 @@ def test_the_attacks_that_were_asked_for_are_printed_and_written(
         ("ping flood", "50", "memory"), ("half calls", "50", "memory"),
     ]  # fmt: skip
     assert "half calls" in capsys.readouterr().out
+
+
+def test_many_connections_leave_out_the_attacks_that_have_as_many_in_any_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def note(attack: Attack, options: Namespace) -> dict[str, str]:
+        asked.append(attack.name)
+        return dict.fromkeys(command._TITLES, "")
+
+    monkeypatch.setattr(command, "run", note)
+    command.main(["--connections", "50"])
+    assert {"ping flood", "HTTP, numbers in JSON", "slow headers"} <= set(asked)
+    assert {"idle connections", "HTTP, idle connections"} <= ATTACKS.keys() - set(asked)
+    assert ATTACKS["HTTP, numbers in JSON"].sockets(1) == 8
+    assert ATTACKS["HTTP, numbers in JSON"].sockets(50) == 50
+    assert ATTACKS["slow headers"].sockets(50) == 5000
 
 
 def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path: Path) -> None:

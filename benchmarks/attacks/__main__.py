@@ -12,7 +12,7 @@ from benchmarks.attacks.good_client import good_client
 from benchmarks.attacks.link import Attack
 from benchmarks.attacks.measure import MAX_MEMORY_RATIO, MAX_P99_RATIO, Result, measure
 from benchmarks.attacks.served import target
-from benchmarks.attacks.table import ATTACKS, MAX_CONNECTIONS
+from benchmarks.attacks.table import ATTACKS
 from benchmarks.figures import origin, write
 from benchmarks.load import LoadError
 from serving.transport.methods import TRANSPORTS
@@ -70,7 +70,7 @@ def run(attack: Attack, options: argparse.Namespace) -> dict[str, Any]:
     ):
         result = measure(server, client, control, attack, options.connections, options.seconds, CALM_SECONDS)
     row: dict[str, Any] = {"transport": options.transport, "attack": attack.name, "connections": options.connections}
-    row["sockets"] = min(MAX_CONNECTIONS, options.connections * attack.times)
+    row["sockets"] = attack.sockets(options.connections)
     return {
         **row,
         "seconds": options.seconds,
@@ -78,6 +78,11 @@ def run(attack: Attack, options: argparse.Namespace) -> dict[str, Any]:
         **figures(result, options.connections > 1),
         **origin(),
     }
+
+
+def _is_another(attack: Attack, connections: int) -> bool:
+    """Return True if the attack differs from that on one connection, such as one that has 5,000 in any case."""
+    return connections == 1 or attack.sockets(connections) > attack.sockets(1)
 
 
 def merge(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -94,7 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.attacks", description=__doc__)
     command.add_argument("--transport", choices=TRANSPORTS, default="native", help="the server's (default: native)")
     command.add_argument("--seconds", type=float, default=6.0, help="length of each attack (default: 6)")
-    command.add_argument("--only", nargs="+", choices=ATTACKS, metavar="NAME", help="attacks (default: all)")
+    command.add_argument(
+        "--only", nargs="+", choices=ATTACKS, metavar="NAME", help="attacks (default: all that differ)"
+    )
     command.add_argument("--connections", type=int, default=1, help="connections of each attack (default: 1)")
     command.add_argument(
         "--deadline", type=float, default=5.0, help="deadline of the good client's calls, in seconds (default: 5)"
@@ -109,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.error("--seconds, --connections and --deadline: expected numbers above 0")
     failed = False
     print(_SHOWN.format("attack", *_TITLES), flush=True)
-    for name in options.only or ATTACKS:
+    for name in options.only or [name for name, one in ATTACKS.items() if _is_another(one, options.connections)]:
         try:
             row = run(ATTACKS[name], options)
         except LoadError as error:
