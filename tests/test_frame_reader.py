@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from hpack import Encoder
 
-from serving.transport import frame_reader, frames
+from serving.transport import frame_reader, frames, receiving
 from serving.transport.connection import Connection
 from serving.transport.frame_reader import FrameReader
 from serving.transport.frames import ConnectionFault
@@ -154,6 +154,35 @@ def test_a_turn_ends_after_a_frame_of_many_messages() -> None:
         [call] = reader.streams
         call.abandon()
         await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_a_handler_leaves_the_loop_to_others_after_a_millisecond_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, read = count(), 0
+    monkeypatch.setattr(receiving, "perf_counter", lambda: next(clock) * 0.0003)
+
+    async def reading(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        nonlocal read
+        async for _ in requests:
+            read += 1
+        yield b""
+
+    async def main() -> None:
+        nonlocal read
+        method, link = StreamMethod(reading), FakeLink()
+        reader = FrameReader(link, lambda _: method, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
+        reader.receive(frames.PREFACE + frames.settings({}) + headers(1, Encoder().encode(HEADERS)))
+        reader.receive(data(1, framed(bytes(50)) * 100))
+        while reader.unread:
+            reader.begin_turn()
+            reader.receive(b"")
+        a_turn = []
+        while read < 100:
+            before = read
+            await asyncio.sleep(0)
+            a_turn.append(read - before)
+        assert max(a_turn) <= 8
 
     asyncio.run(main())
 
