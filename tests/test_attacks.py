@@ -55,9 +55,9 @@ SHORT_ON_GRPCIO = (
     "unknown methods",
 )
 SHORT = {"native": SHORT_ON_NATIVE, "grpcio": SHORT_ON_GRPCIO}
-#: The attacks beside which the p99 is more than ten times the quiet one. Natively a thousand connections ask at once, and
-#: each has a turn. gRPC's core reads a client without turns, and each call and each reset becomes an event for Python,
-#: so that the calls of others wait behind them.
+#: The attacks beside which the p99 is more than ten times the quiet one. Natively, a thousand connections ask at once
+#: and each has a turn. gRPC's core reads a client without turns, and each call and each reset becomes an event for
+#: Python, so that the calls of others wait behind them.
 SLOW = {
     "native": {"HTTP, idle connections"},
     "grpcio": {"rapid reset, headers", "made you reset, data", "unknown methods"},

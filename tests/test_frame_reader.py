@@ -131,14 +131,14 @@ def test_small_frames_are_read_in_turns_and_all_are_answered() -> None:
     asyncio.run(main())
 
 
-def test_a_turn_ends_after_a_millisecond_whatever_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_ends_after_two_milliseconds_whatever_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count()
     monkeypatch.setattr(frame_reader, "perf_counter", lambda: next(clock) * 0.0003)
 
     async def main() -> None:
         link = FakeLink()
         answered = steps(new_reader(link), frames.frame(frames.PING, 0, 0, bytes(8)) * 30, lambda: link.sent)
-        assert sum(answered) == 30 and max(answered) <= 4
+        assert sum(answered) == 30 and max(answered) <= 7
 
     asyncio.run(main())
 
@@ -158,7 +158,9 @@ def test_a_turn_ends_after_a_frame_of_many_messages() -> None:
     asyncio.run(main())
 
 
-def test_a_handler_leaves_the_loop_to_others_after_a_millisecond_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handler_leaves_the_loop_to_others_after_two_milliseconds_of_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, read = count(), 0
     monkeypatch.setattr(receiving, "perf_counter", lambda: next(clock) * 0.0003)
 
