@@ -17,6 +17,9 @@ from serving.transport.memory import Memory
 from serving.transport.messages import MessageError
 from serving.transport.methods import UNIX_ADDRESS, Peer, TransportLimits, common_name
 
+_FIRST_BYTES = 2**21  # that the first message of a connection is taken to have
+_MAX_COMING_BYTES = 2**23  # of the messages of a connection that are on their way
+_TURN_SECONDS = 0.25  # after which a call without a message leaves its turn to the next
 _END_SECONDS = 0.005  # in this time gRPC mostly reports that the end of the requests was the end of the call
 
 # In the form of RFC 2253, without what _ESCAPED finds.
@@ -65,8 +68,10 @@ class Call:
     def peer(self) -> Peer:
         """Return the client of the connection."""
         kind, _, address = str(self._context.peer()).partition(":")
-        if kind not in ("ipv4", "ipv6"):
+        if kind == "unix":
             return Peer(UNIX_ADDRESS, connection=UNIX_ADDRESS)
+        if kind not in ("ipv4", "ipv6"):  # the client has gone
+            return Peer("")
         host = address.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
         return Peer(host, _subject(self._context.auth_context()), connection=address)
 
@@ -102,14 +107,67 @@ class Call:
 
 
 class _Connection:
-    """A connection, as far as gRPC tells it (see serving.transport.memory.Owner).
+    """A connection, as far as gRPC tells it (see serving.transport.memory.Owner), and the turns of its calls.
+
+    gRPC reads 64 KB of a message, and the whole of it once this server asks for the message; it does not tell how long
+    a message is. So the calls of a connection take turns to ask. As many have a turn as may do if their messages are
+    as long as those before them. A call whose message does not come, such as an idle stream, leaves its turn.
 
     holders: the requests of its calls, the oldest first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.held = 0
         self.holders: dict[Requests, None] = {}
+        self._memory = memory
+        self._expected = _FIRST_BYTES  # of the next message
+        self._asking: dict[Requests, float] = {}  # those that have a turn, and the times of its end
+        self._waiting: dict[Requests, asyncio.Future[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def turn(self, requests: "Requests") -> None:
+        """Wait until a call may ask for its next message. Call ``end_turn`` after it, whether or not it has come."""
+        if not self._waiting and self._has_room(requests):
+            self._asking[requests] = time.monotonic() + _TURN_SECONDS
+            return
+        turn = self._waiting[requests] = asyncio.get_running_loop().create_future()
+        self.go_on()
+        await turn
+
+    def end_turn(self, requests: "Requests", size: int | None) -> None:
+        """Note that a call does not wait for a message. size: of the message that has come, or None."""
+        if size is not None:
+            self._expected = max(size, self._expected // 2)
+        self._asking.pop(requests, None)
+        self._waiting.pop(requests, None)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Give the next turns."""
+        while self._waiting and self._has_room(requests := next(iter(self._waiting))):
+            turn = self._waiting.pop(requests)
+            if not turn.done():  # otherwise its call has been cancelled
+                self._asking[requests] = time.monotonic() + _TURN_SECONDS
+                turn.set_result(None)
+        if self._waiting and self._asking and self._timer is None:
+            seconds = next(iter(self._asking.values())) - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, seconds), self._expire)
+
+    def _expire(self) -> None:
+        """Take the turns from those that have had them for long."""
+        self._timer = None
+        now = time.monotonic()
+        self._asking = {requests: end for requests, end in self._asking.items() if end > now}
+        self.go_on()
+
+    def _has_room(self, requests: "Requests") -> bool:
+        """Return True if there is room for another message."""
+        if not self._asking and not self.held:
+            return True
+        coming = (len(self._asking) + 1) * self._expected
+        if requests.patient and self._memory.used + coming > self._memory.max_bytes:
+            return False
+        return not self._asking or coming <= _MAX_COMING_BYTES
 
 
 class Holdings:
@@ -130,7 +188,9 @@ class Holdings:
 
     def enter(self, requests: "Requests", connection: str) -> _Connection:
         """Add a call's requests to those of a connection, and return it."""
-        owner = self._connections.setdefault(connection, _Connection())
+        owner = self._connections.get(connection)
+        if owner is None:
+            owner = self._connections[connection] = _Connection(self.memory)
         owner.holders[requests] = None
         return owner
 
@@ -145,13 +205,14 @@ class Holdings:
 class Requests:
     """The requests of a call, as they were before compression, and the holder of the latest one's bytes.
 
-    They are held until the next one is asked for.
+    They are held until the next one is asked for. patient: they wait for room in memory, and are not refused.
     """
 
     held = 0
     waits = False
 
-    def __init__(self, call: Call, holdings: Holdings) -> None:
+    def __init__(self, call: Call, holdings: Holdings, patient: bool) -> None:
+        self.patient = patient
         self._call = call
         self._holdings = holdings
         self.owner = holdings.enter(self, call.peer.connection)
@@ -182,10 +243,15 @@ class Requests:
     async def next(self) -> bytes | None:
         """Return the next request, or None. Raises MessageError."""
         self._hold(0)
-        message = await self._call.read()
-        if message is aio.EOF:
-            return None
-        self._hold(len(message))
+        size = None
+        try:
+            await self.owner.turn(self)
+            message = await self._call.read()
+            if message is aio.EOF:
+                return None
+            self._hold(size := len(message))
+        finally:
+            self.owner.end_turn(self, size)
         inflated = await self._holdings.inflater.inflated(message, self._call.peer.connection)
         del message
         self._hold(len(inflated))
@@ -201,6 +267,8 @@ class Requests:
         memory, more = self._holdings.memory, size - self.held
         self._holdings.bytes += more
         memory.hold(self, more)
+        if more < 0:
+            self.owner.go_on()
         if more > 0 and memory.used > memory.max_bytes:
             memory.make_room(self)
             if ending := self._call.ending:

@@ -210,7 +210,7 @@ class _Handlers(grpc.GenericRpcHandler):
         if status and status is not UNDECIDED:
             return status
         call.undecided = status is UNDECIDED
-        requests = Requests(call, self._holdings)
+        requests = Requests(call, self._holdings, patient=False)
 
         async def answer() -> bytes | Status:
             message = await requests.next()
@@ -228,7 +228,7 @@ class _Handlers(grpc.GenericRpcHandler):
 
     async def _streamed(self, method: StreamMethod, call: Call, context: Any) -> Status:
         """Send the answers of a stream method, and return the status with which its call ends."""
-        requests = Requests(call, self._holdings)
+        requests = Requests(call, self._holdings, patient=True)
         call.begun = True
 
         async def answer() -> Status:
