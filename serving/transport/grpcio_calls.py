@@ -1,6 +1,7 @@
 """The calls of gRPC's own server: their contexts, their requests, and the bytes that these hold."""
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -110,8 +111,9 @@ class _Connection:
     """A connection, as far as gRPC tells it (see serving.transport.memory.Owner), and the turns of its calls.
 
     gRPC reads 64 KB of a message, and the whole of it once this server asks for the message; it does not tell how long
-    a message is. So the calls of a connection take turns to ask. As many have a turn as may do if their messages are
-    as long as those before them. A call whose message does not come, such as an idle stream, leaves its turn.
+    a message is. So the calls of a connection take turns to ask, and to inflate what comes. As many have a turn as may
+    do if their messages are as long as those before them. A call whose message does not come, such as an idle stream,
+    leaves its turn.
 
     holders: the requests of its calls, the oldest first.
     """
@@ -134,10 +136,13 @@ class _Connection:
         self.go_on()
         await turn
 
-    def end_turn(self, requests: "Requests", size: int | None) -> None:
-        """Note that a call does not wait for a message. size: of the message that has come, or None."""
-        if size is not None:
-            self._expected = max(size, self._expected // 2)
+    def take(self, requests: "Requests", size: int) -> None:
+        """Note that a message of this size has come, and keep the turn of its call until it ends."""
+        self._expected = max(size, self._expected // 2)
+        self._asking[requests] = math.inf
+
+    def end_turn(self, requests: "Requests") -> None:
+        """Note that a call has its message, or that none will come."""
         self._asking.pop(requests, None)
         self._waiting.pop(requests, None)
         self.go_on()
@@ -149,9 +154,12 @@ class _Connection:
             if not turn.done():  # otherwise its call has been cancelled
                 self._asking[requests] = time.monotonic() + _TURN_SECONDS
                 turn.set_result(None)
-        if self._waiting and self._asking and self._timer is None:
-            seconds = next(iter(self._asking.values())) - time.monotonic()
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, seconds), self._expire)
+        if not self._waiting or self._timer:
+            return
+        end = min(self._asking.values(), default=math.inf)
+        if end < math.inf:
+            delay = max(0.0, end - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._expire)
 
     def _expire(self) -> None:
         """Take the turns from those that have had them for long."""
@@ -243,19 +251,19 @@ class Requests:
     async def next(self) -> bytes | None:
         """Return the next request, or None. Raises MessageError."""
         self._hold(0)
-        size = None
         try:
             await self.owner.turn(self)
             message = await self._call.read()
             if message is aio.EOF:
                 return None
-            self._hold(size := len(message))
+            self.owner.take(self, len(message))
+            self._hold(len(message))
+            inflated = await self._holdings.inflater.inflated(message, self._call.peer.connection)
+            del message
+            self._hold(len(inflated))
+            return inflated
         finally:
-            self.owner.end_turn(self, size)
-        inflated = await self._holdings.inflater.inflated(message, self._call.peer.connection)
-        del message
-        self._hold(len(inflated))
-        return inflated
+            self.owner.end_turn(self)
 
     def close(self) -> None:
         """Note that the call has ended."""
