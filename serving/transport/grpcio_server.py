@@ -34,6 +34,8 @@ from serving.transport.methods import (
 from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 16_384  # of all connections together
+# gRPC's clients wait before they make more. An open call takes up to 110 KB: its objects, and 64 of a message.
+_MAX_CALLS_PER_CONNECTION = 64
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
 _READ_BYTES = 2**16  # at once from a connection; by default it may be 4 MiB, whatever the message takes
@@ -71,7 +73,9 @@ class GrpcioServer:
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.per_message_decompression", 0),  # see MessageInflater
-            ("grpc.max_concurrent_streams", limits.calls_per_connection),
+            ("grpc.max_concurrent_streams", min(limits.calls_per_connection, _MAX_CALLS_PER_CONNECTION)),
+            # By default gRPC counts calls until their memory is free, and refuses honest ones near the limit.
+            ("grpc.http2.max_deallocating_streams", _MAX_CALLS_PER_CONNECTION),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
