@@ -76,6 +76,9 @@ class GrpcioServer:
             ("grpc.max_concurrent_streams", min(limits.calls_per_connection, _MAX_CALLS_PER_CONNECTION)),
             # By default gRPC counts calls until their memory is free, and refuses honest ones near the limit.
             ("grpc.http2.max_deallocating_streams", _MAX_CALLS_PER_CONNECTION),
+            # By default gRPC refuses calls at random when a thousand wait for Python: a flood's and all others'.
+            ("grpc.server.max_pending_requests", _MAX_RPCS),
+            ("grpc.server.max_pending_requests_hard_limit", _MAX_RPCS),
             ("grpc.max_metadata_size", headers.MAX_BYTES),
             ("grpc.absolute_max_metadata_size", headers.MAX_BYTES),
             ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_SECONDS)),
