@@ -6,10 +6,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.attacks.good_client import good_client
-from benchmarks.attacks.link import Attack
+from benchmarks.attacks.link import Attack, Port
 from benchmarks.attacks.measure import MAX_MEMORY_RATIO, Result, measure
 from benchmarks.attacks.served import target
 from benchmarks.attacks.table import ATTACKS, MAX_CONNECTIONS
@@ -40,8 +40,9 @@ def figures(result: Result, many: bool) -> dict[str, Any]:
         result.beside.p99_ms <= MAX_P99_RATIO * result.quiet.p99_ms,
         result.returned_seconds is not None,
         result.beside.wrong == 0,
+        not result.died,
     ]
-    names = ("share", "memory", "p99", "return", "answers")
+    names = ("share", "memory", "p99", "return", "answers", "process")
     return {
         "right_share": f"{result.beside.share:.3f}",
         "wrong": result.quiet.wrong + result.beside.wrong + result.after.wrong,
@@ -93,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--transport", choices=TRANSPORTS, default="native", help="the server's (default: native)")
     command.add_argument("--seconds", type=float, default=6.0, help="length of each attack (default: 6)")
     command.add_argument("--only", nargs="+", choices=ATTACKS, metavar="NAME", help="attacks (default: all)")
+    command.add_argument("--port", choices=get_args(Port), help="attacks on this port alone (default: on all)")
     command.add_argument("--connections", type=int, default=1, help="connections of each attack (default: 1)")
     command.add_argument(
         "--deadline", type=float, default=5.0, help="deadline of the good client's calls, in seconds (default: 5)"
@@ -108,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     print(_SHOWN.format("attack", *_TITLES), flush=True)
     for name in options.only or ATTACKS:
+        if options.port not in (None, ATTACKS[name].port):
+            continue
         try:
             row = run(ATTACKS[name], options)
         except LoadError as error:

@@ -22,6 +22,7 @@ MAX_MEMORY_RATIO = 2.0
 _ROOT = Path(__file__).parents[2]
 _SAMPLE_SECONDS = 0.02
 _RETURN_SECONDS = 30.0
+_ATTACKERS_END_SECONDS = 60.0  # in which an attacker closes its connections
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Result:
     quiet, beside, after: the good client's calls before, beside and after the attack. memory_mib, peak_mib,
     memory_after_mib: the server's resident memory before, at most, and after. returned_seconds: the time from the
     attack's end until no call was in flight and the good client was served, or None if that did not come. opened:
-    connections of the attacker. sent: its bytes.
+    connections of the attacker. sent: its bytes. died: the server's process has ended.
     """
 
     quiet: Calls
@@ -50,6 +51,7 @@ class Result:
     returned_seconds: float | None
     opened: int
     sent: int
+    died: bool = False
 
     @property
     def memory_ratio(self) -> float:
@@ -94,7 +96,7 @@ def attacking(attack: Attack, port: int, connections: int, seconds: float) -> It
 def measure(
     server: Target, client: GoodClient, attack: Attack, connections: int, seconds: float, calm_seconds: float
 ) -> Result:
-    """Return the figures of an attack of some seconds. Raises LoadError if it does not run, or the server ends.
+    """Return the figures of an attack of some seconds. Raises LoadError if it does not run.
 
     calm_seconds: the time of the calls before the attack, and of those after it.
     """
@@ -103,19 +105,23 @@ def measure(
     with watched_memory(server) as peak:
         with attacking(attack, server.port_of(attack.port), connections, seconds) as process:
             beside = client.calls(seconds)
-            printed = process.communicate()[0]
+            try:
+                printed = process.communicate(timeout=_ATTACKERS_END_SECONDS)[0]
+            except subprocess.TimeoutExpired as error:
+                raise LoadError(f"the attack {attack.name} did not end") from error
         if process.returncode:
             raise LoadError(f"the attack {attack.name} failed")
         sent: dict[str, Any] = json.loads(printed)
         after, returned = _return(server, client, calm_seconds)
-    return Result(quiet, beside, after, memory, peak.mib, server.memory_mib(), returned, sent["opened"], sent["sent"])
+    kept = 0.0 if server.died else server.memory_mib()
+    return Result(quiet, beside, after, memory, peak.mib, kept, returned, sent["opened"], sent["sent"], server.died)
 
 
 def _return(server: Target, client: GoodClient, calm_seconds: float) -> tuple[Calls, float | None]:
     """Wait until the server is as before. Return the last calls, and the seconds or None if that did not come."""
     begin = time.monotonic()
     after = Calls()
-    while time.monotonic() - begin < _RETURN_SECONDS:
+    while not server.died and time.monotonic() - begin < _RETURN_SECONDS:
         quiet = settled(server, _RETURN_SECONDS)
         seconds = time.monotonic() - begin
         after = client.calls(calm_seconds)
