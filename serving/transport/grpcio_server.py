@@ -35,7 +35,7 @@ from serving.transport.sockets import UnixSocket, listen_tcp
 
 _MAX_RPCS = 16_384  # of all connections together
 # gRPC's clients wait before they make more. An open call takes up to 110 KB: its objects, and 64 of a message.
-_MAX_CALLS_PER_CONNECTION = 64
+_MAX_CALLS_PER_CONNECTION = 100
 _LAST_SECONDS = 0.2  # time after the grace for the last statuses to leave
 _HANDOVER_SECONDS = 0.02  # in this time the calls that gRPC has given to Python reach their handlers
 _READ_BYTES = 2**16  # at once from a connection; by default it may be 4 MiB, whatever the message takes
