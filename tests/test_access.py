@@ -26,7 +26,7 @@ from serving.errors import Forbidden, Unauthenticated
 from serving.rpc.status import status_of
 from serving.server import Server, StartError
 from serving.settings import read
-from serving.transport import grpcio_server
+from serving.transport import grpcio_calls
 from serving.transport.headers import Status
 from serving.transport.methods import UNDECIDED, CallbackMethod, Peer, peer_of
 from tests.certificates import make_all, make_certificate
@@ -478,7 +478,7 @@ def test_a_certificate_has_the_only_common_name_or_none(names: list[str], found:
         "x509_subject": [",".join(("O=x\\,CN=y", *(f"CN={name}" for name in names))).encode()],
         "x509_common_name": [name.encode() for name in names[:1]],
     }
-    assert grpcio_server._subject(properties) == found
+    assert grpcio_calls._subject(properties) == found
 
 
 def test_certificates_are_renewed_and_broken_ones_are_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@
 """
 
 import csv
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -129,6 +130,25 @@ def test_a_client_in_good_faith_is_served_beside_an_attack(
     raise AssertionError(f"the p99 is {found} times that of a server that nobody attacks; expected {MAX_P99_RATIO:g}")
 
 
+@pytest.mark.attack
+def test_an_attack_on_a_server_that_ends_has_a_row_too(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    with ExitStack() as stack:
+        server, other = (stack.enter_context(target("plain", "native", tmp_path / name)) for name in ("one", "other"))
+        client, control = (stack.enter_context(good_client(one, DEADLINE_SECONDS)) for one in (server, other))
+        client.calls(CALM_SECONDS)
+        killing = threading.Timer(2 * CALM_SECONDS, server.served.process.kill)
+        killing.start()
+        result = measure(server, client, control, ATTACKS["ping flood"], 50, SHORT_SECONDS, CALM_SECONDS)
+        killing.join()
+    assert result.quiet.share == 1.0
+    row = figures(result, many=True)
+    assert row["misses"].split()[-1] == "process"
+    assert (row["returned_s"], row["after_mib"]) == ("", "0")
+    assert result.beside.failed
+
+
 @pytest.mark.parametrize("attack", [one for one in ATTACKS.values() if one.speaks], ids=lambda attack: attack.name)
 def test_an_attack_sends_whole_frames_that_are_not_too_large(attack: Attack) -> None:
     link = Link(1, attack)
@@ -152,6 +172,8 @@ def test_a_row_tells_what_an_attack_made_the_server_miss() -> None:
     bad = Result(quiet, quiet, slow, quiet, 100.0, 250.0, 200.0, None, 1, 1)
     assert figures(bad, many=False)["misses"] == "share memory p99 return"
     assert figures(bad, many=True)["misses"] == "memory p99 return"
+    dead = Result(quiet, quiet, slow, Calls(), 100.0, 150.0, 0.0, None, 1, 1, died=True)
+    assert figures(dead, many=True)["misses"] == "p99 return process"
     wrong = Result(quiet, quiet, Calls(100, 99, 1, latencies_ms=[1.0] * 99), quiet, 100.0, 150.0, 100.0, 0.1, 1, 1)
     assert figures(wrong, many=False)["misses"] == "answers"
 
@@ -191,6 +213,22 @@ def test_many_connections_leave_out_the_attacks_that_have_as_many_in_any_case(
     assert ATTACKS["HTTP, numbers in JSON"].sockets(1) == 8
     assert ATTACKS["HTTP, numbers in JSON"].sockets(50) == 50
     assert ATTACKS["slow headers"].sockets(50) == 5000
+
+
+def test_the_attacks_on_one_port_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: list[str] = []
+
+    def note(attack: Attack, _: object) -> dict[str, str]:
+        run.append(attack.name)
+        return dict.fromkeys(command._TITLES, "")
+
+    monkeypatch.setattr(command, "run", note)
+    assert command.main(["--port", "metrics"]) == 0
+    assert run
+    assert {ATTACKS[name].port for name in run} == {"metrics"}
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(run)
 
 
 def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path: Path) -> None:

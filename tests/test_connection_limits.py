@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+import grpc
 import pytest
 
 from serving.transport import frames
@@ -176,6 +177,25 @@ def test_grpcs_own_server_closes_a_connection_above_the_limit_too() -> None:
             client.call(3, b"b")
             assert client.read(3).messages == [b"b"]
             client.socket.close()
+
+
+@pytest.mark.parametrize(("calls", "told"), [(1024, 100), (7, 7)])
+def test_grpcs_own_server_tells_a_client_how_many_calls_it_may_open_and_refuses_none_of_them(
+    calls: int, told: int
+) -> None:
+    with (
+        serve("grpcio", limits={"calls_per_connection": calls}) as serving,
+        socket.create_connection(("127.0.0.1", serving.port), 10) as link,
+    ):
+        received = link.recv(4096)
+        high, low, kind, _, _ = frames.HEAD.unpack_from(received)
+        payload = received[frames.HEAD.size : frames.HEAD.size + (high << 8 | low)]
+        assert kind == frames.SETTINGS
+        assert dict(frames.read_settings(payload))[frames.MAX_CONCURRENT_STREAMS] == told
+        with serving.channel as channel:
+            echo = channel.unary_unary("/test.Test/Echo")
+            waiting = [echo.future(b"a", timeout=20) for _ in range(600)]
+            assert {one.code() for one in waiting} == {grpc.StatusCode.OK}
 
 
 def test_an_idle_connection_gives_its_place_to_a_new_one_with_a_goaway_and_without_losing_a_call(

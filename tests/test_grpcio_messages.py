@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from serving.transport import grpcio_server
+from serving.transport.grpcio_calls import Call
 from serving.transport.grpcio_messages import MessageInflater
 from serving.transport.headers import Status
 from serving.transport.memory import Memory
@@ -82,6 +83,9 @@ def test_a_client_that_goes_while_an_answer_is_sent_is_no_fault(caplog: pytest.L
 
         def invocation_metadata(self) -> None: ...
         def time_remaining(self) -> None: ...
+        def peer(self) -> str:
+            return "unknown"
+
         async def read(self) -> object:
             return grpc.aio.EOF
 
@@ -93,7 +97,7 @@ def test_a_client_that_goes_while_an_answer_is_sent_is_no_fault(caplog: pytest.L
 
     async def main() -> Status:
         handlers = grpcio_server._Handlers(TransportLimits(1000, "", 1000, ""), Memory(1000))
-        return await handlers._streamed(StreamMethod(answers), Gone())
+        return await handlers._streamed(StreamMethod(answers), Call("/a/B", Gone()), Gone())
 
     assert asyncio.run(main()).code is grpc.StatusCode.CANCELLED
     assert caplog.records == []

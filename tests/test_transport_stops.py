@@ -56,7 +56,7 @@ def test_after_a_drain_every_call_that_grpcs_own_server_answers_is_in_its_handle
             calls = [wait.future(b"0.5", timeout=20) for _ in range(20)]
             time.sleep(0.3)  # the event loop is blocked: a call has come, and Python has not seen it
             await serving.server.drain(10)
-            return calls, len(serving.server._handlers._tasks)
+            return calls, len(serving.server._handlers._calls)
 
         calls, begun = asyncio.run_coroutine_threadsafe(begin_and_drain(), serving.loop).result(20)
         codes = [call.code() for call in calls]

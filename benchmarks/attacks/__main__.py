@@ -6,10 +6,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.attacks.good_client import good_client
-from benchmarks.attacks.link import Attack
+from benchmarks.attacks.link import Attack, Port
 from benchmarks.attacks.measure import MAX_MEMORY_RATIO, MAX_P99_RATIO, Result, measure
 from benchmarks.attacks.served import target
 from benchmarks.attacks.table import ATTACKS
@@ -38,8 +38,9 @@ def figures(result: Result, many: bool) -> dict[str, Any]:
         result.p99_ratio <= MAX_P99_RATIO,
         result.returned_seconds is not None,
         result.beside.wrong == 0,
+        not result.died,
     ]
-    names = ("share", "memory", "p99", "return", "answers")
+    names = ("share", "memory", "p99", "return", "answers", "process")
     return {
         "right_share": f"{result.beside.share:.3f}",
         "wrong": result.quiet.wrong + result.beside.wrong + result.after.wrong,
@@ -102,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument(
         "--only", nargs="+", choices=ATTACKS, metavar="NAME", help="attacks (default: all that differ)"
     )
+    command.add_argument("--port", choices=get_args(Port), help="attacks on this port alone (default: on all)")
     command.add_argument("--connections", type=int, default=1, help="connections of each attack (default: 1)")
     command.add_argument(
         "--deadline", type=float, default=5.0, help="deadline of the good client's calls, in seconds (default: 5)"
@@ -117,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     print(_SHOWN.format("attack", *_TITLES), flush=True)
     for name in options.only or [name for name, one in ATTACKS.items() if _is_another(one, options.connections)]:
+        if options.port not in (None, ATTACKS[name].port):
+            continue
         try:
             row = run(ATTACKS[name], options)
         except LoadError as error:

@@ -26,6 +26,7 @@ from benchmarks.attacks.link import (
     headers,
     request,
     stream_request,
+    uploads,
     zipped,
 )
 from benchmarks.attacks.packed import empty_gzip
@@ -140,7 +141,7 @@ def _empty_blocks() -> bytes:
 
 
 def _gzip_of_empty_blocks(link: Link) -> Pieces:
-    yield from _calls(link, CLASSIFY, _empty_blocks, ("grpc-encoding", "gzip"))
+    yield from uploads(link, CLASSIFY, _empty_blocks, ("grpc-encoding", "gzip"))
 
 
 def _small_bombs(link: Link) -> Pieces:

@@ -56,7 +56,7 @@ class GoodClient:
     """A client with one connection, and now and then a new one.
 
     deadline: the time after which a call is given up, in seconds. The right answers are those of the quiet server,
-    whose labels must be those of the data set. Raises LoadError if they are not.
+    whose labels must be those of the data set. Raises LoadError if they are not, or do not come.
     """
 
     def __init__(self, server: Target, deadline: float) -> None:
@@ -68,7 +68,10 @@ class GoodClient:
         self._requests = [pb.ClassifyRequest(images=[pb.Image(pixels=image.tobytes())]) for image in images]
         self._expected: list[pb.ClassifyResponse] = []
         for request, label in zip(self._requests, labels, strict=True):
-            answer = self._method(self._channel)(request, timeout=30, metadata=self._metadata)
+            try:
+                answer = self._method(self._channel)(request, timeout=30, metadata=self._metadata)
+            except grpc.RpcError as error:
+                raise LoadError(f"the quiet server did not answer: {error}") from error
             if answer.results[0].class_index != label:
                 raise LoadError(f"the quiet server took a {label} for a {answer.results[0].label}")
             self._expected.append(answer)

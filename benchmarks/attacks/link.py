@@ -41,6 +41,7 @@ WAIT_SECONDS = 0.02
 SIDE = 28
 _PIXELS = SIDE * SIDE
 _READ_BYTES = 2**18
+_MAX_UPLOADED_BYTES = 2**16  # of a piece
 
 
 @dataclass(frozen=True)
@@ -321,3 +322,32 @@ def stream_request(images: int = 1) -> bytes:
 def priority(stream: int) -> bytes:
     """Return a PRIORITY frame (RFC 9113, section 6.3)."""
     return frames.frame(frames.PRIORITY, 0, stream, struct.pack(">IB", 0, 15))
+
+
+def uploads(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
+    """Send large messages on as many streams as the server allows, as fast as it takes them.
+
+    The calls of CLASSIFY_STREAM do not end: each gets one message after the other.
+    """
+    yield from link.ready()
+    message, endless = make(), path == CLASSIFY_STREAM
+    sent: dict[int, int] = {}  # by stream, the bytes of its message
+    while True:
+        piece = b""
+        while len(sent) < link.max_streams and len(piece) < _MAX_UPLOADED_BYTES:
+            stream = link.open()
+            sent[stream] = 0
+            piece += headers(stream, path, *more)
+        for stream, begin in list(sent.items()):
+            size = min(len(message) - begin, link.windows.get(stream, 0), link.window, frames.MAX_FRAME_BYTES)
+            if size > 0:
+                complete = begin + size == len(message)
+                link.window -= size
+                link.windows[stream] -= size
+                piece += data(stream, message[begin : begin + size], complete and not endless)
+                sent[stream] = 0 if complete else begin + size
+            if stream not in link.windows or (size > 0 and complete and not endless):
+                del sent[stream]
+            if len(piece) >= _MAX_UPLOADED_BYTES:
+                break
+        yield piece or WAIT_SECONDS

@@ -31,6 +31,7 @@ MAX_P99_RATIO = 10.0
 _ROOT = Path(__file__).parents[2]
 _SAMPLE_SECONDS = 0.02
 _RETURN_SECONDS = 30.0
+_ATTACKERS_END_SECONDS = 60.0  # in which an attacker closes its connections
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Result:
     another server during the attack. memory_mib, peak_mib,
     memory_after_mib: the server's resident memory before, at most, and after. returned_seconds: the time from the
     attack's end until no call was in flight and the good client was served, or None if that did not come. opened:
-    connections of the attacker. sent: its bytes.
+    connections of the attacker. sent: its bytes. died: the server's process has ended.
     """
 
     quiet: Calls
@@ -61,6 +62,7 @@ class Result:
     returned_seconds: float | None
     opened: int
     sent: int
+    died: bool = False
 
     @property
     def memory_ratio(self) -> float:
@@ -116,7 +118,7 @@ def measure(
     seconds: float,
     calm_seconds: float,
 ) -> Result:
-    """Return the figures of an attack of some seconds. Raises LoadError if it does not run, or the server ends.
+    """Return the figures of an attack of some seconds. Raises LoadError if it does not run.
 
     control: a client of another server of the same kind. calm_seconds: the time of the calls before the attack, and of
     those after it.
@@ -128,11 +130,15 @@ def measure(
             with ThreadPoolExecutor(1) as pool:
                 elsewhere = pool.submit(control.calls, seconds)
                 beside = client.calls(seconds)
-            printed = process.communicate()[0]
+            try:
+                printed = process.communicate(timeout=_ATTACKERS_END_SECONDS)[0]
+            except subprocess.TimeoutExpired as error:
+                raise LoadError(f"the attack {attack.name} did not end") from error
         if process.returncode:
             raise LoadError(f"the attack {attack.name} failed")
         sent: dict[str, Any] = json.loads(printed)
         after, returned = _return(server, client, calm_seconds)
+    kept = 0.0 if server.died else server.memory_mib()
     return Result(
         quiet,
         elsewhere.result(),
@@ -140,10 +146,11 @@ def measure(
         after,
         memory,
         peak.mib,
-        server.memory_mib(),
+        kept,
         returned,
         sent["opened"],
         sent["sent"],
+        server.died,
     )
 
 
@@ -151,7 +158,7 @@ def _return(server: Target, client: GoodClient, calm_seconds: float) -> tuple[Ca
     """Wait until the server is as before. Return the last calls, and the seconds or None if that did not come."""
     begin = time.monotonic()
     after = Calls()
-    while time.monotonic() - begin < _RETURN_SECONDS:
+    while not server.died and time.monotonic() - begin < _RETURN_SECONDS:
         quiet = settled(server, _RETURN_SECONDS)
         seconds = time.monotonic() - begin
         after = client.calls(calm_seconds)

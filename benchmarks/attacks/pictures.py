@@ -12,22 +12,17 @@ from benchmarks.attacks.link import (
     CLASSIFY,
     CLASSIFY_STREAM,
     SIDE,
-    WAIT_SECONDS,
     Attack,
     Link,
-    Message,
     Pieces,
-    data,
     framed,
-    headers,
+    uploads,
 )
 from benchmarks.attacks.packed import empty_zlib
 from benchmarks.attacks.web import post
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.settings import Settings
-from serving.transport import frames
 
-_MAX_PIECE_BYTES = 2**16
 _IMAGES = 64
 _WEB_CONNECTIONS = 8
 #: A picture in which nearly the most bytes of a file take fewer than its pixels.
@@ -145,35 +140,6 @@ def _long_ids() -> bytes:
     return framed(asked.SerializeToString())
 
 
-def _uploads(link: Link, path: str, make: Message) -> Pieces:
-    """Send large messages on as many streams as the server allows, as fast as it takes them.
-
-    The calls of CLASSIFY_STREAM do not end: each gets one message after the other.
-    """
-    yield from link.ready()
-    message, endless = make(), path == CLASSIFY_STREAM
-    sent: dict[int, int] = {}  # by stream, the bytes of its message
-    while True:
-        piece = b""
-        while len(sent) < link.max_streams and len(piece) < _MAX_PIECE_BYTES:
-            stream = link.open()
-            sent[stream] = 0
-            piece += headers(stream, path)
-        for stream, begin in list(sent.items()):
-            size = min(len(message) - begin, link.windows.get(stream, 0), link.window, frames.MAX_FRAME_BYTES)
-            if size > 0:
-                complete = begin + size == len(message)
-                link.window -= size
-                link.windows[stream] -= size
-                piece += data(stream, message[begin : begin + size], complete and not endless)
-                sent[stream] = 0 if complete else begin + size
-            if stream not in link.windows or (size > 0 and complete and not endless):
-                del sent[stream]
-            if len(piece) >= _MAX_PIECE_BYTES:
-                break
-        yield piece or WAIT_SECONDS
-
-
 def _posts(link: Link, make: Callable[[], bytes]) -> Pieces:
     """Post a body again and again, without a wait for its answer."""
     request = make()
@@ -211,15 +177,15 @@ def _web(name: str, make: Callable[[], bytes]) -> Attack:
 
 
 PICTURES = (
-    Attack("costly images", partial(_uploads, path=CLASSIFY, make=_costly_images)),
-    Attack("large images", partial(_uploads, path=CLASSIFY, make=_large_images)),
-    Attack("picture bombs", partial(_uploads, path=CLASSIFY, make=_bombs)),
-    Attack("large messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_large_streamed)),
-    Attack("long ids in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_long_ids)),
-    Attack("costly messages in streams", partial(_uploads, path=CLASSIFY_STREAM, make=_costly_streamed)),
-    Attack("pictures of empty blocks", partial(_uploads, path=CLASSIFY, make=_packed_blocks)),
-    Attack("photographs", partial(_uploads, path=CLASSIFY, make=_photographs)),
-    Attack("long photographs", partial(_uploads, path=CLASSIFY, make=_long_photographs)),
+    Attack("costly images", partial(uploads, path=CLASSIFY, make=_costly_images)),
+    Attack("large images", partial(uploads, path=CLASSIFY, make=_large_images)),
+    Attack("picture bombs", partial(uploads, path=CLASSIFY, make=_bombs)),
+    Attack("large messages in streams", partial(uploads, path=CLASSIFY_STREAM, make=_large_streamed)),
+    Attack("long ids in streams", partial(uploads, path=CLASSIFY_STREAM, make=_long_ids)),
+    Attack("costly messages in streams", partial(uploads, path=CLASSIFY_STREAM, make=_costly_streamed)),
+    Attack("pictures of empty blocks", partial(uploads, path=CLASSIFY, make=_packed_blocks)),
+    Attack("photographs", partial(uploads, path=CLASSIFY, make=_photographs)),
+    Attack("long photographs", partial(uploads, path=CLASSIFY, make=_long_photographs)),
     _web("pictures of empty blocks", _post_blocks),
     _web("photographs", _post_photograph),
     _web("long photographs", _post_long_photograph),

@@ -43,6 +43,11 @@ class Target:
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
+    @property
+    def died(self) -> bool:
+        """Return True if the server's process has ended."""
+        return self.served.process.poll() is not None
+
     def port_of(self, kind: Port) -> int:
         """Return the number of a port. Raises LoadError if the server has none of this kind."""
         if kind == "grpc":
@@ -94,10 +99,11 @@ def target(kind: str, transport: str, folder: Path, flags: Sequence[str] = ()) -
 def settled(server: Target, seconds: float) -> bool:
     """Wait until no call is in flight, for at most these seconds. Return False if that did not come."""
     end = time.monotonic() + seconds
-    while True:
+    while not server.died:
         with suppress(OSError, HTTPException):  # the page may be overdue too
             if server.calls_in_flight() == 0:
                 return True
         if time.monotonic() > end:
-            return False
+            break
         time.sleep(0.05)
+    return False
