@@ -43,7 +43,9 @@ PAIR_BATCH = 1024
 PAIR_CANVAS = 36
 PAIRS = "multimnist"
 MNIST = "mnist"
-PHASES = ("teachers", "students", "fast-students", "fast", "pairs", "paper")
+#: The networks that learn from the teachers too, by phase.
+STUDENTS = {"students": ("accurate", "fast"), "accurate-students": ("accurate",), "fast-students": ("fast",)}
+PHASES = ("teachers", *STUDENTS, "fast", "pairs", "paper")
 DISTORTION = Distortion()
 PAIR_CHUNK_STEPS = 64
 PROBE_STEPS = 60  # their time decides how many epochs fit into the budget
@@ -241,11 +243,11 @@ def jobs_of(phase: str, seeds: Sequence[int], recipe: Recipe = RECIPES["plain"])
             return [
                 Job(f"accurate-{seed}", "accurate", seed, recipe.settings, MNIST, recipe.distortion) for seed in seeds
             ]
-        case "students" | "fast-students":
+        case _ if phase in STUDENTS:
             return [
                 Job(f"{config}-distilled-{seed}", config, seed, student, MNIST, recipe.distortion)
                 for seed in (10 * seed for seed in seeds)
-                for config in (("accurate", "fast") if phase == "students" else ("fast",))
+                for config in STUDENTS[phase]
             ]
         case "fast":
             return [Job(f"fast-{seed}", "fast", seed, recipe.settings, MNIST, recipe.distortion) for seed in seeds]
@@ -288,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             test_labels=mnist.test_labels[: options.limit],
         )
     teachers: list[nn.Module] = []
-    if options.phase in ("students", "fast-students"):
+    if options.phase in STUDENTS:
         files = [options.out / f"accurate-{seed}.pt" for seed in options.seeds]
         teachers = [on_device(load(file).model(), device) for file in files]
     results = run(

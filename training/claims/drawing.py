@@ -1,6 +1,7 @@
 """Pictures of the report, as PNG files in memory."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ COLOURS = {
 OTHER_COLOUR = "#707070"
 WRONG_COLOUR = "#c02020"
 #: The words for the kinds of networks in pictures and tables.
+LABEL_WIDTH = 13  # letters of a line below one of seven bars
 NAMES = {
     "K3": "capsules, routing 3x",
     "K3n": "capsules 3x, no decoder",
@@ -66,7 +68,8 @@ def bars(title: str, y: str, values: Mapping[str, Sequence[float]]) -> bytes:
         panel.plot([place] * len(seen), list(seen), "o", color="black", markersize=3.5)
         top = (place, max(mean, *seen))
         panel.annotate(f"{mean:.3g}", top, (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9)
-    panel.set_xticks(range(len(values)), [NAMES.get(name, name).replace(", ", ",\n") for name in values], fontsize=7.5)
+    names = [textwrap.fill(NAMES.get(name, name), LABEL_WIDTH) for name in values]
+    panel.set_xticks(range(len(values)), names, fontsize=7.5)
     panel.margins(y=0.15)
     return png(figure)
 
