@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from serving.files.program import PROJECT, command_of, missing_package, reason_of
+from tests import forks
 from tests.conftest import ROOT
 
 COMMANDS = ["serving", "serving.client", "serving.tokens", "training", "training.claims", "export"]
@@ -29,7 +30,7 @@ WRONG = {
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return forks.run([sys.executable, *arguments], cwd=ROOT)
 
 
 @pytest.mark.parametrize("words", WRONG)
