@@ -4,14 +4,17 @@ uvloop's own servers accept all that wait in one turn of the event loop, and a t
 """
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from serving.transport.methods import Peer, peer_of
 
 _MAX_ACCEPTED_A_TURN = 4  # after which other connections have their turn
-_BACK_OFF_SECONDS = 0.1  # until the next attempt if no file can be opened
+_MAX_SHED_A_TURN = 64
+_BACK_OFF_SECONDS = 0.1  # until the next attempt if no file can be opened, and none is in reserve
 
 
 class Listener:
@@ -30,6 +33,7 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
         self._under_way: dict[asyncio.Task[None], Peer] = {}  # their clients, oldest first
+        self._reserve = _opened_file()
 
     def start_serving(self) -> None:
         """Start to accept connections."""
@@ -42,6 +46,7 @@ class Listener:
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+        self._free_reserve()
         for task in list(self._under_way):
             task.cancel()
 
@@ -51,9 +56,8 @@ class Listener:
                 accepted, address = self._socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError:  # no file can be opened; the socket would stay readable
-                self._loop.remove_reader(self._socket.fileno())
-                self._pause = self._loop.call_later(_BACK_OFF_SECONDS, self.start_serving)
+            except OSError:  # no file can be opened
+                self._shed()
                 return
             client = peer_of(address, None)
             if self._refuses(client.address):
@@ -61,6 +65,30 @@ class Listener:
                 continue
             accepted.setblocking(False)
             self._begin(accepted, client)
+
+    def _shed(self) -> None:
+        """Close connections that wait. They would take each file that another port, such as that of metrics, needs.
+
+        Without a file in reserve the port is not read for a while, since it stays readable.
+        """
+        if self._reserve is None:
+            self._loop.remove_reader(self._socket.fileno())
+            self._pause = self._loop.call_later(_BACK_OFF_SECONDS, self._resume)
+            return
+        self._free_reserve()
+        with suppress(OSError):
+            for _ in range(_MAX_SHED_A_TURN):
+                self._socket.accept()[0].close()
+        self._reserve = _opened_file()
+
+    def _resume(self) -> None:
+        self._reserve = _opened_file()
+        self.start_serving()
+
+    def _free_reserve(self) -> None:
+        if self._reserve is not None:
+            os.close(self._reserve)
+            self._reserve = None
 
     def _begin(self, accepted: socket.socket, client: Peer) -> None:
         """Make a connection."""
@@ -75,3 +103,10 @@ class Listener:
         self._under_way.pop(task, None)
         if task.cancelled():  # perhaps before it could begin
             accepted.close()
+
+
+def _opened_file() -> int | None:
+    """Return a descriptor to hold in reserve, or None if no file can be opened."""
+    with suppress(OSError):
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    return None
