@@ -30,6 +30,7 @@ _MIN_DATA_BYTES = 64  # the fewest bytes of a frame that advances a call without
 _MAX_FIELDS = 128  # the fields of a call's headers; each further field counts as a frame that advances no call
 _FRAME_WORK = 384  # of each frame; 64 small calls fit in a turn
 _FIELD_WORK = 64  # of each decoded field
+_BLOCK_BYTE_WORK = 8  # of each byte of a large header block and of its values
 _BYTES_A_WORK = 8  # bytes of a frame, which are only copied
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
@@ -82,6 +83,9 @@ class FrameReader:
             else:  # a copy for each turn would take longer than its frames
                 data, at = self._rest, self._at
             self._rest, self._at = b"", 0
+        if self._work_left < 0:
+            self._rest, self._at = data, at
+            return
         if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
@@ -94,8 +98,8 @@ class FrameReader:
         self._reception.all_read()
 
     def begin_turn(self) -> None:
-        """Note that other connections have had their turn."""
-        self._work_left = WORK_A_TURN
+        """Note that other connections have had their turn. What an earlier turn took too much is missing now."""
+        self._work_left = WORK_A_TURN + min(0, self._work_left)
 
     @property
     def unread(self) -> bool:
@@ -272,7 +276,8 @@ class FrameReader:
 
     def _count_fields(self, allowed: int) -> None:
         """Count the decoded fields; each field above ``allowed`` counts as a frame that advances no call."""
-        fields, self._header_reader.fields = self._header_reader.fields, 0
-        self._work_left -= _FIELD_WORK * fields
+        reader = self._header_reader
+        fields, size, reader.fields, reader.bytes = reader.fields, reader.bytes, 0, 0
+        self._work_left -= _FIELD_WORK * fields + _BLOCK_BYTE_WORK * size
         if fields > allowed:
             self.streams.count_idle(fields - allowed)
