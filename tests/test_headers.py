@@ -16,9 +16,17 @@ from packaging.requirements import Requirement
 from serving.transport import headers, huffman
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import MAX_BLOCK_BYTES, MAX_BYTES_DECODED, HeaderBlock, HeaderReader, MalformedRequest
+from serving.transport.memory import Memory
 from tests.conftest import ROOT
 
 FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/s/m"), ("content-type", "application/grpc")]
+
+
+class Connected:
+    """A connection that holds memory."""
+
+    held = 0
+    holders = ()
 
 
 def reader() -> HeaderReader[str]:
@@ -129,17 +137,34 @@ def test_garbage_in_a_large_block_is_a_fault_or_passed_over(seed: int) -> None:
 
 
 def test_a_block_may_be_large_but_neither_endless_nor_in_crumbs() -> None:
-    block = HeaderBlock(1, 0, b"")
+    memory, owner = Memory(2 * MAX_BLOCK_BYTES), Connected()
+    block = HeaderBlock(owner, memory, 1, 0, b"")
     for _ in range(MAX_BLOCK_BYTES // 16384):
-        block.add(bytes(16384))
-    assert len(block.data) == MAX_BLOCK_BYTES
-    crumbs = HeaderBlock(1, 0, b"")
+        block.add(bytes(16384), 0.0)
+    assert len(block.data) == MAX_BLOCK_BYTES == memory.used
+    crumbs = HeaderBlock(owner, memory, 1, 0, b"")
     for _ in range(8):
-        crumbs.add(b"a")
+        crumbs.add(b"a", 0.0)
     for one in (block, crumbs):
         with pytest.raises(ConnectionFault) as caught:
-            one.add(b"a")
+            one.add(b"a", 0.0)
         assert caught.value.code == ErrorCode.ENHANCE_YOUR_CALM
+        one.leave()
+    assert memory.used == owner.held == 0
+
+
+def test_blocks_without_an_end_give_their_memory_to_others() -> None:
+    memory = Memory(2**16)
+    owners = [Connected() for _ in range(8)]
+    blocks = [HeaderBlock(one, memory, 1, 0, b"") for one in owners]
+    for number, block in enumerate(blocks):
+        block.add(bytes(16384), float(number))
+    assert memory.used == 2**16 and [len(block.data) for block in blocks] == [0] * 4 + [16384] * 4
+    with pytest.raises(ConnectionFault, match="headers without end"):
+        blocks[0].add(b"", 9.0)
+    for block in blocks:
+        block.leave()
+    assert memory.used == 0
 
 
 NOT_ALLOWED: dict[str, list[tuple[str, str]]] = {

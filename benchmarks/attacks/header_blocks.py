@@ -9,12 +9,14 @@ from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
 
 from benchmarks.attacks.link import CLASSIFY, Attack, Link, Pieces, block, cancel, headers, literal, text
 from serving.transport import frames
+from serving.transport.headers import MAX_BLOCK_BYTES
 
 _LARGE_BLOCK_BYTES = 36 * 1024
 _COOKIES_A_BLOCK = 8000
 _EMPTY_HEADERS_A_BLOCK = 1500
 _PIECES_A_BLOCK = 8
 _ENTRIES_OF_SETTINGS = 2730
+_LARGE_HALVES = 200
 _PACKED_CHARACTERS = 15_500
 _PARTS = 3900
 _PARTS_A_BLOCK = 15
@@ -29,6 +31,16 @@ def _continuations(link: Link) -> Pieces:
     piece = literal("x", "y" * 1000) * 15
     while True:
         yield frames.frame(frames.CONTINUATION, 0, stream, piece)
+
+
+def _large_halves(link: Link) -> Pieces:
+    """Send nearly the largest block that the server keeps, without its end, then nothing."""
+    yield from link.ready()
+    stream = link.next_stream()
+    yield frames.frame(frames.HEADERS, 0, stream, block(CLASSIFY))
+    piece = frames.frame(frames.CONTINUATION, 0, stream, bytes(frames.MAX_FRAME_BYTES))
+    for _ in range(MAX_BLOCK_BYTES // frames.MAX_FRAME_BYTES - 1):
+        yield piece
 
 
 def _empty_continuations(link: Link) -> Pieces:
@@ -126,6 +138,7 @@ def _empty_block() -> bytes:
 
 HEADER_BLOCKS = (
     Attack("continuation flood", _continuations),
+    Attack("large headers without an end", _large_halves, times=_LARGE_HALVES),
     Attack("empty continuations", _empty_continuations),
     Attack("empty Huffman headers", partial(_blocks, make=_empty_block)),
     Attack("header blocks on a closed stream", partial(_blocks, make=_large_block, closed=True)),

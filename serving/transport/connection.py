@@ -87,6 +87,7 @@ class Connection(asyncio.Protocol):
         if self._stall:
             self._stall.cancel()
         self._end_calls()
+        self._reader.leave()
         self._unsent.gone()
         self._terms.lost(self)
         # Without cycles this object goes at once, and with it uvloop's transport, which has 256 KiB for TLS.

@@ -106,6 +106,12 @@ class FrameReader:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
         return self._work_left < 0
 
+    def leave(self) -> None:
+        """Forget a header block whose end has not come."""
+        if self._block:
+            self._block.leave()
+            self._block = None
+
     def check_headers(self, now: float) -> None:
         """Raise ConnectionFault for a header block that has not come in full in time. now: of the event loop."""
         if self._block and now - self._block_since >= HEADER_SECONDS:
@@ -196,16 +202,16 @@ class FrameReader:
         if flags & frames.END_HEADERS:
             self._headers(flags, stream, payload)
         else:
-            self._block = HeaderBlock(stream, flags, payload)
+            self._block = HeaderBlock(self.streams, self.streams.memory, stream, flags, payload)
             self._block_since = self.streams.loop.time()
 
     def _continuation(self, flags: int, stream: int, payload: bytes) -> None:
         block = self._block
         if not block or block.stream != stream:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
-        block.add(payload)
+        block.add(payload, self.streams.loop.time())
         if flags & frames.END_HEADERS:
-            self._block = None
+            self.leave()
             self._headers(block.flags, stream, block.data)
 
     def _headers(self, flags: int, stream: int, block: bytes) -> None:

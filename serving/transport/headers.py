@@ -16,6 +16,7 @@ from hpack.exceptions import HPACKError
 
 from serving.transport import huffman
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.memory import Memory, Owner
 from serving.transport.messages import ENCODINGS
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -94,29 +95,54 @@ class RequestHead(Generic[Method]):
 class HeaderBlock:
     """A header block in a HEADERS frame and several CONTINUATION frames (RFC 9113, section 6.10).
 
-    flags: the flags of the HEADERS frame.
+    It holds memory until its end has come (see serving.transport.memory.Holder). owner: its connection. flags: the
+    flags of the HEADERS frame.
     """
 
-    __slots__ = ("_continuations", "_data", "flags", "stream")
+    __slots__ = (
+        "_continuations", "_evicted", "_memory", "_pieces", "_size", "flags", "held", "owner", "stream", "waits",
+    )  # fmt: skip
 
-    def __init__(self, stream: int, flags: int, data: bytes) -> None:
+    def __init__(self, owner: Owner, memory: Memory, stream: int, flags: int, data: bytes) -> None:
+        self.held, self.waits, self.owner = 0, False, owner
         self.stream = stream
         self.flags = flags
-        self._data = bytearray(data)
+        self._memory = memory
+        self._pieces = [data]
+        self._size = len(data)
         self._continuations = 0
+        self._evicted = False
 
-    def add(self, data: bytes) -> None:
-        """Add a piece. Raises ConnectionFault if the block is too large or has too many small pieces."""
-        self._data += data
+    def add(self, data: bytes, now: float) -> None:
+        """Add a piece. now: of the event loop.
+
+        Raises ConnectionFault if the block is too large or has too many small pieces, or if there is no room for it.
+        """
+        self._size += len(data)
         self._continuations += 1
-        allowed = _MAX_CONTINUATIONS + len(self._data) // _HALF_FRAME_BYTES
-        if len(self._data) > MAX_BLOCK_BYTES or self._continuations > allowed:
+        allowed = _MAX_CONTINUATIONS + self._size // _HALF_FRAME_BYTES
+        if not self._evicted:
+            self._pieces.append(data)
+            self._memory.hold(self, self._size - self.held)
+            self._memory.waits(self, now)
+            self._memory.make_room(self)
+        if self._evicted or self._size > MAX_BLOCK_BYTES or self._continuations > allowed:
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
+
+    def evict(self, stalled: bool) -> None:
+        """Release the memory, which others need. The next piece ends the connection, or its time does."""
+        self._evicted = True
+        self._pieces.clear()
+        self.leave()
+
+    def leave(self) -> None:
+        """Note that nobody waits for the end of the block."""
+        self._memory.leave(self)
 
     @property
     def data(self) -> bytes:
         """Return the received part of the block."""
-        return bytes(self._data)
+        return b"".join(self._pieces)
 
 
 class HeaderReader(Generic[Method]):
