@@ -1,9 +1,10 @@
 """Tests of the server under attack: a client in good faith is served beside it, and all is as before after it.
 
-``make attacks`` runs some attacks for a second each. ``--attacks all`` runs all of them, and for six seconds.
+``make attacks`` runs some attacks for 2.5 seconds each. ``--attacks all`` runs all of them, and for six seconds.
 """
 
 import csv
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from itertools import islice
@@ -15,7 +16,7 @@ from benchmarks.attacks import __main__ as command
 from benchmarks.attacks.__main__ import figures, merge
 from benchmarks.attacks.good_client import Calls, GoodClient, good_client
 from benchmarks.attacks.link import Attack, Link
-from benchmarks.attacks.measure import MAX_MEMORY_RATIO, Result, measure
+from benchmarks.attacks.measure import MAX_MEMORY_RATIO, MAX_P99_RATIO, Result, measure
 from benchmarks.attacks.served import Target, target
 from benchmarks.attacks.table import ATTACKS
 from serving.transport import frames
@@ -54,38 +55,52 @@ SHORT_ON_GRPCIO = (
     "unknown methods",
 )
 SHORT = {"native": SHORT_ON_NATIVE, "grpcio": SHORT_ON_GRPCIO}
+#: The attacks beside which the p99 is more than ten times the quiet one. Natively, a thousand connections ask at once
+#: and each has a turn. gRPC's core reads a client without turns, and each call and each reset becomes an event for
+#: Python, so that the calls of others wait behind them.
+SLOW = {
+    "native": {"HTTP, idle connections"},
+    "grpcio": {"rapid reset, headers", "made you reset, data", "unknown methods"},
+}
 MIN_SHARE = 0.8
 #: A whole attack or piece of it, in seconds.
-SHORT_SECONDS, LONG_SECONDS = 1.0, 6.0
+SHORT_SECONDS, LONG_SECONDS = 2.5, 6.0  # a short one has a hundred calls, of which the p99 is the second worst
 CALM_SECONDS = 0.3
-#: As long as a short attack, so that a stall for its whole length costs calls.
+#: Shorter than a short attack, so that a stall costs calls.
 DEADLINE_SECONDS = 1.0
 MAX_KEPT_RATIO = 1.5
+#: Attempts to keep the p99, since another process may take the processor from one server and not from the other.
+ATTEMPTS = 3
 
 
-#: Returns a running server of a kind and transport, and a client in good faith.
-Attacked = Callable[[str, str], tuple[Target, GoodClient]]
+#: Returns a running server of a kind and transport, a client in good faith, and a client of another server.
+Attacked = Callable[[str, str], tuple[Target, GoodClient, GoodClient]]
 
 
 @pytest.fixture(scope="module")
 def servers_under_attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
-    """A function that returns a running server and a client.
+    """A function that returns a running server and a client, and a client of another server that nobody attacks.
 
     A server of each kind serves many tests, until an attack has left it with much more memory than at its start.
     """
     with ExitStack() as stack:
         running: dict[tuple[str, str], tuple[Target, GoodClient, float]] = {}
+        controls: dict[tuple[str, str], GoodClient] = {}
 
-        def attacked(kind: str, transport: str) -> tuple[Target, GoodClient]:
-            if (kind, transport) in running:
-                server, client, memory_mib = running[kind, transport]
-                if server.memory_mib() < MAX_KEPT_RATIO * memory_mib:
-                    return server, client
+        def started(kind: str, transport: str) -> tuple[Target, GoodClient]:
             server = stack.enter_context(target(kind, transport, tmp_path_factory.mktemp(kind)))
             client = stack.enter_context(good_client(server, DEADLINE_SECONDS))
             client.calls(CALM_SECONDS)
-            running[kind, transport] = server, client, server.memory_mib()
             return server, client
+
+        def attacked(kind: str, transport: str) -> tuple[Target, GoodClient, GoodClient]:
+            key = (kind, transport)
+            if key not in controls:
+                controls[key] = started(*key)[1]
+            if key not in running or running[key][0].memory_mib() >= MAX_KEPT_RATIO * running[key][2]:
+                server, client = started(*key)
+                running[key] = server, client, server.memory_mib()
+            return *running[key][:2], controls[key]
 
         yield attacked
 
@@ -98,15 +113,20 @@ def test_a_client_in_good_faith_is_served_beside_an_attack(
     everything = request.config.getoption("--attacks") == "all"
     if not everything and name not in SHORT[transport]:
         pytest.skip("--attacks all runs it")
-    attack = ATTACKS[name]
-    server, client = servers_under_attack(attack.server, transport)
-    result = measure(server, client, attack, 1, LONG_SECONDS if everything else SHORT_SECONDS, CALM_SECONDS)
-    assert result.beside.wrong == result.after.wrong == 0
-    assert result.sent > 0 or result.opened > 0
-    assert result.returned_seconds is not None, result.after.failed
-    if transport == "native":  # gRPC's own server lets an attack keep nearly all calls from being answered
-        assert result.beside.share >= MIN_SHARE, result.beside.failed
-        assert result.memory_ratio <= MAX_MEMORY_RATIO
+    attack, found = ATTACKS[name], []
+    for _ in range(ATTEMPTS):
+        clients = servers_under_attack(attack.server, transport)
+        result = measure(*clients, attack, 1, LONG_SECONDS if everything else SHORT_SECONDS, CALM_SECONDS)
+        assert result.beside.wrong == result.after.wrong == 0
+        assert result.sent > 0 or result.opened > 0
+        assert result.returned_seconds is not None, result.after.failed
+        if transport == "native":  # gRPC's own server lets an attack keep nearly all calls from being answered
+            assert result.beside.share >= MIN_SHARE, result.beside.failed
+            assert result.memory_ratio <= MAX_MEMORY_RATIO
+        found.append(round(result.p99_ratio, 1))
+        if name in SLOW[transport] or found[-1] <= MAX_P99_RATIO:
+            return
+    raise AssertionError(f"the p99 is {found} times that of a server that nobody attacks; expected {MAX_P99_RATIO:g}")
 
 
 @pytest.mark.parametrize("attack", [one for one in ATTACKS.values() if one.speaks], ids=lambda attack: attack.name)
@@ -127,12 +147,12 @@ def test_an_attack_sends_whole_frames_that_are_not_too_large(attack: Attack) -> 
 def test_a_row_tells_what_an_attack_made_the_server_miss() -> None:
     quiet = Calls(10, 10, latencies_ms=[1.0] * 10)
     slow = Calls(10, 9, latencies_ms=[20.0] * 9)
-    good = Result(quiet, quiet, quiet, 100.0, 150.0, 100.0, 0.1, 1, 1)
+    good = Result(quiet, quiet, quiet, quiet, 100.0, 150.0, 100.0, 0.1, 1, 1)
     assert figures(good, many=False)["misses"] == ""
-    bad = Result(quiet, slow, quiet, 100.0, 250.0, 200.0, None, 1, 1)
+    bad = Result(quiet, quiet, slow, quiet, 100.0, 250.0, 200.0, None, 1, 1)
     assert figures(bad, many=False)["misses"] == "share memory p99 return"
     assert figures(bad, many=True)["misses"] == "memory p99 return"
-    wrong = Result(quiet, Calls(100, 99, 1, latencies_ms=[1.0] * 99), quiet, 100.0, 150.0, 100.0, 0.1, 1, 1)
+    wrong = Result(quiet, quiet, Calls(100, 99, 1, latencies_ms=[1.0] * 99), quiet, 100.0, 150.0, 100.0, 0.1, 1, 1)
     assert figures(wrong, many=False)["misses"] == "answers"
 
 
@@ -143,7 +163,7 @@ def test_the_attacks_that_were_asked_for_are_printed_and_written(
     monkeypatch.setattr(command, "target", lambda *_: nullcontext())
     monkeypatch.setattr(command, "good_client", lambda *_: nullcontext())
     monkeypatch.setattr(
-        command, "measure", lambda *_: Result(quiet, quiet, quiet, 100.0, 250.0, 100.0, 0.1, 7, 3_000_000)
+        command, "measure", lambda *_: Result(quiet, quiet, quiet, quiet, 100.0, 250.0, 100.0, 0.1, 7, 3_000_000)
     )
     out = tmp_path / "attacks.csv"
     assert command.main(["--only", "ping flood", "half calls", "--connections", "50", "--out", str(out)]) == 0
@@ -153,6 +173,24 @@ def test_the_attacks_that_were_asked_for_are_printed_and_written(
         ("ping flood", "50", "memory"), ("half calls", "50", "memory"),
     ]  # fmt: skip
     assert "half calls" in capsys.readouterr().out
+
+
+def test_many_connections_leave_out_the_attacks_that_have_as_many_in_any_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def note(attack: Attack, options: Namespace) -> dict[str, str]:
+        asked.append(attack.name)
+        return dict.fromkeys(command._TITLES, "")
+
+    monkeypatch.setattr(command, "run", note)
+    command.main(["--connections", "50"])
+    assert {"ping flood", "HTTP, numbers in JSON", "slow headers"} <= set(asked)
+    assert {"idle connections", "HTTP, idle connections"} <= ATTACKS.keys() - set(asked)
+    assert ATTACKS["HTTP, numbers in JSON"].sockets(1) == 8
+    assert ATTACKS["HTTP, numbers in JSON"].sockets(50) == 50
+    assert ATTACKS["slow headers"].sockets(50) == 5000
 
 
 def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path: Path) -> None:

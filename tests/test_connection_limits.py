@@ -17,6 +17,7 @@ from serving.transport.connection import Connection
 from serving.transport.connection_limits import CLIENT, FLOOD, FULL, IDLE, REPLACED, UNREAD, ConnectionLimits
 from serving.transport.frames import ErrorCode
 from serving.transport.handshakes import TlsListener
+from serving.transport.listener import Listener
 from serving.transport.methods import TransportLimits
 from serving.transport.sockets import listen_tcp
 from tests.raw_client import Raw, data, framed, headers, wait_for
@@ -294,12 +295,37 @@ def test_a_refused_client_of_a_port_with_tls_is_closed_before_its_handshake() ->
 
         [listening] = listen_tcp("127.0.0.1", 0)
         listener = TlsListener(listening, ssl.create_default_context, connect, TransportLimits(1, "", 1, ""), refuses)
-        await listener.start_serving()
+        listener.start_serving()
         reader, writer = await asyncio.open_connection(*listening.getsockname())
         assert await reader.read() == b""
         assert asked == ["127.0.0.1"]
         writer.close()
         listener.close()
+
+    asyncio.run(main())
+
+
+def test_many_connections_are_accepted_a_few_at_a_time() -> None:
+    async def main() -> None:
+        made: list[asyncio.Protocol] = []
+        [listening] = listen_tcp("127.0.0.1", 0)
+        with ExitStack() as clients:
+            for _ in range(40):
+                clients.enter_context(socket.create_connection(listening.getsockname()))
+
+            def connect() -> asyncio.Protocol:
+                made.append(asyncio.Protocol())
+                return made[-1]
+
+            listener = Listener(listening, connect, lambda _: False)
+            listener.start_serving()
+            a_turn = []
+            while len(made) < 40:
+                before = len(made)
+                await asyncio.sleep(0)
+                a_turn.append(len(made) - before)
+            listener.close()
+            assert max(a_turn) <= 4
 
     asyncio.run(main())
 

@@ -4,13 +4,13 @@ import asyncio
 import struct
 import weakref
 from collections.abc import AsyncIterator, Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, cast
 
 import pytest
 from hpack import Encoder
 
-from serving.transport import frames
+from serving.transport import frame_reader, frames, receiving
 from serving.transport.connection import Connection
 from serving.transport.frame_reader import FrameReader
 from serving.transport.frames import ConnectionFault
@@ -58,7 +58,9 @@ def new_reader(link: FakeLink) -> FrameReader:
     """Return a reader after the client's greeting."""
     reader = FrameReader(link, find, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
     reader.receive(frames.PREFACE + frames.settings({}))
-    assert not reader.unread
+    while reader.unread:
+        reader.begin_turn()
+        reader.receive(b"")
     link.sent = 0
     return reader
 
@@ -129,6 +131,18 @@ def test_small_frames_are_read_in_turns_and_all_are_answered() -> None:
     asyncio.run(main())
 
 
+def test_a_turn_ends_after_two_milliseconds_whatever_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(frame_reader, "perf_counter", lambda: next(clock) * 0.0003)
+
+    async def main() -> None:
+        link = FakeLink()
+        answered = steps(new_reader(link), frames.frame(frames.PING, 0, 0, bytes(8)) * 30, lambda: link.sent)
+        assert sum(answered) == 30 and max(answered) <= 7
+
+    asyncio.run(main())
+
+
 def test_a_turn_ends_after_a_frame_of_many_messages() -> None:
     sent = headers(1, Encoder().encode(HEADERS))
     sent += data(1, framed(bytes(59)) * 256, 0) * 12
@@ -156,6 +170,37 @@ def test_a_frame_that_takes_several_turns_is_followed_by_as_many_of_the_others()
         [call] = reader.streams
         call.abandon()
         await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_a_handler_leaves_the_loop_to_others_after_two_milliseconds_of_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, read = count(), 0
+    monkeypatch.setattr(receiving, "perf_counter", lambda: next(clock) * 0.0003)
+
+    async def reading(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        nonlocal read
+        async for _ in requests:
+            read += 1
+        yield b""
+
+    async def main() -> None:
+        nonlocal read
+        method, link = StreamMethod(reading), FakeLink()
+        reader = FrameReader(link, lambda _: method, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
+        reader.receive(frames.PREFACE + frames.settings({}) + headers(1, Encoder().encode(HEADERS)))
+        reader.receive(data(1, framed(bytes(50)) * 100))
+        while reader.unread:
+            reader.begin_turn()
+            reader.receive(b"")
+        a_turn = []
+        while read < 100:
+            before = read
+            await asyncio.sleep(0)
+            a_turn.append(read - before)
+        assert max(a_turn) <= 8
 
     asyncio.run(main())
 

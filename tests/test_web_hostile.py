@@ -147,7 +147,7 @@ def test_tiny_chunks_of_one_client_do_not_hold_up_the_others() -> None:
                     break
             return len(pauses.ticks)
 
-        assert asyncio.run_coroutine_threadsafe(parse(), web.loop).result(PATIENCE) > 5
+        assert asyncio.run_coroutine_threadsafe(parse(), web.loop).result(PATIENCE) > 60
 
 
 def test_answers_that_nobody_reads_give_their_memory_to_others() -> None:

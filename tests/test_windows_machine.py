@@ -209,6 +209,9 @@ class Windows(RuleBasedStateMachine):
     def receive(self, sent: bytes) -> None:
         self.reader.begin_turn()
         self.reader.receive(sent)
+        while self.reader.unread:
+            self.reader.begin_turn()
+            self.reader.receive(b"")
         self.run()
 
     def run(self) -> None:

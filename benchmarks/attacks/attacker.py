@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 
 from benchmarks.attacks.link import Attack, Link
-from benchmarks.attacks.table import ATTACKS, MAX_CONNECTIONS
+from benchmarks.attacks.table import ATTACKS
 
 #: The line that a process prints once all connections have been opened.
 BEGUN = "begun"
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     attack = ATTACKS[options.name]
-    attacker = Attacker(attack, options.port, min(MAX_CONNECTIONS, options.connections * attack.times))
+    attacker = Attacker(attack, options.port, attack.sockets(options.connections))
     print(BEGUN, flush=True)
     print(json.dumps(asdict(attacker.run(options.seconds))), flush=True)
     return 0

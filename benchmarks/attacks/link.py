@@ -33,6 +33,7 @@ CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
+_MAX_CONNECTIONS = 5000
 #: Pause of a script that waits for the server, in seconds.
 WAIT_SECONDS = 0.02
 
@@ -47,9 +48,10 @@ class Attack:
     """A kind of attack.
 
     script: the bytes of one connection. speaks: the connection opens with HTTP/2's preface, these settings and a wide
-    window, and its peer's frames are read. times: connections for each one that is asked for. server: the kind of
-    server that is attacked, one of ``served.KINDS``. port: the port that is attacked. record_bytes: the most bytes of
-    a TLS record; a connection that speaks to a server with TLS, or to its other ports, is encrypted.
+    window, and its peer's frames are read. times: connections for each one that is asked for. least: the fewest
+    connections. server: the kind of server that is attacked, one of ``served.KINDS``. port: the port that is attacked.
+    record_bytes: the most bytes of a TLS record; a connection that speaks to a server with TLS, or to its other ports,
+    is encrypted.
     """
 
     name: str
@@ -57,9 +59,14 @@ class Attack:
     speaks: bool = True
     settings: Mapping[int, int] = field(default_factory=dict)
     times: int = 1
+    least: int = 1
     server: str = "plain"
     port: Port = "grpc"
     record_bytes: int = 2**14
+
+    def sockets(self, connections: int) -> int:
+        """Return the number of open connections, if so many are asked for."""
+        return min(_MAX_CONNECTIONS, max(self.least, connections * self.times))
 
 
 class Link:

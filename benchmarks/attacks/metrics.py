@@ -46,8 +46,8 @@ def _wrong_tokens(link: Link) -> Pieces:
     yield head("/metrics", 0, token, verb="GET")
 
 
-def _metrics(name: str, script: Callable[[Link], Pieces], times: int = _CONNECTIONS, server: str = "plain") -> Attack:
-    return Attack(f"metrics, {name}", script, speaks=False, times=times, server=server, port="metrics")
+def _metrics(name: str, script: Callable[[Link], Pieces], least: int = _CONNECTIONS, server: str = "plain") -> Attack:
+    return Attack(f"metrics, {name}", script, speaks=False, least=least, server=server, port="metrics")
 
 
 METRICS = (

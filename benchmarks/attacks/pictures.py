@@ -207,7 +207,7 @@ def _post_long_photograph() -> bytes:
 
 
 def _web(name: str, make: Callable[[], bytes]) -> Attack:
-    return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, times=_WEB_CONNECTIONS, port="http")
+    return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, least=_WEB_CONNECTIONS, port="http")
 
 
 PICTURES = (

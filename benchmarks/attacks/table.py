@@ -14,5 +14,3 @@ ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (*RESETS, *HEADER_BLOCKS, *FLOODS, *CALLS, *PICTURES, *CONNECTIONS, *WEB, *METRICS)
 }
-#: The most connections of one attack.
-MAX_CONNECTIONS = 5000

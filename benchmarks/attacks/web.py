@@ -185,8 +185,8 @@ def _explained_numbers(name: str) -> bytes:
     return post("/v1/explain", f'{{"images":[{{"pixels":"{_INK}"}}],"{name}":[{numbers}]}}'.encode())
 
 
-def _web(name: str, script: Callable[[Link], Pieces], times: int = 1, server: str = "plain") -> Attack:
-    return Attack(f"HTTP, {name}", script, speaks=False, times=times, server=server, port="http")
+def _web(name: str, script: Callable[[Link], Pieces], times: int = 1, server: str = "plain", least: int = 1) -> Attack:
+    return Attack(f"HTTP, {name}", script, speaks=False, times=times, least=least, server=server, port="http")
 
 
 _EMPTY_PART = b'--edge\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'
@@ -202,25 +202,25 @@ WEB = (
     _web("tiny chunks", partial(_again, make=_tiny_chunks)),
     _web("long media types", partial(_again, make=_media_types)),
     _web("long queries", partial(_again, make=_queries)),
-    _web("numbers in JSON", partial(_again, make=_numbers), _FEW_CONNECTIONS),
-    _web("objects in JSON", partial(_again, make=_containers), _FEW_CONNECTIONS),
-    _web("many parts", partial(_again, make=partial(_form, _EMPTY_PART)), _FEW_CONNECTIONS),
-    _web("parts without an end", partial(_again, make=partial(_form, _LINE_ENDS)), _FEW_CONNECTIONS),
-    _web("explanations", partial(_again, make=_explained), _FEW_CONNECTIONS),
-    _web("explanations, hung up", partial(_gone, make=_explained), _FEW_CONNECTIONS),
+    _web("numbers in JSON", partial(_again, make=_numbers), least=_FEW_CONNECTIONS),
+    _web("objects in JSON", partial(_again, make=_containers), least=_FEW_CONNECTIONS),
+    _web("many parts", partial(_again, make=partial(_form, _EMPTY_PART)), least=_FEW_CONNECTIONS),
+    _web("parts without an end", partial(_again, make=partial(_form, _LINE_ENDS)), least=_FEW_CONNECTIONS),
+    _web("explanations", partial(_again, make=_explained), least=_FEW_CONNECTIONS),
+    _web("explanations, hung up", partial(_gone, make=_explained), least=_FEW_CONNECTIONS),
     _web("explanations, not read", partial(_unread, make=_explained_in_part, times=2), 100),
     _web("slow heads over TLS", partial(_once, start=lambda: b"GET /v1/model HTTP/1.1\r\nHo"), _CONNECTIONS, "tls"),
-    _web("numbers in JSON over TLS", partial(_again, make=_numbers), _FEW_CONNECTIONS, "tls"),
+    _web("numbers in JSON over TLS", partial(_again, make=_numbers), server="tls", least=_FEW_CONNECTIONS),
     _web("explanations over TLS, not read", partial(_unread, make=_explained_in_part, times=2), 100, "tls"),
     _web("handshakes", partial(_gone, make=_pipelined), _HANDSHAKES, "tls"),
-    _web("wrong tokens", _wrong_tokens, _FEW_CONNECTIONS, "tokens"),
-    _web("numbers in JSON without a token", partial(_again, make=_numbers), _FEW_CONNECTIONS, "tokens"),
+    _web("wrong tokens", _wrong_tokens, server="tokens", least=_FEW_CONNECTIONS),
+    _web("numbers in JSON without a token", partial(_again, make=_numbers), server="tokens", least=_FEW_CONNECTIONS),
     _web("slow chunks", _slow_chunks, _CONNECTIONS),
     _web("long extensions", partial(_again, make=_long_extensions)),
     _web("upgrades", partial(_again, make=_upgrades)),
     _web("expectations", _expectations, _HANDSHAKES),
     _web("documents, not read", partial(_unread, make=_documents, times=2), _HANDSHAKES),
-    _web("classes in JSON", partial(_again, make=partial(_explained_numbers, "classes")), _FEW_CONNECTIONS),
-    _web("parts in JSON", partial(_again, make=partial(_explained_numbers, "parts")), _FEW_CONNECTIONS),
-    _web("empty blocks", partial(_again, make=_empty_blocks), _FEW_CONNECTIONS),
+    _web("classes in JSON", partial(_again, make=partial(_explained_numbers, "classes")), least=_FEW_CONNECTIONS),
+    _web("parts in JSON", partial(_again, make=partial(_explained_numbers, "parts")), least=_FEW_CONNECTIONS),
+    _web("empty blocks", partial(_again, make=_empty_blocks), least=_FEW_CONNECTIONS),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The reader of one connection's frames, which passes their content to the calls (RFC 9113, sections 3 to 6)."""
 
 from collections.abc import Callable
+from time import perf_counter
 
 from serving.transport import frames, headers
 from serving.transport.control_frames import ControlFrames
@@ -11,7 +12,7 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
-from serving.transport.streams import WORK_A_TURN, ConnectionState, Link, Streams, StreamState
+from serving.transport.streams import TURN_SECONDS, WORK_A_TURN, ConnectionState, Link, Streams, StreamState
 from serving.transport.unpacking import Unpacker
 
 #: Seconds within which a header block must come in full.
@@ -70,6 +71,7 @@ class FrameReader:
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
         self._work_left = WORK_A_TURN
+        self._seconds_left = TURN_SECONDS
 
     def receive(self, data: bytes) -> None:
         """Read what has come, as far as a turn allows. Raises ConnectionFault and NotHttp2, which end the reading.
@@ -100,6 +102,7 @@ class FrameReader:
     def begin_turn(self) -> None:
         """Note that other connections have had their turn. What an earlier turn took too much is missing now."""
         self._work_left = WORK_A_TURN + min(0, self._work_left)
+        self._seconds_left = TURN_SECONDS
 
     @property
     def unread(self) -> bool:
@@ -136,7 +139,7 @@ class FrameReader:
 
     def _read(self, data: bytes, at: int) -> int:
         """Read complete frames of one turn from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
-        end = len(data)
+        end, turn_end = len(data), perf_counter() + self._seconds_left
         while end - at >= _HEAD_BYTES:
             high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
             length = high << 8 | low
@@ -159,8 +162,11 @@ class FrameReader:
                     self._begin_block(flags, stream, data[begin:at])
             else:
                 self._other(kind, flags, stream, data[begin:at])
+            if perf_counter() > turn_end:
+                self._work_left = -1
             if self._work_left < 0:
                 break
+        self._seconds_left = turn_end - perf_counter()
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:

@@ -4,18 +4,16 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Protocol, cast
 
 from serving.transport.connection_limits import most_frequent
+from serving.transport.listener import Listener
 from serving.transport.methods import Peer, TransportLimits, client_of
 
 #: Seconds within which a client must complete its handshake.
 HANDSHAKE_SECONDS = 10.0
 _SHUTDOWN_SECONDS = 2.0
 _MAX_HANDSHAKES = 256  # under way; above this the oldest one of the client with the most ends
-_MAX_ACCEPTED_A_TURN = 64  # after which other connections have their turn
-_BACK_OFF_SECONDS = 0.1  # until the next attempt if no file can be opened
 _ALPN = "h2"
 #: The results of handshakes: good; not complete in time; given up by the client; without a certificate of the client
 #: that is valid; refused by the client, which does not trust the server's certificate; without a common version or
@@ -47,12 +45,11 @@ class TlsContexts(Protocol):
         """Return the chain, its private key, and the authorities of clients or b"", in PEM."""
 
 
-class TlsListener:
+class TlsListener(Listener):
     """A listening socket whose clients must complete a TLS handshake.
 
-    context: returns the context of a new connection. connect: makes the protocol of a client. limits: told of each
-    result, one of HANDSHAKE_RESULTS. refuses: called with each client's address; returns True if its connection is
-    closed at once. protocols: of these a client must have chosen one by ALPN (RFC 7301); None for no choice.
+    context: returns the context of a new connection. limits: told of each result, one of HANDSHAKE_RESULTS. protocols:
+    of these a client must have chosen one by ALPN (RFC 7301); None for no choice.
     """
 
     def __init__(
@@ -64,49 +61,10 @@ class TlsListener:
         refuses: Callable[[str], bool],
         protocols: Collection[str | None] = (_ALPN,),
     ) -> None:
-        self._socket = listening
+        super().__init__(listening, connect, refuses)
         self._context = context
         self._protocols = protocols
-        self._connect = connect
         self._limits = limits
-        self._refuses = refuses
-        self._loop = asyncio.get_running_loop()
-        self._pause: asyncio.TimerHandle | None = None
-        self._under_way: dict[asyncio.Task[None], Peer] = {}  # their clients, oldest first
-
-    async def start_serving(self) -> None:
-        """Start to accept connections."""
-        self._loop.add_reader(self._socket.fileno(), self._accept)
-
-    def close(self) -> None:
-        """Close the socket, and end the handshakes that are under way."""
-        if self._pause:
-            self._pause.cancel()
-        if self._socket.fileno() >= 0:
-            self._loop.remove_reader(self._socket.fileno())
-        self._socket.close()
-        for task in list(self._under_way):
-            task.cancel()
-
-    def _accept(self) -> None:
-        for _ in range(_MAX_ACCEPTED_A_TURN):
-            try:
-                accepted, address = self._socket.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError:  # no file can be opened; the socket would stay readable
-                self._loop.remove_reader(self._socket.fileno())
-                self._pause = self._loop.call_later(_BACK_OFF_SECONDS, self._resume)
-                return
-            client = Peer(str(address[0]))
-            if self._refuses(client.address):
-                accepted.close()
-                continue
-            accepted.setblocking(False)
-            self._begin(accepted, client)
-
-    def _resume(self) -> None:
-        self._loop.add_reader(self._socket.fileno(), self._accept)
 
     def _begin(self, accepted: socket.socket, client: Peer) -> None:
         """Begin a handshake, and end the oldest one of the client with the most if there are too many."""
@@ -116,16 +74,9 @@ class TlsListener:
             its_client = self._under_way.pop(oldest)
             oldest.cancel()
             self._note(CROWDED, its_client)
-        task = self._loop.create_task(self._shake_hands(accepted, client))
-        self._under_way[task] = client
-        task.add_done_callback(partial(self._ended, accepted))
+        super()._begin(accepted, client)
 
-    def _ended(self, accepted: socket.socket, task: "asyncio.Task[None]") -> None:
-        self._under_way.pop(task, None)
-        if task.cancelled():  # perhaps before it could begin
-            accepted.close()
-
-    async def _shake_hands(self, accepted: socket.socket, client: Peer) -> None:
+    async def _make(self, accepted: socket.socket, client: Peer) -> None:
         try:
             transport, _ = await self._loop.connect_accepted_socket(
                 self._connect,

@@ -1,11 +1,11 @@
 """The receiving half of a call, and the two kinds of complete calls."""
 
 import asyncio
-import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from time import perf_counter
 from typing import ClassVar
 
 import grpc
@@ -16,7 +16,7 @@ from serving.transport.frames import ErrorCode, window_update
 from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
 from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
-from serving.transport.streams import Streams, StreamState
+from serving.transport.streams import TURN_SECONDS, Streams, StreamState
 from serving.transport.unpacking import Job
 
 #: The bytes of a call that a client may send before the server reads them.
@@ -100,13 +100,12 @@ class ReceivingCall(Call):
                 self._received([message], len(data))
                 return
             reader = self._reader = MessageReader(limits.message_bytes, limits.message_text, self._head.encoding)
-        before, begin = reader.buffered, time.perf_counter()
+        before = reader.buffered
         try:
             received = reader.feed(data)
         except MessageError as error:
             self.refuse(error.code, str(error))
         else:
-            self.streams.count_time(time.perf_counter() - begin)  # since small messages are inflated here
             if len(received) > 1:
                 self.streams.count_messages(received)
             self._received(received, reader.buffered - before + _size(received))
@@ -258,6 +257,7 @@ class StreamCall(ReceivingCall):
     _reading: asyncio.Future[None] | None = None  # set while the handler waits for a message
     _room: asyncio.Future[None] | None = None  # set while the handler waits for the client to read
     _handed_over = 0  # the bytes of the message that the handler has
+    _turn_end = 0.0  # the time after which the handler leaves its turn of the event loop to others
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
         super().__init__(streams, stream, head)
@@ -275,12 +275,16 @@ class StreamCall(ReceivingCall):
         if self._handed_over:
             self.streams.memory.hold(self, -self._handed_over)
             self._handed_over = 0
+        if self._messages and perf_counter() > self._turn_end:  # many small ones would hold up other calls
+            await asyncio.sleep(0)
+            self._turn_end = perf_counter() + TURN_SECONDS
         while not self._messages:
             inflating = self._reader is not None and self._reader.inflation
             if self.state is StreamState.CLOSED or (self.state is StreamState.HALF_CLOSED_REMOTE and not inflating):
                 raise StopAsyncIteration
             self._reading = self.streams.loop.create_future()
             await self._reading
+            self._turn_end = perf_counter() + TURN_SECONDS
         message = self._messages.popleft()
         self._handed_over = len(message) + _MESSAGE_BYTES_WITH_PREFIX
         if self._may_receive < _LOW_WINDOW:

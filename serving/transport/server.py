@@ -8,9 +8,10 @@ from serving.transport.connection_limits import FLOOD, FULL, ConnectionLimits, n
 from serving.transport.counts import ConnectionFigures, Figures
 from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.handshakes import TlsContexts, TlsListener
+from serving.transport.listener import Listener
 from serving.transport.memory import Memory
 from serving.transport.methods import Method, Peer, Table, TransportLimits
-from serving.transport.sockets import BACKLOG, UnixSocket, listen_tcp
+from serving.transport.sockets import UnixSocket, listen_tcp
 from serving.transport.terms import Terms
 from serving.transport.unpacking import Unpacker
 
@@ -36,7 +37,7 @@ class GrpcServer:
     ) -> None:
         self._methods: dict[str, Method] = {}
         self._connections: set[Connection] = set()
-        self._listening: list[asyncio.AbstractServer | TlsListener] = []
+        self._listening: list[Listener] = []
         self._unix_sockets: list[UnixSocket] = []
         self._empty = asyncio.Event()
         self._looking: asyncio.TimerHandle | None = None
@@ -73,7 +74,7 @@ class GrpcServer:
             self._listening.append(
                 TlsListener(one, self._tls.grpc_context, self._connection, self._terms.limits, self._refuses)
                 if self._tls
-                else await self._loop.create_server(self._connection, sock=one, backlog=BACKLOG, start_serving=False)
+                else Listener(one, self._connection, self._refuses)
             )
         return bound
 
@@ -81,16 +82,12 @@ class GrpcServer:
         """Open a Unix socket, and replace a file on which no server listens. Raises OSError."""
         opened = UnixSocket(path)
         self._unix_sockets.append(opened)
-        self._listening.append(
-            await self._loop.create_unix_server(
-                self._connection, sock=opened.socket, backlog=BACKLOG, start_serving=False
-            )
-        )
+        self._listening.append(Listener(opened.socket, self._connection, self._refuses))
 
     async def start(self) -> None:
         """Start to accept connections."""
         for listening in self._listening:
-            await listening.start_serving()
+            listening.start_serving()
         self._look_around()
 
     async def drain(self, grace: float) -> None:

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Connections that may wait to be accepted.
-BACKLOG = 1024
+_BACKLOG = 1024  # connections that may wait to be accepted
 _MAX_UNIX_PATH_BYTES = 107  # a limit of the system
 _LOCK_SECONDS = 1.0
 _LOCK_PAUSE_SECONDS = 0.01
@@ -38,7 +37,7 @@ def listen_tcp(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:  # otherwise it would take the port of IPv4 too
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind(address)
-            listening.listen(BACKLOG)
+            listening.listen(_BACKLOG)
             listening.setblocking(False)
     except BaseException:
         for listening in opened:
@@ -65,7 +64,7 @@ class UnixSocket:
             self.socket = socket.socket(socket.AF_UNIX)
             try:
                 self.socket.bind(path)
-                self.socket.listen(BACKLOG)
+                self.socket.listen(_BACKLOG)
             except BaseException:
                 self.socket.close()
                 raise

@@ -8,6 +8,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable
+from time import perf_counter
 from typing import Protocol, cast
 
 import h11
@@ -35,7 +36,9 @@ KEEP_ALIVE_SECONDS = 75.0
 # The most bytes that wait to be parsed before no more are read, beside those of one read.
 _MAX_ARRIVED_BYTES = 65536
 _TURN_SECONDS = 0.001
-_PIECE_BYTES = 4096  # that are parsed before the clock is looked at
+# The bytes that are parsed before the clock is looked at: the fewest after a piece that has taken a turn, such as one
+# of tiny chunks, and twice as many after each other one.
+_MIN_PIECE_BYTES, _MAX_PIECE_BYTES = 128, 4096
 _HEAD_END = re.compile(rb"\n\r?\n")
 
 
@@ -103,6 +106,7 @@ class WebConnection(H11Protocol):
         self._in_head = True  # since a connection must begin with a request
         self._since = 0.0  # of the present head, or of the end of the last request
         self._arrived = bytearray()  # the bytes that are not parsed yet
+        self._piece_bytes = _MIN_PIECE_BYTES
         self._turn: asyncio.Handle | None = None  # the next one
         self._unsent = (0, 0.0)  # the bytes that wait to be read, and the time since which they are so many
 
@@ -229,19 +233,23 @@ class WebConnection(H11Protocol):
     def _take_turn(self) -> None:
         """Parse what has arrived, for about a millisecond."""
         self._turn = None
-        end = self.loop.time() + _TURN_SECONDS
+        now = perf_counter()  # the event loop's own time stands still during a turn
+        end = now + _TURN_SECONDS
         while self._arrived and self._takes and not self.transport.is_closing():
-            if (now := self.loop.time()) > end:
+            if now > end:
                 self._go_on()
                 return
             if not self._busy and not self._in_head:
-                self._in_head, self._since = True, now
-            piece = bytes(self._arrived[:_PIECE_BYTES])
-            del self._arrived[:_PIECE_BYTES]
+                self._in_head, self._since = True, self.loop.time()
+            piece = bytes(self._arrived[: self._piece_bytes])
+            del self._arrived[: self._piece_bytes]
             if not self._busy and self._has_too_many_lines(piece):
                 self._refuse(431)
                 return
             super().data_received(piece)
+            before, now = now, perf_counter()
+            slow = now - before > _TURN_SECONDS
+            self._piece_bytes = _MIN_PIECE_BYTES if slow else min(2 * self._piece_bytes, _MAX_PIECE_BYTES)
         if self._takes and not self.transport.is_closing():
             self.flow.resume_reading()
 

@@ -15,9 +15,10 @@ from serving.settings import Settings
 from serving.transport.connection_limits import FULL, TEXTS, ConnectionLimits
 from serving.transport.counts import EVICTIONS, MEMORY, Figures
 from serving.transport.handshakes import TlsListener
+from serving.transport.listener import Listener
 from serving.transport.memory import Memory
 from serving.transport.methods import Peer, Table, TransportLimits, is_loopback
-from serving.transport.sockets import BACKLOG, listen_tcp
+from serving.transport.sockets import listen_tcp
 from serving.web.application import Application, Terms
 from serving.web.connection import KEEP_ALIVE_SECONDS, MAX_HEAD_BYTES, WebConnection
 from serving.web.documents import page_files
@@ -71,7 +72,7 @@ class WebServer:
         self._state = ServerState()
         self._numbers = ConnectionLimits(limits)
         self._connections: set[WebConnection] = set()
-        self._listening: list[asyncio.AbstractServer | TlsListener] = []
+        self._listening: list[Listener] = []
         self._looking: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         #: The connections that were accepted.
@@ -92,21 +93,20 @@ class WebServer:
 
         Connections that come before ``start`` wait.
         """
-        loop = asyncio.get_running_loop()
         opened = listen_tcp(host, port)
         bound: int = opened[0].getsockname()[1]
         for one in opened:
             self._listening.append(
                 TlsListener(one, self._tls, self._connect, self._limits, self._refuses, _PROTOCOLS)
                 if self._tls
-                else await loop.create_server(self._connect, sock=one, backlog=BACKLOG, start_serving=False)
+                else Listener(one, self._connect, self._refuses)
             )
         return bound
 
     async def start(self) -> None:
         """Start to accept connections."""
         for listening in self._listening:
-            await listening.start_serving()
+            listening.start_serving()
         self._look_around()
 
     def drain(self) -> None:
