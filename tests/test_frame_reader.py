@@ -158,6 +158,22 @@ def test_a_turn_ends_after_a_frame_of_many_messages() -> None:
     asyncio.run(main())
 
 
+def test_a_frame_that_takes_several_turns_is_followed_by_as_many_of_the_others() -> None:
+    """So a connection gets no more than its turns, although a frame is read whole."""
+    sent = headers(1, Encoder().encode(HEADERS)) + data(1, framed(bytes(35)) * 400, 0) * 4
+
+    async def main() -> None:
+        reader = new_reader(FakeLink())
+        grown = steps(reader, sent, lambda: reader.streams.memory.used)
+        assert sum(one > 0 for one in grown) <= 5
+        assert sum(one == 0 for one in grown) > 20
+        [call] = reader.streams
+        call.abandon()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
 def test_a_handler_leaves_the_loop_to_others_after_two_milliseconds_of_messages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -199,7 +215,9 @@ def test_messages_that_are_too_small_for_a_request_end_the_connection_in_the_end
                 reader.receive(headers(stream, encoder.encode(HEADERS)))
                 for _ in range(16):  # as many as a window takes
                     reader.receive(data(stream, framed(b"") * 3200, 0))
-                    reader.begin_turn()
+                    while reader.unread:
+                        reader.begin_turn()
+                        reader.receive(b"")
         for call in reader.streams:
             call.abandon()
         await asyncio.sleep(0)

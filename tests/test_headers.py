@@ -7,16 +7,26 @@ from typing import Any
 
 import pytest
 from hpack import Decoder, Encoder
+from hpack.exceptions import HPACKDecodingError
 from hpack.huffman import HuffmanEncoder
 from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
+from hpack.huffman_table import decode_huffman
 from packaging.requirements import Requirement
 
-from serving.transport import headers
+from serving.transport import headers, huffman
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import MAX_BLOCK_BYTES, MAX_BYTES_DECODED, HeaderBlock, HeaderReader, MalformedRequest
+from serving.transport.memory import Memory
 from tests.conftest import ROOT
 
 FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/s/m"), ("content-type", "application/grpc")]
+
+
+class Connected:
+    """A connection that holds memory."""
+
+    held = 0
+    holders = ()
 
 
 def reader() -> HeaderReader[str]:
@@ -127,17 +137,34 @@ def test_garbage_in_a_large_block_is_a_fault_or_passed_over(seed: int) -> None:
 
 
 def test_a_block_may_be_large_but_neither_endless_nor_in_crumbs() -> None:
-    block = HeaderBlock(1, 0, b"")
+    memory, owner = Memory(2 * MAX_BLOCK_BYTES), Connected()
+    block = HeaderBlock(owner, memory, 1, 0, b"")
     for _ in range(MAX_BLOCK_BYTES // 16384):
-        block.add(bytes(16384))
-    assert len(block.data) == MAX_BLOCK_BYTES
-    crumbs = HeaderBlock(1, 0, b"")
+        block.add(bytes(16384), 0.0)
+    assert len(block.data) == MAX_BLOCK_BYTES == memory.used
+    crumbs = HeaderBlock(owner, memory, 1, 0, b"")
     for _ in range(8):
-        crumbs.add(b"a")
+        crumbs.add(b"a", 0.0)
     for one in (block, crumbs):
         with pytest.raises(ConnectionFault) as caught:
-            one.add(b"a")
+            one.add(b"a", 0.0)
         assert caught.value.code == ErrorCode.ENHANCE_YOUR_CALM
+        one.leave()
+    assert memory.used == owner.held == 0
+
+
+def test_blocks_without_an_end_give_their_memory_to_others() -> None:
+    memory = Memory(2**16)
+    owners = [Connected() for _ in range(8)]
+    blocks = [HeaderBlock(one, memory, 1, 0, b"") for one in owners]
+    for number, block in enumerate(blocks):
+        block.add(bytes(16384), float(number))
+    assert memory.used == 2**16 and [len(block.data) for block in blocks] == [0] * 4 + [16384] * 4
+    with pytest.raises(ConnectionFault, match="headers without end"):
+        blocks[0].add(b"", 9.0)
+    for block in blocks:
+        block.leave()
+    assert memory.used == 0
 
 
 NOT_ALLOWED: dict[str, list[tuple[str, str]]] = {
@@ -181,3 +208,48 @@ def test_headers_that_http_allows_are_taken() -> None:
     assert (head.acceptable, head.content_length) == (True, 5)
     assert dict(head.metadata)["x!#$%&'*+-.^_`|~9"] == "\xfc"
     assert reader().read(Encoder().encode(FIELDS)).content_length is None
+
+
+def test_the_values_of_binary_headers_count_as_headers_before_they_are_decoded() -> None:
+    encoder, read = Encoder(), reader()
+    few = read.read(encoder.encode([*FIELDS, ("x-bin", ",".join(["YQ"] * 400))], huffman=False))
+    assert few.acceptable and few.metadata == (("x-bin", b"a"),) * 400
+    assert read.fields >= 400
+    many = read.read(encoder.encode([*FIELDS, ("x-bin", ",".join(["YQ"] * 600))], huffman=False))
+    assert not many.acceptable and many.size > headers.MAX_BYTES and many.metadata == ()
+
+
+def test_the_bytes_of_large_blocks_and_of_values_in_the_table_are_counted() -> None:
+    encoder, read = Encoder(), reader()
+    read.read(encoder.encode(FIELDS))
+    assert read.bytes == 0
+    read.read(encoder.encode([*FIELDS, ("x", "Z" * 15_000, True)], huffman=True))
+    assert read.bytes > 30_000, "those of Huffman's code and those of its text"
+    read.bytes = 0
+    read.read(encoder.encode([*FIELDS, ("y", "Z" * 3000)]))
+    read.bytes = 0
+    block = encoder.encode([*FIELDS, *[("y", "Z" * 3000)] * 10])
+    assert len(block) < 100
+    read.read(block)
+    assert read.bytes > 30_000
+
+
+def test_a_large_block_of_which_much_enters_the_table_ends_its_connection() -> None:
+    block = Encoder().encode([*FIELDS, *[("x", f"{number}" * 1000) for number in range(80)]], huffman=False)
+    with pytest.raises(ConnectionFault) as raised:
+        reader().read(block)
+    assert raised.value.code is ErrorCode.ENHANCE_YOUR_CALM
+
+
+@pytest.mark.parametrize("text", [b"", b"a", b"application/grpc", bytes(range(256)), b"Z" * 1000])
+def test_huffman_texts_are_read_as_hpack_reads_them(text: bytes) -> None:
+    code = HuffmanEncoder(REQUEST_CODES, REQUEST_CODES_LENGTH).encode(text)
+    assert huffman.decode(code) == decode_huffman(code) == text
+    for wrong in (code + b"\xff", code + b"\xff" * 4, code + b"\0", code[:-1]):
+        results = []
+        for decode in (huffman.decode, decode_huffman):
+            try:
+                results.append(decode(wrong))
+            except HPACKDecodingError:
+                results.append(b"refused")
+        assert results[0] == results[1]

@@ -309,3 +309,15 @@ def test_nothing_of_a_connection_stays_until_a_garbage_collection(
         wait_for(lambda: made)
         link.close()
         wait_for(lambda: made[0]() is None)
+
+
+def test_heads_with_thousands_of_parameters_are_refused_before_these_are_read() -> None:
+    with serving({"/capsnet.v1.CapsNetService/Classify": describing(), GET_MODEL: describing()}) as web:
+        long = ask(web.port, "/v1/classify", b"x", content_type='image/png;"' + ";" * 15_000)
+        assert (long.status, b"at most 8 parameters" in long.body) == (400, True)
+        query = ask(web.port, "/v1/model?" + "a&" * 7000)
+        assert (query.status, b"at most 64" in query.body) == (400, True)
+        kind = "multipart/form-data; boundary=edge"
+        part = b'--edge\r\nContent-Disposition: form-data; name=image;"' + b";" * 4000 + b"\r\n\r\nx\r\n--edge--\r\n"
+        form = ask(web.port, "/v1/classify", part, content_type=kind)
+        assert (form.status, b"at most 8 parameters" in form.body) == (400, True)

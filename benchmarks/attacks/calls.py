@@ -136,6 +136,11 @@ def _small_messages(link: Link, path: str, message: bytes) -> Pieces:
         yield cancel(stream)
 
 
+def _wrong_message() -> bytes:
+    """Return a message of a stream that is wrong, and just large enough for a request."""
+    return pb.ClassifyStreamRequest(id="i" * 40).SerializeToString()
+
+
 def _empty_blocks() -> bytes:
     return framed(empty_gzip(_BOMB_BYTES), True)
 
@@ -226,6 +231,7 @@ CALLS = (
     Attack("right requests", partial(_calls, path=CLASSIFY, make=request)),
     Attack("large right requests", partial(_calls, path=CLASSIFY, make=partial(request, _IMAGES_OF_A_LARGE_REQUEST))),
     Attack("empty messages in streams", partial(_small_messages, path=CLASSIFY_STREAM, message=b"")),
+    Attack("wrong messages in streams", partial(_small_messages, path=CLASSIFY_STREAM, message=_wrong_message())),
     Attack("reflection lists", partial(_small_messages, path=REFLECTION, message=b"\x3a\0")),
     Attack("unknown methods", partial(_calls, path="/no.Service/Method", make=request)),
     Attack("unparsable reflection", partial(_calls, path=REFLECTION, make=_unparsable)),

@@ -24,6 +24,7 @@ _TOKEN_CHARACTERS = 80
 _EXTENSION_BYTES = 2000
 _EXTENSIONS = 100
 _CLASSES = 10
+_HEAD_CHARACTERS = 15_900
 #: Bytes of an image, none of which is ground, so that its relevance takes the most images.
 _INK = base64.b64encode(b"\x80" * (SIDE * SIDE - 1) + b"\xff").decode()
 
@@ -115,6 +116,15 @@ def _explained() -> bytes:
     return _explain("ROUTING CONTRIBUTIONS RELEVANCE")
 
 
+def _media_types() -> bytes:
+    """Return a request whose media type has thousands of parameters, in a text without an end."""
+    return head("/v1/classify", 1, 'Content-Type: image/png;"' + ";" * _HEAD_CHARACTERS) + b"x"
+
+
+def _queries() -> bytes:
+    return head("/v1/model?" + "%41&" * (_HEAD_CHARACTERS // 4), 0, verb="GET")
+
+
 def _slow_chunks(link: Link) -> Pieces:
     """Send a body in chunks without an end, a byte a second."""
     yield head("/v1/classify", None, "Content-Type: image/png")
@@ -190,6 +200,8 @@ WEB = (
     _web("unknown paths", partial(_again, make=lambda: head("/%0aX/" + "y" * 9000, 0, verb="GET") * 20)),
     _web("many headers", partial(_again, make=_short_headers)),
     _web("tiny chunks", partial(_again, make=_tiny_chunks)),
+    _web("long media types", partial(_again, make=_media_types)),
+    _web("long queries", partial(_again, make=_queries)),
     _web("numbers in JSON", partial(_again, make=_numbers), least=_FEW_CONNECTIONS),
     _web("objects in JSON", partial(_again, make=_containers), least=_FEW_CONNECTIONS),
     _web("many parts", partial(_again, make=partial(_form, _EMPTY_PART)), least=_FEW_CONNECTIONS),

@@ -87,6 +87,7 @@ class Connection(asyncio.Protocol):
         if self._stall:
             self._stall.cancel()
         self._end_calls()
+        self._reader.leave()
         self._unsent.gone()
         self._terms.lost(self)
         # Without cycles this object goes at once, and with it uvloop's transport, which has 256 KiB for TLS.
@@ -120,7 +121,8 @@ class Connection(asyncio.Protocol):
             self._transport.abort()  # at once: until TLS's own end, its records would be read
             return
         now = self.loop.time()
-        if now != self._turn:  # uvloop keeps the time for a turn, in which it may bring up to 32 reads
+        # uvloop keeps the time for a turn, in which it may bring up to 32 reads.
+        if now != self._turn and not self._reader.unread:
             self._turn = now
             self._reader.begin_turn()
         state = self._streams.state

@@ -31,6 +31,7 @@ _MIN_DATA_BYTES = 64  # the fewest bytes of a frame that advances a call without
 _MAX_FIELDS = 128  # the fields of a call's headers; each further field counts as a frame that advances no call
 _FRAME_WORK = 384  # of each frame; 64 small calls fit in a turn
 _FIELD_WORK = 64  # of each decoded field
+_BLOCK_BYTE_WORK = 8  # of each byte of a large header block and of its values
 _BYTES_A_WORK = 8  # bytes of a frame, which are only copied
 _HEAD_BYTES = frames.HEAD.size
 _MAX_BYTES_DECODED = headers.MAX_BYTES_DECODED
@@ -84,6 +85,9 @@ class FrameReader:
             else:  # a copy for each turn would take longer than its frames
                 data, at = self._rest, self._at
             self._rest, self._at = b"", 0
+        if self._work_left < 0:
+            self._rest, self._at = data, at
+            return
         if self.streams.state is ConnectionState.PREFACE:
             if not self._greet(data):
                 return
@@ -96,14 +100,20 @@ class FrameReader:
         self._reception.all_read()
 
     def begin_turn(self) -> None:
-        """Note that other connections have had their turn."""
-        self._work_left = WORK_A_TURN
+        """Note that other connections have had their turn. What an earlier turn took too much is missing now."""
+        self._work_left = WORK_A_TURN + min(0, self._work_left)
         self._seconds_left = TURN_SECONDS
 
     @property
     def unread(self) -> bool:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
         return self._work_left < 0
+
+    def leave(self) -> None:
+        """Forget a header block whose end has not come."""
+        if self._block:
+            self._block.leave()
+            self._block = None
 
     def check_headers(self, now: float) -> None:
         """Raise ConnectionFault for a header block that has not come in full in time. now: of the event loop."""
@@ -198,16 +208,16 @@ class FrameReader:
         if flags & frames.END_HEADERS:
             self._headers(flags, stream, payload)
         else:
-            self._block = HeaderBlock(stream, flags, payload)
+            self._block = HeaderBlock(self.streams, self.streams.memory, stream, flags, payload)
             self._block_since = self.streams.loop.time()
 
     def _continuation(self, flags: int, stream: int, payload: bytes) -> None:
         block = self._block
         if not block or block.stream != stream:
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, "CONTINUATION of nothing")
-        block.add(payload)
+        block.add(payload, self.streams.loop.time())
         if flags & frames.END_HEADERS:
-            self._block = None
+            self.leave()
             self._headers(block.flags, stream, block.data)
 
     def _headers(self, flags: int, stream: int, block: bytes) -> None:
@@ -278,7 +288,8 @@ class FrameReader:
 
     def _count_fields(self, allowed: int) -> None:
         """Count the decoded fields; each field above ``allowed`` counts as a frame that advances no call."""
-        fields, self._header_reader.fields = self._header_reader.fields, 0
-        self._work_left -= _FIELD_WORK * fields
+        reader = self._header_reader
+        fields, size, reader.fields, reader.bytes = reader.fields, reader.bytes, 0, 0
+        self._work_left -= _FIELD_WORK * fields + _BLOCK_BYTE_WORK * size
         if fields > allowed:
             self.streams.count_idle(fields - allowed)

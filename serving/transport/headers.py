@@ -3,17 +3,20 @@
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
 from urllib.parse import quote_from_bytes
 
 import grpc
+import hpack.hpack
 from hpack import Decoder
 from hpack.exceptions import HPACKError
 
+from serving.transport import huffman
 from serving.transport.frames import ConnectionFault, ErrorCode
+from serving.transport.memory import Memory, Owner
 from serving.transport.messages import ENCODINGS
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -22,11 +25,14 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 MAX_BYTES = 16384
 #: The largest header block that is decoded in full, in bytes. Of a larger block only the parts for HPACK's table are
 #: decoded.
-MAX_BYTES_DECODED = 4 * MAX_BYTES
+MAX_BYTES_DECODED = MAX_BYTES
 #: The largest header block that is read at all, in bytes. A larger one ends its connection.
 MAX_BLOCK_BYTES = 2**20
 # The most fields of a block that is not decoded in full. A block with more fields ends the connection.
 _MAX_FIELDS_SKIPPED = 4096
+# The most bytes that are decoded of such a block. A block with more of them ends the connection.
+_MAX_BYTES_SKIPPED = 2**17
+_MAX_DECODED_LIST_BYTES = 4 * MAX_BYTES  # of decoded fields, counted as MAX_BYTES; more end the connection
 _FIELDS_WITH_PATH = 6  # the first fields of a block: table resizes and pseudo-headers
 _MAX_CONTINUATIONS = 8  # without the pieces that are at least half full
 _HALF_FRAME_BYTES = 8192
@@ -41,7 +47,7 @@ _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
 _NAME = re.compile(rb":?[!#$%&'*+.^_`|~0-9a-z-]+")  # RFC 9110, section 5.6.2, in lower case
 _NOT_IN_VALUE = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\A[ \t]|[ \t]\Z")  # RFC 9113, section 8.2.1
 _MAX_KNOWN = 64  # remembered headers
-_MAX_KNOWN_BYTES = 2048  # a larger block is not remembered
+_MAX_KNOWN_BYTES = 2048  # a larger block is not remembered, and its bytes count as work
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 # Headers of the protocol, which are no metadata of a call.
@@ -53,6 +59,8 @@ _DIGITS = re.compile("[0-9]{1,18}")
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 Method = TypeVar("Method")
+
+hpack.hpack.decode_huffman = huffman.decode  # type: ignore[attr-defined]  # a half as long as its own
 
 
 class MalformedRequest(Exception):
@@ -87,29 +95,54 @@ class RequestHead(Generic[Method]):
 class HeaderBlock:
     """A header block in a HEADERS frame and several CONTINUATION frames (RFC 9113, section 6.10).
 
-    flags: the flags of the HEADERS frame.
+    It holds memory until its end has come (see serving.transport.memory.Holder). owner: its connection. flags: the
+    flags of the HEADERS frame.
     """
 
-    __slots__ = ("_continuations", "_data", "flags", "stream")
+    __slots__ = (
+        "_continuations", "_evicted", "_memory", "_pieces", "_size", "flags", "held", "owner", "stream", "waits",
+    )  # fmt: skip
 
-    def __init__(self, stream: int, flags: int, data: bytes) -> None:
+    def __init__(self, owner: Owner, memory: Memory, stream: int, flags: int, data: bytes) -> None:
+        self.held, self.waits, self.owner = 0, False, owner
         self.stream = stream
         self.flags = flags
-        self._data = bytearray(data)
+        self._memory = memory
+        self._pieces = [data]
+        self._size = len(data)
         self._continuations = 0
+        self._evicted = False
 
-    def add(self, data: bytes) -> None:
-        """Add a piece. Raises ConnectionFault if the block is too large or has too many small pieces."""
-        self._data += data
+    def add(self, data: bytes, now: float) -> None:
+        """Add a piece. now: of the event loop.
+
+        Raises ConnectionFault if the block is too large or has too many small pieces, or if there is no room for it.
+        """
+        self._size += len(data)
         self._continuations += 1
-        allowed = _MAX_CONTINUATIONS + len(self._data) // _HALF_FRAME_BYTES
-        if len(self._data) > MAX_BLOCK_BYTES or self._continuations > allowed:
+        allowed = _MAX_CONTINUATIONS + self._size // _HALF_FRAME_BYTES
+        if not self._evicted:
+            self._pieces.append(data)
+            self._memory.hold(self, self._size - self.held)
+            self._memory.waits(self, now)
+            self._memory.make_room(self)
+        if self._evicted or self._size > MAX_BLOCK_BYTES or self._continuations > allowed:
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
+
+    def evict(self, stalled: bool) -> None:
+        """Release the memory, which others need. The next piece ends the connection, or its time does."""
+        self._evicted = True
+        self._pieces.clear()
+        self.leave()
+
+    def leave(self) -> None:
+        """Note that nobody waits for the end of the block."""
+        self._memory.leave(self)
 
     @property
     def data(self) -> bytes:
         """Return the received part of the block."""
-        return bytes(self._data)
+        return b"".join(self._pieces)
 
 
 class HeaderReader(Generic[Method]):
@@ -121,10 +154,11 @@ class HeaderReader(Generic[Method]):
 
     def __init__(self, find: Callable[[str], Method | None]) -> None:
         self._find = find
-        self._decoder = Decoder(MAX_BYTES_DECODED)
+        self._decoder = Decoder(_MAX_DECODED_LIST_BYTES)
         self._known: dict[bytes, RequestHead[Method]] = {}
-        #: The number of decoded fields. The caller counts them and sets this back to 0.
-        self.fields = 0
+        #: The number of decoded fields, and the bytes of large blocks and of their values. The caller counts both and
+        #: sets them back to 0.
+        self.fields = self.bytes = 0
 
     def read(self, block: bytes) -> RequestHead[Method]:
         """Return the request of a block. A block above MAX_BYTES_DECODED gives neither method nor metadata.
@@ -142,6 +176,7 @@ class HeaderReader(Generic[Method]):
         if changed or len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         head = _request(fields, self._find)
+        self.fields += max(0, len(head.metadata) - len(fields))  # a binary header may have many values
         if not changed and max(len(block), head.size) <= _MAX_KNOWN_BYTES:
             self._known[block] = head
         return head
@@ -173,18 +208,21 @@ class HeaderReader(Generic[Method]):
                 raise MalformedRequest
             _check_field(name, value)
 
-    def _decode(self, block: bytes) -> Iterable[tuple[bytes, bytes]]:
+    def _decode(self, block: bytes) -> Sequence[tuple[bytes, bytes]]:
         """Return the name and value of each header. Raises ConnectionFault."""
         if block[:1] and block[0] & 0xE0 == 0x20:
             _count_resizes(block)
         return self._decode_part(block)
 
-    def _decode_part(self, part: bytes) -> Iterable[tuple[bytes, bytes]]:
+    def _decode_part(self, part: bytes) -> Sequence[tuple[bytes, bytes]]:
         try:
             fields = list(self._decoder.decode(part, raw=True))
         except HPACKError as error:
             raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, "headers that cannot be read, or too many") from error
         self.fields += len(fields)
+        # A few bytes may name large fields of the table, and Huffman's code may be longer than its text.
+        if (size := len(part) + sum([len(value) for _, value in fields])) > _MAX_KNOWN_BYTES:
+            self.bytes += size
         return fields
 
     def _skip_large(self, block: bytes) -> str:
@@ -195,7 +233,7 @@ class HeaderReader(Generic[Method]):
         """
         self._known.clear()
         resized = _count_resizes(block)
-        path, table_bytes = "", self._decoder.header_table_size
+        path, table_bytes, decoded = "", self._decoder.header_table_size, 0
         for number, (begin, end, indexed) in enumerate(_fields(block)):
             if number == _MAX_FIELDS_SKIPPED:
                 raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
@@ -205,6 +243,9 @@ class HeaderReader(Generic[Method]):
                 self._decoder.header_table_size = 0
                 self._decoder.header_table_size = table_bytes
             elif indexed or (number < _FIELDS_WITH_PATH and end - begin < MAX_BYTES):
+                decoded += end - begin
+                if decoded > _MAX_BYTES_SKIPPED:
+                    raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "headers without end")
                 for name, value in self._decode_part(block[begin:end]):
                     if name == b":path":
                         path = value.decode("latin-1")
@@ -291,7 +332,9 @@ def _request(fields: Iterable[tuple[bytes, bytes]], find: Callable[[str], Method
                 raise MalformedRequest
             special[name] = value
         elif name.endswith("-bin"):
-            metadata += ((name, part) for part in _binary(raw_value))
+            size += _FIELD_BYTES * raw_value.count(b",")  # each value counts as a header
+            if size <= MAX_BYTES:
+                metadata += ((name, part) for part in _binary(raw_value))
         else:
             metadata.append((name, value))
     _check_pseudo(pseudo, metadata)

@@ -43,6 +43,7 @@ _REQUEST_ID, _AUTHORIZATION = "x-request-id", "authorization"
 _METADATA = (_AUTHORIZATION, _REQUEST_ID, "traceparent", "tracestate")
 _MAX_ID_CHARACTERS = 64
 _MAX_TIMEOUT_SECONDS = 1e8
+_MAX_QUERY_PARAMETERS = 64  # as many as a form's
 # Larger messages are converted in a thread, since that would delay other requests.
 _SLOW_BYTES = 16384
 # The cost of a small body's turn in the thread if it is packed, since its size is not known.
@@ -234,6 +235,8 @@ class Application:
         unpacked = visit.body.unpack(body, headers.get("content-encoding", "").lower())
         if unpacked and route.body is Body.NONE:
             raise invalid("body", f"{len(unpacked)} bytes; expected none")
+        if (given := visit.scope["query_string"].count(b"&") + 1) > _MAX_QUERY_PARAMETERS:
+            raise invalid("query", f"{given} parameters; expected at most {_MAX_QUERY_PARAMETERS}")
         query = visit.request.query_params.multi_items()
         prepared = route.prepare(Incoming(visit.request.path_params, query, headers, unpacked, self._terms.limits))
         return prepared.write, prepared.message.SerializeToString()

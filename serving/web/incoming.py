@@ -4,8 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message as Header
 
+from serving.web.problems import invalid
+
 #: The media types of JSON and of bytes.
 JSON, BYTES = "application/json", "application/octet-stream"
+#: The most parameters of a header. Their parser takes a time that grows with the square of their number.
+MAX_PARAMETERS = 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,9 @@ class Incoming:
 
     @property
     def content_type(self) -> tuple[str, str]:
-        """Return the body's media type in lower case, and the boundary of its parts or ""."""
+        """Return the body's media type in lower case, and the boundary of its parts or "". Raises Problem."""
+        if self.headers.get("content-type", "").count(";") > MAX_PARAMETERS:
+            raise invalid("content-type", f"expected at most {MAX_PARAMETERS} parameters")
         header = Header()
         header["content-type"] = self.headers.get("content-type", "")
         given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
