@@ -17,6 +17,7 @@ from serving.transport.frames import ConnectionFault
 from serving.transport.memory import Memory
 from serving.transport.methods import Context, StreamMethod, TransportLimits
 from serving.transport.sending import Buffers
+from serving.transport.streams import TURN_SECONDS
 from serving.transport.terms import Terms
 from serving.transport.unpacking import Unpacker
 from tests.raw_client import HEADERS, data, framed, headers, literal
@@ -75,6 +76,23 @@ def steps(reader: FrameReader, sent: bytes, measured: Callable[[], int]) -> list
         reader.receive(b"")
         values.append(measured())
     return [after - before for before, after in pairwise(values)]
+
+
+def test_a_turn_with_a_long_step_has_an_overdraft_until_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        reader = new_reader(FakeLink())
+        now = iter([0.0, *[0.05] * 10])
+        monkeypatch.setattr("serving.transport.frame_reader.perf_counter", lambda: next(now))
+        reader.begin_turn()
+        reader.receive(frames.settings({}) * 2)
+        assert reader.unread
+        assert reader.overdraft == pytest.approx(0.05 - 2 * TURN_SECONDS)
+        reader.begin_turn()
+        assert reader.overdraft == 0.0
+        reader.receive(b"")
+        assert (reader.unread, reader.overdraft) == (False, 0.0)
+
+    asyncio.run(main())
 
 
 def test_many_headers_are_read_in_turns_and_all_in_their_order() -> None:

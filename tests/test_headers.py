@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 from hpack import Decoder, Encoder
-from hpack.exceptions import HPACKDecodingError
 from hpack.huffman import HuffmanEncoder
 from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
-from hpack.huffman_table import decode_huffman
 from packaging.requirements import Requirement
 
-from serving.transport import headers, huffman
+from serving.transport import headers
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import MAX_BLOCK_BYTES, MAX_BYTES_DECODED, HeaderBlock, HeaderReader, MalformedRequest
 from serving.transport.memory import Memory
@@ -239,17 +237,3 @@ def test_a_large_block_of_which_much_enters_the_table_ends_its_connection() -> N
     with pytest.raises(ConnectionFault) as raised:
         reader().read(block)
     assert raised.value.code is ErrorCode.ENHANCE_YOUR_CALM
-
-
-@pytest.mark.parametrize("text", [b"", b"a", b"application/grpc", bytes(range(256)), b"Z" * 1000])
-def test_huffman_texts_are_read_as_hpack_reads_them(text: bytes) -> None:
-    code = HuffmanEncoder(REQUEST_CODES, REQUEST_CODES_LENGTH).encode(text)
-    assert huffman.decode(code) == decode_huffman(code) == text
-    for wrong in (code + b"\xff", code + b"\xff" * 4, code + b"\0", code[:-1]):
-        results = []
-        for decode in (huffman.decode, decode_huffman):
-            try:
-                results.append(decode(wrong))
-            except HPACKDecodingError:
-                results.append(b"refused")
-        assert results[0] == results[1]

@@ -24,6 +24,8 @@ from serving.transport.terms import Terms
 from serving.transport.unsent import Unsent
 
 _HANDSHAKE_SECONDS = 20.0
+# A client whose step could not be divided, such as a large header block, waits as many times as long as others have.
+_PAUSE = 3
 _STALL_SECONDS = 60.0  # a client whose system takes no bytes for this time is cut off
 _PING_SECONDS = 2.0
 _MAX_BUFFERED_BYTES = 2**18  # above this, the client is not read from and its streams wait
@@ -130,7 +132,7 @@ class Connection(asyncio.Protocol):
             self._reader.receive(data)
             if self._reader.unread:
                 self._transport.pause_reading()
-                self.loop.call_soon(self._read_on)
+                self.loop.call_later(_PAUSE * self._reader.overdraft, self._read_on)
             if self._draining and state is not self._streams.state is ConnectionState.OPEN:
                 self._ask_for_drain()
         except ConnectionFault as fault:

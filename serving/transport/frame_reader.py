@@ -109,6 +109,11 @@ class FrameReader:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
         return self._work_left < 0
 
+    @property
+    def overdraft(self) -> float:
+        """Return the seconds that the last turn took beyond twice its time, or 0."""
+        return max(0.0, -self._seconds_left - TURN_SECONDS)
+
     def leave(self) -> None:
         """Forget a header block whose end has not come."""
         if self._block:

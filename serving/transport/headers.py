@@ -10,11 +10,9 @@ from typing import Generic, TypeVar
 from urllib.parse import quote_from_bytes
 
 import grpc
-import hpack.hpack
 from hpack import Decoder
 from hpack.exceptions import HPACKError
 
-from serving.transport import huffman
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.memory import Memory, Owner
 from serving.transport.messages import ENCODINGS
@@ -59,8 +57,6 @@ _DIGITS = re.compile("[0-9]{1,18}")
 _PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 Method = TypeVar("Method")
-
-hpack.hpack.decode_huffman = huffman.decode  # type: ignore[attr-defined]  # a half as long as its own
 
 
 class MalformedRequest(Exception):
