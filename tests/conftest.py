@@ -31,7 +31,6 @@ from serving.repository.served_model import ServedModel
 from serving.server import Server
 from serving.settings import Settings
 from serving.transport.methods import TRANSPORTS
-from tests import forks
 from tests.calibrated import calibrated_models
 from tests.raw_client import Raw
 from tests.transport_methods import Serving, serve
@@ -295,12 +294,6 @@ def raw(serving: Serving) -> Iterator[Raw]:
     client = Raw(serving.port)
     yield client
     client.socket.close()
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the servers that the tested code starts, where that is as good as a start (forks.py)."""
-    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
 
 
 @pytest.fixture

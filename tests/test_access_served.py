@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -33,7 +34,6 @@ from serving.transport.frames import PREFACE, settings
 from serving.transport.headers import Metadata
 from serving.transport.methods import UNDECIDED_TEXT
 from serving.transport.records import Records
-from tests import forks
 from tests.certificates import make_all, make_certificate
 from tests.conftest import ROOT, Digits, Running
 from tests.raw_client import wait_for
@@ -648,7 +648,7 @@ def test_a_debug_log_holds_no_token(tmp_path: Path, tokens: dict[str, str], digi
         "--log-level", "debug",
         "--tokens", tokens["file"], "--threads", "1", "--runtimes", "1", "--max-batch", "8",
     ]  # fmt: skip
-    with log.open("w") as out, forks.Popen(command, stderr=out, cwd=ROOT) as process:
+    with log.open("w") as out, subprocess.Popen(command, stderr=out, cwd=ROOT) as process:
         try:
             with CapsNetClient(f"127.0.0.1:{port}", token=tokens["predict"]) as client:
                 client.wait_until_ready(60)

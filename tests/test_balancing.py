@@ -22,7 +22,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
-from tests import forks
 from tests.conftest import DATA, ROOT
 from tests.test_lifecycle import cancelled_by_grpc
 
@@ -74,7 +73,7 @@ def _page(url: str) -> str:
 @contextmanager
 def _members(count: int, transport: str, drain_delay: float = 1.5) -> Iterator[list[Member]]:
     command = [sys.executable, "-m", "serving", *FLAGS, f"--transport={transport}", f"--drain-delay={drain_delay}"]
-    processes = [forks.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(count)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(count)]
     try:
         yield [_member(process) for process in processes]
     finally:

@@ -117,7 +117,6 @@ def torch_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.server
 @pytest.mark.training
-@pytest.mark.usefixtures("forked")
 def test_all_parts_run_in_miniature_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch_state: None
 ) -> None:

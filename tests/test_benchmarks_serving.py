@@ -184,7 +184,6 @@ SETTINGS = "--settings=--threads 1 --max-batch 8"
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("forked")
 @needs_h2load
 def test_the_server_is_measured_beside_onnx_runtime(
     tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -236,7 +235,6 @@ def test_figures_that_are_not_there_are_told_in_one_line(tmp_path: Path, capsys:
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("forked")
 @needs_h2load
 def test_calls_that_the_server_refuses_end_the_measurement(
     tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -249,7 +247,6 @@ def test_calls_that_the_server_refuses_end_the_measurement(
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("forked")
 @needs_h2load
 def test_an_overload_is_measured_in_terms_of_the_capacity(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -317,7 +314,6 @@ def test_a_scrape_that_fails_ends_the_measurement(running: Running) -> None:
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("forked")
 @needs_h2load
 def test_scraping_is_measured_beside_nobody_scraping(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -374,7 +370,6 @@ def test_a_gain_is_above_one_where_a_trick_helps() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("forked")
 @needs_h2load
 def test_each_trick_is_measured_with_it_and_without(
     tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -396,7 +391,6 @@ def test_each_trick_is_measured_with_it_and_without(
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("forked")
 def test_a_server_without_any_trick_answers_as_it_does_with_them(running: Running, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     request = pb.ClassifyRequest(images=[pb.Image(pixels=random.bytes(784)) for _ in range(2)])
@@ -424,7 +418,6 @@ def test_every_trick_names_loads_that_there_are() -> None:
 
 
 @pytest.mark.server
-@pytest.mark.usefixtures("forked")
 @needs_h2load
 def test_the_servers_of_two_trees_are_measured_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, tree = tmp_path / "beside.csv", str(Path(beside.__file__).parent.parent)

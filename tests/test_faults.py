@@ -24,7 +24,6 @@ from benchmarks.soak.inner_text import inner_text
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.transport.frames import PREFACE, settings
-from tests import forks
 from tests.conftest import DATA, ROOT, Running
 from tests.test_lifecycle import PLAN, server_process
 from tests.test_repository import until
@@ -77,9 +76,8 @@ class Process:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Process]:
     """A server in a process of its own, which outlives every test that it serves."""
-    flags = ("--max-queue", "200000", "--http-port", "0")
     with (
-        server_process(*flags, start=subprocess.Popen) as (process, address, lines),  # its own memory is limited
+        server_process("--max-queue", "200000", "--http-port", "0") as (process, address, lines),
         grpc.insecure_channel(address) as channel,
     ):
         assert process.stderr
@@ -222,7 +220,7 @@ def test_a_full_disk_under_the_log_does_not_stop_the_server(format_: str) -> Non
         f"--log-format={format_}",
     ]
     with Path("/dev/full").open("w") as full:
-        process = forks.Popen(command, stdout=full, stderr=full, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=full, stderr=full, cwd=ROOT)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             grpc.channel_ready_future(channel).result(60)

@@ -22,7 +22,6 @@ from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client import CapsNetClient
 from serving.server import Server
-from tests import forks
 from tests.calibrated import MNIST, PAIRS, overlapped
 from tests.conftest import DATA, ROOT, Ask, Digits, InThread, settings
 from tests.web_client import ask
@@ -224,9 +223,8 @@ def test_the_command_line_has_the_numbers_of_grpc(server: Server, picture: Pictu
     command = [sys.executable, "-m", "serving.client", str(picture.file), "--json", "--explain", "--reconstruct"]
     command += ["--address", f"127.0.0.1:{server.port}", "--model", picture.model]
     command += ["--preprocess", "auto"] if picture.prepared else []
-    printed = forks.run(command, cwd=ROOT, timeout=PATIENCE)
-    assert printed.returncode == 0, printed.stderr
-    numbers = json.loads(printed.stdout)
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    numbers = json.loads(printed)
     explained, drawn = numbers["explanation"], numbers["reconstructions"]
     [winner] = explained["classes"]
     found = {

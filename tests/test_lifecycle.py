@@ -27,7 +27,6 @@ from serving import artifact
 from serving.runtime import Arrays
 from serving.server import Server, StartError
 from serving.transport import frames
-from tests import forks
 from tests.conftest import DATA, ROOT, InThread, settings
 from tests.raw_client import literal
 
@@ -39,16 +38,16 @@ DIGIT = pb.Image(encoded=(DATA / "seven.png").read_bytes())
 
 @contextmanager
 def server_process(
-    *arguments: str, program: Sequence[str] = (), start: type[subprocess.Popen[str]] = forks.Popen
+    *arguments: str, program: Sequence[str] = ()
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """Run ``python -m serving`` on free ports. Yield the process, its gRPC address, and its first lines.
 
     The plan is fixed and not measured, unless the arguments say otherwise. program: Python's arguments in place of
-    ``-m serving``. start: ``subprocess.Popen`` where a fork is not as good as a start.
+    ``-m serving``.
     """
     module = program or ("-m", "serving")
     command = [sys.executable, *module, "--port", "0", "--metrics-port", "0", "--http-port", "-1", *PLAN, *arguments]
-    process = start(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stderr
         lines: list[str] = []
@@ -66,12 +65,20 @@ def server_process(
 
 def failed_start(*arguments: str, **environment: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "serving", *("--port", "0", "--metrics-port", "0", "--http-port", "-1"), *PLAN]
-    result = forks.run([*command, *arguments], cwd=ROOT, env=os.environ | environment)
+    result = subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=60,
+        check=False,
+    )
     return result.returncode, result.stderr
 
 
 def test_the_first_lines_name_the_model_the_addresses_and_the_device() -> None:
-    with server_process(*MEASURED, start=subprocess.Popen) as (_, _, lines):
+    with server_process(*MEASURED) as (_, _, lines):
         text = "".join(lines)
     assert re.search(r"capsnet-mnist version 1 in fp32: 28 x 28 images .* test error 0\.\d\d %", text)
     assert re.search(r"ONNX Runtime [\d.]+ on CPUExecutionProvider", text)
@@ -181,7 +188,7 @@ def test_of_servers_started_at_the_same_moment_on_one_port_one_serves_and_the_ot
     port = free_port()
     flags = ["--port", str(port), "--metrics-port", "0", "--http-port", "-1", *PLAN]
     both = [
-        forks.Popen([sys.executable, "-m", "serving", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        subprocess.Popen([sys.executable, "-m", "serving", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
         for _ in range(2)
     ]
     try:
@@ -600,7 +607,7 @@ def test_a_repository_that_cannot_be_read_now_is_one_line_of_the_log(
 
 
 def test_what_clients_send_to_grpcs_own_server_is_not_in_the_log() -> None:
-    with server_process("--transport", "grpcio", start=subprocess.Popen) as (process, address, _):
+    with server_process("--transport", "grpcio") as (process, address, _):
         host, _, port = address.rpartition(":")
         wrong = frames.frame(
             frames.HEADERS, frames.END_HEADERS, 1, literal(":status", "forged") + literal(":path", "x")

@@ -7,7 +7,6 @@ from importlib.metadata import version
 import pytest
 
 from serving.files.program import PROJECT, command_of, missing_package, reason_of
-from tests import forks
 from tests.conftest import ROOT
 
 COMMANDS = ["serving", "serving.client", "serving.tokens", "training", "training.claims", "export"]
@@ -30,7 +29,7 @@ WRONG = {
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return forks.run([sys.executable, *arguments], cwd=ROOT)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("words", WRONG)

@@ -34,7 +34,6 @@ from serving import artifact
 from serving.artifact import ArtifactError
 from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
-from tests import forks
 from tests.conftest import DATA, ROOT, Running
 from tests.test_lifecycle import failed_start, server_process
 
@@ -833,7 +832,7 @@ def starting(repository: Path) -> "subprocess.Popen[str]":
         "--models",
         str(repository),
     ]
-    return forks.Popen([*command, *HUGE_FLAGS], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen([*command, *HUGE_FLAGS], stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def test_sigterm_while_the_models_are_loaded_ends_the_server_at_once(tmp_path: Path) -> None:

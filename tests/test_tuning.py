@@ -1,6 +1,5 @@
 """Tests of the choice of threads, runtimes and batch size, with runtimes of known cost, and of the warm-up."""
 
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -204,9 +203,8 @@ def _slow_sizes(digits: Digits) -> list[int]:
         size: pb.ClassifyRequest(images=[pb.Image(pixels=image.tobytes()) for image in digits.images[:size]])
         for size in sizes
     }
-    flags = ("--threads", "1", "--runtimes", "1", "--max-batch", "16")
     with (
-        server_process(*flags, start=subprocess.Popen) as (_, address, _),  # a fork's first requests copy memory
+        server_process("--threads", "1", "--runtimes", "1", "--max-batch", "16") as (_, address, _),
         grpc.insecure_channel(address) as channel,
     ):
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]

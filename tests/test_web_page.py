@@ -58,35 +58,26 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def address(server: Server) -> str:
     return f"http://127.0.0.1:{server.http_port}/"
 
 
-@pytest.fixture(scope="module")
-def tab(browser: "Browser", address: str) -> "tuple[Page, list[str]]":
-    """An empty tab for all tests, since each new one starts processes, and the errors of the pages in it."""
-    errors: list[str] = []
-    tab = browser.new_context().new_page()
-    tab.set_default_timeout(PATIENCE)
-    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("request", lambda request: None if request.url.startswith(address) else errors.append(request.url))
-    return tab, errors
-
-
 @pytest.fixture
-def page(tab: "tuple[Page, list[str]]", address: str) -> "Iterator[Page]":
+def page(browser: "Browser", address: str) -> "Iterator[Page]":
     """The page, which must load nothing from elsewhere and log no error."""
-    opened, errors = tab
-    opened.set_viewport_size({"width": WIDTH, "height": HEIGHT})
+    errors: list[str] = []
+    context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT})
+    context.set_default_timeout(PATIENCE)
+    opened = context.new_page()
+    opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("request", lambda request: None if request.url.startswith(address) else errors.append(request.url))
     opened.goto(address)
     opened.wait_for_selector("#model:enabled")
     yield opened
-    opened.goto("about:blank")
-    found = errors.copy()
-    errors.clear()
-    assert not found
+    context.close()
+    assert not errors
 
 
 def choose(page: "Page", model: str) -> None:
