@@ -54,8 +54,7 @@ class Connection(asyncio.Protocol):
         self._turn = 0.0  # the time of the turn in which data came last
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
-        #: True if the connection ends for the sake of a new one.
-        self.replaced = False
+        self.replaced = False  # for a new one
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not declare it
@@ -122,9 +121,8 @@ class Connection(asyncio.Protocol):
             note_limit(FLOOD, self._terms.limits, self._streams.client)
             self._transport.abort()  # at once: until TLS's own end, its records would be read
             return
-        now = self.loop.time()
         # uvloop keeps the time for a turn, in which it may bring up to 32 reads.
-        if now != self._turn and not self._reader.unread:
+        if (now := self.loop.time()) != self._turn and not self._reader.unread:
             self._turn = now
             self._reader.begin_turn()
         state = self._streams.state

@@ -79,11 +79,8 @@ class FrameReader:
         data: without any, what is left of earlier data is read.
         """
         at = 0
-        if self._rest:
-            if data:
-                data = self._rest[self._at :] + data
-            else:  # a copy for each turn would take longer than its frames
-                data, at = self._rest, self._at
+        if self._rest:  # a copy for each turn would take longer than its frames
+            data, at = (self._rest[self._at :] + data, 0) if data else (self._rest, self._at)
             self._rest, self._at = b"", 0
         if self._work_left < 0:
             self._rest, self._at = data, at
