@@ -19,6 +19,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from numpy.typing import NDArray
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
+from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.batching.admission import BatchPolicy
 from serving.batching.batch import Hooks
 from serving.batching.batcher import Batcher
@@ -201,8 +202,10 @@ def test_of_a_thousand_clients_half_of_whom_leave_only_the_others_images_are_com
     first = later(running)
     gate.wait()
     calls = []
-    for _ in range(10):
-        calls += [later(running) for _ in range(100)]
+    for number in range(20):  # with fewer calls a connection than gRPC's own server takes
+        channel = grpc.insecure_channel(running.address, [("grpc.use_local_subchannel_pool", 1), ("number", number)])
+        stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
+        calls += [stub.Classify.future(pb.ClassifyRequest(images=[image()]), timeout=60) for _ in range(50)]
         until(partial(_has_come, running, 1 + len(calls)), "all")
     for call in calls[::2]:
         assert call.cancel()
