@@ -17,7 +17,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
-from serving.web.incoming import BYTES, JSON, MAX_PARAMETERS, Incoming
+from serving.web.incoming import BYTES, JSON, Incoming, check_parameters
 from serving.web.json_messages import read_message
 from serving.web.problems import Problem, invalid
 
@@ -240,8 +240,7 @@ class _Form:
 
     def _header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
-            if self._value.count(b";") > MAX_PARAMETERS:
-                raise invalid("content-disposition", f"expected at most {MAX_PARAMETERS} parameters")
+            check_parameters("content-disposition", self._value.count(b";"))
             _, options = parse_options_header(self._value)
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
         self._header = self._value = b""

@@ -8,8 +8,14 @@ from serving.web.problems import invalid
 
 #: The media types of JSON and of bytes.
 JSON, BYTES = "application/json", "application/octet-stream"
-#: The most parameters of a header. Their parser takes a time that grows with the square of their number.
-MAX_PARAMETERS = 8
+# The most parameters of a header. Their parser takes a time that grows with the square of their number.
+_MAX_PARAMETERS = 8
+
+
+def check_parameters(field: str, given: int) -> None:
+    """Raise Problem if a header has too many parameters."""
+    if given > _MAX_PARAMETERS:
+        raise invalid(field, f"expected at most {_MAX_PARAMETERS} parameters")
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,11 @@ class Incoming:
     @property
     def content_type(self) -> tuple[str, str]:
         """Return the body's media type in lower case, and the boundary of its parts or "". Raises Problem."""
-        if self.headers.get("content-type", "").count(";") > MAX_PARAMETERS:
-            raise invalid("content-type", f"expected at most {MAX_PARAMETERS} parameters")
+        given = self.headers.get("content-type", "")
+        check_parameters("content-type", given.count(";"))
         header = Header()
-        header["content-type"] = self.headers.get("content-type", "")
-        given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return given, str(header.get_param("boundary", "") or "")
+        header["content-type"] = given
+        return given.partition(";")[0].strip().lower(), str(header.get_param("boundary", "") or "")
 
     def accepts(self, media: str) -> bool:
         """Return True if the client names a media type as one that it takes."""
