@@ -79,18 +79,19 @@ class FrameReader:
         data: without any, what is left of earlier data is read.
         """
         at = 0
-        if self._rest:  # a copy for each turn would take longer than its frames
-            data, at = (self._rest[self._at :] + data, 0) if data else (self._rest, self._at)
+        if self._rest:
+            if data:
+                data = self._rest[self._at :] + data
+            else:  # a copy for each turn would take longer than its frames
+                data, at = self._rest, self._at
             self._rest, self._at = b"", 0
-        if self._work_left < 0:
-            self._rest, self._at = data, at
-            return
-        if self.streams.state is ConnectionState.PREFACE:
-            if not self._greet(data):
-                return
-            at = len(frames.PREFACE)
-        at = self._read(data, at)
-        if self._work_left < 0:
+        if not self.unread:
+            if self.streams.state is ConnectionState.PREFACE:
+                if not self._greet(data):
+                    return
+                at = len(frames.PREFACE)
+            at = self._read(data, at)
+        if self.unread:
             self._rest, self._at = data, at
             return
         self._rest = data[at:]
@@ -165,7 +166,7 @@ class FrameReader:
             else:
                 self._other(kind, flags, stream, data[begin:at])
             if perf_counter() > turn_end:
-                self._work_left = -1
+                self._work_left = min(self._work_left, -1)
             if self._work_left < 0:
                 break
         self._seconds_left = turn_end - perf_counter()
