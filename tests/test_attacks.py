@@ -197,38 +197,33 @@ def test_the_attacks_that_were_asked_for_are_printed_and_written(
     assert "half calls" in capsys.readouterr().out
 
 
-def test_many_connections_leave_out_the_attacks_that_have_as_many_in_any_case(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[str] = []
+@pytest.fixture
+def attacks_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the attacks that the command runs; none is made."""
+    names: list[str] = []
 
     def note(attack: Attack, options: Namespace) -> dict[str, str]:
-        asked.append(attack.name)
+        names.append(attack.name)
         return dict.fromkeys(command._TITLES, "")
 
     monkeypatch.setattr(command, "run", note)
+    return names
+
+
+def test_many_connections_leave_out_the_attacks_that_have_as_many_in_any_case(attacks_run: list[str]) -> None:
     command.main(["--connections", "50"])
-    assert {"ping flood", "HTTP, numbers in JSON", "slow headers"} <= set(asked)
-    assert {"idle connections", "HTTP, idle connections"} <= ATTACKS.keys() - set(asked)
+    assert {"ping flood", "HTTP, numbers in JSON", "slow headers"} <= set(attacks_run)
+    assert {"idle connections", "HTTP, idle connections"} <= ATTACKS.keys() - set(attacks_run)
     assert ATTACKS["HTTP, numbers in JSON"].sockets(1) == 8
     assert ATTACKS["HTTP, numbers in JSON"].sockets(50) == 50
     assert ATTACKS["slow headers"].sockets(50) == 5000
 
 
-def test_the_attacks_on_one_port_can_be_chosen(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run: list[str] = []
-
-    def note(attack: Attack, _: object) -> dict[str, str]:
-        run.append(attack.name)
-        return dict.fromkeys(command._TITLES, "")
-
-    monkeypatch.setattr(command, "run", note)
+def test_the_attacks_on_one_port_can_be_chosen(attacks_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--port", "metrics"]) == 0
-    assert run
-    assert {ATTACKS[name].port for name in run} == {"metrics"}
-    assert len(capsys.readouterr().out.splitlines()) == 1 + len(run)
+    assert attacks_run
+    assert {ATTACKS[name].port for name in attacks_run} == {"metrics"}
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(attacks_run)
 
 
 def test_a_new_measurement_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
