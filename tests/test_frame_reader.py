@@ -4,6 +4,7 @@ import asyncio
 import struct
 import weakref
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from itertools import count, pairwise
 from typing import Any, cast
 
@@ -81,8 +82,8 @@ def steps(reader: FrameReader, sent: bytes, measured: Callable[[], int]) -> list
 def test_a_turn_with_a_long_step_has_an_overdraft_until_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         reader = new_reader(FakeLink())
-        now = iter([0.0, *[0.05] * 10])
-        monkeypatch.setattr("serving.transport.frame_reader.perf_counter", lambda: next(now))
+        for clock in ("perf_counter", "thread_time"):
+            monkeypatch.setattr(frame_reader, clock, partial(next, iter([0.0, *[0.05] * 10])))
         reader.begin_turn()
         reader.receive(frames.settings({}) * 2)
         assert reader.unread
