@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from hpack import Encoder
 
-from serving.transport import frame_reader, frames, receiving
+from serving.transport import frames, receiving, turn_clock
 from serving.transport.connection import Connection
 from serving.transport.frame_reader import FrameReader
 from serving.transport.frames import ConnectionFault
@@ -83,15 +83,15 @@ def test_a_turn_with_a_long_step_has_an_overdraft_until_the_next_one(monkeypatch
     async def main() -> None:
         reader = new_reader(FakeLink())
         for clock in ("perf_counter", "thread_time"):
-            monkeypatch.setattr(frame_reader, clock, partial(next, iter([0.0, *[0.05] * 10])))
+            monkeypatch.setattr(turn_clock, clock, partial(next, iter([0.0, *[0.05] * 20])))
         reader.begin_turn()
         reader.receive(frames.settings({}) * 2)
         assert reader.unread
-        assert reader.overdraft == pytest.approx(0.05 - 2 * TURN_SECONDS)
+        assert reader.clock.overdraft == pytest.approx(0.05 - 2 * TURN_SECONDS)
         reader.begin_turn()
-        assert reader.overdraft == 0.0
+        assert reader.clock.overdraft == 0.0
         reader.receive(b"")
-        assert (reader.unread, reader.overdraft) == (False, 0.0)
+        assert (reader.unread, reader.clock.overdraft) == (False, 0.0)
 
     asyncio.run(main())
 
@@ -152,7 +152,8 @@ def test_small_frames_are_read_in_turns_and_all_are_answered() -> None:
 
 def test_a_turn_ends_after_two_milliseconds_whatever_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count()
-    monkeypatch.setattr(frame_reader, "perf_counter", lambda: next(clock) * 0.0003)
+    for name in ("perf_counter", "thread_time"):
+        monkeypatch.setattr(turn_clock, name, lambda: next(clock) * 0.0003)
 
     async def main() -> None:
         link = FakeLink()

@@ -130,7 +130,7 @@ class Connection(asyncio.Protocol):
             self._reader.receive(data)
             if self._reader.unread:
                 self._transport.pause_reading()
-                self.loop.call_later(_PAUSE * self._reader.overdraft, self._read_on)
+                self.loop.call_later(_PAUSE * self._reader.clock.overdraft, self._read_on)
             if self._draining and state is not self._streams.state is ConnectionState.OPEN:
                 self._ask_for_drain()
         except ConnectionFault as fault:

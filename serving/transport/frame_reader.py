@@ -1,7 +1,6 @@
 """The reader of one connection's frames, which passes their content to the calls (RFC 9113, sections 3 to 6)."""
 
 from collections.abc import Callable
-from time import perf_counter, thread_time
 
 from serving.transport import frames, headers
 from serving.transport.control_frames import ControlFrames
@@ -12,7 +11,8 @@ from serving.transport.memory import Memory
 from serving.transport.methods import Method, TransportLimits
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
-from serving.transport.streams import TURN_SECONDS, WORK_A_TURN, ConnectionState, Link, Streams, StreamState
+from serving.transport.streams import WORK_A_TURN, ConnectionState, Link, Streams, StreamState
+from serving.transport.turn_clock import TurnClock
 from serving.transport.unpacking import Unpacker
 
 #: Seconds within which a header block must come in full.
@@ -71,7 +71,7 @@ class FrameReader:
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
         self._work_left = WORK_A_TURN
-        self._seconds_left, self._taken = TURN_SECONDS, 0.0
+        self.clock = TurnClock()
 
     def receive(self, data: bytes) -> None:
         """Read what has come, as far as a turn allows. Raises ConnectionFault and NotHttp2, which end the reading.
@@ -100,17 +100,12 @@ class FrameReader:
     def begin_turn(self) -> None:
         """Note that other connections have had their turn. What an earlier turn took too much is missing now."""
         self._work_left = WORK_A_TURN + min(0, self._work_left)
-        self._seconds_left, self._taken = TURN_SECONDS, 0.0
+        self.clock.begin()
 
     @property
     def unread(self) -> bool:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
         return self._work_left < 0
-
-    @property
-    def overdraft(self) -> float:
-        """Return the processor's seconds that the last turn took beyond twice its time, or 0."""
-        return max(0.0, self._taken - 2 * TURN_SECONDS)
 
     def leave(self) -> None:
         """Forget a header block whose end has not come."""
@@ -142,7 +137,8 @@ class FrameReader:
 
     def _read(self, data: bytes, at: int) -> int:
         """Read complete frames of one turn from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
-        end, turn_end, started = len(data), perf_counter() + self._seconds_left, thread_time()
+        end = len(data)
+        self.clock.go_on()
         while end - at >= _HEAD_BYTES:
             high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
             length = high << 8 | low
@@ -165,12 +161,11 @@ class FrameReader:
                     self._begin_block(flags, stream, data[begin:at])
             else:
                 self._other(kind, flags, stream, data[begin:at])
-            if perf_counter() > turn_end:
+            if self.clock.is_over():
                 self._work_left = min(self._work_left, -1)
             if self._work_left < 0:
                 break
-        self._seconds_left = turn_end - perf_counter()
-        self._taken += thread_time() - started  # without the time in which other processes had the core
+        self.clock.stop()
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
