@@ -143,14 +143,15 @@ async def _load_until_stopped(process: subprocess.Popen[str], address: str) -> l
 
 
 def test_requests_under_way_at_sigterm_are_answered(transport: str) -> None:
-    flags = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000", "--transport", transport)
+    slow = ("--max-batch", "1", "--runtimes", "1", "--threads", "1", "--max-queue", "8000")
+    flags = (*slow, "--drain-seconds", "100", "--transport", transport)
     with server_process(*flags) as (process, address, _), grpc.insecure_channel(address) as channel:
         stub = CapsNetServiceStub(channel)  # type: ignore[no-untyped-call]
-        calls = [stub.Classify.future(pb.ClassifyRequest(images=[PIXELS] * 400), timeout=60) for _ in range(6)]
+        calls = [stub.Classify.future(pb.ClassifyRequest(images=[PIXELS] * 400), timeout=120) for _ in range(12)]
         assert len(calls[0].result().results) == 400
         process.send_signal(signal.SIGTERM)
         assert not calls[-1].done(), "too fast to test: send more images"
-        assert [len(call.result().results) for call in calls] == [400] * 6
+        assert [len(call.result().results) for call in calls] == [400] * 12
         assert process.wait(20) == 0
 
 
