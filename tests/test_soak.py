@@ -68,6 +68,12 @@ def test_a_short_soak_is_judged_more_mildly() -> None:
     assert [text.split()[0] for text in faults(rising, 1800.0)] == ["memory"]
 
 
+def test_a_short_soak_is_judged_by_its_peaks_of_memory() -> None:
+    falling_twice = [135, 154, 166, 188, 190, 218, 128, 139, 172, 181, 200, 218]
+    assert faults(windows(12, memory_mib=lambda n: falling_twice[n]), 60.0) == []
+    assert faults(windows(12, memory_mib=lambda n: 100 + 8 * n), 60.0) == ["memory grew by 34.3%; expected at most 25%"]
+
+
 def test_a_slope_and_a_rank_correlation_are_not_moved_by_single_values() -> None:
     assert slope([1.0, 2.0, 3.0, 90.0, 5.0]) == pytest.approx(1.0)
     assert rank_correlation([1.0, 2.0, 3.0, 4.0]) == pytest.approx(1.0)
