@@ -15,6 +15,7 @@ from serving.runtime import Arrays
 from serving.services.computation import Computation
 from serving.services.computed import ComputedQuery, ComputedRequest
 from serving.services.decoding import Decoding, in_one_step
+from serving.services.places import Places
 from tests.test_request import PATIENCE, POISON, FakeGraph, FakeModel, ForgetfulNote, Note
 
 
@@ -49,7 +50,7 @@ def computation(model: Model, caller: Note) -> Computation:
 
 
 def begin(model: Model, query: ComputedQuery, reply: Note) -> ComputedRequest:
-    request = ComputedRequest(query, computation(model, reply), reply)
+    request = ComputedRequest(query, computation(model, reply), reply, Places(1))
     request.begin()
     return request
 
@@ -105,11 +106,28 @@ def test_a_full_queue_refuses_a_call_and_a_patient_one_waits() -> None:
         begin(model, Twice(*range(4)), third := Note())
         assert isinstance(await third.wait(), QueueFull)
         patient = Note()
-        await ComputedRequest(Twice(6), computation(model, patient), patient).begin_slowly()
+        await ComputedRequest(Twice(6), computation(model, patient), patient, Places(1)).begin_slowly()
         await asyncio.sleep(0.05)
         assert not patient.told
         model.only.go.set()
         assert [await note.wait() for note in (first, second, patient)] == [b"4", b"0,4,8,12,16", b"24"]
+
+    run(test)
+
+
+def test_patient_calls_begin_once_they_have_places_and_free_them_at_their_end() -> None:
+    async def test(model: Model) -> None:
+        model.only.go.clear()
+        places, notes = Places(1), [Note() for _ in range(3)]
+        requests = [ComputedRequest(Twice(6), computation(model, note), note, places) for note in notes]
+        begun = [asyncio.create_task(request.begin_slowly()) for request in requests]
+        await asyncio.sleep(0.01)
+        assert [one.done() for one in begun] == [True, False, False]
+        begun[1].cancel()
+        assert await notes[1].wait() is None
+        model.only.go.set()
+        assert [await notes[number].wait() for number in (0, 2)] == [b"24", b"24"]
+        assert begun[2].done()
 
     run(test)
 

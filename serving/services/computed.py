@@ -6,6 +6,7 @@ from abc import abstractmethod
 import grpc
 
 from serving.services.computation import Computation
+from serving.services.places import Places
 from serving.services.request import Reply
 
 
@@ -35,12 +36,17 @@ class ComputedStreamQuery(ComputedQuery):
 
 
 class ComputedRequest:
-    """A request on its way through several graphs. Its model stays open until the end."""
+    """A request on its way through several graphs. Its model stays open until the end.
 
-    def __init__(self, query: ComputedQuery, computation: Computation, reply: Reply) -> None:
+    places: for the images of requests that are not refused.
+    """
+
+    def __init__(self, query: ComputedQuery, computation: Computation, reply: Reply, places: Places) -> None:
         self._query = query
         self._computation = computation
         self._reply = reply
+        self._places = places
+        self._taken = 0  # of the places
         computation.model.acquire()
 
     def begin(self) -> None:
@@ -53,13 +59,23 @@ class ComputedRequest:
     async def begin_slowly(self) -> None:
         """Compute the answer in a task that waits for room in the queues, and does not fail if there is none.
 
-        For streams. The task is not waited for: later requests of the stream are read meanwhile, up to its window.
+        For streams, which it keeps from reading until it has places: a computation holds many times the bytes of its
+        message, such as 200 copies of an image. The task is not waited for: later requests of the stream are read
+        meanwhile, up to its window. Raises only asyncio.CancelledError.
         """
         self._computation.patient = True
+        try:
+            self._taken = await self._places.take(self._reply.client, self._query.size)
+        except asyncio.CancelledError:
+            self._computation.model.release()
+            self._reply.end()
+            raise
         self.begin()
 
     def _end(self, task: "asyncio.Task[bytes]") -> None:
         self._computation.model.release()
+        if self._taken:
+            self._places.leave(self._taken)
         if task.cancelled():
             self._reply.end()
         elif error := task.exception():

@@ -9,8 +9,13 @@ from serving.rpc.edge import Call
 from serving.services.computation import Caller, Computation
 from serving.services.computed import ComputedQuery, ComputedRequest, ComputedStreamQuery
 from serving.services.decoding import Decoder
+from serving.services.places import Places
 from serving.services.request import Query, Reply, Request
 from serving.services.stream import Refuse, Stream, StreamQuery
+
+# The most images of streams that take several graphs each at once: enough for large batches. The outputs of each, and
+# the masked copies of one whose relevance is asked for, take 300 KB.
+_MAX_COMPUTED_IMAGES = 64
 
 
 class Pipeline:
@@ -24,6 +29,7 @@ class Pipeline:
         self._decoder = decoder
         self._stream_window = stream_window
         self._streams: set[Stream] = set()
+        self._places = Places(_MAX_COMPUTED_IMAGES)
 
     def begin(self, query: Query | ComputedQuery, reply: Reply) -> None:
         """Answer a query through its reply, now or later. Raises UnknownModel and InvalidRequest if no model fits."""
@@ -76,5 +82,5 @@ class Pipeline:
     def _request(self, query: Query | ComputedQuery, reply: Reply) -> Request | ComputedRequest:
         model = self.repository.get(query.model_name, query.model_version)
         if isinstance(query, ComputedQuery):
-            return ComputedRequest(query, Computation(model, reply, self._decoder), reply)
+            return ComputedRequest(query, Computation(model, reply, self._decoder), reply, self._places)
         return Request(query, model, reply, self._decoder)
