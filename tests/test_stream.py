@@ -44,7 +44,7 @@ def test_a_stream_that_waits_for_its_client_keeps_nothing_of_requests_that_are_a
 
     async def main() -> None:
         read, end = asyncio.Event(), asyncio.Event()
-        call: Any = SimpleNamespace(traced=False)
+        call: Any = SimpleNamespace(traced=False, keep=lambda _: None)
         stream = Stream(call, lambda error, *_: (grpc.StatusCode.INVALID_ARGUMENT, str(error)), REQUESTS + 1)
         answers = stream.answers(messages(read, end), parse, lambda *_: None)  # type: ignore[arg-type]
         async with aclosing(answers):
@@ -53,5 +53,30 @@ def test_a_stream_that_waits_for_its_client_keeps_nothing_of_requests_that_are_a
             assert len(kept) == 0
             end.set()
             assert len([answer async for answer in answers]) == REQUESTS - 1
+
+    asyncio.run(main())
+
+
+def test_the_bytes_of_answers_that_wait_are_told_to_the_call() -> None:
+    kept = 0
+
+    def keep(size: int) -> None:
+        nonlocal kept
+        kept += size
+
+    async def main() -> None:
+        call: Any = SimpleNamespace(traced=False, keep=keep)
+        text = "x" * 10_000
+        stream = Stream(call, lambda *_: (grpc.StatusCode.INVALID_ARGUMENT, text), REQUESTS + 1)
+
+        async def messages() -> AsyncIterator[bytes]:
+            for _ in range(REQUESTS):
+                yield b""
+
+        async with aclosing(stream.answers(messages(), WrongQuery, lambda *_: None)) as answers:  # type: ignore[arg-type]
+            await anext(answers)
+            assert 0.9 * len(text) * (REQUESTS - 1) < kept <= len(text) * (REQUESTS - 1)
+            assert len([answer async for answer in answers]) == REQUESTS - 1
+        assert kept == 0
 
     asyncio.run(main())

@@ -353,6 +353,9 @@ class _Counted:
     def invocation_metadata(self) -> Metadata:
         return self._context.invocation_metadata()
 
+    def keep(self, size: int) -> None:
+        self._context.keep(size)
+
     def answer(self, data: bytes) -> None:
         self.leave()
         self._context.answer(data)

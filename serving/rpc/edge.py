@@ -104,6 +104,10 @@ class Call:
         """Set the function that is called once the client does not wait for the answer. It replaces an earlier one."""
         self._context.given_up = then
 
+    def keep(self, size: int) -> None:
+        """Count bytes of answers that a stream keeps, or a negative number of those that it keeps no longer."""
+        self._context.keep(size)
+
     def succeed(self, data: bytes, steps: Steps | None = None) -> None:
         """Send the answer, and end the RPC."""
         self._context.answer(data)

@@ -15,6 +15,9 @@ from serving.rpc.edge import Call, Edge, Steps
 from serving.services.computed import ComputedQuery, ComputedRequest, ComputedStreamQuery
 from serving.services.request import Query, Reply, Request
 
+# Bytes of answers that wait are told to the call in steps of so many.
+_STEP_BYTES = 8192
+
 #: A function that counts and logs the error of a request, given the seconds since it came, and returns its status.
 Refuse = Callable[[Exception, Call, float], tuple[grpc.StatusCode, str]]
 
@@ -62,6 +65,7 @@ class Stream:
         self.call = call
         self.refuse = refuse
         self._window = _Window(window)
+        self._bytes = self._told = 0  # of the answers that wait for their turn or for the client
         self._replies: deque[_StreamReply] = deque()
         self._waiter: asyncio.Future[None] | None = None  # waits for the first answer, or for the end of reading
         self._reading = False  # True while it waits for the client's next request
@@ -81,6 +85,7 @@ class Stream:
         self._reader = asyncio.create_task(self._read(messages, parse, make))
         self._reader.add_done_callback(lambda _: self.wake())
         while (reply := await self._next()) is not None:
+            self.note_answer(-len(reply.answer))
             yield reply.answer
             self._window.leave(reply.size)
             del reply  # while the next one is waited for, which may never come
@@ -106,6 +111,13 @@ class Stream:
         """Wake the writer if the first answer has come."""
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def note_answer(self, size: int) -> None:
+        """Count the bytes of an answer that waits from now on, or a negative number of those of one that is sent."""
+        self._bytes += size
+        if more := self._bytes // _STEP_BYTES * _STEP_BYTES - self._told:
+            self._told += more
+            self.call.keep(more)
 
     async def _next(self) -> "_StreamReply | None":
         """Wait for the next answer in order. Return None when all requests are answered and none will follow."""
@@ -203,6 +215,7 @@ class _StreamReply:
     def _put(self, answer: bytes) -> None:
         self._given_up = self._query = None
         self.answer, self.answered = answer, True
+        self._stream.note_answer(len(answer))
         self._stream.wake()
 
 

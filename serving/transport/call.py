@@ -80,6 +80,14 @@ class Call:
         """Return the client's metadata."""
         return self._head.metadata
 
+    def keep(self, size: int) -> None:
+        """Count bytes that the handler keeps, or a negative number of those that it keeps no longer."""
+        memory = self.streams.memory
+        if self.state is not StreamState.CLOSED:  # otherwise nothing of the call counts
+            memory.hold(self, size)
+            if size > 0 and memory.used > memory.max_bytes:
+                memory.make_room(self)
+
     def answer(self, data: bytes) -> None:
         """Send the only answer, and the status OK."""
         self.given_up = None

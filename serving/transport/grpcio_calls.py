@@ -80,6 +80,9 @@ class Call:
         """Return the client's metadata."""
         return self.metadata
 
+    def keep(self, size: int) -> None:
+        """Do nothing: answers do not count."""
+
     def answer(self, data: bytes) -> None:
         """Send the only answer of a unary call, and the status OK."""
         self._end(data)

@@ -123,6 +123,12 @@ class Context(Protocol):
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
 
+    def keep(self, size: int) -> None:
+        """Count bytes that a stream's handler keeps, or a negative number of those that it keeps no longer.
+
+        The call may end for want of room.
+        """
+
     def answer(self, data: bytes) -> None:
         """Send the only answer of a unary call, and the status OK."""
 

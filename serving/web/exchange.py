@@ -70,6 +70,9 @@ class Exchange:
         """Return the client's metadata."""
         return self._metadata
 
+    def keep(self, size: int) -> None:
+        """Do nothing: there are no streams."""
+
     def answer(self, data: bytes) -> None:
         """Take the answer."""
         self._end(data)
