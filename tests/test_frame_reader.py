@@ -345,3 +345,51 @@ def test_a_lost_connection_goes_without_the_garbage_collector(no_collection: Non
         assert [reference() for reference in gone] == [None, None]
 
     asyncio.run(main())
+
+
+def test_what_a_handler_keeps_counts_and_ends_its_call_if_there_is_no_room() -> None:
+    contexts: list[Context] = []
+
+    async def keeping(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        contexts.append(context)
+        async for request in requests:
+            yield request
+
+    async def main() -> None:
+        memory = Memory(2**20)
+        reader = FrameReader(FakeLink(), lambda _: StreamMethod(keeping), LIMITS, memory, Unpacker())
+        reader.receive(frames.PREFACE + frames.settings({}))
+        reader.receive(headers(1, Encoder().encode(HEADERS)))
+        await asyncio.sleep(0.01)
+        before = memory.used
+        contexts[0].keep(2**19)
+        assert memory.used == before + 2**19
+        contexts[0].keep(-(2**18))
+        assert memory.used == before + 2**18
+        contexts[0].keep(2**20)
+        assert contexts[0].over
+        assert memory.used == 0
+        contexts[0].keep(-(2**18))
+        assert memory.used == 0
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_the_bytes_that_are_left_for_later_turns_are_known_and_can_be_forgotten() -> None:
+    async def main() -> None:
+        reader = new_reader(FakeLink())
+        reader.begin_turn()
+        sent = frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS
+        reader.receive(sent)
+        before = reader.unread_bytes
+        assert 0 < before < len(sent)
+        reader.begin_turn()
+        reader.receive(b"")
+        assert 0 < reader.unread_bytes < before
+        reader.forget_unread()
+        reader.begin_turn()
+        reader.receive(b"")
+        assert (reader.unread_bytes, reader.unread) == (0, False)
+
+    asyncio.run(main())

@@ -11,7 +11,8 @@ from typing import cast
 import grpc
 
 from serving.transport import frames
-from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, note_limit
+from serving.transport.backlog import Backlog
+from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, UNREAD, note_limit
 from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
@@ -73,6 +74,7 @@ class Connection(asyncio.Protocol):
         self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._unsent = Unsent(self._streams, self._transport)
+        self._backlog = Backlog(terms.memory, self._streams, self._end_for_room)
         self.records = records_of(self._transport)
         _keep_alive(self._transport)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
@@ -90,11 +92,12 @@ class Connection(asyncio.Protocol):
         self._end_calls()
         self._reader.leave()
         self._unsent.gone()
+        self._backlog.gone()
         self._terms.lost(self)
         # Without cycles this object goes at once, and with it uvloop's transport, which has 256 KiB for TLS.
         self._streams.leave()
         self._out = []
-        del self._reader, self._unsent, self._transport
+        del self._reader, self._unsent, self._backlog, self._transport
 
     def pause_writing(self) -> None:
         self._unsent.measure()
@@ -131,6 +134,9 @@ class Connection(asyncio.Protocol):
             if self._reader.unread:
                 self._transport.pause_reading()
                 self.loop.call_later(_PAUSE * self._reader.clock.overdraft, self._read_on)
+                self._backlog.measure(self._reader.unread_bytes)
+            elif self._backlog.held:
+                self._backlog.measure(0)
             if self._draining and state is not self._streams.state is ConnectionState.OPEN:
                 self._ask_for_drain()
         except ConnectionFault as fault:
@@ -272,6 +278,12 @@ class Connection(asyncio.Protocol):
             self._terms.limits.limited(FLOOD)
         self._streams.go_away(code, text)
         self._close()
+
+    def _end_for_room(self) -> None:
+        """End the connection, since there is no room for what its client has sent."""
+        note_limit(UNREAD if self._streams.paused else FLOOD, self._terms.limits, self._streams.client)
+        self._reader.forget_unread()  # at once: the connection's end is told after others have read as much
+        self._transport.abort()
 
     def _end_calls(self) -> None:
         self._streams.state = ConnectionState.CLOSED

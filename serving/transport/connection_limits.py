@@ -7,8 +7,8 @@ from typing import Protocol, TypeVar
 from serving.transport.methods import UNIX_ADDRESS, Peer, TransportLimits, client_of, is_loopback
 
 #: The limits that refuse or end a connection: of all connections; of one client; of all connections, which ends an idle
-#: one for the sake of a new one; of time without calls; of frames that advance no call and of headers without end; and
-#: of answers that are not read.
+#: one for the sake of a new one; of time without calls; of frames that advance no call, of headers without end and
+#: of what comes while there is no room; and of answers that are not read.
 FULL, CLIENT, REPLACED, IDLE, FLOOD, UNREAD = CONNECTION_LIMITS = (
     "full", "client", "replaced", "idle", "flood", "unread",
 )  # fmt: skip
@@ -18,7 +18,7 @@ TEXTS = {
     CLIENT: "a connection is refused: its client has too many (max_connections_per_client)",
     REPLACED: "a connection without calls is closed: a new one gets its place (max_connections)",
     UNREAD: "a connection is closed: its client does not read the answers",
-    FLOOD: "a connection is closed: its TLS records hold hardly any bytes",
+    FLOOD: "a connection is closed: its TLS records hold hardly any bytes, or too many bytes wait to be read",
 }
 #: Seconds without calls before a connection may be replaced, unless its client has more than its share. Clients that
 #: connect again at once would otherwise replace each other without end.

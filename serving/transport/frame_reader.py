@@ -107,6 +107,15 @@ class FrameReader:
         """Return True if other connections get their turn before ``receive`` reads the rest."""
         return self._work_left < 0
 
+    @property
+    def unread_bytes(self) -> int:
+        """Return the bytes that ``receive`` has left for later."""
+        return len(self._rest) - self._at
+
+    def forget_unread(self) -> None:
+        """Forget the bytes that were left for later, since the connection ends."""
+        self._rest, self._at = b"", 0
+
     def leave(self) -> None:
         """Forget a header block whose end has not come."""
         if self._block:

@@ -119,6 +119,7 @@ class Application:
 
     def __init__(self, terms: Terms, page: Mapping[str, PageFile]) -> None:
         self._terms = terms
+        self.memory = terms.memory
         self._conversions = Conversions()
         #: The requests under way.
         self.under_way = 0

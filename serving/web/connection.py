@@ -17,9 +17,10 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from serving.transport.backlog import Backlog
 from serving.transport.connection_limits import FLOOD, IDLE, UNREAD
 from serving.transport.frame_reader import HEADER_SECONDS
-from serving.transport.memory import STALL_SECONDS
+from serving.transport.memory import STALL_SECONDS, Memory
 from serving.transport.methods import Peer, client_of, peer_of
 from serving.transport.records import Records, records_of
 from serving.web.body import BodyReader
@@ -43,7 +44,9 @@ _HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class Owner(Protocol):
-    """The server of a connection."""
+    """The server of a connection. memory: as of serving.web.application.Terms."""
+
+    memory: Memory
 
     def opened(self, connection: "WebConnection", /) -> bool:
         """Count a connection. Return False if a limit refuses it."""
@@ -106,6 +109,7 @@ class WebConnection(H11Protocol):
         self._in_head = True  # since a connection must begin with a request
         self._since = 0.0  # of the present head, or of the end of the last request
         self._arrived = bytearray()  # the bytes that are not parsed yet
+        self._backlog = Backlog(owner.memory, self, self._end_for_room)
         self._piece_bytes = _MIN_PIECE_BYTES
         self._turn: asyncio.Handle | None = None  # the next one
         self._unsent = (0, 0.0)  # the bytes that wait to be read, and the time since which they are so many
@@ -134,6 +138,8 @@ class WebConnection(H11Protocol):
         self._unset_keepalive_if_required()
         cast(_Flow, self.flow).end()
         self._arrived.clear()
+        self._backlog.gone()
+        del self._backlog  # which refers to this object
         if self._turn:
             self._turn.cancel()
         self._tell_lost()
@@ -147,7 +153,9 @@ class WebConnection(H11Protocol):
         self._arrived += data
         if len(self._arrived) >= _MAX_ARRIVED_BYTES:
             self.flow.pause_reading()
-        if not self._turn:
+        if self._turn:
+            self._backlog.measure(len(self._arrived))
+        else:
             self._take_turn()
 
     def on_response_complete(self) -> None:
@@ -226,13 +234,23 @@ class WebConnection(H11Protocol):
         """Close the connection at once."""
         self.transport.abort()
 
+    def _end_for_room(self) -> None:
+        """Close the connection, since there is no room for what its client has sent."""
+        self._owner.limited(FLOOD, self.peer)
+        self._arrived.clear()  # at once: the connection's end is told after other connections have read as much
+        self.transport.abort()
+
     @property
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _take_turn(self) -> None:
-        """Parse what has arrived, for about a millisecond."""
+        """Parse what has arrived, for about a millisecond, and count what is left."""
         self._turn = None
+        self._parse()
+        self._backlog.measure(len(self._arrived))
+
+    def _parse(self) -> None:
         now = perf_counter()  # the event loop's own time stands still during a turn
         end = now + _TURN_SECONDS
         while self._arrived and self._takes and not self.transport.is_closing():

@@ -58,6 +58,7 @@ class WebServer:
         tls: Callable[[], ssl.SSLContext] | None,
     ) -> None:
         self._application = application
+        self.memory = application.memory
         self._limits = limits
         self._malformed = malformed
         self._tls = tls
