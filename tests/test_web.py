@@ -352,6 +352,8 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b'{"\\ud800": 1}', {"content_type": "application/json"}, 400, "half of a character"),
         ("/v1/classify", b"\xff", {"content_type": "application/json"}, 400, "no JSON"),
         ("/v1/classify", b"," * 1_600_001, {"content_type": "application/json"}, 400, "at most 1600000 values"),
+        ("/v1/classify", b'"' * 131_073, {"content_type": "application/json"}, 400, "at most 65536 names and texts"),
+        ("/v1/classify", b"\\n" * 262_145, {"content_type": "application/json"}, 400, "at most 262144 characters"),
         ("/v1/classify", b" " * 2**23 + b"\xc3\xa9", {"content_type": "application/json"}, 400, "ASCII alone"),
         ("/v1/classify?preprocess=auto", b"{}", {"content_type": "application/json"}, 400, "with JSON, expected it in"),
         ("/v1/classify", b"x", {"content_encoding": "br"}, 415, "content-encoding: 'br'"),
