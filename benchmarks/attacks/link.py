@@ -27,7 +27,9 @@ Message = Callable[[], bytes]
 CLASSIFY = "/capsnet.v1.CapsNetService/Classify"
 CLASSIFY_STREAM = "/capsnet.v1.CapsNetService/ClassifyStream"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
+STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 EXPLAIN = "/capsnet.v1.CapsNetService/Explain"
+RECONSTRUCT = "/capsnet.v1.CapsNetService/Reconstruct"
 GET_MODEL = "/capsnet.v1.CapsNetService/GetModel"
 CHECK = "/grpc.health.v1.Health/Check"
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -40,6 +42,8 @@ WAIT_SECONDS = 0.02
 #: The width and height of the images.
 SIDE = 28
 _PIXELS = SIDE * SIDE
+#: An image none of which is ground, so that its relevance takes the most images.
+INK = b"\x80" * (_PIXELS - 1) + b"\xff"
 _READ_BYTES = 2**18
 _MAX_UPLOADED_BYTES = 2**16  # of a piece
 
@@ -327,10 +331,10 @@ def priority(stream: int) -> bytes:
 def uploads(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
     """Send large messages on as many streams as the server allows, as fast as it takes them.
 
-    The calls of CLASSIFY_STREAM do not end: each gets one message after the other.
+    Streams do not end: each gets one message after the other.
     """
     yield from link.ready()
-    message, endless = make(), path == CLASSIFY_STREAM
+    message, endless = make(), path in (CLASSIFY_STREAM, STREAM_INFER)
     sent: dict[int, int] = {}  # by stream, the bytes of its message
     while True:
         piece = b""

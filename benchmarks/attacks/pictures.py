@@ -19,7 +19,7 @@ from benchmarks.attacks.link import (
     uploads,
 )
 from benchmarks.attacks.packed import empty_zlib
-from benchmarks.attacks.web import post
+from benchmarks.attacks.web import head, post
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.settings import Settings
 
@@ -33,6 +33,7 @@ _LONG_BYTES = Settings.max_image_bytes - 2**18
 _SEGMENT_BYTES = 2**16 - 3
 #: Bytes of a file beside its largest part.
 _OTHER_BYTES = 1024
+_BYTES_BEHIND, _WAITING_CONNECTIONS = 800_000, 300
 _GREY_AND_TRANSPARENCY, _COLOURS_AND_TRANSPARENCY = (4, 2), (6, 4)  # PNG's number, and the bytes of a pixel
 
 
@@ -172,6 +173,12 @@ def _post_long_photograph() -> bytes:
     return post("/v1/classify?preprocess=auto", photograph(_LONG_SIDE, _LONG_BYTES), "image/jpeg")
 
 
+def _behind_a_picture(link: Link) -> Pieces:
+    """Post a picture that takes long, and as much of a next one as the server takes before its answer."""
+    yield _post_bomb()
+    yield head("/v1/classify", _BYTES_BEHIND, "Content-Type: image/png") + bytes(_BYTES_BEHIND // 2)
+
+
 def _web(name: str, make: Callable[[], bytes]) -> Attack:
     return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, least=_WEB_CONNECTIONS, port="http")
 
@@ -192,4 +199,5 @@ PICTURES = (
     _web("costly images", _post_costly),
     _web("large images", _post_large),
     _web("picture bombs", _post_bomb),
+    Attack("HTTP, bytes behind a picture", _behind_a_picture, speaks=False, times=_WAITING_CONNECTIONS, port="http"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
 
-from benchmarks.attacks.link import SIDE, Attack, Link, Pieces
+from benchmarks.attacks.link import INK, Attack, Link, Pieces
 from benchmarks.attacks.packed import empty_gzip
 
 _CONNECTIONS = 1000
@@ -25,8 +25,8 @@ _EXTENSION_BYTES = 2000
 _EXTENSIONS = 100
 _CLASSES = 10
 _HEAD_CHARACTERS = 15_900
-#: Bytes of an image, none of which is ground, so that its relevance takes the most images.
-_INK = base64.b64encode(b"\x80" * (SIDE * SIDE - 1) + b"\xff").decode()
+_NAMES = 400_000
+_INK = base64.b64encode(INK).decode()
 
 
 def head(path: str, length: int | None, *more: str, verb: str = "POST") -> bytes:
@@ -88,6 +88,11 @@ def _numbers() -> bytes:
 @cache
 def _containers() -> bytes:
     return post("/v1/classify", b'{"images":[' + b",".join([b'{"pixels":""}'] * _CONTAINERS) + b"]}")
+
+
+@cache
+def _names() -> bytes:
+    return post("/v1/classify", b"{" + b",".join(b'"%d":0' % number for number in range(_NAMES)) + b"}")
 
 
 @cache
@@ -204,6 +209,7 @@ WEB = (
     _web("long queries", partial(_again, make=_queries)),
     _web("numbers in JSON", partial(_again, make=_numbers), least=_FEW_CONNECTIONS),
     _web("objects in JSON", partial(_again, make=_containers), least=_FEW_CONNECTIONS),
+    _web("names in JSON", partial(_again, make=_names), least=_FEW_CONNECTIONS),
     _web("many parts", partial(_again, make=partial(_form, _EMPTY_PART)), least=_FEW_CONNECTIONS),
     _web("parts without an end", partial(_again, make=partial(_form, _LINE_ENDS)), least=_FEW_CONNECTIONS),
     _web("explanations", partial(_again, make=_explained), least=_FEW_CONNECTIONS),
