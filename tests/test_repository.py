@@ -468,11 +468,11 @@ def test_a_bad_change_in_the_folder_that_is_served_harms_nobody(start: Callable[
     changed = put(tmp_path, graph=another_graph())
     shutil.copy(changed / artifact.MANIFEST_DIGEST, repository / "digits" / "1")
     shutil.copy(changed / artifact.MANIFEST, repository / "digits" / "1")
-    until(lambda: failed_loads(running), "an attempt to load the changed version")
+    wrong = "digits/1/model.onnx: SHA-256 is"  # a look amid a copy finds fault with the manifest
+    until(lambda: wrong in index(running.channel)["digits", "1"][1], "an attempt to load the changed version")
     assert label(running) == "7 of 1"
-    state, reason = index(running.channel)["digits", "1"]
-    assert state == "READY"
-    assert "digits/1/model.onnx: SHA-256 is" in reason
+    assert failed_loads(running) >= 1
+    assert index(running.channel)["digits", "1"][0] == "READY"
     copy_what_differs(changed, repository / "digits" / "1")
     until(lambda: running.model.artifact.sha256() != old, "the changed version 1, whole")
     until(lambda: index(running.channel) == {("digits", "1"): ("READY", "")}, "a clean index")
