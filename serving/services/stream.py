@@ -65,7 +65,8 @@ class Stream:
         self.call = call
         self.refuse = refuse
         self._window = _Window(window)
-        self._bytes = self._told = 0  # of the answers that wait for their turn or for the client
+        #: The bytes of the answers that wait for their turn or for the client, and as many as the call was told.
+        self.bytes = self.told_bytes = 0
         self._replies: deque[_StreamReply] = deque()
         self._waiter: asyncio.Future[None] | None = None  # waits for the first answer, or for the end of reading
         self._reading = False  # True while it waits for the client's next request
@@ -85,7 +86,9 @@ class Stream:
         self._reader = asyncio.create_task(self._read(messages, parse, make))
         self._reader.add_done_callback(lambda _: self.wake())
         while (reply := await self._next()) is not None:
-            self.note_answer(-len(reply.answer))
+            self.bytes -= len(reply.answer)
+            if self.bytes < self.told_bytes:
+                self.tell_bytes()
             yield reply.answer
             self._window.leave(reply.size)
             del reply  # while the next one is waited for, which may never come
@@ -112,12 +115,11 @@ class Stream:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def note_answer(self, size: int) -> None:
-        """Count the bytes of an answer that waits from now on, or a negative number of those of one that is sent."""
-        self._bytes += size
-        if more := self._bytes // _STEP_BYTES * _STEP_BYTES - self._told:
-            self._told += more
-            self.call.keep(more)
+    def tell_bytes(self) -> None:
+        """Tell the call the bytes of the answers that wait, in whole steps."""
+        more = self.bytes // _STEP_BYTES * _STEP_BYTES - self.told_bytes
+        self.told_bytes += more
+        self.call.keep(more)
 
     async def _next(self) -> "_StreamReply | None":
         """Wait for the next answer in order. Return None when all requests are answered and none will follow."""
@@ -215,8 +217,11 @@ class _StreamReply:
     def _put(self, answer: bytes) -> None:
         self._given_up = self._query = None
         self.answer, self.answered = answer, True
-        self._stream.note_answer(len(answer))
-        self._stream.wake()
+        stream = self._stream
+        stream.bytes += len(answer)
+        if stream.bytes >= stream.told_bytes + _STEP_BYTES:
+            stream.tell_bytes()
+        stream.wake()
 
 
 class _Window:
