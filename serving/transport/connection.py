@@ -5,6 +5,7 @@ import logging
 import random
 import socket
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import cast
 
@@ -33,6 +34,9 @@ _MAX_BUFFERED_BYTES = 2**18  # above this, the client is not read from and its s
 _CLOSE_SECONDS = 5.0  # for the last bytes to leave
 # Seconds of silence before the first probe, and between probes; and how many may stay unanswered.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
+
+# It announces a drain. Calls on their way are accepted: the answer of the ping shows which one is the last.
+_DRAIN = frames.go_away(frames.MAX_STREAM, ErrorCode.NO_ERROR) + frames.frame(frames.PING, 0, 0, DRAIN_PING)
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ class Connection(asyncio.Protocol):
         self._idle_since, self._last_seen = self.loop.time(), 0
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._unsent = Unsent(self._streams, self._transport)
-        self._backlog = Backlog(terms.memory, self._streams, self._end_for_room)
+        self._backlog = Backlog(terms.memory, self._streams, partial(_end_for_room, self))
         self.records = records_of(self._transport)
         _keep_alive(self._transport)
         self._timers.append(self.loop.call_later(_HANDSHAKE_SECONDS, self._check_settled))
@@ -138,7 +142,7 @@ class Connection(asyncio.Protocol):
             elif self._backlog.held:
                 self._backlog.measure(0)
             if self._draining and state is not self._streams.state is ConnectionState.OPEN:
-                self._ask_for_drain()
+                self.send(_DRAIN)
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
         except NotHttp2 as other:
@@ -175,7 +179,7 @@ class Connection(asyncio.Protocol):
         self._timers.append(self.loop.call_later(_PING_SECONDS, self.drained))
         self._timers.append(self.loop.call_later(grace, self.cut_off))
         if self._streams.state is ConnectionState.OPEN:
-            self._ask_for_drain()
+            self.send(_DRAIN)
 
     def drained(self) -> None:
         """Tell the client the last call that will be answered. It may send later calls elsewhere."""
@@ -231,11 +235,6 @@ class Connection(asyncio.Protocol):
         """Close at once."""
         self._transport.abort()
 
-    def _ask_for_drain(self) -> None:
-        """Announce the drain. Calls on their way are accepted: the answer of a ping shows which one is the last."""
-        self.send(frames.go_away(frames.MAX_STREAM, ErrorCode.NO_ERROR))
-        self.send(frames.frame(frames.PING, 0, 0, DRAIN_PING))
-
     @property
     def _closed(self) -> bool:
         return self._streams.state is ConnectionState.CLOSED
@@ -279,12 +278,6 @@ class Connection(asyncio.Protocol):
         self._streams.go_away(code, text)
         self._close()
 
-    def _end_for_room(self) -> None:
-        """End the connection, since there is no room for what its client has sent."""
-        note_limit(UNREAD if self._streams.paused else FLOOD, self._terms.limits, self._streams.client)
-        self._reader.forget_unread()  # at once: the connection's end is told after others have read as much
-        self._transport.abort()
-
     def _end_calls(self) -> None:
         self._streams.state = ConnectionState.CLOSED
         for call in self._streams:
@@ -298,6 +291,14 @@ class Connection(asyncio.Protocol):
         self._end_calls()
         self._timers.append(self.loop.call_later(_CLOSE_SECONDS, self._transport.abort))
         self.loop.call_soon(self._transport.close)  # after _flush, which is scheduled already
+
+
+def _end_for_room(connection: Connection) -> None:
+    """End a connection, since there is no room for what its client has sent."""
+    streams = connection._streams
+    note_limit(UNREAD if streams.paused else FLOOD, connection._terms.limits, streams.client)
+    connection._reader.forget_unread()  # at once: the connection's end is told after others have read as much
+    connection.abort()
 
 
 def _set_done(future: "asyncio.Future[None]") -> None:

@@ -135,13 +135,7 @@ class FrameReader:
             self._rest = data
             return False
         self.streams.state = ConnectionState.SETTINGS
-        values = {
-            frames.MAX_CONCURRENT_STREAMS: self._max_calls,
-            frames.INITIAL_WINDOW_SIZE: WINDOW,
-            frames.MAX_HEADER_LIST_SIZE: headers.MAX_BYTES,
-        }
-        self._send(frames.settings(values))
-        self._send(frames.window_update(0, _WINDOW - frames.DEFAULT_WINDOW))
+        self._send(_greeting(self._max_calls))
         return True
 
     def _read(self, data: bytes, at: int) -> int:
@@ -301,3 +295,13 @@ class FrameReader:
         self._work_left -= _FIELD_WORK * fields + _BLOCK_BYTE_WORK * size
         if fields > allowed:
             self.streams.count_idle(fields - allowed)
+
+
+def _greeting(max_calls: int) -> bytes:
+    """Return the first bytes of the server. max_calls: the most calls that the client may have open."""
+    values = {
+        frames.MAX_CONCURRENT_STREAMS: max_calls,
+        frames.INITIAL_WINDOW_SIZE: WINDOW,
+        frames.MAX_HEADER_LIST_SIZE: headers.MAX_BYTES,
+    }
+    return frames.settings(values) + frames.window_update(0, _WINDOW - frames.DEFAULT_WINDOW)
