@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import version
 
 import pytest
@@ -33,10 +34,17 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_word_of_a_command_line_is_told_with_what_was_meant(words: tuple[str, ...]) -> None:
-    result = python("-m", *words)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[-1].endswith(WRONG[words])
+def test_a_wrong_word_of_a_command_line_is_told_with_what_was_meant(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Call each command in this process, since a start takes longer than the reading of a command line."""
+    command, *arguments = words
+    monkeypatch.setattr("sys.argv", [command, *arguments])
+    with pytest.raises(SystemExit) as end:
+        import_module(f"{command}.__main__").main()
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out) == (2, "")
+    assert printed.err.splitlines()[-1].endswith(WRONG[words])
 
 
 def test_a_file_that_cannot_be_written_is_told_by_its_name() -> None:
