@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.capsnet.v1.capsnet_pb2_grpc import CapsNetServiceStub
 from serving.client import CapsNetClient
+from serving.client.__main__ import main
 from serving.server import Server
 from tests.calibrated import MNIST, PAIRS, overlapped
 from tests.conftest import DATA, ROOT, Ask, Digits, InThread, settings
@@ -219,12 +220,14 @@ def test_the_client_library_has_the_numbers_of_grpc(server: Server, picture: Pic
     assert_close(found, numbers_of(expected))
 
 
-def test_the_command_line_has_the_numbers_of_grpc(server: Server, picture: Picture, expected: Answers) -> None:
-    command = [sys.executable, "-m", "serving.client", str(picture.file), "--json", "--explain", "--reconstruct"]
-    command += ["--address", f"127.0.0.1:{server.port}", "--model", picture.model]
-    command += ["--preprocess", "auto"] if picture.prepared else []
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
-    numbers = json.loads(printed)
+def test_the_command_line_has_the_numbers_of_grpc(
+    server: Server, picture: Picture, expected: Answers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(picture.file), "--json", "--explain", "--reconstruct"]
+    arguments += ["--address", f"127.0.0.1:{server.port}", "--model", picture.model]
+    arguments += ["--preprocess", "auto"] if picture.prepared else []
+    assert main(arguments) == 0
+    numbers = json.loads(capsys.readouterr().out)
     explained, drawn = numbers["explanation"], numbers["reconstructions"]
     [winner] = explained["classes"]
     found = {
