@@ -121,6 +121,13 @@ def _parts() -> bytes:
     return image + delimited(number, bytes([pb.EXPLANATION_PART_ROUTING]) * (_BOMB_BYTES - len(image)))
 
 
+def _contents() -> bytes:
+    """Return a request with an image that has a million contents, of two kinds by turns."""
+    both = delimited(pb.Image.PIXELS_FIELD_NUMBER, b"") + delimited(pb.Image.ENCODED_FIELD_NUMBER, b"")
+    content = both * ((_BOMB_BYTES - 64) // len(both))
+    return delimited(pb.ClassifyRequest.IMAGES_FIELD_NUMBER, content)
+
+
 def _names() -> bytes:
     """Return a request that names a model millions of times."""
     return delimited(pb.GetModelRequest.MODEL_NAME_FIELD_NUMBER, b"") * (_BOMB_BYTES // 2)
@@ -241,6 +248,7 @@ CALLS = (
     Attack("gzip of empty images", partial(_bombs, repeated=_EMPTY_IMAGE)),
     Attack("gzip of dimensions", partial(_gzip, path=INFER, make=_dimensions)),
     Attack("gzip of parts", partial(_gzip, path=EXPLAIN, make=_parts)),
+    Attack("gzip of contents", partial(_gzip, path=CLASSIFY, make=_contents)),
     Attack("gzip of names", partial(_gzip, path=GET_MODEL, make=_names)),
     Attack("right requests", partial(_calls, path=CLASSIFY, make=request)),
     Attack("large right requests", partial(_calls, path=CLASSIFY, make=partial(request, _IMAGES_OF_A_LARGE_REQUEST))),

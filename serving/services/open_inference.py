@@ -28,7 +28,7 @@ from serving.services.infer_queries import (
 from serving.services.open_inference_codec import read_request
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import check_fields
+from serving.services.protobuf_wire import check_fields, fields_of
 from serving.services.stream import StreamRefusals
 from serving.services.tensor_inputs import DATATYPES, UINT8, Received
 from serving.services.unsupported import ELSEWHERE, LACKING, refusals
@@ -52,6 +52,7 @@ EXTENSIONS = (
     "statistics",
 )
 _MAX_FIELDS = 4096  # the most fields of a RepositoryModelLoadRequest; a usual one has one
+_LOAD_FIELDS = fields_of(pb.RepositoryModelLoadRequest)
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's name in an error
 
 
@@ -218,7 +219,7 @@ class AdminService:
 
     async def load(self, data: bytes, call: Call) -> bytes:
         """Answer a RepositoryModelLoadRequest. Raises InvalidRequest and LoadError."""
-        check_fields(data, _MAX_FIELDS)
+        check_fields(data, _MAX_FIELDS, _LOAD_FIELDS)
         request = parse(data, pb.RepositoryModelLoadRequest, self._max_bytes)
         _check_repository(request.repository_name)
         for name in request.parameters:

@@ -22,7 +22,7 @@ from serving.services.infer_parameters import (
     wants_contents,
     whole_number,
 )
-from serving.services.protobuf_wire import BYTES, FLAT, Fields, delimited, split, tag, varint
+from serving.services.protobuf_wire import BYTES, delimited, fields_of, split, tag, varint
 from serving.services.tensor_inputs import Received
 from serving.services.typed_contents import Malformed, TypedContents
 
@@ -38,9 +38,7 @@ _FP32_CONTENTS = pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER
 _BYTES_CONTENTS = pb.InferTensorContents.BYTES_CONTENTS_FIELD_NUMBER
 _RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 _MAX_FIELDS = 4096  # the most fields of a ModelInferRequest; a usual one has a handful
-_REQUEST, _TENSOR = pb.ModelInferRequest, pb.ModelInferRequest.InferInputTensor
-_TENSOR_FIELDS = Fields(packed=frozenset((_TENSOR.SHAPE_FIELD_NUMBER,)), apart=_TENSOR.CONTENTS_FIELD_NUMBER)
-_INFER_FIELDS = Fields({_REQUEST.INPUTS_FIELD_NUMBER: _TENSOR_FIELDS, _REQUEST.OUTPUTS_FIELD_NUMBER: FLAT})
+_INFER_FIELDS = fields_of(pb.ModelInferRequest, apart=pb.InferTensorContents)
 
 
 def read_request(data: bytes, max_bytes: int) -> Received:

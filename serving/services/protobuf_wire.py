@@ -1,8 +1,10 @@
 """Protobuf's encoding, for messages that this package writes and reads itself (protobuf.dev, "Encoding")."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
 
 from serving.errors import InvalidRequest
 
@@ -36,19 +38,34 @@ def delimited(number: int, content: bytes) -> bytes:
 class Fields(NamedTuple):
     """The fields of a kind of message that ``check_fields`` counts.
 
-    messages: the fields that hold messages whose fields count too, by number. packed: the fields of numbers each of
-    which counts, by number. apart: the number of a field that ``split`` cuts out; 0 for none. numbers: False if fields
-    of one number do not count, which take little memory.
+    messages: the fields that hold messages whose fields count too, by number. packed: the fields of whole numbers each
+    of which counts, by number. apart: the number of a field that ``split`` cuts out; 0 for none.
     """
 
-    messages: "Mapping[int, Fields]" = MappingProxyType({})
-    packed: frozenset[int] = frozenset()
-    apart: int = 0
-    numbers: bool = True
+    messages: "Mapping[int, Fields]"
+    packed: frozenset[int]
+    apart: int
 
 
-#: Counts the fields of the message itself.
-FLAT = Fields()
+def fields_of(kind: type[Message], apart: type[Message] | None = None) -> Fields:
+    """Return the fields of a kind of message and of all messages in it, but those of the kind ``apart``.
+
+    No kind may contain itself. Packed floating-point numbers do not count: they become no objects.
+    """
+    return _fields_of(cast(Descriptor, kind.DESCRIPTOR), apart.DESCRIPTOR.full_name if apart else "")
+
+
+def _fields_of(kind: Descriptor, apart: str) -> Fields:
+    messages, packed, number_apart = {}, set(), 0
+    for field in kind.fields:
+        inner = field.message_type
+        if inner and inner.full_name == apart:
+            number_apart = field.number
+        elif inner:
+            messages[field.number] = _fields_of(inner, apart)
+        elif field.is_packed and field.cpp_type not in (field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE):
+            packed.add(field.number)
+    return Fields(messages, frozenset(packed), number_apart)
 
 
 class _Cut(NamedTuple):
@@ -63,7 +80,7 @@ class _Cut(NamedTuple):
     inner: "list[_Cut]"
 
 
-def check_fields(data: bytes, limit: int, fields: Fields = FLAT) -> None:
+def check_fields(data: bytes, limit: int, fields: Fields) -> None:
     """Raise InvalidRequest for a message of more than ``limit`` fields, long before it is parsed.
 
     A small compressed message can hold millions of fields of two bytes each, and each field becomes an object. Fields
@@ -108,13 +125,12 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
     messages, groups = fields.messages, 0
     while at < end and left >= 0:
         try:
-            key, at = varint_at(data, at)
-            left -= fields.numbers or key & 7 == BYTES
+            if (key := data[at]) > 0x7F:
+                key, at = varint_at(data, at)
+            else:
+                at += 1
+            left -= 1
             match key & 7:
-                case 0:
-                    _, at = varint_at(data, at)
-                case 1:
-                    at += 8
                 case 2:
                     length_at, number = at, key >> 3
                     size, at = varint_at(data, at)
@@ -131,6 +147,10 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
                     elif number == fields.apart and at + size <= end:
                         cuts.append(_Cut(length_at, at, at + size, []))
                     at += size
+                case 0:
+                    _, at = varint_at(data, at)
+                case 1:
+                    at += 8
                 case 3:
                     groups += 1
                 case 4:

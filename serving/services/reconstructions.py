@@ -31,7 +31,7 @@ from serving.services.given_images import GivenImages
 from serving.services.graphs import check_draws
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import FLAT, Fields, check_fields, delimited
+from serving.services.protobuf_wire import check_fields, delimited, fields_of
 from serving.settings import Settings
 
 MIN_STEPS, MAX_STEPS = 2, 64
@@ -40,13 +40,11 @@ MAX_NUMBER = 1000.0
 #: The share of the brightest reconstruction of a pixel from which on the pixel belongs to a class too.
 LAYER_SHARE = 0.6
 
-# The most fields besides the poses.
+# The most fields for each of the poses, and besides them.
+_FIELDS_A_POSE = 3
 _MAX_OTHER_FIELDS = 1024
 _FORMATS = pb.FORMAT_UNSPECIFIED, pb.FORMAT_PIXELS, pb.FORMAT_PNG
-# The numbers of a pose do not count: they become no objects.
-_FIELDS = Fields(
-    {pb.ReconstructRequest.POSES_FIELD_NUMBER: FLAT}, frozenset((pb.ReconstructRequest.CLASSES_FIELD_NUMBER,))
-)
+_FIELDS = fields_of(pb.ReconstructRequest)
 # The most memory of Pillow for a pixel of a PNG file.
 _WORK_BYTES_A_PIXEL = 8
 # The most results that the event loop writes itself: less than a millisecond.
@@ -99,7 +97,7 @@ class Reconstructions:
         settings = self._settings
         check_size(data, settings.max_request_bytes)
         # Up to twice the allowed poses get the answer that names the limit.
-        check_fields(data, 2 * settings.max_images_per_request + _MAX_OTHER_FIELDS, _FIELDS)
+        check_fields(data, 2 * settings.max_images_per_request * _FIELDS_A_POSE + _MAX_OTHER_FIELDS, _FIELDS)
         request = parse(data, pb.ReconstructRequest, settings.max_request_bytes)
         del data  # which would double the request's memory until the answer
         return await self.answer(request, call)
