@@ -26,7 +26,7 @@ from serving.services.graphs import DECODER, EXPLAIN, check_draws
 from serving.services.model_messages import description
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import check_fields, delimited, fields_of
+from serving.services.protobuf_wire import check_fields, delimited, fields_of, max_fields
 from serving.services.reconstructions import Reconstructions
 from serving.services.stream import StreamRefusals
 from serving.settings import Settings
@@ -36,10 +36,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["CapsNetService"].full_name
 #: The names of its methods.
 METHODS = tuple(pb.DESCRIPTOR.services_by_name["CapsNetService"].methods_by_name)
 _RESPONSE = pb.ClassifyStreamResponse.RESPONSE_FIELD_NUMBER
-# The most fields for each of the images, and besides them. Up to twice the allowed images get the answer that names
-# the limit.
-_FIELDS_AN_IMAGE = 3
-_MAX_OTHER_FIELDS = 1024
 _ID = pb.ClassifyStreamResponse.ID_FIELD_NUMBER
 _FIELDS = fields_of(pb.ClassifyRequest)
 _STREAMED_FIELDS = fields_of(pb.ClassifyStreamRequest)
@@ -55,7 +51,7 @@ class CapsNetService:
         self._pipeline = pipeline
         self._edge = edge
         self._settings = settings
-        self._max_fields = 2 * settings.max_images_per_request * _FIELDS_AN_IMAGE + _MAX_OTHER_FIELDS
+        self._max_fields = max_fields(settings.max_images_per_request)
         self._codecs = PerModel(lambda model: CapsNetCodec(model.artifact, settings.max_images_per_request))
         self._explanations = Explanations(pipeline, settings, self._codecs)
         self._reconstructions = Reconstructions(pipeline, settings, self._codecs)

@@ -23,13 +23,10 @@ from serving.services.given_images import GivenImages, Limit
 from serving.services.graphs import EXPLAIN, check_explains
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import check_fields, fields_of
+from serving.services.protobuf_wire import check_fields, fields_of, max_fields
 from serving.settings import Settings
 
 _PARTS = pb.EXPLANATION_PART_ROUTING, pb.EXPLANATION_PART_CONTRIBUTIONS, pb.EXPLANATION_PART_RELEVANCE
-# The most fields for each of the images, and besides them, with the numbers in them.
-_FIELDS_AN_IMAGE = 3
-_MAX_OTHER_FIELDS = 1024
 _FIELDS = fields_of(pb.ExplainRequest)
 # The memory for writing explanations, by that of the outputs.
 _COPIES = 4
@@ -58,7 +55,7 @@ class Explanations:
         """Answer an ExplainRequest with an ExplainResponse. Raises as ``answer``."""
         settings = self._settings
         check_size(data, settings.max_request_bytes)
-        check_fields(data, 2 * settings.max_explained_images * _FIELDS_AN_IMAGE + _MAX_OTHER_FIELDS, _FIELDS)
+        check_fields(data, max_fields(settings.max_explained_images), _FIELDS)
         request = parse(data, pb.ExplainRequest, settings.max_request_bytes)
         del data  # which would double the request's memory until the answer
         return await self.answer(request, call)

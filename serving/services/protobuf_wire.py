@@ -12,6 +12,9 @@ from serving.errors import InvalidRequest
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 #: The text for a message that is refused before it is parsed.
 TOO_MANY_FIELDS = "more fields than any request that could be answered"
+#: The most fields of a request besides its images or poses.
+MAX_OTHER_FIELDS = 1024
+_FIELDS_AN_IMAGE = 3
 _MAX_VARINT_SHIFT = 63  # of the bits in the last byte of a number of 64 bits
 
 
@@ -78,6 +81,14 @@ class _Cut(NamedTuple):
     begin: int
     end: int
     inner: "list[_Cut]"
+
+
+def max_fields(images: int) -> int:
+    """Return the most fields of a request for ``images`` images.
+
+    A request for up to twice as many gets the answer that names their limit.
+    """
+    return 2 * images * _FIELDS_AN_IMAGE + MAX_OTHER_FIELDS
 
 
 def check_fields(data: bytes, limit: int, fields: Fields) -> None:
