@@ -394,7 +394,7 @@ TOO_MANY = "request: more fields than any request that could be answered"
 def by_the_million(kind: Any) -> Iterator[bytes]:
     """Yield messages of a kind with a million fields or whole numbers in it, or in one of the messages in it.
 
-    But not in those that have a reader of their own: tests/test_typed_contents.py.
+    It leaves out InferTensorContents, which has a reader of its own (tests/test_typed_contents.py).
     """
     yield b"\x7a\0" * 1_000_000
     for field in kind.fields:

@@ -1,6 +1,7 @@
 """Tests of Reconstruct, and of the reconstruction error in answers, on a server."""
 
 import io
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,9 @@ from PIL import Image
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.services import reconstructions
 from serving.services.drawing import compare
+from serving.services.protobuf_wire import delimited
 from serving.services.reconstructions import layers_of
+from serving.settings import Settings
 from tests.calibrated import CALIBRATION, MNIST, PAIRS, calibrated_models, on_canvas, overlapped
 from tests.conftest import Digits, Running
 from tests.test_explanations import PATIENCE, classify, graph, image
@@ -295,6 +298,17 @@ def test_the_largest_numbers_of_a_pose_are_drawn(running: Running) -> None:
     changes = [pb.Change(dimension=0, delta=1000)]
     sweep = pb.Sweep(first=-1000, last=1000, steps=64)
     assert len(reconstruct(running, poses=given, changes=changes, sweep=sweep, format=pb.FORMAT_PNG).results) == 128
+
+
+def test_as_many_poses_as_are_allowed_are_drawn_if_their_numbers_come_one_by_one(running: Running) -> None:
+    """Protobuf's readers accept numbers in fields of their own as well as packed ones."""
+    model = pb.ReconstructRequest(model_name=MNIST).SerializeToString()
+    pose = b"\x08\x01" + struct.pack("<Bf", 0x15, 0.1) * 16
+    data = model + delimited(4, delimited(1, pose) * Settings.max_images_per_request)
+    response = pb.ReconstructResponse.FromString(
+        running.channel.unary_unary(CALL, bytes, bytes)(data, timeout=PATIENCE)
+    )
+    assert len(response.results) == Settings.max_images_per_request
 
 
 def test_a_message_of_millions_of_poses_is_refused_before_it_is_read(running: Running) -> None:

@@ -31,7 +31,7 @@ from serving.services.given_images import GivenImages
 from serving.services.graphs import check_draws
 from serving.services.per_model import PerModel
 from serving.services.pipeline import Pipeline
-from serving.services.protobuf_wire import check_fields, delimited, fields_of
+from serving.services.protobuf_wire import MAX_OTHER_FIELDS, check_fields, delimited, fields_of
 from serving.settings import Settings
 
 MIN_STEPS, MAX_STEPS = 2, 64
@@ -40,9 +40,9 @@ MAX_NUMBER = 1000.0
 #: The share of the brightest reconstruction of a pixel from which on the pixel belongs to a class too.
 LAYER_SHARE = 0.6
 
-# The most fields for each of the poses, and besides them.
-_FIELDS_A_POSE = 3
-_MAX_OTHER_FIELDS = 1024
+# The most fields for each of the poses: itself, its class and 16 numbers, if they come one by one. Twice as many poses
+# with packed numbers have fewer, so they get the answer that names the limit.
+_FIELDS_A_POSE = 18
 _FORMATS = pb.FORMAT_UNSPECIFIED, pb.FORMAT_PIXELS, pb.FORMAT_PNG
 _FIELDS = fields_of(pb.ReconstructRequest)
 # The most memory of Pillow for a pixel of a PNG file.
@@ -96,8 +96,7 @@ class Reconstructions:
         """Answer a ReconstructRequest with a ReconstructResponse. Raises as ``answer``."""
         settings = self._settings
         check_size(data, settings.max_request_bytes)
-        # Up to twice the allowed poses get the answer that names the limit.
-        check_fields(data, 2 * settings.max_images_per_request * _FIELDS_A_POSE + _MAX_OTHER_FIELDS, _FIELDS)
+        check_fields(data, settings.max_images_per_request * _FIELDS_A_POSE + MAX_OTHER_FIELDS, _FIELDS)
         request = parse(data, pb.ReconstructRequest, settings.max_request_bytes)
         del data  # which would double the request's memory until the answer
         return await self.answer(request, call)
