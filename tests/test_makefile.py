@@ -13,11 +13,15 @@ TEXT = (ROOT / "Makefile").read_text()
 TARGETS = set(re.search(r"^\.PHONY: (.*)$", TEXT.replace("\\\n", ""), re.MULTILINE)[1].split())  # type: ignore[index]
 
 
+def environment() -> dict[str, str]:
+    """Return the environment without what the ``make`` that may run the tests tells those that it starts."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+
 def make(*arguments: str) -> str:
     # Without the variables that a make which runs these tests sets for its children.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
 
 
 def test_help_lists_every_target_with_a_description() -> None:
@@ -65,7 +69,7 @@ def test_the_other_locks_are_made_where_pytorchs_index_is_not_reached(tmp_path: 
         program.chmod(0o755)
     (tmp_path / ".installed").touch()
     command = ["make", "--silent", "requirements", f"DEV_VENV={tmp_path}", f"PYTHON={tmp_path / 'bin' / 'python'}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
     made = re.findall(r"requirements/([\w-]+)\.txt(?=\n)", calls.read_text())
     assert sorted(made) == ["build", "cpu", "gpu", "installer", "torch-cpu", "torch-cuda", "training"]
