@@ -19,7 +19,6 @@ def environment() -> dict[str, str]:
 
 
 def make(*arguments: str) -> str:
-    # Without the variables that a make which runs these tests sets for its children.
     command = ["make", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
 
