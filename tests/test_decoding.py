@@ -287,10 +287,12 @@ def test_a_failed_decoding_keeps_no_bytes_until_a_garbage_collection(no_collecti
     run(test, timeout=0.05 if end == "timeout" else PATIENCE)
 
 
-def test_a_decoder_that_is_closed_ends_its_threads_and_what_waits_ends_in_time() -> None:
+def test_a_decoder_that_is_closed_ends_its_threads_and_what_waits_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_TURN_SECONDS", PATIENCE)  # what has begun ends before what waits begins
+
     async def test(decoder: Decoder) -> None:
         blocking, begun = await _held(decoder)
-        decoder._timeout = 0.1  # of what waits alone, so that a busy machine does not end what has begun
+        decoder._timeout = 0.1  # of what waits alone
         waiting = asyncio.create_task(decoder.decode(Slow().decoding()))
         await asyncio.sleep(0)
         decoder.close()
