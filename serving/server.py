@@ -294,6 +294,7 @@ class Server:
             idle_seconds=settings.idle_seconds,
             limited=lambda limit: self.metrics.connections_limited.labels(limit).inc(),
             dropped=self._edge.dropped,
+            unread=self.repository.note_unread,
         )
 
     def _new_grpc_server(self, port: str) -> TransportServer:

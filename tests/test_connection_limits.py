@@ -230,7 +230,8 @@ def test_an_idle_connection_gives_its_place_to_a_new_one_with_a_goaway_and_witho
 def idle(serving: Serving, seconds: float) -> list[Connection]:
     """Return the connections that have had calls, and none for some seconds."""
     connections: list[Connection] = list(serving.server._connections)
-    return [one for one in connections if one._last_seen and one.idle_seconds(serving.loop.time()) > seconds]
+    now = serving.loop.time()
+    return [one for one in connections if one._idleness._last_stream and one.idle_seconds(now) > seconds]
 
 
 def test_idle_connections_from_few_addresses_cannot_keep_a_new_client_out() -> None:

@@ -17,8 +17,9 @@ from serving.transport.frame_reader import FrameReader
 from serving.transport.frames import ConnectionFault
 from serving.transport.memory import Memory
 from serving.transport.methods import Context, StreamMethod, TransportLimits
+from serving.transport.rounds import TURN_SECONDS
 from serving.transport.sending import Buffers
-from serving.transport.streams import TURN_SECONDS
+from serving.transport.streams import Shared
 from serving.transport.terms import Terms
 from serving.transport.unpacking import Unpacker
 from tests.raw_client import HEADERS, data, framed, headers, literal
@@ -42,6 +43,8 @@ class FakeLink:
 
     def send_all(self, buffers: Buffers) -> None: ...
 
+    def read_on(self) -> None: ...
+
     def drained(self) -> None: ...
 
     def all_over(self) -> None: ...
@@ -58,7 +61,7 @@ def find(path: str) -> StreamMethod | None:
 
 def new_reader(link: FakeLink) -> FrameReader:
     """Return a reader after the client's greeting."""
-    reader = FrameReader(link, find, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
+    reader = FrameReader(link, find, Shared(LIMITS, Memory(LIMITS.bytes_under_way), Unpacker()))
     reader.receive(frames.PREFACE + frames.settings({}))
     while reader.unread:
         reader.begin_turn()
@@ -209,7 +212,7 @@ def test_a_handler_leaves_the_loop_to_others_after_two_milliseconds_of_messages(
     async def main() -> None:
         nonlocal read
         method, link = StreamMethod(reading), FakeLink()
-        reader = FrameReader(link, lambda _: method, LIMITS, Memory(LIMITS.bytes_under_way), Unpacker())
+        reader = FrameReader(link, lambda _: method, Shared(LIMITS, Memory(LIMITS.bytes_under_way), Unpacker()))
         reader.receive(frames.PREFACE + frames.settings({}) + headers(1, Encoder().encode(HEADERS)))
         reader.receive(data(1, framed(bytes(50)) * 100))
         while reader.unread:
@@ -301,7 +304,7 @@ class FakeTransport:
 def connected(lost: Callable[[Connection], None]) -> tuple[Connection, FakeTransport]:
     """Return a connection after the client's greeting, and its transport."""
     memory = Memory(LIMITS.bytes_under_way)
-    terms: Terms[Connection] = Terms(find, LIMITS, memory, Unpacker(), lambda *_: True, lost, 600.0, 0.0)
+    terms: Terms[Connection] = Terms(LIMITS, memory, Unpacker(), find, lambda *_: True, lost, 600.0, 0.0)
     connection, transport = Connection(terms, asyncio.get_running_loop()), FakeTransport()
     connection.connection_made(cast(asyncio.Transport, transport))
     connection.data_received(frames.PREFACE + frames.settings({}))
@@ -357,7 +360,7 @@ def test_what_a_handler_keeps_counts_and_ends_its_call_if_there_is_no_room() -> 
 
     async def main() -> None:
         memory = Memory(2**20)
-        reader = FrameReader(FakeLink(), lambda _: StreamMethod(keeping), LIMITS, memory, Unpacker())
+        reader = FrameReader(FakeLink(), lambda _: StreamMethod(keeping), Shared(LIMITS, memory, Unpacker()))
         reader.receive(frames.PREFACE + frames.settings({}))
         reader.receive(headers(1, Encoder().encode(HEADERS)))
         await asyncio.sleep(0.01)

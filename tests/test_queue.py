@@ -197,6 +197,26 @@ def test_a_client_keeps_its_debt_of_turns_while_nobody_waits() -> None:
     assert [ticket for ticket, _, _ in _take(queue, 20)] == [*modest[:4], greedy[0], *modest[4:], greedy[1]]
 
 
+def test_a_client_that_is_charged_waits_for_as_many_rows_of_the_others() -> None:
+    charged = [_ticket(1, client="charged") for _ in range(2)]
+    others = [_ticket(1, client="other") for _ in range(6)]
+    queue = _queue(*charged, *others)
+    queue.charge("charged", 4)
+    order = [ticket for ticket, _, _ in _take(queue, 8)]
+    assert order == [*others[:4], charged[0], others[4], charged[1], others[5]]
+
+
+def test_a_charge_that_is_taken_back_leaves_a_clients_turns_as_they_were() -> None:
+    charged = [_ticket(1, client="charged") for _ in range(2)]
+    others = [_ticket(1, client="other") for _ in range(2)]
+    queue = _queue(charged[0], others[0], charged[1], others[1])
+    queue.charge("charged", 100)
+    queue.charge("charged", -100)
+    queue.charge("unknown", -100)
+    order = [ticket for ticket, _, _ in _take(queue, 4)]
+    assert sorted(map(order.index, charged)) in ([0, 2], [1, 3])
+
+
 def test_the_newest_requests_of_the_largest_client_are_displaced() -> None:
     many = [_ticket(2, client="many") for _ in range(4)]
     some = [_ticket(2, client="some") for _ in range(2)]

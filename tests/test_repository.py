@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -32,6 +34,7 @@ from protos.inference import inference_pb2 as inference
 from protos.inference.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import artifact
 from serving.artifact import ArtifactError
+from serving.repository.repository import Repository
 from serving.repository.served_model import ServedModel
 from serving.runtime import Arrays
 from tests.conftest import DATA, ROOT, Running
@@ -869,3 +872,13 @@ def test_sigterm_while_a_new_version_is_loaded_does_not_wait_for_it(tmp_path: Pa
         until_read(process.pid, file)
         process.send_signal(signal.SIGTERM)
         assert process.wait(3) == 0
+
+
+def test_answers_that_wait_for_their_client_cost_it_turns_in_proportion_to_their_size() -> None:
+    batcher = Mock()
+    model = SimpleNamespace(graphs={"classify": SimpleNamespace(batcher=batcher)})
+    repository: Any = SimpleNamespace(models=lambda: [model])
+    for size in (1, 64 * 1024, -64 * 1024, -1):
+        Repository.note_unread(repository, "client", size)
+    costs = [call.args for call in batcher.charge.call_args_list]
+    assert costs == [("client", 15), ("client", 15 * 64), ("client", -15 * 64), ("client", -15)]

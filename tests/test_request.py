@@ -23,6 +23,7 @@ from serving.rpc.edge import Steps
 from serving.runtime import Arrays
 from serving.services.decoding import Decoder, Decoding, in_one_step
 from serving.services.request import Request
+from serving.transport.rounds import Result
 
 PATIENCE = 10.0
 POISON = 255
@@ -111,6 +112,9 @@ class Note:
         self.told: list[bytes | Exception | None] = []
         self.steps: Steps | None = None
         self.given_up: Callable[[], object] | None = None
+
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        return work
 
     def when_given_up(self, then: Callable[[], object]) -> None:
         self.given_up = then

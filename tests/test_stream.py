@@ -44,7 +44,7 @@ def test_a_stream_that_waits_for_its_client_keeps_nothing_of_requests_that_are_a
 
     async def main() -> None:
         read, end = asyncio.Event(), asyncio.Event()
-        call: Any = SimpleNamespace(traced=False, keep=lambda _: None)
+        call: Any = SimpleNamespace(traced=False, keep=lambda _: None, in_turns=lambda work: work)
         stream = Stream(call, lambda error, *_: (grpc.StatusCode.INVALID_ARGUMENT, str(error)), REQUESTS + 1)
         answers = stream.answers(messages(read, end), parse, lambda *_: None)  # type: ignore[arg-type]
         async with aclosing(answers):
@@ -65,7 +65,7 @@ def test_the_bytes_of_answers_that_wait_are_told_to_the_call() -> None:
         kept += size
 
     async def main() -> None:
-        call: Any = SimpleNamespace(traced=False, keep=keep)
+        call: Any = SimpleNamespace(traced=False, keep=keep, in_turns=lambda work: work)
         text = "x" * 10_000
         stream = Stream(call, lambda *_: (grpc.StatusCode.INVALID_ARGUMENT, text), REQUESTS + 1)
 

@@ -102,6 +102,24 @@ def test_a_call_that_makes_no_progress_is_counted_and_told(shown: tuple[Metrics,
         client.socket.close()
 
 
+@pytest.mark.parametrize("path", ["/test.Test/Echo", "/test.Test/EchoAll"])
+def test_an_answer_that_waits_for_its_client_is_told_and_so_is_its_end(path: str) -> None:
+    told: list[tuple[str, int]] = []
+    with serve(limits={"unread": lambda client, size: told.append((client, size))}) as serving:
+        client = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 30})
+        client.call(1, b"x" * 95, path)
+        client.read_until(lambda: len(client.answers[1].data) == 30)
+        waiting = 95 + 5 - 30
+        wait_for(lambda: [size for _, size in told] == [waiting])
+        client.send(frames.window_update(1, 10))
+        client.read_until(lambda: len(client.answers[1].data) == 40)
+        client.send(frames.window_update(1, 1000))
+        assert client.read(1).messages == [b"x" * 95]
+        assert [size for _, size in told] == [waiting, -waiting]
+        assert len({name for name, _ in told}) == 1
+        client.socket.close()
+
+
 def test_grpcs_own_server_shows_no_figures_that_it_cannot_tell(shown: tuple[Metrics, Page]) -> None:
     metrics, page = shown
     with serve("grpcio") as serving:

@@ -16,6 +16,7 @@ from serving.transport.frames import ErrorCode
 from serving.transport.memory import Memory
 from serving.transport.methods import CallbackMethod, Context, Method, StreamMethod, TransportLimits
 from serving.transport.sending import Buffers
+from serving.transport.streams import Shared
 from serving.transport.unpacking import Unpacker
 from tests.machines import search
 from tests.raw_client import HEADERS, data, framed, headers
@@ -58,6 +59,8 @@ class Link:
     def send_all(self, buffers: Buffers) -> None:
         self.sent += b"".join(buffers)
 
+    def read_on(self) -> None: ...
+
     def drained(self) -> None: ...
 
     def all_over(self) -> None: ...
@@ -86,7 +89,7 @@ class Windows(RuleBasedStateMachine):
             "/later": CallbackMethod(self.keep),
             "/repeat": StreamMethod(repeat),
         }
-        self.reader = FrameReader(self.link, methods.get, LIMITS, self.memory, Unpacker())
+        self.reader = FrameReader(self.link, methods.get, Shared(LIMITS, self.memory, Unpacker()))
         self.encoder, self.decoder = Encoder(), Decoder()
         self.streams: dict[int, Stream] = {}
         self.left = self.initial = frames.DEFAULT_WINDOW

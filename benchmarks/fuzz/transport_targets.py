@@ -21,6 +21,7 @@ from serving.transport.memory import Memory
 from serving.transport.messages import MessageError, MessageReader
 from serving.transport.methods import CallbackMethod, Context, Method, StreamMethod, TransportLimits, UnaryMethod
 from serving.transport.sending import Buffers
+from serving.transport.streams import Shared
 from serving.transport.unpacking import Job, Unpacker
 
 _LIMITS = TransportLimits(20_000, "too large", 200_000, "too many")
@@ -46,6 +47,8 @@ class _Link:
 
     def send_all(self, buffers: Buffers) -> None:
         self.sent += buffers
+
+    def read_on(self) -> None: ...
 
     def drained(self) -> None: ...
 
@@ -128,7 +131,7 @@ def run_frames(data: bytes) -> None:
 
 async def _read(received: Sequence[bytes]) -> None:
     link, memory = _Link(asyncio.get_running_loop()), Memory(_LIMITS.bytes_under_way)
-    reader = FrameReader(link, _METHODS.get, _LIMITS, memory, _InlineUnpacker())
+    reader = FrameReader(link, _METHODS.get, Shared(_LIMITS, memory, _InlineUnpacker()))
     try:
         for piece in received:
             reader.receive(piece)

@@ -29,6 +29,7 @@ from serving.transport.methods import (
     UnaryMethod,
     client_of,
 )
+from serving.transport.rounds import Result
 
 _BEARER = re.compile(r"Bearer ([!-~]+)", re.IGNORECASE)
 _AUTHORIZATION = "authorization"
@@ -352,6 +353,9 @@ class _Counted:
 
     def invocation_metadata(self) -> Metadata:
         return self._context.invocation_metadata()
+
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        return self._context.in_turns(work)
 
     def keep(self, size: int) -> None:
         self._context.keep(size)

@@ -73,6 +73,10 @@ class TicketQueue:
         """
         self._turns.fine(client, _ROWS_A_REFUSAL)
 
+    def charge(self, client: Hashable, rows: float) -> None:
+        """Let a client wait for so many rows of each other client more; a negative number takes them back."""
+        self._turns.charge(client, self._turns.now, rows)
+
     def displace(self, rows: int) -> list[Ticket]:
         """Remove the newest requests of the clients with the most waiting rows, until ``rows`` rows are free.
 

@@ -58,7 +58,8 @@ class Turns(Generic[Item]):
         # Turns, due times and numbers. The numbers order what is equal. One entry of each client is valid.
         self._heap: list[tuple[float, float, int, _Client[Item]]] = []
         self._tidy_size = _MIN_TIDY_SIZE
-        self._now = 0.0  # no turn is earlier
+        #: The turn of the present client. No turn is earlier.
+        self.now = 0.0
         self._number = 0
         self._count = 0
         self._lane: OrderedDict[Item, float] = OrderedDict()  # the lane of the item that ``first`` returned last
@@ -71,7 +72,7 @@ class Turns(Generic[Item]):
         """Add an item of a client. The due times of its urgent items, and those of the others, must not fall."""
         client = self._clients.get(key)
         if client is None:
-            client = self._clients[key] = _Client(key, self._now)
+            client = self._clients[key] = _Client(key, self.now)
         if urgent:
             client.urgent[item] = due
         else:
@@ -92,7 +93,7 @@ class Turns(Generic[Item]):
                     return next(iter(lane))
                 # Those that come from now on begin here, so the end of this client's turn is passed.
                 del self._clients[client.key]
-                self._now = turn
+                self.now = turn
             heappop(self._heap)
         return None
 
@@ -102,7 +103,7 @@ class Turns(Generic[Item]):
         done: it got all that it waits for, so it is removed.
         """
         turn, _, _, client = self._heap[0]
-        self._now = turn
+        self.now = turn
         if done:
             self._lane.popitem(last=False)
             self._count -= 1
@@ -115,11 +116,13 @@ class Turns(Generic[Item]):
         return turn
 
     def charge(self, key: Hashable, turn: float, cost: float) -> None:
-        """Add a cost that was not known when a client got something at this turn."""
+        """Add a cost that was not known when a client got something at this turn, or take one back: a negative cost."""
         client = self._clients.get(key)
         if client is None:
+            if cost < 0:
+                return
             client = self._clients[key] = _Client(key, turn)
-        client.turn = max(self._now, client.turn + cost)
+        client.turn = max(self.now, client.turn + cost)
         self._enter(client)
 
     def fine(self, key: Hashable, cost: float) -> None:

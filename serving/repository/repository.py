@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +18,11 @@ from serving.runtime import RuntimeSetupError, return_free_memory
 from serving.settings import Settings
 
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's text: errors go out in headers of limited size
+
+# The rows that others get before a client whose answer waits for it gets its next one: for each answer, or, of a large
+# one, for each so many bytes, which are about those of a row. So it gets a sixteenth of their turns.
+_ROWS_AN_UNREAD_ANSWER = 15
+_BYTES_A_ROW = 1024
 
 _logger = logging.getLogger(__name__)
 
@@ -125,6 +130,16 @@ class Repository:
         """Return all served versions."""
         # A copy, since the metrics page calls from its own thread.
         return [model for models in list(self._current.values()) for model in models]
+
+    def note_unread(self, client: Hashable, size: int) -> None:
+        """Note that an answer waits for its client, which gets fewer turns until it has read it.
+
+        size: in bytes; a negative number of them once they are read.
+        """
+        rows = _ROWS_AN_UNREAD_ANSWER * max(1, abs(size) // _BYTES_A_ROW) * (1 if size > 0 else -1)
+        for model in self.models():
+            for graph in model.graphs.values():
+                graph.batcher.charge(client, rows)
 
     def index(self) -> list[Entry]:
         """Return all versions that are served, are being loaded, or could not be loaded."""

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -23,6 +23,7 @@ from serving.rpc.recorder import Recorder
 from serving.rpc.status import status_of
 from serving.transport.headers import Metadata, Status
 from serving.transport.methods import CallbackMethod, Context, Peer, StreamMethod, UnaryMethod, client_of
+from serving.transport.rounds import Result
 
 #: The metadata in which a client may name its request, to find it in the log.
 REQUEST_ID = "x-request-id"
@@ -103,6 +104,10 @@ class Call:
     def when_given_up(self, then: Callable[[], object]) -> None:
         """Set the function that is called once the client does not wait for the answer. It replaces an earlier one."""
         self._context.given_up = then
+
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        """Return what runs a part of the RPC in a task of its own, in turns with the work of other clients."""
+        return self._context.in_turns(work)
 
     def keep(self, size: int) -> None:
         """Count bytes of answers that a stream keeps, or a negative number of those that it keeps no longer."""

@@ -51,7 +51,7 @@ class ComputedRequest:
 
     def begin(self) -> None:
         """Compute the answer in a task."""
-        task = asyncio.get_running_loop().create_task(_answer(self._query, self._computation))
+        task = asyncio.get_running_loop().create_task(self._reply.in_turns(_answer(self._query, self._computation)))
         # A task that is cancelled before its first step runs none of its code, so the task cannot note its end.
         task.add_done_callback(self._end)
         self._reply.when_given_up(task.cancel)

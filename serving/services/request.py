@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from serving.repository.served_model import ServedModel
 from serving.rpc.edge import Steps
 from serving.runtime import Arrays
 from serving.services.decoding import Decoder, Decoding, Job, Outcome
+from serving.transport.rounds import Result
 
 
 class Query(Protocol):
@@ -53,6 +54,9 @@ class Reply(Protocol):
     @property
     def traced(self) -> bool:
         """Return True if ``succeed`` needs the steps of the request."""
+
+    def in_turns(self, work: Coroutine[object, None, Result], /) -> Coroutine[object, None, Result]:
+        """Return what runs a part of the request in a task of its own, in turns with the work of other clients."""
 
     def when_given_up(self, then: Callable[[], object], /) -> None:
         """Set the function that is called when nobody waits for the answer. It replaces an earlier one."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Hashable
 from contextlib import suppress
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from serving.metrics.registry import Metrics
 from serving.rpc.edge import Call, Edge, Steps
 from serving.services.computed import ComputedQuery, ComputedRequest, ComputedStreamQuery
 from serving.services.request import Query, Reply, Request
+from serving.transport.rounds import Result
 
 # Bytes of answers that wait are told to the call in steps of so many.
 _STEP_BYTES = 8192
@@ -83,7 +84,7 @@ class Stream:
 
         Raises Draining if reading ended before the client had sent everything, and any error of reading the messages.
         """
-        self._reader = asyncio.create_task(self._read(messages, parse, make))
+        self._reader = asyncio.create_task(self.call.in_turns(self._read(messages, parse, make)))
         self._reader.add_done_callback(lambda _: self.wake())
         while (reply := await self._next()) is not None:
             self.bytes -= len(reply.answer)
@@ -192,6 +193,9 @@ class _StreamReply:
     @property
     def traced(self) -> bool:
         return self._stream.call.traced
+
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        return self._stream.call.in_turns(work)
 
     def when_given_up(self, then: Callable[[], object]) -> None:
         self._given_up = then

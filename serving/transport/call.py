@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import ClassVar
 
 import grpc
@@ -15,6 +15,7 @@ from serving.transport.frames import ErrorCode
 from serving.transport.headers import Metadata, RequestHead, status_fields
 from serving.transport.messages import PREFIX
 from serving.transport.methods import UNDECIDED_TEXT, Abort, Method, Peer
+from serving.transport.rounds import Result
 from serving.transport.sending import Sending, only_answer
 from serving.transport.streams import WORK_A_TURN, Streams, StreamState
 
@@ -46,6 +47,7 @@ class Call:
     given_up: Callable[[], object] | None = None
     undecided = False
     _headers_sent = False
+    _unread = 0  # bytes of the answer when it began to wait for the client
     _task: asyncio.Task[None] | None = None
     _timer: asyncio.TimerHandle | None = None
 
@@ -79,6 +81,10 @@ class Call:
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
         return self._head.metadata
+
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        """Return what runs a part of the handler in its own task."""
+        return self.streams.place.in_turns(work)
 
     def keep(self, size: int) -> None:
         """Count bytes that the handler keeps, or a negative number of those that it keeps no longer."""
@@ -142,7 +148,11 @@ class Call:
             if sending.size:
                 if sent or not self.waits:
                     streams.memory.waits(self, streams.loop.time())
+                if not self._unread:
+                    self._count_unread(sending.size)
                 return
+            if self._unread:
+                self._count_unread(0)
             self._all_sent()
         if sending.trailers is not None:
             streams.send_trailers(self.stream, sending.trailers)
@@ -166,6 +176,11 @@ class Call:
         if self._task or self.given_up:  # otherwise ``refuse`` tells it
             limits.dropped(f"a call is ended: {text}", self.peer)
         self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
+    def _count_unread(self, size: int) -> None:
+        """Tell how many bytes wait for the client, when they begin to wait and when they are sent."""
+        more, self._unread = size - self._unread, size
+        self.streams.limits.unread(self.peer.connection, more)
 
     def _all_sent(self) -> None:
         """Note that no answer waits."""
@@ -193,7 +208,7 @@ class Call:
     async def _run(self) -> None:
         """Run the handler, and end the call when it ends."""
         try:
-            await self._handle()
+            await self.in_turns(self._handle())
         except Abort as abort:
             self.finish(abort.status.code, abort.status.text, abort.status.metadata)
         except asyncio.CancelledError:

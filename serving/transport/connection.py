@@ -13,7 +13,7 @@ import grpc
 
 from serving.transport import frames
 from serving.transport.backlog import Backlog
-from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, UNREAD, note_limit
+from serving.transport.connection_limits import FLOOD, IDLE, REPLACED, UNREAD, Idleness, note_limit
 from serving.transport.control_frames import DRAIN_PING
 from serving.transport.frame_reader import FrameReader, NotHttp2
 from serving.transport.frames import ConnectionFault, ErrorCode
@@ -56,7 +56,6 @@ class Connection(asyncio.Protocol):
         self._terms = terms
         self._out: Buffers = []
         self._draining = self._refused = False
-        self._turn = 0.0  # the time of the turn in which data came last
         self._timers: list[asyncio.TimerHandle] = []
         self._stall: asyncio.TimerHandle | None = None
         self.replaced = False  # for a new one
@@ -71,11 +70,11 @@ class Connection(asyncio.Protocol):
         #: The client's address, and the client that it stands for.
         self.address, self.client = peer.address, client_of(peer.address)
         terms = self._terms
-        self._reader = FrameReader(self, terms.find, terms.limits, terms.memory, terms.unpacker, terms.counts)
+        self._reader = FrameReader(self, terms.find, terms)
         self._streams = self.owner = self._reader.streams
         self.calls = self._streams.calls
         self._streams.client = peer
-        self._idle_since, self._last_seen = self.loop.time(), 0
+        self._idleness = Idleness(self._streams, self.loop.time())
         self._transport.set_write_buffer_limits(_MAX_BUFFERED_BYTES)
         self._unsent = Unsent(self._streams, self._transport)
         self._backlog = Backlog(terms.memory, self._streams, partial(_end_for_room, self))
@@ -116,7 +115,7 @@ class Connection(asyncio.Protocol):
         if self._stall:
             self._stall.cancel()
         if self._reader.unread:
-            self.loop.call_soon(self._read_on)
+            self._streams.place.wait()
         elif not self._closed:
             self._transport.resume_reading()
         self._wake_writers()
@@ -128,17 +127,21 @@ class Connection(asyncio.Protocol):
             note_limit(FLOOD, self._terms.limits, self._streams.client)
             self._transport.abort()  # at once: until TLS's own end, its records would be read
             return
-        # uvloop keeps the time for a turn, in which it may bring up to 32 reads.
-        if (now := self.loop.time()) != self._turn and not self._reader.unread:
-            self._turn = now
-            self._reader.begin_turn()
-        state = self._streams.state
+        if not self._reader.unread:
+            self._reader.take_turn(self.loop.time())
+        self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        """Read what has come, as far as the turn allows."""
+        reader, state = self._reader, self._streams.state
+        before = reader.clock.taken
         try:
-            self._reader.receive(data)
-            if self._reader.unread:
+            reader.receive(data)
+            self._streams.place.charge(reader.clock.taken - before)
+            if reader.unread:
                 self._transport.pause_reading()
-                self.loop.call_later(_PAUSE * self._reader.clock.overdraft, self._read_on)
-                self._backlog.measure(self._reader.unread_bytes)
+                self._streams.place.wait(_PAUSE * reader.clock.overdraft)
+                self._backlog.measure(reader.unread_bytes)
             elif self._backlog.held:
                 self._backlog.measure(0)
             if self._draining and state is not self._streams.state is ConnectionState.OPEN:
@@ -151,11 +154,11 @@ class Connection(asyncio.Protocol):
             _logger.exception("a connection failed")
             self._fail(ErrorCode.INTERNAL_ERROR, "")
 
-    def _read_on(self) -> None:
-        """Read the bytes that were left for this turn of the event loop, unless the client must read answers first."""
+    def read_on(self) -> None:
+        """Read the bytes that were left for this round, unless the client must read answers first."""
         if not self._closed and self._reader.unread and not self._streams.paused:
             self._reader.begin_turn()
-            self.data_received(b"")
+            self._read(b"")
             if not self._reader.unread and not self._streams.paused and not self._closed:
                 self._transport.resume_reading()
 
@@ -197,25 +200,20 @@ class Connection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """End the connection if its client makes no calls, or does not end its headers. now: of the event loop."""
-        streams, idle_seconds = self._streams, self._terms.limits.idle_seconds
         if self._closed:
             return
         try:
             self._reader.check_headers(now)
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
-        if streams.calls or streams.last_stream != self._last_seen:
-            self._idle_since, self._last_seen = now, streams.last_stream
-        elif 0 < idle_seconds <= self.idle_seconds(now):
+        idle = self._idleness.look(now)
+        if 0 < self._terms.limits.idle_seconds <= idle:
             self._terms.limits.limited(IDLE)
             self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
 
     def idle_seconds(self, now: float) -> float:
         """Return the seconds without calls, as far as ``check`` has seen; 0 if there are calls or a drain."""
-        streams = self._streams
-        if streams.calls or streams.last_stream != self._last_seen or self._draining or self._closed:
-            return 0.0
-        return now - self._idle_since
+        return 0.0 if self._draining or self._closed else self._idleness.seconds(now)
 
     def replace(self) -> None:
         """End the connection for the sake of a new one."""

@@ -1,7 +1,7 @@
 """The limits of connections: of all clients together, and of one client."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Protocol, TypeVar
 
 from serving.transport.methods import UNIX_ADDRESS, Peer, TransportLimits, client_of, is_loopback
@@ -31,6 +31,35 @@ def note_limit(limit: str, limits: TransportLimits, client: Peer) -> None:
     """Count and log that a limit refuses or ends a client's connection. limit: one of TEXTS."""
     limits.limited(limit)
     limits.dropped(TEXTS[limit], client)
+
+
+class Calling(Protocol):
+    """The part of a connection that shows if its client makes calls. last_stream: the stream of the last one."""
+
+    last_stream: int
+
+    @property
+    def calls(self) -> Sized:
+        """Return the open calls."""
+
+
+class Idleness:
+    """The time in which a client has made no calls. now: of the event loop, as in all methods."""
+
+    def __init__(self, calling: Calling, now: float) -> None:
+        self._calling = calling
+        self._since, self._last_stream = now, 0
+
+    def look(self, now: float) -> float:
+        """Note the calls since the last look. Return the seconds without any."""
+        if not self.seconds(now):
+            self._since, self._last_stream = now, self._calling.last_stream
+        return now - self._since
+
+    def seconds(self, now: float) -> float:
+        """Return the seconds without calls, as far as ``look`` has seen; 0 if there are any."""
+        calling = self._calling
+        return 0.0 if calling.calls or calling.last_stream != self._last_stream else now - self._since
 
 
 class Idle(Protocol):

@@ -4,16 +4,13 @@ from collections.abc import Callable
 
 from serving.transport import frames, headers
 from serving.transport.control_frames import ControlFrames
-from serving.transport.counts import Counts
 from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.headers import HeaderBlock, HeaderReader, MalformedRequest
-from serving.transport.memory import Memory
-from serving.transport.methods import Method, TransportLimits
+from serving.transport.methods import Method
 from serving.transport.receiving import WINDOW
 from serving.transport.reception import Reception
-from serving.transport.streams import WORK_A_TURN, ConnectionState, Link, Streams, StreamState
+from serving.transport.streams import WORK_A_TURN, ConnectionState, Link, Shared, Streams, StreamState
 from serving.transport.turn_clock import TurnClock
-from serving.transport.unpacking import Unpacker
 
 #: Seconds within which a header block must come in full.
 HEADER_SECONDS = 10.0
@@ -49,18 +46,10 @@ class NotHttp2(Exception):
 class FrameReader:
     """The reader of a connection's bytes. link: carries the answers. find: the method with a path."""
 
-    def __init__(
-        self,
-        link: Link,
-        find: Callable[[str], Method | None],
-        limits: TransportLimits,
-        memory: Memory,
-        unpacker: Unpacker,
-        counts: Counts | None = None,
-    ) -> None:
-        self.streams = Streams(link, limits, memory, unpacker, counts)
+    def __init__(self, link: Link, find: Callable[[str], Method | None], shared: Shared) -> None:
+        self.streams = Streams(link, shared)
         self._send = link.send
-        self._max_calls = limits.calls_per_connection
+        self._max_calls = shared.limits.calls_per_connection
         self._header_reader: HeaderReader[Method] = HeaderReader(find)
         self._rest = b""  # of what has come: frames for the next turn, and a frame that is not whole
         self._at = 0  # the position in it from which on nothing is read yet
@@ -70,7 +59,7 @@ class FrameReader:
         self._may_receive = _WINDOW
         self._reception = Reception(self.streams)
         self._control = ControlFrames(self.streams, link, self._reception)
-        self._work_left = WORK_A_TURN
+        self._turn, self._work_left = 0.0, WORK_A_TURN  # the event loop's time of the turn, and what is left of it
         self.clock = TurnClock()
 
     def receive(self, data: bytes) -> None:
@@ -101,6 +90,15 @@ class FrameReader:
         """Note that other connections have had their turn. What an earlier turn took too much is missing now."""
         self._work_left = WORK_A_TURN + min(0, self._work_left)
         self.clock.begin()
+
+    def take_turn(self, now: float) -> None:
+        """Begin a turn, unless it has begun, or keep what comes until there is time for it. now: of the event loop."""
+        if not self.streams.place.may_go_on():
+            self._work_left = -1
+            self.clock.begin()
+        elif now != self._turn:  # uvloop keeps the time for a turn, in which it may bring up to 32 reads
+            self._turn = now
+            self.begin_turn()
 
     @property
     def unread(self) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from serving.transport.headers import Metadata, Status
 from serving.transport.memory import Memory
 from serving.transport.messages import MessageError
 from serving.transport.methods import UNIX_ADDRESS, Peer, TransportLimits, common_name
+from serving.transport.rounds import Result
 
 _FIRST_BYTES = 2**21  # that the first message of a connection is taken to have
 _MAX_COMING_BYTES = 2**23  # of the messages of a connection that are on their way
@@ -79,6 +80,10 @@ class Call:
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
         return self.metadata
+
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        """Return the work itself: gRPC reads as it likes."""
+        return work
 
     def keep(self, size: int) -> None:
         """Do nothing: answers do not count."""

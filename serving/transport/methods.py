@@ -4,7 +4,7 @@ A table maps a method's path, ``/service/method``, to one of three kinds of meth
 """
 
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ import grpc
 from serving.transport.counts import Figures
 from serving.transport.headers import Metadata, Status
 from serving.transport.memory import STALL_SECONDS
+from serving.transport.rounds import Result
 
 #: The address of each client of a Unix socket.
 UNIX_ADDRESS = "unix"
@@ -123,6 +124,9 @@ class Context(Protocol):
     def invocation_metadata(self) -> Metadata:
         """Return the client's metadata."""
 
+    def in_turns(self, work: Coroutine[object, None, Result], /) -> Coroutine[object, None, Result]:
+        """Return what runs a part of the handler in a task of its own, in turns with the work of other clients."""
+
     def keep(self, size: int) -> None:
         """Count bytes that a stream's handler keeps, or a negative number of those that it keeps no longer.
 
@@ -219,6 +223,8 @@ class TransportLimits:
     connection.
     dropped: called with a text for the log, and the client, for each connection that is refused, fails or ends for a
     limit, and for each answer that is not read.
+    unread: called with the key of a connection (see Peer) and the bytes of each answer that begins to wait for its
+    client, and with minus these bytes once the client has let the server send them.
     """
 
     message_bytes: int
@@ -234,6 +240,7 @@ class TransportLimits:
     idle_seconds: float = 0.0
     limited: Callable[[str], object] = lambda _: None
     dropped: Callable[[str, Peer], object] = lambda *_: None
+    unread: Callable[[str, int], object] = lambda *_: None
 
     def no_room(self, used: int, max_bytes: int) -> str:
         """Return the text for a client for whose request there is no memory. used: by all requests."""

@@ -16,7 +16,8 @@ from serving.transport.frames import ErrorCode, window_update
 from serving.transport.headers import RequestHead
 from serving.transport.messages import Inflation, MessageError, MessageReader
 from serving.transport.methods import Abort, CallbackMethod, Method, StreamMethod, UnaryMethod
-from serving.transport.streams import TURN_SECONDS, Streams, StreamState
+from serving.transport.rounds import TURN_SECONDS
+from serving.transport.streams import Streams, StreamState
 from serving.transport.unpacking import Job
 
 #: The bytes of a call that a client may send before the server reads them.

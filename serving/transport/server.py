@@ -45,10 +45,10 @@ class GrpcServer:
         self.memory = memory or Memory(limits.bytes_under_way, limits.stall_seconds)
         self._unpacker = Unpacker()
         self._terms = Terms(
-            self._methods.get,
             limits,
             self.memory,
             self._unpacker,
+            self._methods.get,
             self._opened,
             self._lost,
             connection_age,

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Reversible
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -13,12 +14,12 @@ from serving.transport.frames import ConnectionFault, ErrorCode
 from serving.transport.memory import Holder, Memory
 from serving.transport.methods import Peer, TransportLimits
 from serving.transport.patience import Patience
+from serving.transport.rounds import Place, Rounds
 from serving.transport.sending import Buffers, PeerWindow, Sending
 from serving.transport.unpacking import Unpacker
 
-#: The longest turn of a connection or a handler on the event loop, in seconds, and the most work of a turn: about 1 ms.
-#: Most turns end by their work, so that a machine that is busy does not cut them into more.
-TURN_SECONDS = 0.002
+#: The most work of a connection's turn on the event loop: about 1 ms. Most turns end by it and not by the clock, so
+#: that a machine that is busy does not cut them into more.
 WORK_A_TURN = 2**16
 # Frames that advance no call: the most at once, and the most a second. No honest client comes near these limits.
 _MAX_IDLE_FRAMES = 10_000
@@ -74,6 +75,9 @@ class Link(Protocol):
     def send_all(self, buffers: Buffers, /) -> None:
         """Send several buffers in their order."""
 
+    def read_on(self) -> None:
+        """Read what was left for a later turn."""
+
     def drained(self) -> None:
         """Note the answer to the drain's ping."""
 
@@ -118,19 +122,29 @@ class OpenCall(SendingCall, Holder, Protocol):
         """End the call with an error, whatever its handler does."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The things that the connections of a server share."""
+
+    limits: TransportLimits
+    memory: Memory
+    unpacker: Unpacker
+    counts: Counts = field(default_factory=Counts, kw_only=True)
+    rounds: Rounds = field(default_factory=Rounds, kw_only=True)
+
+
 class Streams:
     """The calls of one connection by stream, and their common state."""
 
-    def __init__(
-        self, link: Link, limits: TransportLimits, memory: Memory, unpacker: Unpacker, counts: Counts | None = None
-    ) -> None:
-        self.counts = counts or Counts()
+    def __init__(self, link: Link, shared: Shared) -> None:
+        self.counts = shared.counts
+        self.place = Place(shared.rounds, link.read_on)
         self.loop = link.loop
         self.send = link.send
         self.send_all = link.send_all
-        self.limits = limits
-        self.memory = memory
-        self.unpacker = unpacker
+        self.limits = shared.limits
+        self.memory = shared.memory
+        self.unpacker = shared.unpacker
         self.peer = PeerWindow()
         #: The client, as far as the connection shows it.
         self.client = Peer("")
@@ -171,6 +185,7 @@ class Streams:
     def leave(self) -> None:
         """Forget the connection, which has ended. Nothing is sent from now on."""
         self.send = self.send_all = self._all_over = _nothing
+        self.place.leave()
 
     def send_answer(self, buffers: Buffers) -> None:
         """Send a message, or a whole answer."""

@@ -2,7 +2,7 @@
 
 from time import perf_counter, thread_time
 
-from serving.transport.streams import TURN_SECONDS
+from serving.transport.rounds import TURN_SECONDS
 
 
 class TurnClock:
@@ -16,26 +16,27 @@ class TurnClock:
 
     def begin(self) -> None:
         """Begin a turn."""
-        self._taken = 0.0
+        #: The seconds that were taken until the last ``stop``.
+        self.taken = 0.0
 
     def go_on(self) -> None:
         """Let the clock run until ``stop``."""
-        self._started = thread_time() - self._taken
-        self._next_look = perf_counter() + TURN_SECONDS - self._taken
+        self._started = thread_time() - self.taken
+        self._next_look = perf_counter() + TURN_SECONDS - self.taken
 
     def is_over(self) -> bool:
         """Return True if the turn has taken its time. Only for a running clock."""
         if perf_counter() <= self._next_look:  # quick to read, and never behind the processor's
             return False
         self.stop()
-        self._next_look = perf_counter() + TURN_SECONDS - self._taken
-        return self._taken > TURN_SECONDS
+        self._next_look = perf_counter() + TURN_SECONDS - self.taken
+        return self.taken > TURN_SECONDS
 
     def stop(self) -> None:
         """Note the time that was taken so far."""
-        self._taken = thread_time() - self._started
+        self.taken = thread_time() - self._started
 
     @property
     def overdraft(self) -> float:
         """Return the seconds that the turn has taken beyond twice its time, or 0."""
-        return max(0.0, self._taken - 2 * TURN_SECONDS)
+        return max(0.0, self.taken - 2 * TURN_SECONDS)

@@ -160,7 +160,7 @@ class Application:
 
         self.under_way += 1
         try:
-            await self._visit(visit, answer)
+            await visit.connection.in_turns(self._visit(visit, answer))
         except (ClientDisconnect, asyncio.CancelledError):  # the client has gone, or the server's stop has ended it
             visit.status = CLIENT_GONE
         finally:

@@ -7,7 +7,7 @@ of later requests wait outside the parser, which would take any number of them.
 import asyncio
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import Protocol, cast
 
@@ -23,6 +23,7 @@ from serving.transport.frame_reader import HEADER_SECONDS
 from serving.transport.memory import STALL_SECONDS, Memory
 from serving.transport.methods import Peer, client_of, peer_of
 from serving.transport.records import Records, records_of
+from serving.transport.rounds import Place, Result, Rounds
 from serving.web.body import BodyReader
 from serving.web.problems import PROBLEM, Problem
 
@@ -44,9 +45,10 @@ _HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class Owner(Protocol):
-    """The server of a connection. memory: as of serving.web.application.Terms."""
+    """The server of a connection. memory: as of serving.web.application.Terms. rounds: of its connections."""
 
     memory: Memory
+    rounds: Rounds
 
     def opened(self, connection: "WebConnection", /) -> bool:
         """Count a connection. Return False if a limit refuses it."""
@@ -111,7 +113,7 @@ class WebConnection(H11Protocol):
         self._arrived = bytearray()  # the bytes that are not parsed yet
         self._backlog = Backlog(owner.memory, self, self._end_for_room)
         self._piece_bytes = _MIN_PIECE_BYTES
-        self._turn: asyncio.Handle | None = None  # the next one
+        self._place = Place(owner.rounds, self._take_turn)
         self._unsent = (0, 0.0)  # the bytes that wait to be read, and the time since which they are so many
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -139,9 +141,8 @@ class WebConnection(H11Protocol):
         cast(_Flow, self.flow).end()
         self._arrived.clear()
         self._backlog.gone()
+        self._place.leave()
         del self._backlog  # which refers to this object
-        if self._turn:
-            self._turn.cancel()
         self._tell_lost()
         self.app_state = {}
 
@@ -153,15 +154,22 @@ class WebConnection(H11Protocol):
         self._arrived += data
         if len(self._arrived) >= _MAX_ARRIVED_BYTES:
             self.flow.pause_reading()
-        if self._turn:
+        if self._place.waits:
             self._backlog.measure(len(self._arrived))
-        else:
+        elif self._place.may_go_on():
             self._take_turn()
+        else:
+            self._place.wait()
+            self._backlog.measure(len(self._arrived))
 
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
         self._in_head = bool(self.conn.trailing_data[0] or self._arrived)
         super().on_response_complete()
+
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        """Return what runs a part of a handler in turns with the work of other clients."""
+        return self._place.in_turns(work)
 
     def watch(self, lost: Callable[[], object] | None) -> None:
         """Call a function if the client goes, from now on; None for no function."""
@@ -246,8 +254,9 @@ class WebConnection(H11Protocol):
 
     def _take_turn(self) -> None:
         """Parse what has arrived, for about a millisecond, and count what is left."""
-        self._turn = None
+        begin = perf_counter()
         self._parse()
+        self._place.charge(perf_counter() - begin)
         self._backlog.measure(len(self._arrived))
 
     def _parse(self) -> None:
@@ -273,8 +282,8 @@ class WebConnection(H11Protocol):
 
     def _go_on(self) -> None:
         """Take a turn soon, if there is something to parse."""
-        if self._arrived and not self._turn:
-            self._turn = self.loop.call_soon(self._take_turn)
+        if self._arrived:
+            self._place.wait()
 
     @property
     def _takes(self) -> bool:

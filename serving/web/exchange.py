@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 import grpc
@@ -12,6 +12,7 @@ from serving.transport.call import INTERNAL_TEXT
 from serving.transport.headers import Metadata, Status
 from serving.transport.memory import Owner
 from serving.transport.methods import Abort, CallbackMethod, Peer, UnaryMethod
+from serving.transport.rounds import Result
 
 #: The methods that HTTP can call.
 OneAnswer = UnaryMethod | CallbackMethod
@@ -32,6 +33,9 @@ class Connected(Owner, Protocol):
 
     def watch(self, lost: Callable[[], object] | None) -> None:
         """Call a function if the client goes, from now on; None for no function."""
+
+    def in_turns(self, work: Coroutine[object, None, Result], /) -> Coroutine[object, None, Result]:
+        """Return what runs a part of a handler in turns with the work of other clients."""
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -70,6 +74,10 @@ class Exchange:
         """Return the client's metadata."""
         return self._metadata
 
+    def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
+        """Return what runs a part of the handler in its own task."""
+        return self._connection.in_turns(work)
+
     def keep(self, size: int) -> None:
         """Do nothing: there are no streams."""
 
@@ -94,7 +102,7 @@ class Exchange:
             if isinstance(method, CallbackMethod):
                 self._begin(method, data)
             else:
-                self._task = self._loop.create_task(self._run(method, data))
+                self._task = self._loop.create_task(self.in_turns(self._run(method, data)))
             del data  # which the method may free once it is parsed
             await asyncio.wait((self._outcome,))  # and not the future itself, which a cancelled task would cancel
             return self._outcome.result()

@@ -18,6 +18,7 @@ from serving.transport.handshakes import TlsListener
 from serving.transport.listener import Listener
 from serving.transport.memory import Memory
 from serving.transport.methods import Peer, Table, TransportLimits, is_loopback
+from serving.transport.rounds import Rounds
 from serving.transport.sockets import listen_tcp
 from serving.web.application import Application, Terms
 from serving.web.connection import KEEP_ALIVE_SECONDS, MAX_HEAD_BYTES, WebConnection
@@ -59,6 +60,7 @@ class WebServer:
     ) -> None:
         self._application = application
         self.memory = application.memory
+        self.rounds = Rounds()
         self._limits = limits
         self._malformed = malformed
         self._tls = tls

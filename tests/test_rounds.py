@@ -1,0 +1,280 @@
+"""Tests of the rounds in which connections are served, with times that the tests choose."""
+
+import asyncio
+import gc
+import warnings
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from serving.transport import rounds as module
+from serving.transport.rounds import Place, Rounds
+
+MANY = 50
+#: The time of a round, and of a step that takes it all.
+ROUND = module._ROUND_SECONDS
+
+
+class Processor:
+    """The processor's time, which passes as the tests say."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Processor]:
+    clock = Processor()
+    monkeypatch.setattr(module, "thread_time", clock)
+    yield clock
+
+
+def do_nothing() -> None:
+    pass
+
+
+def test_a_connection_waits_when_the_time_of_a_round_is_over() -> None:
+    async def main() -> None:
+        rounds = Rounds()
+        first, second = Place(rounds, do_nothing), Place(rounds, do_nothing)
+        assert first.may_go_on()
+        first.charge(ROUND)
+        assert not second.may_go_on()
+        await asyncio.sleep(0)
+        assert second.may_go_on(), "the next turn of the event loop has its own time"
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_has_taken_less_than_the_others_does_not_wait() -> None:
+    async def main() -> None:
+        rounds = Rounds()
+        light, heavy = Place(rounds, do_nothing), [Place(rounds, do_nothing) for _ in range(MANY)]
+        for _ in range(5):
+            for one in heavy:
+                one.charge(ROUND)
+                await asyncio.sleep(0)
+        heavy[0].charge(ROUND)
+        assert not heavy[1].may_go_on()
+        assert light.may_go_on()
+        light.charge(ROUND)
+        assert not light.may_go_on(), "it gets a second share, and no third one"
+
+    asyncio.run(main())
+
+
+def test_a_connection_cannot_save_its_share_for_long() -> None:
+    async def main() -> None:
+        rounds = Rounds()
+        light, heavy = Place(rounds, do_nothing), Place(rounds, do_nothing)
+        for _ in range(100):
+            heavy.charge(ROUND)
+        await asyncio.sleep(0)
+        taken = 0
+        while light.may_go_on() and light.taken < rounds.now:
+            light.charge(ROUND / 4)
+            taken += 1
+            await asyncio.sleep(0)
+        assert 0 < taken <= 4
+
+    asyncio.run(main())
+
+
+def test_those_that_have_taken_the_least_go_on_first() -> None:
+    order = list[int]()
+
+    async def main() -> None:
+        rounds = Rounds()
+        places = [Place(rounds, partial(order.append, number)) for number in range(3)]
+        for place, seconds in zip(places, (3.0, 1.0, 2.0), strict=True):
+            place.charge(seconds)
+        for place in places:
+            place.wait()
+            place.wait()  # which changes nothing
+            assert place.waits
+        while any(place.waits for place in places):
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert order == [1, 2, 0]
+
+
+def test_a_round_has_time_for_some_of_those_that_wait_and_each_has_its_turn_once() -> None:
+    read = list[int]()
+
+    async def main() -> None:
+        rounds, places = Rounds(), list[Place]()
+
+        def read_on(number: int) -> None:
+            read.append(number)
+            places[number].charge(ROUND / 2)
+
+        places.extend(Place(rounds, partial(read_on, number)) for number in range(4))
+        for place in places:
+            place.wait()
+        while len(read) < 4:
+            before = len(read)
+            await asyncio.sleep(0)
+            assert len(read) - before <= 2
+
+    asyncio.run(main())
+    assert read == [0, 1, 2, 3]
+
+
+def test_a_pause_is_kept_before_the_turn() -> None:
+    async def main() -> None:
+        came = asyncio.Event()
+        place = Place(Rounds(), came.set)
+        place.wait(0.01)
+        await asyncio.sleep(0)
+        assert place.waits
+        assert not came.is_set()
+        await asyncio.wait_for(came.wait(), 10)
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_has_ended_is_not_read() -> None:
+    read = list[int]()
+
+    async def main() -> None:
+        place = Place(Rounds(), lambda: read.append(1))
+        place.wait()
+        place.leave()
+        while place.waits:
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert read == []
+
+
+def test_the_steps_of_many_handlers_do_not_hold_up_one_that_seldom_works(processor: Processor) -> None:
+    """Each step takes a quarter of a round, so a few may come before the one of the light connection."""
+    steps = list[str]()
+
+    async def work(name: str, times: int) -> None:
+        for _ in range(times):
+            steps.append(name)
+            processor.seconds += ROUND / 4
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        rounds = Rounds()
+        light, heavy = Place(rounds, do_nothing), [Place(rounds, do_nothing) for _ in range(MANY)]
+        tasks = [asyncio.create_task(one.in_turns(work("heavy", 10))) for one in heavy for _ in range(4)]
+        while len(steps) < 3 * MANY:
+            await asyncio.sleep(0)
+        before = len(steps)
+        await asyncio.create_task(light.in_turns(work("light", 1)))
+        assert steps.index("light") - before <= 12
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert steps.count("heavy") == MANY * 4 * 10
+
+
+def test_connections_with_many_handlers_get_as_much_as_those_with_few(processor: Processor) -> None:
+    taken = {"few": 0, "many": 0}
+
+    async def work(name: str) -> None:
+        while True:
+            taken[name] += 1
+            processor.seconds += ROUND / 4
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        rounds = Rounds()
+        few, many = Place(rounds, do_nothing), Place(rounds, do_nothing)
+        tasks = [asyncio.create_task(few.in_turns(work("few"))) for _ in range(2)]
+        tasks += [asyncio.create_task(many.in_turns(work("many"))) for _ in range(200)]
+        while sum(taken.values()) < 2000:
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+    assert taken["few"] >= 0.3 * taken["many"]
+
+
+def test_a_handler_in_turns_ends_as_it_would_alone() -> None:
+    async def answer() -> int:
+        await asyncio.sleep(0)
+        return 7
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("wrong")
+
+    async def main() -> None:
+        place = Place(Rounds(), do_nothing)
+        assert await place.in_turns(answer()) == 7
+        assert await asyncio.create_task(place.in_turns(answer())) == 7
+        with pytest.raises(ValueError, match="wrong"):
+            await place.in_turns(fail())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_handler_that_is_cancelled_while_it_waits_for_its_turn_ends_at_once(begun: bool) -> None:
+    seen = list[str]()
+
+    async def work() -> None:
+        try:
+            seen.append("begun")
+            await asyncio.sleep(0)
+            seen.append("gone on")
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    async def main() -> None:
+        rounds = Rounds()
+        place = Place(rounds, do_nothing)
+
+        def read_on() -> None:
+            busy.charge(ROUND)
+            busy.wait()
+
+        busy = Place(rounds, read_on)
+        if not begun:
+            place.charge(1000 * ROUND)
+            busy.wait()
+        task = asyncio.create_task(place.in_turns(work()))
+        if begun:
+            await asyncio.sleep(0)
+            place.charge(1000 * ROUND)
+            busy.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert seen == (["begun", "cancelled"] if begun else [])
+
+
+def test_a_handler_that_never_begins_leaves_nothing_behind() -> None:
+    async def work() -> None: ...
+
+    async def main() -> None:
+        place = Place(Rounds(), do_nothing)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            task = asyncio.create_task(place.in_turns(work()))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            place.in_turns(work()).close()
+            never_run = place.in_turns(work())
+            del never_run
+            gc.collect()
+
+    asyncio.run(main())
