@@ -169,6 +169,7 @@ TRICKS = {
     "one write a turn": Trick(_write_at_once, _STREAMED_TOO),
     "batches joined with the lock": Trick(partial(_replace, batch, _MAX_JOINED_WITH_LOCK_BYTES=-1)),
     "garbage seldom": Trick(partial(_replace, server, _GARBAGE_THRESHOLD=gc.get_threshold()[0])),
+    "switch interval": Trick(partial(_replace, program, _SWITCH_SECONDS=sys.getswitchinterval())),
     "thread priority": Trick(partial(_replace, slots, _ADDED_NICENESS=0)),
     "uvloop": Trick(partial(_replace, uvloop, new_event_loop=asyncio.new_event_loop), (*_STREAMED_TOO, LARGE)),
 }

@@ -10,6 +10,10 @@ from types import FrameType
 # blocks of 64 KiB. This server joins messages, which are smaller than 1 MiB if they are no large pictures.
 _MIN_RETURNED_BYTES = {"native": 2**20, "grpcio": 2**16}
 
+# The time after which a thread leaves Python's lock to another one that waits. A batch takes the lock several times, and
+# waited for Python's own 5 ms each time, while a client kept the event loop busy (see benchmarks/README.md).
+_SWITCH_SECONDS = 0.0005
+
 
 def main() -> int:
     """Serve until a signal, and end the process. Return the exit status if it cannot begin."""
@@ -49,6 +53,7 @@ def main() -> int:
             "(enableServiceLinks: false in the pod leaves them out)",
             ", ".join(links),
         )
+    sys.setswitchinterval(_SWITCH_SECONDS)
     gc.freeze()  # a collection would look at all that was imported, for 50 ms, while all calls wait
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
