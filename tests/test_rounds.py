@@ -125,6 +125,26 @@ def test_a_round_has_time_for_some_of_those_that_wait_and_each_has_its_turn_once
     assert read == [0, 1, 2, 3]
 
 
+def test_a_fault_in_the_reading_of_one_connection_holds_up_no_other() -> None:
+    read = list[str]()
+
+    def fail() -> None:
+        raise MemoryError
+
+    async def main() -> None:
+        told = list[object]()
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context.get("exception")))
+        rounds = Rounds()
+        for place in (Place(rounds, fail), Place(rounds, lambda: read.append("read"))):
+            place.wait()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert [type(one) for one in told] == [MemoryError]
+
+    asyncio.run(main())
+    assert read == ["read"]
+
+
 def test_a_pause_is_kept_before_the_turn() -> None:
     async def main() -> None:
         came = asyncio.Event()

@@ -136,14 +136,16 @@ class Rounds:
     def _begin(self) -> None:
         """Begin a round, and let the first ones that wait go on."""
         self._next, self._left, line = None, _ROUND_SECONDS, self._line
-        for _ in range(len(line)):  # not those that come back
-            if self._left <= 0:
-                break
-            _, _, place, go_on = heappop(line)
-            place.waiting -= 1
-            go_on()
-        if line and not self._next:
-            self._schedule()
+        try:
+            for _ in range(len(line)):  # not those that come back
+                if self._left <= 0:
+                    break
+                _, _, place, go_on = heappop(line)
+                place.waiting -= 1
+                go_on()
+        finally:  # a fault in the reading of one connection holds up no other
+            if line and not self._next:
+                self._schedule()
 
 
 class _InTurns(Coroutine[object, None, Result]):
