@@ -10,8 +10,8 @@ from types import FrameType
 # blocks of 64 KiB. This server joins messages, which are smaller than 1 MiB if they are no large pictures.
 _MIN_RETURNED_BYTES = {"native": 2**20, "grpcio": 2**16}
 
-# The time after which a thread leaves Python's lock to another one that waits. A batch takes the lock several times, and
-# waited for Python's own 5 ms each time, while a client kept the event loop busy (see benchmarks/README.md).
+# The time after which a thread leaves Python's lock to another one that waits. A batch takes the lock several times,
+# and waited for Python's own 5 ms each time while a client kept the event loop busy (see benchmarks/README.md).
 _SWITCH_SECONDS = 0.0005
 
 

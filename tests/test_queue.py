@@ -197,24 +197,47 @@ def test_a_client_keeps_its_debt_of_turns_while_nobody_waits() -> None:
     assert [ticket for ticket, _, _ in _take(queue, 20)] == [*modest[:4], greedy[0], *modest[4:], greedy[1]]
 
 
-def test_a_client_that_is_charged_waits_for_as_many_rows_of_the_others() -> None:
-    charged = [_ticket(1, client="charged") for _ in range(2)]
+def test_a_client_that_is_held_back_waits_for_as_many_rows_of_the_others() -> None:
+    held = [_ticket(1, client="held") for _ in range(2)]
     others = [_ticket(1, client="other") for _ in range(6)]
-    queue = _queue(*charged, *others)
-    queue.charge("charged", 4)
+    queue = _queue(*held, *others)
+    queue.hold_back("held", 4)
     order = [ticket for ticket, _, _ in _take(queue, 8)]
-    assert order == [*others[:4], charged[0], others[4], charged[1], others[5]]
+    assert order == [*others[:4], held[0], others[4], held[1], others[5]]
 
 
-def test_a_charge_that_is_taken_back_leaves_a_clients_turns_as_they_were() -> None:
-    charged = [_ticket(1, client="charged") for _ in range(2)]
+def test_a_client_that_is_held_back_no_longer_has_its_turns_as_before() -> None:
+    held = [_ticket(1, client="held") for _ in range(2)]
     others = [_ticket(1, client="other") for _ in range(2)]
-    queue = _queue(charged[0], others[0], charged[1], others[1])
-    queue.charge("charged", 100)
-    queue.charge("charged", -100)
-    queue.charge("unknown", -100)
+    queue = _queue(held[0], others[0], held[1], others[1])
+    queue.hold_back("held", 100)
+    queue.hold_back("held", -100)
+    queue.hold_back("unknown", -100)
     order = [ticket for ticket, _, _ in _take(queue, 4)]
-    assert sorted(map(order.index, charged)) in ([0, 2], [1, 3])
+    assert sorted(map(order.index, held)) in ([0, 2], [1, 3])
+
+
+def test_what_a_client_has_waited_for_is_not_given_back() -> None:
+    queue = _queue(*(_ticket(1, client="held") for _ in range(4)), *(_ticket(1, client="other") for _ in range(4)))
+    queue.hold_back("held", 2)
+    _take(queue, 4)  # the other's first two, and one of each
+    for _ in range(4):
+        queue.push(_ticket(1, client="other"))
+    queue.hold_back("held", -100)
+    order = [ticket.client for ticket, _, _ in _take(queue, 6)]
+    assert order.count("held") == 3
+    assert order.index("held") <= 1
+    assert order != ["held"] * 3 + ["other"] * 3
+
+
+def test_a_client_that_is_not_known_is_not_held_back() -> None:
+    queue = _queue(_ticket(1, client="known"))
+    assert queue.knows("known")
+    assert not queue.knows("unknown")
+    queue.hold_back("unknown", 100)
+    late = _ticket(1, client="unknown")
+    queue.push(late)
+    assert late in [ticket for ticket, _, _ in _take(queue, 2)]
 
 
 def test_the_newest_requests_of_the_largest_client_are_displaced() -> None:

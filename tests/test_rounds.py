@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import warnings
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -197,28 +199,33 @@ def test_the_steps_of_many_handlers_do_not_hold_up_one_that_seldom_works(process
     assert steps.count("heavy") == MANY * 4 * 10
 
 
-def test_connections_with_many_handlers_get_as_much_as_those_with_few(processor: Processor) -> None:
-    taken = {"few": 0, "many": 0}
+@pytest.mark.parametrize("step", [ROUND / 20, ROUND / 2])
+def test_a_connection_with_many_handlers_gets_no_more_than_its_share(processor: Processor, step: float) -> None:
+    """The handlers of the others have ten to one steps of the length of its own."""
+    taken, turns = {"few": 0.0, "many": 0.0}, list[float]()
 
-    async def work(name: str) -> None:
+    async def work(name: str, seconds: float) -> None:
         while True:
-            taken[name] += 1
-            processor.seconds += ROUND / 4
+            taken[name] += seconds
+            processor.seconds += seconds
             await asyncio.sleep(0)
 
     async def main() -> None:
         rounds = Rounds()
-        few, many = Place(rounds, do_nothing), Place(rounds, do_nothing)
-        tasks = [asyncio.create_task(few.in_turns(work("few"))) for _ in range(2)]
-        tasks += [asyncio.create_task(many.in_turns(work("many"))) for _ in range(200)]
-        while sum(taken.values()) < 2000:
+        few, many = [Place(rounds, do_nothing) for _ in range(4)], Place(rounds, do_nothing)
+        tasks = [asyncio.create_task(one.in_turns(work("few", ROUND / 20))) for one in few for _ in range(10)]
+        tasks += [asyncio.create_task(many.in_turns(work("many", step))) for _ in range(300)]
+        while processor.seconds < 500 * ROUND:
+            before = processor.seconds
             await asyncio.sleep(0)
+            turns.append(processor.seconds - before)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(main())
-    assert taken["few"] >= 0.3 * taken["many"]
+    assert 0.1 <= taken["many"] / (taken["many"] + taken["few"]) <= 0.3
+    assert max(turns) <= 4 * ROUND
 
 
 def test_a_handler_in_turns_ends_as_it_would_alone() -> None:
@@ -296,5 +303,110 @@ def test_a_handler_that_never_begins_leaves_nothing_behind() -> None:
             never_run = place.in_turns(work())
             del never_run
             gc.collect()
+
+    asyncio.run(main())
+
+
+def test_data_of_a_connection_that_must_wait_pays_no_debt() -> None:
+    async def main() -> None:
+        rounds = Rounds()
+        heavy, other = Place(rounds, do_nothing), Place(rounds, do_nothing)
+        heavy.charge(100 * ROUND)
+        other.charge(ROUND)
+        before = rounds.now
+        heavy.charge(0.0)
+        assert rounds.now == before
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_handler_that_ends_with_an_error_leaves_no_cycle_behind(cancelled: bool) -> None:
+    class Mark:
+        pass
+
+    async def work(futures: list["asyncio.Future[None]"], mark: Mark) -> None:
+        try:
+            await futures.pop()  # without a name, which would make a cycle of its own
+        finally:
+            assert mark
+
+    async def main() -> None:
+        place, mark = Place(Rounds(), do_nothing), Mark()
+        seen = weakref.ref(mark)
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        task = asyncio.create_task(place.in_turns(work([future], mark)))
+        await asyncio.sleep(0)
+        if cancelled:
+            task.cancel()
+        else:
+            loop.call_soon(future.set_exception, ValueError("wrong"))
+        del future, mark
+        gc.disable()
+        try:
+            await asyncio.wait((task,))
+            assert cancelled or str(task.exception()) == "wrong"
+            del task
+            assert seen() is None
+        finally:
+            gc.enable()
+
+    asyncio.run(main())
+
+
+def test_a_handler_whose_future_fails_waits_for_its_turn() -> None:
+    seen = list[str]()
+
+    async def work(name: str, future: "asyncio.Future[None]") -> None:
+        with suppress(ValueError):
+            await future
+        seen.append(name)
+
+    async def main() -> None:
+        rounds, loop = Rounds(), asyncio.get_running_loop()
+        indebted, other = Place(rounds, do_nothing), Place(rounds, do_nothing)
+
+        def read_on() -> None:
+            busy.charge(ROUND)
+            if len(seen) < 2:
+                busy.wait()
+
+        busy = Place(rounds, read_on)
+        futures = [loop.create_future() for _ in range(2)]
+        tasks = [
+            asyncio.create_task(place.in_turns(work(name, future)))
+            for place, name, future in zip((indebted, other), ("indebted", "other"), futures, strict=True)
+        ]
+        await asyncio.sleep(0)
+        indebted.charge(20 * ROUND)
+        busy.charge(ROUND)
+        busy.wait()
+        for future in futures:
+            loop.call_soon(future.set_exception, ValueError("wrong"))
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert seen == ["other", "indebted"]
+
+
+def test_handlers_that_are_cancelled_in_the_line_leave_it(processor: Processor) -> None:
+    async def work() -> None:
+        await asyncio.sleep(0)
+
+    async def main() -> None:
+        rounds = Rounds()
+        place = Place(rounds, do_nothing)
+        place.charge(100 * ROUND)
+        tasks = [asyncio.create_task(place.in_turns(work())) for _ in range(100)]
+        place.charge(100 * ROUND)
+        rounds._left = -1.0
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert not place.line
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not place.in_line
 
     asyncio.run(main())

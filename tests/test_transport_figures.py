@@ -103,20 +103,33 @@ def test_a_call_that_makes_no_progress_is_counted_and_told(shown: tuple[Metrics,
 
 
 @pytest.mark.parametrize("path", ["/test.Test/Echo", "/test.Test/EchoAll"])
-def test_an_answer_that_waits_for_its_client_is_told_and_so_is_its_end(path: str) -> None:
+@pytest.mark.parametrize(("size", "rows"), [(95, 1), (5000, 4)])
+def test_an_answer_that_waits_for_its_client_is_told_and_so_is_its_end(path: str, size: int, rows: int) -> None:
     told: list[tuple[str, int]] = []
-    with serve(limits={"unread": lambda client, size: told.append((client, size))}) as serving:
+    with serve(limits={"unread": lambda client, more: told.append((client, more))}) as serving:
         client = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 30})
-        client.call(1, b"x" * 95, path)
+        client.call(1, b"x" * size, path)
         client.read_until(lambda: len(client.answers[1].data) == 30)
-        waiting = 95 + 5 - 30
-        wait_for(lambda: [size for _, size in told] == [waiting])
+        wait_for(lambda: [more for _, more in told] == [rows])
         client.send(frames.window_update(1, 10))
         client.read_until(lambda: len(client.answers[1].data) == 40)
-        client.send(frames.window_update(1, 1000))
-        assert client.read(1).messages == [b"x" * 95]
-        assert [size for _, size in told] == [waiting, -waiting]
+        client.send(frames.window_update(1, 10_000))
+        assert client.read(1).messages == [b"x" * size]
+        assert [more for _, more in told] == [rows, -rows]
         assert len({name for name, _ in told}) == 1
+        client.socket.close()
+
+
+def test_each_answer_of_a_stream_that_waits_for_its_client_is_told() -> None:
+    told: list[int] = []
+    with serve(limits={"unread": lambda _, more: told.append(more)}) as serving:
+        client = Raw(serving.port, settings={frames.INITIAL_WINDOW_SIZE: 0})
+        client.send(headers(1, client.block("/test.Test/EchoAll")))
+        client.send_data(1, framed(b"x") * 100)
+        wait_for(lambda: told == [1] * 100)
+        client.send(frames.window_update(1, 1000))
+        assert client.read(1).messages == [b"x"] * 100
+        assert told == [1] * 100 + [-100]
         client.socket.close()
 
 

@@ -227,7 +227,7 @@ class _Gate:
             if name:
                 _begin(method, data, _Counted(context, guard, name))
                 return
-            task = asyncio.get_running_loop().create_task(self._begin_later(method, data, context))
+            task = asyncio.get_running_loop().create_task(context.in_turns(self._begin_later(method, data, context)))
             context.given_up = task.cancel
 
         return begin

@@ -127,9 +127,9 @@ class Batcher:
         """
         return self._slots.refusal(left, urgent, expected, client)
 
-    def charge(self, client: Hashable, rows: float) -> None:
-        """Let a client wait for so many rows of each other client more; a negative number takes them back."""
-        self._slots.charge(client, rows)
+    def hold_back(self, client: Hashable, rows: float) -> None:
+        """Let a client that is known wait for so many rows of each other one; a negative number takes them back."""
+        self._slots.hold_back(client, rows)
 
     def give_up(self, ticket: Ticket) -> None:
         """End a request whose client has gone. Its rows that are in no batch yet are freed and never computed."""

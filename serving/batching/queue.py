@@ -73,9 +73,13 @@ class TicketQueue:
         """
         self._turns.fine(client, _ROWS_A_REFUSAL)
 
-    def charge(self, client: Hashable, rows: float) -> None:
-        """Let a client wait for so many rows of each other client more; a negative number takes them back."""
-        self._turns.charge(client, self._turns.now, rows)
+    def knows(self, client: Hashable) -> bool:
+        """Return True if a client waits, or has not come to the end of its turn. Any thread may call it."""
+        return self._turns.knows(client)
+
+    def hold_back(self, client: Hashable, rows: float) -> None:
+        """Let a client that is known wait for so many rows of each other one; a negative number takes them back."""
+        self._turns.hold_back(client, rows)
 
     def displace(self, rows: int) -> list[Ticket]:
         """Remove the newest requests of the clients with the most waiting rows, until ``rows`` rows are free.

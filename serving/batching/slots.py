@@ -196,10 +196,11 @@ class Slots:
         load = self._load(time.monotonic(), client, 1, urgent)
         return self._admission.hopeless(left, 0 if urgent else expected, load)
 
-    def charge(self, client: Hashable, rows: float) -> None:
-        """Let a client wait for so many rows of each other client more; a negative number takes them back."""
-        with self._lock:
-            self._queue.charge(client, rows)
+    def hold_back(self, client: Hashable, rows: float) -> None:
+        """Let a client that is known wait for so many rows of each other one; a negative number takes them back."""
+        if self._queue.knows(client):
+            with self._lock:
+                self._queue.hold_back(client, rows)
 
     def remove(self, ticket: Ticket) -> int:
         """Remove a request from the queue and return the number of its waiting rows."""

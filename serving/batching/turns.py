@@ -18,17 +18,18 @@ class _Client(Generic[Item]):
     """A client that waits, or whose turn has not been passed yet.
 
     turn: the turn of its next item. due: the due time that orders it among equal turns, infinite if nothing has come
-    since its last turn. fine: a cost that is added to its next turn. number: the number of its entry in the heap;
+    since its last turn. fine: a cost that is added to its next turn. held_back: the part of its turn that it has not
+    waited for yet and that may be taken back. number: the number of its entry in the heap;
     entries with other numbers are outdated.
     """
 
-    __slots__ = ("due", "fine", "key", "number", "others", "turn", "urgent")
+    __slots__ = ("due", "fine", "held_back", "key", "number", "others", "turn", "urgent")
 
     def __init__(self, key: Hashable, turn: float) -> None:
         self.key = key
         self.turn = turn
         self.due = inf
-        self.fine = 0.0
+        self.fine = self.held_back = 0.0
         self.number = 0
         # Items and their due times. Each lane is in order.
         self.urgent: OrderedDict[Item, float] = OrderedDict()
@@ -58,8 +59,7 @@ class Turns(Generic[Item]):
         # Turns, due times and numbers. The numbers order what is equal. One entry of each client is valid.
         self._heap: list[tuple[float, float, int, _Client[Item]]] = []
         self._tidy_size = _MIN_TIDY_SIZE
-        #: The turn of the present client. No turn is earlier.
-        self.now = 0.0
+        self._now = 0.0  # no turn is earlier
         self._number = 0
         self._count = 0
         self._lane: OrderedDict[Item, float] = OrderedDict()  # the lane of the item that ``first`` returned last
@@ -72,7 +72,7 @@ class Turns(Generic[Item]):
         """Add an item of a client. The due times of its urgent items, and those of the others, must not fall."""
         client = self._clients.get(key)
         if client is None:
-            client = self._clients[key] = _Client(key, self.now)
+            client = self._clients[key] = _Client(key, self._now)
         if urgent:
             client.urgent[item] = due
         else:
@@ -93,7 +93,7 @@ class Turns(Generic[Item]):
                     return next(iter(lane))
                 # Those that come from now on begin here, so the end of this client's turn is passed.
                 del self._clients[client.key]
-                self.now = turn
+                self._now = turn
             heappop(self._heap)
         return None
 
@@ -103,27 +103,38 @@ class Turns(Generic[Item]):
         done: it got all that it waits for, so it is removed.
         """
         turn, _, _, client = self._heap[0]
-        self.now = turn
+        self._now = turn
         if done:
             self._lane.popitem(last=False)
             self._count -= 1
         lane = client.lane() if client.urgent else client.others
         client.turn = end = turn + cost + min(client.fine, _MAX_FINE * cost)
-        client.fine = 0.0
+        client.fine = client.held_back = 0.0
         client.due = due = lane[next(iter(lane))] if lane else inf
         client.number = self._number = number = self._number + 1
         heapreplace(self._heap, (end, due, number, client))
         return turn
 
     def charge(self, key: Hashable, turn: float, cost: float) -> None:
-        """Add a cost that was not known when a client got something at this turn, or take one back: a negative cost."""
+        """Add a cost that was not known when a client got something at this turn."""
         client = self._clients.get(key)
         if client is None:
-            if cost < 0:
-                return
             client = self._clients[key] = _Client(key, turn)
-        client.turn = max(self.now, client.turn + cost)
+        client.turn = max(self._now, client.turn + cost)
         self._enter(client)
+
+    def knows(self, key: Hashable) -> bool:
+        """Return True if a client waits, or has not come to the end of its turn. Any thread may call it."""
+        return key in self._clients
+
+    def hold_back(self, key: Hashable, cost: float) -> None:
+        """Let a client that is known wait for the others; a negative cost takes back what it has not waited for yet."""
+        if client := self._clients.get(key):
+            if cost < 0:
+                cost = max(cost, -client.held_back, self._now - client.turn)
+            client.turn += cost
+            client.held_back += cost
+            self._enter(client)
 
     def fine(self, key: Hashable, cost: float) -> None:
         """Let a client's next turn cost more, if it waits: for work that it causes beyond what it gets.

@@ -19,10 +19,9 @@ from serving.settings import Settings
 
 _MAX_SHOWN_CHARACTERS = 64  # the most characters of a client's text: errors go out in headers of limited size
 
-# The rows that others get before a client whose answer waits for it gets its next one: for each answer, or, of a large
-# one, for each so many bytes, which are about those of a row. So it gets a sixteenth of their turns.
-_ROWS_AN_UNREAD_ANSWER = 15
-_BYTES_A_ROW = 1024
+# The rows that others get for each row of an answer that waits for its client, before the client gets its next one. So
+# it gets a sixteenth of their turns.
+_ROWS_AN_UNREAD_ROW = 15
 
 _logger = logging.getLogger(__name__)
 
@@ -131,15 +130,14 @@ class Repository:
         # A copy, since the metrics page calls from its own thread.
         return [model for models in list(self._current.values()) for model in models]
 
-    def note_unread(self, client: Hashable, size: int) -> None:
-        """Note that an answer waits for its client, which gets fewer turns until it has read it.
+    def note_unread(self, client: Hashable, rows: int) -> None:
+        """Note that rows of answers wait for their client, which gets fewer turns until it has read them.
 
-        size: in bytes; a negative number of them once they are read.
+        rows: a negative number of them once they are read.
         """
-        rows = _ROWS_AN_UNREAD_ANSWER * max(1, abs(size) // _BYTES_A_ROW) * (1 if size > 0 else -1)
         for model in self.models():
             for graph in model.graphs.values():
-                graph.batcher.charge(client, rows)
+                graph.batcher.hold_back(client, _ROWS_AN_UNREAD_ROW * rows)
 
     def index(self) -> list[Entry]:
         """Return all versions that are served, are being loaded, or could not be loaded."""

@@ -25,6 +25,8 @@ INTERNAL_TEXT = "internal error; the server's log has the details"
 # The work of a handler with a task until it first waits: sixteen of them fit in a turn.
 _TASK_WORK = WORK_A_TURN // 16
 
+_BYTES_A_ROW = 1024  # of an answer, about
+
 _logger = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ class Call:
     given_up: Callable[[], object] | None = None
     undecided = False
     _headers_sent = False
-    _unread = 0  # bytes of the answer when it began to wait for the client
+    _unread = 0  # the rows of the answers that wait for the client, about
     _task: asyncio.Task[None] | None = None
     _timer: asyncio.TimerHandle | None = None
 
@@ -148,11 +150,9 @@ class Call:
             if sending.size:
                 if sent or not self.waits:
                     streams.memory.waits(self, streams.loop.time())
-                if not self._unread:
-                    self._count_unread(sending.size)
                 return
             if self._unread:
-                self._count_unread(0)
+                self._count_unread(-self._unread)
             self._all_sent()
         if sending.trailers is not None:
             streams.send_trailers(self.stream, sending.trailers)
@@ -177,9 +177,9 @@ class Call:
             limits.dropped(f"a call is ended: {text}", self.peer)
         self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
-    def _count_unread(self, size: int) -> None:
-        """Tell how many bytes wait for the client, when they begin to wait and when they are sent."""
-        more, self._unread = size - self._unread, size
+    def _count_unread(self, more: int) -> None:
+        """Tell that answers wait for the client, in units of about a row's; a negative number once all are sent."""
+        self._unread += more
         self.streams.limits.unread(self.peer.connection, more)
 
     def _all_sent(self) -> None:
@@ -192,6 +192,8 @@ class Call:
         self.sending.put(data)
         self.streams.memory.hold(self, len(data) + PREFIX.size)
         self.pump()
+        if self.sending.size:
+            self._count_unread(max(1, len(data) // _BYTES_A_ROW))
 
     def _send_headers(self) -> None:
         self._headers_sent = True

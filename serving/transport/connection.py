@@ -136,8 +136,10 @@ class Connection(asyncio.Protocol):
         reader, state = self._reader, self._streams.state
         before = reader.clock.taken
         try:
-            reader.receive(data)
-            self._streams.place.charge(reader.clock.taken - before)
+            try:
+                reader.receive(data)
+            finally:
+                self._streams.place.charge(reader.clock.taken - before)
             if reader.unread:
                 self._transport.pause_reading()
                 self._streams.place.wait(_PAUSE * reader.clock.overdraft)
@@ -207,7 +209,7 @@ class Connection(asyncio.Protocol):
         except ConnectionFault as fault:
             self._fail(fault.code, str(fault))
         idle = self._idleness.look(now)
-        if 0 < self._terms.limits.idle_seconds <= idle:
+        if 0 < self._terms.limits.idle_seconds <= idle and not (self._draining or self._closed):
             self._terms.limits.limited(IDLE)
             self.drain(max(_PING_SECONDS, self._terms.grace))  # calls that are on their way get time
 

@@ -79,7 +79,11 @@ class FrameReader:
                 if not self._greet(data):
                     return
                 at = len(frames.PREFACE)
-            at = self._read(data, at)
+            self.clock.go_on()
+            try:
+                at = self._read(data, at)
+            finally:
+                self.clock.stop()
         if self.unread:
             self._rest, self._at = data, at
             return
@@ -139,7 +143,6 @@ class FrameReader:
     def _read(self, data: bytes, at: int) -> int:
         """Read complete frames of one turn from ``at`` on. Return the position of the rest. Raises ConnectionFault."""
         end = len(data)
-        self.clock.go_on()
         while end - at >= _HEAD_BYTES:
             high, low, kind, flags, stream = frames.HEAD.unpack_from(data, at)
             length = high << 8 | low
@@ -166,7 +169,6 @@ class FrameReader:
                 self._work_left = min(self._work_left, -1)
             if self._work_left < 0:
                 break
-        self.clock.stop()
         return at
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
@@ -247,7 +249,8 @@ class FrameReader:
         if stream <= streams.last_stream:
             self._trailers(stream, block, end)
             return
-        self._skip(block)
+        self._header_reader.skip(block)
+        self._count_fields(-1)
         if streams.state is ConnectionState.OPEN:
             streams.last_stream = stream
             streams.send_reset(stream, ErrorCode.REFUSED_STREAM)
@@ -274,11 +277,6 @@ class FrameReader:
                 self.streams.reset_faulty(call, ErrorCode.PROTOCOL_ERROR)
             else:
                 call.end()
-
-    def _skip(self, block: bytes) -> None:
-        """Read headers that advance no call."""
-        self._header_reader.skip(block)
-        self._count_fields(-1)
 
     def _count_further(self) -> None:
         """Count the work that a frame has caused beside its own."""

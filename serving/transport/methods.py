@@ -223,8 +223,8 @@ class TransportLimits:
     connection.
     dropped: called with a text for the log, and the client, for each connection that is refused, fails or ends for a
     limit, and for each answer that is not read.
-    unread: called with the key of a connection (see Peer) and the bytes of each answer that begins to wait for its
-    client, and with minus these bytes once the client has let the server send them.
+    unread: called with the key of a connection (see Peer) and the rows, about, of each answer that begins to wait for
+    its client, and with minus these rows once the client has let the server send all that waited.
     """
 
     message_bytes: int

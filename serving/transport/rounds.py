@@ -1,9 +1,9 @@
 """The order in which the connections of a server are served, so that many busy ones do not hold up the others."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Generator
-from functools import partial
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from itertools import count
 from time import thread_time
 from typing import TypeVar
@@ -15,8 +15,13 @@ TURN_SECONDS = 0.002
 _ROUND_SECONDS = 2 * TURN_SECONDS
 # The time of its share that a connection which needs none keeps for later.
 _CREDIT_SECONDS = 2 * TURN_SECONDS
-# The weight of the latest step of a handler in the time that the next one is expected to take.
-_STEP_WEIGHT = 1 / 16
+# The time of the round that is taken from it to look at one entry of the line.
+_ENTRY_SECONDS = 2e-6
+# The time that the first step of a connection's handlers is expected to take, and the least of a later one. So few
+# steps begin together that a round stays short if all of them take longer than those before.
+_FIRST_STEP_SECONDS, _MIN_STEP_SECONDS = TURN_SECONDS / 4, TURN_SECONDS / 16
+# The weight of the latest step in the time that is expected of the next one.
+_STEP_WEIGHT = 1 / 4
 
 Result = TypeVar("Result")
 
@@ -24,7 +29,7 @@ Result = TypeVar("Result")
 class Place:
     """The place of a connection in its server's rounds. read_on: reads what was left for a later round."""
 
-    __slots__ = ("_read_on", "_reads_on", "_rounds", "taken", "waiting")
+    __slots__ = ("_read_on", "_reads_on", "_rounds", "in_line", "line", "step", "taken")
 
     def __init__(self, rounds: "Rounds", read_on: Callable[[], object]) -> None:
         self._rounds = rounds
@@ -32,8 +37,12 @@ class Place:
         self._reads_on = False
         #: The processor's time that it has taken, in seconds, and that of the others while it needed none.
         self.taken = rounds.now
-        #: The number of its entries in the line.
-        self.waiting = 0
+        #: The time that the next step of a handler is expected to take.
+        self.step = _FIRST_STEP_SECONDS
+        #: What waits for its turn: handlers, and None for ``read_on``.
+        self.line: OrderedDict[asyncio.Future[float] | None, None] = OrderedDict()
+        #: True while it is in the line of connections.
+        self.in_line = False
 
     @property
     def waits(self) -> bool:
@@ -46,7 +55,8 @@ class Place:
 
     def charge(self, seconds: float) -> None:
         """Count the processor's time of what was read."""
-        self._rounds.charge(self, seconds)
+        if seconds:
+            self._rounds.charge(self, seconds)
 
     def wait(self, seconds: float = 0.0) -> None:
         """Wait for some seconds, and then for a round that has time for ``read_on``."""
@@ -54,9 +64,14 @@ class Place:
             return
         self._reads_on = True
         if seconds:
-            asyncio.get_running_loop().call_later(seconds, self._rounds.enter, self, self._go_on)
+            asyncio.get_running_loop().call_later(seconds, self._rounds.enter, self, None)
         else:
-            self._rounds.enter(self, self._go_on)
+            self._rounds.enter(self, None)
+
+    def go_on(self) -> None:
+        """Read on, in its turn."""
+        self._reads_on = False
+        self._read_on()
 
     def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
         """Return a coroutine that runs a handler. Each of its steps waits for a round that has time, and counts."""
@@ -65,10 +80,6 @@ class Place:
     def leave(self) -> None:
         """Forget the connection, which has ended."""
         self._read_on = _do_nothing
-
-    def _go_on(self) -> None:
-        self._reads_on = False
-        self._read_on()
 
 
 class Rounds:
@@ -82,11 +93,10 @@ class Rounds:
     def __init__(self) -> None:
         #: The time that the present connection had taken before; none that waits has taken less.
         self.now = 0.0
-        self._line: list[tuple[float, int, Place, Callable[[], object]]] = []
+        self._line: list[tuple[float, int, Place]] = []
         self._number = count()
         self._next: asyncio.Handle | None = None
         self._left = _ROUND_SECONDS
-        self._step = 0.0  # the time that a step of a handler is expected to take
 
     def admit(self, place: Place) -> bool:
         """Return True if there is time for a connection at once."""
@@ -97,37 +107,42 @@ class Rounds:
 
     def charge(self, place: Place, seconds: float) -> None:
         """Count the time that a connection has taken in this round."""
-        self._left -= seconds
-        if not self._next:
-            self._schedule()
-        self.now = max(self.now, place.taken)
-        place.taken += seconds
-
-    def enter(self, place: Place, go_on: Callable[[], object]) -> None:
-        """Let a connection wait. go_on: called in its turn."""
-        heappush(self._line, (place.taken + place.waiting * self._step, next(self._number), place, go_on))
-        place.waiting += 1
+        self._take(place, seconds)
         if not self._next:
             self._schedule()
 
-    def turn(self, place: Place) -> "asyncio.Future[None]":
-        """Return what is done when it is the turn of a connection's handler."""
-        come = asyncio.get_running_loop().create_future()
-        self.enter(place, partial(self._let, come))
+    def enter(self, place: Place, entry: "asyncio.Future[float] | None") -> None:
+        """Let a connection wait, for a handler or to be read on."""
+        place.line[entry] = None
+        if not place.in_line:
+            place.in_line = True
+            heappush(self._line, (place.taken, next(self._number), place))
+        if not self._next:
+            self._schedule()
+
+    def turn(self, place: Place) -> "asyncio.Future[float]":
+        """Return what is done in the turn of a handler, with the time that is expected for its step as the result."""
+        come: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self.enter(place, come)
         return come
 
-    def stepped(self, place: Place, seconds: float, waited: bool) -> None:
-        """Count the time of a handler's step. waited: it had waited for its turn, so its time was expected."""
-        self.charge(place, seconds)
-        if waited:
-            self._left += seconds
-        self._step += _STEP_WEIGHT * (seconds - self._step)
+    def give_up(self, place: Place, come: "asyncio.Future[float]") -> float:
+        """Let a handler leave the line. Return the time that was expected for its step if its turn has come."""
+        place.line.pop(come, None)
+        return come.result() if come.done() and not come.cancelled() else 0.0
 
-    def _let(self, come: "asyncio.Future[None]") -> None:
-        """Let a handler go on, at the beginning of the event loop's next turn, unless it was cancelled."""
-        if not come.done():
-            come.set_result(None)
-            self._left -= self._step
+    def stepped(self, place: Place, seconds: float, expected: float) -> None:
+        """Count the time of a handler's step. expected: what was counted before; 0 for a step that did not wait."""
+        if expected:
+            place.taken += seconds - expected
+        else:
+            self.charge(place, seconds)
+        place.step += _STEP_WEIGHT * (seconds - place.step)
+
+    def _take(self, place: Place, seconds: float) -> None:
+        self._left -= seconds
+        self.now = max(self.now, place.taken)
+        place.taken += seconds
 
     def _schedule(self) -> None:
         """Begin the next round in the next turn of the event loop."""
@@ -135,17 +150,36 @@ class Rounds:
 
     def _begin(self) -> None:
         """Begin a round, and let the first ones that wait go on."""
-        self._next, self._left, line = None, _ROUND_SECONDS, self._line
+        self._next, self._left = None, _ROUND_SECONDS
+        line, self._line = self._line, []  # those that come back wait for the next round
         try:
-            for _ in range(len(line)):  # not those that come back
-                if self._left <= 0:
-                    break
-                _, _, place, go_on = heappop(line)
-                place.waiting -= 1
-                go_on()
+            while line and self._left > 0:
+                self._left -= _ENTRY_SECONDS
+                self._serve_first(line)
         finally:  # a fault in the reading of one connection holds up no other
+            for back in self._line:
+                heappush(line, back)
+            self._line = line
             if line and not self._next:
                 self._schedule()
+
+    def _serve_first(self, line: list[tuple[float, int, Place]]) -> None:
+        """Let the first connection go on, unless it has taken more since it came, or has nothing to do."""
+        key, number, place = line[0]
+        if place.line and place.taken > key:
+            heapreplace(line, (place.taken, number, place))
+            return
+        entries = [place.line.popitem(last=False)[0]] if place.line else []  # its handlers may have left
+        if not place.line:
+            heappop(line)
+            place.in_line = False
+        for entry in entries:
+            if entry is None:
+                place.go_on()
+            elif not entry.done():
+                expected = max(place.step, _MIN_STEP_SECONDS)
+                self._take(place, expected)
+                entry.set_result(expected)  # it goes on at the beginning of the event loop's next turn
 
 
 class _InTurns(Coroutine[object, None, Result]):
@@ -164,7 +198,10 @@ class _InTurns(Coroutine[object, None, Result]):
         return self._steps.send(value)
 
     def throw(self, *error: object) -> object:
-        return self._steps.throw(*error)  # type: ignore[call-overload]
+        try:
+            return self._steps.throw(*error)  # type: ignore[call-overload]
+        finally:
+            del error  # whose traceback knows this function's names: a cycle would live on
 
     def close(self) -> None:
         self._steps.close()
@@ -176,10 +213,16 @@ def _steps(place: Place, rounds: Rounds, work: Coroutine[object, None, Result]) 
         error: BaseException | None = None
         try:
             yield awaited
-            if waits := not rounds.admit(place):
-                yield from rounds.turn(place)
-        except BaseException as raised:  # such as a cancellation, which does not wait for its turn
-            error, waits = raised, False
+        except BaseException as raised:
+            error = raised
+        awaited, expected = None, 0.0  # a future's error would know this function's names: a cycle would live on
+        if not isinstance(error, asyncio.CancelledError | GeneratorExit) and not rounds.admit(place):
+            come = rounds.turn(place)
+            try:
+                expected = yield from come
+            except BaseException as raised:  # a cancellation, which does not wait for its turn
+                error, expected = raised, rounds.give_up(place, come)
+            del come
         begin = thread_time()
         try:
             awaited = work.send(None) if error is None else work.throw(error)
@@ -188,8 +231,8 @@ def _steps(place: Place, rounds: Rounds, work: Coroutine[object, None, Result]) 
             return result
         finally:
             if not isinstance(error, GeneratorExit):  # which may come after the event loop's end
-                rounds.stepped(place, thread_time() - begin, waits)
-            del error  # whose traceback knows this function's names: a cycle would live on
+                rounds.stepped(place, thread_time() - begin, expected)
+            del error  # as above
 
 
 def _do_nothing() -> None:
