@@ -57,8 +57,8 @@ SHORT_ON_GRPCIO = (
     "unknown methods",
 )
 SHORT = {"native": SHORT_ON_NATIVE, "grpcio": SHORT_ON_GRPCIO}
-#: The attacks beside which the p99 is often more than ten times the quiet one: 11 to 57 times on an idle machine with two
-#: cores. Hundreds of connections ask at once, or their images and explanations are computed first.
+#: The attacks beside which the p99 is often more than ten times the quiet one, 11 to 57 times on an idle machine with
+#: two cores. Hundreds of connections ask at once, or their images and explanations are computed first.
 SLOW = {
     "native": {
         "frames behind unread answers",
