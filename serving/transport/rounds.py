@@ -29,12 +29,13 @@ Result = TypeVar("Result")
 class Place:
     """The place of a connection in its server's rounds. read_on: reads what was left for a later round."""
 
-    __slots__ = ("_read_on", "_reads_on", "_rounds", "in_line", "line", "step", "taken")
+    __slots__ = ("_read_on", "_rounds", "in_line", "line", "step", "taken", "waits")
 
     def __init__(self, rounds: "Rounds", read_on: Callable[[], object]) -> None:
         self._rounds = rounds
         self._read_on = read_on
-        self._reads_on = False
+        #: True until ``read_on`` is called.
+        self.waits = False
         #: The processor's time that it has taken, in seconds, and that of the others while it needed none.
         self.taken = rounds.now
         #: The time that the next step of a handler is expected to take.
@@ -43,11 +44,6 @@ class Place:
         self.line: OrderedDict[asyncio.Future[float] | None, None] = OrderedDict()
         #: True while it is in the line of connections.
         self.in_line = False
-
-    @property
-    def waits(self) -> bool:
-        """Return True until ``read_on`` is called."""
-        return self._reads_on
 
     def may_go_on(self) -> bool:
         """Return True if there is time for the connection at once."""
@@ -60,9 +56,9 @@ class Place:
 
     def wait(self, seconds: float = 0.0) -> None:
         """Wait for some seconds, and then for a round that has time for ``read_on``."""
-        if self._reads_on:
+        if self.waits:
             return
-        self._reads_on = True
+        self.waits = True
         if seconds:
             asyncio.get_running_loop().call_later(seconds, self._rounds.enter, self, None)
         else:
@@ -70,7 +66,7 @@ class Place:
 
     def go_on(self) -> None:
         """Read on, in its turn."""
-        self._reads_on = False
+        self.waits = False
         self._read_on()
 
     def in_turns(self, work: Coroutine[object, None, Result]) -> Coroutine[object, None, Result]:
@@ -166,20 +162,23 @@ class Rounds:
     def _serve_first(self, line: list[tuple[float, int, Place]]) -> None:
         """Let the first connection go on, unless it has taken more since it came, or has nothing to do."""
         key, number, place = line[0]
-        if place.line and place.taken > key:
+        if not place.line:  # its handlers have left
+            heappop(line)
+            place.in_line = False
+            return
+        if place.taken > key:
             heapreplace(line, (place.taken, number, place))
             return
-        entries = [place.line.popitem(last=False)[0]] if place.line else []  # its handlers may have left
+        entry, _ = place.line.popitem(last=False)
         if not place.line:
             heappop(line)
             place.in_line = False
-        for entry in entries:
-            if entry is None:
-                place.go_on()
-            elif not entry.done():
-                expected = max(place.step, _MIN_STEP_SECONDS)
-                self._take(place, expected)
-                entry.set_result(expected)  # it goes on at the beginning of the event loop's next turn
+        if entry is None:
+            place.go_on()
+        elif not entry.done():
+            expected = max(place.step, _MIN_STEP_SECONDS)
+            self._take(place, expected)
+            entry.set_result(expected)  # it goes on at the beginning of the event loop's next turn
 
 
 class _InTurns(Coroutine[object, None, Result]):
