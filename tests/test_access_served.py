@@ -679,8 +679,8 @@ def test_a_client_with_tls_records_of_a_byte_is_cut_off_and_one_with_small_ones_
     preface = frames.PREFACE + frames.settings({})
     start_of_body = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
 
-    def sent(size: int) -> bool:
-        """Send many records of this size. Return False if the server ends the connection."""
+    def stays(size: int, seconds: float) -> bool:
+        """Send many records of this size. Return False if the server ends the connection within this time."""
         port = running.server.http_port if web else running.server.port
         with (
             socket.create_connection(("127.0.0.1", port), 10) as link,
@@ -695,12 +695,17 @@ def test_a_client_with_tls_records_of_a_byte_is_cut_off_and_one_with_small_ones_
                 time.sleep(0.2)
                 for begin in range(0, len(data), size):
                     client.sendall(data[begin : begin + size])
+                client.settimeout(seconds)
+                while client.recv(65536):
+                    pass
+            except TimeoutError:
+                return True
             except OSError:
-                return False
-            return True
+                pass
+            return False
 
-    assert sent(16)
-    assert not sent(1)
+    assert stays(16, 0.5)
+    assert not stays(1, 30)
     _, text = ask(running.server.metrics_port, "/metrics", folder)
     assert 'capsnet_connections_limited_total{limit="flood"} 1.0' in text
 
