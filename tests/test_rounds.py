@@ -10,8 +10,11 @@ from functools import partial
 
 import pytest
 
+from serving.transport import frames
 from serving.transport import rounds as module
 from serving.transport.rounds import Place, Rounds
+from tests.raw_client import Raw, framed, headers
+from tests.transport_methods import serve
 
 MANY = 50
 #: The time of a round, and of a step that takes it all.
@@ -103,6 +106,71 @@ def test_those_that_have_taken_the_least_go_on_first() -> None:
 
     asyncio.run(main())
     assert order == [1, 2, 0]
+
+
+def test_time_of_a_connection_without_answers_counts_for_more_and_what_was_too_much_is_taken_back() -> None:
+    free, weight = module._UNPROVEN_SECONDS, module._UNPROVEN_WEIGHT
+    place = Place(Rounds(), do_nothing)
+    place.count(free)
+    assert place.taken == pytest.approx(free)
+    place.count(2 * free)
+    assert place.taken == pytest.approx(free + 2 * free * weight)
+    place.count(-2.5 * free)
+    assert place.taken == pytest.approx(0.5 * free)
+    place.count(free)
+    place.proven = True
+    before = place.taken
+    place.count(free)
+    assert place.taken == pytest.approx(before + free)
+
+
+def test_many_new_connections_leave_more_of_the_time_to_one_that_has_answered_calls() -> None:
+    async def main() -> None:
+        rounds, taken, places = Rounds(), [0.0] * (MANY + 1), list[Place]()
+
+        def read_on(number: int) -> None:
+            taken[number] += ROUND / 2
+            places[number].charge(ROUND / 2)
+            places[number].wait()
+
+        places.extend(Place(rounds, partial(read_on, number)) for number in range(MANY + 1))
+        places[0].proven = True
+        for place in places:
+            place.wait()
+        while sum(taken) < 1000 * ROUND:
+            await asyncio.sleep(0)
+        expected = module._UNPROVEN_WEIGHT / (MANY + module._UNPROVEN_WEIGHT)
+        assert taken[0] / sum(taken) == pytest.approx(expected, rel=0.1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "messages", "proven"),
+    [
+        ("Echo", [b"1"], True),
+        ("AnswerAtOnce", [b"1"], True),
+        ("Refuse", [b"1"], False),
+        ("EchoAll", [b"1"] * 15, False),
+        ("EchoAll", [b"1"] * 16, True),
+        ("EchoAll", [bytes(10_000)] * 16, False),  # for which the client's window has no room
+    ],
+)
+def test_a_connection_is_proven_by_an_answer_or_many_in_a_stream(
+    path: str, messages: list[bytes], proven: bool
+) -> None:
+    with serve() as serving:
+        client = Raw(serving.port)
+        client.send(headers(1, client.block(f"/test.Test/{path}")))
+        client.send_data(1, b"".join(map(framed, messages)), last=path != "EchoAll")
+        if path == "EchoAll":
+            size = min(sum(len(framed(message)) for message in messages), frames.DEFAULT_WINDOW)
+            client.read_until(lambda: len(client.answers[1].data) == size)
+        else:
+            client.read(1)
+        [connection] = serving.server._connections
+        assert connection._streams.place.proven == proven
+        client.socket.close()
 
 
 def test_a_round_has_time_for_some_of_those_that_wait_and_each_has_its_turn_once() -> None:

@@ -122,6 +122,16 @@ def test_a_request_whose_client_goes_ends_with_its_handler(waiting: Waiting) -> 
         wait_for(lambda: web.requests().get(("/v1/model", "499")) == 1)
 
 
+def test_a_connection_is_proven_by_an_answered_request(waiting: Waiting) -> None:
+    with serving(waiting.table) as web, sent(web.port, post("/v1/classify", SEVEN, "Content-Type: image/png")) as client:
+        wait_for(lambda: waiting.asked)
+        [connection] = web.server._connections
+        assert not connection._place.proven
+        web.loop.call_soon_threadsafe(waiting.answer)
+        assert client.recv(1)
+        assert connection._place.proven
+
+
 @pytest.mark.parametrize("with_task", [False, True])
 def test_a_request_keeps_no_bytes_while_its_handler_works_with_what_it_has_parsed(with_task: bool) -> None:
     began, proceed = threading.Event(), threading.Event()

@@ -106,6 +106,7 @@ class Call:
             sent = only_answer(streams.peer, self.stream, data)
             if sent is not None:
                 streams.send_answer(sent)
+                streams.place.proven = True
                 self._leave()
                 return
         if self.over:
@@ -125,6 +126,8 @@ class Call:
             self._headers_sent = True
         self.sending.trailers = block
         self.pump()
+        if code is grpc.StatusCode.OK and self.state is StreamState.CLOSED:
+            self.streams.place.proven = True
 
     def refuse(self, code: grpc.StatusCode, text: str) -> None:
         """End the call with an error, whatever its handler does."""

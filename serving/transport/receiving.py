@@ -27,6 +27,7 @@ _LOW_WINDOW = WINDOW // 2  # the window is refilled below this
 MAX_BYTES_A_TURN = 2**18
 _MESSAGE_BYTES = 64  # memory of a message in addition to its own bytes
 _MESSAGE_BYTES_WITH_PREFIX = _MESSAGE_BYTES + messages.PREFIX.size
+_MANY_ANSWERS = 16  # of a stream, after which its connection is proven (see serving.transport.rounds.Place)
 _MAX_UNSENT_BYTES = 2**16  # bytes of answers that wait for the client; above this a stream's handler waits
 
 
@@ -258,6 +259,7 @@ class StreamCall(ReceivingCall):
     _reading: asyncio.Future[None] | None = None  # set while the handler waits for a message
     _room: asyncio.Future[None] | None = None  # set while the handler waits for the client to read
     _handed_over = 0  # the bytes of the message that the handler has
+    _answers = 0  # for which the client's windows had room
     _turn_end = 0.0  # the time after which the handler leaves its turn of the event loop to others
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
@@ -317,6 +319,9 @@ class StreamCall(ReceivingCall):
         if sent is not None:
             streams.send_answer(sent)
             streams.sent_this_turn += len(data)
+            self._answers += 1
+            if self._answers == _MANY_ANSWERS:
+                streams.place.proven = True
         else:
             self._put(data)
         while not self.over and (

@@ -20,6 +20,9 @@ _ENTRY_SECONDS = 2e-6
 # The time that the first step of a connection's handlers is expected to take, and the least of a later one. So few
 # steps begin together that a round stays short if all of them take longer than those before.
 _FIRST_STEP_SECONDS, _MIN_STEP_SECONDS = TURN_SECONDS / 4, TURN_SECONDS / 16
+# The time that a connection may take before it is proven, which is enough for a small call, and what each second
+# beyond it counts for. Clients that want no answers come on many connections.
+_UNPROVEN_SECONDS, _UNPROVEN_WEIGHT = TURN_SECONDS / 4, 8
 # The weight of the latest step in the time that is expected of the next one.
 _STEP_WEIGHT = 1 / 4
 
@@ -29,7 +32,7 @@ Result = TypeVar("Result")
 class Place:
     """The place of a connection in its server's rounds. read_on: reads what was left for a later round."""
 
-    __slots__ = ("_read_on", "_rounds", "in_line", "line", "step", "taken", "waits")
+    __slots__ = ("_new", "_read_on", "_rounds", "in_line", "line", "proven", "step", "taken", "waits")
 
     def __init__(self, rounds: "Rounds", read_on: Callable[[], object]) -> None:
         self._rounds = rounds
@@ -38,6 +41,9 @@ class Place:
         self.waits = False
         #: The processor's time that it has taken, in seconds, and that of the others while it needed none.
         self.taken = rounds.now
+        #: True once its client has got a whole answer, or many in a stream.
+        self.proven = False
+        self._new = 0.0  # the time that it has taken before
         #: The time that the next step of a handler is expected to take.
         self.step = _FIRST_STEP_SECONDS
         #: What waits for its turn: handlers, and None for ``read_on``.
@@ -53,6 +59,14 @@ class Place:
         """Count the processor's time of what was read."""
         if seconds:
             self._rounds.charge(self, seconds)
+
+    def count(self, seconds: float) -> None:
+        """Add to the time that the connection has taken, or take back what was too much with a negative number."""
+        self.taken += seconds
+        if not self.proven:
+            before, self._new = self._new, self._new + seconds
+            beyond = max(0.0, self._new - _UNPROVEN_SECONDS) - max(0.0, before - _UNPROVEN_SECONDS)
+            self.taken += (_UNPROVEN_WEIGHT - 1) * beyond
 
     def wait(self, seconds: float = 0.0) -> None:
         """Wait for some seconds, and then for a round that has time for ``read_on``."""
@@ -130,7 +144,7 @@ class Rounds:
     def stepped(self, place: Place, seconds: float, expected: float) -> None:
         """Count the time of a handler's step. expected: what was counted before; 0 for a step that did not wait."""
         if expected:
-            place.taken += seconds - expected
+            place.count(seconds - expected)
         else:
             self.charge(place, seconds)
         place.step += _STEP_WEIGHT * (seconds - place.step)
@@ -138,7 +152,7 @@ class Rounds:
     def _take(self, place: Place, seconds: float) -> None:
         self._left -= seconds
         self.now = max(self.now, place.taken)
-        place.taken += seconds
+        place.count(seconds)
 
     def _schedule(self) -> None:
         """Begin the next round in the next turn of the event loop."""
