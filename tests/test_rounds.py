@@ -145,6 +145,36 @@ def test_many_new_connections_leave_more_of_the_time_to_one_that_has_answered_ca
     asyncio.run(main())
 
 
+def test_new_connections_that_end_after_a_turn_do_not_hold_up_one_that_stays() -> None:
+    async def main() -> None:
+        rounds, turns = Rounds(), [0, 0]
+
+        def come() -> None:
+            def read_on() -> None:
+                turns[0] += 1
+                place.charge(ROUND / 2)
+                place.leave()
+                come()
+
+            place = Place(rounds, read_on)
+            place.wait()
+
+        def go_on() -> None:
+            turns[1] += 1
+            stays.charge(ROUND / 20)
+            stays.wait()
+
+        stays = Place(rounds, go_on)
+        stays.wait()
+        for _ in range(MANY):
+            come()
+        while turns[0] < 20 * MANY:
+            await asyncio.sleep(0)
+        assert turns[1] > MANY
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("path", "messages", "proven"),
     [

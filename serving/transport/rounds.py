@@ -90,6 +90,7 @@ class Place:
     def leave(self) -> None:
         """Forget the connection, which has ended."""
         self._read_on = _do_nothing
+        self._rounds.left(self)
 
 
 class Rounds:
@@ -129,6 +130,13 @@ class Rounds:
             heappush(self._line, (place.taken, next(self._number), place))
         if not self._next:
             self._schedule()
+
+    def left(self, place: Place) -> None:
+        """Share the time of a connection that has ended among those that wait, since none of them has had it.
+
+        Otherwise new connections that end after a turn, again and again, would come before one that has had any time.
+        """
+        self.now += max(0.0, place.taken - self.now) / (len(self._line) + 1)
 
     def turn(self, place: Place) -> "asyncio.Future[float]":
         """Return what is done in the turn of a handler, with the time that is expected for its step as the result."""
