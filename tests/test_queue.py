@@ -90,6 +90,21 @@ def test_a_client_with_one_large_request_after_the_other_gets_no_more_than_its_t
     assert rows == {"large": 12, "small": 12}
 
 
+def test_a_client_that_stays_has_its_turns_beside_clients_that_are_new_each_time() -> None:
+    queue, last = TicketQueue(1.0), [0]
+    for batch in range(200):
+        new = [_ticket(4, client=f"new {batch} {number}") for number in range(3)]  # more than there is room for
+        for ticket in new:
+            queue.push(ticket)
+        if not queue.shares["stays"]:
+            queue.push(_ticket(1, client="stays"))
+        if any(ticket.client == "stays" for ticket, _, _ in _take(queue, 8)):
+            last.append(batch)
+        for ticket in new:
+            queue.remove(ticket)
+    assert max(np.diff([*last, 200])) <= 10
+
+
 def test_the_parts_of_a_large_request_alternate_with_another_client() -> None:
     large, small = _ticket(8, client="large"), [_ticket(1, client="small") for _ in range(3)]
     queue = _queue(large, *small)

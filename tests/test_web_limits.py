@@ -123,7 +123,8 @@ def test_a_request_whose_client_goes_ends_with_its_handler(waiting: Waiting) -> 
 
 
 def test_a_connection_is_proven_by_an_answered_request(waiting: Waiting) -> None:
-    with serving(waiting.table) as web, sent(web.port, post("/v1/classify", SEVEN, "Content-Type: image/png")) as client:
+    request = post("/v1/classify", SEVEN, "Content-Type: image/png")
+    with serving(waiting.table) as web, sent(web.port, request) as client:
         wait_for(lambda: waiting.asked)
         [connection] = web.server._connections
         assert not connection._place.proven

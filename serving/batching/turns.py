@@ -10,6 +10,8 @@ Item = TypeVar("Item", bound=Hashable)
 
 # Size of the heap at which the turns of clients that do not wait are forgotten. It grows with the clients that wait.
 _MIN_TIDY_SIZE = 4096
+# The most by which a new client is ahead of the mean of those that wait, in multiples of the largest cost.
+_MAX_LEAD = 2
 # The most of a fine, as a multiple of what the client gets: so it still gets a sixteenth of the turns of the others.
 _MAX_FINE = 15
 
@@ -35,6 +37,11 @@ class _Client(Generic[Item]):
         self.urgent: OrderedDict[Item, float] = OrderedDict()
         self.others: OrderedDict[Item, float] = OrderedDict()
 
+    @property
+    def waits(self) -> bool:
+        """Return True if it has items."""
+        return bool(self.urgent or self.others)
+
     def lane(self) -> OrderedDict[Item, float]:
         """Return the lane of the next item."""
         urgent, others = self.urgent, self.others
@@ -48,7 +55,9 @@ class Turns(Generic[Item]):
 
     Start-time fair queueing (Goyal, Vin and Cheng, 1996): a client's turn moves on by the cost of what it gets, and the
     client with the earliest turn is next. A client that did not wait begins at the turn of the present client, or at
-    the end of its own last turn if that is later: to cancel what waits, and to send it again, gains nothing.
+    the end of its own last turn if that is later: to cancel what waits, and to send it again, gains nothing. But if new
+    clients come all the time, the turn of the present client hardly moves, and those that have got something would wait
+    for ever. So a client that did not wait begins a little before the mean of all that is got, at the earliest.
 
     Due times order the items of a client, and clients with equal turns. So an urgent item with an earlier due time
     goes ahead of its client's other items, but its client gets no more than its turns.
@@ -60,6 +69,9 @@ class Turns(Generic[Item]):
         self._heap: list[tuple[float, float, int, _Client[Item]]] = []
         self._tidy_size = _MIN_TIDY_SIZE
         self._now = 0.0  # no turn is earlier
+        self._mean = 0.0  # the turn of a client that has got as much as those that wait, in the mean
+        self._largest = 0.0  # the largest cost
+        self._waiting = 0  # the clients that wait
         self._number = 0
         self._count = 0
         self._lane: OrderedDict[Item, float] = OrderedDict()  # the lane of the item that ``first`` returned last
@@ -72,7 +84,9 @@ class Turns(Generic[Item]):
         """Add an item of a client. The due times of its urgent items, and those of the others, must not fall."""
         client = self._clients.get(key)
         if client is None:
-            client = self._clients[key] = _Client(key, self._now)
+            start = max(self._now, self._mean - _MAX_LEAD * self._largest)
+            client = self._clients[key] = _Client(key, start)
+        self._waiting += not client.waits
         if urgent:
             client.urgent[item] = due
         else:
@@ -104,9 +118,12 @@ class Turns(Generic[Item]):
         """
         turn, _, _, client = self._heap[0]
         self._now = turn
+        self._mean = max(turn, self._mean + cost / self._waiting)
+        self._largest = max(cost, self._largest)
         if done:
             self._lane.popitem(last=False)
             self._count -= 1
+            self._waiting -= not client.waits
         lane = client.lane() if client.urgent else client.others
         client.turn = end = turn + cost + min(client.fine, _MAX_FINE * cost)
         client.fine = client.held_back = 0.0
@@ -151,6 +168,7 @@ class Turns(Generic[Item]):
                 if item in lane:
                     del lane[item]
                     self._count -= 1
+                    self._waiting -= not client.waits
                     return True
         return False
 
