@@ -130,7 +130,7 @@ def test_a_connection_is_proven_by_an_answered_request(waiting: Waiting) -> None
         assert not connection._place.proven
         web.loop.call_soon_threadsafe(waiting.answer)
         assert client.recv(1)
-        assert connection._place.proven
+        wait_for(lambda: connection._place.proven)
 
 
 @pytest.mark.parametrize("with_task", [False, True])
