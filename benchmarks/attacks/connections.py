@@ -3,7 +3,7 @@
 import ssl
 from functools import cache, partial
 
-from benchmarks.attacks.link import CLASSIFY, Attack, Link, Pieces, block, data, headers, request
+from benchmarks.attacks.link import CLASSIFY, WAIT_SECONDS, Attack, Link, Pieces, block, data, headers, request
 from serving.transport import frames
 
 #: Connections of the slow attacks for each one that is asked for.
@@ -12,6 +12,7 @@ _IDLE_CONNECTIONS = 5000
 #: Connections at a time of the attacks that hang up at once.
 _SHORT_CONNECTIONS = 100
 _HALF_MESSAGE_BYTES = 100
+_IMAGES_OF_A_CALL = 64
 _HANDSHAKE_SECONDS = 0.02
 _PINGS_A_PIECE = 20
 
@@ -41,6 +42,16 @@ def _half_message(link: Link) -> Pieces:
 def _churn(link: Link) -> Pieces:
     """Hang up as soon as the server has answered."""
     yield from link.ready()
+    link.hang_up()
+
+
+def _one_call(link: Link, images: int) -> Pieces:
+    """Make one call, and hang up once it is answered."""
+    yield from link.ready()
+    stream, sent = link.open(), request(images)
+    yield headers(stream, CLASSIFY) + data(stream, sent)
+    while stream in link.windows:
+        yield WAIT_SECONDS
     link.hang_up()
 
 
@@ -81,6 +92,8 @@ CONNECTIONS = (
     Attack("a byte a second", _byte_by_byte, speaks=False, times=_SLOW_CONNECTIONS),
     Attack("idle connections", _silent, times=_IDLE_CONNECTIONS),
     Attack("connection churn", _churn, times=_SHORT_CONNECTIONS),
+    Attack("a call a connection", partial(_one_call, images=1), times=_SHORT_CONNECTIONS),
+    Attack("a large call a connection", partial(_one_call, images=_IMAGES_OF_A_CALL), times=_SHORT_CONNECTIONS),
     Attack("TLS, silent", _silent, speaks=False, times=_SLOW_CONNECTIONS, server="tls"),
     Attack("TLS, handshakes", _handshakes, speaks=False, times=_SHORT_CONNECTIONS, server="tls"),
 )
