@@ -8,6 +8,7 @@ import pytest
 
 from serving.batching.queue import Part, TicketQueue, batch_room
 from serving.batching.ticket import Ticket
+from serving.batching.turns import Turns
 
 
 def _ticket(rows: int, queued_at: float = 0.0, urgent: bool = False, client: str = "", patient: bool = False) -> Ticket:
@@ -103,6 +104,37 @@ def test_a_client_that_stays_has_its_turns_beside_clients_that_are_new_each_time
         for ticket in new:
             queue.remove(ticket)
     assert max(np.diff([*last, 200])) <= 10
+
+
+def test_a_new_client_does_not_wait_for_what_others_got_before() -> None:
+    queue = TicketQueue(1.0)
+    for batch in range(1000):
+        queue.push(_ticket(1, client=f"one of two, {batch % 2}"))
+        assert _take(queue, 1)
+    queue.push(_ticket(1, client="new"))
+    for batch in range(5):
+        queue.push(_ticket(1, client=f"one of two, {batch % 2}"))
+        [(ticket, _, _)] = _take(queue, 1)
+        if ticket.client == "new":
+            return
+    raise AssertionError("the new client waits")
+
+
+def test_costs_that_are_known_later_leave_a_client_that_stays_its_turns() -> None:
+    turns, got = Turns[str](), 0
+    for number in range(0, 1000, 2):
+        new = [f"new {number}", f"new {number + 1}"]
+        for name in (*new, "stays"):
+            turns.remove(name, name)
+            turns.push(name, name)
+        first = turns.first()
+        assert first
+        turn = turns.give(0.0, done=True)
+        turns.charge(first, turn, 1.0)
+        got += first == "stays"
+        for name in new:
+            turns.remove(name, name)
+    assert got > 100
 
 
 def test_the_parts_of_a_large_request_alternate_with_another_client() -> None:

@@ -145,7 +145,8 @@ def test_many_new_connections_leave_more_of_the_time_to_one_that_has_answered_ca
     asyncio.run(main())
 
 
-def test_new_connections_that_end_after_a_turn_do_not_hold_up_one_that_stays() -> None:
+@pytest.mark.parametrize("ends", [True, False])
+def test_new_connections_that_have_one_turn_each_do_not_hold_up_one_that_stays(ends: bool) -> None:
     async def main() -> None:
         rounds, turns = Rounds(), [0, 0]
 
@@ -153,7 +154,8 @@ def test_new_connections_that_end_after_a_turn_do_not_hold_up_one_that_stays() -
             def read_on() -> None:
                 turns[0] += 1
                 place.charge(ROUND / 2)
-                place.leave()
+                if ends:
+                    place.leave()
                 come()
 
             place = Place(rounds, read_on)

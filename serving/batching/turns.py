@@ -10,8 +10,9 @@ Item = TypeVar("Item", bound=Hashable)
 
 # Size of the heap at which the turns of clients that do not wait are forgotten. It grows with the clients that wait.
 _MIN_TIDY_SIZE = 4096
-# The most by which a new client is ahead of the mean of those that wait, in multiples of the largest cost.
-_MAX_LEAD = 2
+# The most by which a new client is ahead of the mean of those that wait, in multiples of the largest cost of late, and
+# the part of that cost that is left after the next one.
+_MAX_LEAD, _DECAY = 2, 0.99
 # The most of a fine, as a multiple of what the client gets: so it still gets a sixteenth of the turns of the others.
 _MAX_FINE = 15
 
@@ -70,7 +71,7 @@ class Turns(Generic[Item]):
         self._tidy_size = _MIN_TIDY_SIZE
         self._now = 0.0  # no turn is earlier
         self._mean = 0.0  # the turn of a client that has got as much as those that wait, in the mean
-        self._largest = 0.0  # the largest cost
+        self._largest = 0.0  # the largest cost of late
         self._waiting = 0  # the clients that wait
         self._number = 0
         self._count = 0
@@ -118,8 +119,7 @@ class Turns(Generic[Item]):
         """
         turn, _, _, client = self._heap[0]
         self._now = turn
-        self._mean = max(turn, self._mean + cost / self._waiting)
-        self._largest = max(cost, self._largest)
+        self._count_cost(turn, cost)
         if done:
             self._lane.popitem(last=False)
             self._count -= 1
@@ -138,6 +138,7 @@ class Turns(Generic[Item]):
         if client is None:
             client = self._clients[key] = _Client(key, turn)
         client.turn = max(self._now, client.turn + cost)
+        self._count_cost(self._now, cost)
         self._enter(client)
 
     def knows(self, key: Hashable) -> bool:
@@ -177,6 +178,12 @@ class Turns(Generic[Item]):
         if client := self._clients.get(key):
             yield from reversed(client.others)
             yield from reversed(client.urgent)
+
+    def _count_cost(self, turn: float, cost: float) -> None:
+        """Move the mean by a client's cost. It stays near the turns of those that wait, whatever others got before."""
+        self._largest = largest = max(cost, _DECAY * self._largest)
+        mean = self._mean + cost / max(1, self._waiting)
+        self._mean = min(max(turn, mean), turn + (_MAX_LEAD + 1) * largest)
 
     def _enter(self, client: _Client[Item]) -> None:
         client.number = self._number = self._number + 1

@@ -49,6 +49,7 @@ class Call:
     given_up: Callable[[], object] | None = None
     undecided = False
     _headers_sent = False
+    _succeeded = False
     _unread = 0  # the rows of the answers that wait for the client, about
     _task: asyncio.Task[None] | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -125,9 +126,8 @@ class Call:
             block = headers.ANSWER + block
             self._headers_sent = True
         self.sending.trailers = block
+        self._succeeded = code is grpc.StatusCode.OK
         self.pump()
-        if code is grpc.StatusCode.OK and self.state is StreamState.CLOSED:
-            self.streams.place.proven = True
 
     def refuse(self, code: grpc.StatusCode, text: str) -> None:
         """End the call with an error, whatever its handler does."""
@@ -158,6 +158,7 @@ class Call:
                 self._count_unread(-self._unread)
             self._all_sent()
         if sending.trailers is not None:
+            streams.place.proven |= self._succeeded
             streams.send_trailers(self.stream, sending.trailers)
             self._leave()
 

@@ -259,7 +259,7 @@ class StreamCall(ReceivingCall):
     _reading: asyncio.Future[None] | None = None  # set while the handler waits for a message
     _room: asyncio.Future[None] | None = None  # set while the handler waits for the client to read
     _handed_over = 0  # the bytes of the message that the handler has
-    _answers = 0  # for which the client's windows had room
+    _answers = 0  # those that were sent, and several that waited together as one
     _turn_end = 0.0  # the time after which the handler leaves its turn of the event loop to others
 
     def __init__(self, streams: Streams, stream: int, head: RequestHead[Method]) -> None:
@@ -319,9 +319,7 @@ class StreamCall(ReceivingCall):
         if sent is not None:
             streams.send_answer(sent)
             streams.sent_this_turn += len(data)
-            self._answers += 1
-            if self._answers == _MANY_ANSWERS:
-                streams.place.proven = True
+            self._count_answer()
         else:
             self._put(data)
         while not self.over and (
@@ -329,6 +327,15 @@ class StreamCall(ReceivingCall):
         ):
             self._room = streams.loop.create_future()
             await self._room
+
+    def _all_sent(self) -> None:
+        super()._all_sent()
+        self._count_answer()
+
+    def _count_answer(self) -> None:
+        self._answers += 1
+        if self._answers == _MANY_ANSWERS:
+            self.streams.place.proven = True
 
     def _take(self, message: bytes) -> None:
         self._messages.append(message)

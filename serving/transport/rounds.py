@@ -23,6 +23,8 @@ _FIRST_STEP_SECONDS, _MIN_STEP_SECONDS = TURN_SECONDS / 4, TURN_SECONDS / 16
 # The time that a connection may take before it is proven, which is enough for a small call, and what each second
 # beyond it counts for. Clients that want no answers come on many connections.
 _UNPROVEN_SECONDS, _UNPROVEN_WEIGHT = TURN_SECONDS / 4, 8
+# The most by which the mean time of those that wait is taken to be ahead of the present one's: two turns' worth.
+_MAX_LEAD_SECONDS = 2 * _UNPROVEN_WEIGHT * TURN_SECONDS
 # The weight of the latest step in the time that is expected of the next one.
 _STEP_WEIGHT = 1 / 4
 
@@ -40,7 +42,7 @@ class Place:
         #: True until ``read_on`` is called.
         self.waits = False
         #: The processor's time that it has taken, in seconds, and that of the others while it needed none.
-        self.taken = rounds.now
+        self.taken = rounds.start
         #: True once its client has got a whole answer, or many in a stream.
         self.proven = False
         self._new = 0.0  # the time that it has taken before
@@ -90,7 +92,6 @@ class Place:
     def leave(self) -> None:
         """Forget the connection, which has ended."""
         self._read_on = _do_nothing
-        self._rounds.left(self)
 
 
 class Rounds:
@@ -104,10 +105,19 @@ class Rounds:
     def __init__(self) -> None:
         #: The time that the present connection had taken before; none that waits has taken less.
         self.now = 0.0
+        self._mean = 0.0  # the time that those that wait have taken, in the mean
         self._line: list[tuple[float, int, Place]] = []
         self._number = count()
         self._next: asyncio.Handle | None = None
         self._left = _ROUND_SECONDS
+
+    @property
+    def start(self) -> float:
+        """Return the time that a new connection is taken to have had.
+
+        If it were that of the present one, new connections would come before any other that has had a turn.
+        """
+        return max(self.now, self._mean - _CREDIT_SECONDS)
 
     def admit(self, place: Place) -> bool:
         """Return True if there is time for a connection at once."""
@@ -131,13 +141,6 @@ class Rounds:
         if not self._next:
             self._schedule()
 
-    def left(self, place: Place) -> None:
-        """Share the time of a connection that has ended among those that wait, since none of them has had it.
-
-        Otherwise new connections that end after a turn, again and again, would come before one that has had any time.
-        """
-        self.now += max(0.0, place.taken - self.now) / (len(self._line) + 1)
-
     def turn(self, place: Place) -> "asyncio.Future[float]":
         """Return what is done in the turn of a handler, with the time that is expected for its step as the result."""
         come: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -159,8 +162,10 @@ class Rounds:
 
     def _take(self, place: Place, seconds: float) -> None:
         self._left -= seconds
-        self.now = max(self.now, place.taken)
+        self.now, before = max(self.now, place.taken), place.taken
         place.count(seconds)
+        mean = self._mean + (place.taken - before) / (len(self._line) + 1)
+        self._mean = min(max(self.now, mean), self.now + _MAX_LEAD_SECONDS)
 
     def _schedule(self) -> None:
         """Begin the next round in the next turn of the event loop."""
