@@ -63,12 +63,14 @@ SLOW = {
     "native": {
         "frames behind unread answers",
         "large headers without an end",
+        "a call a connection",
+        "a large call a connection",
         "HTTP, large images",
         "HTTP, explanations, not read",
         "HTTP, explanations over TLS, not read",
         "HTTP, numbers in JSON over TLS",
     },
-    "grpcio": set[str](),
+    "grpcio": {"a call a connection", "a large call a connection"},
 }
 MIN_SHARE = 0.8
 #: A whole attack or piece of it, in seconds.
