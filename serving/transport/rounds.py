@@ -108,6 +108,7 @@ class Rounds:
         self._mean = 0.0  # the time that those that wait have taken, in the mean
         self._line: list[tuple[float, int, Place]] = []
         self._number = count()
+        self._waiting = 0  # the connections that waited when the round began
         self._next: asyncio.Handle | None = None
         self._left = _ROUND_SECONDS
 
@@ -164,7 +165,7 @@ class Rounds:
         self._left -= seconds
         self.now, before = max(self.now, place.taken), place.taken
         place.count(seconds)
-        mean = self._mean + (place.taken - before) / (len(self._line) + 1)
+        mean = self._mean + (place.taken - before) / (self._waiting + 1)
         self._mean = min(max(self.now, mean), self.now + _MAX_LEAD_SECONDS)
 
     def _schedule(self) -> None:
@@ -173,7 +174,7 @@ class Rounds:
 
     def _begin(self) -> None:
         """Begin a round, and let the first ones that wait go on."""
-        self._next, self._left = None, _ROUND_SECONDS
+        self._next, self._left, self._waiting = None, _ROUND_SECONDS, len(self._line)
         line, self._line = self._line, []  # those that come back wait for the next round
         try:
             while line and self._left > 0:
