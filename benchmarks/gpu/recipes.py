@@ -1,10 +1,11 @@
-"""``python -m benchmarks.gpu.recipes``: compare training recipes of one network on held-out training images.
+"""``python -m benchmarks.gpu.recipes``: compare networks and training recipes on held-out training images.
 
-Each recipe is trained once a fold, all of them side by side, and judged on the fold's images, which it never saw. The
-test images are not read.
+Each network is trained with each recipe once a fold, all of them side by side, and judged on the fold's images, which
+it never saw. The test images are not read.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -57,8 +58,9 @@ RECIPES = {
 
 @dataclass
 class Trial:
-    """One recipe on one fold."""
+    """One network and recipe on one fold."""
 
+    config: str
     name: str
     fold: int
     data: Digits
@@ -70,7 +72,7 @@ def compare(
     names: Sequence[str],
     images: Tensor,
     labels: Tensor,
-    config: str,
+    configs: Sequence[str],
     folds: int,
     epochs: int,
     batch: int,
@@ -79,7 +81,7 @@ def compare(
     held_out: int = FOLD,
     seconds: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Train every recipe on every fold, side by side, and return a row of figures for each.
+    """Train every network with every recipe on every fold, side by side, and return a row of figures for each.
 
     seconds: for the epochs; if they do not fit, all recipes get fewer.
     """
@@ -88,7 +90,7 @@ def compare(
     for fold in range(folds):
         kept = torch.ones(len(images), dtype=torch.bool, device=device)
         kept[fold * held_out : (fold + 1) * held_out] = False
-        for name in names:
+        for config, name in itertools.product(configs, names):
             recipe = RECIPES[name]
             data = Digits(images[kept], labels[kept], batch, fold, recipe.distortion, True)
             build = partial(CapsNet, CONFIGS[config])
@@ -96,8 +98,8 @@ def compare(
             learner = Learner(build, total_loss, fold + 1, recipe.settings, steps, device, compiled=compiled)
             chunk = data()
             learner.prepare(chunk, graph=compiled)
-            trials.append(Trial(name, fold, data, chunk, learner))
-            print(f"{name} {fold} prepared", flush=True)
+            trials.append(Trial(config, name, fold, data, chunk, learner))
+            print(f"{config} {name} {fold} prepared", flush=True)
     begin = time.perf_counter()
     epoch = 0
     while epoch < epochs:
@@ -127,6 +129,7 @@ def _judged(trial: Trial, images: Tensor, labels: Tensor, held_out: int) -> dict
         probabilities, _ = predict(model, judged, 2000)
         found[name] = wrong(probabilities, labels[part].cpu())
     return {
+        "config": trial.config,
         "recipe": trial.name,
         "fold": trial.fold,
         "errors": int(found["clean"].sum()),
@@ -142,7 +145,7 @@ def _judged(trial: Trial, images: Tensor, labels: Tensor, held_out: int) -> dict
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.recipes", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="(default: all)")
-    parser.add_argument("--config", default="accurate", choices=CONFIGS)
+    parser.add_argument("--config", action="append", choices=CONFIGS, help="(default: accurate)")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=math.inf, help="for the epochs (default: no limit)")
     parser.add_argument("--folds", type=int, default=2)
@@ -157,13 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mnist = load_or_exit("mnist", options)
     images, labels = mnist.train_images[: options.limit], mnist.train_labels[: options.limit]
     held_out = FOLD if options.limit is None else options.limit // 5
-    names = options.recipe or list(RECIPES)
+    names, configs = options.recipe or list(RECIPES), options.config or ["accurate"]
     begin = time.perf_counter()
     rows = compare(
         names,
         images,
         labels,
-        options.config,
+        configs,
         options.folds,
         options.epochs,
         options.batch,
@@ -176,16 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": str(torch.__version__),
         "commit": commit(),
-        "config": options.config,
         "batch": options.batch,
         "seconds": round(time.perf_counter() - begin, 1),
         "trials": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(written, indent=1) + "\n")
-    for name in names:
-        mine = [row for row in rows if row["recipe"] == name]
-        print(name, [(row["errors"], row["distorted_errors"]) for row in mine], flush=True)
+    for config, name in itertools.product(configs, names):
+        mine = [row for row in rows if (row["config"], row["recipe"]) == (config, name)]
+        print(config, name, [(row["errors"], row["distorted_errors"]) for row in mine], flush=True)
     return 0
 
 

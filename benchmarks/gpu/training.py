@@ -45,7 +45,7 @@ PAIRS = "multimnist"
 MNIST = "mnist"
 #: The networks that learn from the teachers too, by phase.
 STUDENTS = {"students": ("accurate", "fast"), "accurate-students": ("accurate",), "fast-students": ("fast",)}
-PHASES = ("teachers", *STUDENTS, "fast", "pairs", "paper")
+PHASES = ("teachers", *STUDENTS, "pairs", "paper")
 DISTORTION = Distortion()
 PAIR_CHUNK_STEPS = 64
 PROBE_STEPS = 60  # their time decides how many epochs fit into the budget
@@ -234,31 +234,30 @@ def write(result: dict[str, Any], folder: Path) -> None:
     (folder / f"{job.name}.json").write_text(json.dumps(line))
 
 
-def jobs_of(phase: str, seeds: Sequence[int], recipe: Recipe = RECIPES["plain"]) -> list[Job]:
-    """Return the jobs of each phase. The students also learn from the teachers. recipe: of single digits."""
+def jobs_of(phase: str, seeds: Sequence[int], config: str, recipe: Recipe) -> list[Job]:
+    """Return the jobs of each phase. The students also learn from the teachers.
+
+    config: of the teachers. recipe: of single digits.
+    """
     paper = Hyperparameters(learning_rate=1e-3, weight_decay=0.0, warmup_share=0.02, ema_decay=0.999)
     student = replace(recipe.settings, distil=1.0)
     match phase:
         case "teachers":
-            return [
-                Job(f"accurate-{seed}", "accurate", seed, recipe.settings, MNIST, recipe.distortion) for seed in seeds
-            ]
+            return [Job(f"{config}-{seed}", config, seed, recipe.settings, MNIST, recipe.distortion) for seed in seeds]
         case _ if phase in STUDENTS:
             return [
-                Job(f"{config}-distilled-{seed}", config, seed, student, MNIST, recipe.distortion)
+                Job(f"{name}-distilled-{seed}", name, seed, student, MNIST, recipe.distortion)
                 for seed in (10 * seed for seed in seeds)
-                for config in STUDENTS[phase]
+                for name in STUDENTS[phase]
             ]
-        case "fast":
-            return [Job(f"fast-{seed}", "fast", seed, recipe.settings, MNIST, recipe.distortion) for seed in seeds]
         case "pairs":
             return [
                 Job(f"pairs-{seed}", "pairs", seed, Hyperparameters(warmup_share=0.02), PAIRS) for seed in seeds[:1]
             ]
         case "paper":
             return [
-                Job(f"{config}-{seeds[0]}", config, seeds[0], paper, distortion=Distortion(shift=2.0), none=False)
-                for config in ("paper", "authors")
+                Job(f"{name}-{seeds[0]}", name, seeds[0], paper, distortion=Distortion(shift=2.0), none=False)
+                for name in ("paper", "authors")
             ]
     raise ValueError(f"phase: {phase!r}; expected one of {', '.join(PHASES)}")
 
@@ -266,6 +265,7 @@ def jobs_of(phase: str, seeds: Sequence[int], recipe: Recipe = RECIPES["plain"])
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", allow_abbrev=False)
     parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--config", default="accurate", choices=CONFIGS, help="of the teachers (default: accurate)")
     parser.add_argument("--recipe", choices=RECIPES, default="plain", help="of single digits (default: plain)")
     parser.add_argument("--seconds", type=float, required=True, help="time to train in, preparation included")
     parser.add_argument("--epochs", type=int, default=100, help="at most (default: 100); for pairs, chunks")
@@ -291,10 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     teachers: list[nn.Module] = []
     if options.phase in STUDENTS:
-        files = [options.out / f"accurate-{seed}.pt" for seed in options.seeds]
+        files = [options.out / f"{options.config}-{seed}.pt" for seed in options.seeds]
         teachers = [on_device(load(file).model(), device) for file in files]
     results = run(
-        jobs_of(options.phase, options.seeds, RECIPES[options.recipe]),
+        jobs_of(options.phase, options.seeds, options.config, RECIPES[options.recipe]),
         mnist,
         Box(options.seconds, options.epochs),
         device,
