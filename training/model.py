@@ -175,14 +175,6 @@ CONFIGS = {
         primary_kernel=3,
         primary_stride=1,
     ),
-    # Ten convolutions without padding, after An et al., "An Ensemble of Simple Convolutional Neural Network Models for
-    # MNIST Digit Recognition" (arXiv 2008.10400): no stride throws pixels away before the primary capsules.
-    "deep": CapsNetConfig(
-        stem=tuple((channels, 3, 1, 0) for channels in range(32, 177, 16)),
-        primary_types=4,
-        primary_kernel=3,
-        primary_stride=1,
-    ),
     # For two overlapping digits on 36x36 pixels. To separate them takes more context than one wide convolution sees.
     "pairs": CapsNetConfig(
         image_size=36,

@@ -12,7 +12,7 @@ from training.data.sources import DATA_DIR_HELP, SOURCE_HELP, check_places, pars
 from training.data.specs import NAMES
 from training.tracking import TRACKERS
 
-CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "wide", "deep", "pairs")
+CONFIG_NAMES = ("paper", "authors", "compact", "fast", "accurate", "wide", "pairs")
 OPTIMIZERS = ("adam", "adamw")
 SCHEDULES = ("cosine", "exponential")
 AUGMENTATION_NAMES = ("affine", "shift", "all-shifts", "none")
