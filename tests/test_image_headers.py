@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.attacks.packed import empty_zlib
 from serving.errors import InvalidRequest
-from serving.files.image_headers import IMAGE_CAUSES, MAX_IMAGE_BYTES, read_header
+from serving.files.image_headers import IMAGE_CAUSES, MAX_IMAGE_BYTES, BadImage, read_header, without_unread_parts
 from serving.files.images import limit_metadata
 from serving.services.encoded_images import RefusedImage, decoding_bytes, from_encoded
 from tests.inflating import inflating
@@ -233,6 +233,51 @@ def test_the_bytes_of_a_file_that_are_no_pixels_are_counted() -> None:
         assert 1000 < more.other_bytes - plain.other_bytes < 1200
         assert plain.other_bytes < 1000
     assert read_header(encode(image, "PNG")).other_bytes == 13, "IHDR's"
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
+#: Segments of a JPEG file that nothing reads, or that a later one of the same kind replaces.
+UNREAD_SEGMENTS = {
+    "colour profile": segment(0xE2, b"ICC_PROFILE\0\1\2" + bytes(60_000)) * 2,
+    "comments": segment(0xFE, bytes(60_000)) * 2,
+    "previews": segment(0xED, b"Photoshop 3.0\0" + bytes(60_000)) + segment(0xE0, b"JFXX\0" + bytes(60_000)),
+    "own data": segment(0xE9, bytes(65_533)) * 100,
+    "orientations that do not count": segment(0xE1, XMP + b'tiff:Orientation="8"' + bytes(60_000)) * 2,
+    "colours that do not count": segment(0xEE, b"Adobe\0d\0\0\0\0\0" + bytes(60_000)) * 2,
+}
+
+
+@pytest.mark.parametrize("name", UNREAD_SEGMENTS)
+def test_segments_that_nothing_reads_are_left_out(name: str) -> None:
+    colours = Image.merge("RGB", [RAMP, RAMP.transpose(Image.Transpose.FLIP_LEFT_RIGHT), RAMP])
+    oriented = segment(0xE1, XMP + b'tiff:Orientation="6"') + segment(0xEE, b"Adobe\0d\0\0\0\0\1")
+    plain = encode(colours, "JPEG", quality=95)
+    plain = plain[:2] + oriented + plain[2:]
+    data = plain[:2] + UNREAD_SEGMENTS[name] + plain[2:]
+    kept = without_unread_parts(data)
+    assert len(kept) < len(plain) + 62_000
+    assert read_header(data) == read_header(plain)._replace(
+        other_bytes=read_header(plain).other_bytes + len(kept) - len(plain), copied=True
+    )
+    shape = (3, SIDE, SIDE)
+    expected = from_encoded(plain, shape, "f")
+    turned = from_encoded(encode(colours, "JPEG", quality=95), shape, "f").transpose(0, 2, 1)[:, :, ::-1]
+    assert np.array_equal(expected, turned), "the orientation is obeyed"
+    assert np.array_equal(from_encoded(data, shape, "f"), expected)
+
+
+def test_few_unread_bytes_of_a_jpeg_file_stay_in_it_and_so_does_a_damaged_file() -> None:
+    data = encode(RAMP, "JPEG")
+    few = data[:2] + segment(0xFE, bytes(60_000)) + data[2:]
+    assert without_unread_parts(few) is few
+    cut = data[:2] + segment(0xFE, bytes(60_000)) * 2 + b"\0" + data[2:]
+    assert without_unread_parts(cut) is cut
+    with pytest.raises(BadImage):
+        read_header(cut)
 
 
 def test_pixels_that_take_many_more_bytes_packed_than_not_are_refused() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from serving.client.errors import SIZE_HINT, ItemError, ShapeError
 from serving.client.results import Model
 from serving.client.sources import FORMATS, MAGICS
-from serving.files.image_headers import BadImage, read_header, without_unread_texts
+from serving.files.image_headers import BadImage, read_header, without_unread_parts
 from serving.files.images import UnknownRange, to_pixels
 from serving.files.preparation import shrink
 
@@ -69,7 +69,7 @@ def _read(content: bytes | Image.Image, convert: Callable[[Image.Image], _Read])
     try:
         if isinstance(content, Image.Image):
             return convert(content)
-        with Image.open(io.BytesIO(without_unread_texts(content)), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(without_unread_parts(content)), formats=FORMATS) as image:
             return convert(image)
     except UnknownRange as error:
         raise ItemError(str(error)) from error

@@ -6,6 +6,8 @@ counted first.
 
 import re
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 #: The largest file by default. A phone's photograph of 12 million pixels has 2 to 6 MB.
@@ -58,7 +60,12 @@ _BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {
 }  # fmt: skip
 _SCAN_MARKER = b"\xff\xda"
 _SCAN, _END = 0xDA, 0xD9
-_APPLICATION_1 = 0xE1
+_APPLICATION_1, _COMMENT = 0xE1, 0xFE
+_APPLICATIONS = frozenset(range(0xE0, 0xF0))
+# The applications' segments that a decoder reads besides EXIF, the last one of each kind: colours and the orientation.
+_READ_SEGMENTS = {0xE0: b"JFIF", _APPLICATION_1: b"http://ns.adobe.com/xap/1.0/\0", 0xEE: b"Adobe"}
+# Fewer unread bytes stay in a JPEG file, since leaving them out takes a copy of all others.
+_FEW_UNREAD_BYTES = 2**16
 # Start of frame: 0xC0 to 0xCF without those of tables, of extensions and of arithmetic coding's conditions.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # The frames of lossless and hierarchical files cannot be decoded at a reduced size.
@@ -68,8 +75,8 @@ _DECODED_FRAMES = _PROGRESSIVE_FRAMES | {0xC0, 0xC1, 0xC9}
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 _FIRST_SEGMENT = 0xC0  # the markers below it have no length
 _MAX_SEGMENTS = 1024
-# Other segments before the first scan: tables, restart interval, comment and applications' data. Each has a length.
-_SEGMENTS = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, 0xFE} | set(range(0xE0, 0xF0))
+# Other segments up to the first scan: tables, restart interval, comment and applications' data. Each has a length.
+_SEGMENTS = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _COMMENT, _SCAN} | _APPLICATIONS
 
 
 class BadImage(ValueError):
@@ -84,7 +91,8 @@ class ImageHeader(NamedTuple):
     """The format of an image file, ``PNG`` or ``JPEG``, and its size in pixels.
 
     coefficients: those of a JPEG file of several scans, all of which a decoder keeps; 0 for other files. other_bytes:
-    those of the file's parts that are not pixels.
+    those of the file's parts that are neither pixels nor left out as ``without_unread_parts`` says. copied: True if it
+    copies the file.
     """
 
     format: str
@@ -92,6 +100,7 @@ class ImageHeader(NamedTuple):
     height: int
     coefficients: int = 0
     other_bytes: int = 0
+    copied: bool = False
 
 
 def read_header(data: bytes) -> ImageHeader:
@@ -103,30 +112,58 @@ def read_header(data: bytes) -> ImageHeader:
     raise BadImage(FORMAT, f"{len(data)} bytes that are neither a PNG nor a JPEG file")
 
 
-def is_png(data: bytes) -> bool:
-    """Return True for a file that begins as PNG."""
-    return data.startswith(_PNG)
+def without_unread_parts(data: bytes) -> bytes:
+    """Return a file without its colour profile and the texts, comments and previews that nothing here reads.
 
-
-def without_unread_texts(data: bytes) -> bytes:
-    """Return a PNG file without its colour profile and the texts that nothing here reads; other files unchanged.
-
-    Pillow unpacks them all, and refuses the file if they are large.
+    Pillow copies and unpacks them all, and refuses a PNG file if they are large. A file that has none, or only a few
+    such bytes in a JPEG file, is returned as it is, and so is one that ``read_header`` refuses.
     """
-    if not is_png(data):
+    unread: list[tuple[int, int]] = []
+    if data.startswith(_PNG):
+        unread = _unread_chunks(data)
+    elif data.startswith(_JPEG):
+        with suppress(BadImage):
+            unread = _unread_segments(data, list(_segments(data)))
+    if not unread:
         return data
-    kept, begin, position = list[memoryview](), 0, len(_PNG)
-    view = memoryview(data)
+    view, begin, kept = memoryview(data), 0, list[memoryview]()
+    for first, last in unread:
+        kept.append(view[begin:first])
+        begin = last
+    return b"".join([*kept, view[begin:]])
+
+
+def _unread_chunks(data: bytes) -> list[tuple[int, int]]:
+    """Return the begin and end of each chunk of a PNG file that is left out."""
+    unread, position = [], len(_PNG)
     while position + _CHUNK_HEAD.size <= len(data):
         length, kind = _CHUNK_HEAD.unpack_from(data, position)
         end = position + _CHUNK_HEAD.size + length + _CHECKSUM_BYTES
         if kind in _TEXTS and not data.startswith(_ORIENTATION_TEXTS, position + _CHUNK_HEAD.size):
-            kept.append(view[begin:position])
-            begin = end
+            unread.append((position, end))
         if kind == b"IEND":
             break
         position = end
-    return b"".join([*kept, view[begin:]]) if begin else data
+    return unread
+
+
+def _unread_segments(data: bytes, segments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Return the begin and end of each segment of a JPEG file that is left out, in their order.
+
+    segments: from ``_segments``.
+    """
+    unread: list[tuple[int, int]] = []
+    latest: dict[int, tuple[int, int]] = {}
+    for marker, begin, end in segments:
+        if marker == _APPLICATION_1 and data.startswith(_EXIF, begin + 4):
+            continue
+        if (read := _READ_SEGMENTS.get(marker)) and data.startswith(read, begin + 4):
+            if marker in latest:
+                unread.append(latest[marker])
+            latest[marker] = begin, end
+        elif marker == _COMMENT or marker in _APPLICATIONS:
+            unread.append((begin, end))
+    return sorted(unread) if sum(end - begin for begin, end in unread) > _FEW_UNREAD_BYTES else []
 
 
 def check_exif(name: str, exif: bytes) -> None:
@@ -206,14 +243,14 @@ def _read_png(data: bytes) -> ImageHeader:
     row_bytes = 1 + (width * _SAMPLES.get(colours, 4) * depth + 7) // 8
     if pixel_bytes > height * (row_bytes + row_bytes // 8 + 4) + _MORE_PACKED_BYTES:  # an interlaced file has more rows
         raise BadImage(PARTS, f"a PNG file of {pixel_bytes} packed bytes, which are many more than its pixels take")
-    return ImageHeader("PNG", width, height, other_bytes=other_bytes)
+    return ImageHeader("PNG", width, height, other_bytes=other_bytes, copied=True)
 
 
-def _read_jpeg(data: bytes) -> ImageHeader:
-    """Go over the segments before the first scan (JPEG, B.1.1.4 and B.2.2)."""
-    header: ImageHeader | None = None
-    exif = b""  # Pillow reads all such segments as one
-    components, progressive = 0, False
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker, begin and end of each segment of a JPEG file, up to that of its first scan (JPEG, B.1.1.4).
+
+    Raises BadImage if one of them is damaged, or if there are more than the limit.
+    """
     position, small = 2, 0
     while small <= MAX_SMALL_PARTS:
         if position + 5 > len(data) or data[position] != 0xFF:
@@ -223,31 +260,47 @@ def _read_jpeg(data: bytes) -> ImageHeader:
             position += 1
             small += 1
             continue
-        if marker == _SCAN:
-            break
         if marker not in _SEGMENTS:
             raise damaged("JPEG", data)
         length = int.from_bytes(data[position + 2 : position + 4])
-        if marker == _APPLICATION_1 and data.startswith(_EXIF, position + 4):
-            exif += data[position + 4 + len(_EXIF) : position + 2 + length]
+        yield marker, position, position + 2 + length
+        if marker == _SCAN:
+            return
+        position += 2 + length
+        small += length < SMALL_PART_BYTES
+    raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
+
+
+def _read_jpeg(data: bytes) -> ImageHeader:
+    """Go over the segments before the first scan (JPEG, B.2.2)."""
+    header: ImageHeader | None = None
+    exif = b""  # Pillow reads all such segments as one
+    components, progressive = 0, False
+    segments = []
+    for marker, begin, end in _segments(data):
+        segments.append((marker, begin, end))
+        if marker == _APPLICATION_1 and data.startswith(_EXIF, begin + 4):
+            exif += data[begin + 4 + len(_EXIF) : end]
             check_exif("JPEG", exif)
         if marker in _FRAMES:
             if marker not in _DECODED_FRAMES:
                 raise BadImage(FORMAT, f"a JPEG file of {len(data)} bytes that is lossless or hierarchical")
-            if position + 2 + _JPEG_SIZE.size > len(data):
+            if begin + 2 + _JPEG_SIZE.size > len(data):
                 raise damaged("JPEG", data)
-            _, height, width, components = _JPEG_SIZE.unpack_from(data, position + 2)
-            sampling = data[position + 2 + _JPEG_SIZE.size + 1 : position + 2 + length : _COMPONENT_BYTES]
+            _, height, width, components = _JPEG_SIZE.unpack_from(data, begin + 2)
+            sampling = data[begin + 2 + _JPEG_SIZE.size + 1 : end : _COMPONENT_BYTES]
             header = ImageHeader("JPEG", width, height, _coefficients(width, height, sampling))
             progressive = marker in _PROGRESSIVE_FRAMES
-        position += 2 + length
-        small += length < SMALL_PART_BYTES
-    else:
-        raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
     if header is None:
         raise damaged("JPEG", data)
-    in_one_scan = not progressive and data[position + 4] == components
-    return header._replace(coefficients=0 if in_one_scan else header.coefficients, other_bytes=position)
+    scan = segments[-1][1]
+    in_one_scan = not progressive and data[scan + 4] == components
+    unread = _unread_segments(data, segments)
+    return header._replace(
+        coefficients=0 if in_one_scan else header.coefficients,
+        other_bytes=scan - sum(end - begin for begin, end in unread),
+        copied=bool(unread),
+    )
 
 
 def _coefficients(width: int, height: int, sampling: bytes) -> int:

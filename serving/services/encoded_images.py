@@ -21,9 +21,8 @@ from serving.files.image_headers import (
     check_exif,
     check_scans,
     damaged,
-    is_png,
     read_header,
-    without_unread_texts,
+    without_unread_parts,
 )
 from serving.files.images import to_pixels
 from serving.files.preparation import Look, drafted_size, prepare
@@ -39,7 +38,7 @@ _WORK_BYTES_A_ROW_OR_COLUMN = 16
 _PREPARATION_BYTES = 24 * 2**20
 _COEFFICIENT_BYTES = 2  # in libjpeg
 # The copies of the segments or chunks that are no pixels: themselves, what Pillow makes of them, and their parts. There
-# is a copy of a PNG file too, without the texts that nothing reads. Those of a small file are not counted.
+# may be a copy of the file too, without the parts that nothing reads. Those of a small file are not counted.
 _PART_COPIES = 3
 _SMALL_FILE_BYTES = 2**16
 # The most pixels of a JPEG file, of which at most a sixty-fourth is decoded, and of all scans of a picture. Encoders
@@ -166,7 +165,7 @@ def _copied_bytes(data: bytes, header: ImageHeader) -> int:
     """Return the bytes of a file's parts of which its decoding has copies, as often as there are copies."""
     if len(data) <= _SMALL_FILE_BYTES:
         return 0
-    return _PART_COPIES * header.other_bytes + len(data) * is_png(data)
+    return _PART_COPIES * header.other_bytes + len(data) * header.copied
 
 
 def _of_wrong_size(header: ImageHeader, shape: Shape) -> BadImage:
@@ -201,7 +200,7 @@ def _decode(
     """Return the pixels of a file whose header was checked. Raises BadImage."""
     try:
         # The class of the format: Image.open would warn of large images on the server's terminal.
-        with _OPENERS[header.format](io.BytesIO(without_unread_texts(data))) as image:
+        with _OPENERS[header.format](io.BytesIO(without_unread_parts(data))) as image:
             # Pillow reads the size by itself, and a second header in the file may give it another one.
             check(header._replace(width=image.width, height=image.height))
             if raw := image.info.get("Raw profile type exif"):  # ImageMagick's text, from which Pillow reads EXIF too
