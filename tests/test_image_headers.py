@@ -45,6 +45,10 @@ def progressive(side: int = SIDE) -> bytes:
     return encode(Image.new("RGB", (side, side), "red"), "JPEG", progressive=True, quality=50)
 
 
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
 def with_segments(segments: bytes) -> bytes:
     """Return a JPEG file with further segments before its own."""
     data = progressive()
@@ -100,6 +104,20 @@ HOSTILE = {
     "colour profiles that inflate to 256 KB each": (
         with_chunks(chunk(b"iCCP", b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "parts",
         "with several chunks iCCP; expected one at most",
+    ),
+    "many frames of many components": (
+        with_segments(segment(0xC0, struct.pack(">BHHB", 8, SIDE, SIDE, 200) + bytes(65_400)) * 100), SIDE, "damaged",
+        "damaged or cut off",
+    ),
+    "two frames": (
+        with_segments(segment(0xC0, struct.pack(">BHHB", 8, SIDE, SIDE, 1) + b"\1\x11\0")), SIDE, "damaged", "damaged",
+    ),
+    "a frame of two components": (
+        with_segments(segment(0xC0, struct.pack(">BHHB", 8, SIDE, SIDE, 2) + b"\1\x11\0" * 2)), SIDE,
+        "damaged", "damaged or cut off",
+    ),
+    "two megabytes of tables": (
+        with_segments(segment(0xDB, (b"\0" + bytes(64)) * 1000) * 32), SIDE, "parts", "more than 65536 bytes of tables",
     ),
     "a second header": (
         with_chunks(chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))), SIDE, "size",
@@ -232,11 +250,8 @@ def test_the_bytes_of_a_file_that_are_no_pixels_are_counted() -> None:
         plain, more = (read_header(encode(image, kind, exif=one)) for one in (Image.Exif(), exif))
         assert 1000 < more.other_bytes - plain.other_bytes < 1200
         assert plain.other_bytes < 1000
-    assert read_header(encode(image, "PNG")).other_bytes == 13, "IHDR's"
-
-
-def segment(marker: int, content: bytes) -> bytes:
-    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+    for chunks in (b"", chunk(b"tEXt", b"workflow\0" + bytes(1000))):
+        assert read_header(with_chunks(chunks)).other_bytes == 13, "IHDR's"
 
 
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
@@ -268,6 +283,25 @@ def test_segments_that_nothing_reads_are_left_out(name: str) -> None:
     turned = from_encoded(encode(colours, "JPEG", quality=95), shape, "f").transpose(0, 2, 1)[:, :, ::-1]
     assert np.array_equal(expected, turned), "the orientation is obeyed"
     assert np.array_equal(from_encoded(data, shape, "f"), expected)
+
+
+@pytest.mark.parametrize(
+    ("read", "skipped"),
+    [
+        (segment(0xEE, b"Adobe\0d\0\0\0\0\0"), segment(0xEE, b"Adobe_X")),
+        (segment(0xEE, b"Adobe\0d\0\0\0\0\0"), segment(0xEE, b"Adobe_CM\0")),
+        (segment(0xE1, XMP + b'tiff:Orientation="6"'), segment(0xE1, b"http://ns.adobe.com/xap/1.0")),
+    ],
+)
+def test_a_segment_that_a_decoder_skips_replaces_none_that_it_reads(read: bytes, skipped: bytes) -> None:
+    colours = Image.merge("RGB", [RAMP, RAMP.transpose(Image.Transpose.FLIP_LEFT_RIGHT), RAMP])
+    data = encode(colours, "JPEG", quality=95)
+    without = data[:2] + data[20:]  # without JFIF, which would decide on the colours
+    shape = (3, SIDE, SIDE)
+    expected = from_encoded(without[:2] + read + without[2:], shape, "f")
+    assert not np.array_equal(expected, from_encoded(without, shape, "f"))
+    more = read + skipped + segment(0xFE, bytes(60_000)) * 2
+    assert np.array_equal(from_encoded(without[:2] + more + without[2:], shape, "f"), expected)
 
 
 def test_few_unread_bytes_of_a_jpeg_file_stay_in_it_and_so_does_a_damaged_file() -> None:

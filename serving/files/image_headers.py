@@ -53,6 +53,7 @@ _MORE_PACKED_BYTES = 1024
 # Of a segment: its length, the precision, the height, the width and the number of components.
 _JPEG_SIZE = struct.Struct(">HxHHB")
 _COMPONENT_BYTES = 3  # after it: the number of each, its sampling factors and its table
+_COMPONENTS = (1, 3, 4)  # that Pillow decodes
 _EXIF = b"Exif\0\0"
 # The second of each is wrong, and some cameras write it.
 _BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {
@@ -62,8 +63,16 @@ _SCAN_MARKER = b"\xff\xda"
 _SCAN, _END = 0xDA, 0xD9
 _APPLICATION_1, _COMMENT = 0xE1, 0xFE
 _APPLICATIONS = frozenset(range(0xE0, 0xF0))
-# The applications' segments that a decoder reads besides EXIF, the last one of each kind: colours and the orientation.
-_READ_SEGMENTS = {0xE0: b"JFIF", _APPLICATION_1: b"http://ns.adobe.com/xap/1.0/\0", 0xEE: b"Adobe"}
+# The applications' segments that a decoder reads besides EXIF, the last one of each kind: how they begin, and the least
+# length of those that count. Two are for the colours (libjpeg, jdmarker.c), XMP is for the orientation.
+_READ_SEGMENTS = {
+    0xE0: (b"JFIF\0", 16),
+    _APPLICATION_1: (b"http://ns.adobe.com/xap/1.0/\0", 2),
+    0xEE: (b"Adobe", 14),
+}
+# Tables of quantization and of Huffman's and arithmetic codes. Pillow reads each, and a file has twelve at most.
+_TABLES = frozenset((0xC4, 0xCC, 0xDB))
+_MAX_TABLE_BYTES = 2**16
 # Fewer unread bytes stay in a JPEG file, since leaving them out takes a copy of all others.
 _FEW_UNREAD_BYTES = 2**16
 # Start of frame: 0xC0 to 0xCF without those of tables, of extensions and of arithmetic coding's conditions.
@@ -91,8 +100,8 @@ class ImageHeader(NamedTuple):
     """The format of an image file, ``PNG`` or ``JPEG``, and its size in pixels.
 
     coefficients: those of a JPEG file of several scans, all of which a decoder keeps; 0 for other files. other_bytes:
-    those of the file's parts that are neither pixels nor left out as ``without_unread_parts`` says. copied: True if it
-    copies the file.
+    those of the file's parts that are neither pixels nor left out by ``without_unread_parts``. copied: True if the file
+    may be copied without these.
     """
 
     format: str
@@ -115,8 +124,8 @@ def read_header(data: bytes) -> ImageHeader:
 def without_unread_parts(data: bytes) -> bytes:
     """Return a file without its colour profile and the texts, comments and previews that nothing here reads.
 
-    Pillow copies and unpacks them all, and refuses a PNG file if they are large. A file that has none, or only a few
-    such bytes in a JPEG file, is returned as it is, and so is one that ``read_header`` refuses.
+    Pillow copies and unpacks them all, and refuses a PNG file if they are large. A file without them is returned as it
+    is, and so is a JPEG file that has few such bytes or damaged segments.
     """
     unread: list[tuple[int, int]] = []
     if data.startswith(_PNG):
@@ -139,12 +148,16 @@ def _unread_chunks(data: bytes) -> list[tuple[int, int]]:
     while position + _CHUNK_HEAD.size <= len(data):
         length, kind = _CHUNK_HEAD.unpack_from(data, position)
         end = position + _CHUNK_HEAD.size + length + _CHECKSUM_BYTES
-        if kind in _TEXTS and not data.startswith(_ORIENTATION_TEXTS, position + _CHUNK_HEAD.size):
+        if _is_unread_chunk(data, kind, position):
             unread.append((position, end))
         if kind == b"IEND":
             break
         position = end
     return unread
+
+
+def _is_unread_chunk(data: bytes, kind: bytes, position: int) -> bool:
+    return kind in _TEXTS and not data.startswith(_ORIENTATION_TEXTS, position + _CHUNK_HEAD.size)
 
 
 def _unread_segments(data: bytes, segments: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
@@ -157,7 +170,8 @@ def _unread_segments(data: bytes, segments: Sequence[tuple[int, int, int]]) -> l
     for marker, begin, end in segments:
         if marker == _APPLICATION_1 and data.startswith(_EXIF, begin + 4):
             continue
-        if (read := _READ_SEGMENTS.get(marker)) and data.startswith(read, begin + 4):
+        first, least = _READ_SEGMENTS.get(marker, (b"", 0))
+        if first and end - begin - 2 >= least and data.startswith(first, begin + 4):
             if marker in latest:
                 unread.append(latest[marker])
             latest[marker] = begin, end
@@ -232,7 +246,7 @@ def _read_png(data: bytes) -> ImageHeader:
         seen.add(kind)
         if kind == b"IDAT":
             pixel_bytes += length
-        else:
+        elif not _is_unread_chunk(data, kind, position):
             other_bytes += min(length, len(data) - position)
         if kind == b"eXIf":
             begin = position + _CHUNK_HEAD.size
@@ -275,19 +289,23 @@ def _read_jpeg(data: bytes) -> ImageHeader:
     """Go over the segments before the first scan (JPEG, B.2.2)."""
     header: ImageHeader | None = None
     exif = b""  # Pillow reads all such segments as one
-    components, progressive = 0, False
+    components, progressive, table_bytes = 0, False, 0
     segments = []
     for marker, begin, end in _segments(data):
         segments.append((marker, begin, end))
         if marker == _APPLICATION_1 and data.startswith(_EXIF, begin + 4):
             exif += data[begin + 4 + len(_EXIF) : end]
             check_exif("JPEG", exif)
+        if marker in _TABLES and (table_bytes := table_bytes + end - begin) > _MAX_TABLE_BYTES:
+            raise BadImage(PARTS, f"a JPEG file of more than {_MAX_TABLE_BYTES} bytes of tables, the limit")
         if marker in _FRAMES:
             if marker not in _DECODED_FRAMES:
                 raise BadImage(FORMAT, f"a JPEG file of {len(data)} bytes that is lossless or hierarchical")
-            if begin + 2 + _JPEG_SIZE.size > len(data):
+            if header or begin + 2 + _JPEG_SIZE.size > len(data):
                 raise damaged("JPEG", data)
-            _, height, width, components = _JPEG_SIZE.unpack_from(data, begin + 2)
+            length, height, width, components = _JPEG_SIZE.unpack_from(data, begin + 2)
+            if components not in _COMPONENTS or length != _JPEG_SIZE.size + _COMPONENT_BYTES * components:
+                raise damaged("JPEG", data)
             sampling = data[begin + 2 + _JPEG_SIZE.size + 1 : end : _COMPONENT_BYTES]
             header = ImageHeader("JPEG", width, height, _coefficients(width, height, sampling))
             progressive = marker in _PROGRESSIVE_FRAMES
