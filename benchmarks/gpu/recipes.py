@@ -22,13 +22,15 @@ from torch import Tensor
 from benchmarks.data import load_or_exit
 from training.data.sources import add_file_flags
 from training.evaluate import predict, wrong
-from training.model import CONFIGS, CapsNet
+from training.model import CONFIGS, CapsNet, CapsNetConfig
 from training.provenance import commit
 from training.recorded.chunks import Chunk, Digits, Distortion
 from training.recorded.learner import Hyperparameters, Learner, learn, total_loss, training_device
 
 PROBED_EPOCHS = 2  # their time decides how many fit
 FOLD = 10_000  # images; the first fold is the data set's first images, the second the next ones
+#: The networks for single digits.
+DIGIT_CONFIGS = [name for name, config in CONFIGS.items() if config.image_size == CapsNetConfig().image_size]
 JUDGED_SEED = 123  # of the distorted copies of the held-out images
 
 
@@ -145,7 +147,7 @@ def _judged(trial: Trial, images: Tensor, labels: Tensor, held_out: int) -> dict
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.recipes", description=__doc__, allow_abbrev=False)
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="(default: all)")
-    parser.add_argument("--config", action="append", choices=CONFIGS, help="(default: accurate)")
+    parser.add_argument("--config", action="append", choices=DIGIT_CONFIGS, help="(default: accurate)")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=math.inf, help="for the epochs (default: no limit)")
     parser.add_argument("--folds", type=int, default=2)

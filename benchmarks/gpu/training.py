@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import load_or_exit
-from benchmarks.gpu.recipes import RECIPES, Recipe
-from training.checkpoint import Checkpoint, load, save
+from benchmarks.gpu.recipes import DIGIT_CONFIGS, RECIPES, Recipe
+from training.checkpoint import Checkpoint, CheckpointError, load, save
 from training.data.datasets import Dataset, generate
 from training.data.sources import add_file_flags
 from training.evaluate import predict, wrong
@@ -43,8 +43,12 @@ PAIR_BATCH = 1024
 PAIR_CANVAS = 36
 PAIRS = "multimnist"
 MNIST = "mnist"
+#: The networks of the phase ``paper``.
+PAPER = ("paper", "authors")
 #: The networks that learn from the teachers too, by phase.
 STUDENTS = {"students": ("accurate", "fast"), "accurate-students": ("accurate",), "fast-students": ("fast",)}
+#: The networks that may be teachers.
+TEACHERS = [name for name in DIGIT_CONFIGS if name not in PAPER]
 PHASES = ("teachers", *STUDENTS, "pairs", "paper")
 DISTORTION = Distortion()
 PAIR_CHUNK_STEPS = 64
@@ -257,7 +261,7 @@ def jobs_of(phase: str, seeds: Sequence[int], config: str, recipe: Recipe) -> li
         case "paper":
             return [
                 Job(f"{name}-{seeds[0]}", name, seeds[0], paper, distortion=Distortion(shift=2.0), none=False)
-                for name in ("paper", "authors")
+                for name in PAPER
             ]
     raise ValueError(f"phase: {phase!r}; expected one of {', '.join(PHASES)}")
 
@@ -265,7 +269,7 @@ def jobs_of(phase: str, seeds: Sequence[int], config: str, recipe: Recipe) -> li
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", allow_abbrev=False)
     parser.add_argument("phase", choices=PHASES)
-    parser.add_argument("--config", default="accurate", choices=CONFIGS, help="of the teachers (default: accurate)")
+    parser.add_argument("--config", choices=TEACHERS, help="of the teachers (default: accurate)")
     parser.add_argument("--recipe", choices=RECIPES, default="plain", help="of single digits (default: plain)")
     parser.add_argument("--seconds", type=float, required=True, help="time to train in, preparation included")
     parser.add_argument("--epochs", type=int, default=100, help="at most (default: 100); for pairs, chunks")
@@ -278,6 +282,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--pair-batch", type=int, default=PAIR_BATCH)
     options = parser.parse_args(arguments)
+    if options.config and options.phase not in ("teachers", *STUDENTS):
+        parser.error(f"--config: the networks of the phase {options.phase} are fixed")
+    if options.limit is not None and options.limit < options.batch:
+        parser.error(f"--limit: {options.limit}; expected at least {options.batch}, the images of a batch")
+    config = options.config or "accurate"
     device = training_device()
     torch.backends.cudnn.allow_tf32 = False  # the test is judged in single precision
     mnist = load_or_exit("mnist", options)
@@ -291,10 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     teachers: list[nn.Module] = []
     if options.phase in STUDENTS:
-        files = [options.out / f"{options.config}-{seed}.pt" for seed in options.seeds]
-        teachers = [on_device(load(file).model(), device) for file in files]
+        files = [options.out / f"{config}-{seed}.pt" for seed in options.seeds]
+        try:
+            teachers = [on_device(load(file).model(), device) for file in files]
+        except CheckpointError as error:
+            parser.error(f"a teacher: {error}")
     results = run(
-        jobs_of(options.phase, options.seeds, options.config, RECIPES[options.recipe]),
+        jobs_of(options.phase, options.seeds, config, RECIPES[options.recipe]),
         mnist,
         Box(options.seconds, options.epochs),
         device,
