@@ -80,6 +80,9 @@ HOSTILE = {
     "100,000 scans": (with_scans(100_000), LARGE, "parts", "a JPEG file of 1000.. scans; the limit is 64"),
     "80,000 chunks": (with_chunks(chunk(b"abCd", b"") * 80_000), SIDE, "parts", "more than 64 small chunks, the limit"),
     "250,000 segments": (with_segments(b"\xff\xfe\0\2" * 250_000), SIDE, "parts", "more than 64 small segments"),
+    "5,000 segments of a kilobyte": (
+        with_segments(segment(0xFE, bytes(1022)) * 5000), SIDE, "parts", "more than 1024 segments, the limit",
+    ),
     "a megabyte of filling bytes": (with_segments(b"\xff" * 1_000_000), SIDE, "parts", "more than 64 small segments"),
     "5,000 entries": (
         with_chunks(chunk(b"eXIf", exif_of(5000))), SIDE, "parts", "with 5000 entries of EXIF; the limit is 64",
@@ -261,6 +264,7 @@ UNREAD_SEGMENTS = {
     "comments": segment(0xFE, bytes(60_000)) * 2,
     "previews": segment(0xED, b"Photoshop 3.0\0" + bytes(60_000)) + segment(0xE0, b"JFXX\0" + bytes(60_000)),
     "own data": segment(0xE9, bytes(65_533)) * 100,
+    "own data in many segments": segment(0xE9, bytes(1022)) * 1000,
     "orientations that do not count": segment(0xE1, XMP + b'tiff:Orientation="8"' + bytes(60_000)) * 2,
     "colours that do not count": segment(0xEE, b"Adobe\0d\0\0\0\0\0" + bytes(60_000)) * 2,
 }

@@ -265,8 +265,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
     Raises BadImage if one of them is damaged, or if there are more than the limit.
     """
-    position, small = 2, 0
-    while small <= MAX_SMALL_PARTS:
+    position, small, count = 2, 0, 0
+    while small <= MAX_SMALL_PARTS and count < _MAX_SEGMENTS:
+        count += 1
         if position + 5 > len(data) or data[position] != 0xFF:
             raise damaged("JPEG", data)
         marker = data[position + 1]
@@ -282,7 +283,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             return
         position += 2 + length
         small += length < SMALL_PART_BYTES
-    raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
+    limit = f"{MAX_SMALL_PARTS} small segments" if small > MAX_SMALL_PARTS else f"{_MAX_SEGMENTS} segments"
+    raise BadImage(PARTS, f"a JPEG file of more than {limit}, the limit")
 
 
 def _read_jpeg(data: bytes) -> ImageHeader:
