@@ -41,6 +41,10 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+def _segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
 def _png(width: int, height: int, colours: tuple[int, int], more: bytes = b"") -> bytes:
     """Return a file of black pixels. more: chunks before them."""
     kind, pixel_bytes = colours
@@ -115,6 +119,15 @@ def _photographs() -> bytes:
 def _long_photographs() -> bytes:
     file = photograph(_LONG_SIDE, _LONG_BYTES)
     return framed(_request(file, preprocess=pb.PREPROCESS_AUTO).SerializeToString())
+
+
+def _frames() -> bytes:
+    """Return a picture that has its frame again and again, each of many components."""
+    file = io.BytesIO()
+    Image.new("L", (28, 28)).save(file, "JPEG")
+    frame = _segment(0xC0, struct.pack(">BHHB", 8, 28, 28, 1) + b"\1\x11\0" * (_SEGMENT_BYTES // 3 - 2))
+    more = frame * (_LONG_BYTES // len(frame))
+    return framed(_request(file.getvalue()[:2] + more + file.getvalue()[2:]).SerializeToString())
 
 
 def _bombs() -> bytes:
@@ -193,6 +206,7 @@ PICTURES = (
     Attack("pictures of empty blocks", partial(uploads, path=CLASSIFY, make=_packed_blocks)),
     Attack("photographs", partial(uploads, path=CLASSIFY, make=_photographs)),
     Attack("long photographs", partial(uploads, path=CLASSIFY, make=_long_photographs)),
+    Attack("pictures of many frames", partial(uploads, path=CLASSIFY, make=_frames)),
     _web("pictures of empty blocks", _post_blocks),
     _web("photographs", _post_photograph),
     _web("long photographs", _post_long_photograph),

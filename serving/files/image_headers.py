@@ -265,9 +265,10 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
     Raises BadImage if one of them is damaged, or if there are more than the limit.
     """
-    position, small, count = 2, 0, 0
-    while small <= MAX_SMALL_PARTS and count < _MAX_SEGMENTS:
-        count += 1
+    position, small = 2, 0
+    for _ in range(_MAX_SEGMENTS):
+        if small > MAX_SMALL_PARTS:
+            raise BadImage(PARTS, f"a JPEG file of more than {MAX_SMALL_PARTS} small segments, the limit")
         if position + 5 > len(data) or data[position] != 0xFF:
             raise damaged("JPEG", data)
         marker = data[position + 1]
@@ -283,8 +284,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             return
         position += 2 + length
         small += length < SMALL_PART_BYTES
-    limit = f"{MAX_SMALL_PARTS} small segments" if small > MAX_SMALL_PARTS else f"{_MAX_SEGMENTS} segments"
-    raise BadImage(PARTS, f"a JPEG file of more than {limit}, the limit")
+    raise BadImage(PARTS, f"a JPEG file of more than {_MAX_SEGMENTS} segments, the limit")
 
 
 def _read_jpeg(data: bytes) -> ImageHeader:
