@@ -4,6 +4,7 @@ import asyncio
 import struct
 import weakref
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
 from typing import Any, cast
@@ -13,6 +14,7 @@ from hpack import Encoder
 
 from serving.transport import frames, receiving, turn_clock
 from serving.transport.connection import Connection
+from serving.transport.connection_limits import UNREAD
 from serving.transport.frame_reader import FrameReader
 from serving.transport.frames import ConnectionFault
 from serving.transport.memory import Memory
@@ -271,11 +273,11 @@ def test_a_request_whose_rest_is_read_in_a_later_turn_does_not_wait_for_its_clie
 
 
 class FakeTransport:
-    """Notes whether reading is paused."""
+    """Notes whether reading is paused. unsent: the bytes in its write buffer."""
 
     def __init__(self) -> None:
         self.reading = True
-        self.turns = 0
+        self.turns = self.unsent = 0
 
     def pause_reading(self) -> None:
         self.reading = False
@@ -288,7 +290,7 @@ class FakeTransport:
     def get_extra_info(self, name: str) -> None: ...
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return self.unsent
 
     def is_closing(self) -> bool:
         return False
@@ -296,15 +298,16 @@ class FakeTransport:
     def write(self, data: bytes) -> None:
         self.turns += 1
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        self.unsent = 0
 
     def close(self) -> None: ...
 
 
-def connected(lost: Callable[[Connection], None]) -> tuple[Connection, FakeTransport]:
+def connected(lost: Callable[[Connection], None], limits: TransportLimits = LIMITS) -> tuple[Connection, FakeTransport]:
     """Return a connection after the client's greeting, and its transport."""
-    memory = Memory(LIMITS.bytes_under_way)
-    terms: Terms[Connection] = Terms(LIMITS, memory, Unpacker(), find, lambda *_: True, lost, 600.0, 0.0)
+    memory = Memory(limits.bytes_under_way)
+    terms: Terms[Connection] = Terms(limits, memory, Unpacker(), find, lambda *_: True, lost, 600.0, 0.0)
     connection, transport = Connection(terms, asyncio.get_running_loop()), FakeTransport()
     connection.connection_made(cast(asyncio.Transport, transport))
     connection.data_received(frames.PREFACE + frames.settings({}))
@@ -326,6 +329,21 @@ def test_a_connection_is_not_read_from_until_all_that_came_has_had_its_turn() ->
         assert transport.turns >= turns - 1 > 5, "others had their turn between, and answers left meanwhile"
         connection.connection_lost(None)
         assert lost == [connection]
+
+    asyncio.run(main())
+
+
+def test_of_a_client_that_sends_on_and_reads_nothing_it_is_noted_that_it_does_not_read() -> None:
+    async def main() -> None:
+        noted: list[str] = []
+        limits = replace(LIMITS, bytes_under_way=2**17, limited=noted.append)
+        connection, transport = connected(lambda _: None, limits)
+        connection.data_received(frames.frame(frames.PING, 0, 0, bytes(8)) * PINGS)
+        assert not transport.reading
+        transport.unsent = 2**18
+        connection.pause_writing()
+        assert noted == [UNREAD]
+        connection.connection_lost(None)
 
     asyncio.run(main())
 

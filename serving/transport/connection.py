@@ -103,9 +103,9 @@ class Connection(asyncio.Protocol):
         del self._reader, self._unsent, self._backlog, self._transport
 
     def pause_writing(self) -> None:
-        self._unsent.measure()
         # Requests that are not read need no answers, so a client that only sends cannot fill the memory.
         self._streams.paused = True
+        self._unsent.measure()  # which may end this connection, and then tells that its client does not read
         self._transport.pause_reading()
         self._stall = self.loop.call_later(_STALL_SECONDS, self._unsent.evict, True)
 
