@@ -80,7 +80,7 @@ def test_a_connection_cannot_save_its_share_for_long() -> None:
             heavy.charge(ROUND)
         await asyncio.sleep(0)
         taken = 0
-        while light.may_go_on() and light.taken < rounds.now:
+        while light.may_go_on() and light.taken < rounds.unproven.now:
             light.charge(ROUND / 4)
             taken += 1
             await asyncio.sleep(0)
@@ -108,41 +108,78 @@ def test_those_that_have_taken_the_least_go_on_first() -> None:
     assert order == [1, 2, 0]
 
 
-def test_time_of_a_connection_without_answers_counts_for_more_and_what_was_too_much_is_taken_back() -> None:
-    free, weight = module._UNPROVEN_SECONDS, module._UNPROVEN_WEIGHT
-    place = Place(Rounds(), do_nothing)
-    place.count(free)
-    assert place.taken == pytest.approx(free)
-    place.count(2 * free)
-    assert place.taken == pytest.approx(free + 2 * free * weight)
-    place.count(-2.5 * free)
-    assert place.taken == pytest.approx(0.5 * free)
-    place.count(free)
-    place.proven = True
-    before = place.taken
-    place.count(free)
-    assert place.taken == pytest.approx(before + free)
-
-
-def test_many_new_connections_leave_more_of_the_time_to_one_that_has_answered_calls() -> None:
+@pytest.mark.parametrize("proven", [1, MANY])
+def test_connections_with_answers_and_those_without_get_half_of_the_time_each(proven: int) -> None:
     async def main() -> None:
-        rounds, taken, places = Rounds(), [0.0] * (MANY + 1), list[Place]()
+        rounds, taken, places = Rounds(), [0.0, 0.0], list[Place]()
 
         def read_on(number: int) -> None:
-            taken[number] += ROUND / 2
+            taken[number < proven] += ROUND / 2
             places[number].charge(ROUND / 2)
             places[number].wait()
 
         places.extend(Place(rounds, partial(read_on, number)) for number in range(MANY + 1))
-        places[0].proven = True
+        for place in places[:proven]:
+            place.prove()
         for place in places:
             place.wait()
         while sum(taken) < 1000 * ROUND:
             await asyncio.sleep(0)
-        expected = module._UNPROVEN_WEIGHT / (MANY + module._UNPROVEN_WEIGHT)
-        assert taken[0] / sum(taken) == pytest.approx(expected, rel=0.1)
+        assert taken[0] / sum(taken) == pytest.approx(0.5, rel=0.1)
 
     asyncio.run(main())
+
+
+def test_new_connections_that_come_together_do_not_hold_up_one_that_has_an_answer() -> None:
+    read = list[int]()
+
+    async def main() -> None:
+        rounds, places = Rounds(), list[Place]()
+
+        def read_on(number: int) -> None:
+            read.append(number)
+            places[number].charge(ROUND)
+
+        places.extend(Place(rounds, partial(read_on, number)) for number in range(MANY))
+        places[-1].prove()
+        places[-1].charge(ROUND)
+        for place in places[:-1]:
+            assert not place.may_go_on() or place is places[0]
+            place.charge(ROUND)
+            place.wait()
+        places[-1].wait()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert read[0] == MANY - 1
+
+
+@pytest.mark.parametrize("in_line", [False, True])
+def test_a_connection_that_gets_an_answer_waits_among_those_that_have_one(in_line: bool) -> None:
+    read = list[str]()
+
+    async def main() -> None:
+        rounds = Rounds()
+        others = [Place(rounds, partial(read.append, "other")) for _ in range(MANY)]
+        place = Place(rounds, partial(read.append, "proven"))
+        place.charge(100 * ROUND)
+        for one in others:
+            one.wait()
+        if in_line:
+            place.wait()
+        assert not place.proven
+        place.prove()
+        place.prove()  # which changes nothing
+        assert place.proven
+        place.wait()
+        while place.waits or any(one.waits for one in others):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not rounds.proven.line
+        assert not rounds.unproven.line
+
+    asyncio.run(main())
+    assert read == ["proven", *["other"] * MANY], "each has one turn"
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -413,9 +450,9 @@ def test_data_of_a_connection_that_must_wait_pays_no_debt() -> None:
         heavy, other = Place(rounds, do_nothing), Place(rounds, do_nothing)
         heavy.charge(100 * ROUND)
         other.charge(ROUND)
-        before = rounds.now
+        before = rounds.unproven.now
         heavy.charge(0.0)
-        assert rounds.now == before
+        assert rounds.unproven.now == before
 
     asyncio.run(main())
 
@@ -500,7 +537,7 @@ def test_handlers_that_are_cancelled_in_the_line_leave_it(processor: Processor) 
         place.charge(100 * ROUND)
         tasks = [asyncio.create_task(place.in_turns(work())) for _ in range(100)]
         place.charge(100 * ROUND)
-        rounds._left = -1.0
+        rounds.unproven.left = -1.0
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -107,7 +107,7 @@ class Call:
             sent = only_answer(streams.peer, self.stream, data)
             if sent is not None:
                 streams.send_answer(sent)
-                streams.place.proven = True
+                streams.place.prove()
                 self._leave()
                 return
         if self.over:
@@ -158,7 +158,8 @@ class Call:
                 self._count_unread(-self._unread)
             self._all_sent()
         if sending.trailers is not None:
-            streams.place.proven |= self._succeeded
+            if self._succeeded:
+                streams.place.prove()
             streams.send_trailers(self.stream, sending.trailers)
             self._leave()
 

@@ -335,7 +335,7 @@ class StreamCall(ReceivingCall):
     def _count_answer(self) -> None:
         self._answers += 1
         if self._answers == _MANY_ANSWERS:
-            self.streams.place.proven = True
+            self.streams.place.prove()
 
     def _take(self, message: bytes) -> None:
         self._messages.append(message)

@@ -163,7 +163,7 @@ class WebConnection(H11Protocol):
             self._backlog.measure(len(self._arrived))
 
     def on_response_complete(self) -> None:
-        self._place.proven = True
+        self._place.prove()
         self._since = self.loop.time()
         self._in_head = bool(self.conn.trailing_data[0] or self._arrived)
         super().on_response_complete()
