@@ -2,6 +2,7 @@
 
 import random
 import struct
+import tracemalloc
 
 import pytest
 
@@ -128,3 +129,32 @@ def test_a_window_tells_when_it_opens_and_cannot_grow_without_end() -> None:
         with pytest.raises(ConnectionFault) as caught:
             window.widen(more)
         assert caught.value.code == code
+
+
+def test_many_small_messages_that_wait_take_little_more_memory_than_their_bytes() -> None:
+    messages = [bytes([number % 251]) * (number % 100) for number in range(10_000)]
+    sending = Sending(peer(left=0), 1)
+    tracemalloc.start()
+    try:
+        for message in messages:
+            sending.put(message)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 2 * sending.size
+
+
+@pytest.mark.parametrize("piece", [1, 7, 5000])
+def test_small_and_large_messages_that_wait_leave_in_their_order(piece: int) -> None:
+    sizes = random.Random(piece).choices((0, 1, 100, 4095, 4096, 5000), k=60)
+    messages = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
+    window, sent = peer(left=0), b""
+    sending = Sending(window, 1)
+    for message in messages:
+        sending.put(message)
+        window.left = min(piece, sending.size)
+        sent += payload(sending.take())
+    window.left = sending.size
+    sent += payload(sending.take())
+    assert sent == b"".join(map(prefixed, messages))
+    assert sending.size == 0

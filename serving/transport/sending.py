@@ -14,6 +14,8 @@ _HEAD = frames.HEAD.format.removeprefix(">")
 # The frames of a successful call: the headers and the beginning of its message, and its trailers.
 _BEFORE = struct.Struct(f">{_HEAD}{len(headers.ANSWER)}s{_HEAD}{PREFIX.format.removeprefix('>')}")
 _AFTER = struct.Struct(f">{_HEAD}{len(headers.OK)}s")
+# Messages with fewer bytes wait in one piece, since each piece takes some 200 bytes of its own.
+_SMALL_BYTES = 4096
 
 #: What is to be sent, in its order.
 Buffers = list[bytes | memoryview]
@@ -48,12 +50,13 @@ class Sending:
     header block to send after the waiting data.
     """
 
-    __slots__ = ("_peer", "_stream", "_waiting", "size", "trailers", "window")
+    __slots__ = ("_peer", "_small", "_stream", "_waiting", "size", "trailers", "window")
 
     def __init__(self, peer: PeerWindow, stream: int) -> None:
         self._peer = peer
         self._stream = stream
         self._waiting: deque[memoryview] | None = None  # since few answers have to wait
+        self._small = bytearray()  # the small messages behind these
         self.window = peer.initial
         self.size = 0
         self.trailers: bytes | None = None
@@ -72,11 +75,16 @@ class Sending:
 
     def put(self, data: bytes) -> None:
         """Add a message to the waiting data."""
-        if self._waiting is None:
-            self._waiting = deque()
-        self._waiting.append(memoryview(PREFIX.pack(0, len(data))))
-        self._waiting.append(memoryview(data))
         self.size += len(data) + PREFIX.size
+        if len(data) < _SMALL_BYTES:
+            self._small += PREFIX.pack(0, len(data))
+            self._small += data
+            return
+        waiting = self._pieces()
+        if self._small:
+            self._join_small(waiting)
+        waiting.append(memoryview(PREFIX.pack(0, len(data))))
+        waiting.append(memoryview(data))
 
     def take(self) -> Buffers:
         """Remove the waiting data that the windows allow now, and return it in DATA frames."""
@@ -94,13 +102,25 @@ class Sending:
     def drop(self) -> None:
         """Drop all waiting data."""
         self._waiting = None
+        self._small = bytearray()
         self.size = 0
+
+    def _pieces(self) -> deque[memoryview]:
+        if self._waiting is None:
+            self._waiting = deque()
+        return self._waiting
+
+    def _join_small(self, waiting: deque[memoryview]) -> None:
+        """Let the small messages wait as one piece."""
+        waiting.append(memoryview(self._small))
+        self._small = bytearray()  # a view keeps the other one from growing
 
     def _cut(self, size: int, parts: Buffers) -> None:
         """Move the first ``size`` waiting bytes to ``parts``."""
-        waiting = self._waiting
-        assert waiting is not None
+        waiting = self._pieces()
         while size:
+            if not waiting:
+                self._join_small(waiting)
             view = waiting[0]
             if len(view) <= size:
                 parts.append(waiting.popleft())
@@ -109,8 +129,6 @@ class Sending:
                 parts.append(view[:size])
                 waiting[0] = view[size:]
                 size = 0
-        while waiting and not len(waiting[0]):  # an empty message, whose prefix was sent
-            waiting.popleft()
 
 
 def only_answer(peer: PeerWindow, stream: int, data: bytes) -> Buffers | None:
