@@ -183,3 +183,16 @@ def test_only_bytes_that_are_one_message_are_whole() -> None:
     assert whole(framed(b"abc")) == b"abc" and whole(framed(b"")) == b""
     for data in (b"", b"\0\0\0\0", framed(b"abc")[:-1], framed(b"abc") + b"d", framed(b"abc", True)):
         assert whole(data) is None
+
+
+def test_a_message_that_comes_in_small_pieces_takes_little_more_memory_than_its_bytes() -> None:
+    to, data = reader(), framed(bytes(range(256)) * 1000)
+    tracemalloc.start()
+    try:
+        for piece in pieces(data[:-1], 64):
+            assert to.feed(piece) == []
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 1.5 * to.buffered
+    assert to.feed(data[-1:]) == [data[5:]]

@@ -21,6 +21,8 @@ _STEP_BYTES = 2**20  # that a thread inflates before it looks whether the call h
 _STEP_COMPRESSED_BYTES = 2**16
 _MAX_SECONDS = 0.25  # of a thread for a message; the largest one takes about 0.02
 _MAX_RATIO = 1032  # of inflated bytes to compressed ones (the limit of zlib's format)
+# Pieces of fewer bytes are joined at once, since each one takes some 60 bytes of its own, up to a piece of so many.
+_SMALL_BYTES, _MAX_JOINED_BYTES = 4096, 2**16
 
 
 class MessageError(Exception):
@@ -128,7 +130,8 @@ class MessageReader:
         self._encoding = encoding
         self._flag = 0  # of the message that has begun
         self._missing = -1  # bytes that it lacks; -1 while its prefix is not whole
-        self._parts: list[bytes] = []  # of the message, or of its prefix, or what came since an inflation began
+        # Of the message, or of its prefix, or what came since an inflation began.
+        self._parts: list[bytes | bytearray] = []
         #: Bytes that are kept, since they are no whole message yet, or since it is being inflated.
         self.buffered = 0
         #: The message that must be inflated before later bytes are read.
@@ -191,9 +194,16 @@ class MessageReader:
         self._flag, self._missing = flag, length
 
     def _keep(self, data: bytes) -> None:
-        if data:
+        if not data:
+            return
+        self.buffered += len(data)
+        last = self._parts[-1] if self._parts else None
+        if len(data) >= _SMALL_BYTES:
             self._parts.append(data)
-            self.buffered += len(data)
+        elif isinstance(last, bytearray) and len(last) < _MAX_JOINED_BYTES:
+            last += data
+        else:
+            self._parts.append(bytearray(data))
 
     def _take_kept(self) -> bytes:
         kept = b"".join(self._parts)
