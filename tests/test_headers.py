@@ -2,6 +2,7 @@
 
 import random
 import tomllib
+import tracemalloc
 from importlib.metadata import version
 from typing import Any
 
@@ -237,3 +238,32 @@ def test_a_large_block_of_which_much_enters_the_table_ends_its_connection() -> N
     with pytest.raises(ConnectionFault) as raised:
         reader().read(block)
     assert raised.value.code is ErrorCode.ENHANCE_YOUR_CALM
+
+
+def fields_outside_the_table(count: int, value: str) -> bytes:
+    """Return a block of a request with further fields, none of which enters the table."""
+    fields = [*FIELDS, *((f"key{number}", value) for number in range(count))]
+    return b"".join(literal(0, name.encode(), text.encode()) for name, text in fields)
+
+
+def test_remembered_headers_of_many_fields_take_a_bounded_amount_of_memory() -> None:
+    decoder = reader()
+    tracemalloc.start()
+    try:
+        for number in range(64):
+            decoder.read(fields_outside_the_table(40, f"{number}"))
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 2**16
+
+
+def test_what_a_head_holds_covers_the_objects_of_its_fields() -> None:
+    decoder, block = reader(), fields_outside_the_table(100, "value")
+    tracemalloc.start()
+    try:
+        head = decoder.read(block)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.8 * used < head.held_bytes < 2 * used

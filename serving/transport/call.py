@@ -59,7 +59,7 @@ class Call:
         self.streams = self.owner = streams
         self.stream = stream
         self._head = head
-        streams.memory.hold(self, head.size + self.own_bytes)
+        streams.memory.hold(self, head.held_bytes + self.own_bytes)
         if (timeout := head.timeout) is not None:
             self.deadline = time.monotonic() + timeout
             self._timer = streams.loop.call_later(timeout, self._expire)

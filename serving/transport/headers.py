@@ -35,6 +35,7 @@ _FIELDS_WITH_PATH = 6  # the first fields of a block: table resizes and pseudo-h
 _MAX_CONTINUATIONS = 8  # without the pieces that are at least half full
 _HALF_FRAME_BYTES = 8192
 _FIELD_BYTES = 32
+_OBJECT_BYTES = 160  # that Python takes for the name and value of a field, beyond these
 _MAX_RESIZED = 2
 IDENTITY = "identity"
 KNOWN_ENCODINGS = (IDENTITY, *ENCODINGS)
@@ -44,7 +45,8 @@ NO_TABLE = b"\x20"
 _CONTROL = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
 _NAME = re.compile(rb":?[!#$%&'*+.^_`|~0-9a-z-]+")  # RFC 9110, section 5.6.2, in lower case
 _NOT_IN_VALUE = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]|\A[ \t]|[ \t]\Z")  # RFC 9113, section 8.2.1
-_MAX_KNOWN = 64  # remembered headers
+# Remembered headers, and their bytes with those of their blocks.
+_MAX_KNOWN, _MAX_ALL_KNOWN_BYTES = 64, 2**14
 _MAX_KNOWN_BYTES = 2048  # a larger block is not remembered, and its bytes count as work
 _TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 _SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
@@ -86,6 +88,11 @@ class RequestHead(Generic[Method]):
     size: int
     acceptable: bool
     content_length: int | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the bytes that it takes in memory, about."""
+        return self.size + _OBJECT_BYTES * len(self.metadata)
 
 
 class HeaderBlock:
@@ -152,6 +159,7 @@ class HeaderReader(Generic[Method]):
         self._find = find
         self._decoder = Decoder(_MAX_DECODED_LIST_BYTES)
         self._known: dict[bytes, RequestHead[Method]] = {}
+        self._known_bytes = 0
         #: The number of decoded fields, and the bytes of large blocks and of their values. The caller counts both and
         #: sets them back to 0.
         self.fields = self.bytes = 0
@@ -169,12 +177,12 @@ class HeaderReader(Generic[Method]):
         fields = self._decode(block)
         now = self._table()
         changed = now[0] is not first or now[1:] != (count, size)
-        if changed or len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
+        if changed:
+            self._forget()
         head = _request(fields, self._find)
         self.fields += max(0, len(head.metadata) - len(fields))  # a binary header may have many values
         if not changed and max(len(block), head.size) <= _MAX_KNOWN_BYTES:
-            self._known[block] = head
+            self._remember(block, head)
         return head
 
     def skip(self, block: bytes) -> None:
@@ -185,7 +193,7 @@ class HeaderReader(Generic[Method]):
             self._skip_large(block)
         else:
             self._decode(block)
-            self._known.clear()
+            self._forget()
 
     def trailers(self, block: bytes) -> None:
         """Read the headers that end a request, whose content is not used.
@@ -198,11 +206,22 @@ class HeaderReader(Generic[Method]):
             self._skip_large(block)
             return
         fields = self._decode(block)
-        self._known.clear()
+        self._forget()
         for name, value in fields:
             if name.startswith(b":"):
                 raise MalformedRequest
             _check_field(name, value)
+
+    def _remember(self, block: bytes, head: RequestHead[Method]) -> None:
+        size = len(block) + head.held_bytes
+        if len(self._known) >= _MAX_KNOWN or self._known_bytes + size > _MAX_ALL_KNOWN_BYTES:
+            self._forget()
+        self._known[block] = head
+        self._known_bytes += size
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._known_bytes = 0
 
     def _decode(self, block: bytes) -> Sequence[tuple[bytes, bytes]]:
         """Return the name and value of each header. Raises ConnectionFault."""
@@ -227,7 +246,7 @@ class HeaderReader(Generic[Method]):
         Fields that do not enter the table are skipped. An entry larger than the table empties it (RFC 7541, section
         4.4). Raises ConnectionFault.
         """
-        self._known.clear()
+        self._forget()
         resized = _count_resizes(block)
         path, table_bytes, decoded = "", self._decoder.header_table_size, 0
         for number, (begin, end, indexed) in enumerate(_fields(block)):
