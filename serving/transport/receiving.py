@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import ClassVar
 
 import grpc
@@ -167,6 +167,13 @@ class ReceivingCall(Call):
         self._release()
         if self.over or rest.cancelled():
             return
+        place, begin = self.streams.place, thread_time()
+        try:
+            self._read_inflated(reader, rest)
+        finally:
+            place.charge(thread_time() - begin)
+
+    def _read_inflated(self, reader: MessageReader, rest: "asyncio.Future[bytes | None]") -> None:
         before = reader.buffered
         try:
             received = reader.inflated(rest.result())
