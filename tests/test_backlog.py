@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from serving.transport.backlog import Backlog
 from serving.transport.memory import Memory
-from tests.test_memory import Owner
+from tests.test_memory import Holder, Named, Owner
 
 FEW, MANY = 16_000, 100_000
 
@@ -58,6 +58,24 @@ def test_bytes_that_wait_for_long_do_not_end_their_connection() -> None:
         assert ended == []
         assert memory.used == MANY
         backlog.gone()
+        assert memory.used == 0
+
+    run(test)
+
+
+def test_half_messages_of_a_connection_end_before_it_does() -> None:
+    def test() -> None:
+        memory, ended = Named(3 * MANY), list[str]()
+        backlog = Backlog(memory, memory.names["a client"], lambda: ended.append("the connection"))
+        backlog.measure(MANY)
+        halves = [Holder(memory, name, MANY) for name in ("first", "second")]
+        for half in halves:
+            memory.waits(half, asyncio.get_running_loop().time())
+        memory.hold(halves[-1], 1)
+        memory.make_room(halves[-1])
+        assert ([one.evicted for one in halves], ended) == ([False, None], [])
+        memory.limit(MANY - 1)
+        assert ([one.evicted for one in halves], ended) == ([False, False], ["the connection"])
         assert memory.used == 0
 
     run(test)

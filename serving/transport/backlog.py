@@ -13,7 +13,7 @@ class Backlog:
     """The bytes that a server has taken from its system and leaves for later (see serving.transport.memory.Holder).
 
     Others have their turn first, or the client must read answers first, or it has sent a request before the answer to
-    its last one. The connection ends if there is no room for them.
+    its last one. The connection ends if there is no room for them, after its calls that wait for its client.
 
     owner: the connection. end: ends it.
     """
@@ -41,10 +41,17 @@ class Backlog:
             memory.make_room(self)
 
     def evict(self, stalled: bool) -> None:
-        """End the connection for want of room. What waits for long may wait for an answer that takes long."""
-        if not stalled:
-            self.gone()
-            self._end()
+        """End the connection for want of room, unless something else of it waits for its client, and goes first.
+
+        What waits for long may wait for an answer that takes long.
+        """
+        if stalled:
+            return
+        if self._memory.any_waits(self.owner):
+            self._memory.waits(self, asyncio.get_running_loop().time())
+            return
+        self.gone()
+        self._end()
 
     def gone(self) -> None:
         """Release all bytes."""

@@ -296,7 +296,8 @@ class Connection(asyncio.Protocol):
 def _end_for_room(connection: Connection) -> None:
     """End a connection, since there is no room for what its client has sent."""
     streams = connection._streams
-    note_limit(UNREAD if streams.paused else FLOOD, connection._terms.limits, streams.client)
+    if not connection._transport.is_closing():  # otherwise its unread answers have ended it
+        note_limit(UNREAD if streams.paused else FLOOD, connection._terms.limits, streams.client)
     connection._reader.forget_unread()  # at once: the connection's end is told after others have read as much
     connection.abort()
 

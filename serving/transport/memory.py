@@ -25,7 +25,10 @@ class Holder(Protocol):
         """Return the call's connection."""
 
     def evict(self, stalled: bool, /) -> None:
-        """End the call, and release its bytes. stalled: True for lack of progress, False for lack of memory."""
+        """End the call, and release its bytes. stalled: True for lack of progress, False for lack of memory.
+
+        It may wait again instead if another holder of its owner waits.
+        """
 
 
 class Owner(Protocol):
@@ -117,6 +120,10 @@ class Memory:
         if not owner.held:
             self._owners.pop(owner, None)
 
+    def any_waits(self, owner: Owner) -> bool:
+        """Return True if a holder of an owner waits for its peer."""
+        return owner in self._waiting
+
     def make_room(self, asking: Holder) -> None:
         """Evict holders until the rest fits, ``asking`` last.
 
@@ -127,7 +134,7 @@ class Memory:
             victim = self._victim(asking) or asking
             self.works(victim)
             victim.evict(False)
-            if victim is asking:
+            if victim is asking and not asking.waits:
                 return
 
     def limit(self, max_bytes: int) -> None:
