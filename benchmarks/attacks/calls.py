@@ -55,7 +55,7 @@ _SMALL_MESSAGES_A_PIECE = 1000
 _POSE_SIZE, _STEPS = 16, 64
 
 
-def _calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
+def calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Pieces:
     """Make calls as fast as the server takes them."""
     yield from link.ready()
     message = make()
@@ -67,7 +67,7 @@ def _calls(link: Link, path: str, make: Message, *more: tuple[str, str]) -> Piec
 
 
 def _bombs(link: Link, repeated: bytes) -> Pieces:
-    yield from _calls(link, CLASSIFY, partial(zipped, repeated, _BOMB_BYTES), ("grpc-encoding", "gzip"))
+    yield from calls(link, CLASSIFY, partial(zipped, repeated, _BOMB_BYTES), ("grpc-encoding", "gzip"))
 
 
 def _unparsable() -> bytes:
@@ -109,9 +109,9 @@ def _dimensions() -> bytes:
     return name + delimited(pb_oip.ModelInferRequest.INPUTS_FIELD_NUMBER, tensor)
 
 
-def _gzip(link: Link, path: str, make: Callable[[], bytes]) -> Pieces:
+def compressed_calls(link: Link, path: str, make: Callable[[], bytes]) -> Pieces:
     """Send a small compressed message that takes long to read once it is unpacked."""
-    yield from _calls(link, path, lambda: framed(gzip.compress(make()), True), ("grpc-encoding", "gzip"))
+    yield from calls(link, path, lambda: framed(gzip.compress(make()), True), ("grpc-encoding", "gzip"))
 
 
 def _parts() -> bytes:
@@ -161,12 +161,12 @@ def _gzip_of_empty_blocks(link: Link) -> Pieces:
 
 def _small_bombs(link: Link) -> Pieces:
     """Send compressed messages that are just small enough to be unpacked at once."""
-    yield from _calls(link, CLASSIFY, partial(zipped, b"\0", _SMALL_BOMB_BYTES), ("grpc-encoding", "gzip"))
+    yield from calls(link, CLASSIFY, partial(zipped, b"\0", _SMALL_BOMB_BYTES), ("grpc-encoding", "gzip"))
 
 
 def _expired(link: Link) -> Pieces:
     """Make calls whose time is over when they come."""
-    yield from _calls(link, CLASSIFY, request, ("grpc-timeout", "1n"))
+    yield from calls(link, CLASSIFY, request, ("grpc-timeout", "1n"))
 
 
 def _explain() -> bytes:
@@ -230,10 +230,10 @@ CALLS = (
     Attack("gzip of empty blocks", _gzip_of_empty_blocks),
     Attack("small gzip bombs", _small_bombs),
     Attack("expired requests", _expired),
-    Attack("explanations", partial(_calls, path=EXPLAIN, make=_explain)),
-    Attack("sweeps as PNG", partial(_calls, path=RECONSTRUCT, make=_sweeps)),
-    Attack("model descriptions", partial(_calls, path=GET_MODEL, make=_empty)),
-    Attack("health checks", partial(_calls, path=CHECK, make=_empty)),
+    Attack("explanations", partial(calls, path=EXPLAIN, make=_explain)),
+    Attack("sweeps as PNG", partial(calls, path=RECONSTRUCT, make=_sweeps)),
+    Attack("model descriptions", partial(calls, path=GET_MODEL, make=_empty)),
+    Attack("health checks", partial(calls, path=CHECK, make=_empty)),
     Attack("reflection files", partial(_small_messages, path=REFLECTION, message=_named_file())),
     Attack("streams, not read", _unread_streams, settings={frames.INITIAL_WINDOW_SIZE: 0}),
     Attack("windows open, nothing read", _unread, settings={frames.INITIAL_WINDOW_SIZE: frames.MAX_WINDOW}),
@@ -246,17 +246,17 @@ CALLS = (
     Attack("watches", partial(_held, path=WATCH, make=_empty, end=True)),
     Attack("gzip bombs", partial(_bombs, repeated=b"\0")),
     Attack("gzip of empty images", partial(_bombs, repeated=_EMPTY_IMAGE)),
-    Attack("gzip of dimensions", partial(_gzip, path=INFER, make=_dimensions)),
-    Attack("gzip of parts", partial(_gzip, path=EXPLAIN, make=_parts)),
-    Attack("gzip of contents", partial(_gzip, path=CLASSIFY, make=_contents)),
-    Attack("gzip of names", partial(_gzip, path=GET_MODEL, make=_names)),
-    Attack("right requests", partial(_calls, path=CLASSIFY, make=request)),
-    Attack("large right requests", partial(_calls, path=CLASSIFY, make=partial(request, _IMAGES_OF_A_LARGE_REQUEST))),
+    Attack("gzip of dimensions", partial(compressed_calls, path=INFER, make=_dimensions)),
+    Attack("gzip of parts", partial(compressed_calls, path=EXPLAIN, make=_parts)),
+    Attack("gzip of contents", partial(compressed_calls, path=CLASSIFY, make=_contents)),
+    Attack("gzip of names", partial(compressed_calls, path=GET_MODEL, make=_names)),
+    Attack("right requests", partial(calls, path=CLASSIFY, make=request)),
+    Attack("large right requests", partial(calls, path=CLASSIFY, make=partial(request, _IMAGES_OF_A_LARGE_REQUEST))),
     Attack("empty messages in streams", partial(_small_messages, path=CLASSIFY_STREAM, message=b"")),
     Attack("wrong messages in streams", partial(_small_messages, path=CLASSIFY_STREAM, message=_wrong_message())),
     Attack("reflection lists", partial(_small_messages, path=REFLECTION, message=b"\x3a\0")),
-    Attack("unknown methods", partial(_calls, path="/no.Service/Method", make=request)),
-    Attack("unparsable reflection", partial(_calls, path=REFLECTION, make=_unparsable)),
-    Attack("unparsable requests", partial(_calls, path=CLASSIFY, make=_unparsable)),
+    Attack("unknown methods", partial(calls, path="/no.Service/Method", make=request)),
+    Attack("unparsable reflection", partial(calls, path=REFLECTION, make=_unparsable)),
+    Attack("unparsable requests", partial(calls, path=CLASSIFY, make=_unparsable)),
     Attack("wrong tokens", _wrong_tokens, server="tokens"),
 )  # fmt: skip

@@ -8,10 +8,22 @@ from benchmarks.attacks.link import Attack
 from benchmarks.attacks.metrics import METRICS
 from benchmarks.attacks.pictures import PICTURES
 from benchmarks.attacks.resets import RESETS
+from benchmarks.attacks.small_parts import SMALL_PARTS
 from benchmarks.attacks.streams import STREAMS
 from benchmarks.attacks.web import WEB
 
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
-    for attack in (*RESETS, *HEADER_BLOCKS, *FLOODS, *CALLS, *STREAMS, *PICTURES, *CONNECTIONS, *WEB, *METRICS)
+    for attack in (
+        *RESETS,
+        *HEADER_BLOCKS,
+        *FLOODS,
+        *CALLS,
+        *STREAMS,
+        *PICTURES,
+        *CONNECTIONS,
+        *WEB,
+        *METRICS,
+        *SMALL_PARTS,
+    )
 }
