@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import Message
 
 from protos.capsnet.v1 import capsnet_pb2
 from serving.transport.methods import Context, UnaryMethod
@@ -26,7 +28,7 @@ from serving.web import server as server_module
 from serving.web.connection import WebConnection
 from serving.web.conversions import Conversions
 from serving.web.incoming import BodyLimits, Incoming
-from serving.web.json_messages import read_json, write_json
+from serving.web.json_messages import read_json, read_message, write_json
 from serving.web.problems import Problem
 from serving.web.tensors import read_infer
 from tests.raw_client import wait_for
@@ -101,6 +103,23 @@ def beside_a_thread(work: Callable[[], object]) -> float:
         return min(once() for _ in range(3))
     finally:
         sys.setswitchinterval(interval)
+
+
+def traced_peak(work: Callable[[], object]) -> int:
+    """Return the most memory that some work takes, in bytes."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def refusal(text: bytes, kind: type[Message] = capsnet_pb2.ClassifyRequest) -> str:
+    """Return the text with which a message in JSON is refused."""
+    with pytest.raises(Problem) as refused:
+        read_message(text, kind, 1024)
+    return refused.value.detail
 
 
 def test_an_origin_that_is_no_address_is_a_foreign_page(caplog: pytest.LogCaptureFixture) -> None:
@@ -284,6 +303,11 @@ def test_a_refusal_of_json_tells_nothing_of_python() -> None:
         with pytest.raises(Problem) as refused:
             read_json(text)
         assert "sys." not in refused.value.detail and "codec" not in refused.value.detail
+
+
+def test_a_refusal_does_not_take_the_repeated_text_apart() -> None:
+    text = b'{"images":"' + b"aa " * 500_000 + b'"}'
+    assert traced_peak(lambda: refusal(text)) < 8 * len(text)
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])

@@ -230,4 +230,5 @@ def _refuse_constant(name: str) -> float:
 
 def _short(error: Exception) -> str:
     """Return an error's text on one line, of limited length, since it may repeat the client's words."""
-    return " ".join(str(error).split())[:_MAX_ERROR_CHARACTERS]
+    beginning = str(error)[: 4 * _MAX_ERROR_CHARACTERS]  # cut first: the words of a long text take ten times its memory
+    return " ".join(beginning.split())[:_MAX_ERROR_CHARACTERS]
