@@ -29,7 +29,8 @@ from serving.transport.methods import UNDECIDED, Abort, CallbackMethod, Context,
 from serving.web import documents
 from serving.web.forms import from_pictures, from_query
 from serving.web.incoming import JSON, BodyLimits, Incoming
-from serving.web.json_messages import read_message, to_json
+from serving.web.json_messages import to_json
+from serving.web.json_requests import read_message
 from serving.web.page import read_page
 from serving.web.problems import Problem, problem_of
 from serving.web.routes import ROUTES, Body, Route
@@ -344,7 +345,7 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b"hello", {"content_type": "text/plain"}, 415, "content-type: 'text/plain'"),
         ("/v1/classify", b"hello", {"content_type": "image/png"}, 400, "images[0].pixels: 5 bytes"),
         ("/v1/classify", b"{", {"content_type": "application/json"}, 400, "no JSON"),
-        ("/v1/classify", b'{"images": 3}', {"content_type": "application/json"}, 400, "no capsnet.v1.ClassifyRequest"),
+        ("/v1/classify", b'{"images": 3}', {"content_type": "application/json"}, 400, "images: a value of the kind"),
         ("/v1/classify", b'{"image": []}', {"content_type": "application/json"}, 400, 'no field named "image"'),
         ("/v1/classify", b"[" * 2500, {"content_type": "application/json"}, 400, "fewer levels"),
         ("/v1/classify", b"[" * 200_000, {"content_type": "application/json"}, 400, "lists and objects"),

@@ -28,7 +28,8 @@ from serving.web import server as server_module
 from serving.web.connection import WebConnection
 from serving.web.conversions import Conversions
 from serving.web.incoming import BodyLimits, Incoming
-from serving.web.json_messages import read_json, read_message, write_json
+from serving.web.json_messages import read_json, write_json
+from serving.web.json_requests import read_message
 from serving.web.problems import Problem
 from serving.web.tensors import read_infer
 from tests.raw_client import wait_for
@@ -308,6 +309,64 @@ def test_a_refusal_of_json_tells_nothing_of_python() -> None:
 def test_a_refusal_does_not_take_the_repeated_text_apart() -> None:
     text = b'{"images":"' + b"aa " * 500_000 + b'"}'
     assert traced_peak(lambda: refusal(text)) < 8 * len(text)
+
+
+def test_a_value_of_a_wrong_kind_is_refused_without_its_text() -> None:
+    text = b'{"images":{"a":[' + b",".join([b"0.1234"] * 200_000) + b"]}}"
+    content_bytes = traced_peak(lambda: read_json(text))
+    assert traced_peak(lambda: refusal(text)) < content_bytes + len(text)
+    assert refusal(text) == "images: a value of the kind object; expected an array"
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        (b'{"images":7}', "images: a value of the kind number; expected an array"),
+        (b'{"images":[null]}', "images[0]: a value of the kind null; expected an object"),
+        (b'{"images":[[]]}', "images[0]: a value of the kind array; expected an object"),
+        (b'{"images":[{"encoded":7}]}', "images[0].encoded: a value of the kind number; expected bytes in base64"),
+        (b'{"images":[{"encoded":{}}]}', "images[0].encoded: a value of the kind object; expected bytes in base64"),
+        (b'{"images":[{"pixels":"A"}]}', "images[0].pixels: 1 characters that are no base64"),
+        (b'{"images":[{"preprocess":"x"}]}', "images[0].preprocess: a value of the kind string; expected one of "),
+        (b'{"images":[{"preprocess":{}}]}', "images[0].preprocess: a value of the kind object; expected one of "),
+        (b'{"modelName":1}', "modelName: a value of the kind number; expected a string"),
+        (b'{"model_name":[]}', "model_name: a value of the kind array; expected a string"),
+        (b'{"model_name":"%s"}' % (b"a" * 65537), "model_name: a string of 65537 characters; expected at most 65536"),
+        (b'{"[%s":1}' % (b"a" * 65536), "body: a name of 65537 characters; expected at most 65536"),
+        (b'{"reconstruction_error":1}', "reconstruction_error: a value of the kind number; expected true or false"),
+    ],
+)
+def test_a_refusal_of_a_message_names_the_field_and_both_kinds(text: bytes, refused: str) -> None:
+    assert refusal(text).startswith(refused)
+
+
+@pytest.mark.parametrize(
+    ("member", "refused"),
+    [
+        (b'"classes":[{}]', "classes[0]: a value of the kind object; expected a whole number"),
+        (b'"classes":["%s"]' % (b"9" * 5000), "classes[0]: a value of the kind string; expected a whole number"),
+        (b'"classes":[1, true]', "classes[1]: a value of the kind boolean; expected a whole number"),
+        (b'"classes":[1.5]', "classes[0]: a number that is not whole; expected a whole number"),
+        (b'"classes":[-1]', "classes[0]: a number out of range; expected 0 to 4294967295"),
+        (b'"format":"1e0"', "format: a value of the kind string; expected one of "),
+        (b'"sweep":[]', "sweep: a value of the kind array; expected an object"),
+        (b'"sweep":{"first":1%s}' % (b"0" * 400), "sweep.first: a number out of range; expected "),
+        (b'"sweep":{"first":1e39}', "sweep.first: a number out of range; expected "),
+        (b'"sweep":{"first":"x"}', "sweep.first: a value of the kind string; expected a number"),
+        (b'"image":{"encoded":"A"}', "image.encoded: 1 characters that are no base64"),
+    ],
+)
+def test_a_refusal_of_a_number_names_the_field_and_the_range(member: bytes, refused: str) -> None:
+    assert refusal(b"{%s}" % member, capsnet_pb2.ReconstructRequest).startswith(refused)
+
+
+def test_messages_come_in_all_forms_of_protobufs_mapping() -> None:
+    text = b"""{"modelName": null, "model_version": "7", "image": {"pixels": "AA", "preprocess": "PREPROCESS_AUTO"},
+        "classes": [3, 4.0, "5", "6e0"], "format": 2, "sweep": {"dimension": "1", "first": "-0.5", "last": 1}}"""
+    assert read_message(text, capsnet_pb2.ReconstructRequest, 1) == capsnet_pb2.ReconstructRequest(
+        model_version="7", image=capsnet_pb2.Image(pixels=b"\0", preprocess=capsnet_pb2.PREPROCESS_AUTO),
+        classes=[3, 4, 5, 6], format=capsnet_pb2.FORMAT_PNG, sweep=capsnet_pb2.Sweep(dimension=1, first=-0.5, last=1),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])

@@ -18,7 +18,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.web.incoming import BYTES, JSON, Incoming, check_parameters
-from serving.web.json_messages import read_message
+from serving.web.json_requests import read_message
 from serving.web.problems import Problem, invalid
 
 MULTIPART, FORM = "multipart/form-data", "application/x-www-form-urlencoded"

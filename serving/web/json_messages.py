@@ -9,10 +9,9 @@ import json
 import json.scanner
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
-from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from numpy.typing import NDArray
@@ -22,11 +21,8 @@ from serving.web.problems import invalid
 #: A value of JSON.
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-_MAX_DEPTH = 32
 # Lists and objects take twenty times their text in memory, so these are limited, and not the text alone.
 MAX_CONTAINERS = 2**17
-# The most lists and objects of a message besides its images: each takes protobuf's reader some microseconds.
-_MAX_OTHER_CONTAINERS = 1024
 # A name takes up to 200 bytes in memory, and four in its text. The most images have 8,192 quotes.
 _MAX_QUOTES = 2**17
 # Each takes the reader some 30 nanoseconds, in which no other thread runs. A sixty-fourth of base64 may be such.
@@ -38,10 +34,7 @@ _MAX_UNICODE_BYTES = 6 * 2**20
 # The characters, or the values, of a block: about a millisecond.
 _BLOCK_CHARACTERS, _BLOCK_VALUES = 2**15, 4096
 _FLAT = re.compile(rf'[^\[\]{{}}"]{{0,{_BLOCK_CHARACTERS}}}')  # numbers, and names such as null
-_MAX_ERROR_CHARACTERS = 256
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # which JSON may have alone, and UTF-8 may not
-
-Request = TypeVar("Request", bound=Message)
 
 
 def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS) -> Json:
@@ -64,7 +57,7 @@ def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAI
         raise invalid(field, f"{len(text)} bytes that are no JSON: expected UTF-8") from None
     except ValueError as error:
         # Python's text about thousands of digits names its own settings.
-        reason = _short(error) if isinstance(error, json.JSONDecodeError | _NoNumber) else "a number of too many digits"
+        reason = str(error) if isinstance(error, json.JSONDecodeError | _NoNumber) else "a number of too many digits"
         raise invalid(field, f"{len(text)} bytes that are no JSON: {reason}") from None
     if _SURROGATE.search(text):
         try:
@@ -80,17 +73,6 @@ def read_object(text: bytes, field: str = "body", max_containers: int = MAX_CONT
     if not isinstance(value, dict):
         raise invalid(field, f"a value of the kind {kind_of(value)}; expected an object")
     return value
-
-
-def read_message(text: bytes, kind: type[Request], max_images: int) -> Request:
-    """Return the message in a text. max_images: the most images in it. Raises Problem."""
-    message = kind()
-    try:
-        content = read_object(text, max_containers=2 * max_images + _MAX_OTHER_CONTAINERS)
-        json_format.ParseDict(content, message, max_recursion_depth=_MAX_DEPTH)
-    except (json_format.ParseError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise invalid("body", f"no {kind.DESCRIPTOR.full_name}: {_short(error)}") from None
-    return message
 
 
 def to_json(message: Message) -> dict[str, Json]:
@@ -226,9 +208,3 @@ def _read_list(place: tuple[str, int], scan_once: Callable[[str, int], tuple[Jso
 
 def _refuse_constant(name: str) -> float:
     raise _NoNumber(f"{name} is no number of JSON")
-
-
-def _short(error: Exception) -> str:
-    """Return an error's text on one line, of limited length, since it may repeat the client's words."""
-    beginning = str(error)[: 4 * _MAX_ERROR_CHARACTERS]  # cut first: the words of a long text take ten times its memory
-    return " ".join(beginning.split())[:_MAX_ERROR_CHARACTERS]

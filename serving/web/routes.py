@@ -12,7 +12,8 @@ from protos.capsnet.v1 import capsnet_pb2 as capsnet
 from protos.inference import inference_pb2 as inference
 from serving.web.forms import PICTURES, from_pictures, from_query
 from serving.web.incoming import JSON, Incoming, Reply
-from serving.web.json_messages import Json, read_message, to_json, write_json
+from serving.web.json_messages import Json, to_json, write_json
+from serving.web.json_requests import read_message
 from serving.web.tensors import read_infer, take_binary, write_infer
 
 _CAPSNET = "/capsnet.v1.CapsNetService/"
