@@ -347,7 +347,7 @@ def test_a_model_that_is_not_served_is_not_ready(port: int) -> None:
         ("/v1/classify", b"{", {"content_type": "application/json"}, 400, "no JSON"),
         ("/v1/classify", b'{"images": 3}', {"content_type": "application/json"}, 400, "images: a value of the kind"),
         ("/v1/classify", b'{"image": []}', {"content_type": "application/json"}, 400, 'no field named "image"'),
-        ("/v1/classify", b"[" * 2500, {"content_type": "application/json"}, 400, "fewer levels"),
+        ("/v1/classify", b"[" * 2500, {"content_type": "application/json"}, 400, "at most 64 levels"),
         ("/v1/classify", b"[" * 200_000, {"content_type": "application/json"}, 400, "lists and objects"),
         ("/v1/classify", b'{"x": NaN}', {"content_type": "application/json"}, 400, "NaN is no number"),
         ("/v1/classify", b'{"\\ud800": 1}', {"content_type": "application/json"}, 400, "half of a character"),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,22 @@ def traced_peak(work: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def count_calls(work: Callable[[], object]) -> int:
+    """Return the number of calls of Python's functions, and of steps of generators, in some work."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 def refusal(text: bytes, kind: type[Message] = capsnet_pb2.ClassifyRequest) -> str:
@@ -287,6 +304,50 @@ def _read_by_python(text: bytes) -> object:
         return json.loads(text, parse_constant=json_messages._refuse_constant)
     except ValueError:
         return ValueError
+
+
+def test_lists_inside_each_other_are_no_work_for_those_around_them() -> None:
+    depth, lists = 60, 5000
+    text = b'{"x":"\\ud83d\\ude00","y":%s%s%s}' % (b"[" * depth, b",".join([b"[]"] * lists), b"]" * depth)
+    assert count_calls(lambda: read_json(text)) < 10 * lists
+
+
+def test_the_depth_of_json_is_limited() -> None:
+    for begin, end in ((b"[", b"]"), (b'{"a":', b"}"), (b'[0,"",{"a":', b"}]")):
+        levels = 64 // len(re.findall(rb"[\[{]", begin))
+        read_json(begin * levels + b"0" + end * levels)
+        with pytest.raises(Problem, match="at most 64 levels"):
+            read_json(begin * (levels + 1) + b"0" + end * (levels + 1))
+    read_json(b"[%s]" % b",".join([b"[{}]"] * 100))
+
+
+def test_half_of_a_character_is_found_among_all_escapes() -> None:
+    chance = random.Random(3)
+    parts = [
+        "\\\\",
+        "\\ud83d",
+        "\\uDE00",
+        "\\uD83D\\ude00",
+        "\\u0041",
+        "ud83d",
+        "\\n",
+        '\\"',
+        "\\ud7ff",
+        "\\uE000",
+        "x",
+    ]
+    found = set[bool]()
+    for _ in range(2000):
+        text = f'["{"".join(chance.choices(parts, k=chance.randint(1, 5)))}"]'
+        [value] = json.loads(text)
+        is_whole = not re.search("[\ud800-\udfff]", value)
+        found.add(is_whole)
+        if is_whole:
+            assert read_json(text.encode()) == [value]
+        else:
+            with pytest.raises(Problem, match="half of a character"):
+                read_json(text.encode())
+    assert found == {False, True}
 
 
 def test_long_lists_of_numbers_let_other_threads_run() -> None:

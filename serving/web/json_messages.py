@@ -1,7 +1,7 @@
 """Protobuf messages in JSON, by protobuf's mapping with the fields' own names. Integers of 64 bits are numbers.
 
-Clients may send anything, so the depth and the number of values of a text are limited before it is read. Long lists
-are read and written in blocks: Python's reader and writer let no other thread run until they have ended.
+Clients may send anything, so the number of values of a text is limited before it is read, and its depth meanwhile.
+Long lists are read and written in blocks: Python's reader and writer let no other thread run until they have ended.
 """
 
 import base64
@@ -9,7 +9,7 @@ import json
 import json.scanner
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -23,6 +23,8 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 # Lists and objects take twenty times their text in memory, so these are limited, and not the text alone.
 MAX_CONTAINERS = 2**17
+# The most lists and objects inside each other. Those of a tensor of the most dimensions have 35 levels.
+_MAX_DEPTH = 64
 # A name takes up to 200 bytes in memory, and four in its text. The most images have 8,192 quotes.
 _MAX_QUOTES = 2**17
 # Each takes the reader some 30 nanoseconds, in which no other thread runs. A sixty-fourth of base64 may be such.
@@ -35,6 +37,11 @@ _MAX_UNICODE_BYTES = 6 * 2**20
 _BLOCK_CHARACTERS, _BLOCK_VALUES = 2**15, 4096
 _FLAT = re.compile(rf'[^\[\]{{}}"]{{0,{_BLOCK_CHARACTERS}}}')  # numbers, and names such as null
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # which JSON may have alone, and UTF-8 may not
+# An escaped character: a pair of surrogates, one that is alone, which is the group, or any other.
+_ESCAPED = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]|(u[dD][89a-fA-F])|.)")
+
+_Given = ParamSpec("_Given")
+Outcome = TypeVar("Outcome")
 
 
 def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS) -> Json:
@@ -51,19 +58,16 @@ def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAI
         raise invalid(field, f"{len(text)} bytes of JSON; above {_MAX_UNICODE_BYTES} bytes, expected ASCII alone")
     try:
         value: Json = _Decoder().decode(text.decode())
-    except RecursionError:
-        raise invalid(field, "lists or objects inside each other; expected fewer levels") from None
+    except _TooDeep:
+        raise invalid(field, f"lists or objects inside each other; expected at most {_MAX_DEPTH} levels") from None
     except UnicodeDecodeError:
         raise invalid(field, f"{len(text)} bytes that are no JSON: expected UTF-8") from None
     except ValueError as error:
         # Python's text about thousands of digits names its own settings.
         reason = str(error) if isinstance(error, json.JSONDecodeError | _NoNumber) else "a number of too many digits"
         raise invalid(field, f"{len(text)} bytes that are no JSON: {reason}") from None
-    if _SURROGATE.search(text):
-        try:
-            write_json(value)
-        except UnicodeEncodeError:
-            raise invalid(field, "half of a character; expected Unicode text") from None
+    if _SURROGATE.search(text) and any(match[1] for match in _ESCAPED.finditer(text)):
+        raise invalid(field, "half of a character; expected Unicode text")
     return value
 
 
@@ -172,12 +176,38 @@ class _NoNumber(ValueError):
     """A name that other readers take for a number."""
 
 
+class _TooDeep(ValueError):
+    """Lists or objects have too many levels."""
+
+
+class _Levels:
+    """The lists and objects that are being read, each inside the one before."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def limited(self, read: Callable[_Given, Outcome]) -> Callable[_Given, Outcome]:
+        """Return a reader of lists or objects that raises _TooDeep if it is called by itself too many times."""
+
+        def read_inside(*given: _Given.args, **named: _Given.kwargs) -> Outcome:
+            self._count += 1
+            if self._count > _MAX_DEPTH:
+                raise _TooDeep
+            outcome = read(*given, **named)
+            self._count -= 1
+            return outcome
+
+        return read_inside
+
+
 class _Decoder(json.JSONDecoder):
-    """A reader of JSON that reads lists of numbers in blocks."""
+    """A reader of JSON that limits the depth, and reads lists of numbers in blocks."""
 
     def __init__(self) -> None:
         super().__init__(parse_constant=_refuse_constant)
-        self.parse_array = _read_list
+        levels = _Levels()
+        self.parse_object = levels.limited(json.decoder.JSONObject)  # type: ignore[attr-defined]
+        self.parse_array = levels.limited(_read_list)
         self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
 
