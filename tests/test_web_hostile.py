@@ -28,6 +28,7 @@ from serving.web import json_messages
 from serving.web import server as server_module
 from serving.web.connection import WebConnection
 from serving.web.conversions import Conversions
+from serving.web.forms import from_pictures
 from serving.web.incoming import BodyLimits, Incoming
 from serving.web.json_messages import read_json, write_json
 from serving.web.json_requests import read_message
@@ -428,6 +429,20 @@ def test_messages_come_in_all_forms_of_protobufs_mapping() -> None:
         model_version="7", image=capsnet_pb2.Image(pixels=b"\0", preprocess=capsnet_pb2.PREPROCESS_AUTO),
         classes=[3, 4, 5, 6], format=capsnet_pb2.FORMAT_PNG, sweep=capsnet_pb2.Sweep(dimension=1, first=-0.5, last=1),
     )  # fmt: skip
+
+
+def test_thousands_of_values_in_parameters_are_refused_before_they_are_read() -> None:
+    def read(*texts: str) -> capsnet_pb2.ReconstructRequest:
+        query = [("changes", text) for text in texts]
+        return from_pictures(
+            Incoming({}, query, {"content-type": "image/png"}, b"x", BodyLimits(1, 1)), capsnet_pb2.ReconstructRequest
+        )
+
+    changes = ",".join(["0:1"] * 512)
+    assert len(read(changes, changes).changes) == 1024
+    for texts in (("0:1", changes, changes), ("," * 1024,)):
+        with pytest.raises(Problem, match="changes: 1025 values in all lists so far; expected at most 1024"):
+            read(*texts)
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])

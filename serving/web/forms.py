@@ -29,6 +29,9 @@ PICTURE = "image"
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _MAX_FIELDS = 64  # the most parts of a form besides its pictures
 _MAX_FIELD_BYTES = 16384
+# The most values of all lists, as many as a message may have fields besides its images. Each takes some microseconds of
+# the event loop, which reads short requests itself.
+_MAX_VALUES = 1024
 _MAX_NAME_CHARACTERS = 64
 _IMAGE = pb.Image.DESCRIPTOR
 _INTEGERS = {FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1), FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1)}
@@ -117,7 +120,7 @@ def _put_images(message: Message, images: list[pb.Image]) -> None:
 def _set_all(message: Message, parameters: Iterable[tuple[str, str]], images: list[pb.Image] | None) -> None:
     """Set fields of a message, and of its images, from their texts. Raises Problem."""
     fields = {field.name: field for field in parameters_of(cast(Descriptor, message.DESCRIPTOR))}
-    seen = set[str]()
+    seen, values = set[str](), 0
     for name, text in parameters:
         field = fields.get(name)
         if field is None:
@@ -126,6 +129,8 @@ def _set_all(message: Message, parameters: Iterable[tuple[str, str]], images: li
         if not field.is_repeated and name in seen:
             raise invalid(name, "came more than once; expected it once")
         seen.add(name)
+        if field.is_repeated and (values := values + text.count(",") + 1) > _MAX_VALUES:
+            raise invalid(name, f"{values} values in all lists so far; expected at most {_MAX_VALUES}")
         for target in images or [] if field.containing_type is _IMAGE else [message]:
             _set(target, field, text)
 
