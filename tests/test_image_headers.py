@@ -64,6 +64,7 @@ def with_scans(count: int, side: int = LARGE) -> bytes:
 
 
 EXIF_TEXT = b"Raw profile type exif\0\0"
+XMP_TEXT = b"XML:com.adobe.xmp\0\0\0\0\0"
 
 
 def exif_of(entries: int) -> bytes:
@@ -98,11 +99,29 @@ HOSTILE = {
         with_segments((b"\xff\xe1" + struct.pack(">H", 60000) + b"Exif\0\0" + exif_of(1) + bytes(59966)) * 2),
         SIDE, "parts", "bytes of EXIF; the limit is 65533",
     ),
-    "an EXIF in a text that inflates to 256 MB": (
-        with_chunks(chunk(b"zTXt", EXIF_TEXT + inflating(bytes(2**20), 256))), SIDE, "damaged", "damaged or cut off",
+    "an EXIF in a text that inflates to 200 MB": (
+        with_chunks(chunk(b"zTXt", EXIF_TEXT + inflating(bytes(2**20), 200))), SIDE, "damaged", "damaged or cut off",
     ),
     "EXIF in texts that inflate to 15 MB": (
         with_chunks(chunk(b"zTXt", EXIF_TEXT + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "damaged", "damaged",
+    ),
+    "a wide orientation text of 2 MB": (
+        with_chunks(chunk(b"iTXt", XMP_TEXT + b"a" * 2**21 + "\U0001f600".encode())), SIDE, "parts",
+        "with 2097178 bytes of texts with an orientation; the limit is 262144 bytes",
+    ),
+    "an EXIF of 3 MB that is a text": (
+        with_chunks(chunk(b"tEXt", b"Raw profile type exif\0" + b"\n" * 3 * 2**20)), SIDE, "parts",
+        "bytes of texts with an orientation; the limit",
+    ),
+    "a packed text of 6 MB that is empty": (
+        with_chunks(chunk(b"zTXt", EXIF_TEXT + empty_zlib(6 * 2**20))), SIDE, "parts", "6291.* bytes of texts with an",
+    ),
+    "a packed XMP of 6 MB that is empty": (
+        with_chunks(chunk(b"iTXt", XMP_TEXT.replace(b"\0\0", b"\0\1", 1) + empty_zlib(6 * 2**20))), SIDE, "parts",
+        "bytes of texts with an orientation; the limit is 262144",
+    ),
+    "60 orientation texts of 100 KB": (
+        with_chunks(chunk(b"iTXt", XMP_TEXT + b"\xff" * 100_000) * 60), SIDE, "parts", "with 300066 bytes of texts",
     ),
     "colour profiles that inflate to 256 KB each": (
         with_chunks(chunk(b"iCCP", b"C\0\0" + zlib.compress(bytes(2**18 - 1), 9)) * 60), SIDE, "parts",
@@ -181,7 +200,7 @@ def test_texts_and_profiles_that_nothing_reads_are_not_unpacked(name: str) -> No
 
 @pytest.mark.parametrize(
     "text",
-    [raw_profile(exif_of(1)), chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta tiff:Orientation="6"/>')],
+    [raw_profile(exif_of(1)), chunk(b"iTXt", XMP_TEXT + b'<x:xmpmeta tiff:Orientation="6"/>')],
     ids=["EXIF", "XMP"],
 )
 def test_an_orientation_in_a_text_is_obeyed(text: bytes) -> None:

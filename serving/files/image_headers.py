@@ -22,6 +22,9 @@ MAX_SCANS = 64
 #: directory. Cameras write about twenty.
 MAX_EXIF_BYTES = 65533
 MAX_EXIF_ENTRIES = 64
+#: The most bytes of the texts with an orientation in a PNG file, as they are in the file and unpacked. Pillow makes a
+#: string of each, and one character beyond Unicode's first plane makes all of its characters take four bytes.
+MAX_TEXT_BYTES = 2**18
 
 FORMAT, DAMAGED, BYTES, SIZE, PARTS, MEMORY, TIMEOUT = (
     "format",
@@ -234,7 +237,7 @@ def _read_png(data: bytes) -> ImageHeader:
     if data[len(_PNG) + 4 : begin] != b"IHDR" or len(data) < begin + _PNG_SIZE.size:
         raise damaged("PNG", data)
     width, height, depth, colours = _PNG_SIZE.unpack_from(data, begin)
-    position, small, other_bytes, pixel_bytes = len(_PNG), 0, 0, 0
+    position, small, other_bytes, pixel_bytes, text_bytes = len(_PNG), 0, 0, 0, 0
     seen = set()
     while position + _CHUNK_HEAD.size <= len(data):
         length, kind = _CHUNK_HEAD.unpack_from(data, position)
@@ -248,6 +251,9 @@ def _read_png(data: bytes) -> ImageHeader:
             pixel_bytes += length
         elif not _is_unread_chunk(data, kind, position):
             other_bytes += min(length, len(data) - position)
+            if kind in _TEXTS and (text_bytes := text_bytes + length) > MAX_TEXT_BYTES:
+                text = f"a PNG file with {text_bytes} bytes of texts with an orientation; the limit is {MAX_TEXT_BYTES}"
+                raise BadImage(PARTS, f"{text} bytes")
         if kind == b"eXIf":
             begin = position + _CHUNK_HEAD.size
             check_exif("PNG", data[begin : begin + length])

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from serving.files.image_headers import MAX_TEXT_BYTES
+
 MAX_GREY_VALUE = 2**16 - 1
 #: Pillow's modes.
 MODES_BY_CHANNELS = {1: "L", 3: "RGB"}
@@ -32,8 +34,8 @@ def limit_metadata() -> None:
 
     The default is 64 MiB, and a small file can make Pillow unpack all of it.
     """
-    PngImagePlugin.MAX_TEXT_CHUNK = 2**18  # of a colour profile too
-    PngImagePlugin.MAX_TEXT_MEMORY = 2**18
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES  # of a colour profile too
+    PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
 
 
 def to_pixels(image: Image.Image, channels: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
