@@ -3,9 +3,11 @@
 import tracemalloc
 from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from protos.inference import inference_pb2 as pb
 from serving.errors import InvalidRequest
@@ -45,11 +47,21 @@ def _padded(numbers: list[int]) -> bytes:
     return delimited(4, b"".join(padded)) + b"".join(KEY + one for one in padded)
 
 
+def _in_short_spans(numbers: list[int]) -> bytes:
+    """Return packed numbers in fields of one to a few, and some of more numbers than are read at once."""
+    return (
+        b"".join(_packed(numbers[at : at + 3]) for at in range(0, 3000, 3)) + _packed(numbers[3000:20_000])
+        + b"".join(map(_packed, zip(numbers[20_000:20_500]))) + _one_by_one(numbers[20_500:20_530])
+        + b"".join((_packed if at % 2 else _one_by_one)(numbers[at : at + 1]) for at in range(20_530, 21_000))
+        + _packed(numbers[21_000:29_000]) + _packed(numbers[29_000:37_000]) + _packed(numbers[37_000:])
+    )  # fmt: skip
+
+
 def _contents(data: bytes) -> TypedContents:
     return TypedContents(data, [slice(0, len(data))], MAX_FIELDS)
 
 
-@pytest.mark.parametrize("write", [_packed, _one_by_one, _in_many_ways, _padded])
+@pytest.mark.parametrize("write", [_packed, _one_by_one, _in_many_ways, _in_short_spans, _padded])
 def test_numbers_are_read_as_protobuf_reads_them(write: Callable[[list[int]], bytes]) -> None:
     data = write(PIXELS)
     expected = pb.InferTensorContents.FromString(data).uint_contents
@@ -128,7 +140,7 @@ def test_floats_and_files_are_read_as_protobuf_reads_them() -> None:
     assert contents.float_count == len(expected.fp32_contents) == 40_000
     pieces = list(contents.floats())
     assert np.concatenate(pieces).tolist() == list(expected.fp32_contents)
-    assert len(pieces) > 100 and max(map(len, pieces)) < 10_000
+    assert len(pieces) > 8 and max(map(len, pieces)) < 10_000
     assert contents.elements == list(expected.bytes_contents) == [b"one", b""]
 
 
@@ -179,3 +191,29 @@ def test_reading_takes_little_memory_besides_the_pixels(kind: int, number: int) 
 def test_steps_pause_so_that_other_requests_get_their_turns() -> None:
     assert len(list(_contents(_packed(PIXELS)).steps())) > 1
     assert not list(chain(_contents(b"").steps()))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        delimited(4, b"\1") * 3000,
+        (delimited(4, b"\1") + KEY + b"\1") * 1500,
+        (KEY + b"\1" + b"\x78\1") * 1500 + (KEY + b"\1") * 1500,
+        (b"\x35" + bytes(4)) * 3000,
+        delimited(6, bytes(4)) * 3000,
+    ],
+    ids=["packed", "packed and not", "apart", "floats", "packed floats"],
+)
+def test_numbers_in_many_fields_are_read_at_once(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, read = 0, np.frombuffer
+
+    def counted(*given: Any, **named: Any) -> NDArray[Any]:
+        nonlocal calls
+        calls += 1
+        return read(*given, **named)
+
+    monkeypatch.setattr(np, "frombuffer", counted)
+    contents = _contents(data)
+    numbers = [int(number) for piece in contents.floats() for number in piece] or contents.values().tolist()
+    assert len(numbers) == 3000 and len(set(numbers)) == 1
+    assert calls < 20

@@ -3,7 +3,7 @@
 Protobuf's classes would take 4 to 13 bytes of memory for each byte of a message, before anything of it is checked.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ _FLOAT_BYTES = 4
 
 
 class _Span(NamedTuple):
-    """The bytes ``begin`` to ``end`` of a message: numbers. keyed: True if each one follows the key of its field."""
+    """The bytes ``begin`` to ``end`` of others: numbers. keyed: True if each one follows the key of its field."""
 
     begin: int
     end: int
@@ -66,7 +66,7 @@ class TypedContents:
         self._data = data
         self._left = max_fields
         self._spans: list[_Span] = []
-        self._float_spans: list[slice] = []
+        self._float_spans: list[_Span] = []
         self._elements: list[slice] = []
         found: set[int] = set()
         for place in places:
@@ -75,8 +75,8 @@ class TypedContents:
             except IndexError as error:
                 raise Malformed from error
         self.kinds = tuple(_KINDS[number][0] for number in sorted(found))
-        self.count = sum(_count(data, span) for span in self._spans)
-        self.float_count = sum(span.stop - span.start for span in self._float_spans) // _FLOAT_BYTES
+        self.count = sum(_count(of, span) for of, span in _joined(data, self._spans))
+        self.float_count = sum(span.end - span.begin for span in self._float_spans) // _FLOAT_BYTES
 
     @property
     def elements(self) -> list[bytes]:
@@ -84,10 +84,10 @@ class TypedContents:
 
     def floats(self) -> Generator[NDArray[np.float32]]:
         """Yield the values of fp32_contents in pieces."""
-        for span in self._float_spans:
-            for at in range(span.start, span.stop, _PIECE_BYTES):
-                size = min(_PIECE_BYTES, span.stop - at)
-                yield np.frombuffer(self._data, "<f4", size // _FLOAT_BYTES, at)
+        for data, span in _joined(self._data, self._float_spans):
+            for at in range(span.begin, span.end, _PIECE_BYTES):
+                size = min(_PIECE_BYTES, span.end - at)
+                yield np.frombuffer(data, "<f4", size // _FLOAT_BYTES, at)
 
     def values(self) -> NDArray[np.uint8]:
         """Return the values of uint_contents. Raises InvalidRequest for one above 255."""
@@ -102,10 +102,10 @@ class TypedContents:
     def steps(self) -> Generator[None, None, NDArray[np.uint8]]:
         """Yield after each piece, and return the values of uint_contents. Raises InvalidRequest for one above 255."""
         values, filled = np.empty(self.count, np.uint8), 0
-        for span in self._spans:
+        for data, span in _joined(self._data, self._spans):
             at = span.begin
             while at < span.end:
-                piece = np.frombuffer(self._data, np.uint8, min(_PIECE_BYTES, span.end - at), at)
+                piece = np.frombuffer(data, np.uint8, min(_PIECE_BYTES, span.end - at), at)
                 numbers, size = _numbers(piece, 2 if span.keyed else 1)
                 if (wide := numbers > 255).any():
                     index = int(wide.argmax())
@@ -124,13 +124,15 @@ class TypedContents:
         while at < end:
             begin = at
             key, at = varint_at(data, at)
-            number, wire_type, content = key >> 3, key & 7, at
+            number, wire_type, content, keyed = key >> 3, key & 7, at, False
             match wire_type:
                 case 0:
                     _, at = varint_at(data, at)
                     repeated = repeated + 1 if key == last else 0
                     if repeated == _NUMBERS_BEFORE_RUN:
-                        at, repeated = _end_of_run(data, at, end, key), 0
+                        single, repeated = at, 0
+                        at = _end_of_run(data, at, end, key)
+                        keyed = at > single
                 case 1:
                     at += 8
                 case 2:
@@ -156,24 +158,42 @@ class TypedContents:
             if packed or wire_type == _KINDS[number][1]:
                 found.add(number)
                 if number == _UINT:
-                    self._add(_Span(content, at, False) if packed else _Span(begin, at, True))
+                    if data[at - 1] > 0x7F:  # within a number
+                        raise Malformed
+                    self._spans.append(_Span(begin if keyed else content, at, keyed))
                 elif number == _FLOAT:
                     if (at - content) % _FLOAT_BYTES:
                         raise Malformed
-                    self._float_spans.append(slice(content, at))
+                    self._float_spans.append(_Span(content, at, False))
                 elif number == _ELEMENT:
                     self._elements.append(slice(content, at))
         if groups:
             raise Malformed
 
-    def _add(self, span: _Span) -> None:
-        """Add a span of numbers. Raises Malformed if it ends within a number."""
-        if self._data[span.end - 1] > 0x7F:
-            raise Malformed
-        if span.keyed and self._spans and (before := self._spans[-1]).keyed and before.end == span.begin:
-            self._spans[-1] = _Span(before.begin, span.end, True)
+
+def _joined(data: bytes, spans: Iterable[_Span]) -> Iterator[tuple[bytes, _Span]]:
+    """Yield each span with the bytes that it is of. Short ones without keys that follow each other come as one.
+
+    Every field may be a span, and NumPy takes as long for one number as for hundreds.
+    """
+    short, size = list[bytes](), 0
+
+    def joined() -> tuple[bytes, _Span]:
+        return b"".join(short), _Span(0, size, False)
+
+    for span in spans:
+        more = span.end - span.begin
+        alone = span.keyed or more > _PIECE_BYTES
+        if short and (alone or size + more > _PIECE_BYTES):
+            yield joined()
+            short, size = [], 0
+        if alone:
+            yield data, span
         else:
-            self._spans.append(span)
+            short.append(data[span.begin : span.end])
+            size += more
+    if short:
+        yield joined()
 
 
 def _count(data: bytes, span: _Span) -> int:
