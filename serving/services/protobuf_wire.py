@@ -15,6 +15,10 @@ TOO_MANY_FIELDS = "more fields than any request that could be answered"
 #: The most fields of a request besides its images or poses.
 MAX_OTHER_FIELDS = 1024
 _FIELDS_AN_IMAGE = 3
+# The wire types with a whole number or a length after the key.
+_WITH_NUMBER = (VARINT, BYTES)
+# The keys, lengths and whole numbers of a field are read byte by byte. So many bytes of them count as another field.
+_MORE_BYTES = 4
 _MAX_VARINT_SHIFT = 63  # of the bits in the last byte of a number of 64 bits
 
 
@@ -95,7 +99,8 @@ def check_fields(data: bytes, limit: int, fields: Fields) -> None:
     """Raise InvalidRequest for a message of more than ``limit`` fields, long before it is parsed.
 
     A small compressed message can hold millions of fields of two bytes each, and each field becomes an object. Fields
-    of a group count as those of its message. Bytes that cannot be read here are left to the parser.
+    of a group count as those of its message, and a field with a long key, length or whole number as several. Bytes that
+    cannot be read here are left to the parser.
     """
     # A shorter message cannot have so many.
     if len(data) > limit and _count_fields(data, 0, len(data), limit, fields, []) < 0:
@@ -136,15 +141,18 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
     messages, groups = fields.messages, 0
     while at < end and left >= 0:
         try:
+            begin = at
             if (key := data[at]) > 0x7F:
                 key, at = varint_at(data, at)
             else:
                 at += 1
-            left -= 1
-            match key & 7:
+            kind, length_at, size = key & 7, at, 0
+            if kind in _WITH_NUMBER:
+                size, at = varint_at(data, at)
+            left -= 1 + (at - begin) // _MORE_BYTES
+            match kind:
                 case 2:
-                    length_at, number = at, key >> 3
-                    size, at = varint_at(data, at)
+                    number = key >> 3
                     if groups:
                         pass  # the parser skips it
                     elif number in messages:
@@ -159,7 +167,7 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
                         cuts.append(_Cut(length_at, at, at + size, []))
                     at += size
                 case 0:
-                    _, at = varint_at(data, at)
+                    pass
                 case 1:
                     at += 8
                 case 3:
