@@ -14,11 +14,15 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 TOO_MANY_FIELDS = "more fields than any request that could be answered"
 #: The most fields of a request besides its images or poses.
 MAX_OTHER_FIELDS = 1024
+#: The most bytes of a text in a request. A string takes four bytes for each character if one of them is rare.
+MAX_TEXT_BYTES = 2**16
 _FIELDS_AN_IMAGE = 3
 # The wire types with a whole number or a length after the key.
 _WITH_NUMBER = (VARINT, BYTES)
 # The keys, lengths and whole numbers of a field are read byte by byte. So many bytes of them count as another field.
 _MORE_BYTES = 4
+# The same for the bytes of a text, which is read character by character.
+_MORE_TEXT_BYTES = 64
 _MAX_VARINT_SHIFT = 63  # of the bits in the last byte of a number of 64 bits
 
 
@@ -46,11 +50,13 @@ class Fields(NamedTuple):
     """The fields of a kind of message that ``check_fields`` counts.
 
     messages: the fields that hold messages whose fields count too, by number. packed: the fields of whole numbers each
-    of which counts, by number. apart: the number of a field that ``split`` cuts out; 0 for none.
+    of which counts, by number. texts: the names of the fields that hold text, by number. apart: the number of a field
+    that ``split`` cuts out; 0 for none.
     """
 
     messages: "Mapping[int, Fields]"
     packed: frozenset[int]
+    texts: Mapping[int, str]
     apart: int
 
 
@@ -62,17 +68,20 @@ def fields_of(kind: type[Message], apart: type[Message] | None = None) -> Fields
     return _fields_of(cast(Descriptor, kind.DESCRIPTOR), apart.DESCRIPTOR.full_name if apart else "")
 
 
-def _fields_of(kind: Descriptor, apart: str) -> Fields:
-    messages, packed, number_apart = {}, set(), 0
+def _fields_of(kind: Descriptor, apart: str, place: str = "") -> Fields:
+    """Return the fields of a kind of message. place: the name of the field that holds it, with a dot, or nothing."""
+    messages, packed, texts, number_apart = {}, set(), {}, 0
     for field in kind.fields:
         inner = field.message_type
         if inner and inner.full_name == apart:
             number_apart = field.number
         elif inner:
-            messages[field.number] = _fields_of(inner, apart)
+            messages[field.number] = _fields_of(inner, apart, f"{place}{field.name}.")
         elif field.is_packed and field.cpp_type not in (field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE):
             packed.add(field.number)
-    return Fields(messages, frozenset(packed), number_apart)
+        elif field.type == field.TYPE_STRING:
+            texts[field.number] = place + field.name
+    return Fields(messages, frozenset(packed), texts, number_apart)
 
 
 class _Cut(NamedTuple):
@@ -96,10 +105,10 @@ def max_fields(images: int) -> int:
 
 
 def check_fields(data: bytes, limit: int, fields: Fields) -> None:
-    """Raise InvalidRequest for a message of more than ``limit`` fields, long before it is parsed.
+    """Raise InvalidRequest for a message of more than ``limit`` fields or with a long text, long before it is parsed.
 
     A small compressed message can hold millions of fields of two bytes each, and each field becomes an object. Fields
-    of a group count as those of its message, and a field with a long key, length or whole number as several. Bytes that
+    of a group count as those of its message, and a field with a long key, length, number or text as several. Bytes that
     cannot be read here are left to the parser.
     """
     # A shorter message cannot have so many.
@@ -136,7 +145,7 @@ def _without(data: bytes, begin: int, end: int, cuts: list[_Cut], places: list[s
 def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cuts: list[_Cut]) -> int:
     """Return the number of fields that are still allowed after those of a message, below 0 for too many.
 
-    Add the cuts for the fields ``apart``.
+    Add the cuts for the fields ``apart``. Raises InvalidRequest for a long text.
     """
     messages, groups = fields.messages, 0
     while at < end and left >= 0:
@@ -163,6 +172,9 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
                             cuts.append(_Cut(length_at, at, stop, inner))
                     elif number in fields.packed:
                         left -= size  # a number takes a byte or more
+                    elif number in fields.texts:
+                        _check_text(size, fields.texts[number])
+                        left -= size // _MORE_TEXT_BYTES
                     elif number == fields.apart and at + size <= end:
                         cuts.append(_Cut(length_at, at, at + size, []))
                     at += size
@@ -181,6 +193,11 @@ def _count_fields(data: bytes, at: int, end: int, left: int, fields: Fields, cut
         except IndexError:
             return left
     return left
+
+
+def _check_text(size: int, field: str) -> None:
+    if size > MAX_TEXT_BYTES:
+        raise InvalidRequest(field, f"{size} bytes; expected at most {MAX_TEXT_BYTES} of a text")
 
 
 def varint_at(data: bytes, at: int) -> tuple[int, int]:
