@@ -16,7 +16,7 @@ from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
 from serving.files.image_headers import DAMAGED, BadImage
 from serving.runtime import Arrays
 from serving.services import decoding
-from serving.services.decoding import Decoder, Decoding, Steps, in_one_step
+from serving.services.decoding import Decoder, Decoding, Measure, Steps, in_one_step, measured
 from serving.services.encoded_images import RefusedImage
 
 PATIENCE = 10.0
@@ -157,6 +157,65 @@ def test_a_request_that_needs_more_memory_than_there_is_is_refused_at_once() -> 
         )
 
     assert run(test) == ["memory"]
+
+
+MANY_IMAGES = 17  # too many for the event loop to read their headers
+
+
+def measuring(found: int, threads: list[str], go: threading.Event | None = None) -> Measure:
+    """Yield after each image, and return its memory. Each step notes its thread and waits for ``go``."""
+    for _ in range(MANY_IMAGES):
+        threads.append(threading.current_thread().name)
+        assert go is None or go.wait(PATIENCE)
+        yield
+    return found
+
+
+@pytest.mark.parametrize("images", [1, MANY_IMAGES])
+def test_the_memory_of_many_images_is_found_in_a_thread_and_that_of_few_at_once(images: int) -> None:
+    async def test(decoder: Decoder) -> None:
+        one, blocking, threads = Slow(), Slow(), list[str]()
+        first = asyncio.create_task(decoder.decode(blocking.decoding(60)))
+        await asyncio.to_thread(blocking.begun.wait, PATIENCE)
+        given = measured(one.steps(), measuring(41, threads), "images", images)
+        assert (given.bytes, len(threads)) == ((41, MANY_IMAGES) if images == 1 else (0, 0))
+        second = asyncio.create_task(decoder.decode(given))
+        await until(lambda: len(threads) == MANY_IMAGES and decoder._free == 1 and decoder._waiting)
+        assert {name.partition("_")[0] for name in threads} == {"MainThread" if images == 1 else "decode"}
+        assert (one.begun.is_set(), decoder.reserved) == (False, 60), "it waits for its memory"
+        blocking.go.set()
+        await asyncio.to_thread(one.begun.wait, PATIENCE)
+        assert decoder.reserved == 41
+        one.go.set()
+        assert (await first, await second) == (RESULT, RESULT)
+
+    assert run(test, threads=2) == []
+
+
+def test_a_request_that_is_found_to_need_more_memory_than_there_is_is_refused() -> None:
+    async def test(decoder: Decoder) -> None:
+        one = Slow()
+        with pytest.raises(InvalidRequest, match="images: decoding takes 101 bytes of memory"):
+            await decoder.decode(measured(one.steps(), measuring(101, []), "images", MANY_IMAGES))
+        assert not one.begun.is_set()
+
+    assert run(test) == ["memory"]
+
+
+@pytest.mark.parametrize("found", [50, 101])
+def test_a_decoding_that_is_given_up_while_its_memory_is_found_is_not_begun(found: int) -> None:
+    async def test(decoder: Decoder) -> None:
+        one, threads, go = Slow(), list[str](), threading.Event()
+        given = measured(one.steps(), measuring(found, threads, go), "images", MANY_IMAGES)
+        task = asyncio.create_task(decoder.decode(given))
+        await until(lambda: threads)
+        task.cancel()
+        await asyncio.wait([task])
+        go.set()
+        await until(lambda: decoder._free == 1)
+        assert (task.cancelled(), len(threads), one.begun.is_set()) == (True, 1, False)
+
+    assert run(test) == []
 
 
 def test_a_request_that_does_not_fit_into_the_queue_is_refused_at_once_and_a_stream_waits(

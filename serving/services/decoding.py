@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from traceback import clear_frames
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from serving.batching.turns import Shares, Turns
 from serving.errors import DecodingTooSlow, InvalidRequest, QueueFull
@@ -19,20 +19,36 @@ _TURN_SECONDS = 0.004
 _RETRY_SECONDS = 0.5  # after which there may be room for a refused request
 _DISPLACED = "too many images wait to be decoded, and this client has more than its share of them; try again later"
 
+# The most images whose headers are read at once, by the event loop. A header of small parts takes up to 0.1
+# milliseconds, and one of large parts up to two for each megabyte.
+_FEW_IMAGES = 16
+
+Found = TypeVar("Found")
 #: Yields after each image, and returns the arrays.
 Steps = Generator[None, None, Arrays]
+#: The same for the most memory of a decoding, in bytes.
+Measure = Generator[None, None, int]
 
 
 class Decoding(NamedTuple):
     """The decoding of a request.
 
-    bytes: the most memory that it takes. field: the request's field, for errors. images: their number.
+    bytes: the most memory that it takes. field: the request's field, for errors. images: their number. measure: the
+    steps to ``bytes`` for a thread, which come first, or None.
     """
 
     steps: Steps
     bytes: int
     field: str
     images: int = 1
+    measure: Measure | None = None
+
+
+def measured(steps: Steps, measure: Measure, field: str, images: int) -> Decoding:
+    """Return a decoding whose memory takes time to find. That of few images is found at once."""
+    if images <= _FEW_IMAGES:
+        return Decoding(steps, in_one_go(measure), field, images)
+    return Decoding(steps, 0, field, images, measure)
 
 
 def in_one_step(decode: Callable[[], Arrays]) -> Steps:
@@ -41,14 +57,14 @@ def in_one_step(decode: Callable[[], Arrays]) -> Steps:
     yield  # makes this function a generator
 
 
-def in_one_go(steps: Steps) -> Arrays:
-    """Return the arrays of steps without a pause. Raises the errors of the steps."""
+def in_one_go(steps: Generator[None, None, Found]) -> Found:
+    """Return what steps return, without a pause. Raises the errors of the steps."""
     try:
         while True:
             next(steps)
     except StopIteration as stop:
-        arrays: Arrays = stop.value
-        return arrays
+        found: Found = stop.value
+        return found
 
 
 #: The end of a decoding: its arrays, or its error.
@@ -62,17 +78,32 @@ class Job:
     limit of all that wait.
     """
 
-    __slots__ = ("bytes", "client", "counted", "given_up", "seconds", "started", "steps", "then", "timer")
+    __slots__ = (
+        "bytes",
+        "client",
+        "counted",
+        "field",
+        "given_up",
+        "later",
+        "seconds",
+        "started",
+        "steps",
+        "then",
+        "timer",
+    )
 
     def __init__(self, decoding: Decoding, then: Callable[[Outcome], object], client: Hashable, counted: int) -> None:
-        self.steps = decoding.steps
+        #: The steps of its decoding, or before these the steps to its memory.
+        self.steps: Steps | Measure = decoding.measure or decoding.steps
+        self.later = decoding.steps
         self.bytes = decoding.bytes
+        self.field = decoding.field
         #: None once nobody waits for the outcome.
         self.then: Callable[[Outcome], object] | None = then
         self.client = client
         self.counted = counted
         self.timer: asyncio.TimerHandle | None = None
-        #: True from its first turn on.
+        #: True from its first turn on. Steps to the memory do not count.
         self.started = False
         #: The seconds of its last turn.
         self.seconds = 0.0
@@ -137,15 +168,11 @@ class Decoder:
         client: if too many images wait, a client that has less than its share takes the places of the newest decodings
             of the client that has most, unless a thread has begun with them.
 
-        Raises QueueFull, and InvalidRequest if the decoding needs more memory than there is.
+        Raises QueueFull, and InvalidRequest if the decoding needs more memory than there is. That is an outcome too if
+        the memory is found later.
         """
-        if decoding.bytes > self._max_bytes:
-            self._refused(MEMORY)
-            raise InvalidRequest(
-                decoding.field,
-                f"decoding takes {decoding.bytes} bytes of memory; the limit is {self._max_bytes} bytes "
-                "(max_image_memory)",
-            )
+        if error := self._too_large(decoding.bytes, decoding.field):
+            raise error
         if not patient:
             self._make_room(client, decoding.images)
         job = Job(decoding, then, client, 0 if patient else decoding.images)
@@ -182,6 +209,14 @@ class Decoder:
         """End the threads. A decoding that still waits ends with its timeout or its caller."""
         self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _too_large(self, size: int, field: str) -> InvalidRequest | None:
+        """Return the error of a decoding that takes more memory than there is, or None."""
+        if size <= self._max_bytes:
+            return None
+        self._refused(MEMORY)
+        text = f"decoding takes {size} bytes of memory; the limit is {self._max_bytes} bytes (max_image_memory)"
+        return InvalidRequest(field, text)
 
     def _make_room(self, client: Hashable, images: int) -> None:
         """Make room for a client's images, or raise QueueFull."""
@@ -239,22 +274,34 @@ class Decoder:
         self._free -= 1
         job.started = True
 
-        def ended(result: "asyncio.Future[Arrays | None]") -> None:
+        def ended(result: "asyncio.Future[Arrays | int | None]") -> None:
             self._free += 1
             self._begun.charge(job.client, turn, job.seconds)
             if error := asyncio.CancelledError() if result.cancelled() else result.exception():
                 self._leave(job)
                 clear_frames(error.__traceback__)  # they hold the request, and the job, which will hold the error
                 self._end(job, error if isinstance(error, Exception) else RuntimeError(repr(error)))
-            elif (arrays := result.result()) is None and not job.given_up:
+            elif (found := result.result()) is None and not job.given_up:
                 self._begun.push(job.client, job)
             else:
                 self._leave(job)
-                if arrays is not None:
-                    self._end(job, arrays)
+                if isinstance(found, int):
+                    self._wait_for_memory(job, found)
+                elif found is not None:
+                    self._end(job, found)
             self._go_on()
 
         asyncio.get_running_loop().run_in_executor(self._executor, _run_turn, job).add_done_callback(ended)
+
+    def _wait_for_memory(self, job: Job, size: int) -> None:
+        """Let a decoding wait for its memory, which is known now, or end it if that is too much."""
+        if job.given_up:
+            return
+        job.steps, job.bytes, job.started = job.later, size, False
+        if error := self._too_large(size, job.field):
+            self._end(job, error)
+        else:
+            self._waiting.push(job.client, job)
 
     def _expire(self, job: Job, text: str) -> None:
         self._end_early(job, DecodingTooSlow(text))
@@ -305,8 +352,8 @@ def _settle(future: "asyncio.Future[Arrays]", outcome: Outcome) -> None:
         future.set_result(outcome)
 
 
-def _run_turn(job: Job) -> Arrays | None:
-    """Decode images for the time of a turn. Return the arrays, or None if images are left."""
+def _run_turn(job: Job) -> Arrays | int | None:
+    """Run the steps of a job for the time of a turn. Return what they return, or None if images are left."""
     begin = time.perf_counter()
     try:
         while True:
@@ -314,7 +361,7 @@ def _run_turn(job: Job) -> Arrays | None:
             if job.given_up or time.perf_counter() >= begin + _TURN_SECONDS:
                 return None
     except StopIteration as stop:
-        arrays: Arrays = stop.value
-        return arrays
+        found: Arrays | int = stop.value
+        return found
     finally:
         job.seconds = time.perf_counter() - begin

@@ -12,7 +12,7 @@ from serving.errors import InvalidRequest
 from serving.repository.classifier import IMAGES
 from serving.runtime import Arrays
 from serving.services.computation import Computation
-from serving.services.decoding import Decoding, Steps
+from serving.services.decoding import Decoding, Steps, measured
 from serving.services.encoded_images import Images
 from serving.services.image_messages import ImageReader, check_unprepared
 from serving.settings import Settings
@@ -60,7 +60,7 @@ class GivenImages:
         """Return the decoding of the images, for a thread. Raises InvalidRequest, as do the steps."""
         given, reader = self._take(), ImageReader(artifact, self._settings)
         field = self._field.partition("[")[0]
-        return Decoding(self._steps(given, reader), reader.decoding_bytes(given), field, self.size)
+        return measured(self._steps(given, reader), reader.measure(given), field, self.size)
 
     async def decode_for(self, computation: Computation) -> Images:
         """Return the images (B, C, H, W) for the model of a computation, which may take a thread.

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.artifact import Artifact
 from serving.errors import InvalidRequest
+from serving.services.decoding import Measure
 from serving.services.encoded_images import (
     Images,
     decoding_bytes,
@@ -42,14 +43,15 @@ class ImageReader:
         self._max_bytes = settings.max_image_bytes
         self._max_pixels = settings.max_picture_pixels
 
-    def decoding_bytes(self, images: Iterable[pb.Image]) -> int:
-        """Return the most memory that reading these images takes, one after the other."""
+    def measure(self, images: Iterable[pb.Image]) -> Measure:
+        """Yield after each image, and return the most memory that reading them takes, one after the other."""
         count = largest = 0
         for image in images:
             count += 1
             if len(file := image.encoded) <= self._max_bytes:
                 prepared = image.preprocess == pb.PREPROCESS_AUTO
                 largest = max(largest, picture_bytes(file, self._max_pixels) if prepared else file_bytes(file))
+            yield
         return decoding_bytes(self.shape, count) + largest
 
     def read(self, image: pb.Image, field: str) -> Images:

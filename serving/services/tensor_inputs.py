@@ -12,7 +12,7 @@ from protos.inference import inference_pb2 as pb
 from serving.artifact import Artifact
 from serving.errors import InvalidRequest
 from serving.repository.classifier import IMAGES
-from serving.services.decoding import Decoding, Steps
+from serving.services.decoding import Decoding, Measure, Steps, measured
 from serving.services.encoded_images import (
     Images,
     decoding_bytes,
@@ -92,7 +92,9 @@ class TensorReader:
         tensor, shape = self._check(received)
         steps, memory = self._steps(received, tensor)
         field = "raw_input_contents" if received.message.raw_input_contents else "inputs[0].contents"
-        return Decoding(_named(steps), memory, field, shape[0])
+        if isinstance(memory, int):
+            return Decoding(_named(steps), memory, field, shape[0])
+        return measured(_named(steps), memory, field, shape[0])
 
     def _check(self, received: Received) -> tuple[_Tensor, tuple[int, ...]]:
         """Check all of a request's input but the values of its pixels and files, and return it and its shape.
@@ -148,8 +150,8 @@ class TensorReader:
             text = f"{count} values; expected {self._about_size(UINT8, images)}"
             raise InvalidRequest(f"inputs[0].contents.{wanted}", text)
 
-    def _steps(self, received: Received, tensor: _Tensor) -> tuple[_Pixels, int]:
-        """Return the steps to the images of a checked request, and the most memory that they take, in bytes.
+    def _steps(self, received: Received, tensor: _Tensor) -> tuple[_Pixels, int | Measure]:
+        """Return the steps to the images of a checked request, and the most memory that they take, or the steps to it.
 
         Raises InvalidRequest, as do the steps.
         """
@@ -159,7 +161,7 @@ class TensorReader:
         memory = shape[0] * self._image_size + READING_BYTES
         if tensor.datatype == BYTES:
             files = _files(message, tensor, raw, typed)
-            return self._decode(files), decoding_bytes(self._image_shape, shape[0]) + self._largest_work(files)
+            return self._decode(files), self._measure(files)
         if tensor.datatype == FP32:
             maximum = _pixel_max(message, tensor)
             if raw is not None:
@@ -168,12 +170,15 @@ class TensorReader:
             return _from_floats(typed.floats(), shape, maximum, "inputs[0].contents.fp32_contents"), memory
         return _reshaped(raw, typed, shape), memory
 
-    def _largest_work(self, given: _Files) -> int:
-        """Return the most memory that the decoding of one of the files takes, in bytes."""
-        files = (file for file in given.files if len(file) <= self._max_bytes)
-        if given.prepared:
-            return max((picture_bytes(file, self._max_pixels) for file in files), default=0)
-        return max(map(file_bytes, files), default=0)
+    def _measure(self, given: _Files) -> Measure:
+        """Yield after each file, and return the most memory that decoding them takes, one after the other."""
+        largest = 0
+        for file in given.files:
+            if len(file) <= self._max_bytes:
+                work = picture_bytes(file, self._max_pixels) if given.prepared else file_bytes(file)
+                largest = max(largest, work)
+            yield
+        return decoding_bytes(self._image_shape, len(given.files)) + largest
 
     def _decode(self, given: _Files) -> _Pixels:
         """Decode files one after the other."""
