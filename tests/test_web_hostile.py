@@ -217,10 +217,10 @@ def test_the_conversions_of_a_client_with_many_wait_for_those_of_others() -> Non
 
         names = ["many 1", "many 2", "many 3", "few 1"]
         tasks = [
-            asyncio.create_task(conversions.run(name.split()[0], 100, lambda name=name: convert(name)))  # type: ignore[misc]
+            asyncio.create_task(conversions.run(name.split()[0], lambda name=name: convert(name)))  # type: ignore[misc]
             for name in names
         ]
-        given_up = asyncio.create_task(conversions.run("few", 100, lambda: convert("never")))
+        given_up = asyncio.create_task(conversions.run("few", lambda: convert("never")))
         await asyncio.sleep(0)
         given_up.cancel()
         await asyncio.sleep(0)
@@ -232,13 +232,35 @@ def test_the_conversions_of_a_client_with_many_wait_for_those_of_others() -> Non
     assert order == ["many 1", "few 1", "many 2", "many 3"]
 
 
+def test_the_conversions_of_a_client_wait_as_long_as_its_last_ones_took() -> None:
+    """A message of few bytes may take long, such as one of many lists."""
+    order: list[str] = []
+
+    async def main() -> None:
+        conversions = Conversions()
+
+        def convert(client: str, seconds: float) -> None:
+            order.append(client)
+            end = time.thread_time() + seconds
+            while time.thread_time() < end:
+                pass
+
+        clients = {"slow": 0.05, "quick": 0.001}
+        tasks = [conversions.run(name, partial(convert, name, clients[name])) for name in clients for _ in range(6)]
+        await asyncio.gather(*tasks)
+        conversions.close()
+
+    asyncio.run(main())
+    assert order == ["slow", *["quick"] * 6, *["slow"] * 5]
+
+
 def test_the_answer_of_a_client_that_has_gone_is_not_converted() -> None:
     proceed = threading.Event()
     with serving({GET_MODEL: describing("x" * LARGE)}) as web:
         application = web.server._application
 
         async def keep_busy() -> bool:
-            return await application._conversions.run("other", 1, partial(proceed.wait, PATIENCE))
+            return await application._conversions.run("other", partial(proceed.wait, PATIENCE))
 
         busy = asyncio.run_coroutine_threadsafe(keep_busy(), web.loop)
         with connected(web) as client:

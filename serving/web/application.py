@@ -46,8 +46,6 @@ _MAX_TIMEOUT_SECONDS = 1e8
 _MAX_QUERY_PARAMETERS = 64  # as many as a form's
 # Larger messages are converted in a thread, since that would delay other requests.
 _SLOW_BYTES = 16384
-# The cost of a small body's turn in the thread if it is packed, since its size is not known.
-_PACKED_COST = 2**20
 # A longer answer is sent in parts of this size: what its client has not taken stays in the counted memory.
 _PART_BYTES = 16384
 _INTERNAL_TEXT = "internal error; the server's log has the details"
@@ -213,9 +211,9 @@ class Application:
             exchange, method = visit.exchange(), self._method(route.method)
             await self._ask_door(method, exchange)
             body = await visit.body.read(exchange.left)
-            packed = "content-encoding" in visit.request.headers
-            cost = len(body) + packed * _PACKED_COST  # a small body may be packed from a large one
-            write, data = await self._convert(visit, cost, partial(self._prepare, route, visit, body))
+            # A small body may be packed from a large one.
+            slow = len(body) > _SLOW_BYTES or "content-encoding" in visit.request.headers
+            write, data = await self._convert(visit, slow, partial(self._prepare, route, visit, body))
             del body
             visit.body.hold(len(data))
             calling = exchange.call(method, data)
@@ -224,7 +222,7 @@ class Application:
                 outcome = await calling
             if isinstance(outcome, Status):
                 raise problem_of(outcome)
-            reply = await self._convert(visit, len(outcome), partial(write, outcome))
+            reply = await self._convert(visit, len(outcome) > _SLOW_BYTES, partial(write, outcome))
             visit.body.hold(len(reply.body))
             return _response(reply)
 
@@ -291,9 +289,9 @@ class Application:
         if refusal:  # the tokens have changed meanwhile, and the door has forgotten it
             raise problem_of(refusal)
 
-    async def _convert(self, visit: Visit, cost: int, convert: Callable[[], Outcome]) -> Outcome:
-        """Return a conversion's result; of a large message, from the thread."""
-        if cost <= _SLOW_BYTES:
+    async def _convert(self, visit: Visit, slow: bool, convert: Callable[[], Outcome]) -> Outcome:
+        """Return a conversion's result. slow: in the thread, since the message is large."""
+        if not slow:
             return convert()
 
         def attempt() -> Outcome | Problem:
@@ -302,7 +300,7 @@ class Application:
             except Problem as problem:
                 return problem.alone()
 
-        outcome = await self._conversions.run(visit.connection.peer.connection, cost, attempt, visit.connection.watch)
+        outcome = await self._conversions.run(visit.connection.peer.connection, attempt, visit.connection.watch)
         if isinstance(outcome, Problem):
             raise outcome
         return outcome

@@ -1,6 +1,7 @@
-"""The conversions of large messages: in one thread, in turns of the clients by the bytes that they convert."""
+"""The conversions of large messages: in one thread, in turns of the clients by the time that theirs take."""
 
 import asyncio
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -13,13 +14,15 @@ Watch = Callable[[Callable[[], object] | None], None]
 
 
 class _Job:
-    """A conversion that waits for its turn. cost: of the turn. begun: done when the thread is free for it."""
+    """A conversion that waits for its turn. begun: done when the thread is free for it."""
 
-    __slots__ = ("begun", "cost")
+    __slots__ = ("begun", "seconds", "turn")
 
-    def __init__(self, cost: float, begun: "asyncio.Future[None]") -> None:
-        self.cost = cost
+    def __init__(self, begun: "asyncio.Future[None]") -> None:
         self.begun = begun
+        self.turn = 0.0
+        #: Those of a processor that it took.
+        self.seconds = 0.0
 
 
 class Conversions:
@@ -30,15 +33,13 @@ class Conversions:
         self._waiting: Turns[_Job] = Turns()
         self._busy = False
 
-    async def run(
-        self, client: Hashable, cost: float, convert: Callable[[], Outcome], watch: Watch = lambda lost: None
-    ) -> Outcome:
+    async def run(self, client: Hashable, convert: Callable[[], Outcome], watch: Watch = lambda lost: None) -> Outcome:
         """Return the result of a conversion, in the client's turn.
 
         watch: see Watch. Raises the conversion's errors, and CancelledError if the client goes before its turn.
         """
         loop = asyncio.get_running_loop()
-        job = _Job(cost, loop.create_future())
+        job = _Job(loop.create_future())
         self._waiting.push(client, job)
         self._go_on()
         watch(job.begun.cancel)
@@ -50,8 +51,8 @@ class Conversions:
             raise
         finally:
             watch(None)
-        converted = loop.run_in_executor(self._thread, convert)
-        converted.add_done_callback(lambda _: self._ended())  # the thread goes on if this task is cancelled
+        converted = loop.run_in_executor(self._thread, _timed, job, convert)
+        converted.add_done_callback(lambda _: self._charge(client, job))  # the thread goes on if this task is cancelled
         try:
             return await converted
         finally:
@@ -64,11 +65,25 @@ class Conversions:
 
     def _go_on(self) -> None:
         while not self._busy and (job := self._waiting.first()):
-            self._waiting.give(job.cost, done=True)
+            job.turn = self._waiting.give(0, done=True)
             if not job.begun.done():
                 self._busy = True
                 job.begun.set_result(None)
 
+    def _charge(self, client: Hashable, job: _Job) -> None:
+        """Let a client pay for its turn, and go on. The bytes of a message do not tell the time that it takes."""
+        self._waiting.charge(client, job.turn, job.seconds)
+        self._ended()
+
     def _ended(self) -> None:
         self._busy = False
         self._go_on()
+
+
+def _timed(job: _Job, convert: Callable[[], Outcome]) -> Outcome:
+    """Return a conversion's result, and note its time."""
+    begin = time.thread_time()
+    try:
+        return convert()
+    finally:
+        job.seconds = time.thread_time() - begin
