@@ -453,6 +453,30 @@ def test_messages_come_in_all_forms_of_protobufs_mapping() -> None:
     )  # fmt: skip
 
 
+def test_the_limit_of_values_in_json_holds_for_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 100_000
+    monkeypatch.setattr(json_messages, "_MAX_VALUES", limit)
+    numbers = [b"%.6f" % (1 + index / limit) for index in range(limit)]
+    items = {
+        "numbers": (numbers, 1),
+        "lists": ([b"[%s]" % number for number in numbers], 9),
+        "objects": ([b'{"%x":[1.5]}' % index for index in range(limit)], 17),
+    }
+    for name, (texts, values) in items.items():
+        text = b"[%s]" % b",".join(texts[: (limit - 8) // values])
+        assert traced_peak(lambda text=text: read_json(text)) < 32 * limit + 2 * len(text), name  # type: ignore[misc]
+        with pytest.raises(Problem, match="values, of which each list or object counts as 8"):
+            read_json(b"[%s]" % b",".join(texts[: limit // values + 1]))
+
+
+def test_the_images_of_a_large_request_may_come_as_lists_of_rows() -> None:
+    row = b"[%s]" % b",".join([b"0"] * 28)
+    image = b"[[%s]]" % b",".join([row] * 28)
+    tensor = b'{"name":"images","datatype":"FP32","shape":[1],"data":[%s]}' % b",".join([image] * 1024)
+    incoming = Incoming({}, [], {}, b'{"inputs":[%s]}' % tensor, BodyLimits(1, 1))
+    assert len(read_infer(incoming, "m", "").raw_input_contents[0]) == 4 * 1024 * 28 * 28
+
+
 def test_thousands_of_values_in_parameters_are_refused_before_they_are_read() -> None:
     def read(*texts: str) -> capsnet_pb2.ReconstructRequest:
         query = [("changes", text) for text in texts]

@@ -29,8 +29,9 @@ _MAX_DEPTH = 64
 _MAX_QUOTES = 2**17
 # Each takes the reader some 30 nanoseconds, in which no other thread runs. A sixty-fourth of base64 may be such.
 _MAX_ESCAPES = 2**18
-# A number takes up to 36 bytes in memory, and four in its text.
-_MAX_COMMAS = 1_600_000
+# A number takes up to 36 bytes in memory, and four in its text. A list or an object takes as much as eight numbers.
+_MAX_VALUES = 1_600_000
+_VALUES_A_CONTAINER = 8
 # A single character outside of ASCII makes Python keep all of a text with up to four bytes a character.
 _MAX_UNICODE_BYTES = 6 * 2**20
 # The characters, or the values, of a block: about a millisecond.
@@ -46,14 +47,16 @@ Outcome = TypeVar("Outcome")
 
 def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS) -> Json:
     """Return the value of a text in JSON (RFC 8259). Raises Problem."""
-    if text.count(b"[") + text.count(b"{") > max_containers:
+    containers = text.count(b"[") + text.count(b"{")
+    if containers > max_containers:
         raise invalid(field, f"expected at most {max_containers} lists and objects")
     if text.count(b'"') > _MAX_QUOTES:
         raise invalid(field, f"expected at most {_MAX_QUOTES // 2} names and texts")
     if text.count(b"\\") > _MAX_ESCAPES:
         raise invalid(field, f"expected at most {_MAX_ESCAPES} characters after a backslash")
-    if text.count(b",") > _MAX_COMMAS:
-        raise invalid(field, f"expected at most {_MAX_COMMAS} values")
+    if text.count(b",") + _VALUES_A_CONTAINER * containers > _MAX_VALUES:
+        each = f"each list or object counts as {_VALUES_A_CONTAINER}"
+        raise invalid(field, f"expected at most {_MAX_VALUES} values, of which {each}")
     if len(text) > _MAX_UNICODE_BYTES and not text.isascii():
         raise invalid(field, f"{len(text)} bytes of JSON; above {_MAX_UNICODE_BYTES} bytes, expected ASCII alone")
     try:
