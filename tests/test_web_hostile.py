@@ -396,7 +396,7 @@ def test_a_refusal_does_not_take_the_repeated_text_apart() -> None:
 
 
 def test_a_value_of_a_wrong_kind_is_refused_without_its_text() -> None:
-    text = b'{"images":{"a":[' + b",".join([b"0.1234"] * 200_000) + b"]}}"
+    text = b'{"images":{"a":[' + b",".join([b"0.1234"] * 150_000) + b"]}}"
     content_bytes = traced_peak(lambda: read_json(text))
     assert traced_peak(lambda: refusal(text)) < content_bytes + len(text)
     assert refusal(text) == "images: a value of the kind object; expected an array"
@@ -453,9 +453,8 @@ def test_messages_come_in_all_forms_of_protobufs_mapping() -> None:
     )  # fmt: skip
 
 
-def test_the_limit_of_values_in_json_holds_for_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_values_in_json_holds_for_their_memory() -> None:
     limit = 100_000
-    monkeypatch.setattr(json_messages, "_MAX_VALUES", limit)
     numbers = [b"%.6f" % (1 + index / limit) for index in range(limit)]
     items = {
         "numbers": (numbers, 1),
@@ -464,9 +463,18 @@ def test_the_limit_of_values_in_json_holds_for_their_memory(monkeypatch: pytest.
     }
     for name, (texts, values) in items.items():
         text = b"[%s]" % b",".join(texts[: (limit - 8) // values])
-        assert traced_peak(lambda text=text: read_json(text)) < 32 * limit + 2 * len(text), name  # type: ignore[misc]
+        assert traced_peak(partial(read_json, text, max_values=limit)) < 32 * limit + 2 * len(text), name
         with pytest.raises(Problem, match="values, of which each list or object counts as 8"):
-            read_json(b"[%s]" % b",".join(texts[: limit // values + 1]))
+            read_json(b"[%s]" % b",".join(texts[: limit // values + 1]), max_values=limit)
+
+
+def test_a_message_in_json_has_fewer_values_than_a_tensor() -> None:
+    limit = 64 * (2 * 1024 + 1024)
+    text = b'{"classes":[%s]}' % b",".join([b"0"] * limit)
+    assert refusal(text, capsnet_pb2.ReconstructRequest).startswith(f"body: expected at most {limit} values")
+    pose = b'{"class_index":1,"pose":[%s]}' % b",".join([b"0.5"] * 16)
+    text = b'{"poses":{"poses":[%s]}}' % b",".join([pose] * 1500)
+    assert len(read_message(text, capsnet_pb2.ReconstructRequest, 1024).poses.poses) == 1500
 
 
 def test_the_images_of_a_large_request_may_come_as_lists_of_rows() -> None:

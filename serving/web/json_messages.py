@@ -30,7 +30,7 @@ _MAX_QUOTES = 2**17
 # Each takes the reader some 30 nanoseconds, in which no other thread runs. A sixty-fourth of base64 may be such.
 _MAX_ESCAPES = 2**18
 # A number takes up to 36 bytes in memory, and four in its text. A list or an object takes as much as eight numbers.
-_MAX_VALUES = 1_600_000
+MAX_VALUES = 1_600_000
 _VALUES_A_CONTAINER = 8
 # A single character outside of ASCII makes Python keep all of a text with up to four bytes a character.
 _MAX_UNICODE_BYTES = 6 * 2**20
@@ -45,7 +45,9 @@ _Given = ParamSpec("_Given")
 Outcome = TypeVar("Outcome")
 
 
-def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS) -> Json:
+def read_json(
+    text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS, max_values: int = MAX_VALUES
+) -> Json:
     """Return the value of a text in JSON (RFC 8259). Raises Problem."""
     containers = text.count(b"[") + text.count(b"{")
     if containers > max_containers:
@@ -54,9 +56,9 @@ def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAI
         raise invalid(field, f"expected at most {_MAX_QUOTES // 2} names and texts")
     if text.count(b"\\") > _MAX_ESCAPES:
         raise invalid(field, f"expected at most {_MAX_ESCAPES} characters after a backslash")
-    if text.count(b",") + _VALUES_A_CONTAINER * containers > _MAX_VALUES:
+    if text.count(b",") + _VALUES_A_CONTAINER * containers > max_values:
         each = f"each list or object counts as {_VALUES_A_CONTAINER}"
-        raise invalid(field, f"expected at most {_MAX_VALUES} values, of which {each}")
+        raise invalid(field, f"expected at most {max_values} values, of which {each}")
     if len(text) > _MAX_UNICODE_BYTES and not text.isascii():
         raise invalid(field, f"{len(text)} bytes of JSON; above {_MAX_UNICODE_BYTES} bytes, expected ASCII alone")
     try:
@@ -74,9 +76,11 @@ def read_json(text: bytes, field: str = "body", max_containers: int = MAX_CONTAI
     return value
 
 
-def read_object(text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS) -> dict[str, Json]:
+def read_object(
+    text: bytes, field: str = "body", max_containers: int = MAX_CONTAINERS, max_values: int = MAX_VALUES
+) -> dict[str, Json]:
     """Return the object of a text in JSON. Raises Problem."""
-    value = read_json(text, field, max_containers)
+    value = read_json(text, field, max_containers, max_values)
     if not isinstance(value, dict):
         raise invalid(field, f"a value of the kind {kind_of(value)}; expected an object")
     return value

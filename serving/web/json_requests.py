@@ -20,6 +20,8 @@ from serving.web.problems import Problem, invalid
 _MAX_DEPTH = 32
 # The most lists and objects of a message besides its images: each takes protobuf's reader some microseconds.
 _MAX_OTHER_CONTAINERS = 1024
+# The most values of a message for each of its lists and objects: each takes protobuf's reader a microsecond or two.
+_VALUES_A_CONTAINER = 64
 # Protobuf's reader searches names and texts, in which no other thread runs. Bytes in base64 are not searched.
 _MAX_CHARACTERS = 65536
 _MAX_NUMBER_CHARACTERS = 64  # of a number as a text
@@ -41,7 +43,8 @@ Request = TypeVar("Request", bound=Message)
 def read_message(text: bytes, kind: type[Request], max_images: int) -> Request:
     """Return the message in a text. max_images: the most images in it. Raises Problem."""
     message, descriptor = kind(), cast(Descriptor, kind.DESCRIPTOR)
-    content = read_object(text, max_containers=2 * max_images + _MAX_OTHER_CONTAINERS)
+    containers = 2 * max_images + _MAX_OTHER_CONTAINERS
+    content = read_object(text, max_containers=containers, max_values=_VALUES_A_CONTAINER * containers)
     _check_members(content, descriptor, "")
     try:
         json_format.ParseDict(content, message, max_recursion_depth=_MAX_DEPTH)
