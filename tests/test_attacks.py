@@ -48,6 +48,10 @@ SHORT_ON_NATIVE = (
     "metrics, pages",
     "metrics, wrong tokens",
     "HTTP, explanations, not read",
+    "small answers, not read",
+    "numbers in many fields",
+    "HTTP, words in JSON",
+    "HTTP, nested JSON",
 )
 SHORT_ON_GRPCIO = (
     "rapid reset, headers",
@@ -62,8 +66,6 @@ SHORT = {"native": SHORT_ON_NATIVE, "grpcio": SHORT_ON_GRPCIO}
 SLOW = {
     "native": {
         "frames behind unread answers",
-        "large headers without an end",
-        "a call a connection",
         "a large call a connection",
         "HTTP, large images",
         "HTTP, explanations, not read",
