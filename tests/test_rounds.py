@@ -2,15 +2,17 @@
 
 import asyncio
 import gc
+import gzip
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import count
 
 import pytest
 
-from serving.transport import frames
+from serving.transport import frames, receiving
 from serving.transport import rounds as module
 from serving.transport.rounds import Place, Rounds
 from tests.raw_client import Raw, framed, headers
@@ -239,6 +241,18 @@ def test_a_connection_is_proven_by_an_answer_or_many_in_a_stream(
             client.read(1)
         [connection] = serving.server._connections
         assert connection._streams.place.proven == proven
+        client.socket.close()
+
+
+def test_what_follows_an_inflation_counts_for_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving, "thread_time", partial(next, count()))
+    with serve() as serving:
+        client = Raw(serving.port)
+        client.send(headers(1, client.block("/test.Test/RefuseAtOnce", ("grpc-encoding", "gzip"))))
+        client.send_data(1, framed(gzip.compress(bytes(2**17)), True))
+        client.read(1)
+        [connection] = serving.server._connections
+        assert connection._streams.place.taken >= 1.0
         client.socket.close()
 
 
