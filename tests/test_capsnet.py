@@ -114,9 +114,12 @@ def test_the_model_and_version_may_be_named_and_others_are_not_found(running: Ru
             running.stub.Classify(pb.ClassifyRequest(model_name=name, model_version=version, images=[DIGIT]))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert "there is: capsnet-mnist version 1" in str(caught.value.details())
-    with pytest.raises(grpc.RpcError) as caught:
-        running.stub.Classify(pb.ClassifyRequest(model_name="x" * 100_000, images=[DIGIT]))
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    for name, code in (("x" * 2**16, grpc.StatusCode.NOT_FOUND), ("x" * 100_000, grpc.StatusCode.INVALID_ARGUMENT)):
+        with pytest.raises(grpc.RpcError) as caught:
+            running.stub.Classify(pb.ClassifyRequest(model_name=name, images=[DIGIT]))
+        assert caught.value.code() is code
+        assert len(str(caught.value.details())) < 1000
+    assert caught.value.details() == "model_name: 100000 bytes; expected at most 65536 of a text"
 
 
 WRONG_IMAGES: dict[str, tuple[pb.Image, str]] = {
