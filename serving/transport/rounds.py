@@ -58,7 +58,7 @@ class Place:
 
     def prove(self) -> None:
         """Note that its client has got an answer."""
-        if self.group is not self._rounds.proven:
+        if not self.proven:
             self.group = self._rounds.proven
             self.taken = self.group.start
             if self.in_line:
