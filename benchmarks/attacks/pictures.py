@@ -8,6 +8,7 @@ from functools import cache, partial
 
 from PIL import Image
 
+from benchmarks.attacks.calls import compressed_calls
 from benchmarks.attacks.link import (
     CLASSIFY,
     CLASSIFY_STREAM,
@@ -19,7 +20,7 @@ from benchmarks.attacks.link import (
     uploads,
 )
 from benchmarks.attacks.packed import empty_zlib
-from benchmarks.attacks.web import head, post
+from benchmarks.attacks.web import again, head, on_http, post
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from serving.settings import Settings
 
@@ -33,7 +34,11 @@ _LONG_BYTES = Settings.max_image_bytes - 2**18
 _SEGMENT_BYTES = 2**16 - 3
 #: Bytes of a file beside its largest part.
 _OTHER_BYTES = 1024
+_TEXT_BYTES = Settings.max_image_bytes - 600
+#: The most small segments before a frame, and the most files of a request.
+_SEGMENTS, _FILES = 62, Settings.max_images_per_request
 _BYTES_BEHIND, _WAITING_CONNECTIONS = 800_000, 300
+_GREY = (0, 1)
 _GREY_AND_TRANSPARENCY, _COLOURS_AND_TRANSPARENCY = (4, 2), (6, 4)  # PNG's number, and the bytes of a pixel
 
 
@@ -154,16 +159,29 @@ def _long_ids() -> bytes:
     return framed(asked.SerializeToString())
 
 
-def _posts(link: Link, make: Callable[[], bytes]) -> Pieces:
-    """Post a body again and again, without a wait for its answer."""
-    request = make()
-    while True:
-        yield request
-
-
 def _post_costly() -> bytes:
     part = b'--edge\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n' + _costly() + b"\r\n"
     return post("/v1/classify", part * _IMAGES + b"--edge--\r\n", "multipart/form-data; boundary=edge")
+
+
+@cache
+def _long_text() -> bytes:
+    """Return a request with a file that has a text of megabytes where its orientation may stand."""
+    text = b"XML:com.adobe.xmp\0\0\0\0\0" + b"a" * _TEXT_BYTES + "\U0001f600".encode()
+    return framed(_request(_png(SIDE, SIDE, _GREY, _chunk(b"iTXt", text))).SerializeToString())
+
+
+@cache
+def _segments() -> bytes:
+    """Return a request with as many JPEG files as it may have, each of as many segments as it may have."""
+    orientation = _segment(0xE1, b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + bytes(12))
+    frame = _segment(0xC0, struct.pack(">BHHB", 8, SIDE, SIDE, 1) + b"\1\x11\0")
+    file = b"\xff\xd8" + orientation * _SEGMENTS + frame + _segment(0xDA, b"\1\1\0\0\x3f\0")
+    return _request(file, _FILES, pb.PREPROCESS_AUTO).SerializeToString()
+
+
+def _segments_as_they_are() -> bytes:
+    return framed(_segments())
 
 
 def _post_large() -> bytes:
@@ -193,7 +211,7 @@ def _behind_a_picture(link: Link) -> Pieces:
 
 
 def _web(name: str, make: Callable[[], bytes]) -> Attack:
-    return Attack(f"HTTP, {name}", partial(_posts, make=make), speaks=False, least=_WEB_CONNECTIONS, port="http")
+    return on_http(name, partial(again, make=make), least=_WEB_CONNECTIONS)
 
 
 PICTURES = (
@@ -207,11 +225,14 @@ PICTURES = (
     Attack("photographs", partial(uploads, path=CLASSIFY, make=_photographs)),
     Attack("long photographs", partial(uploads, path=CLASSIFY, make=_long_photographs)),
     Attack("pictures of many frames", partial(uploads, path=CLASSIFY, make=_frames)),
+    Attack("pictures of long texts", partial(uploads, path=CLASSIFY, make=_long_text)),
+    Attack("pictures of many segments", partial(uploads, path=CLASSIFY, make=_segments_as_they_are)),
+    Attack("gzip of pictures of many segments", partial(compressed_calls, path=CLASSIFY, make=_segments)),
     _web("pictures of empty blocks", _post_blocks),
     _web("photographs", _post_photograph),
     _web("long photographs", _post_long_photograph),
     _web("costly images", _post_costly),
     _web("large images", _post_large),
     _web("picture bombs", _post_bomb),
-    Attack("HTTP, bytes behind a picture", _behind_a_picture, speaks=False, times=_WAITING_CONNECTIONS, port="http"),
+    on_http("bytes behind a picture", _behind_a_picture, _WAITING_CONNECTIONS),
 )

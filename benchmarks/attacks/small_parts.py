@@ -1,8 +1,5 @@
 """Attacks by many small parts, which take more memory or time than their bytes, and by texts that are repeated."""
 
-import struct
-import zlib
-from collections.abc import Callable
 from functools import cache, partial
 
 from grpc_reflection.v1alpha import reflection_pb2
@@ -22,7 +19,7 @@ from benchmarks.attacks.link import (
     headers,
     uploads,
 )
-from benchmarks.attacks.web import again, post
+from benchmarks.attacks.web import again, on_http, post
 from protos.capsnet.v1 import capsnet_pb2 as pb
 from protos.inference import inference_pb2 as pb_oip
 from serving.services.protobuf_wire import delimited
@@ -44,8 +41,6 @@ _TYPED_IMAGES = 5
 _LONG_FIELDS = 19_400
 _JSON_BYTES = 12_600_000
 _FILE_BYTES = 2**23 - 600
-_SEGMENTS = 62
-_FILES = 1024
 _DEPTH, _LISTS = 300, 5200
 _CHANGES = 3900
 
@@ -119,39 +114,6 @@ def _long_name() -> bytes:
     return delimited(pb.ClassifyRequest.MODEL_NAME_FIELD_NUMBER, b"i" * _FILE_BYTES + "\U0001f600".encode())
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    """Return a chunk of a PNG file."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-@cache
-def _long_text() -> bytes:
-    """Return a PNG file with a text of megabytes where its orientation may stand."""
-    text = b"XML:com.adobe.xmp\0\0\0\0\0" + b"a" * _FILE_BYTES + "\U0001f600".encode()
-    size = _chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 0, 0, 0, 0))
-    pixels = _chunk(b"IDAT", zlib.compress(bytes((SIDE + 1) * SIDE)))
-    return b"\x89PNG\r\n\x1a\n" + size + _chunk(b"iTXt", text) + pixels + _chunk(b"IEND", b"")
-
-
-def _long_texts() -> bytes:
-    return framed(pb.ClassifyRequest(images=[pb.Image(encoded=_long_text())]).SerializeToString())
-
-
-@cache
-def _segments() -> bytes:
-    """Return a request with as many JPEG files as it may have, each of as many segments as it may have."""
-    orientation = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + bytes(12)
-    segment = struct.pack(">HH", 0xFFE1, len(orientation) + 2) + orientation
-    frame = b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, SIDE, SIDE, 1) + b"\1\x11\0"
-    scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + b"\1\0\0\x3f\0"
-    image = pb.Image(encoded=b"\xff\xd8" + segment * _SEGMENTS + frame + scan, preprocess=pb.PREPROCESS_AUTO)
-    return pb.ClassifyRequest(images=[image] * _FILES).SerializeToString()
-
-
-def _segments_as_they_are() -> bytes:
-    return framed(_segments())
-
-
 @cache
 def _words() -> bytes:
     """Return JSON with a text where a list is expected, which an error may repeat."""
@@ -184,10 +146,6 @@ def _changes() -> bytes:
     return post(f"/v1/reconstruct?changes={changes}", body.encode(), "multipart/form-data; boundary=e")
 
 
-def _web(name: str, make: Callable[[], bytes]) -> Attack:
-    return Attack(f"HTTP, {name}", partial(again, make=make), speaks=False, port="http")
-
-
 _SHUT = {frames.INITIAL_WINDOW_SIZE: 0}
 
 SMALL_PARTS = (
@@ -198,12 +156,9 @@ SMALL_PARTS = (
     Attack("numbers in many fields", partial(calls, path=INFER, make=_typed)),
     Attack("long unknown fields", partial(uploads, path=RECONSTRUCT, make=_long_fields)),
     Attack("gzip of a long name", partial(compressed_calls, path=CLASSIFY, make=_long_name)),
-    Attack("pictures of long texts", partial(uploads, path=CLASSIFY, make=_long_texts)),
-    Attack("pictures of many segments", partial(uploads, path=CLASSIFY, make=_segments_as_they_are)),
-    Attack("gzip of pictures of many segments", partial(compressed_calls, path=CLASSIFY, make=_segments)),
-    _web("words in JSON", _words),
-    _web("an object in JSON", _object),
-    _web("a long name in JSON", _name_in_json),
-    _web("nested JSON", _nested),
-    _web("changes", _changes),
+    on_http("words in JSON", partial(again, make=_words)),
+    on_http("an object in JSON", partial(again, make=_object)),
+    on_http("a long name in JSON", partial(again, make=_name_in_json)),
+    on_http("nested JSON", partial(again, make=_nested)),
+    on_http("changes", partial(again, make=_changes)),
 )

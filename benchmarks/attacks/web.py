@@ -190,7 +190,10 @@ def _explained_numbers(name: str) -> bytes:
     return post("/v1/explain", f'{{"images":[{{"pixels":"{_INK}"}}],"{name}":[{numbers}]}}'.encode())
 
 
-def _web(name: str, script: Callable[[Link], Pieces], times: int = 1, server: str = "plain", least: int = 1) -> Attack:
+def on_http(
+    name: str, script: Callable[[Link], Pieces], times: int = 1, server: str = "plain", least: int = 1
+) -> Attack:
+    """Return an attack on the HTTP port."""
     return Attack(f"HTTP, {name}", script, speaks=False, times=times, least=least, server=server, port="http")
 
 
@@ -198,35 +201,35 @@ _EMPTY_PART = b'--edge\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n'
 _LINE_ENDS = b'--edge\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + b"\r\n--edg" * 2**12
 
 WEB = (
-    _web("slow heads", partial(_once, start=lambda: b"GET /v1/model HTTP/1.1\r\nHo"), _CONNECTIONS),
-    _web("slow bodies", partial(_byte_by_byte, start=head("/v1/classify", 1000)), _CONNECTIONS),
-    _web("idle connections", partial(_once, start=lambda: head("/v1/model", 0, verb="GET")), 5 * _CONNECTIONS),
-    _web("pipelined requests", partial(again, make=_pipelined)),
-    _web("unknown paths", partial(again, make=lambda: head("/%0aX/" + "y" * 9000, 0, verb="GET") * 20)),
-    _web("many headers", partial(again, make=_short_headers)),
-    _web("tiny chunks", partial(again, make=_tiny_chunks)),
-    _web("long media types", partial(again, make=_media_types)),
-    _web("long queries", partial(again, make=_queries)),
-    _web("numbers in JSON", partial(again, make=_numbers), least=_FEW_CONNECTIONS),
-    _web("objects in JSON", partial(again, make=_containers), least=_FEW_CONNECTIONS),
-    _web("names in JSON", partial(again, make=_names), least=_FEW_CONNECTIONS),
-    _web("many parts", partial(again, make=partial(_form, _EMPTY_PART)), least=_FEW_CONNECTIONS),
-    _web("parts without an end", partial(again, make=partial(_form, _LINE_ENDS)), least=_FEW_CONNECTIONS),
-    _web("explanations", partial(again, make=_explained), least=_FEW_CONNECTIONS),
-    _web("explanations, hung up", partial(_gone, make=_explained), least=_FEW_CONNECTIONS),
-    _web("explanations, not read", partial(_unread, make=_explained_in_part, times=2), 100),
-    _web("slow heads over TLS", partial(_once, start=lambda: b"GET /v1/model HTTP/1.1\r\nHo"), _CONNECTIONS, "tls"),
-    _web("numbers in JSON over TLS", partial(again, make=_numbers), server="tls", least=_FEW_CONNECTIONS),
-    _web("explanations over TLS, not read", partial(_unread, make=_explained_in_part, times=2), 100, "tls"),
-    _web("handshakes", partial(_gone, make=_pipelined), _HANDSHAKES, "tls"),
-    _web("wrong tokens", _wrong_tokens, server="tokens", least=_FEW_CONNECTIONS),
-    _web("numbers in JSON without a token", partial(again, make=_numbers), server="tokens", least=_FEW_CONNECTIONS),
-    _web("slow chunks", _slow_chunks, _CONNECTIONS),
-    _web("long extensions", partial(again, make=_long_extensions)),
-    _web("upgrades", partial(again, make=_upgrades)),
-    _web("expectations", _expectations, _HANDSHAKES),
-    _web("documents, not read", partial(_unread, make=_documents, times=2), _HANDSHAKES),
-    _web("classes in JSON", partial(again, make=partial(_explained_numbers, "classes")), least=_FEW_CONNECTIONS),
-    _web("parts in JSON", partial(again, make=partial(_explained_numbers, "parts")), least=_FEW_CONNECTIONS),
-    _web("empty blocks", partial(again, make=_empty_blocks), least=_FEW_CONNECTIONS),
+    on_http("slow heads", partial(_once, start=lambda: b"GET /v1/model HTTP/1.1\r\nHo"), _CONNECTIONS),
+    on_http("slow bodies", partial(_byte_by_byte, start=head("/v1/classify", 1000)), _CONNECTIONS),
+    on_http("idle connections", partial(_once, start=lambda: head("/v1/model", 0, verb="GET")), 5 * _CONNECTIONS),
+    on_http("pipelined requests", partial(again, make=_pipelined)),
+    on_http("unknown paths", partial(again, make=lambda: head("/%0aX/" + "y" * 9000, 0, verb="GET") * 20)),
+    on_http("many headers", partial(again, make=_short_headers)),
+    on_http("tiny chunks", partial(again, make=_tiny_chunks)),
+    on_http("long media types", partial(again, make=_media_types)),
+    on_http("long queries", partial(again, make=_queries)),
+    on_http("numbers in JSON", partial(again, make=_numbers), least=_FEW_CONNECTIONS),
+    on_http("objects in JSON", partial(again, make=_containers), least=_FEW_CONNECTIONS),
+    on_http("names in JSON", partial(again, make=_names), least=_FEW_CONNECTIONS),
+    on_http("many parts", partial(again, make=partial(_form, _EMPTY_PART)), least=_FEW_CONNECTIONS),
+    on_http("parts without an end", partial(again, make=partial(_form, _LINE_ENDS)), least=_FEW_CONNECTIONS),
+    on_http("explanations", partial(again, make=_explained), least=_FEW_CONNECTIONS),
+    on_http("explanations, hung up", partial(_gone, make=_explained), least=_FEW_CONNECTIONS),
+    on_http("explanations, not read", partial(_unread, make=_explained_in_part, times=2), 100),
+    on_http("slow heads over TLS", partial(_once, start=lambda: b"GET /v1/model HTTP/1.1\r\nHo"), _CONNECTIONS, "tls"),
+    on_http("numbers in JSON over TLS", partial(again, make=_numbers), server="tls", least=_FEW_CONNECTIONS),
+    on_http("explanations over TLS, not read", partial(_unread, make=_explained_in_part, times=2), 100, "tls"),
+    on_http("handshakes", partial(_gone, make=_pipelined), _HANDSHAKES, "tls"),
+    on_http("wrong tokens", _wrong_tokens, server="tokens", least=_FEW_CONNECTIONS),
+    on_http("numbers in JSON without a token", partial(again, make=_numbers), server="tokens", least=_FEW_CONNECTIONS),
+    on_http("slow chunks", _slow_chunks, _CONNECTIONS),
+    on_http("long extensions", partial(again, make=_long_extensions)),
+    on_http("upgrades", partial(again, make=_upgrades)),
+    on_http("expectations", _expectations, _HANDSHAKES),
+    on_http("documents, not read", partial(_unread, make=_documents, times=2), _HANDSHAKES),
+    on_http("classes in JSON", partial(again, make=partial(_explained_numbers, "classes")), least=_FEW_CONNECTIONS),
+    on_http("parts in JSON", partial(again, make=partial(_explained_numbers, "parts")), least=_FEW_CONNECTIONS),
+    on_http("empty blocks", partial(again, make=_empty_blocks), least=_FEW_CONNECTIONS),
 )  # fmt: skip
