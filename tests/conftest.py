@@ -64,7 +64,7 @@ IN_PROCESS = {
 }
 # The order of the files that run first. Those that mostly wait for a clock run beside those that compute, one or two at
 # a time, so that the cores never wait; and no process still runs a long file when the others are done.
-LONGEST = (
+FIRST = (
     *(file for file, group in EXPORTING.items() if group == "exporter"),
     "test_readme",
     "test_transport_calls",
@@ -369,8 +369,8 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest tests first, and mark those that ``make check`` leaves out: servers, trainings, exports."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Run the tests of some files first, and mark those that ``make check`` leaves out: servers, trainings, exports."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     for item in items:
         if isinstance(item, pytest.Function):
             fixtures = item._fixtureinfo.name2fixturedefs.values()
